@@ -1,0 +1,1 @@
+"""The questions asked of a feature store: numbers in, tables out, no model in sight."""

@@ -1,0 +1,318 @@
+"""Proof by training: the same run with and without the picked pair, seed by seed.
+
+An arm is a layer pair, or none. All arms of a seed share initial weights, data order, noise and noise levels, so their difference is the
+pair's doing. The answer may be that there is none, or that it is too early to tell: alignment can cost quality for the first thousands of
+steps and pay afterwards (docs/method.md), so a loss while the baseline still improves is not a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from layerprobe.backbones.base import Backbone
+from layerprobe.data.base import Samples, Splits
+from layerprobe.files import claim, write_text
+from layerprobe.fidelity import Extractor, Gaussian, all_features, classifier_extractor, frechet_distance, gaussian, sample_features
+from layerprobe.layersync import LayerPair, depth_heuristic
+from layerprobe.sampling import SamplingPlan, sample
+from layerprobe.training import TrainingPlan, held_out_loss, train
+
+FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
+BASELINE, PICK, HEURISTIC, CONTROL = "no alignment", "pick", "depth heuristic", "bad control"
+# A baseline that still gains this share of its distance between the last two evaluations is in the middle of its training.
+STILL_IMPROVING = 0.05
+
+Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train; `pair` is None for no alignment."""
+
+    name: str
+    pair: LayerPair | None
+
+
+@dataclass(frozen=True)
+class ConfirmationPlan:
+    """How arms are compared.
+
+    Attributes:
+        training: What all arms share; its pairs and seed are set by arm and seed.
+        seeds: At least two; each is a fresh data order and noise, and fresh initial weights where the arms start from scratch.
+        num_evaluations: Evenly spaced over the steps, the last one at the end.
+        num_samples: Drawn for each Fréchet distance.
+        sampling: How they are drawn.
+    """
+
+    training: TrainingPlan
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_evaluations: int = 4
+    num_samples: int = 1000
+    sampling: SamplingPlan = field(default_factory=lambda: SamplingPlan(solver="heun", steps=12))
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < 2:
+            raise ValueError(f"a paired difference needs at least 2 seeds, got {list(self.seeds)}")
+        if not 1 <= self.num_evaluations <= self.training.steps:
+            raise ValueError(f"{self.num_evaluations} evaluations do not fit into {self.training.steps} steps")
+        if self.num_samples < 2:
+            raise ValueError(f"a Fréchet distance needs at least 2 samples, got {self.num_samples}")
+
+    @property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """0 and `num_evaluations` steps after it."""
+        return tuple(round(i * self.training.steps / self.num_evaluations) for i in range(self.num_evaluations + 1))
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm came to.
+
+    Attributes:
+        name: The arm.
+        student: None for no alignment, like `teacher`.
+        teacher: See `student`.
+        weight: Of the alignment; 0 for none.
+        final: Fréchet distance at the end, one per seed.
+        difference: Mean paired difference to no alignment; negative is better. None for no alignment itself.
+        low: Lower end of its 95 % t interval over seeds.
+        high: Upper end.
+        steps_to_baseline: Steps at which the arm reaches the baseline's final distance, one per seed; None where it never does.
+    """
+
+    name: str
+    student: str | None
+    teacher: str | None
+    weight: float
+    final: list[float]
+    difference: float | None
+    low: float | None
+    high: float | None
+    steps_to_baseline: list[float | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the confirmation found; `paragraph` says it in words."""
+
+    metric: str
+    extractor: str
+    lower_is_better: bool
+    start: str
+    steps: int
+    num_seeds: int
+    num_samples: int
+    answer: Answer
+    paragraph: str
+    arms: tuple[ArmResult, ...]
+
+    def to_json(self) -> str:
+        """As in verdict.json."""
+        return json.dumps(asdict(self) | {"curves_csv": "confirmation.csv"}, indent=1)
+
+
+def arms_for(pick: LayerPair | None, layers: Sequence[str]) -> tuple[Arm, ...]:
+    """No alignment, the pick, the hand-picking heuristic (0.3 <- 0.6 of depth), and a pair that breaks every rule: the last two layers.
+
+    An arm whose pair stands already is left out.
+    """
+    wanted = [Arm(BASELINE, None), *([Arm(PICK, pick)] if pick else [])]
+    wanted += [Arm(HEURISTIC, depth_heuristic(tuple(layers))), Arm(CONTROL, LayerPair(layers[-2], layers[-1]))]
+    arms: list[Arm] = []
+    for arm in wanted:
+        if arm.pair not in [other.pair for other in arms]:
+            arms.append(arm)
+    return tuple(arms)
+
+
+def confirm(
+    start: Callable[[int], Backbone],
+    splits: Splits,
+    arms: Sequence[Arm],
+    plan: ConfirmationPlan,
+    folder: str | Path,
+    *,
+    start_name: str,
+    extractor: Extractor | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
+
+    Arms learn from the fit samples. Fréchet distance and held-out loss are measured against the report samples, which no arm has seen.
+
+    Args:
+        start: The model to start from, by seed: the same checkpoint for a branch, fresh weights from scratch.
+        splits: The data.
+        arms: The first is the baseline.
+        plan: Seeds, steps, evaluations.
+        folder: Gets one training run per arm and seed, `confirmation.csv` and `verdict.json`.
+        start_name: "from scratch", or which checkpoint; goes into the verdict.
+        extractor: For the Fréchet distance; a small classifier trained on the fit samples where not given.
+        progress: Called with (what is running, steps done, steps in all) over all arms.
+
+    Raises:
+        ValueError: If the first arm aligns layers, or the folder holds another run.
+    """
+    folder = Path(folder)
+    if not arms or arms[0].pair is not None:
+        raise ValueError("the first arm must be the one without alignment")
+    # Seeds and arms may be added later: each has a run of its own.
+    comparable = {key: value for key, value in asdict(plan).items() if key != "seeds"}
+    record = {"plan": comparable, "start": start_name, "data": splits.report.fingerprint, "extractor": extractor.name if extractor else None}
+    claim(folder, "confirmation.json", record, what="a confirmation")
+    extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
+    reference = gaussian(all_features(extractor, splits.report))
+    rows: list[dict[str, Any]] = []
+    runs = [(seed, arm) for seed in plan.seeds for arm in arms]
+    for index, (seed, arm) in enumerate(runs):
+        training = replace(
+            plan.training, seed=seed, pairs=(arm.pair,) if arm.pair else (), checkpoint_every=_checkpoint_every(plan)
+        )
+        place = folder / f"seed-{seed}" / arm.name.replace(" ", "-")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, splits.report, extractor, reference)
+        done, total = index * plan.training.steps, len(runs) * plan.training.steps
+
+        def report(step: int, _: int, __: float, done: int = done, total: int = total, what: str = f"seed {seed}, {arm.name}") -> None:
+            if progress:
+                progress(what, done + step, total)
+
+        train(start(seed), splits.fit, training, place, observe=evaluations.observe, observe_at=plan.evaluation_steps, progress=report)
+        rows += evaluations.rows(arm.name, seed)
+    curves = pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
+    verdict = judge(curves, arms, plan, extractor_name=extractor.name, start_name=start_name)
+    write_text(folder / "confirmation.csv", curves.to_csv(index=False))
+    write_text(folder / "verdict.json", verdict.to_json())
+    return verdict
+
+
+def judge(
+    curves: pd.DataFrame, arms: Sequence[Arm], plan: ConfirmationPlan, *, extractor_name: str, start_name: str
+) -> Verdict:
+    """Curves (arm, seed, step, metric, value) -> verdict. Pure."""
+    table = curves[curves.metric == FRECHET].pivot_table(index=["arm", "seed"], columns="step", values="value").sort_index(axis=1)
+    baseline = table.loc[BASELINE].loc[list(plan.seeds)]
+    results = tuple(_arm_result(table.loc[arm.name].loc[list(plan.seeds)], baseline, arm, plan) for arm in arms)
+    tried = next((result for result in results if result.name in (PICK, HEURISTIC)), None)
+    gain = 1 - float(baseline.iloc[:, -1].mean() / baseline.iloc[:, -2].mean())
+    answer = _answer(tried, gain)
+    return Verdict(
+        metric=FRECHET,
+        extractor=extractor_name,
+        lower_is_better=True,
+        start=start_name,
+        steps=plan.training.steps,
+        num_seeds=len(plan.seeds),
+        num_samples=plan.num_samples,
+        answer=answer,
+        paragraph=_paragraph(answer, tried, results[0], gain, plan, start_name),
+        arms=results,
+    )
+
+
+def _arm_result(curve: pd.DataFrame, baseline: pd.DataFrame, arm: Arm, plan: ConfirmationPlan) -> ArmResult:
+    final, goal = curve.iloc[:, -1].to_numpy(), baseline.iloc[:, -1].to_numpy()
+    mean, low, high = (None, None, None) if arm.pair is None else paired_interval(final - goal)
+    steps = [float(step) for step in curve.columns]
+    reached = [steps_to_reach(steps, row, aim) for row, aim in zip(curve.to_numpy(), goal, strict=True)]
+    student, teacher = (None, None) if arm.pair is None else (arm.pair.student, arm.pair.teacher)
+    weight = plan.training.weight if arm.pair else 0.0
+    return ArmResult(arm.name, student, teacher, weight, final.tolist(), mean, low, high, reached)
+
+
+def paired_interval(differences: np.ndarray, *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of paired differences (n,) and its t interval, n at least 2."""
+    n, mean = len(differences), float(np.mean(differences))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def steps_to_reach(steps: Sequence[float], values: np.ndarray, goal: float) -> float | None:
+    """The first step at which a falling curve is at or below the goal, linear between evaluations; None if it never is."""
+    for i, value in enumerate(values):
+        if value <= goal:
+            if i == 0:
+                return steps[0]
+            share = (values[i - 1] - goal) / (values[i - 1] - value)
+            return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+    return None
+
+
+def _answer(tried: ArmResult | None, gain: float) -> Answer:
+    if tried is None or tried.low is None or tried.high is None:
+        return "no difference found"
+    if tried.high < 0:
+        return "helps"
+    if gain > STILL_IMPROVING:
+        return "too early to tell"
+    return "hurts" if tried.low > 0 else "no difference found"
+
+
+def _paragraph(
+    answer: Answer, tried: ArmResult | None, baseline: ArmResult, gain: float, plan: ConfirmationPlan, start_name: str
+) -> str:
+    level = float(np.mean(baseline.final))
+    setting = f"{plan.training.steps} steps {start_name}, {len(plan.seeds)} seeds"
+    if tried is None or tried.difference is None:
+        return f"No pair was tried ({setting}); without alignment the Fréchet distance ends at {level:.3g}."
+    measured = (
+        f"Aligning {tried.student} to {tried.teacher} changed the Fréchet distance by {tried.difference:+.3g} "
+        f"(95 % interval {tried.low:+.3g} to {tried.high:+.3g}) from {level:.3g} without alignment, after {setting}."
+    )
+    meaning = {
+        "helps": "The pair helps: the whole interval lies on the side of the gain.",
+        "hurts": "The pair hurts here: the whole interval lies on the side of the loss, and the baseline has levelled off.",
+        "no difference found": "No difference was found: the interval includes zero and the baseline has levelled off.",
+        "too early to tell": (
+            f"It is too early to tell: the baseline still improved by {gain:.0%} over the last evaluation interval, and alignment can cost "
+            "quality at first and pay later. Run more steps."
+        ),
+    }[answer]
+    return f"{measured} {meaning}"
+
+
+def _checkpoint_every(plan: ConfirmationPlan) -> int:
+    """Checkpoints fall on the evaluations, so that none is lost by an interruption."""
+    return math.gcd(*plan.evaluation_steps[1:])
+
+
+class _Evaluations:
+    """What one arm scored, kept in a file as it goes."""
+
+    def __init__(self, path: Path, plan: ConfirmationPlan, held_out: Samples, extractor: Extractor, reference: Gaussian) -> None:
+        self._path, self._plan, self._held_out = path, plan, held_out
+        self._extractor, self._reference = extractor, reference
+        self._scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def observe(self, step: int, model: Backbone) -> None:
+        if str(step) in self._scores:
+            return
+        losses = held_out_loss(model, self._held_out)
+        scores = {FRECHET: self._distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
+        self._scores[str(step)] = scores
+        write_text(self._path, json.dumps(self._scores))
+
+    def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
+        return [
+            {"arm": arm, "seed": seed, "step": int(step), "metric": metric, "value": value}
+            for step, scores in self._scores.items()
+            for metric, value in scores.items()
+        ]
+
+    def _distance(self, model: Backbone) -> float:
+        n, classes = self._plan.num_samples, model.num_classes
+        labels = torch.arange(n) % classes if classes else None
+        x = sample(model, range(n), labels=labels, plan=self._plan.sampling)
+        return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)

@@ -1,0 +1,123 @@
+"""What a model is to layerprobe: a module, its layers, and how to speak to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture import match_layers
+from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
+
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A diffusion model behind one convention.
+
+    `backbone(x_t, noise_level, condition)` is the velocity `d x_t / d noise_level`, whatever the family predicts and however it counts
+    time.
+
+    Attributes:
+        module: The network.
+        layers: Names of the layers worth probing, in the module's order.
+        schedule: How data and noise mix, and the family's own time.
+        prediction: What the network gives; its sign follows the schedule's direction of time.
+        shape: Shape (C, *grid) of one input.
+        num_classes: 0 for an unconditional model.
+        forward: Calls the module: (module, x_t, native time (B,), condition (B,) or None) -> output like x_t.
+        name: For people: "SiT 8 x 64, patch 2".
+    """
+
+    module: nn.Module
+    layers: tuple[str, ...]
+    schedule: NoiseSchedule
+    prediction: Prediction
+    shape: tuple[int, ...]
+    num_classes: int
+    forward: Forward = field(repr=False)
+    name: str = "model"
+
+    def __call__(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The velocity, shape of x_t.
+
+        Args:
+            x_t: Noisy samples, shape (B, C, *grid).
+            noise_level: Shape (B,), in [0, 1].
+            condition: Class labels, shape (B,), or None for the null condition.
+        """
+        output = self.predict(x_t, noise_level, condition)
+        return convert(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
+
+    def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """What the network itself predicts (`self.prediction`), with time pointing from data to noise."""
+        if tuple(x_t.shape[1:]) != self.shape:
+            raise ValueError(f"samples have shape {tuple(x_t.shape[1:])}, {self.name} takes {self.shape}; resize the samples")
+        if condition is None:
+            condition = self.null_condition(len(x_t), x_t.device)
+        native_time = self.schedule.native_time(noise_level)
+        if not self.schedule.integer_time:
+            native_time = native_time.to(x_t.dtype)
+        output = self.forward(self.module, x_t, native_time, condition)
+        flip = self.prediction == "velocity" and self.schedule.time_direction < 0
+        return -output if flip else output
+
+    def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """The label that means "no label": the last row of the embedding table, shape (B,); None for unconditional models."""
+        return torch.full((batch_size,), self.num_classes, device=device) if self.num_classes else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    layers: str | Sequence[str],
+    schedule: NoiseSchedule | str,
+    prediction: Prediction,
+    shape: Sequence[int],
+    num_classes: int = 0,
+    forward: Forward | None = None,
+    name: str | None = None,
+) -> Backbone:
+    """Makes a backbone from anybody's module.
+
+        backbone = wrap(unet, layers="b*", schedule="ddpm-linear", prediction="eps", shape=(1, 28, 28))
+
+    Args:
+        module: The network; it is put into evaluation mode.
+        layers: Names or patterns; `*` stands for one part of a name ("blocks.*").
+        schedule: A `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine, edm.
+        prediction: "velocity", "eps", "x0" or "v".
+        shape: Shape (C, *grid) of one input.
+        num_classes: Number of classes; the null label is `num_classes`. 0 for an unconditional model.
+        forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not right.
+        name: For people; the class name where not given.
+
+    Raises:
+        ValueError: If a layer, the schedule or the prediction is unknown.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
+    return Backbone(
+        module=module.eval(),
+        layers=match_layers(module, [layers] if isinstance(layers, str) else layers),
+        schedule=schedule_from_name(schedule) if isinstance(schedule, str) else schedule,
+        prediction=prediction,
+        shape=tuple(shape),
+        num_classes=num_classes,
+        forward=forward or _call,
+        name=name or type(module).__name__,
+    )
+
+
+def _call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
+    arguments = (x_t, native_time) if condition is None else (x_t, native_time, condition)
+    output: Tensor = module(*arguments)
+    return output

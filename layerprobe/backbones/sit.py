@@ -1,0 +1,297 @@
+"""SiT, the scalable interpolant transformer, on 1-D, 2-D and 3-D grids: the backbone that layerprobe trains.
+
+In two dimensions the state dict has the names and shapes of the official SiT, which DiT and LayerSync share. Tokens are the patches in
+row-major order; there is no class token.
+
+Source: Ma et al. 2024, SiT (arXiv:2401.08740); Peebles & Xie 2022, DiT (arXiv:2212.09748).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.backbones.base import Backbone
+from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
+
+# name: (depth, hidden size, heads); Table 1 of DiT.
+PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESET_PATCH_SIZES = (2, 4, 8)
+FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """The shape of a SiT.
+
+    Attributes:
+        shape: Shape (C, *grid) of one input, one to three grid axes.
+        patch_size: Edge of a patch along every grid axis.
+        hidden_size: Width of a token.
+        depth: Number of blocks.
+        num_heads: Attention heads; divides hidden_size.
+        num_classes: 0 for an unconditional model.
+        mlp_ratio: Width of the MLP over the width of a token.
+        learn_sigma: The official models give 2 C channels, the second half unused; ours give C.
+    """
+
+    shape: tuple[int, ...]
+    patch_size: int = 2
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    num_classes: int = 0
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not 2 <= len(self.shape) <= 4:
+            raise ValueError(f"shape must be (C, *grid) with one to three grid axes, got {self.shape}")
+        if any(edge % self.patch_size for edge in self.shape[1:]):
+            raise ValueError(f"the grid {self.shape[1:]} does not divide into patches of {self.patch_size}; change one of them")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden size {self.hidden_size} does not divide into {self.num_heads} heads; change one of them")
+        if self.hidden_size % 2 or self.hidden_size // 2 < len(self.shape) - 1:
+            raise ValueError(f"hidden size {self.hidden_size} must be even and at least 2 per grid axis")
+
+    @classmethod
+    def preset(cls, name: str, *, shape: tuple[int, ...], num_classes: int = 0) -> SiTConfig:
+        """ "S/2" to "XL/8": a size of the paper and a patch size."""
+        size, _, patch = name.partition("/")
+        if size not in PRESETS or not patch.isdigit() or int(patch) not in PRESET_PATCH_SIZES:
+            raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)} with patch size 2, 4 or 8, such as S/2")
+        depth, hidden_size, num_heads = PRESETS[size]
+        return cls(shape, int(patch), hidden_size, depth, num_heads, num_classes)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of patches along each axis."""
+        return tuple(edge // self.patch_size for edge in self.shape[1:])
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"SiT with {self.depth} blocks of width {self.hidden_size}, patch {self.patch_size}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `SiTConfig(**...)` takes."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+class SiT(nn.Module):
+    """The transformer: x_t, native time and labels in, prediction out.
+
+    A new SiT is an identity from block to block (adaLN-Zero), so all layers start equal.
+    """
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, channels = config.hidden_size, config.shape[0]
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), width), requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        out_channels = channels * 2 if config.learn_sigma else channels
+        self.final_layer = FinalLayer(width, config.patch_size ** len(config.grid) * out_channels)
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Args: x of shape (B, C, *grid), native times t (B,), labels y (B,) with `num_classes` for "no label"."""
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self._unpatchify(self.final_layer(tokens, c))
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, T, patch**d * C) -> (B, C, *grid)."""
+        grid, patch, d = self.config.grid, self.config.patch_size, len(self.config.grid)
+        x = tokens.view(len(tokens), *grid, *[patch] * d, -1)
+        # (B, g1..gd, p1..pd, C) -> (B, C, g1, p1, ..., gd, pd)
+        order = [axis for i in range(d) for axis in (1 + i, 1 + d + i)]
+        x = x.permute(0, 1 + 2 * d, *order).reshape(len(tokens), -1, *self.config.shape[1:])
+        return x[:, : self.config.shape[0]]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.pos_embed.data.copy_(sincos_position(self.config.hidden_size, self.config.grid))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, *grid) -> (B, T, D)."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(config.grid)]
+        self.proj = convolution(config.shape[0], config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Native times (B,) -> (B, D): sinusoids and an MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) -> (B, D); row `num_classes` means "no label". Who trains drops the labels."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+
+
+def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
+    """Fixed sine-cosine position embedding, shape (1, T, width), in row-major order of the patches.
+
+    Each axis has an equal share of the channels, the last takes what does not divide. In two dimensions the first half encodes the
+    column, as in MAE, DiT and SiT; so the axes are taken from the last to the first.
+    """
+    pairs = [width // 2 // len(grid)] * len(grid)
+    pairs[-1] += width // 2 - sum(pairs)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    parts = []
+    for axis, half in zip(reversed(axes), pairs, strict=True):
+        frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = axis.reshape(-1, 1) * frequencies
+        parts += [angles.sin(), angles.cos()]
+    position = torch.cat(parts, dim=1)
+    return F.pad(position, (0, width - position.shape[1])).float().unsqueeze(0)
+
+
+def sit_backbone(
+    module: SiT, *, schedule: NoiseSchedule | None = None, prediction: Prediction = "velocity", name: str | None = None
+) -> Backbone:
+    """A SiT behind the common convention; by default the official one, time 1 is data and the velocity is predicted."""
+    return Backbone(
+        module=module,
+        layers=tuple(f"blocks.{i}" for i in range(module.config.depth)),
+        schedule=schedule or LinearPath(),
+        prediction=prediction,
+        shape=module.config.shape,
+        num_classes=module.config.num_classes,
+        forward=_forward,
+        name=name or module.config.name,
+    )
+
+
+def _forward(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
+    if condition is None:  # An unconditional SiT still has the row for "no label".
+        condition = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+    output: Tensor = module(x_t, native_time, condition)
+    return output
+
+
+def config_from_state_dict(state_dict: dict[str, Tensor], *, num_heads: int | None = None) -> SiTConfig:
+    """The configuration of an official two-dimensional SiT, DiT or LayerSync state dict, with square inputs.
+
+    Args:
+        state_dict: Tensors by name.
+        num_heads: Needed where the width is not one of the presets: heads leave no trace in the shapes.
+
+    Raises:
+        ValueError: If the width is not a preset's and num_heads is not given.
+    """
+    patch_weight = state_dict["x_embedder.proj.weight"]
+    width, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[2]
+    dimensions = patch_weight.ndim - 2
+    heads = num_heads or {preset[1]: preset[2] for preset in PRESETS.values()}.get(width)
+    if heads is None:
+        raise ValueError(f"width {width} is no preset's, so the number of heads is unknown; pass --num-heads")
+    edge = round(state_dict["pos_embed"].shape[1] ** (1 / dimensions)) * patch
+    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch**dimensions
+    config = SiTConfig(
+        shape=(channels, *[edge] * dimensions),
+        patch_size=patch,
+        hidden_size=width,
+        depth=1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        num_heads=heads,
+        num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+        mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    )
+    return replace(config, learn_sigma=out_channels == 2 * channels)

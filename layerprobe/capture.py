@@ -1,0 +1,113 @@
+"""Reading what layers compute, without touching the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def capture(
+    module: nn.Module,
+    layers: Sequence[str],
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    stop_early: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Records the outputs of layers during one forward pass; every hook is gone afterwards, whatever happened.
+
+        with capture(model, ["blocks.0", "blocks.5"]) as outputs:
+            model(x_t, t, y)
+        outputs["blocks.5"]  # tokens, shape (B, T, D)
+
+    Args:
+        module: The network.
+        layers: Names of its submodules.
+        transform: Applied to each layer's tokens (B, T, D) at once, so that what is not kept is freed.
+        stop_early: Leave the forward pass, and the block, as soon as every layer has run.
+
+    Raises:
+        ValueError: If a layer is not in the module, gives no tensor, did not run, or ran more than once.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(_: nn.Module, __: Any, output: Any) -> None:
+            if name in outputs:
+                raise ValueError(f"{name} ran twice in one forward pass; name a layer that runs once")
+            tokens = as_tokens(output, name)
+            outputs[name] = tokens if transform is None else transform(tokens)
+            if stop_early and len(outputs) == len(layers):
+                raise _AllCaptured
+
+        return record
+
+    handles = []
+    try:
+        for name in layers:
+            handles.append(find_layer(module, name).register_forward_hook(recorder(name)))
+        yield outputs
+    except _AllCaptured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in outputs]
+    if missing:
+        raise ValueError(f"{missing[0]} did not run in the forward pass; name a layer that does")
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass from which nothing more is wanted."""
+
+
+def as_tokens(output: Any, name: str) -> Tensor:
+    """A layer's output as tokens, shape (B, T, D): maps (B, C, *grid) are flattened, vectors (B, D) are one token.
+
+    A tuple or list stands for its first element. Raises ValueError if there is no such tensor.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        seen = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{name} gives {seen}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer")
+    if output.ndim == 2:
+        return output.unsqueeze(1)
+    return output if output.ndim == 3 else output.flatten(2).transpose(1, 2)
+
+
+def find_layer(module: nn.Module, name: str) -> nn.Module:
+    """The submodule of this name; raises a ValueError that names what there is."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}") from None
+
+
+def match_layers(module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The names of the submodules that match any pattern, in the module's order.
+
+    `*` stands for one part of a name: "blocks.*" gives the blocks and not what is inside them.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    expressions = [re.compile(re.escape(p).replace(r"\*", r"[^.]*")) for p in patterns]
+    for pattern, expression in zip(patterns, expressions, strict=True):
+        if not any(expression.fullmatch(name) for name in names):
+            raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}")
+    return tuple(name for name in names if any(e.fullmatch(name) for e in expressions))
+
+
+def _sketch(module: nn.Module) -> str:
+    """The top of the module's tree, with runs of numbered children in one word."""
+    parts = []
+    for name, child in module.named_children():
+        numbered = [key for key, _ in child.named_children() if key.isdigit()]
+        parts.append(f"{name}.{numbered[0]} to {name}.{numbered[-1]}" if len(numbered) > 1 else name)
+    return ", ".join(parts) or "no submodules"

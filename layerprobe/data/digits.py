@@ -1,0 +1,30 @@
+"""The embedded data set: 1797 scans of handwritten digits, 8 x 8 pixels, as scikit-learn carries them."""
+
+from __future__ import annotations
+
+import torch
+
+from layerprobe.data.base import Splits, Subset, TensorSamples
+from layerprobe.data.splits import keyed_order
+
+_NUM_FIT, _NUM_CHOOSE = 1000, 397  # and 400 to report
+
+
+def digits() -> Splits:
+    """1000 samples to fit, 397 to choose and 400 to report; always the same, with every class in proportion.
+
+    x has shape (B, 1, 8, 8), ink is 1 and paper is -1; ids are the rows in scikit-learn.
+
+    Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI repository (its test part).
+    """
+    from sklearn.datasets import load_digits  # a second of imports
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 8 - 1
+    samples = TensorSamples(x, torch.from_numpy(labels), class_names=tuple("0123456789"))
+    order = keyed_order(samples, seed=0)
+    return Splits(
+        Subset(samples, order[:_NUM_FIT], name="fit"),
+        Subset(samples, order[_NUM_FIT : _NUM_FIT + _NUM_CHOOSE], name="choose"),
+        Subset(samples, order[_NUM_FIT + _NUM_CHOOSE :], name="report"),
+    )

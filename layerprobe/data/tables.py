@@ -1,0 +1,200 @@
+"""Rows of data sets, through Hugging Face `datasets`: files, folders, what `save_to_disk` wrote, and the Hub.
+
+Only rows and class names come from here; encoded items stay encoded. A data set has named parts ("train", "test", ...).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+_PART_NUMBERS = {"train": 0, "validation": 1, "test": 2}
+_PART_WORDS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+_ID_STRIDE = 10**9
+
+
+def read(source: str | Path, *, suffixes: Collection[str], split: str | None = None) -> dict[str, Dataset]:
+    """The parts of a data set.
+
+    Nothing is written beside the data; `datasets` keeps what it prepared in its own cache (HF_DATASETS_CACHE).
+
+    Args:
+        source: A .parquet or .arrow file; a folder of them, of single files or from `save_to_disk`; or "owner/name" on
+            the Hugging Face Hub, the only case that uses the network.
+        suffixes: Of single files that are items, like ".png".
+        split: The only part to read.
+
+    Raises:
+        ValueError: If there is nothing there, it cannot be read, or a part is empty.
+    """
+    import datasets  # a second of imports
+
+    load = _loader(source, suffixes)
+    with _quiet():
+        try:
+            found = load()
+        except Exception as error:  # of pyarrow, fsspec, the Hub, ...
+            raise ValueError(f"{source} cannot be read: {one_line(_root_cause(error))}") from error
+    parts = {str(found.split or "train"): found} if isinstance(found, datasets.Dataset) else dict(found)
+    if split is not None:
+        if split not in parts:
+            raise ValueError(f"{source} has no split {split!r}; pass one of {', '.join(parts)} as --split")
+        parts = {split: parts[split]}
+    empty = next((name for name, rows in parts.items() if len(rows) == 0), None)
+    if empty is not None:
+        raise ValueError(f"{source} has no rows in {empty}; pass data that has some")
+    return {name: rows.with_format(None) for name, rows in parts.items()}
+
+
+def first_id(part: str) -> int:
+    """The id of a part's row 0: 0 in "train", 10**9 in "validation", 2 * 10**9 in "test", further multiples elsewhere.
+
+    It depends on the name only, so that ids stay what they are when another part is added or left out.
+    """
+    return _ID_STRIDE * _PART_NUMBERS.get(part, len(_PART_NUMBERS) + zlib.crc32(part.encode()))
+
+
+def label_column(parts: Mapping[str, Dataset], given: str | None) -> str | None:
+    """The column of the labels: the given one, or one with a usual name, or the only ClassLabel column, or None.
+
+    Raises:
+        ValueError: If the given column is not there, or several columns could be meant.
+    """
+    from datasets import ClassLabel
+
+    if given is not None:
+        check_column(parts, given, "--label-column")
+        return given
+    features = next(iter(parts.values())).features
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    # In a folder with train/ and test/ but no folder per class, `datasets` takes these two for classes.
+    fake = {name for name, names in classes.items() if set(names) <= _PART_WORDS}
+    usual = [name for name in _LABEL_COLUMNS if name in features and name not in fake]
+    other = [name for name in classes if name not in fake]
+    if not usual and len(other) > 1:
+        raise ValueError(f"the columns {', '.join(other)} all hold classes; pass one as --label-column")
+    return next(iter(usual + other), None)
+
+
+def read_labels(parts: Mapping[str, Dataset], column: str | None) -> tuple[dict[str, Tensor | None], tuple[str, ...]]:
+    """Labels of every part, shape (n,), int64, and the class names; None and no names for unlabelled data.
+
+    The classes are those of a ClassLabel column. Other integers and strings are numbered in sorted order over all
+    parts, so integers 0 ... K-1 stay as they are.
+
+    Raises:
+        ValueError: If only some rows have a label, values are no classes, or the parts disagree on the classes.
+    """
+    if column is None:
+        return dict.fromkeys(parts), ()
+    check_column(parts, column, "--label-column")
+    values = {
+        name: [_class(value, column) for value in rows.select_columns(column)[:][column]]
+        for name, rows in parts.items()
+    }
+    present = {value for part in values.values() for value in part if value is not None}
+    if not present:
+        return dict.fromkeys(parts), ()
+    for name, part in values.items():
+        if None in part:
+            raise ValueError(
+                f"{part.count(None)} of {len(part)} rows of {name} have no label in {column!r} (empty or negative); "
+                "leave them out, or pass a --split where all have one"
+            )
+    names = {tuple(getattr(rows.features[column], "names", None) or ()) for rows in parts.values()}
+    if len(names) > 1 or len({type(value) for value in present}) > 1:
+        raise ValueError(f"the classes in {column!r} differ between {' and '.join(parts)}; pass one of them as --split")
+    class_names = names.pop()
+    order = range(len(class_names)) if class_names else sorted(present)
+    number = {value: i for i, value in enumerate(order)}
+    beyond = present - number.keys()
+    if beyond:
+        raise ValueError(f"{column!r} holds label {max(beyond)} but names {len(class_names)} classes; mend the file")
+    labels = {name: torch.tensor([number[value] for value in part]) for name, part in values.items()}
+    return {**labels}, class_names or tuple(map(str, order))
+
+
+def check_column(parts: Mapping[str, Dataset], column: str, option: str) -> None:
+    """Raises ValueError if a part lacks the column, naming the option that sets it."""
+    for name, rows in parts.items():
+        if column not in rows.features:
+            raise ValueError(f"{name} has no column {column!r}; pass one of {', '.join(rows.features)} as {option}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _loader(source: str | Path, suffixes: Collection[str]) -> Callable[[], Any]:
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(source).expanduser().absolute()
+    if path.is_file():
+        if path.suffix not in (".parquet", ".arrow"):
+            raise ValueError(f"{source} is no .parquet or .arrow file; pass one, or the folder that holds the items")
+        return lambda: load_dataset(path.suffix[1:], data_files=str(path))
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return lambda: load_from_disk(str(path))
+        readable = {".parquet", ".arrow", *suffixes}
+        if not any(file.suffix.lower() in readable for file in path.rglob("*")):
+            seen = ", ".join(sorted(file.name for file in path.iterdir())[:3]) or "nothing"
+            raise ValueError(
+                f"{source} has no {', '.join(sorted(readable))} file but {seen}; pass the folder of the data"
+            )
+        return lambda: load_dataset(str(path))
+    # "images/cats" with a folder "images" here is a mistyped path, and must not reach the network.
+    if re.fullmatch(r"[A-Za-z0-9][\w-]*/[\w.-]+", str(source)) and not Path(source).parent.exists():
+        return lambda: load_dataset(str(source))
+    raise ValueError(f"there is no file or folder {source}; pass a path, digits, or owner/name on the Hugging Face Hub")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and the log of `datasets`: what matters comes back as an exception."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    # Set in the environment it is the user's own wish, and calling would only warn.
+    silence = not are_progress_bars_disabled() and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ
+    levels = {name: logging.getLogger(name).level for name in ("datasets", "huggingface_hub")}
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        if silence:
+            disable_progress_bars()
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if silence:
+            enable_progress_bars()
+
+
+def _class(value: Any, column: str) -> Any:
+    """A string, a non-negative integer, or None where there is no label."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not isinstance(value, int | float) or not float(value).is_integer():
+        raise ValueError(f"column {column!r} holds {value!r}, which is no class; pass another --label-column")
+    return int(value) if value >= 0 else None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    return _root_cause(error.__cause__) if error.__cause__ is not None else error

@@ -1,0 +1,218 @@
+"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: one forward pass per sample, noise level and draw, all layers at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe import __version__
+from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.capture import capture
+from layerprobe.checkpoints import weights_hash
+from layerprobe.data.base import Batch, Samples, Splits
+from layerprobe.features import SPLITS, ExtractionPlan, FeatureStore, begin_store, shard_path, write_tensors
+from layerprobe.noise import NoiseKey
+
+# Raw inputs wider than this are averaged over neighbouring pixels, so that the control stays cheap on large inputs.
+RAW_INPUT_WIDTH = 1024
+
+Progress = Callable[[int, int], None]
+
+
+def extract(
+    backbone: Backbone,
+    splits: Splits,
+    plan: ExtractionPlan,
+    folder: str | Path,
+    *,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """Reads every layer of the plan at every noise level, averaged over tokens, into a store on disk.
+
+    Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once. Memory holds one
+    shard of features and one batch of activations, whatever the size of the data. The forward pass ends at the deepest layer wanted.
+
+    Args:
+        backbone: The model, on the device where it should run.
+        splits: The data; the sample ids key the noise.
+        plan: What to read.
+        folder: Where the store is, or is to be.
+        batch_size: Rows per forward pass; it changes the features by rounding only.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        ValueError: If the data does not fit the model, a value is not finite, or the folder holds another run.
+    """
+    folder = Path(folder)
+    _check(backbone, splits, plan)
+    table = _Table(splits)
+    begin_store(folder, _manifest(backbone, splits, plan, len(table)), table.columns())
+    for index, start in enumerate(range(0, len(table), plan.shard_size)):
+        stop = min(start + plan.shard_size, len(table))
+        if not shard_path(folder, index).is_file():
+            write_tensors(shard_path(folder, index), _shard(backbone, table.batch(range(start, stop)), plan, batch_size))
+        if progress:
+            progress(stop, len(table))
+    return FeatureStore.open(folder)
+
+
+def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
+    """A control: the same network, with the entries of every trained tensor shuffled.
+
+    Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in nothing else; a fresh
+    initialisation would make every adaLN-Zero block an identity.
+    """
+    module = copy.deepcopy(backbone.module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return replace(backbone, module=module, name=f"{backbone.name}, random weights")
+
+
+def raw_input(backbone: Backbone) -> Backbone:
+    """A control: the noisy input itself as the only layer, flattened to one token, under the model's own schedule."""
+    return wrap(
+        _RawInput(), layers="input", schedule=backbone.schedule, prediction="velocity", shape=backbone.shape, name="raw input"
+    )
+
+
+class _RawInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = _Flatten()
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.input(x_t)
+        return x_t
+
+
+class _Flatten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        while x[0].numel() > RAW_INPUT_WIDTH and max(x.shape[2:]) > 1:
+            grid = [max(1, edge // 2) for edge in x.shape[2:]]
+            pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
+            x = pool(x, grid)
+        return x.flatten(1)
+
+
+class _Table:
+    """The three splits as one run of samples: fit, then choose, then report."""
+
+    def __init__(self, splits: Splits) -> None:
+        self._parts: list[Samples] = [samples for _, samples in splits.items()]
+        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, rows: range) -> Batch:
+        batches = []
+        for part, end in zip(self._parts, self._ends, strict=True):
+            start = end - len(part)
+            inside = [row - start for row in rows if start <= row < end]
+            if inside:
+                batches.append(part.batch(inside))
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return Batch(
+            torch.cat([batch.x for batch in batches]),
+            torch.cat(labels) if labels else None,
+            torch.cat([batch.ids for batch in batches]),
+        )
+
+    def columns(self) -> dict[str, np.ndarray]:
+        ids, labels = [], []
+        for rows in _runs(len(self), 4096):
+            batch = self.batch(rows)
+            ids.append(batch.ids)
+            if batch.labels is not None:
+                labels.append(batch.labels)
+        codes = np.repeat(np.arange(len(SPLITS)), [len(part) for part in self._parts])
+        columns = {"ids": torch.cat(ids).numpy(), "splits": codes.astype(np.int64)}
+        if len(np.unique(columns["ids"])) < len(columns["ids"]):
+            raise ValueError("two samples have the same id, so they would see the same noise; give every sample an id of its own")
+        return columns | ({"labels": torch.cat(labels).numpy()} if labels else {})
+
+
+def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
+    for name, samples in splits.items():
+        if samples.shape != backbone.shape:
+            raise ValueError(
+                f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; pass --size or other data"
+            )
+    if plan.condition == "label" and backbone.num_classes < splits.fit.num_classes:
+        raise ValueError(f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; use the null condition")
+
+
+def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) -> dict[str, Any]:
+    return {
+        "layerprobe": __version__,
+        "plan": asdict(plan),
+        "plan_hash": plan.hash(),
+        "model": backbone.name,
+        "model_hash": weights_hash(backbone.module),
+        "schedule": backbone.schedule.name,
+        "prediction": backbone.prediction,
+        "data": {name: samples.fingerprint for name, samples in splits.items()},
+        "class_names": list(splits.fit.class_names),
+        "num_samples": n,
+        "num_shards": -(-n // plan.shard_size),
+    }
+
+
+@torch.inference_mode()
+def _shard(backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: int) -> dict[str, np.ndarray]:
+    if not bool(batch.x.isfinite().all()):
+        bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
+        raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
+    noise = NoiseKey(plan.seed)
+    n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
+    eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
+    features: dict[str, Tensor] = {}
+    # Levels and draws share batches, so that batches stay full: row = (level, draw, sample).
+    for rows in _runs(len(levels) * plan.draws * n, batch_size):
+        row = torch.arange(rows.start, rows.stop)
+        level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
+        labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
+        for name, pooled in _read(backbone, batch.x[sample], eps[draw, sample], levels[level], labels, plan).items():
+            store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
+            store[rows.start : rows.stop] = pooled
+    for name, values in features.items():
+        if not bool(values.isfinite().all()):
+            row = int((~values.isfinite().all(1)).nonzero()[0])
+            raise ValueError(
+                f"{name} gives values that are not finite at noise level {float(levels[row // (plan.draws * n)]):g}; "
+                "check the checkpoint, or use float32 precision"
+            )
+    return {name: values.view(len(levels), plan.draws, n, -1).numpy() for name, values in features.items()}
+
+
+def _read(
+    backbone: Backbone, x: Tensor, eps: Tensor, level: Tensor, labels: Tensor | None, plan: ExtractionPlan
+) -> dict[str, Tensor]:
+    device = backbone.device
+    x_t = backbone.schedule.corrupt(x, eps, level).to(device)
+    labels = None if labels is None else labels.to(device)
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
+        # A bfloat16 mean over tokens would lose digits.
+        capture(backbone.module, plan.layers, transform=lambda tokens: tokens.float().mean(1), stop_early=True) as outputs,
+    ):
+        backbone.predict(x_t, level.to(device, torch.float32), labels)
+    return {name: pooled.cpu() for name, pooled in outputs.items()}
+
+
+def _runs(n: int, size: int) -> Iterator[range]:
+    for start in range(0, n, size):
+        yield range(start, min(start + size, n))

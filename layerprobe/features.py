@@ -1,0 +1,156 @@
+"""Features on disk: what every layer said about every sample at every noise level.
+
+A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and one safetensors shard per run
+of samples, each holding for every layer a tensor of shape (noise levels, draws, samples, D). Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from layerprobe.files import claim
+
+SPLITS = ("fit", "choose", "report")
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What is read from a model; together with model and data it decides every number.
+
+    Attributes:
+        layers: Names, in execution order.
+        noise_levels: In [0, 1], ascending.
+        draws: Noise draws per sample and level; draw d is the same noise at every level.
+        condition: "null" for no label; "label" leaks the answer to a probe and is for study only.
+        precision: "float32" or "bfloat16" autocast; features are stored in float32.
+        seed: Of the noise.
+        shard_size: Samples per shard.
+    """
+
+    layers: tuple[str, ...]
+    noise_levels: tuple[float, ...]
+    draws: int = 1
+    condition: Literal["null", "label"] = "null"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    shard_size: int = 512
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "noise_levels", tuple(float(level) for level in self.noise_levels))
+        if not self.layers:
+            raise ValueError("no layers to read; pass at least one")
+        if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
+            raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
+        if not (0 <= self.noise_levels[0] and self.noise_levels[-1] <= 1):
+            raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}")
+        if self.draws < 1 or self.shard_size < 1:
+            raise ValueError(f"draws and shard size must be at least 1, got {self.draws} and {self.shard_size}")
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that change with any field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FeatureStore:
+    """Features of one model on one data set, read from disk as they are asked for.
+
+    Attributes:
+        layers: Names, in execution order.
+        noise_levels: Ascending.
+        draws: Noise draws per sample and level.
+        ids: Shape (n,), int64.
+        labels: Shape (n,), int64, or None.
+        splits: Shape (n,), strings among "fit", "choose", "report".
+        manifest: Plan, model and data that the numbers come from.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.layers: tuple[str, ...] = tuple(manifest["plan"]["layers"])
+        self.noise_levels: tuple[float, ...] = tuple(manifest["plan"]["noise_levels"])
+        self.draws: int = manifest["plan"]["draws"]
+        self.ids = samples["ids"]
+        self.labels = samples.get("labels")
+        self.splits = np.array(SPLITS, dtype=object)[samples["splits"]]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FeatureStore:
+        """Opens a finished store.
+
+        Raises:
+            FileNotFoundError: If the folder holds no store.
+            ValueError: If shards are missing: the extraction has not finished.
+        """
+        folder = Path(folder)
+        if not (folder / "manifest.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no features; run `layerprobe probe` or `extract` first")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        needed = [folder / "samples.safetensors", *(shard_path(folder, i) for i in range(manifest["num_shards"]))]
+        missing = [path for path in needed if not path.is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is unfinished ({len(missing)} of {len(needed)} files missing); repeat the command that made it"
+            )
+        return cls(folder, manifest, load_file(folder / "samples.safetensors"))
+
+    def __getitem__(self, key: tuple[str, float]) -> NDArray[np.float32]:
+        """Features of a layer at a noise level, first draw, shape (n, D)."""
+        return self.features(*key)
+
+    def features(self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None) -> NDArray[np.float32]:
+        """Features of a layer at a noise level, shape (n, D), or only the rows of one split.
+
+        Raises:
+            KeyError: If the layer, level or draw was not extracted.
+        """
+        if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
+            raise KeyError(f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, {self.draws} draws")
+        level = self.noise_levels.index(noise_level)
+        rows = []
+        for index in range(self.manifest["num_shards"]):
+            with _open_shard(shard_path(self.folder, index)) as shard:
+                rows.append(shard.get_slice(layer)[level : level + 1, draw : draw + 1][0, 0])
+        features: NDArray[np.float32] = np.concatenate(rows)
+        return features if split is None else features[self.splits == split]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
+    """Makes a folder the store of this manifest, or checks that it is one already.
+
+    Raises:
+        ValueError: If the folder holds another run's features; nothing is written then.
+    """
+    claim(folder, "manifest.json", manifest, what="features")
+    if not (folder / "samples.safetensors").is_file():
+        write_tensors(folder / "samples.safetensors", samples)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a safetensors file under a temporary name and renames it."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(dict(tensors), partial)
+    os.replace(partial, path)
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and repeat the command that made it") from error

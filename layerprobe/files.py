@@ -1,0 +1,49 @@
+"""Writing files so that they appear whole or not at all, and folders that belong to one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
+    """Makes a folder the place of the run that `record` describes, or checks that it is already.
+
+    Args:
+        folder: Made if it is not there.
+        name: The file in it that keeps the record.
+        record: JSON.
+        what: "features" or the like, for the error.
+
+    Raises:
+        ValueError: If the folder belongs to another run, or is not empty and belongs to none; nothing is written then.
+    """
+    place, record = folder / name, json.loads(json.dumps(record))
+    if place.is_file():
+        different = differences(json.loads(place.read_text(encoding="utf-8")), record)
+        if different:
+            raise ValueError(f"{folder} holds {what} of another run (different: {', '.join(different[:4])}); choose another --out")
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
+    if strangers:
+        raise ValueError(f"{folder} is not empty and holds no {what} (it has {strangers[0]}); choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(place, json.dumps(record, indent=1))
+
+
+def differences(before: Any, now: Any, at: str = "") -> list[str]:
+    """Where two JSON values differ, as dotted keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{at}.{key}".strip("."))]
+    return [] if before == now else [at]
