@@ -1,7 +1,9 @@
 """Proof by training: the same run with and without the picked pair, seed by seed.
 
-An arm is a layer pair, or none. All arms of a seed share initial weights, data order, noise and noise levels, so their difference is the
-pair's doing. The answer may be that there is none, or that it is too early to tell: alignment can cost quality for the first thousands of
+An arm is a layer pair, or none. All arms of a seed share initial weights, data order, noise and noise levels, so
+their difference is the
+pair's doing. The answer may be that there is none, or that it is too early to tell: alignment can cost quality for
+the first thousands of
 steps and pay afterwards (docs/method.md), so a loss while the baseline still improves is not a verdict.
 """
 
@@ -21,15 +23,24 @@ from scipy import stats
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.data.base import Samples, Splits
+from layerprobe.fidelity import (
+    Extractor,
+    Gaussian,
+    all_features,
+    classifier_extractor,
+    frechet_distance,
+    gaussian,
+    sample_features,
+)
 from layerprobe.files import claim, write_text
-from layerprobe.fidelity import Extractor, Gaussian, all_features, classifier_extractor, frechet_distance, gaussian, sample_features
 from layerprobe.layersync import LayerPair, depth_heuristic
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import TrainingPlan, held_out_loss, train
 
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
 BASELINE, PICK, HEURISTIC, CONTROL = "no alignment", "pick", "depth heuristic", "bad control"
-# A baseline that still gains this share of its distance between the last two evaluations is in the middle of its training.
+# A baseline that still gains this share of its distance between the last two evaluations is in the middle of its
+# training.
 STILL_IMPROVING = 0.05
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
@@ -50,7 +61,8 @@ class ConfirmationPlan:
 
     Attributes:
         training: What all arms share; its pairs and seed are set by arm and seed.
-        seeds: At least two; each is a fresh data order and noise, and fresh initial weights where the arms start from scratch.
+        seeds: At least two; each is a fresh data order and noise, and fresh initial weights where the arms start from
+            scratch.
         num_evaluations: Evenly spaced over the steps, the last one at the end.
         num_samples: Drawn for each Fréchet distance.
         sampling: How they are drawn.
@@ -89,7 +101,8 @@ class ArmResult:
         difference: Mean paired difference to no alignment; negative is better. None for no alignment itself.
         low: Lower end of its 95 % t interval over seeds.
         high: Upper end.
-        steps_to_baseline: Steps at which the arm reaches the baseline's final distance, one per seed; None where it never does.
+        steps_to_baseline: Steps at which the arm reaches the baseline's final distance, one per seed; None where it
+            never does.
     """
 
     name: str
@@ -124,7 +137,8 @@ class Verdict:
 
 
 def arms_for(pick: LayerPair | None, layers: Sequence[str]) -> tuple[Arm, ...]:
-    """No alignment, the pick, the hand-picking heuristic (0.3 <- 0.6 of depth), and a pair that breaks every rule: the last two layers.
+    """No alignment, the pick, the hand-picking heuristic (0.3 <- 0.6 of depth), and a pair that breaks every rule:
+    the last two layers.
 
     An arm whose pair stands already is left out.
     """
@@ -150,7 +164,8 @@ def confirm(
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
 
-    Arms learn from the fit samples. Fréchet distance and held-out loss are measured against the report samples, which no arm has seen.
+    Arms learn from the fit samples. Fréchet distance and held-out loss are measured against the report samples, which
+    no arm has seen.
 
     Args:
         start: The model to start from, by seed: the same checkpoint for a branch, fresh weights from scratch.
@@ -170,7 +185,12 @@ def confirm(
         raise ValueError("the first arm must be the one without alignment")
     # Seeds and arms may be added later: each has a run of its own.
     comparable = {key: value for key, value in asdict(plan).items() if key != "seeds"}
-    record = {"plan": comparable, "start": start_name, "data": splits.report.fingerprint, "extractor": extractor.name if extractor else None}
+    record = {
+        "plan": comparable,
+        "start": start_name,
+        "data": splits.report.fingerprint,
+        "extractor": extractor.name if extractor else None,
+    }
     claim(folder, "confirmation.json", record, what="a confirmation")
     extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
     reference = gaussian(all_features(extractor, splits.report))
@@ -185,11 +205,21 @@ def confirm(
         evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, splits.report, extractor, reference)
         done, total = index * plan.training.steps, len(runs) * plan.training.steps
 
-        def report(step: int, _: int, __: float, done: int = done, total: int = total, what: str = f"seed {seed}, {arm.name}") -> None:
+        def report(
+            step: int, _: int, __: float, done: int = done, total: int = total, what: str = f"seed {seed}, {arm.name}"
+        ) -> None:
             if progress:
                 progress(what, done + step, total)
 
-        train(start(seed), splits.fit, training, place, observe=evaluations.observe, observe_at=plan.evaluation_steps, progress=report)
+        train(
+            start(seed),
+            splits.fit,
+            training,
+            place,
+            observe=evaluations.observe,
+            observe_at=plan.evaluation_steps,
+            progress=report,
+        )
         rows += evaluations.rows(arm.name, seed)
     curves = pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
     verdict = judge(curves, arms, plan, extractor_name=extractor.name, start_name=start_name)
@@ -202,7 +232,11 @@ def judge(
     curves: pd.DataFrame, arms: Sequence[Arm], plan: ConfirmationPlan, *, extractor_name: str, start_name: str
 ) -> Verdict:
     """Curves (arm, seed, step, metric, value) -> verdict. Pure."""
-    table = curves[curves.metric == FRECHET].pivot_table(index=["arm", "seed"], columns="step", values="value").sort_index(axis=1)
+    table = (
+        curves[curves.metric == FRECHET]
+        .pivot_table(index=["arm", "seed"], columns="step", values="value")
+        .sort_index(axis=1)
+    )
     baseline = table.loc[BASELINE].loc[list(plan.seeds)]
     results = tuple(_arm_result(table.loc[arm.name].loc[list(plan.seeds)], baseline, arm, plan) for arm in arms)
     tried = next((result for result in results if result.name in (PICK, HEURISTIC)), None)
@@ -240,7 +274,9 @@ def paired_interval(differences: np.ndarray, *, confidence: float = 0.95) -> tup
 
 
 def steps_to_reach(steps: Sequence[float], values: np.ndarray, goal: float) -> float | None:
-    """The first step at which a falling curve is at or below the goal, linear between evaluations; None if it never is."""
+    """The first step at which a falling curve is at or below the goal, linear between evaluations; None if it never
+    is.
+    """
     for i, value in enumerate(values):
         if value <= goal:
             if i == 0:
@@ -291,7 +327,9 @@ def _checkpoint_every(plan: ConfirmationPlan) -> int:
 class _Evaluations:
     """What one arm scored, kept in a file as it goes."""
 
-    def __init__(self, path: Path, plan: ConfirmationPlan, held_out: Samples, extractor: Extractor, reference: Gaussian) -> None:
+    def __init__(
+        self, path: Path, plan: ConfirmationPlan, held_out: Samples, extractor: Extractor, reference: Gaussian
+    ) -> None:
         self._path, self._plan, self._held_out = path, plan, held_out
         self._extractor, self._reference = extractor, reference
         self._scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}

@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 if TYPE_CHECKING:
+    from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
 
 INK, PAPER = "#1b1f24", "#fffefd"
@@ -105,6 +106,17 @@ def _styled() -> Iterator[None]:
         yield
 
 
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show this many significant digits."""
+    return int(np.clip(digits - 1 - np.floor(np.log10(abs(value))), 0, 9))
+
+
+def capital(text: str) -> str:
+    """Text as the beginning of a line; a kNN keeps its small k."""
+    named = re.sub(r"^knn\b", "kNN", text)
+    return named if named != text else text[:1].upper() + text[1:]
+
+
 # -------------------------------------------------------------------------------------------------------- layer quality
 
 
@@ -127,7 +139,7 @@ class _Curves:
     def text(self, value: float) -> str:
         if np.isnan(value):
             return "nan"
-        return f"{value:.2f}" if self.is_fraction else f"{value:.3g}"
+        return f"{value:.2f}" if self.is_fraction or value == 0 else f"{value:.{_decimals(value, 3)}f}"
 
     @property
     def unit(self) -> str:
@@ -140,7 +152,7 @@ def layer_quality_curves(
     metric: str,
     *,
     split: str | None = None,
-    pair: LayerPair | None = None,
+    selection: Selection | None = None,
 ) -> Figure:
     """What each layer knows at each noise level, beside the two controls.
 
@@ -151,13 +163,13 @@ def layer_quality_curves(
         quality: Quality table, one row per source, layer, noise level, metric and split.
         metric: One of the metrics in the table, for example "probe accuracy".
         split: Split to show; "report" where the metric has it, else "choose", else "fit".
-        pair: Whose student and teacher to mark, or None.
+        selection: Whose pick to mark, or None.
 
     Raises:
-        ValueError: If a column, the metric, the split or a layer of the pair is not in the table.
+        ValueError: If a column, the metric, the split or a layer of the pick is not in the table.
     """
     curves = _curves(quality, metric, split)
-    _check_pair(pair, curves.layers)
+    pair = _pick(selection, curves.layers)
     num_levels = len(curves.levels)
     rows = int(np.ceil(num_levels / 4))
     columns = int(np.ceil(num_levels / rows))
@@ -173,9 +185,7 @@ def layer_quality_curves(
     panels: list[Axes] = []
     for i in range(num_levels):
         row, column = divmod(i, columns)
-        axes = figure.add_subplot(grid[row + overview, column], sharex=panels[0] if panels else None)
-        if panels:
-            axes.sharey(panels[0])
+        axes = figure.add_subplot(grid[row + overview, column])
         panels.append(axes)
         _draw_level(axes, curves, i, colours[i], pair)
         lowest = i + columns >= num_levels
@@ -184,7 +194,7 @@ def layer_quality_curves(
             axes.set_xlabel("layer" if overview else _short_names(curves.layers)[1])
         axes.tick_params(labelbottom=lowest, labelleft=column == 0)
         if column == 0:
-            axes.set_ylabel(_capital(metric) if overview else f"{_capital(metric)}\n({curves.unit})")
+            axes.set_ylabel(capital(metric) if overview else f"{capital(metric)}\n({curves.unit})")
     if not overview:
         _name_pair(panels[0], curves.layers, pair)
     figure.suptitle(_wrap(_curves_title(curves)), x=0.008, ha="left")
@@ -208,7 +218,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     model = curves.model[..., 0]
     gain = model - curves.random[..., 0]
     panels: list[tuple[str, str, Array, Colormap, Normalize]] = [
-        (f"{_capital(metric)} ({curves.unit}), trained model", metric, model, mpl.colormaps["viridis"], _span(model))
+        (f"{capital(metric)} ({curves.unit}), trained model", metric, model, mpl.colormaps["viridis"], _span(model))
     ]
     if np.isfinite(gain).any():
         limit = max(float(np.nanmax(np.abs(gain))), 1e-12)
@@ -283,9 +293,10 @@ def _draw_overview(axes: Axes, curves: _Curves, colours: Sequence[Any], pair: La
             axes.plot(x[best], values[best], "o", color=colour, markeredgecolor=PAPER, markersize=8)
     _widen(axes, curves.model[..., 0])
     axes.set_title("Trained model, one line per noise level; a large dot marks the best layer of a level")
+    axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
     _name_pair(axes, curves.layers, pair)
-    axes.set_ylabel(f"{_capital(curves.metric)}\n({curves.unit})")
+    axes.set_ylabel(f"{capital(curves.metric)}\n({curves.unit})")
     axes.legend(title="noise level", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _label_layers(axes, curves.layers, WIDTH_IN - 1.9)
     axes.set_xlabel(_short_names(curves.layers)[1])
@@ -311,6 +322,7 @@ def _draw_level(axes: Axes, curves: _Curves, level: int, colour: Any, pair: Laye
         title += "nothing measured"
     axes.set_title(title)
     _widen(axes, np.stack([curves.model.ravel(), curves.random.ravel(), np.resize(curves.raw, curves.model.size)]))
+    axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
 
 
@@ -344,7 +356,7 @@ def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> Non
 
 
 def _level_legend(curves: _Curves, colours: Sequence[Any], pair: LayerPair | None) -> list[Any]:
-    colour = colours[len(colours) // 2]
+    colour = colours[0]
     handles: list[Any] = [Line2D([], [], color=colour, linewidth=1.8, label="trained model")]
     if np.isfinite(curves.model[..., 1:]).any():
         handles.append(Patch(facecolor=colour, alpha=0.25, label="95 % bootstrap interval"))
@@ -361,7 +373,7 @@ def _level_legend(curves: _Curves, colours: Sequence[Any], pair: LayerPair | Non
 
 
 def _curves_title(curves: _Curves) -> str:
-    metric, values = _capital(curves.metric), curves.model[..., 0]
+    metric, values = capital(curves.metric), curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{metric} could not be measured in any layer"
     level, layer = np.unravel_index(int(np.nanargmax(values)), values.shape)
@@ -383,7 +395,7 @@ def _curves_title(curves: _Curves) -> str:
 def _heatmap_title(curves: _Curves, gain: Array) -> str:
     values = curves.model[..., 0]
     if not np.isfinite(values).any():
-        return f"{_capital(curves.metric)} could not be measured in any layer"
+        return f"{capital(curves.metric)} could not be measured in any layer"
     best = np.unravel_index(int(np.nanargmax(values)), values.shape)
     title = f"Highest {curves.metric}: {curves.layers[best[1]]} at noise level {curves.levels[best[0]]:g}"
     if not np.isfinite(gain).any():
@@ -402,21 +414,21 @@ def _heatmap_title(curves: _Curves, gain: Array) -> str:
 def cka_heatmap(
     similarity: pd.DataFrame,
     *,
-    pair: LayerPair | None = None,
+    selection: Selection | None = None,
     layers: Sequence[str] | None = None,
 ) -> Figure:
     """How alike the representations are: every layer at every noise level, and layer by layer at equal noise levels.
 
     Args:
         similarity: Similarity table, one row per pair of representations, in one or both orders.
-        pair: Whose student and teacher to mark, or None.
+        selection: Whose pick to mark, or None.
         layers: Layer names in execution order; the order of the table where not given.
 
     Raises:
-        ValueError: If a column or a layer of the pair is missing, the table is empty, or `layers` leaves a layer out.
+        ValueError: If a column or a layer of the pick is missing, the table is empty, or `layers` leaves a layer out.
     """
     names, levels, matrix = _cka_matrix(similarity, layers)
-    _check_pair(pair, names)
+    pair = _pick(selection, names)
     blocks = matrix.reshape(len(levels), len(names), len(levels), len(names))
     mean = _nanmean(np.stack([blocks[i, :, i, :] for i in range(len(levels))]))
     norm = _span(matrix)
@@ -494,15 +506,15 @@ def _mark_cell(axes: Axes, student: int, teacher: int) -> None:
 
 
 def _cka_title(names: Sequence[str], levels: Sequence[float], mean: Array, pair: LayerPair | None) -> str:
-    where = " (mean over levels)" if len(levels) > 1 else f" at noise level {levels[0]:g}"
+    kind, where = ("mean CKA", "") if len(levels) > 1 else ("CKA", f" at noise level {levels[0]:g}")
     if pair is not None:
         value = mean[names.index(pair.student), names.index(pair.teacher)]
-        return f"Student {pair.student} and teacher {pair.teacher}: CKA {value:.2f}{where}"
+        return f"Student {pair.student} and teacher {pair.teacher}: {kind} {value:.2f}{where}"
     steps = np.diagonal(mean, offset=1)
     if not np.isfinite(steps).any():
         return "Similarity of the layers"
     sharpest = int(np.nanargmin(steps))
-    return f"Sharpest change: {names[sharpest]} to {names[sharpest + 1]}, CKA {steps[sharpest]:.2f}{where}"
+    return f"Sharpest change: {names[sharpest]} to {names[sharpest + 1]}, {kind} {steps[sharpest]:.2f}{where}"
 
 
 # --------------------------------------------------------------------------------------------------------- confirmation
@@ -522,7 +534,7 @@ class _Final:
         """−0.17 [−0.25, −0.11], with two significant digits of the interval."""
         known = np.isfinite([self.low, self.high]).all()
         size = (self.high - self.low) / 2 if known and self.high > self.low else abs(self.middle) / 10
-        decimals = int(np.clip(1 - np.floor(np.log10(size)), 0, 9)) if size > 0 else 2
+        decimals = _decimals(size, 2) if size > 0 else 2
         middle, low, high = (f"{value:+.{decimals}f}".replace("-", "−") for value in (self.middle, self.low, self.high))
         return f"{middle} [{low}, {high}]" if known else middle
 
@@ -592,7 +604,7 @@ def _draw_runs(axes: Axes, runs: Runs, metric: str, colours: Mapping[str, str], 
     axes.axhline(final, color=GREY, linestyle=":", linewidth=1.2)
     axes.set_title("Thin lines are seeds, thick lines their mean; dotted: where training without alignment ends")
     axes.set_xlabel("training step")
-    axes.set_ylabel(_capital(metric) + better)
+    axes.set_ylabel(capital(metric) + better)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.01)
     _label_ends(axes, ends, colours)
@@ -677,7 +689,7 @@ def _draw_final_differences(
     axes.grid(False, axis="y")
     last = int(max(run.index.max() for run in runs.values()))
     axes.set_title(f"Final difference after {last:,} steps; small dots: seeds")
-    axes.set_xlabel(f"{_capital(metric)} minus that of no alignment")
+    axes.set_xlabel(f"{capital(metric)} minus that of no alignment")
 
 
 def _confirmation_title(
@@ -689,13 +701,13 @@ def _confirmation_title(
     base = float(runs["no alignment"].mean(axis=1).iloc[-1])
     arm = "pick" if "pick" in finals else next(iter(finals), None)
     if arm is None:
-        return f"{_capital(metric)} without alignment ends at {base:.3g}"
+        return f"{capital(metric)} without alignment ends at {base:.3g}"
     end, final = float(runs[arm].mean(axis=1).iloc[-1]), finals[arm]
     count = f"{len(final.seeds)} seed{'s' * (len(final.seeds) > 1)}"
     facts = f"{metric} {end:.3g} against {base:.3g} without alignment; difference {final.text}, {count}"
     answer = verdict.get("answer") if metric == verdict.get("metric") else None
-    heads = {"helps": f"{_capital(arm)} helps", "hurts": f"{_capital(arm)} hurts", None: _capital(arm)}
-    head = heads.get(answer, _capital(str(answer))) + ": "
+    heads = {"helps": f"{capital(arm)} helps", "hurts": f"{capital(arm)} hurts", None: capital(arm)}
+    head = heads.get(answer, capital(str(answer))) + ": "
     return head + facts
 
 
@@ -813,12 +825,12 @@ def _require(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
         raise ValueError(f"the {what} has no column {missing[0]!r}, only {has}; pass the whole table")
 
 
-def _check_pair(pair: LayerPair | None, layers: Sequence[str]) -> None:
+def _pick(selection: Selection | None, layers: Sequence[str]) -> LayerPair | None:
+    pair = selection.pick if selection else None
     for layer in (pair.student, pair.teacher) if pair else ():
         if layer not in layers:
-            raise ValueError(
-                f"layer {layer!r} of the pair is not in the table, which has {', '.join(layers)}; pass others"
-            )
+            raise ValueError(f"the pick has layer {layer}, the table only {', '.join(layers)}; pass those of one run")
+    return pair
 
 
 def _short_names(layers: Sequence[str]) -> tuple[list[str], str]:
@@ -873,13 +885,13 @@ def _matrix(axes: Axes, values: Array, colormap: Colormap, norm: Normalize, *, s
 
 def _annotate(axes: Axes, values: Array, image: ScalarMappable, text: Callable[[float], str], *, size: float) -> None:
     """Write every value into its cell, black or white as the cell's colour asks."""
+    colours = image.to_rgba(values)
+    dark = colours[..., :3] @ (0.299, 0.587, 0.114) < 0.5
     for (row, column), value in np.ndenumerate(values):
-        if not np.isfinite(value):
-            axes.text(column, row, "–", ha="center", va="center", fontsize=size, color="#000000")
-            continue
-        red, green, blue, _ = image.to_rgba(np.asarray(value))
-        colour = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
-        axes.text(column, row, text(float(value)), ha="center", va="center", fontsize=size, color=colour)
+        known = bool(np.isfinite(value))
+        colour = "#ffffff" if known and dark[row, column] else "#000000"
+        cell = axes.text(column, row, text(float(value)) if known else "–", fontsize=size, color=colour)
+        cell.set(ha="center", va="center", in_layout=False)  # hundreds of them would slow the layout down
 
 
 def _box(x: int, y: int, colour: str, width: float = 2.4) -> Rectangle:
@@ -895,7 +907,7 @@ def _span(values: Array) -> Normalize:
 
 def _level_colours(count: int) -> list[Any]:
     # The ends of viridis vanish on a black or a white page.
-    return [mpl.colormaps["viridis"](x) for x in np.linspace(0.12, 0.86, count)]
+    return [mpl.colormaps["viridis"](x) for x in np.linspace(0.28, 0.86, count)]
 
 
 def _point_marker(values: Array) -> str:
@@ -930,11 +942,6 @@ def _nanmean(values: Array, axis: int = 0) -> Array:
     count = finite.sum(axis=axis)
     total = np.where(finite, values, 0.0).sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _capital(metric: str) -> str:
-    named = re.sub(r"^knn\b", "kNN", metric)
-    return named if named != metric else metric[:1].upper() + metric[1:]
 
 
 def _wrap(title: str) -> str:

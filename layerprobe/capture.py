@@ -74,7 +74,9 @@ def as_tokens(output: Any, name: str) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim < 2:
         seen = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{name} gives {seen}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer")
+        raise ValueError(
+            f"{name} gives {seen}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer"
+        )
     if output.ndim == 2:
         return output.unsqueeze(1)
     return output if output.ndim == 3 else output.flatten(2).transpose(1, 2)

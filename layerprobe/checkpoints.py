@@ -1,7 +1,9 @@
 """Files on disk -> Backbone, without ever running what a file says.
 
-layerprobe's own checkpoints are safetensors files whose header carries a JSON record: family, configuration, schedule, prediction,
-classes and how it was trained. Other people's `.pt` files are read by PyTorch's weights-only unpickler and need to be told their family.
+layerprobe's own checkpoints are safetensors files whose header carries a JSON record: family, configuration,
+schedule, prediction,
+classes and how it was trained. Other people's `.pt` files are read by PyTorch's weights-only unpickler and need to be
+told their family.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.backbones.sit import SiT, SiTConfig, config_from_state_dict, sit_backbone
 from layerprobe.capture import match_layers
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config, schedule_from_name
@@ -58,7 +60,7 @@ def open_checkpoint(
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Backbone:
     """Opens a checkpoint as a backbone in evaluation mode.
 
@@ -66,20 +68,22 @@ def open_checkpoint(
         path: A `.safetensors` or `.pt` file, or "digits" for the embedded one.
         family: "sit", "layersync" or "dit", for files that do not say it themselves.
         num_heads: For SiT and DiT files whose width is no preset's.
-        model: A user's own network: "file.py:factory", "package.module:Class", or a callable without arguments that gives a module or a
+        model: A user's own network: "file.py:factory", "package.module:Class", or a callable without arguments that
+            gives a module or a
             whole `Backbone`. A module also needs `layers`, `schedule`, `prediction` and `shape`.
         layers: Names or patterns of layers, see `wrap`.
         schedule: See `wrap`.
         prediction: See `wrap`.
         shape: Shape (C, *grid) of one input, for `model`.
         num_classes: For `model`; 0 where not given.
-        device: Where the weights go.
+        device: Where the weights go; "auto" is a GPU if there is one.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, wants to run code, does not fit the network, or holds values that are not finite.
+        ValueError: If the file is damaged, wants to run code, does not fit the network, or holds values that are not
+            finite.
     """
-    path = embedded_checkpoint() if str(path) == EMBEDDED else Path(path)
+    path = located(path)
     tensors, record = read_checkpoint(path)
     if model is not None:
         backbone = _user_backbone(model, layers, schedule, prediction, shape, num_classes)
@@ -90,16 +94,56 @@ def open_checkpoint(
     _load(backbone.module, tensors, path)
     if layers and model is None:
         backbone = _with_layers(backbone, layers)
-    backbone.module.eval().to(device)
+    backbone.module.eval().to(resolve_device(device))
     return backbone
 
 
-def save_checkpoint(path: str | Path, backbone: Backbone, tensors: Mapping[str, Tensor], *, training: dict[str, Any]) -> None:
+def resolve_device(device: str) -> torch.device:
+    """A device by name; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not to be had here ({_first_line(error)}); pass cpu or auto") from error
+    return torch.device(device)
+
+
+def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
+    """What a checkpoint is, as JSON; `layers` gives (tokens, width) by name. Options as in `open_checkpoint`."""
+    backbone = open_checkpoint(path, device="cpu", **options)
+    record = read_checkpoint(located(path))[1]
+    return {
+        "checkpoint": str(path),
+        "model": backbone.name,
+        "parameters": sum(parameter.numel() for parameter in backbone.module.parameters()),
+        "shape": list(backbone.shape),
+        "classes": backbone.num_classes,
+        "schedule": backbone.schedule.name,
+        "data_at_time": float(backbone.schedule.native_time(torch.zeros(1, dtype=torch.float64))),
+        "noise_at_time": float(
+            backbone.schedule.native_time(torch.full((1,), backbone.schedule.level_range[1], dtype=torch.float64))
+        ),
+        "prediction": backbone.prediction,
+        "weights_hash": weights_hash(backbone.module),
+        "layers": {name: list(shape) for name, shape in layer_shapes(backbone).items()},
+        "training": record.get("training", {}),
+    }
+
+
+def save_checkpoint(
+    path: str | Path, backbone: Backbone, tensors: Mapping[str, Tensor], *, training: dict[str, Any]
+) -> None:
     """Writes weights, and for a SiT how to open them; the file appears whole or not at all.
 
     Args:
         path: A `.safetensors` file.
-        backbone: Gives configuration, schedule and prediction. A network of the user's own is opened again with `model`.
+        backbone: Gives configuration, schedule and prediction. A network of the user's own is opened again with
+            `model`.
         tensors: The weights to write, by the names of the backbone's module.
         training: What a reader should know of how the weights came about; JSON.
     """
@@ -127,7 +171,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}")
+        raise FileNotFoundError(
+            f"there is no checkpoint file {path}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}"
+        )
     tensors, record = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
     return {_strip(name): tensor for name, tensor in tensors.items()}, record
 
@@ -141,13 +187,20 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def located(path: str | Path) -> Path:
+    """The file that a checkpoint's name stands for."""
+    return embedded_checkpoint() if str(path) == EMBEDDED else Path(path)
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, record
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({_first_line(error)}); copy or download it again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({_first_line(error)}); copy or download it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -161,7 +214,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: reading it would run code or it is damaged ({why}); save its state dict as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({_first_line(error)}); copy or download it again") from error
+        raise ValueError(
+            f"{path} is not a whole PyTorch checkpoint ({_first_line(error)}); copy or download it again"
+        ) from error
     tensors = _state_dict(content)
     if tensors is None:
         raise ValueError(f"{path} holds no state dict; expected tensors by name, also under {', '.join(CONTAINERS)}")
@@ -193,7 +248,9 @@ def _strip(name: str) -> str:
 
 def _own_backbone(record: dict[str, Any]) -> Backbone:
     if record.get("family") != "sit":
-        raise ValueError(f"the checkpoint says its family is {record.get('family')!r}, which this version does not know; update layerprobe")
+        raise ValueError(
+            f"the checkpoint says its family is {record.get('family')!r}, which this version does not know; update layerprobe"
+        )
     module = SiT(SiTConfig(**record["config"]))
     return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
 
@@ -210,10 +267,14 @@ def _family_backbone(
         raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
     if "x_embedder.proj.weight" not in tensors or "final_layer.linear.weight" not in tensors:
         names = ", ".join(list(tensors)[:3])
-        raise ValueError(f"{path} is no SiT or DiT (it begins with {names}); pass --model file.py:factory for your own network")
+        raise ValueError(
+            f"{path} is no SiT or DiT (it begins with {names}); pass --model file.py:factory for your own network"
+        )
     if family is None:
         # SiT and DiT files have the same names and shapes: nothing in them tells the convention of time.
-        raise ValueError(f"{path} could be of any of {', '.join(FAMILIES)}, which differ in what time means; pass --family")
+        raise ValueError(
+            f"{path} could be of any of {', '.join(FAMILIES)}, which differ in what time means; pass --family"
+        )
     default_schedule, default_prediction = FAMILIES[family]
     module = SiT(config_from_state_dict(tensors, num_heads=num_heads))
     return sit_backbone(
@@ -237,7 +298,9 @@ def _user_backbone(
     if isinstance(made, Backbone):
         return _with_layers(made, layers) if layers else made
     if not isinstance(made, nn.Module):
-        raise ValueError(f"{model} gives a {type(made).__name__}; it must give a torch.nn.Module or a layerprobe Backbone")
+        raise ValueError(
+            f"{model} gives a {type(made).__name__}; it must give a torch.nn.Module or a layerprobe Backbone"
+        )
     needed = {"layers": layers, "schedule": schedule, "prediction": prediction, "shape": shape}
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
@@ -265,7 +328,9 @@ def _import_factory(spec: str) -> Callable[[], Any]:
             module = importlib.import_module(place)
         factory: Callable[[], Any] = getattr(module, name)
     except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise ValueError(f"--model {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name") from error
+        raise ValueError(
+            f"--model {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name"
+        ) from error
     return factory
 
 

@@ -1,8 +1,11 @@
-"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: one forward pass per sample, noise level and draw, all layers at once."""
+"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: one forward pass per sample, noise level and draw, all layers
+at once.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe import __version__
-from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.capture import capture
 from layerprobe.checkpoints import weights_hash
 from layerprobe.data.base import Batch, Samples, Splits
@@ -36,10 +39,12 @@ def extract(
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> FeatureStore:
-    """Reads every layer of the plan at every noise level, averaged over tokens, into a store on disk.
+    """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 
-    Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once. Memory holds one
-    shard of features and one batch of activations, whatever the size of the data. The forward pass ends at the deepest layer wanted.
+    Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once.
+    Memory holds one
+    shard of features and one batch of activations, whatever the size of the data. The forward pass ends at the
+    deepest layer wanted.
 
     Args:
         backbone: The model, on the device where it should run.
@@ -54,12 +59,15 @@ def extract(
     """
     folder = Path(folder)
     _check(backbone, splits, plan)
+    plan = replace(plan, layers=tuple(layer_shapes(backbone, plan.layers)))
     table = _Table(splits)
     begin_store(folder, _manifest(backbone, splits, plan, len(table)), table.columns())
     for index, start in enumerate(range(0, len(table), plan.shard_size)):
         stop = min(start + plan.shard_size, len(table))
         if not shard_path(folder, index).is_file():
-            write_tensors(shard_path(folder, index), _shard(backbone, table.batch(range(start, stop)), plan, batch_size))
+            write_tensors(
+                shard_path(folder, index), _shard(backbone, table.batch(range(start, stop)), plan, batch_size)
+            )
         if progress:
             progress(stop, len(table))
     return FeatureStore.open(folder)
@@ -68,7 +76,8 @@ def extract(
 def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
     """A control: the same network, with the entries of every trained tensor shuffled.
 
-    Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in nothing else; a fresh
+    Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in
+    nothing else; a fresh
     initialisation would make every adaLN-Zero block an identity.
     """
     module = copy.deepcopy(backbone.module)
@@ -84,8 +93,39 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
 def raw_input(backbone: Backbone) -> Backbone:
     """A control: the noisy input itself as the only layer, flattened to one token, under the model's own schedule."""
     return wrap(
-        _RawInput(), layers="input", schedule=backbone.schedule, prediction="velocity", shape=backbone.shape, name="raw input"
+        _RawInput(),
+        layers="input",
+        schedule=backbone.schedule,
+        prediction="velocity",
+        shape=backbone.shape,
+        name="raw input",
     )
+
+
+def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...]) -> Tensor:
+    """Tokens averaged over cells of their grid, float32.
+
+    Args:
+        tokens: Shape (B, T, D), row-major on a grid with the proportions of the input's; or T = 1.
+        cells: Per grid axis; never more than there are tokens.
+        input_grid: The grid of the model's input, such as (H, W).
+
+    Returns:
+        Shape (B, cells**d * D); (B, D) for one cell.
+
+    Raises:
+        ValueError: If there is more than one cell and the tokens are on no such grid.
+    """
+    tokens = tokens.float()  # a bfloat16 mean loses digits
+    if cells == 1 or tokens.shape[1] == 1:
+        return tokens.mean(1)
+    d, count = len(input_grid), tokens.shape[1]
+    stride = (math.prod(input_grid) / count) ** (1 / d)
+    grid = [round(edge / stride) for edge in input_grid]
+    if math.prod(grid) != count:
+        raise ValueError(f"{count} tokens lie on no grid like the input's {input_grid}; pool over all of them (pool_cells 1)")
+    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[d]
+    return pool(tokens.transpose(1, 2).unflatten(2, grid), [min(cells, edge) for edge in grid]).flatten(1)
 
 
 class _RawInput(nn.Module):
@@ -141,7 +181,9 @@ class _Table:
         codes = np.repeat(np.arange(len(SPLITS)), [len(part) for part in self._parts])
         columns = {"ids": torch.cat(ids).numpy(), "splits": codes.astype(np.int64)}
         if len(np.unique(columns["ids"])) < len(columns["ids"]):
-            raise ValueError("two samples have the same id, so they would see the same noise; give every sample an id of its own")
+            raise ValueError(
+                "two samples have the same id, so they would see the same noise; give every sample an id of its own"
+            )
         return columns | ({"labels": torch.cat(labels).numpy()} if labels else {})
 
 
@@ -152,7 +194,9 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
                 f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; pass --size or other data"
             )
     if plan.condition == "label" and backbone.num_classes < splits.fit.num_classes:
-        raise ValueError(f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; use the null condition")
+        raise ValueError(
+            f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; use the null condition"
+        )
 
 
 def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) -> dict[str, Any]:
@@ -166,6 +210,7 @@ def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) 
         "prediction": backbone.prediction,
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "class_names": list(splits.fit.class_names),
+        "layer_shapes": {name: list(shape) for name, shape in layer_shapes(backbone, plan.layers).items()},
         "num_samples": n,
         "num_shards": -(-n // plan.shard_size),
     }
@@ -202,12 +247,15 @@ def _read(
     backbone: Backbone, x: Tensor, eps: Tensor, level: Tensor, labels: Tensor | None, plan: ExtractionPlan
 ) -> dict[str, Tensor]:
     device = backbone.device
+
+    def pool(tokens: Tensor) -> Tensor:
+        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:])
+
     x_t = backbone.schedule.corrupt(x, eps, level).to(device)
     labels = None if labels is None else labels.to(device)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
-        # A bfloat16 mean over tokens would lose digits.
-        capture(backbone.module, plan.layers, transform=lambda tokens: tokens.float().mean(1), stop_early=True) as outputs,
+        capture(backbone.module, plan.layers, transform=pool, stop_early=True) as outputs,
     ):
         backbone.predict(x_t, level.to(device, torch.float32), labels)
     return {name: pooled.cpu() for name, pooled in outputs.items()}

@@ -1,7 +1,9 @@
 """Features on disk: what every layer said about every sample at every noise level.
 
-A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and one safetensors shard per run
-of samples, each holding for every layer a tensor of shape (noise levels, draws, samples, D). Files appear whole or not at all.
+A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and one
+safetensors shard per run
+of samples, each holding for every layer a tensor of shape (noise levels, draws, samples, D). Files appear whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ class ExtractionPlan:
     """What is read from a model; together with model and data it decides every number.
 
     Attributes:
-        layers: Names, in execution order.
+        layers: Names; the store has them in the order in which they run.
         noise_levels: In [0, 1], ascending.
         draws: Noise draws per sample and level; draw d is the same noise at every level.
+        pool_cells: Cells per grid axis over which tokens are averaged: 1 is the mean over all tokens, 2 keeps 2 x 2 means of an
+            image side by side, which tells where things are.
         condition: "null" for no label; "label" leaks the answer to a probe and is for study only.
         precision: "float32" or "bfloat16" autocast; features are stored in float32.
         seed: Of the noise.
@@ -41,6 +45,7 @@ class ExtractionPlan:
     layers: tuple[str, ...]
     noise_levels: tuple[float, ...]
     draws: int = 1
+    pool_cells: int = 1
     condition: Literal["null", "label"] = "null"
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -53,10 +58,11 @@ class ExtractionPlan:
             raise ValueError("no layers to read; pass at least one")
         if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
             raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
-        if not (0 <= self.noise_levels[0] and self.noise_levels[-1] <= 1):
+        if not (self.noise_levels[0] >= 0 and self.noise_levels[-1] <= 1):
             raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}")
-        if self.draws < 1 or self.shard_size < 1:
-            raise ValueError(f"draws and shard size must be at least 1, got {self.draws} and {self.shard_size}")
+        for name in ("draws", "pool_cells", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with any field."""
@@ -109,14 +115,18 @@ class FeatureStore:
         """Features of a layer at a noise level, first draw, shape (n, D)."""
         return self.features(*key)
 
-    def features(self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None) -> NDArray[np.float32]:
+    def features(
+        self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None
+    ) -> NDArray[np.float32]:
         """Features of a layer at a noise level, shape (n, D), or only the rows of one split.
 
         Raises:
             KeyError: If the layer, level or draw was not extracted.
         """
         if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
-            raise KeyError(f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, {self.draws} draws")
+            raise KeyError(
+                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, {self.draws} draws"
+            )
         level = self.noise_levels.index(noise_level)
         rows = []
         for index in range(self.manifest["num_shards"]):

@@ -1,6 +1,7 @@
 """How close generated samples are to real ones: Fréchet distance in the features of a stated extractor.
 
-The numbers depend on the extractor, so its name goes with them; they do not compare with published FIDs, which use an Inception network.
+The numbers depend on the extractor, so its name goes with them; they do not compare with published FIDs, which use an
+Inception network.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def gaussian(features: NDArray[np.floating]) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    The trace of the root comes from the symmetric S_a^(1/2) S_b S_a^(1/2), which has the eigenvalues of S_a S_b and stays real when the
+    The trace of the root comes from the symmetric S_a^(1/2) S_b S_a^(1/2), which has the eigenvalues of S_a S_b and
+    stays real when the
     covariances are singular.
 
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv:1706.08500).
@@ -76,7 +78,9 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
 
 def all_features(extractor: Extractor, samples: Samples, *, batch_size: int = 512) -> NDArray[np.float32]:
     """Features of a whole data set, read batch by batch, shape (n, D)."""
-    return np.concatenate([sample_features(extractor, samples.batch(rows).x) for rows in _runs(len(samples), batch_size)])
+    return np.concatenate(
+        [sample_features(extractor, samples.batch(rows).x) for rows in _runs(len(samples), batch_size)]
+    )
 
 
 def classifier_extractor(
@@ -84,7 +88,8 @@ def classifier_extractor(
 ) -> Extractor:
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
-    Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which still separates
+    Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which
+    still separates
     good samples from bad ones, and says so in its name.
 
     Args:
@@ -107,7 +112,9 @@ def classifier_extractor(
             cache.parent.mkdir(parents=True, exist_ok=True)
             save_file(network.state_dict(), cache)
     network.eval()
-    kind = f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
+    kind = (
+        f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
+    )
     return Extractor(f"{FEATURE_WIDTH} features of {kind}", network.embed)
 
 

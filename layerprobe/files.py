@@ -32,7 +32,9 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     if place.is_file():
         different = differences(json.loads(place.read_text(encoding="utf-8")), record)
         if different:
-            raise ValueError(f"{folder} holds {what} of another run (different: {', '.join(different[:4])}); choose another --out")
+            raise ValueError(
+                f"{folder} holds {what} of another run (different: {', '.join(different[:4])}); choose another --out"
+            )
         return
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
     if strangers:

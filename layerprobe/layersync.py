@@ -1,7 +1,9 @@
 """LayerSync: a strong layer of a network teaches a weaker one of the same network.
 
-The regulariser is `- weight * mean over batch and tokens of cos(student token, stop-gradient of the teacher token)`, summed over the
-pairs, on the raw outputs of the layers in the forward pass that training does anyway: no second pass, no projector, no other network.
+The regulariser is `- weight * mean over batch and tokens of cos(student token, stop-gradient of the teacher token)`,
+summed over the
+pairs, on the raw outputs of the layers in the forward pass that training does anyway: no second pass, no projector,
+no other network.
 
 Source: Haghighi et al. 2025, LayerSync (arXiv:2510.12581).
 """
@@ -77,10 +79,12 @@ class LayerSync:
                 loss = training_loss(model, x, y) + sync.loss()
                 ...
 
-    `sync.loss()` belongs to the latest forward pass with gradients; passes without gradients are not recorded. Layers may return
+    `sync.loss()` belongs to the latest forward pass with gradients; passes without gradients are not recorded. Layers
+    may return
     tokens (B, T, D), maps (B, C, *grid) or tuples that begin with one of these. Leaving the block removes every hook.
 
-    Works under autocast, torch.compile (what was compiled before is compiled anew) and non-reentrant gradient checkpointing.
+    Works under autocast, torch.compile (what was compiled before is compiled anew) and non-reentrant gradient
+    checkpointing.
 
     Args:
         module: The network; its own `forward` must be called through `module(...)`.
@@ -88,7 +92,8 @@ class LayerSync:
         weight: The factor of the alignment; the published range that works is about 0.1 to 0.7.
 
     Raises:
-        ValueError: If a name is not in the module, no pair is given, a pair stands twice, or a layer would be aligned to itself or to an earlier one.
+        ValueError: If a name is not in the module, no pair is given, a pair stands twice, or a layer would be aligned
+            to itself or to an earlier one.
     """
 
     def __init__(self, module: nn.Module, pairs: Iterable[LayerPair | tuple[str, str]], *, weight: float) -> None:
@@ -126,7 +131,8 @@ class LayerSync:
         """The regulariser of the latest forward pass, a scalar; `cosines` then holds each pair's mean cosine, detached.
 
         Raises:
-            ValueError: If no forward pass was recorded, a layer ran twice in it, a teacher ran before its student, the layers differ in
+            ValueError: If no forward pass was recorded, a layer ran twice in it, a teacher ran before its student,
+                the layers differ in
                 shape, or the student carries no gradient.
         """
         outputs = self._take_outputs()
@@ -139,11 +145,15 @@ class LayerSync:
 
     def _take_outputs(self) -> dict[str, Tensor]:
         if not self._outputs:
-            raise ValueError("no forward pass with gradients was recorded; call the module inside the `with` block before loss()")
+            raise ValueError(
+                "no forward pass with gradients was recorded; call the module inside the `with` block before loss()"
+            )
         order = [name for name, _ in self._outputs]
         twice = sorted({name for name in order if order.count(name) > 1})
         if twice:
-            raise ValueError(f"{twice[0]} ran {order.count(twice[0])} times in one forward pass; name a layer that runs once")
+            raise ValueError(
+                f"{twice[0]} ran {order.count(twice[0])} times in one forward pass; name a layer that runs once"
+            )
         missing = [name for name in self._layers if name not in order]
         if missing:
             raise ValueError(f"{missing[0]} did not run in the forward pass; name a layer that does")
@@ -182,7 +192,9 @@ def _mean_cosine(student: Tensor, teacher: Tensor, pair: LayerPair) -> Tensor:
 
 
 def _forget_compiled() -> None:
-    """Compiled graphs do not notice hooks that come or go (torch._dynamo guards skip them), so they are compiled anew."""
+    """Compiled graphs do not notice hooks that come or go (torch._dynamo guards skip them), so they are compiled
+    anew.
+    """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

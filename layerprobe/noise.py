@@ -1,10 +1,12 @@
 """One noise axis for every family of diffusion models, and the noise itself.
 
-Every model here sees `x_t = alpha x_0 + sigma eps`. The noise level is `sigma / (alpha + sigma)`: 0 is clean, 1 is pure noise, and
+Every model here sees `x_t = alpha x_0 + sigma eps`. The noise level is `sigma / (alpha + sigma)`: 0 is clean, 1 is
+pure noise, and
 equal levels mean equal signal-to-noise ratios in every family. `log_snr = 2 log(alpha / sigma)`, so
 `noise_level = sigmoid(-log_snr / 2)`. On the linear path the noise level is the path's own time.
 
-The velocity is `d x_t / d noise_level`, everywhere: it points from data to noise, equals `eps - x_0` on the linear path, and one
+The velocity is `d x_t / d noise_level`, everywhere: it points from data to noise, equals `eps - x_0` on the linear
+path, and one
 sampler integrates it whatever the family. A family's own time and sign live in its `NoiseSchedule` only.
 """
 
@@ -130,7 +132,8 @@ class LinearPath(NoiseSchedule):
 class DDPM(NoiseSchedule):
     """The variance-preserving chain of DDPM: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 ... T-1.
 
-    On the noise axis every such chain is the same quarter circle, `(alpha, sigma) = (1 - level, level) / norm`; the betas only say at
+    On the noise axis every such chain is the same quarter circle, `(alpha, sigma) = (1 - level, level) / norm`; the
+    betas only say at
     which integer time a level is reached. `native_time` is the nearest one by log-SNR, 0 and T-1 beyond the ends.
 
     Args:
@@ -145,7 +148,9 @@ class DDPM(NoiseSchedule):
     def __init__(self, betas: Tensor | Sequence[float], *, name: str = "ddpm-custom") -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must be a non-empty row of numbers between 0 and 1, got shape {tuple(betas.shape)}")
+            raise ValueError(
+                f"betas must be a non-empty row of numbers between 0 and 1, got shape {tuple(betas.shape)}"
+            )
         self.name, self.betas = name, betas
         abar = torch.cumprod(1 - betas, 0)
         self._levels = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
@@ -157,7 +162,8 @@ class DDPM(NoiseSchedule):
     def from_name(cls, betas: str, num_steps: int = 1000, start: float | None = None, end: float | None = None) -> DDPM:
         """The usual betas: "linear" (1e-4 to 0.02), "scaled_linear" (0.00085 to 0.012) or "cosine".
 
-        Source: Ho et al. 2020; Rombach et al. 2022 (arXiv:2112.10752); Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17.
+        Source: Ho et al. 2020; Rombach et al. 2022 (arXiv:2112.10752); Nichol & Dhariwal 2021 (arXiv:2102.09672), eq.
+            17.
         """
         if betas == "linear":
             table = torch.linspace(start or 1e-4, end or 0.02, num_steps, dtype=torch.float64)
@@ -205,7 +211,8 @@ class DDPM(NoiseSchedule):
 class EDM(NoiseSchedule):
     """x_t = x_0 + sigma eps; the native time is sigma itself.
 
-    The level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`, so that level 0.5 is a
+    The level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`, so that level
+    0.5 is a
     signal-to-noise ratio of 1 as in the other families. Level 1 is infinitely noisy; sample from below it.
 
     Source: Karras et al. 2022 (arXiv:2206.00364).
@@ -254,7 +261,8 @@ class EDM(NoiseSchedule):
 def schedule_from_name(name: str) -> NoiseSchedule:
     """The schedule behind a name of the command line.
 
-    "sit" is the linear path with data at time 1, "flow" with data at time 0, "flow-1000" the same with times up to 1000; "ddpm-linear",
+    "sit" is the linear path with data at time 1, "flow" with data at time 0, "flow-1000" the same with times up to
+    1000; "ddpm-linear",
     "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5.
     """
     if name in SCHEDULES:
@@ -306,7 +314,8 @@ def convert(
 ) -> Tensor:
     """Turns one kind of prediction into another.
 
-    Both kinds are linear in (x_0, eps), and so is x_t: two equations give the third. Computed in float64 per sample for the
+    Both kinds are linear in (x_0, eps), and so is x_t: two equations give the third. Computed in float64 per sample
+    for the
     coefficients, in the output's own type for the tensors.
 
     Args:
@@ -318,7 +327,8 @@ def convert(
         to: What is wanted.
 
     Raises:
-        ValueError: If a level makes the conversion a division by zero (such as eps at a level of 1, where x_t holds no data).
+        ValueError: If a level makes the conversion a division by zero (such as eps at a level of 1, where x_t holds
+            no data).
     """
     if source == to:
         return output
@@ -329,7 +339,9 @@ def convert(
     determinant = alpha * b - sigma * a
     if not bool((determinant.abs() > 1e-12).all()):
         bad = float(level[determinant.abs() <= 1e-12][0])
-        raise ValueError(f"{source} at noise level {bad:g} does not determine {to}; keep noise levels strictly inside (0, 1)")
+        raise ValueError(
+            f"{source} at noise level {bad:g} does not determine {to}; keep noise levels strictly inside (0, 1)"
+        )
     of_x_t, of_output = (to_a * b - to_b * a) / determinant, (to_b * alpha - to_a * sigma) / determinant
     return _per_sample(of_x_t.to(x_t.dtype), x_t) * x_t + _per_sample(of_output.to(output.dtype), output) * output
 

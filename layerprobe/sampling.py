@@ -74,7 +74,9 @@ def sample(
         condition = None if labels is None else labels[start : start + batch_size].to(backbone.device)
         start_level = torch.tensor(backbone.schedule.level_range[1])
         noise = (eps * backbone.schedule.sigma(start_level)).to(backbone.device)
-        out.append(integrate(guided(backbone, plan.guidance), noise, condition, backbone.schedule.level_range, plan).cpu())
+        out.append(
+            integrate(guided(backbone, plan.guidance), noise, condition, backbone.schedule.level_range, plan).cpu()
+        )
     return torch.cat(out)
 
 
@@ -125,4 +127,6 @@ def _check_labels(backbone: Backbone, indices: Sequence[int], labels: Tensor | N
     if backbone.num_classes == 0:
         raise ValueError(f"{backbone.name} knows no classes; sample without labels")
     if bool((labels < 0).any()) or bool((labels > backbone.num_classes).any()):
-        raise ValueError(f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), got {labels.tolist()[:8]}")
+        raise ValueError(
+            f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), got {labels.tolist()[:8]}"
+        )

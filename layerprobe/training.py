@@ -1,7 +1,9 @@
 """The trainer: flow matching with or without LayerSync, interruptible at any moment.
 
-Order, noise, noise level and label drop of a sample depend on (seed, sample id, epoch) only. Runs that share a seed and differ in their
-layer pairs therefore see the same batches and the same noise, and a run that was killed ends bit-equal to one that was not.
+Order, noise, noise level and label drop of a sample depend on (seed, sample id, epoch) only. Runs that share a seed
+and differ in their
+layer pairs therefore see the same batches and the same noise, and a run that was killed ends bit-equal to one that
+was not.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class TrainingPlan:
         warmup_steps: Steps of linear warm-up.
         weight_decay: Of AdamW.
         clip_norm: Gradients are scaled down to this norm; 0 never clips.
-        ema_decay: Of the averaged weights; the decay starts lower and reaches this value (step + 1) / (step + 10) allowing.
+        ema_decay: Of the averaged weights; the decay starts lower and reaches this value (step + 1) / (step + 10)
+            allowing.
         label_drop: Share of labels replaced by the null label, so that guidance works.
         pairs: Layers to align; none trains without LayerSync.
         weight: Of the alignment.
@@ -111,8 +114,10 @@ def train(
 ) -> Backbone:
     """Trains a model from the weights it has, and gives it back with averaged weights.
 
-    The folder holds `training.json` (plan and data), `state.pt` (to go on from), `log.jsonl` and, at the end, `model.safetensors` (the
-    averaged weights). Repeating the call continues where the last checkpoint was; a finished run returns at once. The backbone passed in
+    The folder holds `training.json` (plan and data), `state.pt` (to go on from), `log.jsonl` and, at the end,
+    `model.safetensors` (the
+    averaged weights). Repeating the call continues where the last checkpoint was; a finished run returns at once. The
+    backbone passed in
     keeps its weights.
 
     Args:
@@ -125,7 +130,8 @@ def train(
         progress: Called with (steps done, steps in all, loss).
 
     Raises:
-        ValueError: If the data does not fit, the folder holds another run, or the loss is not finite; the last checkpoint stays.
+        ValueError: If the data does not fit, the folder holds another run, or the loss is not finite; the last
+            checkpoint stays.
     """
     folder = Path(folder)
     _check(backbone, samples)
@@ -145,7 +151,9 @@ def train(
         for batch in batches(samples, plan, start=state.step):
             loss, cosines = _step(live, state, batch, plan, sync)
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {state.step}; lower the learning rate (checkpoint kept in {folder})")
+                raise ValueError(
+                    f"the loss is {loss} at step {state.step}; lower the learning rate (checkpoint kept in {folder})"
+                )
             if state.step % plan.log_every == 0:
                 rate = (state.step - first) * plan.batch_size / (time.perf_counter() - began)
                 state.log.append({"step": state.step, "loss": loss, "samples_per_s": round(rate, 1)} | cosines)
@@ -157,7 +165,11 @@ def train(
                 progress(state.step, plan.steps, loss)
     averaged = _averaged(backbone, state)
     if not (folder / "model.safetensors").is_file() or first < plan.steps:
-        training = plan.identity() | {"steps": state.step, "data": samples.fingerprint, "class_names": list(samples.class_names)}
+        training = plan.identity() | {
+            "steps": state.step,
+            "data": samples.fingerprint,
+            "class_names": list(samples.class_names),
+        }
         save_checkpoint(folder / "model.safetensors", averaged, averaged.module.state_dict(), training=training)
     return averaged
 
@@ -205,9 +217,16 @@ def prediction_loss(backbone: Backbone, batch: TrainingBatch) -> Tensor:
 
 @torch.inference_mode()
 def held_out_loss(
-    backbone: Backbone, samples: Samples, *, levels: Sequence[float] = HELD_OUT_LEVELS, seed: int = 0, batch_size: int = 256
+    backbone: Backbone,
+    samples: Samples,
+    *,
+    levels: Sequence[float] = HELD_OUT_LEVELS,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> dict[float, float]:
-    """Mean prediction loss on samples the model has not seen, by noise level, with the null label; noise is keyed by (seed, id)."""
+    """Mean prediction loss on samples the model has not seen, by noise level, with the null label; noise is keyed by
+    (seed, id).
+    """
     sums = dict.fromkeys(levels, 0.0)
     for start in range(0, len(samples), batch_size):
         batch: Batch = samples.batch(range(start, min(start + batch_size, len(samples))))
@@ -271,7 +290,9 @@ def _concatenate(parts: list[TrainingBatch]) -> TrainingBatch:
 
 def _check(backbone: Backbone, samples: Samples) -> None:
     if samples.shape != backbone.shape:
-        raise ValueError(f"the samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; pass --size or other data")
+        raise ValueError(
+            f"the samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; pass --size or other data"
+        )
     if len(samples) == 0:
         raise ValueError("there are no samples to train on")
     if backbone.num_classes and samples.num_classes and backbone.num_classes != samples.num_classes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture import match_layers
+from layerprobe.capture import capture, match_layers
 from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
 
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -18,7 +18,8 @@ Forward = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
 class Backbone:
     """A diffusion model behind one convention.
 
-    `backbone(x_t, noise_level, condition)` is the velocity `d x_t / d noise_level`, whatever the family predicts and however it counts
+    `backbone(x_t, noise_level, condition)` is the velocity `d x_t / d noise_level`, whatever the family predicts and
+    however it counts
     time.
 
     Attributes:
@@ -55,7 +56,9 @@ class Backbone:
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
         """What the network itself predicts (`self.prediction`), with time pointing from data to noise."""
         if tuple(x_t.shape[1:]) != self.shape:
-            raise ValueError(f"samples have shape {tuple(x_t.shape[1:])}, {self.name} takes {self.shape}; resize the samples")
+            raise ValueError(
+                f"samples have shape {tuple(x_t.shape[1:])}, {self.name} takes {self.shape}; resize the samples"
+            )
         if condition is None:
             condition = self.null_condition(len(x_t), x_t.device)
         native_time = self.schedule.native_time(noise_level)
@@ -66,7 +69,9 @@ class Backbone:
         return -output if flip else output
 
     def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-        """The label that means "no label": the last row of the embedding table, shape (B,); None for unconditional models."""
+        """The label that means "no label": the last row of the embedding table, shape (B,); None for unconditional
+        models.
+        """
         return torch.full((batch_size,), self.num_classes, device=device) if self.num_classes else None
 
     @property
@@ -93,11 +98,13 @@ def wrap(
     Args:
         module: The network; it is put into evaluation mode.
         layers: Names or patterns; `*` stands for one part of a name ("blocks.*").
-        schedule: A `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine, edm.
+        schedule: A `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine,
+            edm.
         prediction: "velocity", "eps", "x0" or "v".
         shape: Shape (C, *grid) of one input.
         num_classes: Number of classes; the null label is `num_classes`. 0 for an unconditional model.
-        forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not right.
+        forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not
+            right.
         name: For people; the class name where not given.
 
     Raises:
@@ -115,6 +122,19 @@ def wrap(
         forward=forward or _call,
         name=name or type(module).__name__,
     )
+
+
+@torch.inference_mode()
+def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Number of tokens and width of each layer, in the order in which they run; one forward pass of one sample.
+
+    Raises:
+        ValueError: If a layer does not run, runs twice or gives no tokens.
+    """
+    device = backbone.device
+    with capture(backbone.module, layers or backbone.layers, stop_early=True) as outputs:
+        backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
+    return {name: (tokens.shape[1], tokens.shape[2]) for name, tokens in outputs.items()}
 
 
 def _call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """SiT, the scalable interpolant transformer, on 1-D, 2-D and 3-D grids: the backbone that layerprobe trains.
 
-In two dimensions the state dict has the names and shapes of the official SiT, which DiT and LayerSync share. Tokens are the patches in
+In two dimensions the state dict has the names and shapes of the official SiT, which DiT and LayerSync share. Tokens
+are the patches in
 row-major order; there is no class token.
 
 Source: Ma et al. 2024, SiT (arXiv:2401.08740); Peebles & Xie 2022, DiT (arXiv:2212.09748).
@@ -54,9 +55,13 @@ class SiTConfig:
         if not 2 <= len(self.shape) <= 4:
             raise ValueError(f"shape must be (C, *grid) with one to three grid axes, got {self.shape}")
         if any(edge % self.patch_size for edge in self.shape[1:]):
-            raise ValueError(f"the grid {self.shape[1:]} does not divide into patches of {self.patch_size}; change one of them")
+            raise ValueError(
+                f"the grid {self.shape[1:]} does not divide into patches of {self.patch_size}; change one of them"
+            )
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden size {self.hidden_size} does not divide into {self.num_heads} heads; change one of them")
+            raise ValueError(
+                f"hidden size {self.hidden_size} does not divide into {self.num_heads} heads; change one of them"
+            )
         if self.hidden_size % 2 or self.hidden_size // 2 < len(self.shape) - 1:
             raise ValueError(f"hidden size {self.hidden_size} must be even and at least 2 per grid axis")
 
@@ -65,7 +70,9 @@ class SiTConfig:
         """ "S/2" to "XL/8": a size of the paper and a patch size."""
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdigit() or int(patch) not in PRESET_PATCH_SIZES:
-            raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)} with patch size 2, 4 or 8, such as S/2")
+            raise ValueError(
+                f"unknown preset {name!r}; use one of {', '.join(PRESETS)} with patch size 2, 4 or 8, such as S/2"
+            )
         depth, hidden_size, num_heads = PRESETS[size]
         return cls(shape, int(patch), hidden_size, depth, num_heads, num_classes)
 
@@ -229,7 +236,8 @@ class FinalLayer(nn.Module):
 def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
     """Fixed sine-cosine position embedding, shape (1, T, width), in row-major order of the patches.
 
-    Each axis has an equal share of the channels, the last takes what does not divide. In two dimensions the first half encodes the
+    Each axis has an equal share of the channels, the last takes what does not divide. In two dimensions the first
+    half encodes the
     column, as in MAE, DiT and SiT; so the axes are taken from the last to the first.
     """
     pairs = [width // 2 // len(grid)] * len(grid)
@@ -258,6 +266,15 @@ def sit_backbone(
         forward=_forward,
         name=name or module.config.name,
     )
+
+
+def new_sit(
+    config: SiTConfig, *, seed: int, schedule: NoiseSchedule | None = None, prediction: Prediction = "velocity"
+) -> Backbone:
+    """A SiT with fresh weights that depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return sit_backbone(SiT(config), schedule=schedule, prediction=prediction)
 
 
 def _forward(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:

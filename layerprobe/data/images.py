@@ -285,7 +285,7 @@ def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     named = [name for name in _IMAGE_COLUMNS if name in columns]
     column = given or next(iter(named or columns), None)
     if column is None:
-        raise ValueError(f"no column holds encoded images; the columns are {', '.join(features)}")
+        raise ValueError(f"no column holds encoded images but {', '.join(features)}; pass image data")
     tables.check_column(parts, column, "--image-column")
     if column not in columns:
         raise ValueError(

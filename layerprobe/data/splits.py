@@ -8,6 +8,7 @@ what one run fitted no later run reports.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from layerprobe.data.base import Samples, Splits, Subset
 
-_DEFAULT_COUNTS = {"fit": 8000, "choose": 2000, "report": 5000}
+# What probing reads at most unless told otherwise: more changes no conclusion and takes proportionally longer.
+PROBING_COUNTS = {"fit": 8000, "choose": 2000, "report": 5000}
 _REPORT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -35,9 +37,9 @@ def split(
 
     Args:
         sources: The parts of a data set by name, or a single part.
-        num_fit: Samples to take of those that fit owns, at least one per class; None for all of them, at most 8000.
-        num_choose: Likewise; at most 2000.
-        num_report: Likewise; at most 5000.
+        num_fit: Samples to take of those that fit owns, at least one per class; None for all of them.
+        num_choose: Likewise.
+        num_report: Likewise.
         seed: Decides who owns which sample.
 
     Raises:
@@ -59,9 +61,7 @@ def split(
     )
     if not all(len(samples) for _, samples in owned.items()):
         raise ValueError(f"{len(train)} samples are too few for three splits; pass at least 5")
-    wanted = {"fit": num_fit, "choose": num_choose, "report": num_report}
-    counts = {name: min(len(samples), _DEFAULT_COUNTS[name]) for name, samples in owned.items()}
-    return take(owned, **{f"num_{name}": counts[name] if num is None else num for name, num in wanted.items()})
+    return take(owned, num_fit=num_fit, num_choose=num_choose, num_report=num_report)
 
 
 def take(
@@ -87,6 +87,16 @@ def take(
     if num_twice:
         raise ValueError(f"{num_twice} sample ids stand twice; give every sample an id of its own")
     return taken
+
+
+def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
+    """At most `PROBING_COUNTS` samples of each split, except where `given` already names num_fit, num_choose or num_report."""
+    counts = {
+        f"num_{name}": min(len(samples), PROBING_COUNTS[name])
+        for name, samples in splits.items()
+        if f"num_{name}" not in given
+    }
+    return take(splits, **counts)
 
 
 def keyed_order(samples: Samples, *, seed: int) -> Tensor:

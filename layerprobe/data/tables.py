@@ -48,7 +48,11 @@ def read(source: str | Path, *, suffixes: Collection[str], split: str | None = N
         try:
             found = load()
         except Exception as error:  # of pyarrow, fsspec, the Hub, ...
-            raise ValueError(f"{source} cannot be read: {one_line(_root_cause(error))}") from error
+            where = "" if Path(source).expanduser().exists() else " (no local path, so sought on the Hub)"
+            raise ValueError(
+                f"{source}{where} cannot be read: {one_line(_root_cause(error))}; "
+                "pass a sound .parquet or .arrow file, or the folder of one data set"
+            ) from error
     parts = {str(found.split or "train"): found} if isinstance(found, datasets.Dataset) else dict(found)
     if split is not None:
         if split not in parts:

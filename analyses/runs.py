@@ -1,0 +1,509 @@
+"""The main jobs, each from start to finish in a run folder; the command line and library users call the same functions.
+
+A run folder holds `plan.json`, `environment.json`, `features/`, `quality.csv`, `similarity.csv`, `selection.json`,
+`figures/`,
+`report.html` and, after a confirmation, `confirmation/`, `confirmation.csv` and `verdict.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from layerprobe import __version__
+from layerprobe.analyses import plots
+from layerprobe.analyses.confirmation import ConfirmationPlan, Verdict, arms_for, confirm
+from layerprobe.analyses.quality import (
+    MODEL,
+    RANDOM_WEIGHTS,
+    RAW_INPUT,
+    measure,
+    read_quality,
+    read_similarity,
+    write_table,
+)
+from layerprobe.analyses.report import write_report
+from layerprobe.analyses.selection import Selection, select
+from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
+from layerprobe.checkpoints import located, open_checkpoint, read_checkpoint, resolve_device
+from layerprobe.data.base import Samples, Splits
+from layerprobe.data.sources import load
+from layerprobe.data.splits import for_probing, take
+from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
+from layerprobe.features import ExtractionPlan, FeatureStore
+from layerprobe.files import claim, write_text
+from layerprobe.layersync import LayerPair
+from layerprobe.sampling import SamplingPlan, sample
+from layerprobe.training import TrainingPlan, held_out_loss, train
+
+PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
+
+QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+# (what is running, done, in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is of; enough to open checkpoint and data again.
+
+    Attributes:
+        checkpoint: Path or "digits".
+        checkpoint_options: Of `open_checkpoint`.
+        data: Source of the data, as `data.load` takes it.
+        data_options: Of `data.load`.
+        extraction: What is read; its layers may be empty for all layers of the backbone.
+    """
+
+    checkpoint: str
+    data: str
+    noise_levels: tuple[float, ...]
+    checkpoint_options: Mapping[str, Any] = field(default_factory=dict)
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    draws: int = 1
+    pool_cells: int = 1
+    condition: str = "null"
+    precision: str = "float32"
+    seed: int = 0
+
+    def open(self, *, device: str = "auto") -> tuple[Backbone, Splits]:
+        """The checkpoint and the data."""
+        backbone = open_checkpoint(self.checkpoint, device=device, **self.checkpoint_options)
+        splits = load(self.data, expect_shape=backbone.shape, **self.data_options)
+        return backbone, for_probing(splits, given=self.data_options)
+
+    def extraction(self, backbone: Backbone) -> ExtractionPlan:
+        """What is read from this backbone."""
+        return ExtractionPlan(
+            layers=backbone.layers,
+            noise_levels=self.noise_levels,
+            draws=self.draws,
+            pool_cells=self.pool_cells,
+            condition=self.condition,  # type: ignore[arg-type]
+            precision=self.precision,  # type: ignore[arg-type]
+            seed=self.seed,
+        )
+
+
+def read_plan(run: str | Path) -> RunPlan:
+    """The plan of a run folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+    """
+    place = Path(run) / "plan.json"
+    if not place.is_file():
+        raise FileNotFoundError(f"{run} holds no run (no plan.json); pass a folder that `layerprobe probe` has made")
+    record = json.loads(place.read_text(encoding="utf-8"))
+    return RunPlan(**record | {"noise_levels": tuple(record["noise_levels"])})
+
+
+def probe(
+    plan: RunPlan, run: str | Path, *, device: str = "auto", batch_size: int = 128, progress: Progress | None = None
+) -> Selection:
+    """The main job: extracts features of the model and its two controls, measures them, picks layers, draws the
+    figures and the report.
+
+    Interrupted work continues when the call is repeated, and a finished run is only drawn again.
+
+    Args:
+        plan: What to look at.
+        run: The run folder.
+        device: Where the model runs.
+        batch_size: Rows per forward pass.
+        progress: Called with (what is running, done, in all).
+
+    Raises:
+        ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
+    """
+    run = Path(run)
+    backbone, splits = plan.open(device=device)
+    claim(run, "plan.json", asdict(plan), what="the results")
+    write_environment(run)
+    stores = extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
+    if not (run / "quality.csv").is_file():
+        quality, similarity = measure(stores, seed=plan.seed, progress=_named(progress, "measuring layers"))
+        write_table(similarity, run / "similarity.csv")
+        write_table(quality, run / "quality.csv")
+    selection = choose_layers(run)
+    draw_figures(run)
+    write_report(run)
+    return selection
+
+
+def extract_all(
+    backbone: Backbone,
+    splits: Splits,
+    plan: RunPlan,
+    folder: Path,
+    *,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, FeatureStore]:
+    """Features of the model and of the two controls that stand beside every curve."""
+    stores = {}
+    for source, reader in (
+        (MODEL, backbone),
+        (RANDOM_WEIGHTS, random_weights(backbone, seed=plan.seed)),
+        (RAW_INPUT, raw_input(backbone)),
+    ):
+        stores[source] = extract(
+            reader,
+            splits,
+            plan.extraction(reader),
+            folder / source.replace(" ", "-"),
+            batch_size=batch_size,
+            progress=_named(progress, f"reading layers ({source})"),
+        )
+    return stores
+
+
+def choose_layers(run: str | Path, **options: Any) -> Selection:
+    """Ranks layer pairs from the tables of a run and writes `selection.json`; options as in `select`."""
+    run = Path(run)
+    quality, similarity = _tables(run)
+    layers = FeatureStore.open(run / "features" / MODEL).layers
+    options.setdefault("label_free", "probe accuracy" not in set(quality["metric"]))
+    selection = select(quality, similarity, layers, **options)
+    write_text(run / "selection.json", selection.to_json())
+    return selection
+
+
+def read_selection(run: str | Path) -> Selection:
+    """The selection of a run."""
+    place = Path(run) / "selection.json"
+    if not place.is_file():
+        raise FileNotFoundError(f"{run} holds no selection.json; run `layerprobe select {run}` first")
+    return Selection.from_json(place.read_text(encoding="utf-8"))
+
+
+def confirm_run(
+    run: str | Path,
+    training: TrainingPlan,
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    from_scratch: bool = False,
+    num_evaluations: int = 4,
+    num_samples: int = 1000,
+    sampling: SamplingPlan | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Verdict:
+    """Trains the arms that put the pick of a run to the test, and writes verdict, figures and report.
+
+    Args:
+        run: A folder with a selection.
+        training: Steps, batch size, learning rate and weight; shared by all arms.
+        seeds: At least two.
+        from_scratch: Fresh weights for every seed instead of branching from the checkpoint.
+        num_evaluations: See `ConfirmationPlan`, like the next two.
+        num_samples: Drawn for each Fréchet distance.
+        sampling: How samples are drawn.
+        device: Where the models run.
+        progress: Called with (what is running, steps done, steps in all).
+    """
+    run, plan = Path(run), read_plan(run)
+    selection = read_selection(run)
+    backbone = open_checkpoint(plan.checkpoint, device=device, **plan.checkpoint_options)
+    splits = training_splits(plan.data, backbone.shape, plan.data_options)
+    confirmation = ConfirmationPlan(
+        training,
+        seeds,
+        num_evaluations,
+        num_samples,
+        sampling or SamplingPlan(solver="heun", steps=12),
+    )
+    pick = selection.pick
+    verdict = confirm(
+        lambda seed: fresh(backbone, seed) if from_scratch else backbone,
+        splits,
+        arms_for(pick, backbone.layers),
+        confirmation,
+        run / "confirmation",
+        start_name="from scratch" if from_scratch else "from the checkpoint",
+        progress=progress,
+    )
+    for name in ("confirmation.csv", "verdict.json"):
+        shutil.copyfile(run / "confirmation" / name, run / name)
+    draw_figures(run)
+    write_report(run)
+    return verdict
+
+
+def quickstart(
+    run: str | Path,
+    *,
+    steps: int = 150,
+    num_seeds: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Selection, Verdict]:
+    """The whole chain on the embedded checkpoint and data: probe, pick, samples, confirmation, report."""
+    run = Path(run)
+    selection = probe(RunPlan("digits", "digits", QUICKSTART_LEVELS, pool_cells=2, seed=seed), run, device=device, progress=progress)
+    if not (run / "figures" / "samples.png").is_file():
+        draw_samples(open_checkpoint("digits", device=device), run / "figures")
+    verdict = confirm_run(
+        run,
+        confirmation_training(run, steps=steps),
+        seeds=tuple(range(seed, seed + num_seeds)),
+        num_evaluations=3,
+        num_samples=400,
+        device=device,
+        progress=progress,
+    )
+    return selection, verdict
+
+
+def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> TrainingPlan:
+    """How the arms of a run are trained: as its checkpoint was, where the checkpoint says so, unless given otherwise.
+
+    The averaged weights follow over a tenth of the steps, so that they show what the arm has learned.
+    """
+    path = read_plan(run).checkpoint
+    trained = read_checkpoint(located(path))[1].get("training", {})
+    known = {
+        name: trained[name]
+        for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
+        if name in trained
+    }
+    return TrainingPlan(**{"steps": steps, "ema_decay": max(0.0, 1 - 10 / steps)} | known | given)
+
+
+def arm_names(run: str | Path) -> list[str]:
+    """The arms that a confirmation of this run would train, with their pairs."""
+    selection = read_selection(run)
+    arms = arms_for(selection.pick, selection.criteria.layers)
+    return [arm.name if arm.pair is None else f"{arm.name} ({arm.pair})" for arm in arms]
+
+
+def training_splits(source: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> Splits:
+    """The data for training: everything that the fit split owns, and the report samples of the probing run."""
+    owned = load(source, expect_shape=shape, **{k: v for k, v in options.items() if not k.startswith("num_")})
+    probed = for_probing(take(owned, **{k: v for k, v in options.items() if k in ("num_choose", "num_report")}), given=options)
+    return Splits(owned.fit, probed.choose, probed.report)
+
+
+def fresh(backbone: Backbone, seed: int) -> Backbone:
+    """The same architecture with newly initialised weights.
+
+    Raises:
+        ValueError: If it is not a SiT: layerprobe does not know how other networks are initialised.
+    """
+    if not isinstance(backbone.module, SiT):
+        raise ValueError(f"{backbone.name} cannot be initialised afresh; leave out --from-scratch")
+    new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
+    new.module.to(backbone.device)
+    return new
+
+
+def training_start(
+    checkpoint: str | None,
+    preset: str | None,
+    sizes: Mapping[str, int],
+    samples: Samples,
+    *,
+    seed: int,
+    device: str = "auto",
+) -> Backbone:
+    """The model that a training starts from: a checkpoint, a preset, or a SiT of these sizes, for these samples.
+
+    Args:
+        checkpoint: Path, or None for fresh weights.
+        preset: "S/2" and the like, or None.
+        sizes: patch_size, hidden_size, depth, num_heads.
+        samples: Give shape and number of classes.
+        seed: Of fresh weights.
+        device: Where the model goes.
+    """
+    if checkpoint is not None:
+        return open_checkpoint(checkpoint, device=device)
+    if preset is not None:
+        config = SiTConfig.preset(preset, shape=samples.shape, num_classes=samples.num_classes)
+    else:
+        config = SiTConfig(samples.shape, num_classes=samples.num_classes, **sizes)
+    backbone = new_sit(config, seed=seed)
+    backbone.module.to(resolve_device(device))
+    return backbone
+
+
+def train_run(
+    backbone: Backbone, splits: Splits, plan: TrainingPlan, folder: str | Path, *, progress: Progress | None = None
+) -> Backbone:
+    """Trains on the fit samples; the held-out loss on the choose samples goes to `held_out.csv` ten times on the
+    way.
+    """
+    folder = Path(folder)
+    held_out = take(splits, num_choose=min(len(splits.choose), 1000)).choose
+    steps = [round(i * plan.steps / 10) for i in range(11)]
+
+    def observe(step: int, model: Backbone) -> None:
+        losses = held_out_loss(model, held_out)
+        place = folder / "held_out.csv"
+        before = (
+            [line for line in place.read_text().splitlines() if not line.startswith(f"{step},")]
+            if place.is_file()
+            else []
+        )
+        header = "step," + ",".join(f"noise level {level:g}" for level in losses)
+        row = f"{step}," + ",".join(f"{loss:.6f}" for loss in losses.values())
+        write_text(place, "\n".join([*(before or [header]), row]) + "\n")
+
+    report = (
+        None if progress is None else lambda step, total, loss: progress(f"training (loss {loss:.3f})", step, total)
+    )
+    return train(backbone, splits.fit, plan, folder, observe=observe, observe_at=steps, progress=report)
+
+
+def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
+    """The pick of a run as a training takes it; none for no run.
+
+    Raises:
+        ValueError: If the run has no admissible pair.
+    """
+    if run is None:
+        return ()
+    selection = read_selection(run)
+    if selection.pick is None:
+        raise ValueError(f"{run} has no admissible pair ({selection.reason}); pass --pair")
+    return (selection.pick,)
+
+
+def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
+    """What `probe` would do, without doing it; checks checkpoint and data."""
+    backbone, splits = plan.open(device=device)
+    extraction = plan.extraction(backbone)
+    shapes = layer_shapes(backbone)
+    num = sum(len(samples) for _, samples in splits.items())
+    rows = num * len(extraction.noise_levels) * extraction.draws
+    return {
+        "model": backbone.name,
+        "layers": len(shapes),
+        "noise_levels": list(extraction.noise_levels),
+        "samples": {name: len(samples) for name, samples in splits.items()},
+        "forward_passes": 2 * rows,
+        "feature_bytes": 4
+        * rows
+        * (2 * sum(width for _, width in shapes.values()) + min(math.prod(backbone.shape), RAW_INPUT_WIDTH)),
+    }
+
+
+def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:
+    """A selection in lines for people."""
+    if selection.pick is None:
+        return ["pick     none", selection.reason]
+    lines = [
+        f"pick     {selection.pick.student} should learn from {selection.pick.teacher}",
+        f"         {selection.reason}",
+    ]
+    lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7}"]
+    lines += [
+        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.4f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f}"
+        + ("  tie" if pair.ties_with_first else "")
+        for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
+    ]
+    return lines + [f"caution  {warning}" for warning in selection.warnings]
+
+
+def selection_record(selection: Selection) -> dict[str, Any]:
+    """A selection as JSON."""
+    record: dict[str, Any] = json.loads(selection.to_json())
+    return record
+
+
+def examine_machine() -> dict[str, Any]:
+    """Versions, devices, and whether the embedded model runs here."""
+    backbone = open_checkpoint("digits", device="auto")
+    shapes = layer_shapes(backbone)
+    return {
+        "layerprobe": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "embedded model": f"{backbone.name}: {len(shapes)} layers read",
+    }
+
+
+def draw_figures(run: str | Path) -> list[Path]:
+    """Draws every figure that the run's tables allow, as PNG and SVG, into `figures/`."""
+    run = Path(run)
+    quality, similarity = _tables(run)
+    selection = read_selection(run)
+    figures = {}
+    for metric in dict.fromkeys(quality["metric"]):
+        name = metric.replace(" ", "-")
+        figures[f"{name}-curves"] = plots.layer_quality_curves(quality, metric, selection=selection)
+        figures[f"{name}-heatmap"] = plots.quality_heatmap(quality, metric)
+    figures["cka"] = plots.cka_heatmap(similarity, selection=selection)
+    if (run / "verdict.json").is_file():
+        curves = pd.read_csv(run / "confirmation.csv")
+        verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+        figures["confirmation"] = plots.confirmation_curves(curves, verdict)
+    return [path for name, figure in figures.items() for path in plots.save(figure, run / "figures", name)]
+
+
+def draw_samples(
+    backbone: Backbone, folder: str | Path, *, num: int = 80, plan: SamplingPlan | None = None, keep: bool = False
+) -> Path:
+    """Draws samples, one class after another where the model knows classes, and saves the grid as `samples.png` and
+    `.svg`.
+
+    Args:
+        backbone: The model.
+        folder: Where the files go.
+        num: How many.
+        plan: Solver, steps, guidance and seed.
+        keep: Also save the samples themselves, shape (num, C, H, W), as `samples.npy`.
+    """
+    labels = torch.arange(num) % backbone.num_classes if backbone.num_classes else None
+    x = sample(backbone, range(num), labels=labels, plan=plan).numpy()
+    columns = backbone.num_classes if 1 < backbone.num_classes <= 16 else min(10, num)
+    figure = plots.sample_grid(x, None if labels is None else labels.tolist(), columns=columns)
+    place = plots.save(figure, folder, "samples")[0]
+    if keep:
+        np.save(place.with_suffix(".npy"), x)
+    return place
+
+
+def write_environment(run: Path) -> None:
+    """Which software and machine the numbers come from."""
+    record = {
+        "layerprobe": __version__,
+        "command": " ".join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+    if not (run / "environment.json").is_file():
+        write_text(run / "environment.json", json.dumps(record, indent=1))
+
+
+def _tables(run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    if not (run / "quality.csv").is_file():
+        raise FileNotFoundError(f"{run} holds no quality.csv; run `layerprobe probe` first")
+    return read_quality(run / "quality.csv"), read_similarity(run / "similarity.csv")
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(what, done, total)

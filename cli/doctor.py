@@ -1,0 +1,14 @@
+"""`layerprobe doctor`: whether this machine can do the work."""
+
+from __future__ import annotations
+
+from layerprobe.cli import options
+from layerprobe.cli.output import emit
+
+
+def doctor(as_json: options.Json = False, config: options.Config = None) -> None:
+    """Say which versions and devices there are, and check that the embedded model runs."""
+    from layerprobe.analyses import runs
+
+    record = runs.examine_machine()
+    emit(record, [f"{key:<24} {value}" for key, value in record.items()], as_json=as_json)

@@ -1,0 +1,62 @@
+"""The application: commands, exit codes, one-line errors.
+
+Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 a dependency or weight file is missing, 130 interrupted with
+everything kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from layerprobe.cli.confirm import confirm
+from layerprobe.cli.doctor import doctor
+from layerprobe.cli.inspect import inspect
+from layerprobe.cli.plot import plot
+from layerprobe.cli.probe import probe
+from layerprobe.cli.quickstart import quickstart
+from layerprobe.cli.report import report
+from layerprobe.cli.sample import sample
+from layerprobe.cli.select import select
+from layerprobe.cli.train import train
+
+app = typer.Typer(
+    name="layerprobe",
+    help="Measure what each layer of a diffusion model knows, pick which layer should teach which, and prove it by training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (quickstart, inspect, probe, select, plot, report, train, sample, confirm, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs the command line and leaves with its exit code."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """Runs the command line; the exit code."""
+    try:
+        app(auto_envvar_prefix="LAYERPROBE")
+    except SystemExit as finished:
+        return finished.code if isinstance(finished.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail("interrupted; repeat the command to go on where it stopped", 130)
+    except (ModuleNotFoundError, ImportError) as error:
+        return _fail(f"{error}; install what is missing", 3)
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    if "LAYERPROBE_DEBUG" in os.environ:
+        import traceback
+
+        traceback.print_exc()
+    print(f"layerprobe: {' '.join(message.split())}", file=sys.stderr)
+    return code

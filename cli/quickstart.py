@@ -1,0 +1,59 @@
+"""`layerprobe quickstart`: the whole chain on the embedded checkpoint and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli.options import Config, Device, DryRun, Json, Seed, Steps
+from layerprobe.cli.output import emit, progress_bar
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    steps: Steps = 150,
+    num_seeds: Annotated[int, typer.Option(min=2, help="Seeds of the confirmation.")] = 2,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
+    from layerprobe.analyses import runs
+
+    if dry_run:
+        record = {
+            "checkpoint": "digits",
+            "data": "digits",
+            "out": str(out),
+            "arms": 4,
+            "seeds": num_seeds,
+            "steps": steps,
+        }
+        emit(
+            record,
+            [f"would probe the embedded digits model and train 4 arms x {num_seeds} seeds x {steps} steps into {out}"],
+            as_json=as_json,
+        )
+        return
+    with progress_bar() as progress:
+        selection, verdict = runs.quickstart(
+            out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
+        )
+    pick = selection.pick
+    record = {
+        "run": str(out),
+        "pick": None if pick is None else {"student": pick.student, "teacher": pick.teacher},
+        "answer": verdict.answer,
+        "paragraph": verdict.paragraph,
+    }
+    lines = [
+        *runs.describe(selection),
+        f"verdict  {verdict.answer}",
+        verdict.paragraph,
+        f"report   {out / 'report.html'}",
+    ]
+    emit(record, lines, as_json=as_json)

@@ -1,0 +1,14 @@
+"""`layerprobe report`: the page of a run."""
+
+from __future__ import annotations
+
+from layerprobe.cli import options
+from layerprobe.cli.output import emit
+
+
+def report(run: options.Run, as_json: options.Json = False, config: options.Config = None) -> None:
+    """Write report.html, one self-contained page."""
+    from layerprobe.analyses.report import write_report
+
+    path = str(write_report(run))
+    emit({"report": path}, [path], as_json=as_json)

@@ -1,0 +1,60 @@
+"""`layerprobe sample`: samples of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli import options
+from layerprobe.cli.output import emit
+
+
+def sample(
+    checkpoint: options.Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder for samples.png, samples.svg and samples.npy.")],
+    num: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    solver: Annotated[str, typer.Option(help="euler or heun.")] = "heun",
+    steps: options.Steps = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    family: options.Family = None,
+    num_heads: options.NumHeads = None,
+    model: options.Model = None,
+    layers: options.Layers = None,
+    schedule: options.Schedule = None,
+    prediction: options.Prediction = None,
+    shape: options.Shape = None,
+    num_classes: options.NumClasses = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Draw samples, one class after another where the model knows classes."""
+    from layerprobe.analyses import runs
+    from layerprobe.checkpoints import open_checkpoint
+    from layerprobe.sampling import SamplingPlan
+
+    given = options.checkpoint_options(
+        family=family,
+        num_heads=num_heads,
+        model=model,
+        layers=layers,
+        schedule=schedule,
+        prediction=prediction,
+        shape=shape,
+        num_classes=num_classes,
+    )
+    backbone = open_checkpoint(checkpoint, device=device, **given)
+    plan = SamplingPlan(solver, steps, guidance, seed)  # type: ignore[arg-type]
+    if dry_run:
+        emit(
+            {"model": backbone.name, "num": num},
+            [f"would draw {num} samples of {backbone.name} into {out}"],
+            as_json=as_json,
+        )
+        return
+    path = str(runs.draw_samples(backbone, out, num=num, plan=plan, keep=True))
+    emit({"samples": path}, [path], as_json=as_json)

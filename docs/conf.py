@@ -1,0 +1,65 @@
+"""Sphinx configuration. The site builds with warnings as errors: `make docs`."""
+
+import re
+
+import layerprobe
+
+project = "layerprobe"
+author = copyright = "The layerprobe authors"
+release = version = layerprobe.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"layerprobe {release}"
+
+default_role = "code"  # a single backtick in a docstring is code, as in Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_use_ivar = True  # or every attribute of a record is indexed twice
+
+# Our docstrings are written to be read in the source: `*` and `|` are mathematics and an indented paragraph is code. In
+# reStructuredText they would be emphasis, a substitution and a quotation.
+_SECTION = re.compile(r"\w+:$")
+_CODE_SPAN = re.compile(r"(`+[^`]+`+)")
+_MARKUP = re.compile(r"[*|]|(?<=\w)_(?!\w)")
+
+
+def plain_docstring(app, what, name, obj, options, lines):
+    """Translates a docstring, in place, before the Google sections are read."""
+    translated: list[str] = []
+    section = code = False
+    previous = ""
+    for line in lines:
+        indented = line.startswith("    ")
+        if line and not indented:
+            section, code = bool(_SECTION.match(line)), False
+        elif indented and not section and not code:
+            code = not previous
+            if code:
+                translated += ["::", ""]
+            else:  # a hanging indent, as after "Source:"
+                line = line.lstrip()
+        translated.append(line if code else _escape(line))
+        previous = line
+    lines[:] = translated
+
+
+def _escape(line: str) -> str:
+    parts = _CODE_SPAN.split(line)
+    parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+    parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]  # `Layer`s
+    return "".join(parts)
+
+
+def skip_torch_text(app, what, name, obj, skip, options):
+    """A `forward` without a docstring would inherit torch's, which says nothing about ours."""
+    return True if name == "forward" and not obj.__doc__ else None
+
+
+def setup(app):
+    app.connect("autodoc-skip-member", skip_torch_text)
+    app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # napoleon's is 500

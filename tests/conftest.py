@@ -1,0 +1,33 @@
+"""What every test relies on: few threads, no network, no display."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported. One thread a worker: workers that each start a thread per core run ten times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# No deadline: the first call of a torch function takes many times as long as the second. CI repeats the same examples.
+hypothesis.settings.register_profile("layerprobe", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("layerprobe")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data sets are not beside this checkout (../shared/data)")
+    return SHARED_DATA

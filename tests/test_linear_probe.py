@@ -1,0 +1,234 @@
+"""Linear probes against scikit-learn and against an objective written down independently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from layerprobe.analyses.linear_probe import LogisticFit, fit_logistic, fit_logistic_path, linear_probe
+
+Array = NDArray[Any]
+
+
+def clouds(
+    seed: int,
+    *,
+    n: int = 300,
+    width: int = 12,
+    num_classes: int = 4,
+    distance: float = 1.5,
+    centres: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gaussian classes on ill-conditioned axes: features, labels, class centres."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(num_classes, width)) * distance if centres is None else centres
+    y = rng.integers(0, num_classes, n)
+    x = (rng.normal(size=(n, width)) + centres[y]) * np.arange(1, width + 1) ** -1.5
+    return x, y, centres
+
+
+def objective(x: Array, y: Array, weights: Array, bias: Array, inverse_penalty: float) -> float:
+    logits = x @ weights.T + bias
+    loss = np.mean(logsumexp(logits, axis=1) - logits[np.arange(len(y)), np.searchsorted(np.unique(y), y)])
+    return float(loss + np.sum(weights**2) / (2 * inverse_penalty * len(y)))
+
+
+def sklearn_fit(x: Array, y: Array, inverse_penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=inverse_penalty, solver="newton-cg", tol=1e-11, max_iter=5000).fit(x, y)
+
+
+def digits() -> tuple[Array, Array]:
+    data = load_digits()
+    return data.data, data.target
+
+
+def assert_same_optimum(fit: LogisticFit, x: Array, y: Array, reference: LogisticRegression) -> None:
+    expected = objective(x, y, reference.coef_, reference.intercept_, fit.inverse_penalty)
+    # 1e-8: what `fit_logistic` promises is 1e-9, and the reference is itself an iterative solution.
+    assert fit.objective == pytest.approx(expected, rel=1e-8)
+    assert objective(x, y, fit.weights, fit.bias, fit.inverse_penalty) == pytest.approx(fit.objective, rel=1e-9)
+    np.testing.assert_array_equal(fit.predict(x), reference.predict(x))
+    assert fit.converged
+
+
+@pytest.mark.parametrize("inverse_penalty", [1e-3, 0.1, 10.0])
+def test_equals_scikit_learn(inverse_penalty: float) -> None:
+    x, y, _ = clouds(0)
+    reference = sklearn_fit(x, y, inverse_penalty)
+    fit = fit_logistic(x, y, inverse_penalty=inverse_penalty)
+    assert_same_optimum(fit, x, y, reference)
+    # The weights are only as sure as the gradient allows: error <= gradient / curvature.
+    np.testing.assert_allclose(fit.weights, reference.coef_, atol=1e-4 * np.abs(reference.coef_).max())
+
+
+@pytest.mark.parametrize("inverse_penalty", [1e-3, 1.0])
+def test_equals_scikit_learn_on_real_digits(inverse_penalty: float) -> None:
+    x, y = digits()
+    assert_same_optimum(fit_logistic(x, y, inverse_penalty=inverse_penalty), x, y, sklearn_fit(x, y, inverse_penalty))
+
+
+def test_two_classes_equal_scikit_learn_at_twice_its_penalty() -> None:
+    x, y, _ = clouds(1, num_classes=2, distance=0.5)
+    fit = fit_logistic(x, y, inverse_penalty=0.5)
+    reference = sklearn_fit(x, y, 1.0)
+    np.testing.assert_allclose(fit.weights[1] - fit.weights[0], reference.coef_[0], rtol=1e-5)
+    np.testing.assert_array_equal(fit.predict(x), reference.predict(x))
+
+
+def test_more_features_than_samples() -> None:
+    x, y, _ = clouds(2, n=40, width=90)
+    assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
+
+
+def test_the_per_class_preconditioner_leads_to_the_same_optimum() -> None:
+    # Far more passes than the first preconditioner is used for.
+    x, y = digits()
+    fit = fit_logistic(x[:600], y[:600], inverse_penalty=1.0)
+    assert fit.passes > 40
+    assert_same_optimum(fit, x[:600], y[:600], sklearn_fit(x[:600], y[:600], 1.0))
+
+
+def test_separable_data_under_a_weak_penalty_converges() -> None:
+    x, y, _ = clouds(3, distance=20.0)
+    fit = fit_logistic(x, y, inverse_penalty=1e4)
+    assert fit.converged
+    assert (fit.predict(x) == y).all()
+    # The optimum is a stationary point of the objective as written down here, by central differences on the scale of
+    # the weights.
+    step = 1e-4 * np.abs(fit.weights).max()
+    for k, d in [(0, 0), (1, 5), (3, 11)]:
+        nudge = np.zeros_like(fit.weights)
+        nudge[k, d] = step
+        for sign in (-1, 1):
+            assert objective(x, y, fit.weights + sign * nudge, fit.bias, 1e4) > fit.objective
+
+
+def test_gradient_norm_is_the_one_of_the_plain_formula() -> None:
+    x, y, _ = clouds(4)
+    fit = fit_logistic(x, y, inverse_penalty=0.1, tolerance=1e-2)
+    logits = x @ fit.weights.T + fit.bias
+    residual = np.exp(logits - logsumexp(logits, axis=1, keepdims=True)) - np.eye(4)[y]
+    of_weights = residual.T @ (x - x.mean(axis=0)) / len(x) + fit.weights / (0.1 * len(x))
+    expected = np.sqrt(np.sum(of_weights**2) + np.sum(residual.mean(axis=0) ** 2))
+    assert fit.gradient_norm > 1e-5  # stopped early, so that there is a gradient to compare
+    assert fit.gradient_norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_says_when_it_did_not_converge() -> None:
+    x, y, _ = clouds(5)
+    fit = fit_logistic(x, y, max_passes=5)
+    assert not fit.converged
+    assert fit.passes == 5
+    assert fit.gradient_norm > 1e-6
+
+
+def test_an_impossible_tolerance_ends() -> None:
+    x, y, _ = clouds(5)
+    fit = fit_logistic(x, y, tolerance=1e-30)
+    assert not fit.converged
+    assert fit.gradient_norm < 1e-10
+
+
+def test_an_offset_in_float32_changes_nothing() -> None:
+    x, y, _ = clouds(6, n=200)
+    # Multiples of 1/64 survive an offset of 1e4 in float32 exactly, so any difference is the solver's.
+    x = np.round(x * 64) / 64
+    plain = fit_logistic(x, y)
+    offset = fit_logistic((x + 1e4).astype(np.float32), y)
+    assert offset.objective == pytest.approx(plain.objective, rel=1e-10)
+    np.testing.assert_array_equal(offset.predict((x + 1e4).astype(np.float32)), plain.predict(x))
+
+
+def test_constant_features_get_no_weight() -> None:
+    x, y, _ = clouds(7, n=200)
+    with_constants = np.concatenate([np.full((200, 2), 0.1), x], axis=1)
+    fit = fit_logistic(with_constants, y)
+    np.testing.assert_allclose(fit.weights[:, :2], 0, atol=1e-12)
+    assert fit.objective == pytest.approx(fit_logistic(x, y).objective, rel=1e-10)
+
+
+def test_only_constant_features_predict_the_commonest_class() -> None:
+    y = np.array([7] * 30 + [9] * 10)
+    fit = fit_logistic(np.full((40, 3), 0.1), y)
+    assert fit.converged
+    assert (fit.predict(np.full((5, 3), 0.1)) == 7).all()
+    assert fit.objective == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), rel=1e-9)
+
+
+def test_path_equals_single_fits() -> None:
+    x, y, _ = clouds(8)
+    for inverse_penalty, fit in zip((0.01, 1.0), fit_logistic_path(x, y, (0.01, 1.0)), strict=True):
+        np.testing.assert_array_equal(fit.weights, fit_logistic(x, y, inverse_penalty=inverse_penalty).weights)
+
+
+def test_probe_finds_planted_labels_and_no_shuffled_ones() -> None:
+    x, y, _ = clouds(9, n=600, distance=3.0)
+    splits = [x[:300], y[:300], x[300:450], y[300:450], x[450:], y[450:]]
+    found = linear_probe(*splits)
+    assert found.report_accuracy > 0.9
+    assert found.converged
+    shuffled = np.random.default_rng(0).permutation(y)
+    chance = linear_probe(x[:300], shuffled[:300], x[300:450], shuffled[300:450], x[450:], shuffled[450:])
+    # Four classes, 150 samples: three standard errors about one quarter.
+    assert abs(chance.report_accuracy - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 150)
+
+
+def test_probe_equals_the_same_steps_in_scikit_learn() -> None:
+    x, y = digits()
+    x, y = x[:900], y[:900]
+    result = linear_probe(x[:500], y[:500], x[500:700], y[500:700], x[700:], y[700:], inverse_penalties=(0.1, 1e-3))
+    spread = x[:500].std(axis=0)
+    scaled = (x - x[:500].mean(axis=0)) / np.where(spread == 0, 1, spread)
+    references = {c: sklearn_fit(scaled[:500], y[:500], c) for c in (1e-3, 0.1)}
+    best = max(references, key=lambda c: references[c].score(scaled[500:700], y[500:700]))
+    assert result.inverse_penalty == best
+    np.testing.assert_array_equal(result.choose_correct, references[best].predict(scaled[500:700]) == y[500:700])
+    np.testing.assert_array_equal(result.report_correct, references[best].predict(scaled[700:]) == y[700:])
+    assert result.choose_accuracy == result.choose_correct.mean()
+    assert result.report_accuracy == result.report_correct.mean()
+
+
+def test_probe_does_not_depend_on_the_scale_of_each_feature() -> None:
+    x, y, _ = clouds(10, n=300)
+    factors = 10.0 ** np.arange(-6, 6)
+    plain = linear_probe(x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:])
+    scaled = x * factors
+    other = linear_probe(scaled[:200], y[:200], scaled[200:250], y[200:250], scaled[250:], y[250:])
+    np.testing.assert_array_equal(plain.report_correct, other.report_correct)
+    assert plain.inverse_penalty == other.inverse_penalty
+
+
+def test_of_equally_good_penalties_the_strongest_is_taken() -> None:
+    x, y, _ = clouds(11, n=120, distance=50.0)
+    result = linear_probe(x[:60], y[:60], x[60:90], y[60:90], x[90:], y[90:], inverse_penalties=(10.0, 1.0))
+    assert result.choose_accuracy == 1.0
+    assert result.inverse_penalty == 1.0
+
+
+def test_a_class_that_the_fit_split_lacks_is_an_error() -> None:
+    x, y, _ = clouds(12, n=100, distance=50.0)
+    unseen = np.full(20, 99)
+    result = linear_probe(x[:60], y[:60], x[60:80], unseen, x[80:], y[80:])
+    assert result.choose_accuracy == 0.0
+
+
+def test_refuses_bad_input() -> None:
+    x, y, _ = clouds(13, n=30)
+    with pytest.raises(ValueError, match=r"30 samples but labels of shape \(29,\)"):
+        fit_logistic(x, y[:29])
+    with pytest.raises(ValueError, match="all 30 labels are 0; a probe needs two classes"):
+        fit_logistic(x, np.zeros(30, int))
+    with pytest.raises(ValueError, match=r"inverse penalties C are \(0.0,\); pass finite numbers above 0"):
+        fit_logistic(x, y, inverse_penalty=0.0)
+    with pytest.raises(ValueError, match="1 values that are nan or inf"):
+        fit_logistic(np.where(np.arange(360).reshape(30, 12) == 7, np.nan, x), y)
+    with pytest.raises(ValueError, match=r"shape \(30,\) cannot be analysed"):
+        fit_logistic(x[:, 0], y)
+    with pytest.raises(ValueError, match="the report split has 11 features, the fit split 12"):
+        linear_probe(x, y, x, y, x[:, :11], y)
