@@ -1,10 +1,9 @@
 """Proof by training: the same run with and without the picked pair, seed by seed.
 
 An arm is a layer pair, or none. All arms of a seed share initial weights, data order, noise and noise levels, so
-their difference is the
-pair's doing. The answer may be that there is none, or that it is too early to tell: alignment can cost quality for
-the first thousands of
-steps and pay afterwards (docs/method.md), so a loss while the baseline still improves is not a verdict.
+their difference is the pair's doing. The answer may be that there is none, or that it is too early to tell: alignment
+can cost quality for the first thousands of steps and pay afterwards (docs/method.md), so a loss while either run still
+improves is not a verdict. Nor is a gain over a baseline that training has made worse.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ from layerprobe.training import TrainingPlan, held_out_loss, train
 
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
 BASELINE, PICK, HEURISTIC, CONTROL = "no alignment", "pick", "depth heuristic", "bad control"
-# A baseline that still gains this share of its distance between the last two evaluations is in the middle of its
-# training.
+# A run that still loses this share of its distance over the last part of its steps is in the middle of its training;
+# the part is fixed, so that more frequent evaluations do not make a run look settled.
 STILL_IMPROVING = 0.05
+LAST_PART = 0.25
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
 Progress = Callable[[str, int, int], None]
@@ -77,6 +77,8 @@ class ConfirmationPlan:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < 2:
             raise ValueError(f"a paired difference needs at least 2 seeds, got {list(self.seeds)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed stands twice in {list(self.seeds)} and would count twice; pass each once")
         if not 1 <= self.num_evaluations <= self.training.steps:
             raise ValueError(f"{self.num_evaluations} evaluations do not fit into {self.training.steps} steps")
         if self.num_samples < 2:
@@ -137,8 +139,7 @@ class Verdict:
 
 
 def arms_for(pick: LayerPair | None, layers: Sequence[str]) -> tuple[Arm, ...]:
-    """No alignment, the pick, the hand-picking heuristic (0.3 <- 0.6 of depth), and a pair that breaks every rule:
-    the last two layers.
+    """No alignment, the pick, the depth heuristic, and a control that breaks every rule: the last two layers.
 
     An arm whose pair stands already is left out.
     """
@@ -178,11 +179,10 @@ def confirm(
         progress: Called with (what is running, steps done, steps in all) over all arms.
 
     Raises:
-        ValueError: If the first arm aligns layers, or the folder holds another run.
+        ValueError: If the first arm aligns layers, no other does, two have one name, or the folder holds another run.
     """
     folder = Path(folder)
-    if not arms or arms[0].pair is not None:
-        raise ValueError("the first arm must be the one without alignment")
+    _check_arms(arms)
     # Seeds and arms may be added later: each has a run of its own.
     comparable = {key: value for key, value in asdict(plan).items() if key != "seeds"}
     record = {
@@ -195,24 +195,25 @@ def confirm(
     extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
     reference = gaussian(all_features(extractor, splits.report))
     rows: list[dict[str, Any]] = []
-    runs = [(seed, arm) for seed in plan.seeds for arm in arms]
-    for index, (seed, arm) in enumerate(runs):
+    # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
+    starts = ((seed, start(seed)) for seed in plan.seeds)
+    runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
+    total = len(plan.seeds) * len(arms) * plan.training.steps
+    for index, (seed, backbone, arm) in enumerate(runs):
         training = replace(
             plan.training, seed=seed, pairs=(arm.pair,) if arm.pair else (), checkpoint_every=_checkpoint_every(plan)
         )
         place = folder / f"seed-{seed}" / arm.name.replace(" ", "-")
         place.parent.mkdir(parents=True, exist_ok=True)
         evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, splits.report, extractor, reference)
-        done, total = index * plan.training.steps, len(runs) * plan.training.steps
+        done = index * plan.training.steps
 
-        def report(
-            step: int, _: int, __: float, done: int = done, total: int = total, what: str = f"seed {seed}, {arm.name}"
-        ) -> None:
+        def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
             if progress:
                 progress(what, done + step, total)
 
         train(
-            start(seed),
+            backbone,
             splits.fit,
             training,
             place,
@@ -231,17 +232,17 @@ def confirm(
 def judge(
     curves: pd.DataFrame, arms: Sequence[Arm], plan: ConfirmationPlan, *, extractor_name: str, start_name: str
 ) -> Verdict:
-    """Curves (arm, seed, step, metric, value) -> verdict. Pure."""
-    table = (
-        curves[curves.metric == FRECHET]
-        .pivot_table(index=["arm", "seed"], columns="step", values="value")
-        .sort_index(axis=1)
-    )
-    baseline = table.loc[BASELINE].loc[list(plan.seeds)]
-    results = tuple(_arm_result(table.loc[arm.name].loc[list(plan.seeds)], baseline, arm, plan) for arm in arms)
-    tried = next((result for result in results if result.name in (PICK, HEURISTIC)), None)
-    gain = 1 - float(baseline.iloc[:, -1].mean() / baseline.iloc[:, -2].mean())
-    answer = _answer(tried, gain)
+    """Curves (arm, seed, step, metric, value) -> verdict on the first aligned arm that is not the bad control. Pure.
+
+    Raises:
+        ValueError: If the arms do not compare, or a score is missing or not finite.
+    """
+    _check_arms(arms)
+    scores = _scores(curves, arms, plan)
+    baseline = scores[arms[0].name]
+    results = tuple(_arm_result(scores[arm.name], baseline, arm, plan) for arm in arms)
+    tried = next((result for result in results[1:] if result.name != CONTROL), results[1])
+    answer, reason = _answer(tried, scores[tried.name], baseline)
     return Verdict(
         metric=FRECHET,
         extractor=extractor_name,
@@ -251,9 +252,34 @@ def judge(
         num_seeds=len(plan.seeds),
         num_samples=plan.num_samples,
         answer=answer,
-        paragraph=_paragraph(answer, tried, results[0], gain, plan, start_name),
+        paragraph=_paragraph(tried, results[0], reason, plan, start_name),
         arms=results,
     )
+
+
+def _check_arms(arms: Sequence[Arm]) -> None:
+    if not arms or arms[0].pair is not None:
+        raise ValueError("the first arm must be the one without alignment")
+    if len(arms) < 2 or any(arm.pair is None for arm in arms[1:]):
+        raise ValueError("every arm after the first must align layers, and there must be one; pass arms with a pair")
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two arms have the same name ({', '.join(names)}); give every arm a name of its own")
+
+
+def _scores(curves: pd.DataFrame, arms: Sequence[Arm], plan: ConfirmationPlan) -> dict[str, pd.DataFrame]:
+    """Fréchet distances of each arm: a row for each seed, a column for each step."""
+    rows = pd.MultiIndex.from_product([[arm.name for arm in arms], plan.seeds], names=["arm", "seed"])
+    distances = curves[curves["metric"] == FRECHET]
+    table = distances.pivot(index=["arm", "seed"], columns="step", values="value").sort_index(axis=1).reindex(rows)
+    if table.shape[1] < 2 or int(table.columns[-1]) != plan.training.steps:
+        raise ValueError(f"the curves have steps {list(table.columns)} of {plan.training.steps}; finish the runs first")
+    bad = ~np.isfinite(table.to_numpy(np.float64))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        (arm, seed), step = table.index[row], table.columns[column]
+        raise ValueError(f"{arm}, seed {seed} has no finite {FRECHET} at step {step}; repeat that run")
+    return {arm.name: table.loc[[arm.name]].droplevel("arm") for arm in arms}
 
 
 def _arm_result(curve: pd.DataFrame, baseline: pd.DataFrame, arm: Arm, plan: ConfirmationPlan) -> ArmResult:
@@ -274,9 +300,7 @@ def paired_interval(differences: np.ndarray, *, confidence: float = 0.95) -> tup
 
 
 def steps_to_reach(steps: Sequence[float], values: np.ndarray, goal: float) -> float | None:
-    """The first step at which a falling curve is at or below the goal, linear between evaluations; None if it never
-    is.
-    """
+    """The step at which a curve first reaches the goal from above, linear between evaluations; None if never."""
     for i, value in enumerate(values):
         if value <= goal:
             if i == 0:
@@ -286,42 +310,80 @@ def steps_to_reach(steps: Sequence[float], values: np.ndarray, goal: float) -> f
     return None
 
 
-def _answer(tried: ArmResult | None, gain: float) -> Answer:
-    if tried is None or tried.low is None or tried.high is None:
-        return "no difference found"
+def _answer(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame) -> tuple[Answer, str]:
+    """The answer, and the sentence that gives its reason; curves have a row for each seed, a column for each step."""
+    assert tried.low is not None and tried.high is not None
+    doubt = _doubt(tried, curve, baseline)
+    if doubt:
+        return "too early to tell", f"It is too early to tell: {doubt}"
     if tried.high < 0:
-        return "helps"
-    if gain > STILL_IMPROVING:
-        return "too early to tell"
-    return "hurts" if tried.low > 0 else "no difference found"
-
-
-def _paragraph(
-    answer: Answer, tried: ArmResult | None, baseline: ArmResult, gain: float, plan: ConfirmationPlan, start_name: str
-) -> str:
-    level = float(np.mean(baseline.final))
-    setting = f"{plan.training.steps} steps {start_name}, {len(plan.seeds)} seeds"
-    if tried is None or tried.difference is None:
-        return f"No pair was tried ({setting}); without alignment the Fréchet distance ends at {level:.3g}."
-    measured = (
-        f"Aligning {tried.student} to {tried.teacher} changed the Fréchet distance by {tried.difference:+.3g} "
-        f"(95 % interval {tried.low:+.3g} to {tried.high:+.3g}) from {level:.3g} without alignment, after {setting}."
+        gain, since = _late_gain(baseline)
+        lead = f" The baseline still improved by {gain:.0%} since step {since}, so the lead may not last."
+        helps = "The pair helps: the whole interval lies on the side of the gain."
+        return "helps", helps + (lead if gain > STILL_IMPROVING else "")
+    if tried.low > 0:
+        return "hurts", (
+            "The pair hurts here: the whole interval lies on the side of the loss, and both runs have levelled off."
+        )
+    return "no difference found", (
+        "No difference was found: the interval includes zero, and both runs have levelled off."
     )
-    meaning = {
-        "helps": "The pair helps: the whole interval lies on the side of the gain.",
-        "hurts": "The pair hurts here: the whole interval lies on the side of the loss, and the baseline has levelled off.",
-        "no difference found": "No difference was found: the interval includes zero and the baseline has levelled off.",
-        "too early to tell": (
-            f"It is too early to tell: the baseline still improved by {gain:.0%} over the last evaluation interval, and alignment can cost "
-            "quality at first and pay later. Run more steps."
-        ),
-    }[answer]
-    return f"{measured} {meaning}"
+
+
+def _doubt(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame) -> str | None:
+    """Why these curves settle nothing yet; None if they do."""
+    assert tried.difference is not None and tried.low is not None and tried.high is not None
+    if tried.difference and tried.high - tried.low <= 1e-9 * abs(tried.difference):
+        return "every seed gave the same difference, so there is no spread to judge by. Run other seeds."
+    mean = baseline.mean()
+    best = int(mean.argmin())
+    lowest, end = float(mean.iloc[best]), float(mean.iloc[-1])
+    worsened = (
+        f"without alignment the distance was best at step {mean.index[best]} ({lowest:.3g}) and ended at {end:.3g}, "
+        "so there is no settled level to compare with. Run more steps or lower the learning rate."
+    )
+    if tried.high < 0:
+        beats_best = paired_interval((curve.iloc[:, -1] - baseline.iloc[:, best]).to_numpy())[2] < 0
+        return None if beats_best else worsened
+    for who, (gain, since) in (("baseline", _late_gain(baseline)), ("aligned run", _late_gain(curve))):
+        if gain > STILL_IMPROVING:
+            return (
+                f"the {who} still improved by {gain:.0%} since step {since}, and alignment can cost quality at first and "
+                "pay later. Run more steps."
+            )
+    if end > (1 + STILL_IMPROVING) * lowest:
+        return worsened
+    if not _moved(baseline) and not _moved(curve):
+        return f"neither run moved by {STILL_IMPROVING:.0%} since its start. Run more steps or raise the learning rate."
+    return None
+
+
+def _late_gain(curve: pd.DataFrame) -> tuple[float, int]:
+    """The share of its mean distance that a run lost over the last part of its steps, and the step it is counted from."""
+    mean, steps = curve.mean(), curve.columns.to_numpy()
+    since = max(int((steps <= (1 - LAST_PART) * steps[-1]).sum()) - 1, 0)
+    earlier = float(mean.iloc[since])
+    return (1 - float(mean.iloc[-1]) / earlier if earlier > 0 else 0.0), int(steps[since])
+
+
+def _moved(curve: pd.DataFrame) -> bool:
+    mean = curve.mean()
+    return bool(((mean - mean.iloc[0]).abs() > STILL_IMPROVING * mean.iloc[0]).any())
+
+
+def _paragraph(tried: ArmResult, baseline: ArmResult, reason: str, plan: ConfirmationPlan, start_name: str) -> str:
+    level = float(np.mean(baseline.final))
+    unpicked = " No pair was picked, so this is the depth heuristic." if tried.name == HEURISTIC else ""
+    return (
+        f"Aligning {tried.student} to {tried.teacher} changed the Fréchet distance by {tried.difference:+.3g} "
+        f"(95 % interval {tried.low:+.3g} to {tried.high:+.3g}) from {level:.3g} without alignment, after "
+        f"{plan.training.steps} steps {start_name}, {len(plan.seeds)} seeds.{unpicked} {reason}"
+    )
 
 
 def _checkpoint_every(plan: ConfirmationPlan) -> int:
-    """Checkpoints fall on the evaluations, so that none is lost by an interruption."""
-    return math.gcd(*plan.evaluation_steps[1:])
+    """At least as often as evaluations, so that a short arm has checkpoints too."""
+    return min(plan.training.checkpoint_every, max(1, plan.training.steps // plan.num_evaluations))
 
 
 class _Evaluations:
@@ -343,6 +405,12 @@ class _Evaluations:
         write_text(self._path, json.dumps(self._scores))
 
     def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
+        missing = [step for step in self._plan.evaluation_steps if str(step) not in self._scores]
+        if missing:
+            raise ValueError(
+                f"{self._path} lacks step {missing[0]} of a finished run; "
+                f"delete {self._path.with_suffix('')} to repeat that run"
+            )
         return [
             {"arm": arm, "seed": seed, "step": int(step), "metric": metric, "value": value}
             for step, scores in self._scores.items()
@@ -350,7 +418,8 @@ class _Evaluations:
         ]
 
     def _distance(self, model: Backbone) -> float:
-        n, classes = self._plan.num_samples, model.num_classes
-        labels = torch.arange(n) % classes if classes else None
+        n, known = self._plan.num_samples, self._held_out.labels
+        # Classes as often as among the real samples; without labels the model has learned none in this training.
+        labels = known[torch.arange(n) % len(known)] if known is not None and model.num_classes else None
         x = sample(model, range(n), labels=labels, plan=self._plan.sampling)
         return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)

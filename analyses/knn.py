@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from layerprobe.analyses.arrays import Features, Floats, checked
 
 Metric = Literal["cosine", "euclidean"]
-TILE_BYTES = 128 * 2**20
+TILE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +118,12 @@ def _smallest(distances: Floats, k: int) -> NDArray[np.intp]:
     """Columns of the k smallest entries of each row; of equal entries the first columns. Shape (rows, k)."""
     limit = np.partition(distances, k - 1, axis=1)[:, k - 1 : k]
     taken = distances <= limit
-    for row in np.flatnonzero(taken.sum(axis=1) > k):
+    for row in np.flatnonzero(np.count_nonzero(taken, axis=1) > k):
         tied = np.flatnonzero(distances[row] == limit[row])
-        surplus = int(taken[row].sum()) - k
+        surplus = np.count_nonzero(taken[row]) - k
         taken[row, tied[len(tied) - surplus :]] = False
-    return np.nonzero(taken)[1].reshape(len(distances), k)
+    columns: NDArray[np.intp] = np.flatnonzero(taken) % distances.shape[1]
+    return columns.reshape(len(distances), k)
 
 
 def _majority(labels: NDArray[np.intp], num_classes: int) -> NDArray[np.intp]:

@@ -388,7 +388,7 @@ def _curves_title(curves: _Curves) -> str:
         return title
     name = max(controls, key=lambda key: controls[key])
     if controls[name] >= peak:
-        return f"{title}, no better than a control there: {name} ({curves.text(controls[name])})"
+        return f"{title}; a control is as good there: {name} ({curves.text(controls[name])})"
     return f"{title}; the best control there is {name} ({curves.text(controls[name])})"
 
 
@@ -566,10 +566,12 @@ def confirmation_curves(
     rows = confirmation[confirmation["metric"] == metric]
     runs = {
         str(arm): part.pivot_table(index="step", columns="seed", values="value")
-        for arm, part in rows.groupby("arm", sort=False)
+        for arm, part in rows.dropna(subset="value").groupby("arm", sort=False)
     }
     if "no alignment" not in runs:
-        raise ValueError(f"the confirmation table has no arm 'no alignment', only {', '.join(runs)}; run that arm too")
+        raise ValueError(
+            f"the confirmation table has no values of 'no alignment', only {', '.join(runs)}; run that arm"
+        )
     figure = Figure(figsize=(WIDTH_IN, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1], width_ratios=[1.35, 1])
     colours = _arm_colours(runs)
@@ -615,7 +617,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
     scale = np.log if log else np.asarray
-    order = sorted(ends, key=lambda arm: ends[arm][1])
+    order = sorted((arm for arm in ends if np.isfinite(ends[arm][1])), key=lambda arm: ends[arm][1])
     at = np.array([float((scale(ends[arm][1]) - scale(low)) / (scale(high) - scale(low))) for arm in order])
     for arm, label_y in zip(order, _spread(at, gap=0.075), strict=True):
         axes.annotate(

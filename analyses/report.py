@@ -113,16 +113,17 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def _read_run(folder: Path) -> _Run:
-    if not (folder / "quality.csv").is_file():
+    quality = _read(folder / "quality.csv", read_quality)
+    if quality is None:
         raise FileNotFoundError(f"{folder} holds no quality.csv; run `layerprobe probe` first")
     records = {title: _read(folder / name, _json) for title, name in RECORDS.items()}
     return _Run(
         folder=folder,
-        quality=read_quality(folder / "quality.csv"),
+        quality=quality,
         similarity=_read(folder / "similarity.csv", read_similarity),
         selection=_read(folder / "selection.json", lambda path: Selection.from_json(path.read_text(encoding="utf-8"))),
         verdict=_read(folder / "verdict.json", _json),
-        confirmation=_read(folder / "confirmation.csv", pd.read_csv),
+        confirmation=_read(folder / "confirmation.csv", _curves_of_arms),
         records={title: record for title, record in records.items() if record is not None},
         pictures=tuple(sorted((folder / "figures").glob("samples*.png"))),
     )
@@ -139,6 +140,14 @@ def _read(path: Path, reader: Callable[[Path], T]) -> T | None:
         raise ValueError(
             f"{path} cannot be read: {reason}; delete it or run the command that wrote it again"
         ) from error
+
+
+def _curves_of_arms(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    missing = [column for column in plots.CONFIRMATION_COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}")
+    return table
 
 
 def _json(path: Path) -> Record:
@@ -286,7 +295,7 @@ def _confirmation(run: _Run) -> str:
         parts.append(run.not_run("confirm RUN", "Not run" if run.confirmation is None else "Not finished"))
     else:
         parts.append(f"<p>{escape(str(run.verdict.get('paragraph', '')))}</p>")
-    if run.confirmation is not None and BASELINE in set(run.confirmation.get("arm", ())):
+    if run.confirmation is not None and BASELINE in set(run.confirmation["arm"]):
         first, *others = _confirmation_figures(run.confirmation, run.verdict)
         parts.append(first[1])
         parts.extend(_details(metric, figure) for metric, figure in others)
@@ -452,4 +461,4 @@ def _flat(record: Any, at: str = "") -> Iterable[tuple[str, str]]:
         cut = f", … ({len(record)} in all)" if len(record) > MAX_ITEMS else ""
         yield at, ", ".join(item if isinstance(item, str) else json.dumps(item) for item in record[:MAX_ITEMS]) + cut
     else:
-        yield at, record if isinstance(record, str) else json.dumps(record)
+        yield at, record if isinstance(record, str) else json.dumps(record) if record != {} else "none"

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -133,6 +133,7 @@ def probe(
     """
     run = Path(run)
     backbone, splits = plan.open(device=device)
+    plan.extraction(backbone)  # refuses a bad plan before the folder is made
     claim(run, "plan.json", asdict(plan), what="the results")
     write_environment(run)
     stores = extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
@@ -256,7 +257,9 @@ def quickstart(
 ) -> tuple[Selection, Verdict]:
     """The whole chain on the embedded checkpoint and data: probe, pick, samples, confirmation, report."""
     run = Path(run)
-    selection = probe(RunPlan("digits", "digits", QUICKSTART_LEVELS, pool_cells=2, seed=seed), run, device=device, progress=progress)
+    selection = probe(
+        RunPlan("digits", "digits", QUICKSTART_LEVELS, pool_cells=2, seed=seed), run, device=device, progress=progress
+    )
     if not (run / "figures" / "samples.png").is_file():
         draw_samples(open_checkpoint("digits", device=device), run / "figures")
     verdict = confirm_run(
@@ -274,7 +277,8 @@ def quickstart(
 def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> TrainingPlan:
     """How the arms of a run are trained: as its checkpoint was, where the checkpoint says so, unless given otherwise.
 
-    The averaged weights follow over a tenth of the steps, so that they show what the arm has learned.
+    The averaged weights follow over the last ten steps or so, that is, they show what the arm has learned. A branch starts with an
+    empty optimizer state, so its learning rate warms up over the first tenth.
     """
     path = read_plan(run).checkpoint
     trained = read_checkpoint(located(path))[1].get("training", {})
@@ -283,7 +287,8 @@ def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> Train
         for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
         if name in trained
     }
-    return TrainingPlan(**{"steps": steps, "ema_decay": max(0.0, 1 - 10 / steps)} | known | given)
+    default = {"steps": steps, "warmup_steps": steps // 10, "ema_decay": max(0.0, 1 - 10 / steps)}
+    return TrainingPlan(**default | known | given)
 
 
 def arm_names(run: str | Path) -> list[str]:
@@ -296,7 +301,9 @@ def arm_names(run: str | Path) -> list[str]:
 def training_splits(source: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> Splits:
     """The data for training: everything that the fit split owns, and the report samples of the probing run."""
     owned = load(source, expect_shape=shape, **{k: v for k, v in options.items() if not k.startswith("num_")})
-    probed = for_probing(take(owned, **{k: v for k, v in options.items() if k in ("num_choose", "num_report")}), given=options)
+    probed = for_probing(
+        take(owned, **{k: v for k, v in options.items() if k in ("num_choose", "num_report")}), given=options
+    )
     return Splits(owned.fit, probed.choose, probed.report)
 
 
@@ -337,7 +344,7 @@ def training_start(
     if preset is not None:
         config = SiTConfig.preset(preset, shape=samples.shape, num_classes=samples.num_classes)
     else:
-        config = SiTConfig(samples.shape, num_classes=samples.num_classes, **sizes)
+        config = replace(SiTConfig(samples.shape, num_classes=samples.num_classes), **sizes)
     backbone = new_sit(config, seed=seed)
     backbone.module.to(resolve_device(device))
     return backbone
@@ -346,9 +353,7 @@ def training_start(
 def train_run(
     backbone: Backbone, splits: Splits, plan: TrainingPlan, folder: str | Path, *, progress: Progress | None = None
 ) -> Backbone:
-    """Trains on the fit samples; the held-out loss on the choose samples goes to `held_out.csv` ten times on the
-    way.
-    """
+    """Trains on the fit samples; `held_out.csv` gets the loss on the choose samples, ten times on the way."""
     folder = Path(folder)
     held_out = take(splits, num_choose=min(len(splits.choose), 1000)).choose
     steps = [round(i * plan.steps / 10) for i in range(11)]
@@ -365,9 +370,7 @@ def train_run(
         row = f"{step}," + ",".join(f"{loss:.6f}" for loss in losses.values())
         write_text(place, "\n".join([*(before or [header]), row]) + "\n")
 
-    report = (
-        None if progress is None else lambda step, total, loss: progress(f"training (loss {loss:.3f})", step, total)
-    )
+    report = None if progress is None else lambda step, total, _: progress("training", step, total)
     return train(backbone, splits.fit, plan, folder, observe=observe, observe_at=steps, progress=report)
 
 
@@ -462,8 +465,7 @@ def draw_figures(run: str | Path) -> list[Path]:
 def draw_samples(
     backbone: Backbone, folder: str | Path, *, num: int = 80, plan: SamplingPlan | None = None, keep: bool = False
 ) -> Path:
-    """Draws samples, one class after another where the model knows classes, and saves the grid as `samples.png` and
-    `.svg`.
+    """Draws samples, class after class where the model knows classes, and saves the grid as `samples.png` and `.svg`.
 
     Args:
         backbone: The model.

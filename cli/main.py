@@ -24,7 +24,7 @@ from layerprobe.cli.train import train
 
 app = typer.Typer(
     name="layerprobe",
-    help="Measure what each layer of a diffusion model knows, pick which layer should teach which, and prove it by training.",
+    help="Measure what each layer of a diffusion model knows, pick which should teach which, prove it by training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -24,16 +24,21 @@ def capture(
             model(x_t, t, y)
         outputs["blocks.5"]  # tokens, shape (B, T, D)
 
+    The tensors are the network's own: where a later layer works in place, clone them in `transform`.
+
     Args:
         module: The network.
         layers: Names of its submodules.
         transform: Applied to each layer's tokens (B, T, D) at once, so that what is not kept is freed.
-        stop_early: Leave the forward pass, and the block, as soon as every layer has run.
+        stop_early: Leave the forward pass, and the block, as soon as every layer has run; that a layer would have run
+            a second time is not noticed then.
 
     Raises:
         ValueError: If a layer is not in the module, gives no tensor, did not run, or ran more than once.
     """
+    layers = tuple(dict.fromkeys(layers))
     outputs: dict[str, Tensor] = {}
+    stop = _AllCaptured()
 
     def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(_: nn.Module, __: Any, output: Any) -> None:
@@ -42,7 +47,7 @@ def capture(
             tokens = as_tokens(output, name)
             outputs[name] = tokens if transform is None else transform(tokens)
             if stop_early and len(outputs) == len(layers):
-                raise _AllCaptured
+                raise stop
 
         return record
 
@@ -51,14 +56,27 @@ def capture(
         for name in layers:
             handles.append(find_layer(module, name).register_forward_hook(recorder(name)))
         yield outputs
-    except _AllCaptured:
-        pass
+    except _AllCaptured as signal:
+        if signal is not stop:  # It belongs to a block around this one.
+            raise
     finally:
         for handle in handles:
             handle.remove()
     missing = [name for name in layers if name not in outputs]
     if missing:
         raise ValueError(f"{missing[0]} did not run in the forward pass; name a layer that does")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every submodule is in the mode it had."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _AllCaptured(Exception):
@@ -68,7 +86,11 @@ class _AllCaptured(Exception):
 def as_tokens(output: Any, name: str) -> Tensor:
     """A layer's output as tokens, shape (B, T, D): maps (B, C, *grid) are flattened, vectors (B, D) are one token.
 
-    A tuple or list stands for its first element. Raises ValueError if there is no such tensor.
+    A tuple or list stands for its first element. Three axes always mean (B, T, D): turn the outputs (B, C, L) of a 1-D
+    convolution round yourself.
+
+    Raises:
+        ValueError: If there is no tensor of two axes or more.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -83,21 +105,28 @@ def as_tokens(output: Any, name: str) -> Tensor:
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:
-    """The submodule of this name; raises a ValueError that names what there is."""
+    """The submodule of this name.
+
+    Raises:
+        ValueError: If there is none; the message names what there is.
+    """
     try:
         return module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}") from None
 
 
-def match_layers(module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """The names of the submodules that match any pattern, in the module's order.
+def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the submodules that match the pattern or any of the patterns, in the module's order.
 
     `*` stands for one part of a name: "blocks.*" gives the blocks and not what is inside them.
 
     Raises:
-        ValueError: If a pattern matches nothing.
+        ValueError: If there is no pattern, or one matches nothing.
     """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not patterns:
+        raise ValueError(f"no layer is named; name some of {type(module).__name__}, which has {_sketch(module)}")
     names = [name for name, _ in module.named_modules() if name]
     expressions = [re.compile(re.escape(p).replace(r"\*", r"[^.]*")) for p in patterns]
     for pattern, expression in zip(patterns, expressions, strict=True):

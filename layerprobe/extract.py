@@ -1,6 +1,4 @@
-"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: one forward pass per sample, noise level and draw, all layers
-at once.
-"""
+"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: a forward pass per sample, level and draw, all layers at once."""
 
 from __future__ import annotations
 
@@ -18,9 +16,9 @@ from torch.nn import functional as F
 
 from layerprobe import __version__
 from layerprobe.backbones.base import Backbone, layer_shapes, wrap
-from layerprobe.capture import capture
+from layerprobe.capture import capture, evaluating
 from layerprobe.checkpoints import weights_hash
-from layerprobe.data.base import Batch, Samples, Splits
+from layerprobe.data.base import Batch, Samples, Splits, content_hash
 from layerprobe.features import SPLITS, ExtractionPlan, FeatureStore, begin_store, shard_path, write_tensors
 from layerprobe.noise import NoiseKey
 
@@ -42,9 +40,8 @@ def extract(
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 
     Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once.
-    Memory holds one
-    shard of features and one batch of activations, whatever the size of the data. The forward pass ends at the
-    deepest layer wanted.
+    Memory holds one shard of features and one batch of activations, whatever the size of the data. The forward pass
+    ends at the deepest layer wanted, and runs in evaluation mode.
 
     Args:
         backbone: The model, on the device where it should run.
@@ -59,17 +56,15 @@ def extract(
     """
     folder = Path(folder)
     _check(backbone, splits, plan)
-    plan = replace(plan, layers=tuple(layer_shapes(backbone, plan.layers)))
     table = _Table(splits)
-    begin_store(folder, _manifest(backbone, splits, plan, len(table)), table.columns())
-    for index, start in enumerate(range(0, len(table), plan.shard_size)):
-        stop = min(start + plan.shard_size, len(table))
-        if not shard_path(folder, index).is_file():
-            write_tensors(
-                shard_path(folder, index), _shard(backbone, table.batch(range(start, stop)), plan, batch_size)
-            )
-        if progress:
-            progress(stop, len(table))
+    with evaluating(backbone.module):
+        plan = replace(plan, layers=tuple(layer_shapes(backbone, plan.layers)))
+        begin_store(folder, _manifest(backbone, splits, plan, len(table)), table.columns())
+        for index, rows in enumerate(_runs(len(table), plan.shard_size)):
+            if not shard_path(folder, index).is_file():
+                write_tensors(shard_path(folder, index), _shard(backbone, table.batch(rows), plan, batch_size))
+            if progress:
+                progress(rows.stop, len(table))
     return FeatureStore.open(folder)
 
 
@@ -77,16 +72,16 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
     """A control: the same network, with the entries of every trained tensor shuffled.
 
     Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in
-    nothing else; a fresh
-    initialisation would make every adaLN-Zero block an identity.
+    nothing else; a fresh initialisation would make every adaLN-Zero block an identity.
     """
     module = copy.deepcopy(backbone.module)
     generator = torch.Generator().manual_seed(seed)
+    # A network that was frozen as a whole, to be read, was trained all the same.
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad] or module.parameters()
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        for parameter in trained:
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return replace(backbone, module=module, name=f"{backbone.name}, random weights")
 
 
@@ -123,9 +118,11 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...]) -> Tens
     stride = (math.prod(input_grid) / count) ** (1 / d)
     grid = [round(edge / stride) for edge in input_grid]
     if math.prod(grid) != count:
-        raise ValueError(f"{count} tokens lie on no grid like the input's {input_grid}; pool over all of them (pool_cells 1)")
+        raise ValueError(f"{count} tokens lie on no grid like the input's {input_grid}; pass pool_cells 1")
     pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[d]
-    return pool(tokens.transpose(1, 2).unflatten(2, grid), [min(cells, edge) for edge in grid]).flatten(1)
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+    pooled: Tensor = pool(maps, [min(cells, edge) for edge in grid])
+    return pooled.flatten(1)
 
 
 class _RawInput(nn.Module):
@@ -172,14 +169,9 @@ class _Table:
         )
 
     def columns(self) -> dict[str, np.ndarray]:
-        ids, labels = [], []
-        for rows in _runs(len(self), 4096):
-            batch = self.batch(rows)
-            ids.append(batch.ids)
-            if batch.labels is not None:
-                labels.append(batch.labels)
+        labels = [part.labels for part in self._parts if part.labels is not None]
         codes = np.repeat(np.arange(len(SPLITS)), [len(part) for part in self._parts])
-        columns = {"ids": torch.cat(ids).numpy(), "splits": codes.astype(np.int64)}
+        columns = {"ids": torch.cat([part.ids for part in self._parts]).numpy(), "splits": codes.astype(np.int64)}
         if len(np.unique(columns["ids"])) < len(columns["ids"]):
             raise ValueError(
                 "two samples have the same id, so they would see the same noise; give every sample an id of its own"
@@ -191,11 +183,21 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
     for name, samples in splits.items():
         if samples.shape != backbone.shape:
             raise ValueError(
-                f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; pass --size or other data"
+                f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; "
+                "pass --size or other data"
             )
-    if plan.condition == "label" and backbone.num_classes < splits.fit.num_classes:
+        if (samples.labels is None) != (splits.fit.labels is None):
+            raise ValueError(f"only one of the fit and the {name} samples has labels; label both or none")
+    if plan.condition == "label" and not 0 < splits.fit.num_classes <= backbone.num_classes:
         raise ValueError(
-            f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; use the null condition"
+            f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; "
+            "use the null condition"
+        )
+    highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
+    if not bool(backbone.schedule.sigma(highest).isfinite()):
+        raise ValueError(
+            f"noise level {float(highest):g} is infinitely noisy under the schedule {backbone.schedule.name}; "
+            f"pass levels up to {backbone.schedule.level_range[1]:.4g}"
         )
 
 
@@ -207,6 +209,8 @@ def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) 
         "model": backbone.name,
         "model_hash": weights_hash(backbone.module),
         "schedule": backbone.schedule.name,
+        # The same weights under two conventions of time are two models.
+        "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
         "prediction": backbone.prediction,
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "class_names": list(splits.fit.class_names),
@@ -235,9 +239,9 @@ def _shard(backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: i
             store[rows.start : rows.stop] = pooled
     for name, values in features.items():
         if not bool(values.isfinite().all()):
-            row = int((~values.isfinite().all(1)).nonzero()[0])
+            bad = int((~values.isfinite().all(1)).nonzero()[0])
             raise ValueError(
-                f"{name} gives values that are not finite at noise level {float(levels[row // (plan.draws * n)]):g}; "
+                f"{name} gives values that are not finite at noise level {float(levels[bad // (plan.draws * n)]):g}; "
                 "check the checkpoint, or use float32 precision"
             )
     return {name: values.view(len(levels), plan.draws, n, -1).numpy() for name, values in features.items()}

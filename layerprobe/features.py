@@ -1,9 +1,8 @@
 """Features on disk: what every layer said about every sample at every noise level.
 
-A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and one
-safetensors shard per run
-of samples, each holding for every layer a tensor of shape (noise levels, draws, samples, D). Files appear whole or
-not at all.
+A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and safetensors
+shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D) for every layer. Files
+appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class ExtractionPlan:
         layers: Names; the store has them in the order in which they run.
         noise_levels: In [0, 1], ascending.
         draws: Noise draws per sample and level; draw d is the same noise at every level.
-        pool_cells: Cells per grid axis over which tokens are averaged: 1 is the mean over all tokens, 2 keeps 2 x 2 means of an
-            image side by side, which tells where things are.
+        pool_cells: Cells per grid axis over which tokens are averaged: 1 is the mean over all tokens, 2 keeps 2 x 2
+            means of an image side by side, which tells where things are.
         condition: "null" for no label; "label" leaks the answer to a probe and is for study only.
         precision: "float32" or "bfloat16" autocast; features are stored in float32.
         seed: Of the noise.
@@ -56,13 +55,20 @@ class ExtractionPlan:
         object.__setattr__(self, "noise_levels", tuple(float(level) for level in self.noise_levels))
         if not self.layers:
             raise ValueError("no layers to read; pass at least one")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"a layer stands twice in {', '.join(self.layers)}; name each layer once")
+        if not all(0 <= level <= 1 for level in self.noise_levels):  # NaN too fails this
+            raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}")
         if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
             raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
-        if not (self.noise_levels[0] >= 0 and self.noise_levels[-1] <= 1):
-            raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}")
         for name in ("draws", "pool_cells", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, known in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(known)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with any field."""
@@ -107,9 +113,14 @@ class FeatureStore:
         missing = [path for path in needed if not path.is_file()]
         if missing:
             raise ValueError(
-                f"{folder} is unfinished ({len(missing)} of {len(needed)} files missing); repeat the command that made it"
+                f"{folder} is unfinished ({len(missing)} of {len(needed)} files missing); "
+                "repeat the command that made it"
             )
-        return cls(folder, manifest, load_file(folder / "samples.safetensors"))
+        try:
+            samples = load_file(folder / "samples.safetensors")
+        except SafetensorError as error:
+            raise _damaged(folder / "samples.safetensors", error) from error
+        return cls(folder, manifest, samples)
 
     def __getitem__(self, key: tuple[str, float]) -> NDArray[np.float32]:
         """Features of a layer at a noise level, first draw, shape (n, D)."""
@@ -121,11 +132,14 @@ class FeatureStore:
         """Features of a layer at a noise level, shape (n, D), or only the rows of one split.
 
         Raises:
-            KeyError: If the layer, level or draw was not extracted.
+            KeyError: If the layer, level or draw was not extracted, or there is no such split.
         """
+        if split is not None and split not in SPLITS:
+            raise KeyError(f"no split {split!r}; use one of {', '.join(SPLITS)}")
         if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
             raise KeyError(
-                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, {self.draws} draws"
+                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, "
+                f"{self.draws} draws"
             )
         level = self.noise_levels.index(noise_level)
         rows = []
@@ -163,4 +177,8 @@ def _open_shard(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and repeat the command that made it") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); delete it and repeat the command that made it")

@@ -6,6 +6,8 @@ Inception network.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,23 +60,26 @@ def gaussian(features: NDArray[np.floating]) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    The trace of the root comes from the symmetric S_a^(1/2) S_b S_a^(1/2), which has the eigenvalues of S_a S_b and
-    stays real when the
-    covariances are singular.
+    The trace of the root is the sum of the singular values of S_a^(1/2) S_b^(1/2), which stays real and keeps its
+    digits when the covariances are singular.
+
+    Raises:
+        ValueError: If the Gaussians differ in width.
 
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv:1706.08500).
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    mixed = np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)
-    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(mixed).sum()
-    return float(((a.mean - b.mean) ** 2).sum() + trace)
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of width {len(a.mean)} and {len(b.mean)} do not compare; use one extractor")
+    mixed = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False)
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * mixed.sum()
+    # Not below zero by rounding.
+    return float(max(((a.mean - b.mean) ** 2).sum() + trace, 0.0))
 
 
 @torch.inference_mode()
 def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -> NDArray[np.float32]:
     """Features of samples (n, C, *grid), shape (n, D)."""
-    return torch.cat([extractor.features(part).float() for part in x.split(batch_size)]).numpy()
+    return torch.cat([extractor.features(part).float().cpu() for part in torch.split(x, batch_size)]).numpy()
 
 
 def all_features(extractor: Extractor, samples: Samples, *, batch_size: int = 512) -> NDArray[np.float32]:
@@ -84,13 +90,12 @@ def all_features(extractor: Extractor, samples: Samples, *, batch_size: int = 51
 
 
 def classifier_extractor(
-    samples: Samples, cache: str | Path | None = None, *, steps: int = 600, batch_size: int = 128, seed: int = 0
+    samples: Samples, cache: str | Path | None = None, *, steps: int = 400, batch_size: int = 128, seed: int = 0
 ) -> Extractor:
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
     Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which
-    still separates
-    good samples from bad ones, and says so in its name.
+    still separates good samples from bad ones, and says so in its name.
 
     Args:
         samples: What it is trained on.
@@ -98,19 +103,22 @@ def classifier_extractor(
         steps: Training steps.
         batch_size: Samples per step.
         seed: Of weights and order.
+
+    Raises:
+        ValueError: If the cache is damaged, or of other data or another training.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = _Classifier(samples.shape, max(samples.num_classes, 1))
     cache = None if cache is None else Path(cache)
+    origin = f"{samples.fingerprint}, {steps} steps of {batch_size}, seed {seed}"
     if cache is not None and cache.is_file():
-        network.load_state_dict(load_file(cache))
+        network.load_state_dict(_read_cache(cache, origin))
     else:
         if samples.num_classes:
             _train_classifier(network, samples, steps, batch_size, seed)
         if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save_file(network.state_dict(), cache)
+            _write_cache(cache, network.state_dict(), origin)
     network.eval()
     kind = (
         f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
@@ -125,7 +133,7 @@ class _Classifier(nn.Module):
         widths = (shape[0], 32, FEATURE_WIDTH, FEATURE_WIDTH)
         self.stages = nn.ModuleList(
             convolution(a, b, 3, stride=1 if i == 0 else 2, padding=1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.head = nn.Linear(FEATURE_WIDTH, num_classes)
@@ -154,6 +162,29 @@ def _train_classifier(network: _Classifier, samples: Samples, steps: int, batch_
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+
+
+def _write_cache(cache: Path, weights: dict[str, Tensor], origin: str) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_name(f"{cache.name}.partial")
+    save_file(weights, partial, metadata={"origin": origin})
+    os.replace(partial, cache)
+
+
+def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if (file.metadata() or {}).get("origin") != origin:
+                raise ValueError(f"{cache} is an extractor of other data or another training; delete it")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{cache} is damaged ({error}); delete it") from error
+
+
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh(covariance)
+    root: NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root
 
 
 def _runs(n: int, size: int) -> Iterator[range]:

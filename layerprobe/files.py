@@ -29,8 +29,10 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
         ValueError: If the folder belongs to another run, or is not empty and belongs to none; nothing is written then.
     """
     place, record = folder / name, json.loads(json.dumps(record))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder; choose another --out")
     if place.is_file():
-        different = differences(json.loads(place.read_text(encoding="utf-8")), record)
+        different = differences(_read(place), record)
         if different:
             raise ValueError(
                 f"{folder} holds {what} of another run (different: {', '.join(different[:4])}); choose another --out"
@@ -38,7 +40,7 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
         return
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
     if strangers:
-        raise ValueError(f"{folder} is not empty and holds no {what} (it has {strangers[0]}); choose another --out")
+        raise ValueError(f"{folder} is not empty and holds other things ({strangers[0]}); choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(place, json.dumps(record, indent=1))
 
@@ -48,4 +50,11 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
         return [d for key in keys for d in differences(before.get(key), now.get(key), f"{at}.{key}".strip("."))]
-    return [] if before == now else [at]
+    return [] if before == now else [at or "everything"]
+
+
+def _read(place: Path) -> Any:
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged ({error}); choose another --out") from error

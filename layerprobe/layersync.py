@@ -1,9 +1,8 @@
 """LayerSync: a strong layer of a network teaches a weaker one of the same network.
 
 The regulariser is `- weight * mean over batch and tokens of cos(student token, stop-gradient of the teacher token)`,
-summed over the
-pairs, on the raw outputs of the layers in the forward pass that training does anyway: no second pass, no projector,
-no other network.
+summed over the pairs, on the raw outputs of the layers in the forward pass that training does anyway: no second pass,
+no projector, no other network.
 
 Source: Haghighi et al. 2025, LayerSync (arXiv:2510.12581).
 """
@@ -79,12 +78,12 @@ class LayerSync:
                 loss = training_loss(model, x, y) + sync.loss()
                 ...
 
-    `sync.loss()` belongs to the latest forward pass with gradients; passes without gradients are not recorded. Layers
-    may return
-    tokens (B, T, D), maps (B, C, *grid) or tuples that begin with one of these. Leaving the block removes every hook.
+    `sync.loss()` belongs to the latest forward pass with gradients, and once to each; passes without gradients are not
+    recorded and may come in between. Layers may return tokens (B, T, D), maps (B, C, *grid) or tuples that begin with
+    one of these. Leaving the block removes every hook.
 
     Works under autocast, torch.compile (what was compiled before is compiled anew) and non-reentrant gradient
-    checkpointing.
+    checkpointing. The cosine is computed in float32.
 
     Args:
         module: The network; its own `forward` must be called through `module(...)`.
@@ -97,7 +96,7 @@ class LayerSync:
     """
 
     def __init__(self, module: nn.Module, pairs: Iterable[LayerPair | tuple[str, str]], *, weight: float) -> None:
-        self.pairs = tuple(pair if isinstance(pair, LayerPair) else LayerPair(*pair) for pair in pairs)
+        self.pairs = tuple(_pair(pair) for pair in pairs)
         if not self.pairs:
             raise ValueError("no layer pair given; pass at least one (student, teacher)")
         if len(set(self.pairs)) < len(self.pairs):
@@ -107,6 +106,7 @@ class LayerSync:
         names = dict.fromkeys(name for pair in self.pairs for name in (pair.student, pair.teacher))
         self._layers = {name: find_layer(module, name) for name in names}
         self._outputs: list[tuple[str, Tensor]] = []
+        self._recording = False
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerSync:
@@ -125,6 +125,7 @@ class LayerSync:
             handle.remove()
         self._handles.clear()
         self._outputs.clear()
+        self._recording = False
         _forget_compiled()
 
     def loss(self) -> Tensor:
@@ -132,8 +133,7 @@ class LayerSync:
 
         Raises:
             ValueError: If no forward pass was recorded, a layer ran twice in it, a teacher ran before its student,
-                the layers differ in
-                shape, or the student carries no gradient.
+                the layers differ in shape, or the student carries no gradient.
         """
         outputs = self._take_outputs()
         total = torch.zeros((), device=next(iter(outputs.values())).device)
@@ -162,39 +162,50 @@ class LayerSync:
                 raise ValueError(f"student {pair.student} runs after teacher {pair.teacher}; swap them")
         outputs = dict(self._outputs)
         self._outputs.clear()
+        self._recording = False
         return outputs
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         if not _recomputing():
-            self._outputs.clear()
+            self._recording = torch.is_grad_enabled()
+            if self._recording:
+                self._outputs.clear()
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Checkpointing runs layers again in the backward pass; those outputs belong to no loss.
-            if torch.is_grad_enabled() and not _recomputing():
+            # Checkpointing runs layers again in the backward pass; those outputs belong to no loss. The module's mode
+            # counts and not the layer's: reentrant checkpointing runs layers without gradients, which loss() reports.
+            if self._recording and not _recomputing():
                 self._outputs.append((name, as_tokens(output, name)))
 
         return record
 
 
+def _pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
+    if isinstance(pair, LayerPair):
+        return pair
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(f"{pair!r} is not a (student, teacher) pair; pass a list of pairs of layer names")
+    return LayerPair(*pair)
+
+
 def _mean_cosine(student: Tensor, teacher: Tensor, pair: LayerPair) -> Tensor:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"{pair.student} gives tokens of shape {tuple(student.shape[1:])}, {pair.teacher} of {tuple(teacher.shape[1:])}; "
-            "align layers of equal shape"
+            f"{pair.student} gives tokens of shape {tuple(student.shape[1:])}, "
+            f"{pair.teacher} of {tuple(teacher.shape[1:])}; align layers of equal shape"
         )
     if not student.requires_grad:
         raise ValueError(
-            f"{pair.student} carries no gradient (frozen, or under reentrant checkpointing); train it, or checkpoint with use_reentrant=False"
+            f"{pair.student} carries no gradient (frozen, or under reentrant checkpointing); "
+            "train it, or checkpoint with use_reentrant=False"
         )
     # Norms overflow and cosines lose digits in half precision.
     return F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
 
 
 def _forget_compiled() -> None:
-    """Compiled graphs do not notice hooks that come or go (torch._dynamo guards skip them), so they are compiled
-    anew.
-    """
+    """Has compiled graphs compiled anew: they do not notice hooks that come or go (torch._dynamo's guards skip them)."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

@@ -1,13 +1,11 @@
 """One noise axis for every family of diffusion models, and the noise itself.
 
 Every model here sees `x_t = alpha x_0 + sigma eps`. The noise level is `sigma / (alpha + sigma)`: 0 is clean, 1 is
-pure noise, and
-equal levels mean equal signal-to-noise ratios in every family. `log_snr = 2 log(alpha / sigma)`, so
+pure noise, and equal levels mean equal signal-to-noise ratios in every family. `log_snr = 2 log(alpha / sigma)`, so
 `noise_level = sigmoid(-log_snr / 2)`. On the linear path the noise level is the path's own time.
 
 The velocity is `d x_t / d noise_level`, everywhere: it points from data to noise, equals `eps - x_0` on the linear
-path, and one
-sampler integrates it whatever the family. A family's own time and sign live in its `NoiseSchedule` only.
+path, and one sampler integrates it whatever the family. A family's own time and sign live in its `NoiseSchedule` only.
 """
 
 from __future__ import annotations
@@ -24,6 +22,9 @@ from torch import Tensor
 
 Prediction = Literal["velocity", "eps", "x0", "v"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+# New purposes go to the end: a stream is known by its place.
+Purpose = Literal["noise", "level", "label drop", "order", "sampling"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 DDPM_BETAS = ("linear", "scaled_linear", "cosine")
 
@@ -67,7 +68,11 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def noise_level(self, native_time: Tensor) -> Tensor:
-        """The noise level of a native time; the inverse of `native_time` up to its rounding."""
+        """The noise level of a native time; the inverse of `native_time` up to its rounding.
+
+        Raises:
+            ValueError: If the family has integer times and this is none of them.
+        """
 
     @property
     def level_range(self) -> tuple[float, float]:
@@ -133,12 +138,15 @@ class DDPM(NoiseSchedule):
     """The variance-preserving chain of DDPM: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 ... T-1.
 
     On the noise axis every such chain is the same quarter circle, `(alpha, sigma) = (1 - level, level) / norm`; the
-    betas only say at
-    which integer time a level is reached. `native_time` is the nearest one by log-SNR, 0 and T-1 beyond the ends.
+    betas only say at which integer time a level is reached. `native_time` is the nearest one by log-SNR, 0 and T-1
+    beyond the ends.
 
     Args:
         betas: Shape (T,), each in (0, 1).
         name: The name under which the betas were made.
+
+    Raises:
+        ValueError: If betas are not such a row.
 
     Source: Ho et al. 2020 (arXiv:2006.11239).
     """
@@ -149,7 +157,8 @@ class DDPM(NoiseSchedule):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(
-                f"betas must be a non-empty row of numbers between 0 and 1, got shape {tuple(betas.shape)}"
+                f"betas must be a non-empty row of numbers strictly between 0 and 1, got shape {tuple(betas.shape)}"
+                + (f" with values from {float(betas.min()):g} to {float(betas.max()):g}" if betas.numel() else "")
             )
         self.name, self.betas = name, betas
         abar = torch.cumprod(1 - betas, 0)
@@ -162,14 +171,26 @@ class DDPM(NoiseSchedule):
     def from_name(cls, betas: str, num_steps: int = 1000, start: float | None = None, end: float | None = None) -> DDPM:
         """The usual betas: "linear" (1e-4 to 0.02), "scaled_linear" (0.00085 to 0.012) or "cosine".
 
-        Source: Ho et al. 2020; Rombach et al. 2022 (arXiv:2112.10752); Nichol & Dhariwal 2021 (arXiv:2102.09672), eq.
-            17.
+        Args:
+            betas: One of these names.
+            num_steps: T.
+            start: The first beta, where it is not the usual one.
+            end: The last beta, likewise. "cosine" has neither.
+
+        Raises:
+            ValueError: If the name is unknown, or the cosine is given ends.
+
+        Source: Ho et al. 2020; Rombach et al. 2022 (arXiv:2112.10752); Nichol & Dhariwal 2021 (arXiv:2102.09672,
+            eq. 17).
         """
+        if betas == "cosine" and (start, end) != (None, None):
+            raise ValueError("the cosine betas have no start and no end; leave them out")
         if betas == "linear":
-            table = torch.linspace(start or 1e-4, end or 0.02, num_steps, dtype=torch.float64)
+            first, last = 1e-4 if start is None else start, 0.02 if end is None else end
+            table = torch.linspace(first, last, num_steps, dtype=torch.float64)
         elif betas == "scaled_linear":
-            root = torch.linspace((start or 0.00085) ** 0.5, (end or 0.012) ** 0.5, num_steps, dtype=torch.float64)
-            table = root**2
+            first, last = 0.00085 if start is None else start, 0.012 if end is None else end
+            table = torch.linspace(first**0.5, last**0.5, num_steps, dtype=torch.float64) ** 2
         elif betas == "cosine":
             t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
             abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -194,7 +215,10 @@ class DDPM(NoiseSchedule):
         return torch.bucketize(level.double(), self._edges.to(level.device))
 
     def noise_level(self, native_time: Tensor) -> Tensor:
-        return self._levels.to(native_time.device)[native_time.long()]
+        index, last = native_time.long(), len(self.betas) - 1
+        if bool(((index != native_time) | (index < 0) | (index > last)).any()):
+            raise ValueError(f"the native times of {self.name} are 0, 1, ..., {last}, got {native_time.tolist()}")
+        return self._levels.to(native_time.device)[index]
 
     @property
     def level_range(self) -> tuple[float, float]:
@@ -212,8 +236,7 @@ class EDM(NoiseSchedule):
     """x_t = x_0 + sigma eps; the native time is sigma itself.
 
     The level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`, so that level
-    0.5 is a
-    signal-to-noise ratio of 1 as in the other families. Level 1 is infinitely noisy; sample from below it.
+    0.5 is a signal-to-noise ratio of 1 as in the other families. Level 1 is infinitely noisy; sample from below it.
 
     Source: Karras et al. 2022 (arXiv:2206.00364).
     """
@@ -262,8 +285,10 @@ def schedule_from_name(name: str) -> NoiseSchedule:
     """The schedule behind a name of the command line.
 
     "sit" is the linear path with data at time 1, "flow" with data at time 0, "flow-1000" the same with times up to
-    1000; "ddpm-linear",
-    "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5.
+    1000; "ddpm-linear", "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5.
+
+    Raises:
+        ValueError: If there is no such name.
     """
     if name in SCHEDULES:
         return SCHEDULES[name]()
@@ -280,7 +305,7 @@ SCHEDULES = {
 
 
 def schedule_from_config(config: dict[str, Any]) -> NoiseSchedule:
-    """Rebuilds a schedule from its `to_config`."""
+    """Rebuilds a schedule from its `to_config`; ValueError, KeyError or TypeError where the configuration is none."""
     kind, rest = config["schedule"], {key: value for key, value in config.items() if key != "schedule"}
     if kind == "linear":
         return LinearPath(**rest)
@@ -314,9 +339,8 @@ def convert(
 ) -> Tensor:
     """Turns one kind of prediction into another.
 
-    Both kinds are linear in (x_0, eps), and so is x_t: two equations give the third. Computed in float64 per sample
-    for the
-    coefficients, in the output's own type for the tensors.
+    Both kinds are linear in (x_0, eps), and so is x_t: two equations give the third. The coefficients are computed in
+    float64, the tensors in their own type.
 
     Args:
         output: What the network predicted, shape (B, ...), in the sense of `source` with time from data to noise.
@@ -327,8 +351,8 @@ def convert(
         to: What is wanted.
 
     Raises:
-        ValueError: If a level makes the conversion a division by zero (such as eps at a level of 1, where x_t holds
-            no data).
+        ValueError: If x_t and the output do not determine the answer at a level (such as eps at level 1, where x_t
+            holds no data, or anything where EDM is infinitely noisy).
     """
     if source == to:
         return output
@@ -337,8 +361,9 @@ def convert(
     a, b = _coefficients(source, schedule, level)
     to_a, to_b = _coefficients(to, schedule, level)
     determinant = alpha * b - sigma * a
-    if not bool((determinant.abs() > 1e-12).all()):
-        bad = float(level[determinant.abs() <= 1e-12][0])
+    solvable = determinant.isfinite() & (determinant.abs() > 1e-12)
+    if not bool(solvable.all()):
+        bad = float(level[~solvable][0])
         raise ValueError(
             f"{source} at noise level {bad:g} does not determine {to}; keep noise levels strictly inside (0, 1)"
         )
@@ -352,9 +377,10 @@ def _per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Random numbers that depend on (seed, sample id, draw) and on nothing else.
+    """Random numbers that depend on (seed, purpose, sample id, draw) and on nothing else.
 
     Every sample has its own Philox counter stream, so its numbers are the same in any batch, order, process or restart.
+    Sample ids are int64, draws count from 0.
 
     Attributes:
         seed: Non-negative, below 2**63.
@@ -364,7 +390,7 @@ class NoiseKey:
     """
 
     seed: int
-    purpose: Literal["noise", "level", "label drop", "order", "sampling"] = "noise"
+    purpose: Purpose = "noise"
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -386,11 +412,10 @@ class NoiseKey:
         return torch.from_numpy(self._stream(0, draw).permutation(n))
 
     def _stream(self, sample_id: int, draw: int) -> np.random.Generator:
-        purpose = _PURPOSES.index(self.purpose)
+        purpose = PURPOSES.index(self.purpose)
         bits = np.random.Philox(
-            key=np.array([self.seed, sample_id], np.uint64), counter=np.array([0, 0, draw, purpose], np.uint64)
+            # The mask gives negative ids, such as hashes, streams of their own.
+            key=np.array([self.seed, sample_id & (2**64 - 1)], np.uint64),
+            counter=np.array([0, 0, draw, purpose], np.uint64)
         )
         return np.random.Generator(cast(np.random.BitGenerator, bits))
-
-
-_PURPOSES = ("noise", "level", "label drop", "order", "sampling")

@@ -5,6 +5,7 @@ The velocity is `d x_t / d noise_level` in every family, so one integrator serve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
+from layerprobe.capture import evaluating
 from layerprobe.noise import NoiseKey
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -67,16 +69,15 @@ def sample(
     """
     plan = plan or SamplingPlan()
     _check_labels(backbone, indices, labels, plan)
-    out = []
-    for start in range(0, len(indices), batch_size):
-        ids = torch.tensor(list(indices[start : start + batch_size]))
-        eps = NoiseKey(plan.seed, "sampling").normal(ids, backbone.shape)
-        condition = None if labels is None else labels[start : start + batch_size].to(backbone.device)
-        start_level = torch.tensor(backbone.schedule.level_range[1])
-        noise = (eps * backbone.schedule.sigma(start_level)).to(backbone.device)
-        out.append(
-            integrate(guided(backbone, plan.guidance), noise, condition, backbone.schedule.level_range, plan).cpu()
-        )
+    velocity, level_range = guided(backbone, plan.guidance), backbone.schedule.level_range
+    sigma = float(backbone.schedule.sigma(torch.tensor(level_range[1], dtype=torch.float64)))
+    out = [torch.empty(0, *backbone.shape)]
+    with evaluating(backbone.module):
+        for start in range(0, len(indices), batch_size):
+            ids = torch.tensor(list(indices[start : start + batch_size]))
+            noise = NoiseKey(plan.seed, "sampling").normal(ids, backbone.shape) * sigma
+            condition = None if labels is None else labels[start : start + batch_size].to(backbone.device)
+            out.append(integrate(velocity, noise.to(backbone.device), condition, level_range, plan).cpu())
     return torch.cat(out)
 
 
@@ -107,7 +108,7 @@ def integrate(
         levels = [*torch.linspace(high, low, plan.steps, dtype=torch.float64).tolist(), 0.0]
     else:
         levels = torch.linspace(high, 0, plan.steps + 1, dtype=torch.float64).tolist()
-    for i, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (now, then) in enumerate(itertools.pairwise(levels)):
         at_now = x.new_full((len(x),), now)
         slope = velocity(x, at_now, condition)
         if plan.solver == "heun" and i + 1 < plan.steps:
@@ -128,5 +129,6 @@ def _check_labels(backbone: Backbone, indices: Sequence[int], labels: Tensor | N
         raise ValueError(f"{backbone.name} knows no classes; sample without labels")
     if bool((labels < 0).any()) or bool((labels > backbone.num_classes).any()):
         raise ValueError(
-            f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), got {labels.tolist()[:8]}"
+            f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), "
+            f"got {labels.tolist()[:8]}"
         )

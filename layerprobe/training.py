@@ -1,9 +1,8 @@
 """The trainer: flow matching with or without LayerSync, interruptible at any moment.
 
 Order, noise, noise level and label drop of a sample depend on (seed, sample id, epoch) only. Runs that share a seed
-and differ in their
-layer pairs therefore see the same batches and the same noise, and a run that was killed ends bit-equal to one that
-was not.
+and differ in their layer pairs therefore see the same batches and the same noise, and a run that was killed ends
+bit-equal to one that was not.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.checkpoints import save_checkpoint, weights_hash
-from layerprobe.data.base import Batch, Samples
+from layerprobe.capture import evaluating
+from layerprobe.checkpoints import read_checkpoint, save_checkpoint, weights_hash
+from layerprobe.data.base import Batch, Samples, content_hash
 from layerprobe.files import claim, write_text
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.noise import NoiseKey, target
@@ -75,11 +76,20 @@ class TrainingPlan:
         for name in ("batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps < 0 or self.learning_rate <= 0 or not 0 <= self.label_drop <= 1 or not 0 <= self.ema_decay < 1:
+        if not (self.steps >= 0 and self.learning_rate > 0 and 0 <= self.label_drop <= 1 and 0 <= self.ema_decay < 1):
             raise ValueError(
                 f"need steps >= 0, learning_rate > 0, label_drop in [0, 1], ema_decay in [0, 1); got {self.steps}, "
                 f"{self.learning_rate}, {self.label_drop}, {self.ema_decay}"
             )
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"unknown precision {self.precision!r}; use float32 or bfloat16")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a run to be continued: everything but how long it runs and how often it writes."""
@@ -115,10 +125,8 @@ def train(
     """Trains a model from the weights it has, and gives it back with averaged weights.
 
     The folder holds `training.json` (plan and data), `state.pt` (to go on from), `log.jsonl` and, at the end,
-    `model.safetensors` (the
-    averaged weights). Repeating the call continues where the last checkpoint was; a finished run returns at once. The
-    backbone passed in
-    keeps its weights.
+    `model.safetensors` (the averaged weights). Repeating the call continues where the last checkpoint was; a finished
+    run returns at once. The backbone passed in keeps its weights.
 
     Args:
         backbone: The model to start from.
@@ -131,15 +139,18 @@ def train(
 
     Raises:
         ValueError: If the data does not fit, the folder holds another run, or the loss is not finite; the last
-            checkpoint stays.
+            checkpoint stays. Also if the run has more steps already than the plan.
     """
     folder = Path(folder)
     _check(backbone, samples)
-    record = {"plan": plan.identity(), "data": samples.fingerprint, "start": weights_hash(backbone.module)}
-    claim(folder, "training.json", record, what="a training")
+    claim(folder, "training.json", _record(backbone, samples, plan), what="a training")
     state = _start(backbone, plan)
     if (folder / "state.pt").is_file():
         _restore(state, folder)
+    if state.step > plan.steps:
+        raise ValueError(
+            f"{folder} holds {state.step} steps, more than the {plan.steps} wanted; pass more --steps or another --out"
+        )
     live = replace(backbone, module=state.module)
     if observe and state.step == 0 and 0 in observe_at:
         observe(0, _averaged(backbone, state))
@@ -147,6 +158,8 @@ def train(
         state.module.compile()
     with ExitStack() as stack:
         sync = stack.enter_context(LayerSync(state.module, plan.pairs, weight=plan.weight)) if plan.pairs else None
+        # Networks that draw random numbers themselves, for dropout, leave the caller's generators alone.
+        stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         began, first = time.perf_counter(), state.step
         for batch in batches(samples, plan, start=state.step):
             loss, cosines = _step(live, state, batch, plan, sync)
@@ -164,7 +177,8 @@ def train(
             if progress:
                 progress(state.step, plan.steps, loss)
     averaged = _averaged(backbone, state)
-    if not (folder / "model.safetensors").is_file() or first < plan.steps:
+    # A run that was killed between its last checkpoint and here may hold the model of an earlier, shorter run.
+    if _steps_of(folder / "model.safetensors") != state.step:
         training = plan.identity() | {
             "steps": state.step,
             "data": samples.fingerprint,
@@ -224,22 +238,22 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[float, float]:
-    """Mean prediction loss on samples the model has not seen, by noise level, with the null label; noise is keyed by
-    (seed, id).
-    """
+    """Mean prediction loss on unseen samples, by noise level, with the null label; noise is keyed by (seed, id)."""
     sums = dict.fromkeys(levels, 0.0)
-    for start in range(0, len(samples), batch_size):
-        batch: Batch = samples.batch(range(start, min(start + batch_size, len(samples))))
-        eps = NoiseKey(seed).normal(batch.ids, samples.shape)
-        for level in levels:
-            at = torch.full((len(batch.x),), level, dtype=torch.float64)
-            sums[level] += float(prediction_loss(backbone, TrainingBatch(batch.x, eps, at, None)).sum())
+    with evaluating(backbone.module):
+        for start in range(0, len(samples), batch_size):
+            batch: Batch = samples.batch(range(start, min(start + batch_size, len(samples))))
+            eps = NoiseKey(seed).normal(batch.ids, samples.shape)
+            for level in levels:
+                at = torch.full((len(batch.x),), level, dtype=torch.float64)
+                sums[level] += float(prediction_loss(backbone, TrainingBatch(batch.x, eps, at, None)).sum())
     return {level: total / len(samples) for level, total in sums.items()}
 
 
 def _step(
     live: Backbone, state: TrainingState, batch: TrainingBatch, plan: TrainingPlan, sync: LayerSync | None
 ) -> tuple[float, dict[str, float]]:
+    torch.manual_seed(int(np.random.SeedSequence((plan.seed, state.step)).generate_state(1)[0]))
     for group in state.optimizer.param_groups:
         group["lr"] = plan.learning_rate * min(1.0, (state.step + 1) / (plan.warmup_steps + 1))
     with torch.autocast(live.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
@@ -253,9 +267,28 @@ def _step(
     state.step += 1
     decay = min(plan.ema_decay, (state.step + 1) / (state.step + 10))
     with torch.no_grad():
-        torch._foreach_lerp_(list(state.ema.values()), _trainable(state.module), 1 - decay)
+        torch._foreach_lerp_(list(state.ema.values()), [*_trainable(state.module)], 1 - decay)
     cosines = {} if sync is None else {f"cosine {pair}": float(cosine) for pair, cosine in sync.cosines.items()}
     return float(loss.detach()), cosines
+
+
+def _record(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> dict[str, Any]:
+    """What a folder's run is: everything that decides its numbers."""
+    return {
+        "plan": plan.identity(),
+        "data": samples.fingerprint,
+        "start": weights_hash(backbone.module),
+        "schedule": backbone.schedule.name,
+        "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
+        "prediction": backbone.prediction,
+    }
+
+
+def _steps_of(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    steps: int | None = read_checkpoint(path)[1].get("training", {}).get("steps")
+    return steps
 
 
 def _start(backbone: Backbone, plan: TrainingPlan) -> TrainingState:
@@ -297,11 +330,20 @@ def _check(backbone: Backbone, samples: Samples) -> None:
         raise ValueError("there are no samples to train on")
     if backbone.num_classes and samples.num_classes and backbone.num_classes != samples.num_classes:
         raise ValueError(
-            f"{backbone.name} knows {backbone.num_classes} classes, the data has {samples.num_classes}; pass data with the same labels"
+            f"{backbone.name} knows {backbone.num_classes} classes, the data has {samples.num_classes}; "
+            "pass data with the same labels"
         )
 
 
 def _save(state: TrainingState, folder: Path) -> None:
+    # A finite loss can have a gradient that is not; such weights must not replace a good checkpoint.
+    bad = [name for name, average in state.ema.items() if not bool(average.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{bad[0]} is not finite after step {state.step}; lower the learning rate (checkpoint kept in {folder})"
+        )
+    # The log comes first: one that is ahead of the state is written anew, one that is behind would stay so.
+    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log))
     content = {
         "step": state.step,
         "module": state.module.state_dict(),
@@ -311,7 +353,6 @@ def _save(state: TrainingState, folder: Path) -> None:
     }
     torch.save(content, folder / "state.pt.partial")
     os.replace(folder / "state.pt.partial", folder / "state.pt")
-    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log))
 
 
 def _restore(state: TrainingState, folder: Path) -> None:

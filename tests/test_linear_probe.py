@@ -69,7 +69,7 @@ def test_equals_scikit_learn(inverse_penalty: float) -> None:
 
 @pytest.mark.parametrize("inverse_penalty", [1e-3, 1.0])
 def test_equals_scikit_learn_on_real_digits(inverse_penalty: float) -> None:
-    x, y = digits()
+    x, y = (part[:800] for part in digits())
     assert_same_optimum(fit_logistic(x, y, inverse_penalty=inverse_penalty), x, y, sklearn_fit(x, y, inverse_penalty))
 
 
@@ -130,7 +130,7 @@ def test_says_when_it_did_not_converge() -> None:
 
 def test_an_impossible_tolerance_ends() -> None:
     x, y, _ = clouds(5)
-    fit = fit_logistic(x, y, tolerance=1e-30)
+    fit = fit_logistic(x, y, tolerance=1e-30, max_passes=500)
     assert not fit.converged
     assert fit.gradient_norm < 1e-10
 

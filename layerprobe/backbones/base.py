@@ -19,8 +19,7 @@ class Backbone:
     """A diffusion model behind one convention.
 
     `backbone(x_t, noise_level, condition)` is the velocity `d x_t / d noise_level`, whatever the family predicts and
-    however it counts
-    time.
+    however it counts time.
 
     Attributes:
         module: The network.
@@ -49,6 +48,9 @@ class Backbone:
             x_t: Noisy samples, shape (B, C, *grid).
             noise_level: Shape (B,), in [0, 1].
             condition: Class labels, shape (B,), or None for the null condition.
+
+        Raises:
+            ValueError: If the samples have another shape, or a level makes `convert` divide by zero.
         """
         output = self.predict(x_t, noise_level, condition)
         return convert(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
@@ -69,9 +71,7 @@ class Backbone:
         return -output if flip else output
 
     def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-        """The label that means "no label": the last row of the embedding table, shape (B,); None for unconditional
-        models.
-        """
+        """The label that means "no label", `num_classes`, shape (B,); None for unconditional models."""
         return torch.full((batch_size,), self.num_classes, device=device) if self.num_classes else None
 
     @property
@@ -114,7 +114,7 @@ def wrap(
         raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
     return Backbone(
         module=module.eval(),
-        layers=match_layers(module, [layers] if isinstance(layers, str) else layers),
+        layers=match_layers(module, layers),
         schedule=schedule_from_name(schedule) if isinstance(schedule, str) else schedule,
         prediction=prediction,
         shape=tuple(shape),
@@ -126,13 +126,14 @@ def wrap(
 
 @torch.inference_mode()
 def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Number of tokens and width of each layer, in the order in which they run; one forward pass of one sample.
+    """Number of tokens and width of each layer, in the order in which they run; one whole forward pass of one sample.
 
     Raises:
         ValueError: If a layer does not run, runs twice or gives no tokens.
     """
     device = backbone.device
-    with capture(backbone.module, layers or backbone.layers, stop_early=True) as outputs:
+    # To the end, unlike in extraction: this is where a layer that runs twice is noticed.
+    with capture(backbone.module, layers or backbone.layers) as outputs:
         backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
     return {name: (tokens.shape[1], tokens.shape[2]) for name, tokens in outputs.items()}
 

@@ -1,8 +1,7 @@
 """SiT, the scalable interpolant transformer, on 1-D, 2-D and 3-D grids: the backbone that layerprobe trains.
 
 In two dimensions the state dict has the names and shapes of the official SiT, which DiT and LayerSync share. Tokens
-are the patches in
-row-major order; there is no class token.
+are the patches in row-major order; there is no class token.
 
 Source: Ma et al. 2024, SiT (arXiv:2401.08740); Peebles & Xie 2022, DiT (arXiv:2212.09748).
 """
@@ -39,6 +38,9 @@ class SiTConfig:
         num_classes: 0 for an unconditional model.
         mlp_ratio: Width of the MLP over the width of a token.
         learn_sigma: The official models give 2 C channels, the second half unused; ours give C.
+
+    Raises:
+        ValueError: If these make no network.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +56,9 @@ class SiTConfig:
         object.__setattr__(self, "shape", tuple(self.shape))
         if not 2 <= len(self.shape) <= 4:
             raise ValueError(f"shape must be (C, *grid) with one to three grid axes, got {self.shape}")
+        numbers = (*self.shape, self.patch_size, self.hidden_size, self.depth, self.num_heads, self.num_classes + 1)
+        if min(numbers) < 1:
+            raise ValueError(f"shape, patch, width, depth and heads count from 1 and classes from 0, got {self}")
         if any(edge % self.patch_size for edge in self.shape[1:]):
             raise ValueError(
                 f"the grid {self.shape[1:]} does not divide into patches of {self.patch_size}; change one of them"
@@ -63,7 +68,9 @@ class SiTConfig:
                 f"hidden size {self.hidden_size} does not divide into {self.num_heads} heads; change one of them"
             )
         if self.hidden_size % 2 or self.hidden_size // 2 < len(self.shape) - 1:
-            raise ValueError(f"hidden size {self.hidden_size} must be even and at least 2 per grid axis")
+            raise ValueError(
+                f"hidden size {self.hidden_size} has no room for positions; pass an even one of at least 2 per grid axis"
+            )
 
     @classmethod
     def preset(cls, name: str, *, shape: tuple[int, ...], num_classes: int = 0) -> SiTConfig:
@@ -182,6 +189,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -195,6 +204,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers around the tanh approximation of GELU, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -222,6 +233,8 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """The modulated projection of tokens (B, T, D) to patches (B, T, patch**d * C)."""
+
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -234,11 +247,10 @@ class FinalLayer(nn.Module):
 
 
 def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
-    """Fixed sine-cosine position embedding, shape (1, T, width), in row-major order of the patches.
+    """Fixed sine-cosine position embedding, shape (1, T, width) with an even width, in row-major order of the patches.
 
-    Each axis has an equal share of the channels, the last takes what does not divide. In two dimensions the first
-    half encodes the
-    column, as in MAE, DiT and SiT; so the axes are taken from the last to the first.
+    In two dimensions the first half of the channels encodes the column, as in MAE, DiT and SiT; so the axes are taken
+    from the last to the first. Each has an equal share of the channels, the first axis also what does not divide.
     """
     pairs = [width // 2 // len(grid)] * len(grid)
     pairs[-1] += width // 2 - sum(pairs)
@@ -248,8 +260,7 @@ def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = axis.reshape(-1, 1) * frequencies
         parts += [angles.sin(), angles.cos()]
-    position = torch.cat(parts, dim=1)
-    return F.pad(position, (0, width - position.shape[1])).float().unsqueeze(0)
+    return torch.cat(parts, dim=1).float().unsqueeze(0)
 
 
 def sit_backbone(
@@ -292,12 +303,17 @@ def config_from_state_dict(state_dict: dict[str, Tensor], *, num_heads: int | No
         num_heads: Needed where the width is not one of the presets: heads leave no trace in the shapes.
 
     Raises:
-        ValueError: If the width is not a preset's and num_heads is not given.
+        ValueError: If the width is not a preset's and num_heads is not given, or a tensor is missing or misshapen.
     """
+    for name, axes in _TELLING.items():
+        if name not in state_dict or state_dict[name].ndim not in axes or not state_dict[name].numel():
+            seen = f"has shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
+            raise ValueError(f"this is no whole SiT or DiT: {name} {seen}; use a whole state dict")
     patch_weight = state_dict["x_embedder.proj.weight"]
     width, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[2]
     dimensions = patch_weight.ndim - 2
-    heads = num_heads or {preset[1]: preset[2] for preset in PRESETS.values()}.get(width)
+    presets = {preset_width: preset_heads for _, preset_width, preset_heads in PRESETS.values()}
+    heads = presets.get(width) if num_heads is None else num_heads
     if heads is None:
         raise ValueError(f"width {width} is no preset's, so the number of heads is unknown; pass --num-heads")
     edge = round(state_dict["pos_embed"].shape[1] ** (1 / dimensions)) * patch
@@ -306,9 +322,19 @@ def config_from_state_dict(state_dict: dict[str, Tensor], *, num_heads: int | No
         shape=(channels, *[edge] * dimensions),
         patch_size=patch,
         hidden_size=width,
-        depth=1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        depth=len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")}),
         num_heads=heads,
         num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
         mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
     )
     return replace(config, learn_sigma=out_channels == 2 * channels)
+
+
+# The tensors that tell a configuration, and how many axes each may have.
+_TELLING = {
+    "x_embedder.proj.weight": (3, 4, 5),
+    "pos_embed": (3,),
+    "final_layer.linear.weight": (2,),
+    "y_embedder.embedding_table.weight": (2,),
+    "blocks.0.mlp.fc1.weight": (2,),
+}

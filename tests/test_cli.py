@@ -1,0 +1,233 @@
+"""The command line as a shell would use it, in this process where that changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerprobe.cli.main import run
+
+TRAIN = "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3".split()
+COUNTS = "--num-fit 200 --num-choose 100 --num-report 100 --noise-levels 0.2,0.6".split()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command; gives exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        code = run()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(cli):
+    """Runs a command that must be refused: exit code 2, one line on standard error, nothing on standard output."""
+
+    def call(*arguments: object, code: int = 2) -> str:
+        exit_code, out, err = cli(*arguments)
+        lines = [line for line in err.splitlines() if not line.startswith(("reading", "measuring", "training"))]
+        assert (exit_code, out) == (code, ""), err
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: a tiny SiT, trained, probed."""
+    folder = tmp_path_factory.mktemp("cli")
+    argv = sys.argv
+    try:
+        sys.argv = ["layerprobe", *TRAIN, "--out", str(folder / "training")]
+        assert run() == 0
+        checkpoint = str(folder / "training" / "model.safetensors")
+        sys.argv = ["layerprobe", "probe", checkpoint, "--data", "digits", "--out", str(folder / "run"), *COUNTS]
+        assert run() == 0
+    finally:
+        sys.argv = argv
+    return folder
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    began = time.perf_counter()
+    code = "import sys; sys.argv = ['layerprobe', '--help']\nfrom layerprobe.cli.main import run\nrun()\n"
+    code += "assert not {'torch', 'pandas', 'sklearn', 'matplotlib', 'datasets', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quickstart" in done.stdout
+    assert time.perf_counter() - began < 10  # 0.3 s on an idle machine; the imports above are what makes it slow
+
+
+def test_run_folder_is_whole(trained: Path) -> None:
+    run_folder = trained / "run"
+    expected = ["environment.json", "features", "figures", "plan.json", "quality.csv", "report.html", "selection.json"]
+    assert sorted(p.name for p in run_folder.iterdir()) == [*expected, "similarity.csv"]
+    figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
+    assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
+    assert {"probe-accuracy-curves", "probe-accuracy-heatmap", "cka"} <= figures
+    quality = pd.read_csv(run_folder / "quality.csv")
+    assert set(quality["source"]) == {"model", "random weights", "raw input"}
+    assert set(quality["noise_level"]) == {0.2, 0.6}
+
+
+def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
+    table = trained / "run" / "quality.csv"
+    shard = trained / "run" / "features" / "model" / "shard-00000.safetensors"
+    before = table.stat().st_mtime_ns, shard.stat().st_mtime_ns
+    checkpoint = trained / "training" / "model.safetensors"
+    code, out, _ = cli("probe", checkpoint, "--data", "digits", "--out", trained / "run", *COUNTS, "--json")
+    assert code == 0
+    assert "pick" in json.loads(out)
+    assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+
+
+def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
+    code, out, _ = cli("select", trained / "run", "--label-free", "--json")
+    assert code == 0
+    assert json.loads(out)["label_free"] is True
+    code, out, _ = cli("select", trained / "run", "--min-distance", "3")
+    assert code == 0
+    assert "pick" in out
+    for command in ("plot", "report"):
+        code, out, _ = cli(command, trained / "run")
+        assert code == 0
+        assert all(Path(line).is_file() for line in out.splitlines())
+    checkpoint = trained / "training" / "model.safetensors"
+    code, out, _ = cli("sample", checkpoint, "--out", tmp_path / "s", "--num", 4, "--steps", 2)
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["samples.npy", "samples.png", "samples.svg"]
+
+
+def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
+    arguments = ["confirm", trained / "run", "--steps", 4, "--num-seeds", 2, "--num-evaluations", 2, "--num-samples", 20]
+    code, out, _ = cli(*arguments, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["seeds"] == [0, 1]
+    assert not (trained / "run" / "confirmation").exists()
+    code, out, _ = cli(*arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["answer"] in ("helps", "hurts", "no difference found", "too early to tell")
+    verdict = json.loads((trained / "run" / "verdict.json").read_text())
+    assert verdict["arms"][0]["name"] == "no alignment"
+    assert (trained / "run" / "figures" / "confirmation.png").is_file()
+    assert verdict["paragraph"] in (trained / "run" / "report.html").read_text()
+
+
+def test_training_with_the_pick_of_a_run(trained: Path, tmp_path: Path, cli) -> None:
+    code, out, _ = cli(*TRAIN, "--out", tmp_path / "t", "--pair", "1:3", "--json")
+    assert code == 0
+    assert json.loads(out)["pairs"] == ["blocks.1 <- blocks.3"]
+    aligned, plain = (load_file(p / "model.safetensors") for p in (tmp_path / "t", trained / "training"))
+    assert any(not torch.equal(aligned[name], plain[name]) for name in plain)
+
+
+def test_inspect_and_doctor(cli) -> None:
+    code, out, _ = cli("inspect", "digits", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert len(record["layers"]) >= 8
+    assert record["layers"]["blocks.0"] == [16, 64]
+    code, out, _ = cli("doctor", "--json")
+    assert code == 0
+    assert "torch" in json.loads(out)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
+    code, out, _ = cli("probe", "digits", "--data", "digits", "--out", tmp_path / "r", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["samples"] == {"fit": 1000, "choose": 397, "report": 400}
+    assert cli(*TRAIN, "--out", tmp_path / "t", "--dry-run")[0] == 0
+    assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('data = "digits"\nout = "unused"\nsteps = 5\nwidth = 16\nheads = 2\n')
+    assert json.loads(cli("train", "--config", file, "--dry-run", "--json")[1])["steps"] == 5
+    monkeypatch.setenv("LAYERPROBE_TRAIN_STEPS", "6")
+    assert json.loads(cli("train", "--config", file, "--dry-run", "--json")[1])["steps"] == 6
+    assert json.loads(cli("train", "--config", file, "--steps", 7, "--dry-run", "--json")[1])["steps"] == 7
+    (tmp_path / "bad.yaml").write_text("stepz: 5\n")
+    assert "the key 'stepz', which train does not know" in refused("train", "--config", tmp_path / "bad.yaml")
+
+
+class _Payload:
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.place}",)
+
+
+def test_bad_checkpoints_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    def probe(checkpoint: object) -> str:
+        message = refused("probe", checkpoint, "--data", "digits", "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return message
+
+    good = trained / "training" / "model.safetensors"
+    assert "no checkpoint file" in probe(tmp_path / "absent.pt")
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:5000])
+    assert "not a whole safetensors file" in probe(tmp_path / "cut.safetensors")
+    with (tmp_path / "evil.pt").open("wb") as file:
+        pickle.dump({"model": _Payload(tmp_path / "ran")}, file)
+    assert "would run code" in probe(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+    weights = load_file(good)
+    torch.save(weights, tmp_path / "foreign.pt")
+    assert "pass --family" in probe(tmp_path / "foreign.pt")
+    save_file({"a": torch.ones(2)}, tmp_path / "stranger.safetensors")
+    assert "pass --model" in probe(tmp_path / "stranger.safetensors")
+
+
+def test_bad_options_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    def probe(*options: object) -> str:
+        return refused("probe", "digits", "--data", "digits", "--out", tmp_path / "run", *options)
+
+    assert "blocks.99 is not in SiT, which has" in probe("--layers", "blocks.99")
+    assert "between 0 (clean) and 1" in probe("--noise-levels", "0.5,1.5")
+    assert "not a list of numbers" in probe("--noise-levels", "low")
+    assert "is not to be had here" in probe("--device", "warp")
+    assert str(tmp_path / "no") in refused("probe", "digits", "--data", tmp_path / "no", "--out", tmp_path / "run")
+    assert "unknown family" in refused("inspect", _foreign(trained, tmp_path), "--family", "gan")
+    assert "comes after teacher" in refused(*TRAIN, "--out", tmp_path / "t", "--pair", "3:1")
+    assert "is not student:teacher" in refused(*TRAIN, "--out", tmp_path / "t", "--pair", "3")
+    assert "holds no run" in refused("confirm", tmp_path)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "t").exists()
+
+
+def _foreign(trained: Path, folder: Path) -> Path:
+    torch.save(load_file(trained / "training" / "model.safetensors"), folder / "foreign.pt")
+    return folder / "foreign.pt"
+
+
+def test_folders_of_other_runs_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    checkpoint = trained / "training" / "model.safetensors"
+    before = (trained / "run" / "quality.csv").read_bytes()
+    others = [*COUNTS[:-1], "0.3,0.6"]
+    message = refused("probe", checkpoint, "--data", "digits", "--out", trained / "run", *others)
+    assert "results of another run (different: noise_levels)" in message
+    assert (trained / "run" / "quality.csv").read_bytes() == before
+    message = refused(*TRAIN, "--out", trained / "training", "--learning-rate", "0.5")
+    assert "another run (different: plan.learning_rate)" in message
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "is not empty" in refused("probe", checkpoint, "--data", "digits", "--out", tmp_path / "mine", *COUNTS)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

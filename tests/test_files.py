@@ -1,0 +1,114 @@
+"""A file appears whole or not at all, and a folder belongs to one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerprobe.files import claim, differences, write_text
+
+RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "a.json"
+    for text in ("first, Fréchet", "second"):
+        write_text(place, text)
+        assert place.read_text(encoding="utf-8") == text
+    assert list(contents(tmp_path)) == ["a.json"]
+
+
+@pytest.mark.parametrize("broken", ["write_text", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    place = tmp_path / "a.json"
+    write_text(place, "old")
+
+    def interrupted(path: Path, text: str, **options: Any) -> int:
+        with path.open("w") as file:
+            file.write(text[:2])
+        raise KeyboardInterrupt
+
+    def refused(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    if broken == "write_text":
+        monkeypatch.setattr(Path, "write_text", interrupted)
+    else:
+        monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(place, "new")
+    assert place.read_text() == "old"
+
+
+def test_a_folder_is_claimed_once_and_again_by_the_same_run(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    claim(folder, "plan.json", RECORD, what="features")
+    before = contents(folder)
+    assert json.loads(before["plan.json"]) == {"plan": {"steps": 3, "levels": [0.1, 0.5]}, "data": "abc"}
+    (folder / "shard").write_text("work")
+    stamp = (folder / "plan.json").stat().st_mtime_ns
+    claim(folder, "plan.json", RECORD, what="features")
+    assert (folder / "plan.json").stat().st_mtime_ns == stamp
+    assert contents(folder) == before | {"shard": b"work"}
+
+
+def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+    claim(tmp_path / "run", "plan.json", RECORD, what="features")
+    before = contents(tmp_path)
+    other = {"plan": {"steps": 4, "levels": (0.1, 0.5), "seed": 1}, "data": "abd"}
+    with pytest.raises(ValueError, match=r"holds features of another run \(different: data, plan.seed, plan.steps\)"):
+        claim(tmp_path / "run", "plan.json", other, what="features")
+    assert contents(tmp_path) == before
+
+
+def test_at_most_four_differences_are_named(tmp_path: Path) -> None:
+    claim(tmp_path, "plan.json", dict.fromkeys("abcdef", 1), what="features")
+    with pytest.raises(ValueError, match=r"\(different: a, b, c, d\); choose another --out$"):
+        claim(tmp_path, "plan.json", dict.fromkeys("abcdef", 2), what="features")
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "sub/file"])
+def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"is not empty and holds other things \({name.split('/')[0]}\); choose another"):
+        claim(tmp_path, "plan.json", RECORD, what="features")
+    assert contents(tmp_path) == before
+
+
+def test_what_an_interrupted_claim_leaves_is_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / "plan.json.partial").write_text("{")
+    claim(tmp_path, "plan.json", RECORD, what="features")
+    assert json.loads((tmp_path / "plan.json").read_text())["data"] == "abc"
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run is a file, not a folder; choose another --out"):
+        claim(tmp_path / "run", "plan.json", RECORD, what="features")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "plan.json is damaged"), ("[1]", "different: everything")])
+def test_a_record_that_is_none_of_ours_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        claim(tmp_path, "plan.json", RECORD, what="features")
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / "plan.json").read_text() == content
+
+
+def test_differences_are_dotted_keys() -> None:
+    before = {"a": {"b": [1, 2], "c": 1}, "d": None}
+    assert differences(before, {"a": {"b": [1, 2], "c": 1}, "d": None}) == []
+    assert differences(before, {"a": {"b": [2, 1], "c": 1}, "e": 0}) == ["a.b", "e"]
+    assert differences(before, {"a": 5}) == ["a"]
