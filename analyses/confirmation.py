@@ -21,7 +21,7 @@ import torch
 from scipy import stats
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.data.base import Samples, Splits
+from layerprobe.data.base import Samples, Splits, Subset
 from layerprobe.fidelity import (
     Extractor,
     Gaussian,
@@ -36,6 +36,7 @@ from layerprobe.layersync import LayerPair, depth_heuristic
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import TrainingPlan, held_out_loss, train
 
+HELD_OUT_SAMPLES = 1000
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
 BASELINE, PICK, HEURISTIC, CONTROL = "no alignment", "pick", "depth heuristic", "bad control"
 # A run that still loses this share of its distance over the last part of its steps is in the middle of its training;
@@ -194,7 +195,9 @@ def confirm(
     claim(folder, "confirmation.json", record, what="a confirmation")
     extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
     reference = gaussian(all_features(extractor, splits.report))
+    held_out = Subset(splits.report, range(min(len(splits.report), HELD_OUT_SAMPLES)), name="held out")
     rows: list[dict[str, Any]] = []
+    beginnings: dict[int, dict[str, dict[str, float]]] = {}
     # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
     starts = ((seed, start(seed)) for seed in plan.seeds)
     runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
@@ -205,7 +208,9 @@ def confirm(
         )
         place = folder / f"seed-{seed}" / arm.name.replace(" ", "-")
         place.parent.mkdir(parents=True, exist_ok=True)
-        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, splits.report, extractor, reference)
+        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, held_out, extractor, reference)
+        # The arms of a seed start from the same weights: what the first scored there, all score.
+        evaluations.scores |= beginnings.get(seed, {})
         done = index * plan.training.steps
 
         def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
@@ -222,6 +227,7 @@ def confirm(
             progress=report,
         )
         rows += evaluations.rows(arm.name, seed)
+        beginnings[seed] = {"0": evaluations.scores["0"]}
     curves = pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
     verdict = judge(curves, arms, plan, extractor_name=extractor.name, start_name=start_name)
     write_text(folder / "confirmation.csv", curves.to_csv(index=False))
@@ -394,18 +400,18 @@ class _Evaluations:
     ) -> None:
         self._path, self._plan, self._held_out = path, plan, held_out
         self._extractor, self._reference = extractor, reference
-        self._scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def observe(self, step: int, model: Backbone) -> None:
-        if str(step) in self._scores:
+        if str(step) in self.scores:
             return
         losses = held_out_loss(model, self._held_out)
         scores = {FRECHET: self._distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
-        self._scores[str(step)] = scores
-        write_text(self._path, json.dumps(self._scores))
+        self.scores[str(step)] = scores
+        write_text(self._path, json.dumps(self.scores))
 
     def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
-        missing = [step for step in self._plan.evaluation_steps if str(step) not in self._scores]
+        missing = [step for step in self._plan.evaluation_steps if str(step) not in self.scores]
         if missing:
             raise ValueError(
                 f"{self._path} lacks step {missing[0]} of a finished run; "
@@ -413,7 +419,7 @@ class _Evaluations:
             )
         return [
             {"arm": arm, "seed": seed, "step": int(step), "metric": metric, "value": value}
-            for step, scores in self._scores.items()
+            for step, scores in self.scores.items()
             for metric, value in scores.items()
         ]
 

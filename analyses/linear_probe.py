@@ -147,9 +147,9 @@ def fit_logistic(
         y: Labels, shape (n,), of two classes or more.
         inverse_penalty: C > 0.
         tolerance: The fit has converged when the gradient norm is below `tolerance` times the root mean square norm
-            of the centred samples (1 appended for the bias) *and* small enough that, by strong convexity, the
-            objective is within a fraction `tolerance / 10` of its minimum. The second matters for separable data
-            under a weak penalty.
+            of the centred samples (1 appended for the bias) *and* small enough that, by the curvature the penalty
+            gives the weights, the objective is within a fraction `tolerance / 10` of its minimum. The second matters
+            for separable data under a weak penalty.
         max_passes: Where to give up; the fit then says that it did not converge.
 
     Raises:

@@ -178,9 +178,9 @@ def choose_layers(run: str | Path, **options: Any) -> Selection:
     """Ranks layer pairs from the tables of a run and writes `selection.json`; options as in `select`."""
     run = Path(run)
     quality, similarity = _tables(run)
-    layers = FeatureStore.open(run / "features" / MODEL).layers
+    store = FeatureStore.open(run / "features" / MODEL)
     options.setdefault("label_free", "probe accuracy" not in set(quality["metric"]))
-    selection = select(quality, similarity, layers, **options)
+    selection = select(quality, similarity, store.layers, shapes=store.manifest["layer_shapes"], **options)
     write_text(run / "selection.json", selection.to_json())
     return selection
 

@@ -214,6 +214,7 @@ def select(
     min_distance: int | None = None,
     max_cka: float = 0.95,
     num_pairs: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Selection:
     """Ranks the pairs in which an earlier layer could learn from a later one.
 
@@ -231,6 +232,7 @@ def select(
         min_distance: In layers; a quarter of the depth, at least 2, if not given.
         max_cka: Pairs with a larger mean CKA count as aligned already.
         num_pairs: How many ranked pairs to keep; all if not given.
+        shapes: (tokens, width) of each layer; layers of unequal shapes cannot be aligned. All equal if not given.
 
     Raises:
         ValueError: If a layer or a noise level is missing in a table, or an argument is out of range.
@@ -261,7 +263,7 @@ def select(
     for i, student in enumerate(known):
         for distance, teacher in enumerate(known[i + 1 :], 1):
             candidate = _Candidate(student, teacher, similar[student.layer, teacher.layer], distance)
-            against = _against(candidate, criteria)
+            against = _against(candidate, criteria) + _shape_mismatch(student.layer, teacher.layer, shapes or {})
             if against:
                 rejected.append(RejectedPair(student.layer, teacher.layer, against))
             else:
@@ -388,6 +390,14 @@ def _against(candidate: _Candidate, criteria: Criteria) -> tuple[str, ...]:
     elif cka > criteria.max_cka:
         against.append(f"they are aligned already: mean CKA {cka:.3f}, above {criteria.max_cka:g}")
     return tuple(against)
+
+
+def _shape_mismatch(student: str, teacher: str, shapes: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    ours, theirs = tuple(shapes.get(student, ())), tuple(shapes.get(teacher, ()))
+    if ours == theirs:
+        return ()
+    sizes = [" x ".join(map(str, shape)) for shape in (ours, theirs)]
+    return (f"their tokens differ in shape: {student} gives {sizes[0]}, {teacher} {sizes[1]}",)
 
 
 def _count(layers: Sequence[str]) -> str:

@@ -1,9 +1,8 @@
 """Files on disk -> Backbone, without ever running what a file says.
 
 layerprobe's own checkpoints are safetensors files whose header carries a JSON record: family, configuration,
-schedule, prediction,
-classes and how it was trained. Other people's `.pt` files are read by PyTorch's weights-only unpickler and need to be
-told their family.
+schedule, prediction, classes and how it was trained. Other people's `.pt` files are read by PyTorch's weights-only
+unpickler, and who opens them has to tell their family.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,7 +36,8 @@ METADATA_KEY = "layerprobe"
 EMBEDDED = "digits"
 # A state dict in these containers is preferred in this order: averaged weights make the better samples.
 CONTAINERS = ("ema", "model_ema", "ema_model", "model", "state_dict", "module", "network")
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# What torch.compile, FSDP and checkpointing put into names, anywhere; data parallelism puts "module" in front.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What the published training code of each family means; names as on the command line.
 FAMILIES: dict[str, tuple[str, Prediction]] = {
     "sit": ("sit", "velocity"),
@@ -55,7 +57,7 @@ def open_checkpoint(
     family: str | None = None,
     num_heads: int | None = None,
     model: str | Callable[[], Any] | None = None,
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
@@ -69,11 +71,11 @@ def open_checkpoint(
         family: "sit", "layersync" or "dit", for files that do not say it themselves.
         num_heads: For SiT and DiT files whose width is no preset's.
         model: A user's own network: "file.py:factory", "package.module:Class", or a callable without arguments that
-            gives a module or a
-            whole `Backbone`. A module also needs `layers`, `schedule`, `prediction` and `shape`.
+            gives a module or a whole `Backbone`; one of these itself will also do. A module also needs `layers`,
+            `schedule`, `prediction` and `shape`.
         layers: Names or patterns of layers, see `wrap`.
-        schedule: See `wrap`.
-        prediction: See `wrap`.
+        schedule: See `wrap`; for `model`, and for a `family` that was trained otherwise than the published one.
+        prediction: See `wrap`; like `schedule`.
         shape: Shape (C, *grid) of one input, for `model`.
         num_classes: For `model`; 0 where not given.
         device: Where the weights go; "auto" is a GPU if there is one.
@@ -81,20 +83,24 @@ def open_checkpoint(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, wants to run code, does not fit the network, or holds values that are not
-            finite.
+            finite; if an option has no effect on this file.
     """
-    path = located(path)
+    path, place = located(path), resolve_device(device)
     tensors, record = read_checkpoint(path)
     if model is not None:
+        _refuse("with a model of your own", family=family, num_heads=num_heads)
         backbone = _user_backbone(model, layers, schedule, prediction, shape, num_classes)
     elif "family" in record:
-        backbone = _own_backbone(record)
+        says = {"family": family, "schedule": schedule, "prediction": prediction}
+        _refuse(f"{path} says itself what it is", **says, num_heads=num_heads, shape=shape, num_classes=num_classes)
+        backbone = _own_backbone(path, record)
     else:
+        _refuse("without a model of your own", shape=shape, num_classes=num_classes)
         backbone = _family_backbone(path, tensors, family, num_heads, schedule, prediction)
     _load(backbone.module, tensors, path)
-    if layers and model is None:
+    if layers is not None and model is None:
         backbone = _with_layers(backbone, layers)
-    backbone.module.eval().to(resolve_device(device))
+    backbone.module.eval().to(place)
     return backbone
 
 
@@ -157,8 +163,12 @@ def save_checkpoint(
         }
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
+    # Copies, since safetensors refuses tensors that share memory, such as tied weights.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(copies, partial, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
+    partial.chmod(mode)  # safetensors makes files that nobody but their owner can read.
     os.replace(partial, path)
 
 
@@ -171,11 +181,14 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint file {path}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}"
-        )
+        seen = f"{path} is a folder and no checkpoint file" if path.is_dir() else f"there is no checkpoint file {path}"
+        raise FileNotFoundError(f"{seen}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}")
     tensors, record = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
-    return {_strip(name): tensor for name, tensor in tensors.items()}, record
+    stripped = {_strip(name): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):
+        twice = next(name for name in tensors if _strip(name) != name and _strip(name) in tensors)
+        raise ValueError(f"{path} holds both {twice} and {_strip(twice)}; save one of the two networks by itself")
+    return stripped, record
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -196,11 +209,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, record
-    except (SafetensorError, json.JSONDecodeError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+    except Exception as error:  # A damaged file can fail in any way.
         raise ValueError(
             f"{path} is not a whole safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} has a damaged record ({str(record)[:40]!r}); copy or download it again")
+    return tensors, record
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -208,12 +224,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        why = refused[0] if refused else "it is not a PyTorch checkpoint"
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks to run {asked[1]}" if asked else "it is damaged or no PyTorch checkpoint"
         raise ValueError(
-            f"{path} was refused: reading it would run code or it is damaged ({why}); save its state dict as safetensors"
+            f"{path} was refused and nothing in it was run: {why}; save its state dict as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # A damaged file can fail in any way.
         raise ValueError(
             f"{path} is not a whole PyTorch checkpoint ({_first_line(error)}); copy or download it again"
         ) from error
@@ -240,19 +256,30 @@ def _state_dict(content: Any) -> dict[str, Tensor] | None:
 
 
 def _strip(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return _strip(name.removeprefix(prefix))
-    return name
+    """A tensor's name without what wrappers of the network add to it."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
 
 
-def _own_backbone(record: dict[str, Any]) -> Backbone:
-    if record.get("family") != "sit":
+def _refuse(why: str, **options: Any) -> None:
+    """Nothing that was asked for is passed over in silence."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{why}: {given[0]} has no effect; leave it out")
+
+
+def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
+    if record["family"] != "sit":
         raise ValueError(
-            f"the checkpoint says its family is {record.get('family')!r}, which this version does not know; update layerprobe"
+            f"{path} says its family is {record['family']!r}, which this version does not know; update layerprobe"
         )
-    module = SiT(SiTConfig(**record["config"]))
-    return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
+    try:
+        module = SiT(SiTConfig(**record["config"]))
+        return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} has a damaged record ({_first_line(error)}); copy or download it again") from error
 
 
 def _family_backbone(
@@ -288,15 +315,17 @@ def _schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
 
 def _user_backbone(
     model: str | Callable[[], Any],
-    layers: Sequence[str] | None,
+    layers: str | Sequence[str] | None,
     schedule: str | NoiseSchedule | None,
     prediction: Prediction | None,
     shape: Sequence[int] | None,
     num_classes: int | None,
 ) -> Backbone:
-    made = _import_factory(model)() if isinstance(model, str) else model()
+    made = _make(model)
     if isinstance(made, Backbone):
-        return _with_layers(made, layers) if layers else made
+        options = {"schedule": schedule, "prediction": prediction, "shape": shape, "num_classes": num_classes}
+        _refuse(f"{model} gives a whole Backbone", **options)
+        return made if layers is None else _with_layers(made, layers)
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"{model} gives a {type(made).__name__}; it must give a torch.nn.Module or a layerprobe Backbone"
@@ -311,35 +340,48 @@ def _user_backbone(
     )
 
 
-def _import_factory(spec: str) -> Callable[[], Any]:
+def _make(model: str | Callable[[], Any]) -> Any:
+    """What a factory gives; a module or backbone is what it is."""
+    factory = _import_factory(model) if isinstance(model, str) else model
+    if isinstance(factory, (nn.Module, Backbone)) or not callable(factory):
+        return factory
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ValueError(f"{model} wants arguments ({error}); pass a function without any that makes it") from error
+    return factory()
+
+
+def _import_factory(spec: str) -> Any:
     """ "file.py:name" or "package.module:name"; the user's own code, named by the user, is the only code that runs."""
     place, _, name = spec.rpartition(":")
     if not place:
         raise ValueError(f"--model {spec} names no factory; pass file.py:name or package.module:name")
     try:
         if place.endswith(".py"):
-            file = Path(place)
-            loader = importlib.util.spec_from_file_location(file.stem, file)
+            # A name of its own: a user's `random.py` must not stand for the library's. Dataclasses look it up.
+            alias = f"layerprobe_model_{Path(place).stem}"
+            loader = importlib.util.spec_from_file_location(alias, place)
             assert loader is not None and loader.loader is not None
-            module = importlib.util.module_from_spec(loader)
-            sys.modules.setdefault(file.stem, module)
+            module = sys.modules[alias] = importlib.util.module_from_spec(loader)
             loader.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        factory: Callable[[], Any] = getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+        return getattr(module, name)
+    except (ImportError, OSError, AttributeError) as error:
         raise ValueError(
             f"--model {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name"
         ) from error
-    return factory
 
 
-def _with_layers(backbone: Backbone, layers: Sequence[str]) -> Backbone:
+def _with_layers(backbone: Backbone, layers: str | Sequence[str]) -> Backbone:
     return replace(backbone, layers=match_layers(backbone.module, layers))
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    wanted = module.state_dict()
+    own = module.state_dict()
+    # Stripped like the file's names, so that a network with a part called "module" fits its own file.
+    wanted = {_strip(name): tensor for name, tensor in own.items()}
     tensors = _without_common_prefix(tensors, set(wanted))
     missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or surplus:
@@ -356,7 +398,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{path} holds values that are not finite in {name}; use an earlier checkpoint")
-    module.load_state_dict(tensors)
+    module.load_state_dict({name: tensors[_strip(name)] for name in own})
 
 
 def _without_common_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from layerprobe.files import claim
+from layerprobe.files import claim, whole
 
 SPLITS = ("fit", "choose", "report")
 
@@ -167,10 +166,10 @@ def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str,
 
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Writes a safetensors file under a temporary name and renames it."""
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(dict(tensors), partial)
-    os.replace(partial, path)
+    """Writes a safetensors file that appears whole or not at all."""
+    with whole(path) as partial:
+        # safetensors writes the memory of a strided array as it lies, in silence.
+        save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial)
 
 
 def _open_shard(path: Path) -> Any:

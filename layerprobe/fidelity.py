@@ -7,7 +7,6 @@ Inception network.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe.data.base import Samples
+from layerprobe.files import whole
 from layerprobe.noise import NoiseKey
 
 FEATURE_WIDTH = 64
@@ -166,9 +166,8 @@ def _train_classifier(network: _Classifier, samples: Samples, steps: int, batch_
 
 def _write_cache(cache: Path, weights: dict[str, Tensor], origin: str) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_name(f"{cache.name}.partial")
-    save_file(weights, partial, metadata={"origin": origin})
-    os.replace(partial, cache)
+    with whole(cache) as partial:
+        save_file(weights, partial, metadata={"origin": origin})
 
 
 def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write under; the file gets its own name when the block ends without an exception."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.touch()
+    mode = partial.stat().st_mode
+    yield partial
+    partial.chmod(mode)  # safetensors makes files that nobody but their owner can read.
     os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:

@@ -60,7 +60,10 @@ def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
 def depth_heuristic(layers: tuple[str, ...]) -> LayerPair:
     """The pair that hand-picking would give: the student at 0.3, the teacher at 0.6 of the depth.
 
-    Source: the depths published for LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581).
+    Raises:
+        ValueError: If there are fewer than two layers.
+
+    Source: near the depths published for LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581); this gives 8 <- 17.
     """
     depth = len(layers)
     if depth < 2:
@@ -205,7 +208,7 @@ def _mean_cosine(student: Tensor, teacher: Tensor, pair: LayerPair) -> Tensor:
 
 
 def _forget_compiled() -> None:
-    """Has compiled graphs compiled anew: they do not notice hooks that come or go (torch._dynamo's guards skip them)."""
+    """Has compiled graphs compiled anew: they do not notice hooks that come or go (Dynamo's guards skip them)."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

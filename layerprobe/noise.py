@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -295,12 +296,12 @@ def schedule_from_name(name: str) -> NoiseSchedule:
     raise ValueError(f"unknown schedule {name!r}; use one of {', '.join(SCHEDULES)}")
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "sit": lambda: LinearPath(data_time=1, noise_time=0),
     "flow": lambda: LinearPath(data_time=0, noise_time=1),
     "flow-1000": lambda: LinearPath(data_time=0, noise_time=1000),
-    **{f"ddpm-{betas}": lambda betas=betas: DDPM.from_name(betas) for betas in DDPM_BETAS},
-    "edm": lambda: EDM(),
+    **{f"ddpm-{betas}": partial(DDPM.from_name, betas) for betas in DDPM_BETAS},
+    "edm": EDM,
 }
 
 
@@ -416,6 +417,6 @@ class NoiseKey:
         bits = np.random.Philox(
             # The mask gives negative ids, such as hashes, streams of their own.
             key=np.array([self.seed, sample_id & (2**64 - 1)], np.uint64),
-            counter=np.array([0, 0, draw, purpose], np.uint64)
+            counter=np.array([0, 0, draw, purpose], np.uint64),
         )
         return np.random.Generator(cast(np.random.BitGenerator, bits))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.capture import evaluating
 from layerprobe.checkpoints import read_checkpoint, save_checkpoint, weights_hash
 from layerprobe.data.base import Batch, Samples, content_hash
-from layerprobe.files import claim, write_text
+from layerprobe.files import claim, whole, write_text
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.noise import NoiseKey, target
 
@@ -351,8 +350,8 @@ def _save(state: TrainingState, folder: Path) -> None:
         "optimizer": state.optimizer.state_dict(),
         "log": state.log,
     }
-    torch.save(content, folder / "state.pt.partial")
-    os.replace(folder / "state.pt.partial", folder / "state.pt")
+    with whole(folder / "state.pt") as partial:
+        torch.save(content, partial)
 
 
 def _restore(state: TrainingState, folder: Path) -> None:

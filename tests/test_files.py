@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from layerprobe.files import claim, differences, write_text
+from layerprobe.files import claim, differences, whole, write_text
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
@@ -24,6 +24,14 @@ def test_text_is_written_and_replaced(tmp_path: Path) -> None:
         write_text(place, text)
         assert place.read_text(encoding="utf-8") == text
     assert list(contents(tmp_path)) == ["a.json"]
+
+
+def test_a_file_may_be_read_by_those_who_may_read_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "neighbour").touch()
+    with whole(tmp_path / "a") as partial:
+        partial.write_text("x")
+        partial.chmod(0o600)  # as safetensors does
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
 
 
 @pytest.mark.parametrize("broken", ["write_text", "replace"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,11 @@ def objective(x: Array, y: Array, weights: Array, bias: Array, inverse_penalty: 
 
 
 def sklearn_fit(x: Array, y: Array, inverse_penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=inverse_penalty, solver="newton-cg", tol=1e-11, max_iter=5000).fit(x, y)
+    with warnings.catch_warnings():
+        # At this tolerance its line search may end in rounding error, and then warns; the optimum is reached all the
+        # same.
+        warnings.simplefilter("ignore")
+        return LogisticRegression(C=inverse_penalty, solver="newton-cg", tol=1e-11, max_iter=5000).fit(x, y)
 
 
 def digits() -> tuple[Array, Array]:

@@ -251,6 +251,14 @@ def test_a_pair_without_similarity_is_left_out() -> None:
     assert reasons_against(selection, "blocks.1", "blocks.5") == ("their CKA is missing at a noise level",)
 
 
+def test_layers_of_unequal_shape_are_no_pair() -> None:
+    shapes = {layer: (16, 64) for layer in EIGHT} | {"blocks.5": (4, 64)}
+    selection = select(quality_table(CURVE), similarity_table(), EIGHT, shapes=shapes)
+    assert selection.pick == LayerPair("blocks.1", "blocks.4")
+    against = reasons_against(selection, "blocks.1", "blocks.5")
+    assert against == ("their tokens differ in shape: blocks.1 gives 16 x 64, blocks.5 4 x 64",)
+
+
 def test_num_pairs_keeps_the_best() -> None:
     everything = select(quality_table(CURVE), similarity_table(), EIGHT)
     two = select(quality_table(CURVE), similarity_table(), EIGHT, num_pairs=2)

@@ -30,6 +30,9 @@ class Backbone:
         num_classes: 0 for an unconditional model.
         forward: Calls the module: (module, x_t, native time (B,), condition (B,) or None) -> output like x_t.
         name: For people: "SiT 8 x 64, patch 2".
+
+    Raises:
+        ValueError: If the prediction is none of `PREDICTIONS`.
     """
 
     module: nn.Module
@@ -40,6 +43,10 @@ class Backbone:
     num_classes: int
     forward: Forward = field(repr=False)
     name: str = "model"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.prediction!r}; use one of {', '.join(PREDICTIONS)}")
 
     def __call__(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
         """The velocity, shape of x_t.
@@ -110,8 +117,6 @@ def wrap(
     Raises:
         ValueError: If a layer, the schedule or the prediction is unknown.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
     return Backbone(
         module=module.eval(),
         layers=match_layers(module, layers),

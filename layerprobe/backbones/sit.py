@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class SiTConfig:
             )
         if self.hidden_size % 2 or self.hidden_size // 2 < len(self.shape) - 1:
             raise ValueError(
-                f"hidden size {self.hidden_size} has no room for positions; pass an even one of at least 2 per grid axis"
+                f"hidden size {self.hidden_size} has no room for positions; pass an even one, at least 2 per grid axis"
             )
 
     @classmethod
@@ -141,10 +141,10 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         self.pos_embed.data.copy_(sincos_position(self.config.hidden_size, self.config.grid))
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
+            nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[index]).weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
             nn.init.zeros_(layer.adaLN_modulation[1].bias)
@@ -160,7 +160,8 @@ class PatchEmbed(nn.Module):
         self.proj = convolution(config.shape[0], config.hidden_size, config.patch_size, stride=config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(x)
+        return patches.flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -174,7 +175,9 @@ class TimestepEmbedder(nn.Module):
         half = FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedded: Tensor = self.mlp(sinusoids.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return embedded
 
 
 class LabelEmbedder(nn.Module):
@@ -185,7 +188,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        embedded: Tensor = self.embedding_table(y)
+        return embedded
 
 
 class Attention(nn.Module):
@@ -200,7 +204,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return mixed
 
 
 class MLP(nn.Module):
@@ -212,7 +217,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        output: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return output
 
 
 class SiTBlock(nn.Module):
@@ -229,7 +235,8 @@ class SiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
-        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        output: Tensor = x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return output
 
 
 class FinalLayer(nn.Module):
@@ -243,7 +250,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        patches: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        return patches
 
 
 def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
