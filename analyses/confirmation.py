@@ -38,7 +38,8 @@ from layerprobe.training import TrainingPlan, held_out_loss, train
 
 HELD_OUT_SAMPLES = 1000
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
-BASELINE, PICK, HEURISTIC, CONTROL = "no alignment", "pick", "depth heuristic", "bad control"
+BASELINE, PICK, RUNNER_UP, HEURISTIC = "no alignment", "pick", "runner-up", "depth heuristic"
+CONTROL = "bad control"
 # A run that still loses this share of its distance over the last part of its steps is in the middle of its training;
 # the part is fixed, so that more frequent evaluations do not make a run look settled.
 STILL_IMPROVING = 0.05
@@ -139,13 +140,19 @@ class Verdict:
         return json.dumps(asdict(self) | {"curves_csv": "confirmation.csv"}, indent=1)
 
 
-def arms_for(pick: LayerPair | None, layers: Sequence[str]) -> tuple[Arm, ...]:
+def arms_for(ranked: Sequence[LayerPair], layers: Sequence[str]) -> tuple[Arm, ...]:
     """No alignment, the pick, the depth heuristic, and a control that breaks every rule: the last two layers.
 
-    An arm whose pair stands already is left out.
+    An arm whose pair stands already is left out. Where the heuristic is the pick, the runner-up takes its place.
+
+    Args:
+        ranked: Admissible pairs, best first; the first is the pick.
+        layers: Names in execution order.
     """
-    wanted = [Arm(BASELINE, None), *([Arm(PICK, pick)] if pick else [])]
-    wanted += [Arm(HEURISTIC, depth_heuristic(tuple(layers))), Arm(CONTROL, LayerPair(layers[-2], layers[-1]))]
+    heuristic = depth_heuristic(tuple(layers))
+    wanted = [Arm(BASELINE, None), *(Arm(PICK, pair) for pair in ranked[:1]), Arm(HEURISTIC, heuristic)]
+    wanted += [Arm(RUNNER_UP, pair) for pair in ranked[1:2] if ranked[0] == heuristic]
+    wanted.append(Arm(CONTROL, LayerPair(layers[-2], layers[-1])))
     arms: list[Arm] = []
     for arm in wanted:
         if arm.pair not in [other.pair for other in arms]:

@@ -45,7 +45,13 @@ WIDTH_IN = 11.0
 RASTER_DPI = 150
 
 # Okabe and Ito 2008; the baseline takes the ink, so that it is black on white and white on black.
-ARM_COLOURS = {"no alignment": INK, "pick": "#0072b2", "depth heuristic": "#e69f00", "bad control": "#d55e00"}
+ARM_COLOURS = {
+    "no alignment": INK,
+    "pick": "#0072b2",
+    "runner-up": "#009e73",
+    "depth heuristic": "#e69f00",
+    "bad control": "#d55e00",
+}
 SPARE_COLOURS = ("#cc79a7", "#56b4e9", "#009e73", "#f0e442")
 
 STYLE: dict[str, Any] = {

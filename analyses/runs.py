@@ -229,11 +229,10 @@ def confirm_run(
         num_samples,
         sampling or SamplingPlan(solver="heun", steps=12),
     )
-    pick = selection.pick
     verdict = confirm(
         lambda seed: fresh(backbone, seed) if from_scratch else backbone,
         splits,
-        arms_for(pick, backbone.layers),
+        arms_for([ranked.pair for ranked in selection.ranked], backbone.layers),
         confirmation,
         run / "confirmation",
         start_name="from scratch" if from_scratch else "from the checkpoint",
@@ -294,7 +293,7 @@ def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> Train
 def arm_names(run: str | Path) -> list[str]:
     """The arms that a confirmation of this run would train, with their pairs."""
     selection = read_selection(run)
-    arms = arms_for(selection.pick, selection.criteria.layers)
+    arms = arms_for([ranked.pair for ranked in selection.ranked], selection.criteria.layers)
     return [arm.name if arm.pair is None else f"{arm.name} ({arm.pair})" for arm in arms]
 
 

@@ -193,6 +193,10 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
             f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; "
             "use the null condition"
         )
+    # Fused attention can turn a NaN into a finite number, so features would not tell.
+    bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
+    if bad:
+        raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
     highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
     if not bool(backbone.schedule.sigma(highest).isfinite()):
         raise ValueError(

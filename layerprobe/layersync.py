@@ -176,10 +176,11 @@ class LayerSync:
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Checkpointing runs layers again in the backward pass; those outputs belong to no loss. The module's mode
-            # counts and not the layer's: reentrant checkpointing runs layers without gradients, which loss() reports.
+            # Checkpointing runs layers again in the backward pass; those outputs belong to no loss.
             if self._recording and not _recomputing():
-                self._outputs.append((name, as_tokens(output, name)))
+                tokens = as_tokens(output, name)
+                # Reentrant checkpointing runs layers without gradients and attaches some later: loss() refuses all.
+                self._outputs.append((name, tokens if torch.is_grad_enabled() else tokens.detach()))
 
         return record
 

@@ -31,3 +31,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data sets are not beside this checkout (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoints() -> Path:
+    """The folder of trained checkpoints beside the checkout."""
+    folder = SHARED_DATA.parent / "checkpoints"
+    if not folder.is_dir():
+        pytest.skip("the trained checkpoints are not beside this checkout (../shared/checkpoints)")
+    return folder
