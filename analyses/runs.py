@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,7 @@ from layerprobe.analyses.selection import Selection, select
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
 from layerprobe.checkpoints import located, open_checkpoint, read_checkpoint, resolve_device
-from layerprobe.data.base import Samples, Splits
+from layerprobe.data.base import Splits
 from layerprobe.data.sources import load
 from layerprobe.data.splits import for_probing, take
 from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
@@ -116,8 +116,7 @@ def read_plan(run: str | Path) -> RunPlan:
 def probe(
     plan: RunPlan, run: str | Path, *, device: str = "auto", batch_size: int = 128, progress: Progress | None = None
 ) -> Selection:
-    """The main job: extracts features of the model and its two controls, measures them, picks layers, draws the
-    figures and the report.
+    """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
 
     Interrupted work continues when the call is repeated, and a finished run is only drawn again.
 
@@ -276,8 +275,8 @@ def quickstart(
 def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> TrainingPlan:
     """How the arms of a run are trained: as its checkpoint was, where the checkpoint says so, unless given otherwise.
 
-    The averaged weights follow over the last ten steps or so, that is, they show what the arm has learned. A branch starts with an
-    empty optimizer state, so its learning rate warms up over the first tenth.
+    The averaged weights look back over a tenth of the steps, so that they show what the arm has learned. A branch
+    starts with an empty optimizer state, so its learning rate warms up over the first tenth.
     """
     path = read_plan(run).checkpoint
     trained = read_checkpoint(located(path))[1].get("training", {})
@@ -319,31 +318,10 @@ def fresh(backbone: Backbone, seed: int) -> Backbone:
     return new
 
 
-def training_start(
-    checkpoint: str | None,
-    preset: str | None,
-    sizes: Mapping[str, int],
-    samples: Samples,
-    *,
-    seed: int,
-    device: str = "auto",
-) -> Backbone:
-    """The model that a training starts from: a checkpoint, a preset, or a SiT of these sizes, for these samples.
-
-    Args:
-        checkpoint: Path, or None for fresh weights.
-        preset: "S/2" and the like, or None.
-        sizes: patch_size, hidden_size, depth, num_heads.
-        samples: Give shape and number of classes.
-        seed: Of fresh weights.
-        device: Where the model goes.
-    """
+def training_start(checkpoint: str | None, config: SiTConfig, *, seed: int, device: str = "auto") -> Backbone:
+    """The model that a training starts from: a checkpoint, or a SiT with fresh weights where there is none."""
     if checkpoint is not None:
         return open_checkpoint(checkpoint, device=device)
-    if preset is not None:
-        config = SiTConfig.preset(preset, shape=samples.shape, num_classes=samples.num_classes)
-    else:
-        config = replace(SiTConfig(samples.shape, num_classes=samples.num_classes), **sizes)
     backbone = new_sit(config, seed=seed)
     backbone.module.to(resolve_device(device))
     return backbone

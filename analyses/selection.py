@@ -14,10 +14,11 @@ The rule, for any ordered list of layers:
 - **No student among the first layers** (a tenth, at least one): LayerSync skips them too.
 - **The student comes before its teacher and is weaker.**
 - **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
-- **Not aligned already**: CKA between the two at equal noise levels, averaged, is at most 0.98. This only
-  excludes layers that are the same up to rotation; below it the score weighs CKA. (In a CIFAR-10 SiT after 3000
-  steps all pairs of eight blocks lie between 0.94 and 0.995.) In the RARE study (2026) the benefit of an external teacher fell with its CKA to the student (rank correlation -0.85) and rose with
-  what the student could not predict of it (+0.92). Nobody has tested that on self-teachers.
+- **Not aligned already**: CKA between the two at equal noise levels, averaged, is at most 0.98. This only excludes
+  layers that are the same up to rotation; below it the score weighs CKA. (In a CIFAR-10 SiT after 3000 steps all pairs
+  of eight blocks lie between 0.94 and 0.995.) In the RARE study (2026) the benefit of an external teacher fell with its
+  CKA to the student (rank correlation -0.85) and rose with what the student could not predict of it (+0.92). Nobody
+  has tested that on self-teachers.
 
 Pairs that pass are ranked first by whether their teacher is the best one or cannot be told from it within the
 bootstrap interval, then by `score = (quality of teacher - quality of student) * (1 - CKA)`: what the student lacks,

@@ -49,6 +49,7 @@ def train(
 ) -> None:
     """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given."""
     from layerprobe.analyses import runs
+    from layerprobe.backbones.sit import SiTConfig
     from layerprobe.data.sources import load
     from layerprobe.layersync import LayerPair
     from layerprobe.training import TrainingPlan
@@ -70,12 +71,16 @@ def train(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
-    sizes = {"patch_size": patch_size, "hidden_size": width, "depth": depth, "num_heads": heads}
     where = options.given(
         size=size, channels=channels, split=split, image_column=image_column, label_column=label_column
     )
     splits = load(data, **where)
-    backbone = runs.training_start(start, preset, sizes, splits.fit, seed=seed, device=device)
+    shape, num_classes = splits.fit.shape, splits.fit.num_classes
+    if preset is None:
+        sit = SiTConfig(shape, patch_size, width, depth, heads, num_classes)
+    else:
+        sit = SiTConfig.preset(preset, shape=shape, num_classes=num_classes)
+    backbone = runs.training_start(start, sit, seed=seed, device=device)
     record = {
         "model": backbone.name,
         "samples": len(splits.fit),

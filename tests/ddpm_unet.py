@@ -1,6 +1,8 @@
-"""The convolutional DDPM network of the checkpoints in ../shared/checkpoints, written from their README: a user's own module."""
+"""A user's own module: the convolutional DDPM of the checkpoints in ../shared/checkpoints, after their README."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,9 @@ class Block(nn.Module):
 
 
 def stage(size: int, widths: tuple[int, int, int, int], *, last_norm: bool = True) -> nn.Sequential:
-    pairs = list(zip(widths, widths[1:], strict=False))
-    return nn.Sequential(*(Block(a, size, b, normalise=last_norm or i < 2) for i, (a, b) in enumerate(pairs)))
+    return nn.Sequential(
+        *(Block(a, size, b, normalise=last_norm or i < 2) for i, (a, b) in enumerate(pairwise(widths)))
+    )
 
 
 def time_vector(width: int) -> nn.Sequential:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from layerprobe.cli.main import run
 
-TRAIN = "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3".split()
-COUNTS = "--num-fit 200 --num-choose 100 --num-report 100 --noise-levels 0.2,0.6".split()
+TRAIN = shlex.split(
+    "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
+)
+COUNTS = shlex.split("--num-fit 200 --num-choose 100 --num-report 100 --noise-levels 0.2,0.6")
 
 
 @pytest.fixture
@@ -114,7 +117,8 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
 
 
 def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
-    arguments = ["confirm", trained / "run", "--steps", 4, "--num-seeds", 2, "--num-evaluations", 2, "--num-samples", 20]
+    short = shlex.split("--steps 4 --num-seeds 2 --num-evaluations 2 --num-samples 20")
+    arguments = ["confirm", trained / "run", *short]
     code, out, _ = cli(*arguments, "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["seeds"] == [0, 1]

@@ -1,4 +1,4 @@
-"""A network that layerprobe has never seen, through the same path: a convolutional DDPM and its published checkpoint."""
+"""A network that layerprobe has never seen takes the same path: a convolutional DDPM and its published checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ddpm_unet import DDPMUNet
+
 from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.checkpoints import open_checkpoint
 from layerprobe.data.base import Splits, Subset, TensorSamples

@@ -485,7 +485,8 @@ def overlaps(figure: Figure) -> list[tuple[str, str]]:
     plots.to_svg(figure)  # settles the layout, and leaves labels where they are at the 72 dpi of SVG
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    boxes = [(text.get_text(), text.get_window_extent(renderer).shrunk(0.9, 0.9)) for text in shown_texts(figure)]
+    # The extent of an annotation would include its arrow.
+    boxes = [(text.get_text(), Text.get_window_extent(text, renderer).shrunk(0.9, 0.9)) for text in shown_texts(figure)]
     page = figure.bbox
     outside = [(text, "the edge") for text, box in boxes if not (page.contains(*box.min) and page.contains(*box.max))]
     return outside + [(a, b) for (a, one), (b, two) in combinations(boxes, 2) if one.overlaps(two)]

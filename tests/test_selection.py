@@ -252,7 +252,7 @@ def test_a_pair_without_similarity_is_left_out() -> None:
 
 
 def test_layers_of_unequal_shape_are_no_pair() -> None:
-    shapes = {layer: (16, 64) for layer in EIGHT} | {"blocks.5": (4, 64)}
+    shapes = dict.fromkeys(EIGHT, (16, 64)) | {"blocks.5": (4, 64)}
     selection = select(quality_table(CURVE), similarity_table(), EIGHT, shapes=shapes)
     assert selection.pick == LayerPair("blocks.1", "blocks.4")
     against = reasons_against(selection, "blocks.1", "blocks.5")

@@ -90,7 +90,7 @@ def take(
 
 
 def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
-    """At most `PROBING_COUNTS` samples of each split, except where `given` already names num_fit, num_choose or num_report."""
+    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_fit, num_choose, num_report)."""
     counts = {
         f"num_{name}": min(len(samples), PROBING_COUNTS[name])
         for name, samples in splits.items()
