@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.data.base import Samples, Splits, Subset
@@ -203,6 +204,7 @@ def confirm(
     extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
     reference = gaussian(all_features(extractor, splits.report))
     held_out = Subset(splits.report, range(min(len(splits.report), HELD_OUT_SAMPLES)), name="held out")
+    labels = None if splits.report.labels is None else _like(splits.report.labels, plan.num_samples)
     rows: list[dict[str, Any]] = []
     beginnings: dict[int, dict[str, dict[str, float]]] = {}
     # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
@@ -215,7 +217,7 @@ def confirm(
         )
         place = folder / f"seed-{seed}" / arm.name.replace(" ", "-")
         place.parent.mkdir(parents=True, exist_ok=True)
-        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, held_out, extractor, reference)
+        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, held_out, labels, extractor, reference)
         # The arms of a seed start from the same weights: what the first scored there, all score.
         evaluations.scores |= beginnings.get(seed, {})
         done = index * plan.training.steps
@@ -361,8 +363,8 @@ def _doubt(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame) -> str
     for who, (gain, since) in (("baseline", _late_gain(baseline)), ("aligned run", _late_gain(curve))):
         if gain > STILL_IMPROVING:
             return (
-                f"the {who} still improved by {gain:.0%} since step {since}, and alignment can cost quality at first and "
-                "pay later. Run more steps."
+                f"the {who} still improved by {gain:.0%} since step {since}, and alignment can cost quality at first "
+                "and pay later. Run more steps."
             )
     if end > (1 + STILL_IMPROVING) * lowest:
         return worsened
@@ -372,7 +374,7 @@ def _doubt(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame) -> str
 
 
 def _late_gain(curve: pd.DataFrame) -> tuple[float, int]:
-    """The share of its mean distance that a run lost over the last part of its steps, and the step it is counted from."""
+    """The share of its mean distance that a run lost over the last part of its steps, and where that part begins."""
     mean, steps = curve.mean(), curve.columns.to_numpy()
     since = max(int((steps <= (1 - LAST_PART) * steps[-1]).sum()) - 1, 0)
     earlier = float(mean.iloc[since])
@@ -399,13 +401,24 @@ def _checkpoint_every(plan: ConfirmationPlan) -> int:
     return min(plan.training.checkpoint_every, max(1, plan.training.steps // plan.num_evaluations))
 
 
+def _like(labels: Tensor, n: int) -> Tensor:
+    """As many labels as wanted, with the classes in the proportions of the given ones, whatever their order."""
+    return labels.sort().values[torch.arange(n) * len(labels) // n]
+
+
 class _Evaluations:
     """What one arm scored, kept in a file as it goes."""
 
     def __init__(
-        self, path: Path, plan: ConfirmationPlan, held_out: Samples, extractor: Extractor, reference: Gaussian
+        self,
+        path: Path,
+        plan: ConfirmationPlan,
+        held_out: Samples,
+        labels: Tensor | None,
+        extractor: Extractor,
+        reference: Gaussian,
     ) -> None:
-        self._path, self._plan, self._held_out = path, plan, held_out
+        self._path, self._plan, self._held_out, self._labels = path, plan, held_out, labels
         self._extractor, self._reference = extractor, reference
         self.scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
@@ -431,8 +444,7 @@ class _Evaluations:
         ]
 
     def _distance(self, model: Backbone) -> float:
-        n, known = self._plan.num_samples, self._held_out.labels
         # Classes as often as among the real samples; without labels the model has learned none in this training.
-        labels = known[torch.arange(n) % len(known)] if known is not None and model.num_classes else None
-        x = sample(model, range(n), labels=labels, plan=self._plan.sampling)
+        labels = self._labels if model.num_classes else None
+        x = sample(model, range(self._plan.num_samples), labels=labels, plan=self._plan.sampling)
         return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)

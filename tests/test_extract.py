@@ -42,7 +42,7 @@ def everything(splits: Splits) -> tuple[Tensor, Tensor, list[int]]:
 def plain_loop(
     backbone: Backbone, splits: Splits, coefficients: Any, *, labels: bool = False
 ) -> dict[tuple[str, float, int], np.ndarray]:
-    """One sample at a time through the bare module, hooks by hand; coefficients(level) is (alpha, sigma, native time)."""
+    """One sample at a time through the bare module, hooks by hand; coefficients(level) is (alpha, sigma, time)."""
     seen: dict[str, Tensor] = {}
     hooks = [
         block.register_forward_hook(lambda _, __, out, name=f"blocks.{i}": seen.update({name: out.mean(1)[0]}))
@@ -376,7 +376,9 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 def test_samples_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     splits = tiny_splits(20, first_id=100)
     splits.choose.samples.x[12, 0, 1, 1] = value  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="sample 112 holds values that are not finite; remove it from the data") as error:
+    with pytest.raises(
+        ValueError, match="sample 112 holds values that are not finite; remove it from the data"
+    ) as error:
         extract(tiny_sit(), splits, PLAN, tmp_path)
     assert "\n" not in str(error.value)
     assert [path.name for path in sorted(tmp_path.glob("shard*"))] == ["shard-00000.safetensors"]
@@ -405,7 +407,9 @@ def test_features_that_overflow_are_refused(tmp_path: Path) -> None:
 
 def test_a_level_without_an_end_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     plan = replace(PLAN, noise_levels=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"level 1 is infinitely noisy under the schedule edm; pass levels up to 0.9938"):
+    with pytest.raises(
+        ValueError, match=r"level 1 is infinitely noisy under the schedule edm; pass levels up to 0.9938"
+    ):
         extract(tiny_sit(schedule=EDM()), tiny_splits(), plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -413,9 +417,15 @@ def test_a_level_without_an_end_is_refused_before_anything_is_written(tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fit": tiny_samples(4, shape=(1, 6, 6), first_id=50)}, r"fit samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\)"),
+        (
+            {"fit": tiny_samples(4, shape=(1, 6, 6), first_id=50)},
+            r"fit samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\)",
+        ),
         ({"report": tiny_samples(4, first_id=2)}, "two samples have the same id, so they would see the same noise"),
-        ({"choose": tiny_samples(4, first_id=50, labelled=False)}, "only one of the fit and the choose samples has labels"),
+        (
+            {"choose": tiny_samples(4, first_id=50, labelled=False)},
+            "only one of the fit and the choose samples has labels",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -21,7 +21,9 @@ PLAN = ExtractionPlan(("blocks.0",), (0.1, 0.5))
 def written(folder: Path, *, labelled: bool = True) -> dict[str, NDArray[np.float32]]:
     """Writes a store of two shards; gives the features as one array (levels, draws, n, D) per layer."""
     rng = np.random.default_rng(0)
-    whole = {name: rng.normal(size=(len(LEVELS), DRAWS, NUM, width)).astype(np.float32) for name, width in WIDTHS.items()}
+    whole = {
+        name: rng.normal(size=(len(LEVELS), DRAWS, NUM, width)).astype(np.float32) for name, width in WIDTHS.items()
+    }
     plan = {"layers": LAYERS, "noise_levels": LEVELS, "draws": DRAWS}
     samples = {"ids": np.arange(NUM) + 100, "splits": np.repeat([0, 1, 2], [4, 1, 3])}
     if labelled:

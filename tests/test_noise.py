@@ -25,6 +25,7 @@ from layerprobe.noise import (
     NoiseKey,
     NoiseSchedule,
     Prediction,
+    Purpose,
     convert,
     schedule_from_config,
     schedule_from_name,
@@ -208,7 +209,7 @@ def test_ddpm_takes_betas_and_ends_of_its_own() -> None:
     ],
 )
 def test_betas_that_are_none_are_refused(betas: Any, seen: str) -> None:
-    with pytest.raises(ValueError, match="betas must be a non-empty row .* got .*" + seen):
+    with pytest.raises(ValueError, match=r"betas must be a non-empty row .* got .*" + seen):
         DDPM(torch.tensor(betas))
 
 
@@ -243,7 +244,12 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [*(make() for make in SCHEDULES.values()), LinearPath(2.0, -1.0), EDM(0.7, 0.01, 50.0), DDPM([0.1, 0.5], name="mine")],
+    [
+        *(make() for make in SCHEDULES.values()),
+        LinearPath(2.0, -1.0),
+        EDM(0.7, 0.01, 50.0),
+        DDPM([0.1, 0.5], name="mine"),
+    ],
     ids=lambda schedule: schedule.name,
 )
 def test_a_schedule_survives_its_configuration(schedule: NoiseSchedule) -> None:
@@ -309,7 +315,7 @@ def test_targets_are_what_they_are_called(name: str) -> None:
 
 
 @every_schedule
-@pytest.mark.parametrize(("source", "to"), itertools.product(PREDICTIONS, PREDICTIONS))
+@pytest.mark.parametrize(("source", "to"), list(itertools.product(PREDICTIONS, PREDICTIONS)))
 def test_every_prediction_becomes_every_other(name: str, source: Prediction, to: Prediction) -> None:
     schedule = schedule_from_name(name)
     x, eps = torch.randn(2, len(LEVELS), 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -434,11 +440,14 @@ def test_seeds_purposes_samples_and_draws_have_streams_of_their_own() -> None:
     rows = torch.cat([key.normal(ids, (8,), draw=draw) for key in keys for draw in (0, 1, 7)])
     assert len(rows.unique(dim=0)) == len(rows)
     # Not only unequal but unrelated: neighbouring keys, ids and draws have no correlation.
-    long = [
-        NoiseKey(seed, purpose).normal(torch.tensor([i]), (20_000,), draw=draw)[0]
-        for seed, purpose, i, draw in ((0, "noise", 0, 0), (1, "noise", 0, 0), (0, "level", 0, 0), (0, "noise", 1, 0))
-        + ((0, "noise", 0, 1),)  # type: ignore[operator]
+    neighbours: list[tuple[int, Purpose, int, int]] = [
+        (0, "noise", 0, 0),
+        (1, "noise", 0, 0),
+        (0, "level", 0, 0),
+        (0, "noise", 1, 0),
+        (0, "noise", 0, 1),
     ]
+    long = [NoiseKey(s, purpose).normal(torch.tensor([i]), (20_000,), draw=d)[0] for s, purpose, i, d in neighbours]
     correlation = torch.corrcoef(torch.stack(long)) - torch.eye(5)
     # Five standard errors of a correlation of 20 000 independent pairs.
     assert float(correlation.abs().max()) < 5 / math.sqrt(20_000)

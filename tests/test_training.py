@@ -185,7 +185,9 @@ def test_the_loss_of_ddpm(batch: TrainingBatch, prediction: Any) -> None:
 
 def test_a_model_without_classes_ignores_labels(batch: TrainingBatch) -> None:
     backbone = tiny_sit(num_classes=0)
-    torch.testing.assert_close(prediction_loss(backbone, batch), prediction_loss(backbone, replace(batch, condition=None)))
+    torch.testing.assert_close(
+        prediction_loss(backbone, batch), prediction_loss(backbone, replace(batch, condition=None))
+    )
 
 
 def test_held_out_loss_equals_a_plain_loop() -> None:
@@ -211,7 +213,9 @@ def few_lines(backbone: Backbone, plan: TrainingPlan) -> dict[str, Tensor]:
     module: Any = backbone.module
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, foreach=False)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, foreach=False
+    )
     outputs: dict[str, Tensor] = {}
     for i, block in enumerate(module.blocks):
         block.register_forward_hook(lambda _, __, out, name=f"blocks.{i}": outputs.update({name: out}))
@@ -267,7 +271,9 @@ def test_the_start_is_left_alone_and_the_result_is_what_the_file_holds(tmp_path:
     opened = open_checkpoint(tmp_path / "model.safetensors")
     for name, tensor in trained.module.state_dict().items():
         assert torch.equal(tensor, opened.module.state_dict()[name])
-    assert not torch.equal(before["final_layer.linear.weight"], trained.module.state_dict()["final_layer.linear.weight"])
+    assert not torch.equal(
+        before["final_layer.linear.weight"], trained.module.state_dict()["final_layer.linear.weight"]
+    )
     assert (opened.schedule.to_config(), opened.prediction) == (backbone.schedule.to_config(), backbone.prediction)
 
 
@@ -462,7 +468,7 @@ def test_no_steps_give_the_start(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").is_file()
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
@@ -545,7 +551,11 @@ def test_a_finite_loss_with_a_gradient_that_is_not_never_reaches_a_checkpoint(
 @pytest.mark.parametrize(
     ("backbone", "samples", "message"),
     [
-        (tiny_sit(), tiny_samples(6, shape=(1, 6, 6)), r"samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\); pass --size"),
+        (
+            tiny_sit(),
+            tiny_samples(6, shape=(1, 6, 6)),
+            r"samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\); pass --size",
+        ),
         (tiny_sit(), tiny_samples(0), "there are no samples to train on"),
         (tiny_sit(num_classes=5), tiny_samples(6), "knows 5 classes, the data has 3; pass data with the same labels"),
     ],

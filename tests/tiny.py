@@ -53,7 +53,9 @@ def tiny_splits(n: int = 20, **options: object) -> Splits:
     samples = tiny_samples(n, **options)
     half, most = n // 2, 3 * n // 4
     parts = (range(half), range(half, most), range(most, n))
-    return Splits(*(Subset(samples, rows, name=name) for name, rows in zip(("fit", "choose", "report"), parts, strict=True)))
+    return Splits(
+        *(Subset(samples, rows, name=name) for name, rows in zip(("fit", "choose", "report"), parts, strict=True))
+    )
 
 
 def kill_after(lines: int, code: str, *arguments: object) -> str:
@@ -63,9 +65,7 @@ def kill_after(lines: int, code: str, *arguments: object) -> str:
     """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
         assert process.stdout is not None
         printed = [line for line, _ in zip(process.stdout, range(lines), strict=False)]
         process.kill()

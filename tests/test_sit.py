@@ -1,0 +1,529 @@
+"""Our SiT against the official one's names and shapes, MAE's position embedding, and a forward pass written by hand."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.backbones.base import Backbone, layer_shapes, wrap
+from layerprobe.backbones.sit import (
+    PRESETS,
+    SiT,
+    SiTConfig,
+    config_from_state_dict,
+    new_sit,
+    sincos_position,
+    sit_backbone,
+)
+from layerprobe.capture import capture
+from layerprobe.noise import LinearPath, schedule_from_name
+
+SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)
+GRIDS = [(12,), (8, 4), (4, 6, 2)]
+
+
+def trained(config: SiTConfig = SMALL, *, seed: int = 0, **options: Any) -> Backbone:
+    """A SiT whose every weight does something; a new one is the identity."""
+    backbone = new_sit(config, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in backbone.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    backbone.module.eval()
+    return backbone
+
+
+def inputs(config: SiTConfig, n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, *config.shape, generator=generator)
+    return x, torch.rand(n, generator=generator), torch.randint(0, config.num_classes + 1, (n,), generator=generator)
+
+
+# --- the network
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_shapes_on_every_grid(grid: tuple[int, ...], learn_sigma: bool) -> None:
+    config = replace(SMALL, shape=(3, *grid), learn_sigma=learn_sigma)
+    backbone = trained(config)
+    x, t, y = inputs(config)
+    num_tokens = math.prod(grid) // 2 ** len(grid)
+    with capture(backbone.module, backbone.layers) as outputs:
+        assert backbone.module(x, t, y).shape == x.shape
+    assert all(tokens.shape == (4, num_tokens, 32) for tokens in outputs.values())
+    assert layer_shapes(backbone) == {f"blocks.{i}": (num_tokens, 32) for i in range(3)}
+    assert config.grid == tuple(edge // 2 for edge in grid)
+
+
+def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
+    """SiT in two dimensions, written from the paper on a state dict: tokens after each block, then the output."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def normalised(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+    def attend(name: str, x: Tensor) -> Tensor:
+        rows = []
+        q, k, v = linear(f"{name}.qkv", x).chunk(3, -1)
+        for head in range(config.num_heads):
+            part = slice(head * (d := config.hidden_size // config.num_heads), (head + 1) * d)
+            weights_ = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)).softmax(-1)
+            rows.append(weights_ @ v[..., part])
+        return linear(f"{name}.proj", torch.cat(rows, -1))
+
+    p, (rows, columns) = config.patch_size, config.grid
+    kernel = weights["x_embedder.proj.weight"].flatten(1)
+    patches = [x[:, :, i * p : i * p + p, j * p : j * p + p] for i in range(rows) for j in range(columns)]
+    tokens = torch.stack([patch.flatten(1) @ kernel.T for patch in patches], 1) + weights["x_embedder.proj.bias"]
+    tokens = tokens + weights["pos_embed"]
+    angles = t[:, None] * 10000 ** (-torch.arange(128) / 128)
+    time = F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1)))
+    c = F.silu(linear("t_embedder.mlp.2", time) + weights["y_embedder.embedding_table.weight"][y])
+    seen = []
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", c).chunk(6, -1)
+        tokens = tokens + gate1[:, None] * attend(f"{name}.attn", normalised(tokens, shift1, scale1))
+        hidden = F.gelu(linear(f"{name}.mlp.fc1", normalised(tokens, shift2, scale2)), approximate="tanh")
+        tokens = tokens + gate2[:, None] * linear(f"{name}.mlp.fc2", hidden)
+        seen.append(tokens)
+    out = linear("final_layer.linear", normalised(tokens, *linear("final_layer.adaLN_modulation.1", c).chunk(2, -1)))
+    image = torch.empty(len(x), out.shape[-1] // p**2, rows * p, columns * p)
+    for i in range(rows):
+        for j in range(columns):
+            patch = out[:, i * columns + j].view(-1, p, p, image.shape[1]).permute(0, 3, 1, 2)
+            image[:, :, i * p : i * p + p, j * p : j * p + p] = patch
+    return [*seen, image[:, : config.shape[0]]]
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, shape=(2, 8, 12), patch_size=4, learn_sigma=True)])
+@pytest.mark.parametrize("time_scale", [1.0, 999.0])
+@torch.no_grad()
+def test_output_and_every_block_equal_a_forward_pass_written_by_hand(config: SiTConfig, time_scale: float) -> None:
+    backbone = trained(config)
+    x, t, y = inputs(config)
+    with capture(backbone.module, backbone.layers) as outputs:
+        output = backbone.module(x, t * time_scale, y)
+    expected = plain_sit(backbone.module.state_dict(), config, x, t * time_scale, y)
+    for got, wanted in zip([*outputs.values(), output], expected, strict=True):
+        # float32 through a few blocks: some units in the last place of values of order 1 to 10. Times up to 999 lose
+        # three digits in the angles, alike in both up to the rounding of the frequencies.
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 if time_scale == 1 else 1e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...]) -> None:
+    """Planted: the embedding reads one value of a patch, and that value goes back to where it was read."""
+    config = SiTConfig((2, *grid), patch_size=2, hidden_size=8 * 2 ** len(grid), depth=1, num_heads=1)
+    module = SiT(config)
+    x = torch.arange(math.prod(config.shape), dtype=torch.float32).view(1, *config.shape)
+    # A row of the kernel for each (place in the patch, channel), in the order of the final layer.
+    places = torch.cartesian_prod(*[torch.arange(2)] * len(grid)).view(-1, len(grid)).tolist()
+    kernel = torch.zeros_like(module.x_embedder.proj.weight)
+    for row, (place, channel) in enumerate((place, channel) for place in places for channel in range(2)):
+        kernel[(row, channel, *place)] = 1
+    with torch.no_grad():
+        module.x_embedder.proj.weight.copy_(kernel)
+        tokens = module.x_embedder(x)[:, :, : len(places) * 2]
+    assert torch.equal(module._unpatchify(tokens), x)
+    # The first token is the patch at the origin, the second its neighbour along the last axis.
+    assert tokens[0, 0, 0] == x.flatten()[0]
+    assert tokens[0, 1, 0] == x[(0, 0, *[0] * (len(grid) - 1), 2)]
+
+
+def test_learned_sigma_channels_are_left_out() -> None:
+    config = replace(SMALL, learn_sigma=True)
+    full = SiT(config)
+    tokens = torch.randn(2, 16, 4 * 6, generator=torch.Generator().manual_seed(0))
+    ours = SiT(SMALL)._unpatchify(tokens.view(2, 16, 4, 6)[..., :3].reshape(2, 16, 12))
+    assert torch.equal(full._unpatchify(tokens), ours)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_new_sit_is_the_identity_from_block_to_block_and_predicts_zero(grid: tuple[int, ...]) -> None:
+    config = replace(SMALL, shape=(3, *grid))
+    backbone = new_sit(config, seed=0)
+    x, t, y = inputs(config)
+    with capture(backbone.module, ["x_embedder", *backbone.layers]) as outputs:
+        output = backbone.module(x, t, y)
+    assert not output.any()
+    for name in backbone.layers:
+        assert torch.equal(outputs[name], outputs["x_embedder"] + backbone.module.pos_embed)  # type: ignore[operator]
+
+
+def test_a_trained_sit_tells_times_and_labels_apart() -> None:
+    backbone = trained()
+    x, _, _ = inputs(SMALL, 1)
+    x = x.expand(4, -1, -1, -1)
+    outputs = backbone.module(x, torch.tensor([0.1, 0.2, 0.1, 0.1]), torch.tensor([0, 0, 1, 5]))
+    assert len(outputs.detach().flatten(1).unique(dim=0)) == 4
+
+
+def mae_position(width: int, edge: int) -> NDArray[np.float64]:
+    """MAE's 2-D embedding as its paper describes it: half for the column, half for the row; sines, then cosines."""
+
+    def axis(positions: NDArray[Any]) -> NDArray[np.float64]:
+        rates = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
+        angles = np.outer(positions, rates)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.divmod(np.arange(edge * edge), edge)
+    return np.concatenate([axis(columns), axis(rows)], axis=1)
+
+
+@pytest.mark.parametrize(("width", "edge"), [(16, 3), (64, 8), (1152, 16)])
+def test_position_embedding_equals_mae(width: int, edge: int) -> None:
+    position = sincos_position(width, (edge, edge))
+    assert position.shape == (1, edge * edge, width)
+    assert position.dtype == torch.float32
+    np.testing.assert_allclose(position[0], mae_position(width, edge), atol=1e-7)  # float32
+
+
+@pytest.mark.parametrize(
+    ("width", "grid"), [(64, (10,)), (32, (4, 6)), (32, (4, 3, 5)), (34, (2, 3, 4)), (6, (3, 3, 3))]
+)
+def test_positions_differ_and_are_sums_over_the_axes(width: int, grid: tuple[int, ...]) -> None:
+    position = sincos_position(width, grid)[0]
+    assert position.shape == (math.prod(grid), width)
+    assert len(position.unique(dim=0)) == math.prod(grid)
+    # Every place has the same norm: sin^2 + cos^2 = 1 for each of width / 2 frequencies.
+    torch.testing.assert_close(position.square().sum(1), torch.full((math.prod(grid),), width / 2))
+    # Each channel knows one axis only.
+    maps = position.view(*grid, width)
+    for channel in range(width):
+        axes = [axis for axis, n in enumerate(grid) if bool((maps[..., channel].diff(dim=axis) != 0).any())]
+        assert len(axes) <= 1
+
+
+def test_positions_are_not_trained() -> None:
+    assert not new_sit(SMALL, seed=0).module.pos_embed.requires_grad  # type: ignore[union-attr]
+
+
+# --- names and shapes
+
+
+def official_shapes(
+    *, depth: int, d: int, patch: int, edge: int, c: int, classes: int, sigma: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The state dict of the official SiT, DiT and LayerSync: names and shapes, in their order."""
+    block = {
+        "attn.qkv.weight": (3 * d, d),
+        "attn.qkv.bias": (3 * d,),
+        "attn.proj.weight": (d, d),
+        "attn.proj.bias": (d,),
+        "mlp.fc1.weight": (4 * d, d),
+        "mlp.fc1.bias": (4 * d,),
+        "mlp.fc2.weight": (d, 4 * d),
+        "mlp.fc2.bias": (d,),
+        "adaLN_modulation.1.weight": (6 * d, d),
+        "adaLN_modulation.1.bias": (6 * d,),
+    }
+    out = patch * patch * c * (2 if sigma else 1)
+    return {
+        "pos_embed": (1, (edge // patch) ** 2, d),
+        "x_embedder.proj.weight": (d, c, patch, patch),
+        "x_embedder.proj.bias": (d,),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.0.bias": (d,),
+        "t_embedder.mlp.2.weight": (d, d),
+        "t_embedder.mlp.2.bias": (d,),
+        "y_embedder.embedding_table.weight": (classes + 1, d),
+        **{f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()},
+        "final_layer.linear.weight": (out, d),
+        "final_layer.linear.bias": (out,),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
+        "final_layer.adaLN_modulation.1.bias": (2 * d,),
+    }
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("sigma", [False, True])
+def test_names_and_shapes_are_the_official_ones(sigma: bool) -> None:
+    ours = shapes(SiT(replace(SMALL, learn_sigma=sigma)))
+    wanted = official_shapes(depth=3, d=32, patch=2, edge=8, c=3, classes=5, sigma=sigma)
+    assert ours == wanted
+    assert list(ours) == list(wanted)  # so that optimizers of the official code find their parameters
+
+
+@pytest.mark.parametrize(("size", "patch"), [("S", 8), ("B", 4), ("L", 2), ("XL", 2)])
+def test_presets_are_the_sizes_of_the_paper(size: str, patch: int) -> None:
+    depth, width, _ = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}[size]
+    config = replace(SiTConfig.preset(f"{size}/{patch}", shape=(4, 32, 32), num_classes=1000), learn_sigma=True)
+    assert config.num_heads == PRESETS[size][2]
+    # A meta device computes no values, so XL costs nothing; only the copied positions would be needed for real.
+    wanted = official_shapes(depth=depth, d=width, patch=patch, edge=32, c=4, classes=1000)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
+    assert config_from_state_dict(tensors) == config
+    assert (config.depth, config.hidden_size, config.patch_size) == (depth, width, patch)
+
+
+def test_preset_xl_has_the_parameters_of_the_paper() -> None:
+    wanted = official_shapes(depth=28, d=1152, patch=2, edge=32, c=4, classes=1000)
+    # 675 million, Table 1 of SiT.
+    assert round(sum(math.prod(shape) for shape in wanted.values()) / 1e6) == 675
+
+
+@pytest.mark.parametrize("name", ["M/2", "S", "S/3", "XL/x", "S/2/2", ""])
+def test_unknown_presets_are_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^unknown preset '{name}'; use one of S, B, L, XL with patch size 2, 4 or 8"
+    ):
+        SiTConfig.preset(name, shape=(4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, shape=(1, 12)),
+        replace(SMALL, shape=(3, 4, 4, 4), num_classes=0),
+        replace(SMALL, learn_sigma=True, mlp_ratio=2.0, patch_size=4),
+    ],
+    ids=lambda config: str(config.shape),
+)
+def test_a_configuration_is_found_from_the_tensors(config: SiTConfig) -> None:
+    assert config_from_state_dict(SiT(config).state_dict(), num_heads=config.num_heads) == config
+    assert SiTConfig(**config.to_dict()) == config
+
+
+def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
+    tensors = SiT(SMALL).state_dict()
+    with pytest.raises(
+        ValueError, match=r"^width 32 is no preset's, so the number of heads is unknown; pass --num-heads$"
+    ):
+        config_from_state_dict(tensors)
+    with pytest.raises(ValueError, match="hidden size 32 does not divide into 5 heads"):
+        config_from_state_dict(tensors, num_heads=5)
+    with pytest.raises(ValueError, match="count from 1"):
+        config_from_state_dict(tensors, num_heads=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "seen"),
+    [
+        ("pos_embed", None, "is missing"),
+        ("blocks.0.mlp.fc1.weight", None, "is missing"),
+        ("y_embedder.embedding_table.weight", None, "is missing"),
+        ("pos_embed", torch.zeros(16), r"has shape \(16,\)"),
+        ("x_embedder.proj.weight", torch.zeros(32, 12), r"has shape \(32, 12\)"),
+        ("x_embedder.proj.weight", torch.zeros(32, 3, 0, 0), r"has shape \(32, 3, 0, 0\)"),
+    ],
+)
+def test_state_dicts_that_are_no_sit_are_refused(name: str, tensor: Tensor | None, seen: str) -> None:
+    tensors = SiT(SMALL).state_dict()
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    with pytest.raises(ValueError, match=rf"^this is no whole SiT or DiT: {name} {seen}; use a whole state dict$"):
+        config_from_state_dict(tensors, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (3,)}, r"shape must be \(C, \*grid\) with one to three grid axes, got \(3,\)"),
+        ({"shape": (3, 2, 2, 2, 2)}, "one to three grid axes"),
+        ({"shape": (3, 8, 7)}, r"the grid \(8, 7\) does not divide into patches of 2; change one of them"),
+        ({"shape": (3, 0, 8)}, "shape, patch, width, depth and heads count from 1 and classes from 0, got SiTConfig"),
+        ({"patch_size": 0}, "count from 1"),
+        ({"depth": 0}, "count from 1"),
+        ({"num_heads": 0}, "count from 1"),
+        ({"num_classes": -1}, "classes from 0"),
+        ({"hidden_size": 30}, "hidden size 30 does not divide into 4 heads; change one of them"),
+        ({"hidden_size": 33, "num_heads": 3}, "hidden size 33 has no room for positions; pass an even one"),
+        ({"hidden_size": 2, "num_heads": 1}, "hidden size 2 has no room for positions"),
+    ],
+)
+def test_configurations_that_make_no_network_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+# --- the backbone around it
+
+
+def test_fresh_weights_depend_on_the_seed_only() -> None:
+    torch.manual_seed(5)
+    one, state = new_sit(SMALL, seed=0).module.state_dict(), torch.get_rng_state()
+    torch.manual_seed(6)
+    two, other = new_sit(SMALL, seed=0).module.state_dict(), new_sit(SMALL, seed=1).module.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())  # the caller's random numbers are untouched
+
+
+@pytest.mark.parametrize("schedule", ["sit", "flow", "flow-1000", "ddpm-linear", "edm"])
+@torch.no_grad()
+def test_backbone_tells_the_network_its_own_time_and_turns_the_velocity_round(schedule: str) -> None:
+    path = schedule_from_name(schedule)
+    backbone = trained(schedule=path)
+    x, level, y = inputs(SMALL)
+    expected = backbone.module(x, path.native_time(level), y) * (-1 if schedule == "sit" else 1)
+    torch.testing.assert_close(backbone.predict(x, level, y), expected)
+    torch.testing.assert_close(backbone(x, level, y), expected)
+    # Levels in float64 are as good: the network still gets its own type.
+    assert backbone.predict(x, level.double(), y).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_backbone_converts_what_the_network_predicts_to_a_velocity() -> None:
+    eps = trained(schedule=LinearPath(0, 1), prediction="eps")
+    x, level, y = inputs(SMALL)
+    at = level.view(-1, 1, 1, 1)
+    torch.testing.assert_close(eps(x, level, y), (eps.predict(x, level, y) - x) / (1 - at), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_condition_is_the_null_label() -> None:
+    backbone = trained()
+    x, level, _ = inputs(SMALL)
+    assert torch.equal(backbone.predict(x, level), backbone.predict(x, level, torch.full((4,), 5)))
+    null = backbone.null_condition(3)
+    assert null is not None
+    assert null.tolist() == [5, 5, 5]
+    unconditional = trained(replace(SMALL, num_classes=0))
+    assert unconditional.null_condition(3) is None
+    assert unconditional(x, level).shape == x.shape
+
+
+def test_samples_of_another_shape_are_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^samples have shape \(3, 16, 16\), SiT with 3 blocks of width 32, patch 2 takes \(3, 8, 8\); resize",
+    ):
+        new_sit(SMALL, seed=0)(torch.zeros(1, 3, 16, 16), torch.tensor([0.5]))
+
+
+def test_backbone_names_its_blocks_in_order() -> None:
+    backbone = sit_backbone(SiT(replace(SMALL, depth=11)), name="mine")
+    assert backbone.layers == tuple(f"blocks.{i}" for i in range(11))
+    assert (backbone.name, backbone.num_classes, backbone.shape) == ("mine", 5, (3, 8, 8))
+    assert backbone.device == torch.device("cpu")
+
+
+class Denoiser(nn.Module):
+    """A user's own network, with dropout so that evaluation mode can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(4, 6), nn.Linear(6, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = self.second(self.drop(self.first(x).relu())) + time.view(-1, 1)
+        return output
+
+
+def test_wrap_makes_a_backbone_of_any_module() -> None:
+    module = Denoiser()
+    backbone = wrap(module, layers=["second", "fir*"], schedule="flow-1000", prediction="x0", shape=[4])
+    assert (backbone.layers, backbone.shape, backbone.name) == (("first", "second"), (4,), "Denoiser")
+    assert not module.training
+    x, level = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+    denoised = module(x, 1000 * level)
+    torch.testing.assert_close(backbone(x, level), (x - denoised) / level.view(-1, 1))
+    assert layer_shapes(backbone) == {"first": (1, 6), "second": (1, 4)}
+    assert wrap(module, layers="first", schedule="sit", prediction="x0", shape=(4,), name="mine").name == "mine"
+
+
+def test_wrap_calls_the_module_as_it_is_told() -> None:
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        output: Tensor = module(x + label.view(-1, 1), time) if label is not None else module(x, time)
+        return output
+
+    backbone = wrap(
+        Denoiser(),
+        layers="*",
+        schedule=LinearPath(0, 1),
+        prediction="velocity",
+        shape=(4,),
+        num_classes=3,
+        forward=forward,
+    )
+    x, level = torch.zeros(2, 4), torch.tensor([0.1, 0.5])
+    torch.testing.assert_close(backbone(x, level), backbone.module(x + 3, level))
+
+
+def test_wrap_refuses_what_it_does_not_know() -> None:
+    good = {"layers": "first", "schedule": "sit", "prediction": "eps", "shape": (4,)}
+    for change, message in (
+        ({"layers": "third"}, "third is not in Denoiser, which has first, second, drop"),
+        ({"layers": []}, "no layer is named; name some of Denoiser"),
+        ({"schedule": "vp"}, "unknown schedule 'vp'"),
+        ({"prediction": "score"}, "unknown prediction 'score'; use one of velocity, eps, x0, v"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            wrap(Denoiser(), **(good | change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown prediction 'score'"):
+        sit_backbone(SiT(SMALL), prediction="score")  # type: ignore[arg-type]
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = self.layer(self.layer(x))
+        return output
+
+
+def test_layer_shapes_notice_a_layer_that_runs_twice() -> None:
+    backbone = wrap(Shared(), layers="layer", schedule="sit", prediction="x0", shape=(4,))
+    with pytest.raises(ValueError, match=r"^layer ran twice in one forward pass"):
+        layer_shapes(backbone)
+
+
+# --- precision and compilation
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_is_near_float32() -> None:
+    backbone = trained()
+    x, level, y = inputs(SMALL)
+    expected = backbone.predict(x, level, y)
+    with torch.autocast("cpu", torch.bfloat16), capture(backbone.module, backbone.layers) as outputs:
+        output = backbone.predict(x, level, y)
+    assert all(tokens.dtype == torch.float32 for tokens in outputs.values())  # the residual stream keeps its digits
+    # Three blocks of products with 8 significant bits each.
+    assert float((output - expected).norm() / expected.norm()) < 0.03
+
+
+def test_gradients_reach_every_trained_parameter_under_autocast() -> None:
+    backbone = trained()
+    x, level, y = inputs(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = backbone.predict(x, level, y).float().square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in backbone.module.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.isfinite().all())) == parameter.requires_grad, name
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    backbone = trained(replace(SMALL, depth=1))
+    x, level, y = inputs(SMALL)
+    expected = backbone.module(x, level, y)
+    compiled: Callable[..., Tensor] = torch.compile(backbone.module, fullgraph=True)
+    torch.testing.assert_close(compiled(x, level, y), expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
