@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 INK, PAPER = "#1b1f24", "#fffefd"
 MISSING = "#c9ced6"
 GREY = "#7a828c"
-STUDENT, TEACHER = "#d55e00", "#009e73"
+STUDENT, TEACHER = "#d55e00", "#cc79a7"  # neither is a colour of viridis
 WIDTH_IN = 11.0
 RASTER_DPI = 150
 

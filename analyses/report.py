@@ -282,7 +282,7 @@ def _pair_table(pairs: Iterable[Any], first: int) -> str:
             f"{pair.student_quality:.3g}",
             f"{pair.mean_cka:.3g}",
             str(pair.distance),
-            escape(" ".join(pair.reasons)),
+            _breakable(" ".join(pair.reasons)),
         )
         for rank, pair in enumerate(pairs, first)
     ]
@@ -442,8 +442,12 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _name(layer: object) -> str:
-    """A layer's name, which may break after a dot."""
-    return f'<span class="name">{escape(str(layer)).replace(".", ".<wbr>")}</span>'
+    return f'<span class="name">{_breakable(str(layer))}</span>'
+
+
+def _breakable(text: str) -> str:
+    """Text in which a long name of a layer may break after a dot."""
+    return re.sub(r"(?<=\w\.)(?=[a-zA-Z])", "<wbr>", escape(text))
 
 
 def _number(value: Any) -> str:

@@ -247,7 +247,7 @@ def confirm_run(
 def quickstart(
     run: str | Path,
     *,
-    steps: int = 150,
+    steps: int = 120,
     num_seeds: int = 2,
     seed: int = 0,
     device: str = "auto",
@@ -265,7 +265,8 @@ def quickstart(
         confirmation_training(run, steps=steps),
         seeds=tuple(range(seed, seed + num_seeds)),
         num_evaluations=3,
-        num_samples=400,
+        num_samples=300,
+        sampling=SamplingPlan(solver="heun", steps=6),  # enough for 8 x 8 pixels, and most of the time
         device=device,
         progress=progress,
     )

@@ -196,12 +196,14 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_labels_the_name_says_that_the_network_is_random() -> None:
-    samples = tiny_samples(40, labelled=False)
+    samples = tiny_samples(400, labelled=False)
     extractor = classifier_extractor(samples)
     assert extractor.name == "64 features of a random network (no labels)"
-    real, noise = all_features(extractor, samples), sample_features(extractor, torch.randn(40, *SHAPE) * 3)
-    halves = distance(real[:20], real[20:])
-    assert distance(real, noise) > 3 * halves  # it still tells samples from noise
+    generator = torch.Generator().manual_seed(0)
+    noise = sample_features(extractor, torch.randn(200, *SHAPE, generator=generator))
+    real = all_features(extractor, samples)
+    # It still tells samples from noise: halves of the samples are nearer to each other.
+    assert distance(real[:200], noise) > 3 * distance(real[:200], real[200:])
 
 
 @pytest.fixture(scope="module")
@@ -229,4 +231,4 @@ def test_the_distance_of_digits_grows_with_their_noise(of_digits: Any) -> None:
     noise = torch.randn(x.shape, generator=generator)
     distances = [distance(real, sample_features(extractor, x + amount * noise)) for amount in (0.0, 0.2, 0.4, 0.8)]
     assert distances == sorted(distances)
-    assert distances[1] > 2 * distances[0]
+    assert distances[-1] > 5 * distances[0]

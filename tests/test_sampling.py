@@ -65,7 +65,7 @@ def error(schedule: NoiseSchedule, solver: Any, steps: int) -> float:
 def test_the_error_falls_with_the_order_of_the_solver(name: str, solver: str, order: int) -> None:
     schedule = SCHEDULES[name]
     last = schedule.level_range[0] > 0  # then one step leads from the lowest level to 0
-    coarse, fine = (error(schedule, solver, steps + last) for steps in (400, 800))
+    coarse, fine = (error(schedule, solver, steps + last) for steps in (200, 400))
     # The next term of the error is a few per cent of the first at this many steps.
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 

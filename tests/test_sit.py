@@ -29,7 +29,7 @@ from layerprobe.capture import capture
 from layerprobe.noise import LinearPath, schedule_from_name
 
 SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)
-GRIDS = [(12,), (8, 4), (4, 6, 2)]
+GRIDS = [(12,), (8, 4), (4, 2, 6)]
 
 
 def trained(config: SiTConfig = SMALL, *, seed: int = 0, **options: Any) -> Backbone:
