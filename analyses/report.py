@@ -252,7 +252,7 @@ def _pairs(run: _Run) -> str:
     parts = [
         f"<p>Ranked by {escape(criteria.metric)} on the split “{escape(criteria.split)}”, averaged over noise levels "
         f"{levels}. Score = (teacher − student) × (1 − CKA), pairs whose teacher is the best one first. A pair needs a "
-        f"distance of {criteria.min_distance} layers and a CKA of at most {criteria.max_cka:g}.</p>"
+        f"distance of at least {criteria.min_distance} layers and a CKA of at most {criteria.max_cka:g}.</p>"
     ]
     if selection.warnings:
         parts.append(_list(selection.warnings))

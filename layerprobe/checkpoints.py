@@ -185,6 +185,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         seen = f"{path} is a folder and no checkpoint file" if path.is_dir() else f"there is no checkpoint file {path}"
         raise FileNotFoundError(f"{seen}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}")
     tensors, record = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    unprintable = [name for name in tensors if not name.isprintable()]
+    if unprintable:  # Names are shown in messages, and a terminal would obey them.
+        raise ValueError(f"{path} is damaged: it has a tensor called {unprintable[0]!r}; copy or download it again")
     stripped = {_strip(name): tensor for name, tensor in tensors.items()}
     if len(stripped) < len(tensors):
         twice = next(name for name in tensors if _strip(name) != name and _strip(name) in tensors)

@@ -21,7 +21,7 @@ from layerprobe.data import Samples, Splits, Subset, TensorSamples, load
 from layerprobe.data.base import content_hash, pixels_to_float
 from layerprobe.data.digits import digits
 from layerprobe.data.images import EncodedImages, load_images
-from layerprobe.data.splits import keyed_order, split, take
+from layerprobe.data.splits import for_probing, keyed_order, split, take
 from layerprobe.data.tables import first_id
 
 
@@ -626,8 +626,11 @@ def test_report_comes_from_the_test_part() -> None:
     assert len(split({"train": train, "other": test}).report) == 20  # of train
 
 
-def test_defaults_are_capped() -> None:
-    splits = split({"train": labelled([30_000, 20_000]), "test": labelled([6000, 4000], first=10**9)})
+def test_probing_takes_no_more_than_it_needs_unless_told() -> None:
+    owned = split({"train": labelled([30_000, 20_000]), "test": labelled([6000, 4000], first=10**9)})
+    assert [len(samples) for _, samples in owned.items()] == [40_000, 10_000, 10_000]
+    assert len(for_probing(take(owned, num_fit=9000), given={"num_fit": 9000}).fit) == 9000
+    splits = for_probing(owned, given={})
     assert [len(samples) for _, samples in splits.items()] == [8000, 2000, 5000]
     assert [samples.labels.bincount().tolist() for _, samples in splits.items() if samples.labels is not None] == [
         [4800, 3200],
