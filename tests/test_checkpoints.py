@@ -285,7 +285,9 @@ def test_one_name_with_and_without_prefix_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["blocks.0\nall is well", "\x1b[2Jpos_embed", "pos\x00embed"])
 def test_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str) -> None:
     torch.save(weights() | {name: torch.zeros(1)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"is damaged: it has a tensor called .*; copy or download it again$") as caught:
+    with pytest.raises(
+        ValueError, match=r"is damaged: it has a tensor called .*; copy or download it again$"
+    ) as caught:
         open_tiny(tmp_path / "model.pt")
     assert str(caught.value).isprintable()
 
