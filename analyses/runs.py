@@ -130,6 +130,16 @@ def probe(
     Raises:
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
     """
+    selection = measure_run(plan, run, device=device, batch_size=batch_size, progress=progress)
+    draw_figures(run)
+    write_report(run)
+    return selection
+
+
+def measure_run(
+    plan: RunPlan, run: str | Path, *, device: str = "auto", batch_size: int = 128, progress: Progress | None = None
+) -> Selection:
+    """What `probe` does before it draws: features, tables, selection."""
     run = Path(run)
     backbone, splits = plan.open(device=device)
     plan.extraction(backbone)  # refuses a bad plan before the folder is made
@@ -140,10 +150,7 @@ def probe(
         quality, similarity = measure(stores, seed=plan.seed, progress=_named(progress, "measuring layers"))
         write_table(similarity, run / "similarity.csv")
         write_table(quality, run / "quality.csv")
-    selection = choose_layers(run)
-    draw_figures(run)
-    write_report(run)
-    return selection
+    return choose_layers(run)
 
 
 def extract_all(
@@ -247,7 +254,7 @@ def confirm_run(
 def quickstart(
     run: str | Path,
     *,
-    steps: int = 120,
+    steps: int = 90,
     num_seeds: int = 2,
     seed: int = 0,
     device: str = "auto",
@@ -255,7 +262,7 @@ def quickstart(
 ) -> tuple[Selection, Verdict]:
     """The whole chain on the embedded checkpoint and data: probe, pick, samples, confirmation, report."""
     run = Path(run)
-    selection = probe(
+    selection = measure_run(
         RunPlan("digits", "digits", QUICKSTART_LEVELS, pool_cells=2, seed=seed), run, device=device, progress=progress
     )
     if not (run / "figures" / "samples.png").is_file():

@@ -13,7 +13,7 @@ from layerprobe.cli.output import emit, progress_bar
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    steps: Steps = 120,
+    steps: Steps = 90,
     num_seeds: Annotated[int, typer.Option(min=2, help="Seeds of the confirmation.")] = 2,
     seed: Seed = 0,
     device: Device = "auto",

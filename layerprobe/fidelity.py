@@ -90,7 +90,7 @@ def all_features(extractor: Extractor, samples: Samples, *, batch_size: int = 51
 
 
 def classifier_extractor(
-    samples: Samples, cache: str | Path | None = None, *, steps: int = 400, batch_size: int = 128, seed: int = 0
+    samples: Samples, cache: str | Path | None = None, *, steps: int = 300, batch_size: int = 128, seed: int = 0
 ) -> Extractor:
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
