@@ -66,7 +66,7 @@ def by_hand(network: Network) -> dict[str, Tensor]:
     maps = network.stem(X)
     seen, tokens = {"stem": maps.flatten(2).transpose(1, 2)}, maps.flatten(2).transpose(1, 2)
     for i, block in enumerate(network.blocks):
-        tokens = seen[f"blocks.{i}"] = tokens + block.fc(tokens)  # type: ignore[operator]
+        tokens = seen[f"blocks.{i}"] = tokens + block.fc(tokens)
     seen["pair"] = tokens * 2
     seen["head"] = network.head(seen["pair"].mean(1)).unsqueeze(1)
     return seen

@@ -50,7 +50,7 @@ def reference(network: Network, pairs: list[tuple[str, str]], x: Tensor = X) -> 
     """The task's loss plus the regulariser, from the formula: tokens by hand, norms by hand."""
     tokens, regulariser, cosines = {}, torch.zeros(()), []
     for i, block in enumerate(network.blocks):
-        x = tokens[f"blocks.{i}"] = x + torch.tanh(x @ block.fc.weight.T + block.fc.bias)  # type: ignore
+        x = tokens[f"blocks.{i}"] = x + torch.tanh(x @ block.fc.weight.T + block.fc.bias)
     for student, teacher in pairs:
         s, t = tokens[student], tokens[teacher].detach()
         cosine = ((s * t).sum(-1) / (s.square().sum(-1).sqrt() * t.square().sum(-1).sqrt())).mean()
@@ -70,7 +70,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 def expected(pairs: list[tuple[str, str]], x: Tensor = X) -> tuple[Tensor, dict[str, Tensor]]:
     network = Network()
     loss, _ = reference(network, pairs, x)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach(), gradients(network)
 
 
@@ -85,7 +85,7 @@ def assert_trains_as_expected(
     wanted_loss, wanted = expected(pairs)
     with LayerSync(network, pairs, weight=WEIGHT) as sync:
         loss = task(call(X)) + sync.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     assert_equal_gradients(network, wanted)
     torch.testing.assert_close(loss.detach(), wanted_loss)
 
@@ -140,7 +140,7 @@ def test_teacher_is_not_moved() -> None:
     network = Network()
     with LayerSync(network, [("blocks.0", "blocks.2")], weight=1.0) as sync:
         network(X)
-        sync.loss().backward()  # type: ignore[no-untyped-call]
+        sync.loss().backward()
     moved = {name.partition(".fc")[0] for name in gradients(network)}
     assert moved == {"blocks.0"}  # not blocks.1 and blocks.2, on which the teacher depends
 
@@ -154,7 +154,7 @@ def test_gradient_descent_brings_the_student_to_the_teacher() -> None:
             network(X)
             loss = sync.loss()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             seen.append(float(loss.detach()))
     assert seen[-1] < seen[0] - 0.02
@@ -309,7 +309,7 @@ def test_passes_without_gradients_in_between_are_ignored(mode: Callable[[], Any]
         loss = task(output) + sync.loss()
         with mode():
             network(3 * X)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     wanted_loss, wanted = expected(TWO)
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_equal_gradients(network, wanted)
@@ -327,8 +327,8 @@ def test_gradient_accumulation_sums_the_gradients_of_the_parts() -> None:
 def test_backward_before_the_loss_is_asked_for() -> None:
     network = Network(reentrant=False)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
-        task(network(X)).backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        sync.loss().backward()  # type: ignore[no-untyped-call]
+        task(network(X)).backward(retain_graph=True)
+        sync.loss().backward()
     assert_equal_gradients(network, expected(TWO)[1])
 
 
@@ -384,7 +384,7 @@ def test_a_frozen_student_is_refused_and_a_frozen_teacher_is_not() -> None:
     network.blocks[2].requires_grad_(False)
     with LayerSync(network, ONE, weight=1.0) as sync:
         network(X)
-        sync.loss().backward()  # type: ignore[no-untyped-call]
+        sync.loss().backward()
     assert gradients(network).keys() == {"blocks.0.fc.weight", "blocks.0.fc.bias"}
 
 
@@ -396,7 +396,7 @@ def test_autocast_is_near_float32_and_the_cosine_is_in_float32() -> None:
     with LayerSync(network, TWO, weight=WEIGHT) as sync, torch.autocast("cpu", torch.bfloat16):
         loss = task(network(X).float()) + sync.loss()
         assert sync.cosines[LayerPair(*TWO[0])].dtype == torch.float32
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted), abs=0.02)  # 8 significant bits in each product
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(network).values())
 
@@ -425,7 +425,7 @@ def test_steps_after_a_recomputed_backward_pass_are_clean() -> None:
         for _ in range(3):
             network.zero_grad()
             loss = task(network(X)) + sync.loss()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             assert not sync._outputs  # what the backward pass runs again is not kept
     assert_equal_gradients(network, expected(TWO)[1])
 
@@ -445,7 +445,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 def test_far_off_and_empty_tokens_give_finite_gradients(offset: float) -> None:
     network = Network()
     with torch.no_grad():
-        network.blocks[0].fc.bias.zero_()  # type: ignore[union-attr,operator]
+        network.blocks[0].fc.bias.zero_()
     x = (X + offset).clone()
     x[:, 0] = 0  # tanh(0) = 0: the student's token is exactly zero, which has no direction
     with LayerSync(network, ONE, weight=WEIGHT) as sync:
@@ -495,9 +495,9 @@ def test_compiled_equals_eager(compiling: Callable[[Network], Callable[[Tensor],
     assert_trains_as_expected(network, call)
     # Neither are the hooks left in graphs when the block is over.
     network.zero_grad()
-    task(call(X)).backward()  # type: ignore[no-untyped-call]
+    task(call(X)).backward()
     plain = Network()
-    task(plain(X)).backward()  # type: ignore[no-untyped-call]
+    task(plain(X)).backward()
     assert_equal_gradients(network, gradients(plain))
 
 
@@ -513,5 +513,5 @@ def test_compiled_training_with_checkpointing_and_evaluation() -> None:
             with torch.no_grad():
                 network(3 * X)
             loss = task(output) + sync.loss()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     assert_equal_gradients(network, expected(TWO)[1])

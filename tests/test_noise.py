@@ -344,7 +344,7 @@ def test_conversions_have_the_forms_of_the_papers() -> None:
         (path, "eps", "velocity", (output - x_t) / (1 - at)),
         (path, "x0", "velocity", (x_t - output) / at),
     ):
-        got = convert(output, x_t, LEVELS, schedule, source=source, to=to)  # type: ignore[arg-type]
+        got = convert(output, x_t, LEVELS, schedule, source=source, to=to)
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -383,7 +383,7 @@ def test_conversion_refuses_levels_that_do_not_determine_it(
 
 def test_conversion_refuses_unknown_predictions() -> None:
     with pytest.raises(ValueError, match="unknown prediction 'score'; use one of velocity, eps, x0, v"):
-        convert(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="score", to="eps")  # type: ignore[arg-type]
+        convert(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="score", to="eps")
 
 
 @given(st.floats(1e-6, 1 - 1e-6), st.sampled_from(list(SCHEDULES)))
@@ -393,7 +393,7 @@ def test_velocity_conversion_is_exact_wherever_it_is_defined(at: float, name: st
     x_t, velocity = schedule.corrupt(x, eps, level(at)), target("velocity", schedule, x=x, eps=eps, level=level(at))
     # What is left of sixteen digits after dividing by a determinant that may be as large as 1e12 or as small as 1.
     for to, wanted in (("x0", x), ("eps", eps)):
-        got = convert(velocity, x_t, level(at), schedule, source="velocity", to=to)  # type: ignore[arg-type]
+        got = convert(velocity, x_t, level(at), schedule, source="velocity", to=to)
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
