@@ -183,10 +183,12 @@ def test_a_perfect_baseline_divides_by_nothing() -> None:
 
 
 def test_the_control_does_not_decide() -> None:
-    found = verdict(SETTLED, (10, 7, 6, 5.1, 5.0), **{CONTROL: (10, 5, 3, 2.1, 2.0)})
-    assert found.answer == "hurts"
-    assert [arm.name for arm in found.arms] == [BASELINE, PICK, CONTROL]
-    assert found.arms[2].difference == pytest.approx(-2)
+    table = curves({BASELINE: SETTLED, PICK: (10, 7, 6, 5.1, 5.0), CONTROL: (10, 5, 3, 2.1, 2.0)})
+    for order in ((0, 1, 3), (0, 3, 1)):
+        found = judge(table, [ARMS[i] for i in order], PLAN, extractor_name="x", start_name="y")
+        assert found.answer == "hurts"
+        assert [arm.name for arm in found.arms] == [ARMS[i].name for i in order]
+        assert {arm.name: arm.difference for arm in found.arms}[CONTROL] == pytest.approx(-2)
 
 
 def test_without_a_pick_the_heuristic_is_judged_and_named() -> None:
@@ -429,6 +431,13 @@ def test_the_arms_of_a_seed_start_equal_and_the_seeds_do_not(whole: Path) -> Non
     starts = {(path.parents[1].name, record["start"]) for path, record in records.items()}
     assert len(starts) == 2
     assert len({start for _, start in starts}) == 2
+
+
+def test_every_model_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(confirmation_module, "held_out_loss", lambda *a: calls.append(1) or held_out_loss(*a))
+    run(tmp_path, arms=TINY_ARMS[:2])
+    assert len(calls) == 2 * (1 + 2 * 2)  # for each seed its start, which the arms share, and two evaluations an arm
 
 
 def test_a_start_that_draws_fresh_weights_at_every_call_is_called_once_a_seed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ONE, TWO = [("blocks.0", "blocks.2")], [("blocks.0", "blocks.2"), ("blocks.1", "
 
 
 class Network(nn.Module):
-    """Residual blocks, with the kinds of checkpointing that training loops use."""
+    """Residual blocks; with checkpointing, every two of them are run again in the backward pass."""
 
     def __init__(self, depth: int = 4, *, reentrant: bool | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -30,8 +30,9 @@ class Network(nn.Module):
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        for start in range(0, len(self.blocks), 2):
+            segment = nn.Sequential(*self.blocks[start : start + 2])
+            x = segment(x) if self.reentrant is None else checkpoint(segment, x, use_reentrant=self.reentrant)
         output: Tensor = self.head(x)
         return output
 
@@ -324,10 +325,12 @@ def test_gradient_accumulation_sums_the_gradients_of_the_parts() -> None:
     assert_equal_gradients(network, expected(TWO)[1])  # all tokens weigh alike, so the parts give the whole
 
 
-def test_backward_before_the_loss_is_asked_for() -> None:
-    network = Network(reentrant=False)
+@pytest.mark.parametrize("whole", [False, True])
+def test_backward_before_the_loss_is_asked_for(whole: bool) -> None:
+    network = Network(reentrant=None if whole else False)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
-        task(network(X)).backward(retain_graph=True)
+        output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
+        task(output).backward(retain_graph=True)
         sync.loss().backward()
     assert_equal_gradients(network, expected(TWO)[1])
 
@@ -349,6 +352,18 @@ def test_layers_that_do_not_run_or_run_twice_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"^blocks.0 ran 2 times in one forward pass; name a layer that runs once$"
         ):
+            sync.loss()
+
+
+def test_layers_called_by_themselves_are_not_recorded() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        for _ in range(2):
+            network.blocks[0](X)
+            network.blocks[2](X)
+            with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
+                sync.loss()
+            network(X)
             sync.loss()
 
 
@@ -419,24 +434,29 @@ def test_non_reentrant_checkpointing_equals_plain_training() -> None:
     assert_trains_as_expected(network, network)
 
 
-def test_steps_after_a_recomputed_backward_pass_are_clean() -> None:
-    network = Network(reentrant=False)
+@pytest.mark.parametrize("whole", [False, True])
+def test_steps_after_a_recomputed_backward_pass_are_clean(whole: bool) -> None:
+    network = Network(reentrant=None if whole else False)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
         for _ in range(3):
             network.zero_grad()
-            loss = task(network(X)) + sync.loss()
+            output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
+            loss = task(output) + sync.loss()
             loss.backward()
             assert not sync._outputs  # what the backward pass runs again is not kept
+            with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
+                sync.loss()
     assert_equal_gradients(network, expected(TWO)[1])
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
+@pytest.mark.parametrize("student", ["blocks.0", "blocks.1"])  # inside a segment, and at its end
+def test_reentrant_checkpointing_is_refused(student: str) -> None:
     network = Network(reentrant=True)
-    with LayerSync(network, ONE, weight=1.0) as sync:
+    with LayerSync(network, [(student, "blocks.2")], weight=1.0) as sync:
         network(X.clone().requires_grad_())
         with pytest.raises(
             ValueError,
-            match=r"^blocks.0 carries no gradient .*; train it, or checkpoint with use_reentrant=False$",
+            match=rf"^{student} carries no gradient .*; train it, or checkpoint with use_reentrant=False$",
         ):
             sync.loss()
 
@@ -502,16 +522,21 @@ def test_compiled_equals_eager(compiling: Callable[[Network], Callable[[Tensor],
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_training_with_checkpointing_and_evaluation() -> None:
+@pytest.mark.parametrize("compiling", [compiled_in_place, compiled_by_block])
+def test_compiled_training_with_checkpointing_and_evaluation(
+    compiling: Callable[[Network], Callable[[Tensor], Tensor]],
+) -> None:
     network = Network(reentrant=False)
-    network.compile(backend="aot_eager")
+    call = compiling(network)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
         for _ in range(2):
             network.zero_grad()
-            output = network(X)
+            output = call(X)
             with torch.no_grad():
-                network(3 * X)
+                call(3 * X)
             loss = task(output) + sync.loss()
             loss.backward()
+            assert not sync._outputs
     assert_equal_gradients(network, expected(TWO)[1])

@@ -408,8 +408,8 @@ class Dropout(nn.Module):
 def test_a_network_with_random_numbers_of_its_own_ends_bit_equal_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = wrap(Dropout(), layers="layer", schedule="flow", prediction="velocity", shape=SHAPE)
-    train(backbone, tiny_samples(NUM), PLAN, tmp_path / "whole")
     state = torch.random.get_rng_state()
+    train(backbone, tiny_samples(NUM), PLAN, tmp_path / "whole")
     with pytest.raises(Interruption):
         train(backbone, tiny_samples(NUM), PLAN, tmp_path / "again", progress=interrupt_at(6))
     train(backbone, tiny_samples(NUM), PLAN, tmp_path / "again")
