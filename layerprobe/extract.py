@@ -263,7 +263,7 @@ def _read(
     labels = None if labels is None else labels.to(device)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
-        capture(backbone.module, plan.layers, transform=pool, stop_early=True) as outputs,
+        capture(backbone.module, plan.layers, tokens=backbone.tokens, transform=pool, stop_early=True) as outputs,
     ):
         backbone.predict(x_t, level.to(device, torch.float32), labels)
     return {name: pooled.cpu() for name, pooled in outputs.items()}

@@ -10,7 +10,7 @@ Source: Haghighi et al. 2025, LayerSync (arXiv:2510.12581).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from layerprobe.capture import as_tokens, find_layer
+from layerprobe.capture import as_tokens, find_layer, hook_layer
 
 
 @dataclass(frozen=True, order=True)
@@ -92,13 +92,21 @@ class LayerSync:
         module: The network; its own `forward` must be called through `module(...)`.
         pairs: (student, teacher) names or `LayerPair`s; the student must run before the teacher.
         weight: The factor of the alignment; the published range that works is about 0.1 to 0.7.
+        tokens: What of a layer's output is aligned, see `Backbone`.
 
     Raises:
         ValueError: If a name is not in the module, no pair is given, a pair stands twice, or a layer would be aligned
             to itself or to an earlier one.
     """
 
-    def __init__(self, module: nn.Module, pairs: Iterable[LayerPair | tuple[str, str]], *, weight: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        pairs: Iterable[LayerPair | tuple[str, str]],
+        *,
+        weight: float,
+        tokens: Callable[[Any, str], Tensor] = as_tokens,
+    ) -> None:
         self.pairs = tuple(_pair(pair) for pair in pairs)
         if not self.pairs:
             raise ValueError("no layer pair given; pass at least one (student, teacher)")
@@ -107,7 +115,9 @@ class LayerSync:
         self.module, self.weight = module, weight
         self.cosines: dict[LayerPair, Tensor] = {}
         names = dict.fromkeys(name for pair in self.pairs for name in (pair.student, pair.teacher))
-        self._layers = {name: find_layer(module, name) for name in names}
+        for name in names:
+            find_layer(module, name)
+        self._layers, self._tokens = tuple(names), tokens
         self._outputs: list[tuple[str, Tensor]] = []
         self._recording = False
         self._handles: list[RemovableHandle] = []
@@ -116,8 +126,8 @@ class LayerSync:
         if self._handles:
             raise ValueError("this LayerSync is already active; leave its block first")
         self._handles.append(self.module.register_forward_pre_hook(self._begin))
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._recorder(name)))
+        for name in self._layers:
+            self._handles.append(hook_layer(self.module, name, self._record))
         _forget_compiled()
         return self
 
@@ -174,15 +184,12 @@ class LayerSync:
             if self._recording:
                 self._outputs.clear()
 
-    def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Checkpointing runs layers again in the backward pass; those outputs belong to no loss.
-            if self._recording and not _recomputing():
-                tokens = as_tokens(output, name)
-                # Reentrant checkpointing runs layers without gradients and attaches some later: loss() refuses all.
-                self._outputs.append((name, tokens if torch.is_grad_enabled() else tokens.detach()))
-
-        return record
+    def _record(self, name: str, output: Any) -> None:
+        # Checkpointing runs layers again in the backward pass; those outputs belong to no loss.
+        if self._recording and not _recomputing():
+            tokens = self._tokens(output, name)
+            # Reentrant checkpointing runs layers without gradients and attaches some later: loss() refuses all.
+            self._outputs.append((name, tokens if torch.is_grad_enabled() else tokens.detach()))
 
 
 def _pair(pair: LayerPair | tuple[str, str]) -> LayerPair:

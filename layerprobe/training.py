@@ -156,7 +156,10 @@ def train(
     if plan.compile:
         state.module.compile()
     with ExitStack() as stack:
-        sync = stack.enter_context(LayerSync(state.module, plan.pairs, weight=plan.weight)) if plan.pairs else None
+        sync = None
+        if plan.pairs:
+            sync = LayerSync(state.module, plan.pairs, weight=plan.weight, tokens=backbone.tokens)
+            stack.enter_context(sync)
         # Networks that draw random numbers themselves, for dropout, leave the caller's generators alone.
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         began, first = time.perf_counter(), state.step

@@ -273,3 +273,48 @@ def test_layers_are_found_by_name_and_others_named_in_the_error() -> None:
             find_layer(network, name)
     with pytest.raises(ValueError, match=r"^x is not in Linear, which has no submodules$"):
         find_layer(nn.Linear(2, 2), "x")
+
+
+class Attending(nn.Module):
+    """A pre-normalised block that calls its attention by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(4), Keyword()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = x + self.attn(hidden_states=self.norm(x) * (1 + scale))
+        return out
+
+
+class Keyword(nn.Module):
+    def forward(self, *, hidden_states: Tensor) -> Tensor:
+        return 2 * hidden_states
+
+
+def test_inputs_of_layers_are_recorded() -> None:
+    network, x, scale = Attending(), torch.randn(2, 3, 4), torch.randn(4)
+    with capture(network, ["attn:input", "attn", "norm:input"]) as outputs:
+        network(x, scale)
+    modulated = network.norm(x) * (1 + scale)
+    assert list(outputs) == ["norm:input", "attn:input", "attn"]  # as they ran
+    assert torch.equal(outputs["norm:input"], x)
+    assert torch.equal(outputs["attn:input"], modulated)
+    assert torch.equal(outputs["attn"], 2 * modulated)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_patterns_of_inputs() -> None:
+    network = nn.ModuleDict({"a": nn.Sequential(Attending(), Attending())})
+    assert match_layers(network, "a.*.attn:input") == ("a.0.attn:input", "a.1.attn:input")
+    assert match_layers(network, ["a.*", "a.0:input"]) == ("a.0:input", "a.0", "a.1")
+    with pytest.raises(ValueError, match="b:input is not in"):
+        match_layers(network, "b:input")
+
+
+def test_what_the_tokens_are_is_the_callers_to_say() -> None:
+    network = nn.Sequential(nn.Identity())
+    sequence_first = torch.randn(5, 2, 4)  # with the condition's token at the front
+    with capture(network, ["0"], tokens=lambda output, name: output[1:].transpose(0, 1)) as outputs:
+        network(sequence_first)
+    assert torch.equal(outputs["0"], sequence_first[1:].transpose(0, 1))

@@ -540,3 +540,16 @@ def test_compiled_training_with_checkpointing_and_evaluation(
             loss.backward()
             assert not sync._outputs
     assert_equal_gradients(network, expected(TWO)[1])
+
+
+def test_what_is_aligned_is_the_callers_to_say() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0, tokens=lambda output, name: output[:, 1:]) as sync:
+        network(X)
+        aligned = sync.loss()
+    with LayerSync(network, ONE, weight=1.0) as whole:
+        network(X)
+        assert not torch.allclose(aligned, whole.loss())
+    student = network.blocks[0](X)
+    teacher = network.blocks[2](network.blocks[1](student))
+    assert torch.allclose(aligned, -torch.cosine_similarity(student[:, 1:], teacher[:, 1:], dim=-1).mean())

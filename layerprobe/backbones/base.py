@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture import capture, match_layers
+from layerprobe.capture import as_tokens, capture, match_layers
 from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
 
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -30,6 +31,8 @@ class Backbone:
         num_classes: 0 for an unconditional model.
         forward: Calls the module: (module, x_t, native time (B,), condition (B,) or None) -> output like x_t.
         name: For people: "SiT 8 x 64, patch 2".
+        tokens: What of a layer's output are the sample's own tokens (B, T, D): gets the raw output and the layer's
+            name. For layers that give several streams, carry a condition's tokens along or put the sequence first.
 
     Raises:
         ValueError: If the prediction is none of `PREDICTIONS`.
@@ -43,6 +46,7 @@ class Backbone:
     num_classes: int
     forward: Forward = field(repr=False)
     name: str = "model"
+    tokens: Callable[[Any, str], Tensor] = field(default=as_tokens, repr=False)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -97,6 +101,7 @@ def wrap(
     num_classes: int = 0,
     forward: Forward | None = None,
     name: str | None = None,
+    tokens: Callable[[Any, str], Tensor] = as_tokens,
 ) -> Backbone:
     """Makes a backbone from anybody's module.
 
@@ -113,6 +118,7 @@ def wrap(
         forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not
             right.
         name: For people; the class name where not given.
+        tokens: See `Backbone`.
 
     Raises:
         ValueError: If a layer, the schedule or the prediction is unknown.
@@ -126,6 +132,7 @@ def wrap(
         num_classes=num_classes,
         forward=forward or _call,
         name=name or type(module).__name__,
+        tokens=tokens,
     )
 
 
@@ -138,7 +145,7 @@ def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dic
     """
     device = backbone.device
     # To the end, unlike in extraction: this is where a layer that runs twice is noticed.
-    with capture(backbone.module, layers or backbone.layers) as outputs:
+    with capture(backbone.module, layers or backbone.layers, tokens=backbone.tokens) as outputs:
         backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
     return {name: (tokens.shape[1], tokens.shape[2]) for name, tokens in outputs.items()}
 
