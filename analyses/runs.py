@@ -1,8 +1,8 @@
 """The main jobs, each from start to finish in a run folder; the command line and library users call the same functions.
 
-A run folder holds `plan.json`, `environment.json`, `features/`, `quality.csv`, `similarity.csv`, `selection.json`,
-`figures/`,
-`report.html` and, after a confirmation, `confirmation/`, `confirmation.csv` and `verdict.json`.
+A run folder holds `plan.json`, `convention.json`, `environment.json`, `features/`, `quality.csv`, `similarity.csv`,
+`selection.json`, `figures/`, `report.html` and, after a confirmation, `confirmation/`, `confirmation.csv` and
+`verdict.json`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from layerprobe.analyses.selection import Selection, select
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
 from layerprobe.checkpoints import located, open_checkpoint, read_checkpoint, resolve_device
+from layerprobe.convention import check_convention
 from layerprobe.data.base import Splits
 from layerprobe.data.sources import load
 from layerprobe.data.splits import for_probing, take
@@ -114,7 +115,13 @@ def read_plan(run: str | Path) -> RunPlan:
 
 
 def probe(
-    plan: RunPlan, run: str | Path, *, device: str = "auto", batch_size: int = 128, progress: Progress | None = None
+    plan: RunPlan,
+    run: str | Path,
+    *,
+    trust_convention: bool = False,
+    device: str = "auto",
+    batch_size: int = 128,
+    progress: Progress | None = None,
 ) -> Selection:
     """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
 
@@ -123,6 +130,7 @@ def probe(
     Args:
         plan: What to look at.
         run: The run folder.
+        trust_convention: Go on where the weights fit another schedule or prediction than the declared one.
         device: Where the model runs.
         batch_size: Rows per forward pass.
         progress: Called with (what is running, done, in all).
@@ -130,20 +138,34 @@ def probe(
     Raises:
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
     """
-    selection = measure_run(plan, run, device=device, batch_size=batch_size, progress=progress)
+    selection = measure_run(
+        plan, run, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress
+    )
     draw_figures(run)
     write_report(run)
     return selection
 
 
 def measure_run(
-    plan: RunPlan, run: str | Path, *, device: str = "auto", batch_size: int = 128, progress: Progress | None = None
+    plan: RunPlan,
+    run: str | Path,
+    *,
+    trust_convention: bool = False,
+    device: str = "auto",
+    batch_size: int = 128,
+    progress: Progress | None = None,
 ) -> Selection:
-    """What `probe` does before it draws: features, tables, selection."""
+    """What `probe` does before it draws: convention check, features, tables, selection."""
     run = Path(run)
     backbone, splits = plan.open(device=device)
     plan.extraction(backbone)  # refuses a bad plan before the folder is made
+    checked = (run / "convention.json").is_file()
+    convention = None if checked else check_convention(backbone, splits.fit, seed=plan.seed)
+    if convention is not None and convention.verdict == "misfit" and not trust_convention:
+        raise ValueError(convention.message)
     claim(run, "plan.json", asdict(plan), what="the results")
+    if convention is not None:
+        write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
     write_environment(run)
     stores = extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
     if not (run / "quality.csv").is_file():
@@ -390,6 +412,15 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
         * rows
         * (2 * sum(width for _, width in shapes.values()) + min(math.prod(backbone.shape), RAW_INPUT_WIDTH)),
     }
+
+
+def describe_convention(run: str | Path) -> list[str]:
+    """What the convention check of a run found, in lines for people."""
+    record = json.loads((Path(run) / "convention.json").read_text(encoding="utf-8"))
+    return [
+        f"{'weights' if i == 0 else 'caution':<8} {line}"
+        for i, line in enumerate([record["message"], *record["notes"]])
+    ]
 
 
 def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:

@@ -25,6 +25,9 @@ def probe(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 128,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     true_labels: Annotated[bool, typer.Option("--true-labels", help="Condition on the labels; leaks them.")] = False,
+    trust_convention: Annotated[
+        bool, typer.Option("--trust-convention", help="Go on where the weights fit another schedule or prediction.")
+    ] = False,
     family: options.Family = None,
     num_heads: options.NumHeads = None,
     model: options.Model = None,
@@ -85,6 +88,9 @@ def probe(
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
     with progress_bar() as progress:
-        selection = runs.probe(plan, out, device=device, batch_size=batch_size, progress=progress)
+        selection = runs.probe(
+            plan, out, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress
+        )
     record = {"run": str(out)} | runs.selection_record(selection)
-    emit(record, [*runs.describe(selection), f"report   {out / 'report.html'}"], as_json=as_json)
+    lines = [*runs.describe_convention(out), *runs.describe(selection), f"report   {out / 'report.html'}"]
+    emit(record, lines, as_json=as_json)

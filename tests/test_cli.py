@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerprobe.checkpoints import embedded_checkpoint
 from layerprobe.cli.main import run
 
 TRAIN = shlex.split(
@@ -78,7 +79,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "features", "figures", "plan.json", "quality.csv", "report.html", "selection.json"]
-    assert sorted(p.name for p in run_folder.iterdir()) == [*expected, "similarity.csv"]
+    assert sorted(p.name for p in run_folder.iterdir()) == ["convention.json", *expected, "similarity.csv"]
     figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
     assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
     assert {"probe-accuracy-curves", "probe-accuracy-heatmap", "cka"} <= figures
@@ -96,6 +97,26 @@ def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
     assert code == 0
     assert "pick" in json.loads(out)
     assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+
+
+def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path, tmp_path: Path, cli, refused) -> None:
+    """The embedded weights as an official file, which cannot say what its time means."""
+    official = tmp_path / "official.safetensors"
+    save_file(load_file(embedded_checkpoint()), official)
+    wrong = ["probe", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--out", tmp_path / "run"]
+    line = refused(*wrong, *COUNTS)
+    assert "the weights do not fit --schedule ddpm-linear --prediction eps" in line
+    assert "under --schedule sit --prediction velocity 0.5" in line
+    assert not (tmp_path / "run").exists()
+
+    code, out, _ = cli("inspect", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--json")
+    assert (code, json.loads(out)["convention"]["verdict"]) == (0, "misfit")
+    code, out, _ = cli("inspect", official, "--family", "sit", "--num-heads", 4, "--data", "digits")
+    assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
+
+    code, out, _ = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
+    assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
+    assert json.loads((tmp_path / "run" / "convention.json").read_text())["verdict"] == "misfit"
 
 
 def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
