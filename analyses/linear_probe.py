@@ -6,23 +6,38 @@ row of ones, logits (K, n).
 
 Default solvers stop early on the ill-conditioned features of networks, and a curve over layers then shows
 conditioning instead of content. So every fit comes with its gradient norm, and says so when it did not converge.
+
+The solver is Newton's method. Products run in float32, gradients near the end in float64, so that float32 decides the
+time and float64 the result; penalties are solved from the strongest to the weakest, each from where the last ones
+point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from layerprobe.analyses.arrays import Features, Floats, centred, checked
+from layerprobe.analyses.parallel import in_parallel, torch_threads
+from layerprobe.analyses.scores import Scores, classification_scores
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 
-_MEMORY = 20  # pairs of steps that L-BFGS remembers
-_MAX_BLOCK_ENTRIES = 30_000_000  # 240 MB of float64: beyond it the per-class Hessian blocks are left out
+ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
+
+_MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # beyond them the Hessian is not factorised
+_SAMPLES_PER_UNKNOWN = 20
+_QUICK_DECREMENT = 2e-6  # in nats; below it float32 is too coarse to judge a step
+_PATIENCE = 5  # iterations without progress
+_SMALL = 1_000_000  # entries of features; below it several threads only get in each other's way
+_MAX_PRODUCTS = 150  # in one inner solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +50,13 @@ class LogisticFit:
         classes: The K labels in ascending order, shape (K,).
         inverse_penalty: C; smaller is stronger.
         objective: Mean cross-entropy plus penalty, in nats.
-        gradient_norm: Of the objective in (weights, bias) of the centred features, without preconditioning: the
-            certificate.
+        gradient_norm: Of the objective in (weights, bias) of the centred features, without preconditioning, in
+            float64: the certificate.
+        gap: At most this fraction of the objective lies above the minimum, by the curvature that the penalty gives the
+            weights: the squared gradient norm times `C n / (2 objective)`, with the features in units of their root
+            mean square, so that the bias weighs as much as a feature.
         passes: Products with the features and their transpose that it took.
-        converged: Whether the gradient norm met the tolerance.
+        converged: Whether gradient norm and gap met the tolerance.
     """
 
     weights: Floats
@@ -47,13 +65,26 @@ class LogisticFit:
     inverse_penalty: float
     objective: float
     gradient_norm: float
+    gap: float
     passes: int
     converged: bool
 
+    def logits(self, x: Features) -> Floats:
+        """One number per sample and class, shape (n, K)."""
+        logits: Floats = x.astype(np.float64) @ self.weights.T + self.bias
+        return logits
+
     def predict(self, x: Features) -> NDArray[Any]:
         """The most likely label of each sample, shape (n,)."""
-        classes: NDArray[Any] = self.classes[(x.astype(np.float64) @ self.weights.T + self.bias).argmax(axis=1)]
+        classes: NDArray[Any] = self.classes[self.logits(x).argmax(axis=1)]
         return classes
+
+    def log_probabilities(self, x: Features) -> Floats:
+        """Of each class, in nats, shape (n, K)."""
+        logits = self.logits(x)
+        logits -= logits.max(axis=1, keepdims=True)
+        normalised: Floats = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return normalised
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +96,8 @@ class ProbeResult:
         report_accuracy: Fraction correct on the split that nothing was chosen on.
         choose_correct: Per sample, shape (n_choose,), bool.
         report_correct: Per sample, shape (n_report,), bool.
+        choose: Per-class and balanced accuracy, top-5 and calibration on the choose split.
+        report: The same on the report split.
         inverse_penalty: The C that was best on the choose split; of equals the smallest, which is the strongest
             penalty.
         gradient_norm: Of the chosen fit.
@@ -75,6 +108,8 @@ class ProbeResult:
     report_accuracy: float
     choose_correct: NDArray[np.bool_]
     report_correct: NDArray[np.bool_]
+    choose: Scores
+    report: Scores
     inverse_penalty: float
     gradient_norm: float
     converged: bool
@@ -89,13 +124,14 @@ def linear_probe(
     report_y: NDArray[Any],
     *,
     inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    standardise: bool = True,
+    class_weight: ClassWeight = None,
+    device: str = "cpu",
 ) -> ProbeResult:
     """How well a linear classifier reads the labels from features.
 
     One classifier per penalty is fitted on the fit split, the best on the choose split is kept, and the report split
-    is only scored. Each feature is divided by its standard deviation on the fit split (constant ones are left alone):
-    without that the same C would be a strong penalty for a layer with small activations and a weak one for a layer
-    with large activations.
+    is only scored.
 
     Args:
         fit_x: Features, shape (n_fit, D), any float dtype; computed in float64.
@@ -105,6 +141,11 @@ def linear_probe(
         report_x: Shape (n_report, D).
         report_y: Shape (n_report,).
         inverse_penalties: Values of C to choose from.
+        standardise: Divide each feature by its standard deviation on the fit split (constant ones are left alone).
+            Without it the same C is a strong penalty for a layer with small activations and a weak one for a layer
+            with large activations.
+        class_weight: As in `fit_logistic`.
+        device: Where the fits are computed.
 
     Raises:
         ValueError: If a split's features and labels disagree, the splits differ in D, features are not finite, the
@@ -116,25 +157,35 @@ def linear_probe(
         if x.shape[1] != fit_x.shape[1]:
             widths = f"{x.shape[1]} features, the fit split {fit_x.shape[1]}"
             raise ValueError(f"the {split} split has {widths}; pass the same layer")
-    mean, scale = _standardisation(fit_x)
+    mean, scale = _standardisation(fit_x) if standardise else (np.zeros(fit_x.shape[1]), np.ones(fit_x.shape[1]))
     scaled = {split: (x - mean) / scale for split, (x, _) in splits.items()}
-    fits = fit_logistic_path(scaled["fit"], fit_y, sorted(inverse_penalties))
+    fits = fit_logistic_path(scaled["fit"], fit_y, sorted(inverse_penalties), class_weight=class_weight, device=device)
     correct = [fit.predict(scaled["choose"]) == choose_y for fit in fits]
     best = int(np.argmax([c.mean() for c in correct]))
-    report_correct = fits[best].predict(scaled["report"]) == report_y
+    chosen = fits[best]
+    report_correct = chosen.predict(scaled["report"]) == report_y
     return ProbeResult(
         choose_accuracy=float(correct[best].mean()),
         report_accuracy=float(report_correct.mean()),
         choose_correct=correct[best],
         report_correct=report_correct,
-        inverse_penalty=fits[best].inverse_penalty,
-        gradient_norm=fits[best].gradient_norm,
-        converged=fits[best].converged,
+        choose=classification_scores(chosen.log_probabilities(scaled["choose"]), chosen.classes, choose_y),
+        report=classification_scores(chosen.log_probabilities(scaled["report"]), chosen.classes, report_y),
+        inverse_penalty=chosen.inverse_penalty,
+        gradient_norm=chosen.gradient_norm,
+        converged=chosen.converged,
     )
 
 
 def fit_logistic(
-    x: Features, y: NDArray[Any], *, inverse_penalty: float = 1.0, tolerance: float = 1e-8, max_passes: int = 2000
+    x: Features,
+    y: NDArray[Any],
+    *,
+    inverse_penalty: float = 1.0,
+    class_weight: ClassWeight = None,
+    tolerance: float = 1e-8,
+    max_passes: int = 5000,
+    device: str = "cpu",
 ) -> LogisticFit:
     """Multinomial logistic regression with an L2 penalty, at its optimum.
 
@@ -146,69 +197,165 @@ def fit_logistic(
         x: Features, shape (n, D), any float dtype; computed in float64.
         y: Labels, shape (n,), of two classes or more.
         inverse_penalty: C > 0.
+        class_weight: What each sample of a class counts: "balanced" for `n / (K n_k)`, or a number per label (1 where
+            none is given). The mean in the objective and n in the penalty become weighted, as in scikit-learn.
         tolerance: The fit has converged when the gradient norm is below `tolerance` times the root mean square norm
-            of the centred samples (1 appended for the bias) *and* small enough that, by the curvature the penalty
-            gives the weights, the objective is within a fraction `tolerance / 10` of its minimum. The second matters
-            for separable data under a weak penalty.
+            of the centred samples (1 appended for the bias) *and* `gap <= tolerance / 10`. The second matters for
+            separable data under a weak penalty.
         max_passes: Where to give up; the fit then says that it did not converge.
+        device: Where it is computed; a GPU needs float64.
 
     Raises:
-        ValueError: If x and y disagree, x is not finite, y has one class, or the penalty is not positive.
+        ValueError: If x and y disagree, x is not finite, y has one class, a class weight is not positive, or the
+            penalty is not positive.
 
-    Source: Boehning 1992 for the preconditioner; L-BFGS of Liu and Nocedal 1989.
+    Source: truncated Newton, Nocedal and Wright 2006, ch. 7.
     """
-    return fit_logistic_path(x, y, (inverse_penalty,), tolerance=tolerance, max_passes=max_passes)[0]
+    return fit_logistic_path(
+        x,
+        y,
+        (inverse_penalty,),
+        class_weight=class_weight,
+        tolerance=tolerance,
+        max_passes=max_passes,
+        device=device,
+    )[0]
 
 
 def fit_logistic_path(
-    x: Features, y: NDArray[Any], inverse_penalties: Sequence[float], *, tolerance: float = 1e-8, max_passes: int = 2000
+    x: Features,
+    y: NDArray[Any],
+    inverse_penalties: Sequence[float],
+    *,
+    class_weight: ClassWeight = None,
+    tolerance: float = 1e-8,
+    max_passes: int = 5000,
+    device: str = "cpu",
 ) -> tuple[LogisticFit, ...]:
-    """`fit_logistic` for several penalties, which share the decomposition of the features."""
+    """`fit_logistic` for several penalties, in the order given, each started from where the stronger ones point."""
     _check_pair(x, y, "fit")
-    if not inverse_penalties or min(inverse_penalties) <= 0 or not np.isfinite(inverse_penalties).all():
-        raise ValueError(f"the inverse penalties C are {tuple(inverse_penalties)}; pass finite numbers above 0")
+    _check_penalties(inverse_penalties)
     classes, targets = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"all {len(y)} labels are {classes[0]}; a probe needs two classes or more")
-    rotated, basis, variances = _principal_axes(centred(x))
-    mean = x.mean(axis=0, dtype=np.float64)
-    fits = []
-    for inverse_penalty in inverse_penalties:
-        penalty = np.append(np.full(len(variances), 1 / (inverse_penalty * len(x))), 0.0)
-        problem = _Problem(rotated, targets, len(classes), penalty, np.append(variances, 1.0))
-        point, passes, converged = _minimise(problem, tolerance, max_passes)
-        weights = point.theta[:, :-1] @ basis.T
-        fits.append(
-            LogisticFit(
-                weights=weights,
-                bias=point.theta[:, -1] - weights @ mean,
-                classes=classes,
-                inverse_penalty=float(inverse_penalty),
-                objective=point.objective,
-                gradient_norm=float(np.linalg.norm(point.gradient)),
-                passes=passes,
-                converged=converged,
-            )
+    weights = _class_weights(class_weight, classes, targets)[targets]
+    with torch.inference_mode(), torch_threads(1 if x.size < _SMALL else torch.get_num_threads()):
+        data = _decomposed(torch.as_tensor(x, device=device))
+        return _path(data, targets, classes, weights, inverse_penalties, tolerance, max_passes)
+
+
+def fit_logistic_map(
+    representations: Iterable[Features],
+    y: NDArray[Any],
+    inverse_penalties: Sequence[float],
+    *,
+    class_weight: ClassWeight = None,
+    tolerance: float = 1e-8,
+    max_passes: int = 5000,
+    device: str = "cpu",
+    workers: int | None = None,
+) -> list[tuple[LogisticFit, ...]]:
+    """`fit_logistic_path` for every representation of the same samples, one per core at a time.
+
+    The results are those of one at a time, whatever the number of workers.
+
+    Args:
+        representations: Features, each of shape (n, D) with its own D; taken as they are needed.
+        y: Labels, shape (n,).
+        inverse_penalties: Values of C.
+        class_weight: As in `fit_logistic`, like the next three.
+        tolerance: As there.
+        max_passes: As there.
+        device: As there.
+        workers: Representations at a time; None for one per thread that torch may use.
+
+    Returns:
+        Per representation its fits, in the order of `inverse_penalties`.
+    """
+
+    def path(x: Features) -> tuple[LogisticFit, ...]:
+        return fit_logistic_path(
+            x,
+            y,
+            inverse_penalties,
+            class_weight=class_weight,
+            tolerance=tolerance,
+            max_passes=max_passes,
+            device=device,
         )
-    return tuple(fits)
+
+    return in_parallel(path, representations, workers=workers)
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    features: Floats  # (D + 1, n): principal axes in rows, then ones
-    targets: NDArray[np.intp]  # (n,)
-    num_classes: int
-    penalty: Floats  # (D + 1,): 1 / (C n), then 0 for the bias
-    moments: Floats  # (D + 1,): mean squares of the rows of `features`, whose cross moments are 0
+def fit_multilabel_path(
+    x: Features,
+    y: NDArray[Any],
+    inverse_penalties: Sequence[float],
+    *,
+    tolerance: float = 1e-8,
+    max_passes: int = 5000,
+    device: str = "cpu",
+) -> tuple[tuple[LogisticFit, ...], ...]:
+    """A yes-or-no logistic regression per label, which share the decomposition of the features.
+
+    Equals scikit-learn's `OneVsRestClassifier(LogisticRegression(C))`: C is the one of its single weight vector, which
+    is the difference of our two.
+
+    Args:
+        x: Features, shape (n, D).
+        y: Shape (n, L), 1 or True where a sample has the label. Each label needs both.
+        inverse_penalties: Values of C.
+        tolerance: As in `fit_logistic`, like the next two.
+        max_passes: As there.
+        device: As there.
+
+    Returns:
+        Per label its fits, in the order of `inverse_penalties`; their classes are 0 and 1.
+
+    Raises:
+        ValueError: If x and y disagree, y holds anything but 0 and 1, or a label is on all samples or on none.
+    """
+    _check_penalties(inverse_penalties)
+    checked(x, "features of the fit split")
+    y = np.asarray(y)
+    if y.ndim != 2 or len(y) != len(x) or not np.isin(y, (0, 1)).all():
+        raise ValueError(f"{len(x)} samples but labels of shape {y.shape}; pass 0 or 1 per sample and label, (n, L)")
+    for label, share in enumerate(y.mean(axis=0)):
+        if share in (0, 1):
+            raise ValueError(f"label {label} is on {'all' if share else 'no'} samples; leave it out")
+    classes, ones = np.array([0, 1]), np.ones(len(y))
+    with torch.inference_mode(), torch_threads(1 if x.size < _SMALL else torch.get_num_threads()):
+        data = _decomposed(torch.as_tensor(x, device=device))
+        halves = [c / 2 for c in inverse_penalties]
+        fits = [_path(data, column.astype(np.intp), classes, ones, halves, tolerance, max_passes) for column in y.T]
+    return tuple(
+        tuple(replace(fit, inverse_penalty=float(c)) for fit, c in zip(path, inverse_penalties, strict=True))
+        for path in fits
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class _Point:
-    theta: Floats  # (K, D + 1)
-    logits: Floats  # (K, n)
-    residual: Floats  # (K, n): (probabilities - one-hot targets) / n
-    objective: float
-    gradient: Floats  # (K, D + 1)
+def control_probe(
+    fit_x: Features,
+    fit_y: NDArray[Any],
+    choose_x: Features,
+    choose_y: NDArray[Any],
+    report_x: Features,
+    report_y: NDArray[Any],
+    *,
+    seed: int,
+    **options: Any,
+) -> ProbeResult:
+    """The random-label control: `linear_probe`, its options too, after all labels were permuted over all samples.
+
+    Selectivity is the accuracy of the probe minus the accuracy of its control: what the features say, less what a
+    probe of that size finds in anything.
+
+    Source: after Hewitt and Liang 2019 (arXiv:1909.03368), whose control gives each word type a random label.
+    """
+    labels = (fit_y, choose_y, report_y)
+    permuted = np.random.default_rng(seed).permutation(np.concatenate(labels))
+    fit, choose, report = np.split(permuted, np.cumsum([len(y) for y in labels])[:-1])
+    return linear_probe(fit_x, fit, choose_x, choose, report_x, report, **options)
 
 
 def _check_pair(x: Features, y: NDArray[Any], split: str) -> None:
@@ -216,6 +363,23 @@ def _check_pair(x: Features, y: NDArray[Any], split: str) -> None:
     if y.shape != x.shape[:1]:
         seen = f"{len(x)} samples but labels of shape {y.shape}"
         raise ValueError(f"the {split} split has {seen}; pass one label per sample")
+
+
+def _check_penalties(inverse_penalties: Sequence[float]) -> None:
+    if not len(inverse_penalties) or min(inverse_penalties) <= 0 or not np.isfinite(inverse_penalties).all():
+        raise ValueError(f"the inverse penalties C are {tuple(inverse_penalties)}; pass finite numbers above 0")
+
+
+def _class_weights(class_weight: ClassWeight, classes: NDArray[Any], targets: NDArray[np.intp]) -> Floats:
+    """What a sample of each class counts, shape (K,)."""
+    if class_weight is None:
+        return np.ones(len(classes))
+    if class_weight == "balanced":
+        return len(targets) / (len(classes) * np.bincount(targets).astype(np.float64))
+    weights = np.array([float(class_weight.get(label, 1.0)) for label in classes.tolist()])
+    if not (np.isfinite(weights) & (weights > 0)).all():
+        raise ValueError(f"the class weights are {weights.tolist()}; pass finite numbers above 0")
+    return weights
 
 
 def _standardisation(x: Features) -> tuple[Floats, Floats]:
@@ -227,137 +391,347 @@ def _standardisation(x: Features) -> tuple[Floats, Floats]:
     return mean, scale
 
 
-def _principal_axes(x: Floats) -> tuple[Floats, Floats, Floats]:
-    """Features on their principal axes with a row of ones, the axes (D, r), and the variances (r,), r = min(n, D)."""
+def _path(
+    data: _Data,
+    targets: NDArray[np.intp],
+    classes: NDArray[Any],
+    weights: Floats,
+    inverse_penalties: Sequence[float],
+    tolerance: float,
+    max_passes: int,
+) -> tuple[LogisticFit, ...]:
+    device, total = data.exact.device, float(weights.sum())
+    indices, share = torch.as_tensor(targets, device=device), torch.as_tensor(weights / total, device=device)
+    curvature: _Curvature | None = None
+    known: list[tuple[float, Tensor]] = []
+    fits = {}
+    for c in sorted(set(inverse_penalties)):
+        problem = _Problem(data, indices, len(classes), share, 1 / (c * total * data.unit**2))
+        curvature = curvature or _Curvature(problem)
+        start = _start(problem, known, math.log(c))
+        point, passes, converged = _minimise(problem, start, curvature, tolerance, max_passes)
+        known = [*known[-2:], (math.log(c), point.theta)]
+        fit_weights = point.theta[:, :-1] @ data.axes.T
+        fits[c] = LogisticFit(
+            weights=fit_weights.cpu().numpy(),
+            bias=(point.theta[:, -1] - fit_weights @ data.mean).cpu().numpy(),
+            classes=classes,
+            inverse_penalty=float(c),
+            objective=point.objective,
+            gradient_norm=_original_norm(problem, point),
+            gap=_gap(problem, point),
+            passes=passes,
+            converged=converged,
+        )
+    return tuple(fits[c] for c in inverse_penalties)
+
+
+def _start(problem: _Problem, known: list[tuple[float, Tensor]], log_c: float) -> _Point:
+    """The better of the line and the parabola, in log C, through the last solutions."""
+    zero = problem.share.new_zeros(problem.num_classes, problem.data.exact.shape[1])
+    if not known:
+        return _evaluate(problem, zero, torch.float32)
+    guesses = [
+        sum((theta * math.prod((log_c - b) / (a - b) for b, _ in through if b != a) for a, theta in through), zero)
+        for through in (known[-2:], known[-3:])[: max(1, len(known) - 1)]
+    ]
+    return min((_evaluate(problem, theta, torch.float32) for theta in guesses), key=lambda point: point.objective)
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """One representation on its principal axes, r = min(n, D) of them, on the device that solves."""
+
+    exact: Tensor  # (n, r + 1) float64: coordinates on the axes, then 1
+    quick: Tensor  # the same in float32
+    axes: Tensor  # (D, r) float64; parameters (K, r + 1) stand for the weights `parameters[:, :-1] @ axes.T`
+    mean: Tensor  # (D,) float64
+    unit: float  # what the features were divided by: their root mean square
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    data: _Data
+    targets: Tensor  # (n,) class indices
+    num_classes: int
+    share: Tensor  # (n,) float64: weight of each sample in the mean, sum 1
+    penalty: float  # 1 / (C * sum of sample weights), for features in units
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    theta: Tensor  # (K, r + 1) float64
+    probabilities: Tensor  # (K, n), float32 or float64 as the products were
+    objective: float
+    gradient: Tensor  # (K, r + 1)
+
+
+def _decomposed(x: Tensor) -> _Data:
+    wide = x.double()
+    mean = wide.mean(0)
+    wide = wide - mean
+    # The first mean is rounded at the size of the offset, the second at the size of the spread.
+    rest = wide.mean(0)
+    wide -= rest
     basis = None
-    if len(x) < x.shape[1]:  # The optimum lies in the span of the samples.
-        basis, triangle = np.linalg.qr(x.T)
-        x = triangle.T
-    variances, axes = np.linalg.eigh(x.T @ x / len(x))
-    rotated = np.ones((len(axes) + 1, len(x)))
-    np.matmul(axes.T, x.T, out=rotated[:-1])
-    return rotated, axes if basis is None else basis @ axes, np.maximum(variances, 0.0)
+    if wide.shape[0] < wide.shape[1]:  # The optimum lies in the span of the samples.
+        basis, triangle = torch.linalg.qr(wide.T)
+        wide = triangle.T
+    variances, axes = torch.linalg.eigh(wide.T @ wide / len(wide))
+    # Features of the size of the bias' 1, whatever their scale was: float32 needs it.
+    unit = math.sqrt(float(variances.clamp_min(0).mean())) or 1.0
+    axes = axes / unit
+    exact = torch.cat([wide @ axes, wide.new_ones(len(wide), 1)], 1)
+    return _Data(
+        exact=exact,
+        quick=exact.float(),
+        axes=axes if basis is None else basis @ axes,
+        mean=mean + rest,
+        unit=unit,
+    )
 
 
-def _minimise(problem: _Problem, tolerance: float, max_passes: int) -> tuple[_Point, int, bool]:
-    """Preconditioned L-BFGS.
+class _Curvature:
+    """The preconditioner of the path: a cheap one first, one close to the Hessian where that pays.
 
-    Boehning's bound of the Hessian, diagonal on the principal axes, is the first preconditioner. Where probabilities
-    approach 0 and 1 the bound is far too large; fits that are not done by then get the per-class blocks of the
-    Hessian where they stand.
+    The cheap one is a Kronecker product, (classes x classes) with (features x features), rescaled to the Hessian's
+    diagonal in its own eigenbasis. The other one is the Hessian itself, summed over the samples and pairs of classes
+    that carry it, and factorised; it serves neighbouring penalties and iterates too.
     """
-    steps: list[tuple[Floats, Floats]] = []
-    precondition = _boehning(problem)
-    period = max(40, len(problem.moments) // 2)  # the blocks cost about as much as these many passes
-    has_blocks = problem.num_classes * len(problem.moments) ** 2 <= _MAX_BLOCK_ENTRIES
-    point = _evaluate(problem, np.zeros((problem.num_classes, len(problem.moments))))
-    passes, next_blocks = 1, period
+
+    def __init__(self, problem: _Problem) -> None:
+        width, k = problem.data.quick.shape[1], problem.num_classes
+        self.unknowns = (k - 1) * width
+        # What the Hessian costs, in products with the Hessian.
+        kept = min(_SAMPLES_PER_UNKNOWN * self.unknowns, len(problem.share) * k * (k - 1) // 2)
+        flops = 2 * kept * width**2 + self.unknowns**3 / 3
+        self.price = flops / (4 * len(problem.share) * width * k)
+        self.close = False  # whether `apply` is the Hessian's
+        self.apply: Callable[[Tensor], Tensor] | None = None
+        self.spent = 0  # products since the path began
+        self.last = 0  # products of the last inner solve
+
+    def note(self, products: int) -> None:
+        """How many products the last inner solve took."""
+        self.spent, self.last = self.spent + products, products
+
+    def at(self, problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
+        affordable = self.unknowns <= _MAX_UNKNOWNS and problem.num_classes <= _MAX_CLASSES
+        if affordable and self.spent >= self.price / 2:
+            if not self.close or self.last > max(6, self.price / 6):
+                self.close, self.apply = True, _factorised(_hessian(problem, probabilities.float()), problem.penalty)
+        elif self.apply is None or self.last > 20:
+            self.apply = _kronecker(problem, probabilities.float())
+        assert self.apply is not None
+        return self.apply
+
+
+def _minimise(
+    problem: _Problem, point: _Point, curvature: _Curvature, tolerance: float, max_passes: int
+) -> tuple[_Point, int, bool]:
+    """Newton's method with conjugate gradients inside.
+
+    Inner products run in float32 throughout. Gradients do too until the decrement is small, then in float64: float32
+    directions with float64 gradients lead to the float64 optimum.
+    """
+    passes = 1
+    exact, best, lowest, stuck = False, math.inf, math.inf, 0
     while passes < max_passes:
-        if _is_optimal(problem, point, tolerance):
-            # The logits were summed up along the way; the certificate is computed afresh.
-            point, passes = _evaluate(problem, point.theta), passes + 1
-            if _is_optimal(problem, point, tolerance):
-                return point, passes, True
-        if has_blocks and passes >= next_blocks:
-            precondition, next_blocks = _hessian_blocks(problem, point), passes + period
-        following = _line_search(problem, point, _direction(point.gradient, steps, precondition))
+        if exact and _is_optimal(problem, point, tolerance):
+            return point, passes, True
+        norm = float(point.gradient.norm())
+        precondition = curvature.at(problem, point.probabilities)
+        downhill = -(point.gradient / norm).float() if norm > 0 else point.gradient.float()
+        # Twice the expected decrease of the objective.
+        decrement = norm**2 * float((downhill * precondition(downhill)).sum())
+        progress = decrement < best / 2 or point.objective < 0.99 * lowest
+        best, lowest, stuck = min(best, decrement), min(lowest, point.objective), 0 if progress else stuck + 1
+        done = stuck > _PATIENCE or not decrement > (0 if exact else _QUICK_DECREMENT)
+        following = None
+        if not done:
+            # Newton's own error is of the order of the decrement: more accuracy early on is wasted.
+            needed = 0.3 * math.sqrt(tolerance / 10 / max(_gap(problem, point), tolerance / 10))
+            accuracy = max(min(0.1, 3 * math.sqrt(decrement / point.objective)), needed, 1e-4)
+            most = min(_MAX_PRODUCTS, max_passes - passes)
+            step, products = _newton_step(problem, point, downhill, precondition, accuracy, most)
+            curvature.note(products)
+            passes += products + 1
+            following = _line_search(problem, point, step * norm)
+        if following is None and exact:  # rounding error is all that is left
+            break
         if following is None:
-            if not steps:  # not even downhill along the preconditioned gradient: rounding error is all that is left
-                break
-            steps.clear()
-            continue
-        step, change = following.theta - point.theta, following.gradient - point.gradient
-        if np.vdot(step, change) > 0:
-            steps = [*steps[1 - _MEMORY :], (step, change)]
-        point, passes = following, passes + 1
-    point = _evaluate(problem, point.theta)
+            exact, best, stuck = True, math.inf, 0
+            following, passes = _evaluate(problem, point.theta, torch.float64), passes + 1
+        point = following
+    if not exact:
+        point = _evaluate(problem, point.theta, torch.float64)
     return point, passes, _is_optimal(problem, point, tolerance)
 
 
+def _evaluate(problem: _Problem, theta: Tensor, dtype: torch.dtype) -> _Point:
+    features = problem.data.exact if dtype == torch.float64 else problem.data.quick
+    loss, probabilities = _cross_entropy(problem, theta.to(dtype) @ features.T)
+    gradient = _residual(problem, probabilities) @ features
+    gradient[:, :-1] += problem.penalty * theta[:, :-1]
+    return _Point(theta, probabilities, loss + problem.penalty / 2 * float(theta[:, :-1].square().sum()), gradient)
+
+
+def _cross_entropy(problem: _Problem, logits: Tensor) -> tuple[float, Tensor]:
+    log_probabilities = torch.log_softmax(logits, 0)
+    losses = log_probabilities.gather(0, problem.targets[None])[0]
+    return -float(losses.double() @ problem.share), log_probabilities.exp_()
+
+
+def _residual(problem: _Problem, probabilities: Tensor) -> Tensor:
+    """Derivative by the logits; the target's is minus the sum of the others, since p - 1 cancels where p is near 1."""
+    residual = probabilities * problem.share.to(probabilities.dtype)
+    own = problem.targets[None]
+    residual.scatter_(0, own, 0)
+    return residual.scatter_(0, own, -residual.sum(0, keepdim=True))
+
+
+def _original_norm(problem: _Problem, point: _Point) -> float:
+    """The gradient's norm in the weights of the features as they were passed, and the bias."""
+    return math.hypot(problem.data.unit * float(point.gradient[:, :-1].norm()), float(point.gradient[:, -1].norm()))
+
+
 def _is_optimal(problem: _Problem, point: _Point, tolerance: float) -> bool:
-    norm = np.linalg.norm(point.gradient)
-    size = np.sqrt(problem.moments.sum())
-    # f - min f <= ||gradient||^2 / (2 penalty) for a function with that much curvature.
-    gap = norm**2 / (2 * problem.penalty[0])
-    return bool(norm <= tolerance * size and gap <= tolerance / 10 * point.objective)
+    size = math.hypot(1, problem.data.unit * math.sqrt(problem.data.exact.shape[1] - 1))
+    return _original_norm(problem, point) <= tolerance * size and _gap(problem, point) <= tolerance / 10
 
 
-def _evaluate(problem: _Problem, theta: Floats, logits: Floats | None = None) -> _Point:
-    logits = theta @ problem.features if logits is None else logits
-    loss, residual = _cross_entropy(logits, problem.targets)
-    gradient = residual @ problem.features.T + problem.penalty * theta
-    return _Point(theta, logits, residual, loss + _penalty(problem, theta), gradient)
+def _gap(problem: _Problem, point: _Point) -> float:
+    """The squared gradient over twice the least curvature, as a fraction of the objective; features in units."""
+    if point.objective == 0:
+        return 0.0
+    return float(point.gradient.square().sum()) / (2 * problem.penalty * point.objective)
 
 
-def _cross_entropy(logits: Floats, targets: NDArray[np.intp]) -> tuple[float, Floats]:
-    n = len(targets)
-    highest = logits.max(axis=0)
-    residual = np.exp(logits - highest)
-    total = residual.sum(axis=0)
-    loss = float(np.mean(np.log(total) + highest - logits[targets, np.arange(n)]))
-    residual /= total * n
-    residual[targets, np.arange(n)] -= 1 / n
-    return loss, residual
+def _newton_step(
+    problem: _Problem,
+    point: _Point,
+    downhill: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    accuracy: float,
+    most: int,
+) -> tuple[Tensor, int]:
+    """Conjugate gradients in float32 on `Hessian @ step = downhill`, until the residual has shrunk to `accuracy`."""
+    product = _hessian_product(problem, point.probabilities.float())
+    residual, step = downhill, torch.zeros_like(downhill)
+    ahead = precondition(residual)
+    direction, size = ahead, float((residual * ahead).sum())
+    first, enough = size, accuracy**2 * size
+    products = 0
+    while products < most:
+        products += 1
+        image = product(direction)
+        curvature = float((direction * image).sum())
+        if not curvature > 0 or not size < 1e6 * first:  # rounding error is all that is left
+            break
+        step = step.add(direction, alpha=size / curvature)
+        residual = residual.sub(image, alpha=size / curvature)
+        ahead = precondition(residual)
+        size, before = float((residual * ahead).sum()), size
+        if not size > enough:
+            break
+        direction = ahead.add(direction, alpha=size / before)
+    wide = (step if bool(step.any()) else ahead).double()
+    return wide - wide.mean(0), products  # a shift of all classes changes no probability
 
 
-def _penalty(problem: _Problem, theta: Floats) -> float:
-    return float((np.square(theta) @ problem.penalty).sum() / 2)
+def _hessian_product(problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
+    # Products of tinier probabilities would be subnormal, which is slow, and count for nothing.
+    probabilities = torch.threshold(probabilities, 1e-15, 0.0)
+    weighted = probabilities * problem.share.float()
+
+    def product(v: Tensor) -> Tensor:
+        change = v @ problem.data.quick.T
+        # Twice, since a mean taken once is lost to rounding where a probability is near 1.
+        change -= (change * probabilities).sum(0)
+        change -= (change * probabilities).sum(0)
+        change *= weighted
+        image = change @ problem.data.quick
+        image[:, :-1].add_(v[:, :-1], alpha=problem.penalty)
+        return image
+
+    return product
 
 
-def _boehning(problem: _Problem) -> Callable[[Floats], Floats]:
-    bound = problem.moments / 2 + problem.penalty
-    return lambda gradient: gradient / bound
-
-
-def _hessian_blocks(problem: _Problem, point: _Point) -> Callable[[Floats], Floats]:
-    n = len(problem.targets)
-    probabilities = point.residual * n
-    probabilities[problem.targets, np.arange(n)] += 1
-    # A bias has no penalty, and no curvature where its class is certain everywhere.
-    ridge = np.diag(problem.penalty + 1e-12 * problem.moments.sum())
-    weights = np.maximum(probabilities * (1 - probabilities), 0) / n
-    inverses = np.stack([np.linalg.inv((problem.features * w) @ problem.features.T + ridge) for w in weights])
-    return lambda gradient: np.matmul(inverses, gradient[:, :, None])[:, :, 0]
-
-
-def _direction(
-    gradient: Floats, steps: list[tuple[Floats, Floats]], precondition: Callable[[Floats], Floats]
-) -> Floats:
-    """The two-loop recursion of L-BFGS, started from the preconditioner."""
-    if not steps:
-        return -precondition(gradient)
-    rest, factors = gradient.copy(), []
-    for step, change in reversed(steps):
-        factors.append(np.vdot(step, rest) / np.vdot(step, change))
-        rest -= factors[-1] * change
-    step, change = steps[-1]
-    direction = precondition(rest) * (np.vdot(step, change) / np.vdot(change, precondition(change)))
-    for (step, change), factor in zip(steps, reversed(factors), strict=True):
-        direction += (factor - np.vdot(change, direction) / np.vdot(step, change)) * step
-    return -direction
-
-
-def _line_search(problem: _Problem, point: _Point, direction: Floats) -> _Point | None:
-    """The first step that meets the strong Wolfe conditions, or None.
-
-    Logits are linear in the step, so a trial needs no product with the features.
-    """
-    along = direction @ problem.features
-    slope = float(np.vdot(point.gradient, direction))
-    if slope >= 0:
-        return None
-    low, high, size = 0.0, np.inf, 1.0
-    slack = 1e-13 * (1 + abs(point.objective))  # its rounding error, near the optimum more than the decrease
-    for _ in range(40):
-        theta, logits = point.theta + size * direction, point.logits + size * along
-        loss, residual = _cross_entropy(logits, problem.targets)
-        new_slope = float(np.vdot(residual, along) + np.vdot(problem.penalty * theta, direction))
-        too_high = loss + _penalty(problem, theta) > point.objective + 1e-4 * size * slope + slack
-        if not too_high and abs(new_slope) <= 0.9 * abs(slope):
-            return _evaluate(problem, theta, logits)
-        if too_high or new_slope > 0:
-            high = size
-        else:
-            low = size
-        size = 2 * size if np.isinf(high) else (low + high) / 2
+def _line_search(problem: _Problem, point: _Point, step: Tensor) -> _Point | None:
+    """The longest of 1, 1/2, 1/4, ... steps that goes down, or None."""
+    dtype = point.gradient.dtype
+    slope = float((point.gradient * step).sum())
+    slack = (1e-13 if dtype == torch.float64 else 1e-7) * (1 + abs(point.objective))  # rounding of the objective
+    for halvings in range(30):
+        following = _evaluate(problem, point.theta + 0.5**halvings * step, dtype)
+        if following.objective <= point.objective + 1e-4 * 0.5**halvings * slope + slack:
+            return following
     return None
+
+
+def _kronecker(problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
+    """(classes x classes) times (features x features), rescaled to the Hessian's diagonal in their eigenbases."""
+    features, share = problem.data.quick, problem.share.float()
+    spread = (1 - probabilities.square().sum(0)).clamp_min(0) * share
+    _, axes = torch.linalg.eigh(((features * spread[:, None]).T @ features).double())
+    weighted = probabilities * share
+    _, contrasts = torch.linalg.eigh((torch.diag(weighted.sum(1)) - weighted @ probabilities.T).double())
+    penalised = (problem.penalty * (1 - axes[-1].square())).float()
+    axes, contrasts = axes.float(), contrasts.float()
+    variances = (contrasts.T.square() @ probabilities - (contrasts.T @ probabilities).square()).clamp_min(0) * share
+    diagonal = variances @ (features @ axes).square() + penalised
+    diagonal += 1e-9 * diagonal.max()
+    return lambda residual: contrasts @ ((contrasts.T @ residual @ axes) / diagonal) @ axes.T
+
+
+def _hessian(problem: _Problem, probabilities: Tensor) -> Tensor:
+    """The data's part of the Hessian, shape (K - 1, r + 1, K - 1, r + 1): the last class is held at 0.
+
+    With `A_kl = sum of share p_k p_l x x^T` its blocks are `-A_kl` and, on the diagonal, the sum of `A_kl` over l.
+    Most samples are certain and few pairs of classes are in question for a sample, so few products carry a sum; the
+    others are drawn in proportion to their weight, from a fixed sequence, as many as there is time for. Each pair
+    gets its own draw: pairs that are rarely confused decide the flattest directions.
+    """
+    k, (n, width) = len(probabilities), problem.data.quick.shape
+    first, second = torch.tril_indices(k, k, -1, device=probabilities.device)
+    probabilities = torch.threshold(probabilities, 1e-15, 0.0)  # no subnormal products
+    weights = probabilities[first] * probabilities[second] * problem.share.float()
+    means = weights.mean(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    sequence = (torch.arange(1, n + 1, device=weights.device).double() * 0.6180339887498949 % 1).float()
+    relative = weights / means / sequence
+    threshold, most = 1.0, _SAMPLES_PER_UNKNOWN * (k - 1) * width
+    while int((relative > threshold).sum()) > most:
+        threshold *= 2
+    hessian = probabilities.new_zeros(k, width, k, width)
+    for a, b, weight, ratio, mean in zip(first.tolist(), second.tolist(), weights, relative, means, strict=True):
+        kept = (ratio > threshold).nonzero()[:, 0]
+        rows = problem.data.quick[kept]
+        block = (rows * torch.maximum(weight[kept], threshold * mean)[:, None]).T @ rows
+        hessian[a, :, b], hessian[b, :, a] = -block, -block
+        hessian[a, :, a] += block
+        hessian[b, :, b] += block
+    return hessian[:-1, :, :-1]
+
+
+def _factorised(hessian: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    k, width = hessian.shape[:2]
+    matrix = hessian.clone()
+    features = torch.arange(width - 1, device=hessian.device)
+    # The penalty of weights that sum to zero over classes, told by all but the last class.
+    matrix[:, features, :, features] += penalty * (torch.eye(k, device=hessian.device) - 1 / (k + 1))
+    matrix = matrix.view(k * width, k * width)
+    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    matrix.mul_(scale).mul_(scale[:, None])
+    jitter, failed = 1e-6, True
+    while failed and jitter < 1:
+        matrix.diagonal().add_(jitter)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        failed, jitter = bool(info), 30 * jitter
+
+    def apply(residual: Tensor) -> Tensor:
+        known = (residual[:-1].reshape(-1) * scale)[:, None]
+        solved = (torch.cholesky_solve(known, factor)[:, 0] * scale).reshape(k, width)
+        whole = torch.cat([solved, solved.new_zeros(1, width)])
+        return whole - whole.mean(0)
+
+    return apply

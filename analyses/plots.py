@@ -209,6 +209,49 @@ def layer_quality_curves(
 
 
 @_styled()
+def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: Selection | None = None) -> Figure:
+    """Several metrics side by side, each over layers with one line per noise level; random weights dashed.
+
+    Args:
+        quality: Quality table.
+        metrics: Which, in this order; each on the split that `layer_quality_curves` would show.
+        selection: Whose pick to mark, or None.
+
+    Raises:
+        ValueError: If there is no metric, or a column or metric is not in the table.
+    """
+    if not metrics:
+        raise ValueError("there is no metric to draw; pass at least one of the table's")
+    found = [_curves(quality, metric, None) for metric in metrics]
+    columns = min(3, len(found))
+    rows = int(np.ceil(len(found) / columns))
+    figure = Figure(figsize=(WIDTH_IN, 2.3 * rows + 1.0), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for axes, curves in zip(grid, found, strict=False):
+        x = np.arange(len(curves.layers))
+        for i, (level, colour) in enumerate(zip(curves.levels, _level_colours(len(curves.levels)), strict=True)):
+            (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=colour, linewidth=1.6)
+            axes.plot(x, curves.random[i, :, 0], color=colour, linewidth=0.9, linestyle="--")
+        axes.set_title(f"{capital(curves.metric)} ({curves.unit})", fontsize=8.5)
+        _mark_pair(axes, curves.layers, _pick(selection, curves.layers))
+        _label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
+        axes.set_xlabel(_short_names(curves.layers)[1])
+    for axes in grid[len(found) :]:
+        axes.set_axis_off()
+    handles["random weights"] = Line2D([], [], color=INK, linewidth=0.9, linestyle="--")
+    if _pick(selection, found[0].layers) is not None:
+        handles["student"] = Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2)
+        handles["teacher"] = Line2D([], [], color=TEACHER, linewidth=1.2)
+    title = (
+        f"{len(found)} more measures of {len(found[0].layers)} layers; no one of them alone says which layer is best"
+    )
+    figure.suptitle(_wrap(title), x=0.008, ha="left")
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside lower left", ncols=7)
+    return figure
+
+
+@_styled()
 def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = None) -> Figure:
     """One metric over layers and noise levels; below it, what training added over random weights.
 
@@ -298,7 +341,7 @@ def _draw_overview(axes: Axes, curves: _Curves, colours: Sequence[Any], pair: La
             best = int(np.nanargmax(values))
             axes.plot(x[best], values[best], "o", color=colour, markeredgecolor=PAPER, markersize=8)
     _widen(axes, curves.model[..., 0])
-    axes.set_title("Trained model, one line per noise level; a large dot marks the best layer of a level")
+    axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
     axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
     _name_pair(axes, curves.layers, pair)
@@ -323,7 +366,7 @@ def _draw_level(axes: Axes, curves: _Curves, level: int, colour: Any, pair: Laye
     if np.isfinite(model[:, 0]).any():
         best = int(np.nanargmax(model[:, 0]))
         axes.plot(x[best], model[best, 0], "o", color=colour, markeredgecolor=PAPER, markersize=7)
-        title += f"best: {_short_names(curves.layers)[0][best]} ({curves.text(model[best, 0])})"
+        title += f"highest: {_short_names(curves.layers)[0][best]} ({curves.text(model[best, 0])})"
     else:
         title += "nothing measured"
     axes.set_title(title)
@@ -394,8 +437,8 @@ def _curves_title(curves: _Curves) -> str:
         return title
     name = max(controls, key=lambda key: controls[key])
     if controls[name] >= peak:
-        return f"{title}; a control is as good there: {name} ({curves.text(controls[name])})"
-    return f"{title}; the best control there is {name} ({curves.text(controls[name])})"
+        return f"{title}; a control is as high there: {name} ({curves.text(controls[name])})"
+    return f"{title}; the highest control there is {name} ({curves.text(controls[name])})"
 
 
 def _heatmap_title(curves: _Curves, gain: Array) -> str:

@@ -7,24 +7,32 @@ Accuracies are fractions in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.analyses.arrays import Features, Floats, unusable
-from layerprobe.analyses.knn import knn_accuracy
-from layerprobe.analyses.linear_probe import INVERSE_PENALTIES, ProbeResult, linear_probe
+from layerprobe.analyses.arrays import Floats
+from layerprobe.analyses.measurements import (
+    ANALYSES,
+    NUM_NEIGHBOURS,
+    RANK,
+    Analysis,
+    Measurement,
+    Representation,
+)
+from layerprobe.analyses.neighbours import cknna, mutual_knn, neighbour_graph
+from layerprobe.analyses.parallel import in_parallel
+from layerprobe.analyses.recoverability import TokenMoments, recoverability, shared_basis
 from layerprobe.analyses.similarity import cka_matrix
-from layerprobe.analyses.spectrum import effective_rank
-from layerprobe.features import FeatureStore
+from layerprobe.features import SPLITS, FeatureStore
 from layerprobe.files import write_text
 
 MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
-PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
 QUALITY_COLUMNS = (
     "source",
     "layer",
@@ -37,45 +45,38 @@ QUALITY_COLUMNS = (
     "high",
     "note",
 )
-SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka")
+RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "choose_gap", "increment", "note")
+MAX_RANK = 128  # of the tokens of a layer, so that the moments of many layers fit into memory
+SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Measurement:
-    metric: str
-    split: str
-    value: float
-    note: str
-    correct: Floats | None = None  # per sample, averaged over draws
 
 
 def measure(
     stores: Mapping[str, FeatureStore],
     *,
+    analyses: Sequence[Analysis] = ANALYSES,
     seed: int = 0,
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
-    k: int = 10,
     progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Runs the analyses on every layer and noise level of every store.
+    """Runs the analyses on every layer and noise level of every store, several at a time.
 
-    With several noise draws every draw is analysed alone and the results are averaged: accuracies per sample, the
-    effective rank and CKA as numbers. Stores without labels get effective rank and similarity only.
+    With several noise draws every draw is analysed alone and the results are averaged: accuracies per sample, ranks
+    and similarities as numbers. Stores without labels get no accuracies. Memory holds as many representations as torch
+    may use threads, and the neighbours of all.
 
     Args:
         stores: One store per source: "model", and the controls "random weights" and "raw input".
+        analyses: What to run; functions of one `Representation`.
         seed: Of the bootstrap.
-        inverse_penalties: Values of C that linear probes choose from.
-        k: Neighbours; fewer if the fit split is smaller.
         progress: Called with (steps done, steps in all).
 
     Returns:
         The quality table, one row per source, layer, noise level, metric and split; `low` and `high` are the 95 %
-        bootstrap interval over the samples that were scored, nan for the effective rank. A value that does not exist
-        is nan and its note says why. The similarity table: debiased linear CKA on the choose split between all layers
-        and noise levels of the source "model", in both orders and with themselves.
+        bootstrap interval over the samples that were scored, nan for what is no mean over samples. A value that does
+        not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbours
+        and CKNNA on the choose split between all layers and noise levels of the source "model", in both orders and
+        with themselves.
 
     Raises:
         ValueError: If a store lacks samples in a split that is needed, or its labels do not allow a probe.
@@ -88,24 +89,75 @@ def measure(
         for layer in store.layers
         for level in store.noise_levels
     ]
-    draws_compared = stores[MODEL].draws if MODEL in stores else 0
-    total = len(wanted) + draws_compared
-    found = []
-    for done, (source, layer, level) in enumerate(wanted, 1):
-        found.append(_measurements(stores[source], layer, level, inverse_penalties, k))
-        if progress:
-            progress(done, total)
-    quality = _quality_table(wanted, found, stores, seed)
-    if not draws_compared:
+    total = len(wanted) + (stores[MODEL].draws if MODEL in stores else 0)
+    step = _Steps(progress, total)
+
+    def measured(key: tuple[str, str, float]) -> list[Measurement]:
+        representation = Representation(stores[key[0]], *key[1:])
+        found = [measurement for analysis in analyses for measurement in analysis(representation)]
+        step()
+        return found
+
+    quality = _quality_table(wanted, in_parallel(measured, wanted), stores, seed)
+    if MODEL not in stores:
         return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))
-    values, reasons = _similarities(
-        stores[MODEL], lambda draw: progress(len(wanted) + draw, total) if progress else None
-    )
+    values, reasons = _similarities(stores[MODEL], step)
     for (layer, level), reason in reasons.items():
         row = (quality["source"] == MODEL) & (quality["layer"] == layer) & (quality["noise_level"] == level)
         row &= (quality["metric"] == RANK) & (quality["note"] != reason)
         quality.loc[row, "note"] += f"; no CKA: {reason}"
     return quality, _similarity_table(stores[MODEL], values)
+
+
+def recoverability_table(store: FeatureStore) -> pd.DataFrame:
+    """How much of what a teacher adds to a student a ridge regression misses, for all pairs, from the kept tokens.
+
+    Only layers of the commonest shape have increments. Tokens wider than 128 are projected on the directions in which
+    the layers vary most.
+
+    Returns:
+        One row per noise level, student and later teacher: `gap` on the report split, `choose_gap` on the choose
+        split, `increment` (its variance over the teacher's) and `note`, why there is no answer.
+    """
+    shapes = {layer: store.tokens(layer, store.noise_levels[0], split="fit").shape[1:] for layer in store.layers}
+    commonest = max(shapes.values(), key=list(shapes.values()).count)
+    layers = [layer for layer, shape in shapes.items() if shape == commonest]
+    rows: list[tuple[Any, ...]] = []
+    for level in store.noise_levels if len(layers) > 1 else ():
+        found = recoverability(_token_moments(store, layers, level))
+        rows += [
+            (level, layers[s], layers[t], found.gap[s, t], found.choose_gap[s, t], found.increment[s, t], reason)
+            for s, reasons in enumerate(found.reasons)
+            for t, reason in enumerate(reasons)
+            if t > s
+        ]
+    return pd.DataFrame(rows, columns=list(RECOVERABILITY_COLUMNS))
+
+
+def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> TokenMoments:
+    def tokens(split: str, draw: int) -> list[NDArray[np.float32]]:
+        return [store.tokens(layer, level, draw=draw, split=split) for layer in layers]
+
+    first = tokens("fit", 0)
+    basis = shared_basis(first, rank=MAX_RANK) if first[0].shape[2] > MAX_RANK else None
+    moments = TokenMoments(layers, basis=basis)
+    for split in SPLITS:
+        for draw in range(store.draws):
+            moments.update(split, tokens(split, draw))
+    return moments
+
+
+class _Steps:
+    """Counts what several threads have done."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._done += 1
+            if self._progress:
+                self._progress(self._done, self._total)
 
 
 def bootstrap_interval(
@@ -153,7 +205,7 @@ def read_quality(path: str | Path) -> pd.DataFrame:
 
 def read_similarity(path: str | Path) -> pd.DataFrame:
     """The similarity table in a CSV file; raises as `read_quality` does."""
-    return _read(path, SIMILARITY_COLUMNS, numbers=("noise_level_a", "noise_level_b", "cka"))
+    return _read(path, SIMILARITY_COLUMNS, numbers=("noise_level_a", "noise_level_b", *SIMILARITY_COLUMNS[4:]))
 
 
 def _check(source: str, store: FeatureStore) -> None:
@@ -165,71 +217,9 @@ def _check(source: str, store: FeatureStore) -> None:
         raise ValueError(f"the fit split of {source!r} has one class only; a probe needs two or more")
 
 
-def _measurements(
-    store: FeatureStore, layer: str, level: float, inverse_penalties: Sequence[float], k: int
-) -> list[_Measurement]:
-    draws = [store.features(layer, level, draw=draw) for draw in range(store.draws)]
-    fit = store.splits == "fit"
-    reason = next((why for x in draws if (why := unusable(x) or unusable(x[fit]))), "")
-    scored = ("choose", "report") if store.labels is not None else ()
-    if reason:
-        missing = [(PROBE, split) for split in scored] + [(KNN, split) for split in scored] + [(RANK, "fit")]
-        return [_Measurement(metric, split, np.nan, reason) for metric, split in missing]
-    found = [_ranks(draws, store)]
-    if store.labels is not None:
-        found = (
-            _probes(draws, store.labels, store.splits, inverse_penalties)
-            + _neighbours(draws, store.labels, store.splits, k)
-            + found
-        )
-    return found
-
-
-def _probes(
-    draws: Sequence[Features], labels: NDArray[Any], splits: NDArray[Any], inverse_penalties: Sequence[float]
-) -> list[_Measurement]:
-    parts = [splits == split for split in ("fit", "choose", "report")]
-    results = [
-        linear_probe(*(array[part] for part in parts for array in (x, labels)), inverse_penalties=inverse_penalties)
-        for x in draws
-    ]
-    note = _probe_note(results)
-    correct = {
-        "choose": np.mean([r.choose_correct for r in results], axis=0),
-        "report": np.mean([r.report_correct for r in results], axis=0),
-    }
-    return [_Measurement(PROBE, split, float(c.mean()), note, c) for split, c in correct.items()]
-
-
-def _probe_note(results: Sequence[ProbeResult]) -> str:
-    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
-    note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
-    failed = sum(not r.converged for r in results)
-    return f"{note}; {failed} of {len(results)} fits did not converge" if failed else note
-
-
-def _neighbours(draws: Sequence[Features], labels: NDArray[Any], splits: NDArray[Any], k: int) -> list[_Measurement]:
-    bank = splits == "fit"
-    k = min(k, int(bank.sum()))
-    found = []
-    for split in ("choose", "report"):
-        query = splits == split
-        results = [knn_accuracy(x[bank], labels[bank], x[query], labels[query], k=k) for x in draws]
-        correct = np.mean([r.correct for r in results], axis=0)
-        found.append(_Measurement(KNN, split, float(correct.mean()), f"k={k}, cosine", correct))
-    return found
-
-
-def _ranks(draws: Sequence[Features], store: FeatureStore) -> _Measurement:
-    fit = store.splits == "fit"
-    parts = [x[fit] for x in draws]
-    n, width = parts[0].shape
-    return _Measurement(RANK, "fit", float(np.mean([effective_rank(x) for x in parts])), f"at most {min(n - 1, width)}")
-
-
 def _quality_table(
     wanted: Sequence[tuple[str, str, float]],
-    found: Sequence[Sequence[_Measurement]],
+    found: Sequence[Sequence[Measurement]],
     stores: Mapping[str, FeatureStore],
     seed: int,
 ) -> pd.DataFrame:
@@ -238,7 +228,7 @@ def _quality_table(
         index = -1 if source == RAW_INPUT else stores[source].layers.index(layer)
         for m in measurements:
             rows.append((source, layer, index, level, m.metric, m.split, m.value, np.nan, np.nan, m.note))
-            scores.append(m.correct)
+            scores.append(m.scores)
     table = pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
     # Scores of as many samples are resampled together: one pass over the resamples serves them all.
     for n in {len(c) for c in scores if c is not None}:
@@ -266,22 +256,31 @@ def _representations(store: FeatureStore) -> list[tuple[str, float]]:
     return [(layer, level) for layer in store.layers for level in store.noise_levels]
 
 
-def _similarities(store: FeatureStore, step: Callable[[int], None]) -> tuple[Floats, dict[tuple[str, float], str]]:
-    """CKA of all representations, averaged over draws, and why some have none."""
+def _similarities(
+    store: FeatureStore, step: Callable[[], None]
+) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
+    """Similarities of all representations, averaged over draws, and why some have none."""
     keys = _representations(store)
-    total = np.zeros((len(keys), len(keys)))
+    k = min(NUM_NEIGHBOURS, int((store.splits == "choose").sum()) - 1)
+    total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):
-        result = cka_matrix(_ChooseSplit(store, draw))
-        total += result.values
+        features = _ChooseSplit(store, draw)
+        result = cka_matrix(features)
+        graphs = in_parallel(partial(neighbour_graph, k=k), features)
+        found = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
+        for name, values in found.items():
+            total[name] += values / store.draws
         reasons |= {key: reason for key, reason in zip(keys, result.reasons, strict=True) if reason}
-        step(draw + 1)
-    return total / store.draws, reasons
+        step()
+    return total, reasons
 
 
-def _similarity_table(store: FeatureStore, values: Floats) -> pd.DataFrame:
+def _similarity_table(store: FeatureStore, values: Mapping[str, Floats]) -> pd.DataFrame:
     keys = _representations(store)
-    rows = [(*a, *b, values[i, j]) for i, a in enumerate(keys) for j, b in enumerate(keys)]
+    rows = [
+        (*a, *b, *(matrix[i, j] for matrix in values.values())) for i, a in enumerate(keys) for j, b in enumerate(keys)
+    ]
     return pd.DataFrame(rows, columns=list(SIMILARITY_COLUMNS))
 
 

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from layerprobe.analyses import plots
-from layerprobe.analyses.quality import KNN, MODEL, PROBE, RANK, read_quality, read_similarity
+from layerprobe.analyses.measurements import HEADLINES, PROBE
+from layerprobe.analyses.quality import MODEL, read_quality, read_similarity
 from layerprobe.analyses.selection import HYPOTHESIS, Selection
 from layerprobe.files import write_text
 
@@ -82,7 +83,12 @@ class _Run:
     def metrics(self) -> list[str]:
         """Metrics of the model, the most telling first."""
         known = self.quality.loc[self.quality["source"] == MODEL, "metric"].unique()
-        return [m for m in (PROBE, KNN, RANK) if m in known] + [m for m in known if m not in (PROBE, KNN, RANK)]
+        return [m for m in HEADLINES if m in known] + [m for m in known if m not in HEADLINES]
+
+    @property
+    def headlines(self) -> list[str]:
+        """The metrics that are shown in detail."""
+        return [metric for metric in self.metrics if metric in HEADLINES] or self.metrics[:1]
 
     def not_run(self, command: str, what: str = "Not run") -> str:
         """Says which command makes what is missing; RUN in it stands for the folder."""
@@ -221,19 +227,23 @@ def _answer(run: _Run) -> str:
 
 
 def _curves(run: _Run) -> str:
+    shown = run.headlines
     first, *others = (
         _figure(plots.layer_quality_curves(run.quality, metric, selection=run.selection), f"{metric}-curves")
-        for metric in run.metrics
+        for metric in shown
     )
-    note = "" if PROBE in run.metrics else "<p>The data has no labels, so there is no probe and no kNN accuracy.</p>"
-    return note + first + "".join(_details(m, f) for m, f in zip(run.metrics[1:], others, strict=True))
+    note = "" if PROBE in shown else "<p>The data has no labels, so there is no probe and no kNN accuracy.</p>"
+    details = "".join(_details(m, f) for m, f in zip(shown[1:], others, strict=True))
+    if more := [metric for metric in run.metrics if metric not in shown]:
+        panels = plots.metric_panels(run.quality, more, selection=run.selection)
+        details += _details("More measures", _figure(panels, "more-measures"))
+    return note + first + details
 
 
 def _heatmaps(run: _Run) -> str:
-    first, *others = (
-        _figure(plots.quality_heatmap(run.quality, metric), f"{metric}-heatmap") for metric in run.metrics
-    )
-    return first + "".join(_details(m, f) for m, f in zip(run.metrics[1:], others, strict=True))
+    shown = run.headlines
+    first, *others = (_figure(plots.quality_heatmap(run.quality, metric), f"{metric}-heatmap") for metric in shown)
+    return first + "".join(_details(m, f) for m, f in zip(shown[1:], others, strict=True))
 
 
 def _similarity(run: _Run) -> str:

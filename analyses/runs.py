@@ -12,8 +12,8 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,9 @@ import torch
 from layerprobe import __version__
 from layerprobe.analyses import plots
 from layerprobe.analyses.confirmation import ConfirmationPlan, Verdict, arms_for, confirm
+from layerprobe.analyses.map_plots import token_maps
+from layerprobe.analyses.maps import pca_rgb
+from layerprobe.analyses.measurements import ANALYSES, HEADLINES, Analysis
 from layerprobe.analyses.quality import (
     MODEL,
     RANDOM_WEIGHTS,
@@ -33,16 +36,18 @@ from layerprobe.analyses.quality import (
     measure,
     read_quality,
     read_similarity,
+    recoverability_table,
     write_table,
 )
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.selection import Selection, select
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
-from layerprobe.checkpoints import located, open_checkpoint, read_checkpoint, resolve_device
-from layerprobe.convention import check_convention
-from layerprobe.data.base import Splits
-from layerprobe.data.sources import load
+from layerprobe.checkpoints import open_checkpoint, resolve_device, training_record
+from layerprobe.contribution import contribution
+from layerprobe.convention import ConventionCheck, check_convention
+from layerprobe.data.base import Samples, Splits, Subset
+from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import for_probing, take
 from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
 from layerprobe.features import ExtractionPlan, FeatureStore
@@ -68,7 +73,7 @@ class RunPlan:
         checkpoint_options: Of `open_checkpoint`.
         data: Source of the data, as `data.load` takes it.
         data_options: Of `data.load`.
-        extraction: What is read; its layers may be empty for all layers of the backbone.
+        token_samples: See `ExtractionPlan`, like the fields around it.
     """
 
     checkpoint: str
@@ -78,15 +83,22 @@ class RunPlan:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     draws: int = 1
     pool_cells: int = 1
+    token_samples: int = 0
     condition: str = "null"
     precision: str = "float32"
     seed: int = 0
 
-    def open(self, *, device: str = "auto") -> tuple[Backbone, Splits]:
-        """The checkpoint and the data."""
+    def open(
+        self, *, device: str = "auto", encode: bool = True, progress: Progress | None = None
+    ) -> tuple[Backbone, Splits]:
+        """The checkpoint and the data; with a VAE its latents, unless `encode` is off."""
         backbone = open_checkpoint(self.checkpoint, device=device, **self.checkpoint_options)
-        splits = load(self.data, expect_shape=backbone.shape, **self.data_options)
-        return backbone, for_probing(splits, given=self.data_options)
+        reading, encoding = _divided(self.data_options)
+        shape = None if encoding else backbone.shape
+        splits = for_probing(load(self.data, expect_shape=shape, **reading), given=reading)
+        if encoding and encode:
+            splits = _encoded(splits, encoding, backbone.shape, progress)
+        return backbone, splits
 
     def extraction(self, backbone: Backbone) -> ExtractionPlan:
         """What is read from this backbone."""
@@ -95,6 +107,7 @@ class RunPlan:
             noise_levels=self.noise_levels,
             draws=self.draws,
             pool_cells=self.pool_cells,
+            token_samples=self.token_samples,
             condition=self.condition,  # type: ignore[arg-type]
             precision=self.precision,  # type: ignore[arg-type]
             seed=self.seed,
@@ -155,9 +168,27 @@ def measure_run(
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> Selection:
-    """What `probe` does before it draws: convention check, features, tables, selection."""
+    """What `probe` does before it draws: convention check, features, tables, selection; what is done is kept."""
+    extract_run(plan, run, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress)
+    return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
+
+
+def extract_run(
+    plan: RunPlan,
+    run: str | Path,
+    *,
+    trust_convention: bool = False,
+    device: str = "auto",
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> None:
+    """All that needs the model: convention check, features of it and its controls, and what skipping a layer does.
+
+    Raises:
+        ValueError: As `probe` does.
+    """
     run = Path(run)
-    backbone, splits = plan.open(device=device)
+    backbone, splits = plan.open(device=device, progress=progress)
     plan.extraction(backbone)  # refuses a bad plan before the folder is made
     checked = (run / "convention.json").is_file()
     convention = None if checked else check_convention(backbone, splits.fit, seed=plan.seed)
@@ -167,12 +198,57 @@ def measure_run(
     if convention is not None:
         write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
     write_environment(run)
-    stores = extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
-    if not (run / "quality.csv").is_file():
-        quality, similarity = measure(stores, seed=plan.seed, progress=_named(progress, "measuring layers"))
-        write_table(similarity, run / "similarity.csv")
-        write_table(quality, run / "quality.csv")
+    extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
+    if not (run / "contribution.csv").is_file():
+        skipped = contribution(
+            backbone,
+            splits.report,
+            plan.noise_levels,
+            seed=plan.seed,
+            batch_size=batch_size,
+            progress=_named(progress, "skipping layers"),
+        )
+        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), run / "contribution.csv")
+
+
+def analyze_run(
+    run: str | Path, *, analyses: Sequence[Analysis] = ANALYSES, progress: Progress | None = None
+) -> Selection:
+    """Tables and selection from the features of a run.
+
+    Args:
+        run: A run folder with features.
+        analyses: What to run on every layer and noise level.
+        progress: Called with (what is running, done, in all).
+
+    Raises:
+        FileNotFoundError: If there are no features.
+    """
+    run, plan = Path(run), read_plan(run)
+    stores = {source: FeatureStore.open(_store_folder(run, source)) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    quality, similarity = measure(
+        stores, analyses=analyses, seed=plan.seed, progress=_named(progress, "measuring layers")
+    )
+    write_table(similarity, run / "similarity.csv")
+    if len(stores[MODEL].token_rows):
+        write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
+    skipped = read_quality(run / "contribution.csv")
+    write_table(pd.concat([quality, skipped], ignore_index=True), run / "quality.csv")
     return choose_layers(run)
+
+
+def _store_folder(run: Path, source: str) -> Path:
+    return run / "features" / source.replace(" ", "-")
+
+
+def examine_convention(plan: RunPlan, *, num_samples: int = 64, device: str = "auto") -> ConventionCheck:
+    """Does what is declared of a checkpoint fit its weights and this data?"""
+    backbone, splits = plan.open(device=device, encode=False)
+    few: Samples = Subset(splits.fit, range(min(num_samples, len(splits.fit))), name="convention")
+    encoding = _divided(plan.data_options)[1]
+    if encoding:
+        few = _encoded(Splits(few, few, few), encoding, backbone.shape, None).fit
+    return check_convention(backbone, few, num_samples=num_samples, seed=plan.seed)
 
 
 def extract_all(
@@ -194,7 +270,8 @@ def extract_all(
         stores[source] = extract(
             reader,
             splits,
-            plan.extraction(reader),
+            # The raw input has no tokens of its own.
+            replace(plan.extraction(reader), token_samples=0) if source == RAW_INPUT else plan.extraction(reader),
             folder / source.replace(" ", "-"),
             batch_size=batch_size,
             progress=_named(progress, f"reading layers ({source})"),
@@ -249,7 +326,7 @@ def confirm_run(
     run, plan = Path(run), read_plan(run)
     selection = read_selection(run)
     backbone = open_checkpoint(plan.checkpoint, device=device, **plan.checkpoint_options)
-    splits = training_splits(plan.data, backbone.shape, plan.data_options)
+    splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
     confirmation = ConfirmationPlan(
         training,
         seeds,
@@ -309,8 +386,8 @@ def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> Train
     starts with an empty optimizer state, so its learning rate warms up over the first tenth.
     """
     path = read_plan(run).checkpoint
-    trained = read_checkpoint(located(path))[1].get("training", {})
-    known = {
+    trained = training_record(path)
+    known: dict[str, Any] = {
         name: trained[name]
         for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
         if name in trained
@@ -326,13 +403,37 @@ def arm_names(run: str | Path) -> list[str]:
     return [arm.name if arm.pair is None else f"{arm.name} ({arm.pair})" for arm in arms]
 
 
-def training_splits(source: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> Splits:
+def training_splits(
+    source: str, shape: tuple[int, ...], options: Mapping[str, Any], *, progress: Progress | None = None
+) -> Splits:
     """The data for training: everything that the fit split owns, and the report samples of the probing run."""
-    owned = load(source, expect_shape=shape, **{k: v for k, v in options.items() if not k.startswith("num_")})
-    probed = for_probing(
-        take(owned, **{k: v for k, v in options.items() if k in ("num_choose", "num_report")}), given=options
-    )
-    return Splits(owned.fit, probed.choose, probed.report)
+    reading, encoding = _divided(options)
+    every = {name: value for name, value in reading.items() if not name.startswith("num_")}
+    owned = load(source, expect_shape=None if encoding else shape, **every)
+    counts = {name: value for name, value in reading.items() if name in ("num_choose", "num_report")}
+    probed = for_probing(take(owned, **counts), given=reading)
+    splits = Splits(owned.fit, probed.choose, probed.report)
+    return _encoded(splits, encoding, shape, progress) if encoding else splits
+
+
+def load_splits(source: str, options: Mapping[str, Any], *, progress: Progress | None = None) -> Splits:
+    """A data set as a training reads it; with `vae` among the options, as latents."""
+    reading, encoding = _divided(options)
+    splits = load(source, **reading)
+    return _encoded(splits, encoding, None, progress) if encoding else splits
+
+
+def _divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that read a data set, and those that encode it; none of these without a VAE."""
+    names = ("vae", "latent_scale") if "vae" in options else ()
+    encoding = {name: value for name, value in options.items() if name in names}
+    return {name: value for name, value in options.items() if name not in names}, encoding
+
+
+def _encoded(
+    splits: Splits, encoding: Mapping[str, Any], shape: tuple[int, ...] | None, progress: Progress | None
+) -> Splits:
+    return encode_splits(splits, **encoding, expect_shape=shape, progress=_named(progress, "encoding images"))
 
 
 def fresh(backbone: Backbone, seed: int) -> Backbone:
@@ -397,7 +498,7 @@ def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     """What `probe` would do, without doing it; checks checkpoint and data."""
-    backbone, splits = plan.open(device=device)
+    backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction(backbone)
     shapes = layer_shapes(backbone)
     num = sum(len(samples) for _, samples in splits.items())
@@ -466,16 +567,33 @@ def draw_figures(run: str | Path) -> list[Path]:
     quality, similarity = _tables(run)
     selection = read_selection(run)
     figures = {}
-    for metric in dict.fromkeys(quality["metric"]):
+    metrics = list(dict.fromkeys(quality["metric"]))
+    for metric in (metric for metric in HEADLINES if metric in metrics):
         name = metric.replace(" ", "-")
         figures[f"{name}-curves"] = plots.layer_quality_curves(quality, metric, selection=selection)
         figures[f"{name}-heatmap"] = plots.quality_heatmap(quality, metric)
+    if more := [metric for metric in metrics if metric not in HEADLINES]:
+        figures["more-measures"] = plots.metric_panels(quality, more, selection=selection)
     figures["cka"] = plots.cka_heatmap(similarity, selection=selection)
+    store = FeatureStore.open(_store_folder(run, MODEL))
+    if len(store.token_rows):
+        figures["token-maps"] = _token_maps(store)
     if (run / "verdict.json").is_file():
         curves = pd.read_csv(run / "confirmation.csv")
         verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
         figures["confirmation"] = plots.confirmation_curves(curves, verdict)
     return [path for name, figure in figures.items() for path in plots.save(figure, run / "figures", name)]
+
+
+def _token_maps(store: FeatureStore) -> Any:
+    """Tokens of the first samples of the report split in colours, for the layers whose tokens lie on a grid."""
+    grids = {layer: grid for layer in store.layers if (grid := store.grid(layer)) is not None}
+    maps = {
+        (layer, level): pca_rgb(store.tokens(layer, level, split="report"))
+        for layer in grids
+        for level in store.noise_levels
+    }
+    return token_maps(maps, grids, samples=range(min(3, int((store.token_splits == "report").sum()))))
 
 
 def draw_samples(

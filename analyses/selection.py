@@ -39,7 +39,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
-from layerprobe.analyses.quality import MODEL, PROBE, RANDOM_WEIGHTS, RANK, RAW_INPUT
+from layerprobe.analyses.measurements import PROBE, RANK
+from layerprobe.analyses.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT
 from layerprobe.layersync import LayerPair
 
 HYPOTHESIS = "A pick is a hypothesis; the confirmation run is the verdict."

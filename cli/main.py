@@ -12,15 +12,17 @@ import sys
 import typer
 
 from layerprobe.cli.confirm import confirm
+from layerprobe.cli.convert import convert
 from layerprobe.cli.doctor import doctor
 from layerprobe.cli.inspect import inspect
 from layerprobe.cli.plot import plot
-from layerprobe.cli.probe import probe
+from layerprobe.cli.probe import analyze, extract, probe
 from layerprobe.cli.quickstart import quickstart
 from layerprobe.cli.report import report
 from layerprobe.cli.sample import sample
 from layerprobe.cli.select import select
 from layerprobe.cli.train import train
+from layerprobe.files import MissingWeights
 
 app = typer.Typer(
     name="layerprobe",
@@ -29,7 +31,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (quickstart, inspect, probe, select, plot, report, train, sample, confirm, doctor):
+for command in (
+    quickstart,
+    inspect,
+    probe,
+    extract,
+    analyze,
+    select,
+    plot,
+    report,
+    train,
+    sample,
+    confirm,
+    convert,
+    doctor,
+):
     app.command()(command)
 
 
@@ -46,6 +62,8 @@ def run() -> int:
         return finished.code if isinstance(finished.code, int) else 1
     except KeyboardInterrupt:
         return _fail("interrupted; repeat the command to go on where it stopped", 130)
+    except MissingWeights as error:
+        return _fail(str(error), 3)
     except (ModuleNotFoundError, ImportError) as error:
         return _fail(f"{error}; install what is missing", 3)
     except (ValueError, OSError) as error:

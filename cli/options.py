@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,38 +62,113 @@ Seed = Annotated[int, typer.Option(help="Of every random number.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Run = Annotated[Path, typer.Argument(help="A run folder made by `layerprobe probe` or `quickstart`.")]
 
-Checkpoint = Annotated[str, typer.Argument(help="A .safetensors or .pt file, or 'digits' for the embedded one.")]
-Family = Annotated[str | None, typer.Option(help="sit, layersync or dit, for files that do not say it.")]
-NumHeads = Annotated[int | None, typer.Option(help="Attention heads, for widths that are no preset's.")]
-Model = Annotated[str | None, typer.Option(help="Your own network: file.py:factory or package.module:Class.")]
-Layers = Annotated[str | None, typer.Option(help="Names or patterns, comma-separated: 'blocks.*,mid'.")]
-Schedule = Annotated[
-    str | None, typer.Option(help="sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine or edm.")
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A weight file or a folder of them, a diffusers folder, or 'digits' for the embedded one."),
 ]
-Prediction = Annotated[str | None, typer.Option(help="velocity, eps, x0 or v.")]
-Shape = Annotated[str | None, typer.Option(help="Shape of one input of your own network: 3,32,32.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of your own network; 0 for none.")]
+# What a command is given of a group of options.
+Given = dict[str, Any]
+# How a checkpoint is opened.
+OPENING = {
+    "weights": Annotated[str | None, typer.Option(help="Which weights of the file: ema, model, ...")],
+    "family": Annotated[
+        str | None,
+        typer.Option(help="For files that leave it open: sit, layersync, disploss, dit, repa, sra, ..."),
+    ],
+    "num_heads": Annotated[int | None, typer.Option(help="Attention heads, for widths that are no preset's.")],
+    "model": Annotated[str | None, typer.Option(help="Your own network: file.py:factory or package.module:Class.")],
+    "subfolder": Annotated[str | None, typer.Option(help="Of a diffusers pipeline, where it is not the usual one.")],
+    "lora": Annotated[str | None, typer.Option(help="Adapter on top of a diffusers model.")],
+    "layers": Annotated[
+        str | None, typer.Option(help="Names or patterns, comma-separated: 'blocks.*,mid'; 'blocks.*.attn:input'.")
+    ],
+    "schedule": Annotated[
+        str | None, typer.Option(help="sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine or edm.")
+    ],
+    "prediction": Annotated[str | None, typer.Option(help="velocity, eps, x0 or v.")],
+    "shape": Annotated[str | None, typer.Option(help="Shape of one input, where the file does not tell: 3,32,32.")],
+    "num_classes": Annotated[int | None, typer.Option(help="Classes, where the file does not tell; 0 for none.")],
+}
+# How a data set is read.
+READING = {
+    "size": Annotated[int | None, typer.Option(help="Resize images to this many pixels square.")],
+    "channels": Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour).")],
+    "split": Annotated[str | None, typer.Option(help="The only part of the data to read.")],
+    "image_column": Annotated[str | None, typer.Option(help="Where the images are.")],
+    "vae": Annotated[str | None, typer.Option(help="Encode the images with this folder's diffusers AutoencoderKL.")],
+    "latent_scale": Annotated[float | None, typer.Option(help="Factor of the latents, where not the usual one.")],
+    "label_column": Annotated[str | None, typer.Option(help="Where the labels are.")],
+}
+# What is read of a model; a value beside the type is the default.
+EXTRACTION = {
+    "noise_levels": (Annotated[str, typer.Option(help="0 is clean, 1 is pure noise.")], "0.1,0.2,0.3,0.5,0.7,0.9"),
+    "draws": (Annotated[int, typer.Option(min=1, help="Noise draws per sample and level.")], 1),
+    "pool_cells": (
+        Annotated[int, typer.Option(min=1, help="Cells per grid axis to average tokens over; 1 averages over all.")],
+        1,
+    ),
+    "token_samples": (
+        Annotated[int, typer.Option(min=0, help="Keep all tokens of so many samples a split, for spatial analyses.")],
+        0,
+    ),
+    "batch_size": (Annotated[int, typer.Option(min=1, help="Rows per forward pass.")], 128),
+    "precision": (Annotated[str, typer.Option(help="float32 or bfloat16.")], "float32"),
+    "true_labels": (Annotated[bool, typer.Option("--true-labels", help="Condition on the labels; leaks them.")], False),
+    "trust_convention": (
+        Annotated[
+            bool, typer.Option("--trust-convention", help="Go on where the weights fit another schedule or prediction.")
+        ],
+        False,
+    ),
+}
+# How many samples a probe uses.
+COUNTS = {
+    "num_fit": Annotated[int | None, typer.Option(help="Samples that fit probes; at most 8000 where not given.")],
+    "num_choose": Annotated[int | None, typer.Option(help="Samples that choose penalties and layers; at most 2000.")],
+    "num_report": Annotated[int | None, typer.Option(help="Samples for the numbers that are shown; at most 5000.")],
+}
 
 Data = Annotated[
     str,
-    typer.Option(help="'digits', a .parquet or .arrow file, a folder of these or of images, or owner/name on the Hub."),
+    typer.Option(
+        help="'digits', a .parquet or .arrow file, a folder of these, images or latents, or owner/name on the Hub."
+    ),
 ]
-Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels square.")]
-Channels = Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour).")]
-Split = Annotated[str | None, typer.Option(help="The only part of the data to read.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Where the images are.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Where the labels are.")]
-NumFit = Annotated[int | None, typer.Option(help="Samples that fit probes; at most 8000 where not given.")]
-NumChoose = Annotated[int | None, typer.Option(help="Samples that choose penalties and layers; at most 2000.")]
-NumReport = Annotated[int | None, typer.Option(help="Samples for the numbers that are shown; at most 5000.")]
 
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Weight = Annotated[float, typer.Option(help="Of the alignment.")]
 
 
-def given(**options: Any) -> dict[str, Any]:
+def given(**options: Any) -> Given:
     """The options that were given a value."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def spread(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command every option of a group; the function gets them in one dictionary, without what was not given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name in groups:
+                for name, kind in groups[parameter.name].items():
+                    annotation, default = kind if isinstance(kind, tuple) else (kind, None)
+                    parameters.append(parameter.replace(name=name, annotation=annotation, default=default))
+            else:
+                parameters.append(parameter)
+
+        def call(**values: Any) -> None:
+            for name, group in groups.items():
+                values[name] = given(**{option: values.pop(option) for option in group})
+            command(**values)
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        )
+        return call
+
+    return decorate
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -111,9 +187,9 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise ValueError(f"{option} {text} is not a list of whole numbers; write them as 3,32,32") from None
 
 
-def names(text: str | None) -> list[str] | None:
+def names(text: str) -> list[str]:
     """ "a,b" -> ["a", "b"]."""
-    return None if text is None else [part.strip() for part in text.split(",")]
+    return [part.strip() for part in text.split(",")]
 
 
 def layer_pairs(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -133,28 +209,21 @@ def locate(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() and source != "digits" else source
 
 
-def checkpoint_options(
-    *,
-    family: str | None = None,
-    num_heads: int | None = None,
-    model: str | None = None,
-    layers: str | None = None,
-    schedule: str | None = None,
-    prediction: str | None = None,
-    shape: str | None = None,
-    num_classes: int | None = None,
-) -> dict[str, Any]:
-    """What `open_checkpoint` takes, without what was not given."""
-    if model is not None:
-        place, colon, name = model.rpartition(":")
-        model = f"{locate(place)}{colon}{name}"
-    return given(
-        family=family,
-        num_heads=num_heads,
-        model=model,
-        layers=names(layers),
-        schedule=schedule,
-        prediction=prediction,
-        shape=None if shape is None else integers(shape, "--shape"),
-        num_classes=num_classes,
-    )
+def located_vae(reading: Given) -> Given:
+    """The options of `READING`, with the autoencoder's folder in full."""
+    return reading | ({"vae": locate(reading["vae"])} if "vae" in reading else {})
+
+
+def checkpoint_options(opening: Given) -> Given:
+    """The options of `OPENING` as `open_checkpoint` takes them."""
+    options = dict(opening)
+    if "model" in options:
+        place, colon, name = options["model"].rpartition(":")
+        options["model"] = f"{locate(place)}{colon}{name}"
+    if "lora" in options:
+        options["lora"] = locate(options["lora"])
+    if "layers" in options:
+        options["layers"] = names(options["layers"])
+    if "shape" in options:
+        options["shape"] = integers(options["shape"], "--shape")
+    return options

@@ -1,49 +1,37 @@
-"""`layerprobe probe`: the main job."""
+"""`layerprobe probe`, the main job, and its two halves, `extract` and `analyze`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
-NOISE_LEVELS = "0.1,0.2,0.3,0.5,0.7,0.9"
+if TYPE_CHECKING:
+    from layerprobe.analyses.runs import RunPlan
+
+Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
+EVERYTHING: dict[str, Any] = {
+    "extraction": options.EXTRACTION,
+    "opening": options.OPENING,
+    "reading": options.READING,
+    "counts": options.COUNTS,
+}
 
 
+@options.spread(**EVERYTHING)
 def probe(
     checkpoint: options.Checkpoint,
+    *,
     data: options.Data,
-    out: Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")],
-    noise_levels: Annotated[str, typer.Option(help="0 is clean, 1 is pure noise.")] = NOISE_LEVELS,
-    draws: Annotated[int, typer.Option(min=1, help="Noise draws per sample and level.")] = 1,
-    pool_cells: Annotated[
-        int, typer.Option(min=1, help="Cells per grid axis to average tokens over; 1 averages over all.")
-    ] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 128,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    true_labels: Annotated[bool, typer.Option("--true-labels", help="Condition on the labels; leaks them.")] = False,
-    trust_convention: Annotated[
-        bool, typer.Option("--trust-convention", help="Go on where the weights fit another schedule or prediction.")
-    ] = False,
-    family: options.Family = None,
-    num_heads: options.NumHeads = None,
-    model: options.Model = None,
-    layers: options.Layers = None,
-    schedule: options.Schedule = None,
-    prediction: options.Prediction = None,
-    shape: options.Shape = None,
-    num_classes: options.NumClasses = None,
-    size: options.Size = None,
-    channels: options.Channels = None,
-    split: options.Split = None,
-    image_column: options.ImageColumn = None,
-    label_column: options.LabelColumn = None,
-    num_fit: options.NumFit = None,
-    num_choose: options.NumChoose = None,
-    num_report: options.NumReport = None,
+    out: Out,
+    extraction: options.Given,
+    opening: options.Given,
+    reading: options.Given,
+    counts: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -53,44 +41,108 @@ def probe(
     """Measure every layer at every noise level, pick student and teacher, draw figures and a report."""
     from layerprobe.analyses import runs
 
-    plan = runs.RunPlan(
-        checkpoint=options.locate(checkpoint),
-        data=options.locate(data),
-        noise_levels=options.numbers(noise_levels, "--noise-levels"),
-        checkpoint_options=options.checkpoint_options(
-            family=family,
-            num_heads=num_heads,
-            model=model,
-            layers=layers,
-            schedule=schedule,
-            prediction=prediction,
-            shape=shape,
-            num_classes=num_classes,
-        ),
-        data_options=options.given(
-            size=size,
-            channels=channels,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            num_fit=num_fit,
-            num_choose=num_choose,
-            num_report=num_report,
-        ),
-        draws=draws,
-        pool_cells=pool_cells,
-        condition="label" if true_labels else "null",
-        precision=precision,
-        seed=seed,
-    )
+    plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
     if dry_run:
         record = runs.forecast(plan, device=device)
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
     with progress_bar() as progress:
         selection = runs.probe(
-            plan, out, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress
+            plan,
+            out,
+            trust_convention=extraction["trust_convention"],
+            device=device,
+            batch_size=extraction["batch_size"],
+            progress=progress,
         )
     record = {"run": str(out)} | runs.selection_record(selection)
     lines = [*runs.describe_convention(out), *runs.describe(selection), f"report   {out / 'report.html'}"]
     emit(record, lines, as_json=as_json)
+
+
+@options.spread(**EVERYTHING)
+def extract(
+    checkpoint: options.Checkpoint,
+    *,
+    data: options.Data,
+    out: Out,
+    extraction: options.Given,
+    opening: options.Given,
+    reading: options.Given,
+    counts: options.Given,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Only read the layers, on a machine with the model; `analyze` goes on with the run folder anywhere."""
+    from layerprobe.analyses import runs
+
+    plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
+    if dry_run:
+        record = runs.forecast(plan, device=device)
+        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        return
+    with progress_bar() as progress:
+        runs.extract_run(
+            plan,
+            out,
+            trust_convention=extraction["trust_convention"],
+            device=device,
+            batch_size=extraction["batch_size"],
+            progress=progress,
+        )
+    emit({"run": str(out)}, [*runs.describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
+
+
+def analyze(
+    run: options.Run,
+    analysis: Annotated[
+        list[str] | None,
+        typer.Option(help="A function of your own, file.py:name, to run as well; may be repeated."),
+    ] = None,
+    as_json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Measure the features of a run anew, pick, draw and report."""
+    from layerprobe.analyses import runs
+    from layerprobe.analyses.measurements import ANALYSES
+    from layerprobe.analyses.report import write_report
+    from layerprobe.checkpoints import import_object
+
+    own = [import_object(spec, "--analysis") for spec in analysis or []]
+    for spec, found in zip(analysis or [], own, strict=True):
+        if not callable(found):
+            raise ValueError(f"--analysis {spec} is no function; name one that takes a Representation")
+    with progress_bar() as progress:
+        selection = runs.analyze_run(run, analyses=(*ANALYSES, *own), progress=progress)
+    runs.draw_figures(run)
+    write_report(run)
+    record = {"run": str(run)} | runs.selection_record(selection)
+    emit(record, [*runs.describe(selection), f"report   {run / 'report.html'}"], as_json=as_json)
+
+
+def _plan(
+    checkpoint: str,
+    data: str,
+    extraction: options.Given,
+    opening: options.Given,
+    reading: options.Given,
+    seed: int,
+) -> RunPlan:
+    from layerprobe.analyses.runs import RunPlan
+
+    return RunPlan(
+        checkpoint=options.locate(checkpoint),
+        data=options.locate(data),
+        noise_levels=options.numbers(extraction["noise_levels"], "--noise-levels"),
+        checkpoint_options=options.checkpoint_options(opening),
+        data_options=options.located_vae(reading),
+        draws=extraction["draws"],
+        pool_cells=extraction["pool_cells"],
+        token_samples=extraction["token_samples"],
+        condition="label" if extraction["true_labels"] else "null",
+        precision=extraction["precision"],
+        seed=seed,
+    )

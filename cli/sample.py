@@ -11,21 +11,16 @@ from layerprobe.cli import options
 from layerprobe.cli.output import emit
 
 
+@options.spread(opening=options.OPENING)
 def sample(
     checkpoint: options.Checkpoint,
+    *,
     out: Annotated[Path, typer.Option(help="Folder for samples.png, samples.svg and samples.npy.")],
     num: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
     solver: Annotated[str, typer.Option(help="euler or heun.")] = "heun",
     steps: options.Steps = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
-    family: options.Family = None,
-    num_heads: options.NumHeads = None,
-    model: options.Model = None,
-    layers: options.Layers = None,
-    schedule: options.Schedule = None,
-    prediction: options.Prediction = None,
-    shape: options.Shape = None,
-    num_classes: options.NumClasses = None,
+    opening: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -37,17 +32,7 @@ def sample(
     from layerprobe.checkpoints import open_checkpoint
     from layerprobe.sampling import SamplingPlan
 
-    given = options.checkpoint_options(
-        family=family,
-        num_heads=num_heads,
-        model=model,
-        layers=layers,
-        schedule=schedule,
-        prediction=prediction,
-        shape=shape,
-        num_classes=num_classes,
-    )
-    backbone = open_checkpoint(checkpoint, device=device, **given)
+    backbone = open_checkpoint(checkpoint, device=device, **options.checkpoint_options(opening))
     plan = SamplingPlan(solver, steps, guidance, seed)  # type: ignore[arg-type]
     if dry_run:
         emit(

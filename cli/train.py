@@ -11,7 +11,9 @@ from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
 
+@options.spread(reading=options.READING)
 def train(
+    *,
     data: options.Data,
     out: Annotated[Path, typer.Option(help="Folder of the training; repeat the command to continue it.")],
     steps: options.Steps,
@@ -36,11 +38,7 @@ def train(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     compile_network: Annotated[bool, typer.Option("--compile", help="Compile the network.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    size: options.Size = None,
-    channels: options.Channels = None,
-    split: options.Split = None,
-    image_column: options.ImageColumn = None,
-    label_column: options.LabelColumn = None,
+    reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -50,7 +48,6 @@ def train(
     """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given."""
     from layerprobe.analyses import runs
     from layerprobe.backbones.sit import SiTConfig
-    from layerprobe.data.sources import load
     from layerprobe.layersync import LayerPair
     from layerprobe.training import TrainingPlan
 
@@ -71,10 +68,7 @@ def train(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
-    where = options.given(
-        size=size, channels=channels, split=split, image_column=image_column, label_column=label_column
-    )
-    splits = load(data, **where)
+    splits = runs.load_splits(data, options.located_vae(reading))
     shape, num_classes = splits.fit.shape, splits.fit.num_classes
     if preset is None:
         sit = SiTConfig(shape, patch_size, width, depth, heads, num_classes)

@@ -87,6 +87,9 @@ def capture(
         if signal is not stop:  # It belongs to a block around this one.
             raise
     finally:
+        # The traceback leads to the frames of the forward pass, and they lead back to it: until the garbage collector
+        # comes, which may be hours, the tensors in them would stay.
+        stop.__traceback__ = None
         for handle in handles:
             handle.remove()
     missing = [name for name in layers if name not in outputs]

@@ -1,50 +1,48 @@
-"""Files on disk -> Backbone, without ever running what a file says.
+"""Files and folders on disk -> Backbone, without ever running what they say.
 
 layerprobe's own checkpoints are safetensors files whose header carries a JSON record: family, configuration,
-schedule, prediction, classes and how it was trained. Other people's `.pt` files are read by PyTorch's weights-only
-unpickler, and who opens them has to tell their family.
+schedule, prediction, classes and how it was trained. Folders of diffusers say what they are too. Other people's files
+are recognised by the names and shapes of their tensors; what these leave open, the user has to tell.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
 import os
-import pickle
-import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, layer_shapes, wrap
-from layerprobe.backbones.sit import SiT, SiTConfig, config_from_state_dict, sit_backbone
+from layerprobe.backbones.diffusers import is_diffusers, open_diffusers
+from layerprobe.backbones.families import FAMILIES, build, recognise
+from layerprobe.backbones.sit import SiT, SiTConfig, sit_backbone
 from layerprobe.capture import match_layers
-from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config, schedule_from_name
+from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
+from layerprobe.reading import METADATA_KEY, Weights, read_weights, stripped
 
-METADATA_KEY = "layerprobe"
 EMBEDDED = "digits"
-# A state dict in these containers is preferred in this order: averaged weights make the better samples.
-CONTAINERS = ("ema", "model_ema", "ema_model", "model", "state_dict", "module", "network")
-# What torch.compile, FSDP and checkpointing put into names, anywhere; data parallelism puts "module" in front.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# What the published training code of each family means; names as on the command line.
-FAMILIES: dict[str, tuple[str, Prediction]] = {
-    "sit": ("sit", "velocity"),
-    "layersync": ("sit", "velocity"),
-    "dit": ("ddpm-linear", "eps"),
-}
+# What may be said of each kind of checkpoint besides its path; all else would have no effect.
+_OF_OWN = ("weights", "layers")
+_OF_FAMILIES = ("weights", "layers", "family", "num_heads", "schedule", "prediction", "shape", "num_classes")
+_OF_MODELS = ("weights", "layers", "schedule", "prediction", "shape", "num_classes")
+_OF_DIFFUSERS = ("subfolder", "lora", "layers", "schedule", "prediction", "shape", "num_classes")
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    backbone: Backbone
+    source: dict[str, Any]  # what `inspect` says of where the weights come from
 
 
 def embedded_checkpoint() -> Path:
@@ -55,9 +53,12 @@ def embedded_checkpoint() -> Path:
 def open_checkpoint(
     path: str | Path,
     *,
+    weights: str | None = None,
     family: str | None = None,
     num_heads: int | None = None,
     model: str | Callable[[], Any] | None = None,
+    subfolder: str | None = None,
+    lora: str | Path | None = None,
     layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
@@ -68,39 +69,44 @@ def open_checkpoint(
     """Opens a checkpoint as a backbone in evaluation mode.
 
     Args:
-        path: A `.safetensors` or `.pt` file, or "digits" for the embedded one.
-        family: "sit", "layersync" or "dit", for files that do not say it themselves.
-        num_heads: For SiT and DiT files whose width is no preset's.
+        path: What `reading.read_weights` or `backbones.diffusers.open_diffusers` takes, or "digits" for the embedded
+            checkpoint.
+        weights: Which set of weights, where a file has several; the averaged ones where not given.
+        family: One of `backbones.families.FAMILIES`, where the file leaves it open.
+        num_heads: For transformers whose width is no preset's.
         model: A user's own network: "file.py:factory", "package.module:Class", or a callable without arguments that
             gives a module or a whole `Backbone`; one of these itself will also do. A module also needs `layers`,
             `schedule`, `prediction` and `shape`.
+        subfolder: Of a diffusers pipeline, see `open_diffusers`; like `lora`.
+        lora: An adapter on top of a diffusers model.
         layers: Names or patterns of layers, see `wrap`.
-        schedule: See `wrap`; for `model`, and for a `family` that was trained otherwise than the published one.
+        schedule: See `wrap`; for `model`, and where a model was trained otherwise than its family.
         prediction: See `wrap`; like `schedule`.
-        shape: Shape (C, *grid) of one input, for `model`.
-        num_classes: For `model`; 0 where not given.
+        shape: Shape (C, *grid) of one input, where the file does not tell it.
+        num_classes: Where the file does not tell it; 0 for a `model` without classes.
         device: Where the weights go; "auto" is a GPU if there is one.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, wants to run code, does not fit the network, or holds values that are not
-            finite; if an option has no effect on this file.
+        ModuleNotFoundError: If diffusers is needed and not installed.
+        ValueError: If the file is damaged, does not fit the network, or holds values that are not finite; if an
+            option has no effect on this checkpoint, or one is missing that the file leaves open.
     """
-    path, place = located(path), resolve_device(device)
-    tensors, record = read_checkpoint(path)
-    if model is not None:
-        _refuse("with a model of your own", family=family, num_heads=num_heads)
-        backbone = _user_backbone(model, layers, schedule, prediction, shape, num_classes)
-    elif "family" in record:
-        says = {"family": family, "schedule": schedule, "prediction": prediction}
-        _refuse(f"{path} says itself what it is", **says, num_heads=num_heads, shape=shape, num_classes=num_classes)
-        backbone = _own_backbone(path, record)
-    else:
-        _refuse("without a model of your own", shape=shape, num_classes=num_classes)
-        backbone = _family_backbone(path, tensors, family, num_heads, schedule, prediction)
-    _load(backbone.module, tensors, path)
-    if layers is not None and model is None:
-        backbone = _with_layers(backbone, layers)
+    place = resolve_device(device)
+    asked = {
+        "weights": weights,
+        "family": family,
+        "num_heads": num_heads,
+        "model": model,
+        "subfolder": subfolder,
+        "lora": lora,
+        "layers": layers,
+        "schedule": schedule,
+        "prediction": prediction,
+        "shape": shape,
+        "num_classes": num_classes,
+    }
+    backbone = _open(path, {name: value for name, value in asked.items() if value is not None}).backbone
     backbone.module.eval().to(place)
     return backbone
 
@@ -122,23 +128,24 @@ def resolve_device(device: str) -> torch.device:
 
 def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     """What a checkpoint is, as JSON; `layers` gives (tokens, width) by name. Options as in `open_checkpoint`."""
-    backbone = open_checkpoint(path, device="cpu", **options)
-    record = read_checkpoint(located(path))[1]
+    opened = _open(path, {name: value for name, value in options.items() if name != "device" and value is not None})
+    backbone = opened.backbone
+    backbone.module.eval()
+    ends = torch.tensor([0.0, backbone.schedule.level_range[1]], dtype=torch.float64)
+    times = backbone.schedule.native_time(ends).tolist()
     return {
         "checkpoint": str(path),
         "model": backbone.name,
+        **opened.source,
         "parameters": sum(parameter.numel() for parameter in backbone.module.parameters()),
         "shape": list(backbone.shape),
         "classes": backbone.num_classes,
         "schedule": backbone.schedule.name,
-        "data_at_time": float(backbone.schedule.native_time(torch.zeros(1, dtype=torch.float64))),
-        "noise_at_time": float(
-            backbone.schedule.native_time(torch.full((1,), backbone.schedule.level_range[1], dtype=torch.float64))
-        ),
+        "data_at_time": float(times[0]),
+        "noise_at_time": float(times[1]),
         "prediction": backbone.prediction,
         "weights_hash": weights_hash(backbone.module),
         "layers": {name: list(shape) for name, shape in layer_shapes(backbone).items()},
-        "training": record.get("training", {}),
     }
 
 
@@ -173,28 +180,6 @@ def save_checkpoint(
     os.replace(partial, path)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights by name, and layerprobe's record of them, or {} for other people's files.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read safely.
-    """
-    path = Path(path)
-    if not path.is_file():
-        seen = f"{path} is a folder and no checkpoint file" if path.is_dir() else f"there is no checkpoint file {path}"
-        raise FileNotFoundError(f"{seen}; pass the path of a .safetensors or .pt file, or {EMBEDDED!r}")
-    tensors, record = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
-    unprintable = [name for name in tensors if not name.isprintable()]
-    if unprintable:  # Names are shown in messages, and a terminal would obey them.
-        raise ValueError(f"{path} is damaged: it has a tensor called {unprintable[0]!r}; copy or download it again")
-    stripped = {_strip(name): tensor for name, tensor in tensors.items()}
-    if len(stripped) < len(tensors):
-        twice = next(name for name in tensors if _strip(name) != name and _strip(name) in tensors)
-        raise ValueError(f"{path} holds both {twice} and {_strip(twice)}; save one of the two networks by itself")
-    return stripped, record
-
-
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 over names, types and values of a module's state, 16 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -209,70 +194,71 @@ def located(path: str | Path) -> Path:
     return embedded_checkpoint() if str(path) == EMBEDDED else Path(path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def import_object(spec: str, option: str) -> Any:
+    """ "file.py:name" or "package.module:name"; the user's own code, named by the user, is the only code that runs.
+
+    Raises:
+        ValueError: If it cannot be imported; the message names the option that asked for it.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place:
+        raise ValueError(f"{option} {spec} names no object; pass file.py:name or package.module:name")
     try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-    except Exception as error:  # A damaged file can fail in any way.
+        if place.endswith(".py"):
+            # A name of its own: a user's `random.py` must not stand for the library's. Dataclasses look it up.
+            alias = f"layerprobe_user_{Path(place).stem}"
+            loader = importlib.util.spec_from_file_location(alias, place)
+            assert loader is not None and loader.loader is not None
+            module = sys.modules[alias] = importlib.util.module_from_spec(loader)
+            loader.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, name)
+    except (ImportError, OSError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({_first_line(error)}); copy or download it again"
+            f"{option} {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name"
         ) from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} has a damaged record ({str(record)[:40]!r}); copy or download it again")
-    return tensors, record
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Such as of a newer pickle protocol: it either opens or does not.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks to run {asked[1]}" if asked else "it is damaged or no PyTorch checkpoint"
-        raise ValueError(
-            f"{path} was refused and nothing in it was run: {why}; save its state dict as safetensors"
-        ) from error
-    except Exception as error:  # A damaged file can fail in any way.
-        raise ValueError(
-            f"{path} is not a whole PyTorch checkpoint ({_first_line(error)}); copy or download it again"
-        ) from error
-    tensors = _state_dict(content)
-    if tensors is None:
-        raise ValueError(f"{path} holds no state dict; expected tensors by name, also under {', '.join(CONTAINERS)}")
-    return tensors
+def training_record(path: str | Path) -> dict[str, Any]:
+    """How one of layerprobe's own checkpoints was trained; {} for other people's."""
+    if is_diffusers(path):
+        return {}
+    record: dict[str, Any] = read_weights(located(path)).record.get("training", {})
+    return record
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
+def _open(path: str | Path, asked: Mapping[str, Any]) -> _Opened:
+    if "model" not in asked and is_diffusers(path):
+        _refuse_all_but(_OF_DIFFUSERS, asked, f"{path} is a diffusers model")
+        return _Opened(open_diffusers(path, **asked), {"format": "diffusers"})
+    place = located(path)
+    read = read_weights(place, weights=asked.get("weights"))
+    source = {"format": read.format, "weights": read.container, "other_weights": list(read.containers[1:])}
+    source |= {"left_unbuilt": list(read.foreign)}
+    given = {name: value for name, value in asked.items() if name != "weights"}
+    if "model" in asked:
+        _refuse_all_but(_OF_MODELS, {k: v for k, v in asked.items() if k != "model"}, "with a model of your own")
+        backbone = _user_backbone(**given)
+        _load(backbone.module, read.tensors, place)
+        return _Opened(backbone, source)
+    if "family" in read.record:
+        _refuse_all_but(_OF_OWN, asked, f"{path} says itself what it is")
+        backbone = _own_backbone(place, read.record)
+        _load(backbone.module, read.tensors, place)
+        source |= {"training": read.record.get("training", {})}
+    else:
+        _refuse_all_but(_OF_FAMILIES, asked, "without a model of your own")
+        backbone, found = _family_backbone(place, read, **{k: v for k, v in given.items() if k != "layers"})
+        source |= found
+    return _Opened(_with_layers(backbone, asked["layers"]) if "layers" in asked else backbone, source)
 
 
-def _state_dict(content: Any) -> dict[str, Tensor] | None:
-    if not isinstance(content, Mapping):
-        return None
-    for key in CONTAINERS:
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            return _state_dict(inner)
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors or None
-
-
-def _strip(name: str) -> str:
-    """A tensor's name without what wrappers of the network add to it."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def _refuse(why: str, **options: Any) -> None:
+def _refuse_all_but(known: Sequence[str], asked: Mapping[str, Any], why: str) -> None:
     """Nothing that was asked for is passed over in silence."""
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{why}: {given[0]} has no effect; leave it out")
+    surplus = [f"--{name.replace('_', '-')}" for name in asked if name not in known]
+    if surplus:
+        raise ValueError(f"{why}: {surplus[0]} has no effect; leave it out")
 
 
 def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
@@ -281,55 +267,61 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
             f"{path} says its family is {record['family']!r}, which this version does not know; update layerprobe"
         )
     try:
-        module = SiT(SiTConfig(**record["config"]))
+        with torch.device("meta"):
+            module = SiT(SiTConfig(**record["config"]))
         return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has a damaged record ({_first_line(error)}); copy or download it again") from error
 
 
 def _family_backbone(
-    path: Path,
-    tensors: dict[str, Tensor],
-    family: str | None,
-    num_heads: int | None,
-    schedule: str | NoiseSchedule | None,
-    prediction: Prediction | None,
-) -> Backbone:
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
-    if "x_embedder.proj.weight" not in tensors or "final_layer.linear.weight" not in tensors:
-        names = ", ".join(list(tensors)[:3])
+    path: Path, read: Weights, family: str | None = None, **options: Any
+) -> tuple[Backbone, dict[str, Any]]:
+    """A published network with its weights, and what there is to say of it."""
+    args = read.args | _arguments_beside(path)
+    tensors = _without_common_prefix(read.tensors, lambda tensors: bool(recognise(tensors, args)))
+    possible = recognise(tensors, args)
+    if not possible:
+        names = ", ".join(list(read.tensors)[:3])
         raise ValueError(
-            f"{path} is no SiT or DiT (it begins with {names}); pass --model file.py:factory for your own network"
+            f"{path} is of no known family (it begins with {names}); pass --model file.py:factory for your own network"
         )
-    if family is None:
-        # SiT and DiT files have the same names and shapes: nothing in them tells the convention of time.
+    if family is None and len(possible) > 1:
+        # Such files have the same names and shapes: nothing in them tells the convention of time.
         raise ValueError(
-            f"{path} could be of any of {', '.join(FAMILIES)}, which differ in what time means; pass --family"
+            f"{path} could be of any of {', '.join(possible)}, which differ in what time means; pass --family"
         )
-    default_schedule, default_prediction = FAMILIES[family]
-    module = SiT(config_from_state_dict(tensors, num_heads=num_heads))
-    return sit_backbone(
-        module, schedule=_schedule(schedule or default_schedule), prediction=prediction or default_prediction
-    )
+    family = family or possible[0]
+    opened = build(family, tensors, args=args, **options)
+    _load(opened.backbone.module, opened.tensors, path)
+    return opened.backbone, {"family": family, "latents": FAMILIES[family].latents, "unused": list(opened.unused)}
 
 
-def _schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
-    return schedule_from_name(schedule) if isinstance(schedule, str) else schedule
+def _arguments_beside(path: Path) -> dict[str, Any]:
+    """What training code wrote into `args.json` next to its checkpoints."""
+    place = (path if path.is_dir() else path.parent) / "args.json"
+    if not place.is_file():
+        return {}
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{place} is not valid JSON ({_first_line(error)}); mend or remove it") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _user_backbone(
     model: str | Callable[[], Any],
-    layers: str | Sequence[str] | None,
-    schedule: str | NoiseSchedule | None,
-    prediction: Prediction | None,
-    shape: Sequence[int] | None,
-    num_classes: int | None,
+    layers: str | Sequence[str] | None = None,
+    schedule: str | NoiseSchedule | None = None,
+    prediction: Prediction | None = None,
+    shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
 ) -> Backbone:
     made = _make(model)
     if isinstance(made, Backbone):
         options = {"schedule": schedule, "prediction": prediction, "shape": shape, "num_classes": num_classes}
-        _refuse(f"{model} gives a whole Backbone", **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        _refuse_all_but((), given, f"{model} gives a whole Backbone")
         return made if layers is None else _with_layers(made, layers)
     if not isinstance(made, nn.Module):
         raise ValueError(
@@ -347,7 +339,7 @@ def _user_backbone(
 
 def _make(model: str | Callable[[], Any]) -> Any:
     """What a factory gives; a module or backbone is what it is."""
-    factory = _import_factory(model) if isinstance(model, str) else model
+    factory = import_object(model, "--model") if isinstance(model, str) else model
     if isinstance(factory, (nn.Module, Backbone)) or not callable(factory):
         return factory
     try:
@@ -357,37 +349,16 @@ def _make(model: str | Callable[[], Any]) -> Any:
     return factory()
 
 
-def _import_factory(spec: str) -> Any:
-    """ "file.py:name" or "package.module:name"; the user's own code, named by the user, is the only code that runs."""
-    place, _, name = spec.rpartition(":")
-    if not place:
-        raise ValueError(f"--model {spec} names no factory; pass file.py:name or package.module:name")
-    try:
-        if place.endswith(".py"):
-            # A name of its own: a user's `random.py` must not stand for the library's. Dataclasses look it up.
-            alias = f"layerprobe_model_{Path(place).stem}"
-            loader = importlib.util.spec_from_file_location(alias, place)
-            assert loader is not None and loader.loader is not None
-            module = sys.modules[alias] = importlib.util.module_from_spec(loader)
-            loader.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ValueError(
-            f"--model {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name"
-        ) from error
-
-
 def _with_layers(backbone: Backbone, layers: str | Sequence[str]) -> Backbone:
     return replace(backbone, layers=match_layers(backbone.module, layers))
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Fills a network. One on the "meta" device takes the file's own tensors, which then need no second memory."""
     own = module.state_dict()
     # Stripped like the file's names, so that a network with a part called "module" fits its own file.
-    wanted = {_strip(name): tensor for name, tensor in own.items()}
-    tensors = _without_common_prefix(tensors, set(wanted))
+    wanted = {stripped(name): tensor for name, tensor in own.items()}
+    tensors = _without_common_prefix(tensors, lambda tensors: not wanted.keys().isdisjoint(tensors))
     missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or surplus:
         seen = f"lacks {missing[0]}" if missing else f"has {surplus[0]} besides"
@@ -395,25 +366,35 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             f"{path} does not fit {type(module).__name__}: it {seen} ({len(missing)} missing, {len(surplus)} surplus); "
             "pass the network that it was saved from"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"{path} does not fit {type(module).__name__}: {name} has shape {tuple(tensor.shape)}, "
-                f"the network {tuple(wanted[name].shape)}; pass the network that it was saved from"
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{path} holds values that are not finite in {name}; use an earlier checkpoint")
-    module.load_state_dict({name: tensors[_strip(name)] for name in own})
+    fitting = {name: _fitting(tensors[stripped(name)], tensor, name, path, module) for name, tensor in own.items()}
+    module.load_state_dict(fitting, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-def _without_common_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+def _fitting(tensor: Tensor, wanted: Tensor, name: str, path: Path, module: nn.Module) -> Tensor:
+    """A tensor of the file as the network wants it."""
+    what = f"{path} does not fit {type(module).__name__}: {name}"
+    if tensor.shape != wanted.shape:
+        shapes = f"has shape {tuple(tensor.shape)}, the network {tuple(wanted.shape)}"
+        raise ValueError(f"{what} {shapes}; pass the network that it was saved from")
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        raise ValueError(
+            f"{what} is of type {tensor.dtype}, the network's {wanted.dtype}; convert or dequantise it first"
+        )
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path} holds values that are not finite in {name}; use an earlier checkpoint")
+    return tensor.to(wanted.dtype)
+
+
+def _without_common_prefix(
+    tensors: Mapping[str, Tensor], fits: Callable[[Mapping[str, Tensor]], bool]
+) -> Mapping[str, Tensor]:
     """Drops a leading "network." or the like if that is what it takes to fit."""
     heads = {name.partition(".")[0] for name in tensors}
-    if len(heads) != 1 or set(tensors) & wanted:
+    if len(heads) != 1 or fits(tensors):
         return tensors
     (head,) = heads
     shorter = {name.removeprefix(f"{head}."): tensor for name, tensor in tensors.items()}
-    return shorter if set(shorter) & wanted else tensors
+    return shorter if fits(shorter) else tensors
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +22,17 @@ from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.capture import capture, evaluating
 from layerprobe.checkpoints import weights_hash
 from layerprobe.data.base import Batch, Samples, Splits, content_hash
-from layerprobe.features import SPLITS, ExtractionPlan, FeatureStore, begin_store, shard_path, write_tensors
+from layerprobe.features import (
+    SPLITS,
+    ExtractionPlan,
+    FeatureStore,
+    begin_store,
+    filled_tensors,
+    shard_path,
+    token_path,
+    token_rows,
+    write_tensors,
+)
 from layerprobe.noise import NoiseKey
 
 # Raw inputs wider than this are averaged over neighbouring pixels, so that the control stays cheap on large inputs.
@@ -40,8 +53,9 @@ def extract(
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 
     Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once.
-    Memory holds one shard of features and one batch of activations, whatever the size of the data. The forward pass
-    ends at the deepest layer wanted, and runs in evaluation mode.
+    Memory holds one shard of features and one batch of activations, whatever the size of the data and whatever tokens
+    are kept: those go to disk layer by layer. The forward pass ends at the deepest layer wanted, and runs in evaluation
+    mode.
 
     Args:
         backbone: The model, on the device where it should run.
@@ -58,11 +72,18 @@ def extract(
     _check(backbone, splits, plan)
     table = _Table(splits)
     with evaluating(backbone.module):
-        plan = replace(plan, layers=tuple(layer_shapes(backbone, plan.layers)))
-        begin_store(folder, _manifest(backbone, splits, plan, len(table)), table.columns())
+        shapes = layer_shapes(backbone, plan.layers)
+        plan, columns = replace(plan, layers=tuple(shapes)), table.columns()
+        kept = token_rows(columns["splits"], plan.token_samples)
+        begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
         for index, rows in enumerate(_runs(len(table), plan.shard_size)):
-            if not shard_path(folder, index).is_file():
-                write_tensors(shard_path(folder, index), _shard(backbone, table.batch(rows), plan, batch_size))
+            here = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
+            # The shard is written last: where it is, its tokens are.
+            files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(here))
+            if not all(file.is_file() for file in files):
+                with _kept_tokens(token_path(folder, index), plan, shapes, here) as keep:
+                    features = _shard(backbone, table.batch(rows), plan, batch_size, keep)
+                write_tensors(shard_path(folder, index), features)
             if progress:
                 progress(rows.stop, len(table))
     return FeatureStore.open(folder)
@@ -114,15 +135,34 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...]) -> Tens
     tokens = tokens.float()  # a bfloat16 mean loses digits
     if cells == 1 or tokens.shape[1] == 1:
         return tokens.mean(1)
-    d, count = len(input_grid), tokens.shape[1]
-    stride = (math.prod(input_grid) / count) ** (1 / d)
-    grid = [round(edge / stride) for edge in input_grid]
-    if math.prod(grid) != count:
-        raise ValueError(f"{count} tokens lie on no grid like the input's {input_grid}; pass pool_cells 1")
-    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[d]
+    grid = token_grid(tokens.shape[1], input_grid)
+    if grid is None:
+        raise ValueError(f"{tokens.shape[1]} tokens lie on no grid like the input's {input_grid}; pass pool_cells 1")
+    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
     maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     pooled: Tensor = pool(maps, [min(cells, edge) for edge in grid])
     return pooled.flatten(1)
+
+
+def token_grid(count: int, input_grid: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The grid of so many tokens, with the proportions of the input's; of a video, also one with all its frames.
+
+    Args:
+        count: Number of tokens.
+        input_grid: The grid of the model's input: (L,), (H, W) or (F, H, W).
+
+    Returns:
+        As many edges as the input has, or None if there is no such grid.
+    """
+    stride = (math.prod(input_grid) / count) ** (1 / len(input_grid))
+    grid = tuple(round(edge / stride) for edge in input_grid)
+    if math.prod(grid) == count:
+        return grid
+    frames, *frame = input_grid
+    if len(frame) == 2 and count % frames == 0:
+        in_frame = token_grid(count // frames, tuple(frame))
+        return None if in_frame is None else (frames, *in_frame)
+    return None
 
 
 class _RawInput(nn.Module):
@@ -205,10 +245,17 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
         )
 
 
-def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) -> dict[str, Any]:
-    return {
+def _manifest(
+    backbone: Backbone,
+    splits: Splits,
+    plan: ExtractionPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    kept: NDArray[np.int64],
+) -> dict[str, Any]:
+    n = sum(len(samples) for _, samples in splits.items())
+    manifest = {
         "layerprobe": __version__,
-        "plan": asdict(plan),
+        "plan": plan.to_dict(),
         "plan_hash": plan.hash(),
         "model": backbone.name,
         "model_hash": weights_hash(backbone.module),
@@ -218,14 +265,57 @@ def _manifest(backbone: Backbone, splits: Splits, plan: ExtractionPlan, n: int) 
         "prediction": backbone.prediction,
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "class_names": list(splits.fit.class_names),
-        "layer_shapes": {name: list(shape) for name, shape in layer_shapes(backbone, plan.layers).items()},
+        "layer_shapes": {name: list(shape) for name, shape in shapes.items()},
         "num_samples": n,
         "num_shards": -(-n // plan.shard_size),
     }
+    if not plan.token_samples:
+        return manifest
+    whole = {name: _places(count, plan) is None for name, (count, _) in shapes.items()}
+    grids = {name: token_grid(shapes[name][0], backbone.shape[1:]) if whole[name] else None for name in shapes}
+    return manifest | {"tokens": {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}}
+
+
+def _places(count: int, plan: ExtractionPlan) -> Tensor | None:
+    """Which of so many tokens are kept, ascending; None for all. Layers with as many tokens keep the same ones."""
+    if not 0 < plan.tokens_per_sample < count:
+        return None
+    return NoiseKey(plan.seed, "order").permutation(count)[: plan.tokens_per_sample].sort().values
+
+
+# (level, draw and sample of each row in a batch, shape (3, B); layer; its tokens (B, T, D)) -> None
+_Keep = Callable[[Tensor, str, Tensor], None]
+
+
+@contextmanager
+def _kept_tokens(
+    path: Path, plan: ExtractionPlan, shapes: Mapping[str, tuple[int, int]], samples: NDArray[np.int64]
+) -> Iterator[_Keep | None]:
+    """Writes the tokens of these samples of a shard while they are made; None where there are no such samples."""
+    if not len(samples):
+        yield None
+        return
+    wanted, places = torch.from_numpy(samples), {name: _places(count, plan) for name, (count, _) in shapes.items()}
+    lengths = {name: shapes[name][0] if where is None else len(where) for name, where in places.items()}
+    blocks = (len(plan.noise_levels), plan.draws, len(samples))
+
+    def keep(row: Tensor, layer: str, tokens: Tensor) -> None:
+        chosen, where = torch.isin(row[2], wanted), places[layer]
+        level, draw, sample = row[:, chosen]
+        kept = tokens[chosen.to(tokens.device)]
+        kept = kept if where is None else kept[:, where.to(tokens.device)]
+        index = zip(level.tolist(), draw.tolist(), torch.searchsorted(wanted, sample).tolist(), strict=True)
+        for place, block in zip(index, kept.float().cpu().numpy(), strict=True):
+            put(layer, place, block)
+
+    with filled_tensors(path, {name: (*blocks, lengths[name], shapes[name][1]) for name in plan.layers}) as put:
+        yield keep
 
 
 @torch.inference_mode()
-def _shard(backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: int) -> dict[str, np.ndarray]:
+def _shard(
+    backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: int, keep: _Keep | None
+) -> dict[str, NDArray[np.float32]]:
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
         raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
@@ -238,7 +328,9 @@ def _shard(backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: i
         row = torch.arange(rows.start, rows.stop)
         level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
         labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
-        for name, pooled in _read(backbone, batch.x[sample], eps[draw, sample], levels[level], labels, plan).items():
+        write = partial(keep, torch.stack([level, draw, sample])) if keep else None
+        x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
+        for name, pooled in _read(backbone, x_t, levels[level], labels, plan, write).items():
             store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
             store[rows.start : rows.stop] = pooled
     for name, values in features.items():
@@ -252,20 +344,30 @@ def _shard(backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: i
 
 
 def _read(
-    backbone: Backbone, x: Tensor, eps: Tensor, level: Tensor, labels: Tensor | None, plan: ExtractionPlan
+    backbone: Backbone,
+    x_t: Tensor,
+    level: Tensor,
+    labels: Tensor | None,
+    plan: ExtractionPlan,
+    write: Callable[[str, Tensor], None] | None,
 ) -> dict[str, Tensor]:
     device = backbone.device
+
+    def own_tokens(output: Any, layer: str) -> Tensor:
+        tokens = backbone.tokens(output, layer)
+        if write:  # at once: the tokens of all layers may not fit into memory
+            write(layer, tokens)
+        return tokens
 
     def pool(tokens: Tensor) -> Tensor:
         return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:])
 
-    x_t = backbone.schedule.corrupt(x, eps, level).to(device)
     labels = None if labels is None else labels.to(device)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
-        capture(backbone.module, plan.layers, tokens=backbone.tokens, transform=pool, stop_early=True) as outputs,
+        capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
     ):
-        backbone.predict(x_t, level.to(device, torch.float32), labels)
+        backbone.predict(x_t.to(device), level.to(device, torch.float32), labels)
     return {name: pooled.cpu() for name, pooled in outputs.items()}
 
 

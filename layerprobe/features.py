@@ -1,7 +1,9 @@
 """Features on disk: what every layer said about every sample at every noise level.
 
 A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and safetensors
-shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D) for every layer. Files
+shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D) for every layer. Where the
+plan keeps tokens, the shards that hold such samples have a second file, with a tensor of shape (noise levels, draws,
+kept samples, T, D) for every layer. All are float32: residual streams have channels beyond what float16 can hold. Files
 appear whole or not at all.
 """
 
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +42,8 @@ class ExtractionPlan:
         precision: "float32" or "bfloat16" autocast; features are stored in float32.
         seed: Of the noise.
         shard_size: Samples per shard.
+        token_samples: The tokens of the first so many samples of each split are kept beside the pooled features.
+        tokens_per_sample: At so many places, drawn once by the seed; 0 for the whole grid, as spatial analyses need.
     """
 
     layers: tuple[str, ...]
@@ -48,6 +54,8 @@ class ExtractionPlan:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     shard_size: int = 512
+    token_samples: int = 0
+    tokens_per_sample: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -63,15 +71,28 @@ class ExtractionPlan:
         for name in ("draws", "pool_cells", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("token_samples", "tokens_per_sample"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.tokens_per_sample and not self.token_samples:
+            raise ValueError(
+                f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
+            )
         for name, known in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(known)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON, without those of the tokens where none are kept."""
+        # So a plan without tokens is on disk what it was before there were any, and old stores go on.
+        unused = () if self.token_samples else ("token_samples", "tokens_per_sample")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
     def hash(self) -> str:
         """16 hexadecimal digits that change with any field."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureStore:
@@ -85,6 +106,10 @@ class FeatureStore:
         labels: Shape (n,), int64, or None.
         splits: Shape (n,), strings among "fit", "choose", "report".
         manifest: Plan, model and data that the numbers come from.
+        token_rows: Which of the n samples have their tokens kept, shape (n_kept,), ascending; empty without tokens.
+        token_ids: Their ids, shape (n_kept,).
+        token_labels: Their labels, shape (n_kept,), or None.
+        token_splits: Their splits, shape (n_kept,).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
@@ -95,6 +120,9 @@ class FeatureStore:
         self.ids = samples["ids"]
         self.labels = samples.get("labels")
         self.splits = np.array(SPLITS, dtype=object)[samples["splits"]]
+        self.token_rows = token_rows(samples["splits"], manifest["plan"].get("token_samples", 0))
+        self.token_ids, self.token_splits = self.ids[self.token_rows], self.splits[self.token_rows]
+        self.token_labels = None if self.labels is None else self.labels[self.token_rows]
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureStore:
@@ -109,6 +137,7 @@ class FeatureStore:
             raise FileNotFoundError(f"{folder} holds no features; run `layerprobe probe` or `extract` first")
         manifest = json.loads((folder / "manifest.json").read_text())
         needed = [folder / "samples.safetensors", *(shard_path(folder, i) for i in range(manifest["num_shards"]))]
+        needed += [token_path(folder, i) for i in manifest.get("tokens", {}).get("shards", ())]
         missing = [path for path in needed if not path.is_file()]
         if missing:
             raise ValueError(
@@ -133,14 +162,7 @@ class FeatureStore:
         Raises:
             KeyError: If the layer, level or draw was not extracted, or there is no such split.
         """
-        if split is not None and split not in SPLITS:
-            raise KeyError(f"no split {split!r}; use one of {', '.join(SPLITS)}")
-        if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
-            raise KeyError(
-                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, "
-                f"{self.draws} draws"
-            )
-        level = self.noise_levels.index(noise_level)
+        level = self._level(layer, noise_level, draw, split)
         rows = []
         for index in range(self.manifest["num_shards"]):
             with _open_shard(shard_path(self.folder, index)) as shard:
@@ -148,10 +170,65 @@ class FeatureStore:
         features: NDArray[np.float32] = np.concatenate(rows)
         return features if split is None else features[self.splits == split]
 
+    def tokens(self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None) -> NDArray[np.float32]:
+        """Tokens of a layer at a noise level, shape (n_kept, T, D), in the order of `token_rows`; or of one split.
+
+        Raises:
+            KeyError: If the layer, level or draw was not extracted, there is no such split, or no tokens were kept.
+        """
+        level = self._level(layer, noise_level, draw, split)
+        self._check_tokens()
+        rows = []
+        for index in self.manifest["tokens"]["shards"]:
+            with _open_shard(token_path(self.folder, index)) as shard:
+                rows.append(shard.get_slice(layer)[level : level + 1, draw : draw + 1][0, 0])
+        tokens: NDArray[np.float32] = np.concatenate(rows)
+        return tokens if split is None else tokens[self.token_splits == split]
+
+    def grid(self, layer: str) -> tuple[int, ...] | None:
+        """The grid on which a layer's kept tokens lie, row-major: (L,), (H, W) or (F, H, W); None where on none.
+
+        Raises:
+            KeyError: If the layer was not extracted, or no tokens were kept.
+        """
+        self._level(layer, self.noise_levels[0], 0, None)
+        self._check_tokens()
+        grid = self.manifest["tokens"]["grids"][layer]
+        return None if grid is None else tuple(grid)
+
+    def _level(self, layer: str, noise_level: float, draw: int, split: str | None) -> int:
+        if split is not None and split not in SPLITS:
+            raise KeyError(f"no split {split!r}; use one of {', '.join(SPLITS)}")
+        if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
+            raise KeyError(
+                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, "
+                f"{self.draws} draws"
+            )
+        return self.noise_levels.index(noise_level)
+
+    def _check_tokens(self) -> None:
+        if not len(self.token_rows):
+            raise KeyError(f"{self.folder} holds no tokens; extract with token_samples into another folder")
+
+
+def token_rows(splits: NDArray[np.int64], token_samples: int) -> NDArray[np.int64]:
+    """The first so many rows of each split, ascending; of all of them where there are fewer.
+
+    Args:
+        splits: Which split each sample is in, shape (n,), positions in `SPLITS`.
+        token_samples: How many.
+    """
+    return np.concatenate([np.flatnonzero(splits == code)[:token_samples] for code in range(len(SPLITS))])
+
 
 def shard_path(folder: Path, index: int) -> Path:
     """Where a shard lies."""
     return folder / f"shard-{index:05d}.safetensors"
+
+
+def token_path(folder: Path, index: int) -> Path:
+    """Where the tokens of a shard lie, if it has any."""
+    return folder / f"tokens-{index:05d}.safetensors"
 
 
 def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
@@ -170,6 +247,41 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     with whole(path) as partial:
         # safetensors writes the memory of a strided array as it lies, in silence.
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial)
+
+
+@contextmanager
+def filled_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Callable[[str, tuple[int, ...], NDArray[np.float32]], None]]:
+    """A safetensors file of float32 tensors that are written in parts, so that memory holds no whole tensor.
+
+        with filled_tensors(path, {"a": (2, 3, 5)}) as put:
+            put("a", (1, 2), np.zeros(5, np.float32))  # a[1, 2] = 0
+
+    What is not put is 0. The file appears whole or not at all.
+
+    Source: the format is https://huggingface.co/docs/safetensors, "Format".
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + end)
+
+        def put(name: str, index: tuple[int, ...], block: NDArray[np.float32]) -> None:
+            inner = shapes[name][len(index) :]
+            assert block.shape == inner and block.dtype == np.float32
+            position = int(np.ravel_multi_index(index, shapes[name][: len(index)]))
+            file.seek(start + header[name]["data_offsets"][0] + 4 * position * math.prod(inner))
+            file.write(np.asarray(block, "<f4", order="C").data)
+
+        yield put
 
 
 def _open_shard(path: Path) -> Any:

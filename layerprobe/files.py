@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
+class MissingWeights(FileNotFoundError):
+    """A weight file that something else refers to is not there."""
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name to write under; the file gets its own name when the block ends without an exception."""

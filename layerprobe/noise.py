@@ -24,7 +24,7 @@ from torch import Tensor
 Prediction = Literal["velocity", "eps", "x0", "v"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 # New purposes go to the end: a stream is known by its place.
-Purpose = Literal["noise", "level", "label drop", "order", "sampling"]
+Purpose = Literal["noise", "level", "label drop", "order", "sampling", "latent"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 DDPM_BETAS = ("linear", "scaled_linear", "cosine")
@@ -213,7 +213,7 @@ class DDPM(NoiseSchedule):
         return (1 - level) / self._norm(level) ** 3
 
     def native_time(self, level: Tensor) -> Tensor:
-        return torch.bucketize(level.double(), self._edges.to(level.device))
+        return torch.bucketize(level.double().contiguous(), self._edges.to(level.device))
 
     def noise_level(self, native_time: Tensor) -> Tensor:
         index, last = native_time.long(), len(self.betas) - 1

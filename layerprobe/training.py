@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.checkpoints import read_checkpoint, save_checkpoint, weights_hash
+from layerprobe.checkpoints import save_checkpoint, training_record, weights_hash
 from layerprobe.data.base import Batch, Samples, content_hash
 from layerprobe.files import claim, whole, write_text
 from layerprobe.layersync import LayerPair, LayerSync
@@ -289,7 +289,7 @@ def _record(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> dict[st
 def _steps_of(path: Path) -> int | None:
     if not path.is_file():
         return None
-    steps: int | None = read_checkpoint(path)[1].get("training", {}).get("steps")
+    steps: int | None = training_record(path).get("steps")
     return steps
 
 

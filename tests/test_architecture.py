@@ -94,8 +94,8 @@ def _objection(room: str, path: Path, name: str, *, for_types: bool) -> str | No
         return "typer carries its own click"
     if _is(name, FORBIDDEN_ROOMS[room]):
         return f"{room} must not import it"
-    if _is(name, PLOTTING) and path.as_posix() != "analyses/plots.py" and not for_types:
-        return "only analyses/plots.py draws"
+    if _is(name, PLOTTING) and path.as_posix() not in ("analyses/plots.py", "analyses/map_plots.py") and not for_types:
+        return "only analyses/plots.py and map_plots.py draw"
     return None
 
 
@@ -124,9 +124,17 @@ PLANTED = {
     "top-level cli": ("analyses/a.py", "import cli", "not there once installed"),
     "relative": ("analyses/a.py", "from . import knn", "relative"),
     "click": ("cli/a.py", "import click", "carries its own"),
-    "a figure in an analysis": ("analyses/knn.py", "import matplotlib.pyplot as plt", "only analyses/plots.py"),
-    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/plots.py"),
-    "a figure in the engine's plots.py": ("layerprobe/plots.py", "import seaborn", "only analyses/plots.py"),
+    "a figure in an analysis": (
+        "analyses/knn.py",
+        "import matplotlib.pyplot as plt",
+        "only analyses/plots.py and map_plots.py",
+    ),
+    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/plots.py and map_plots.py"),
+    "a figure in the engine's plots.py": (
+        "layerprobe/plots.py",
+        "import seaborn",
+        "only analyses/plots.py and map_plots.py",
+    ),
     "torch at the top of a command": ("cli/a.py", "import torch.nn", "heavy"),
     "pandas in a try": ("cli/a.py", "try:\n    from pandas import read_csv\nexcept ImportError:\n    pass", "heavy"),
     "torch in a class body": ("cli/a.py", "class A:\n    import torch", "heavy"),

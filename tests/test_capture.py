@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -120,6 +122,19 @@ def test_stop_early_leaves_the_later_layers_alone() -> None:
     for name in ("blocks.1", "blocks.4"):
         torch.testing.assert_close(outputs[name], by_hand(network)[name])
     assert num_hooks(network) == 0
+
+
+def test_nothing_of_the_forward_pass_outlives_it() -> None:
+    """A traceback that holds its own frames would keep the activations until the garbage collector comes."""
+    network, alive = Network(), []
+    network.blocks[3].register_forward_hook(lambda _, __, output: alive.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        with capture(network, ["blocks.4"], transform=lambda tokens: tokens.mean(1), stop_early=True), torch.no_grad():
+            network(X)
+        assert [reference() for reference in alive] == [None]
+    finally:
+        gc.enable()
 
 
 def test_without_stop_early_the_network_runs_to_its_end() -> None:

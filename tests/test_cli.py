@@ -79,7 +79,8 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "features", "figures", "plan.json", "quality.csv", "report.html", "selection.json"]
-    assert sorted(p.name for p in run_folder.iterdir()) == ["convention.json", *expected, "similarity.csv"]
+    expected = ["contribution.csv", "convention.json", *expected, "similarity.csv"]
+    assert sorted(p.name for p in run_folder.iterdir()) == expected
     figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
     assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
     assert {"probe-accuracy-curves", "probe-accuracy-heatmap", "cka"} <= figures
@@ -210,13 +211,19 @@ def test_bad_checkpoints_are_refused(trained: Path, tmp_path: Path, refused) -> 
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:5000])
     assert "not a whole safetensors file" in probe(tmp_path / "cut.safetensors")
     torch.save({"model": _Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
-    assert "posix.system" in probe(tmp_path / "evil.pt")
+    assert "holds no weights" in probe(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     weights = load_file(good)
     torch.save(weights, tmp_path / "foreign.pt")
     assert "pass --family" in probe(tmp_path / "foreign.pt")
     save_file({"a": torch.ones(2)}, tmp_path / "stranger.safetensors")
     assert "pass --model" in probe(tmp_path / "stranger.safetensors")
+
+
+def test_a_shard_that_is_missing_is_exit_code_3(tmp_path: Path, refused) -> None:
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-00001-of-00002.safetensors" in refused("inspect", tmp_path, code=3)
 
 
 def test_bad_options_are_refused(trained: Path, tmp_path: Path, refused) -> None:

@@ -761,7 +761,7 @@ def test_load_tells_what_the_model_takes(tmp_path: Path) -> None:
         (1, 32, 32): r"takes 1x32x32; pass --size 32$",
         (3, 8, 8): r"takes 3x8x8; pass --channels 3$",
         (3, 8, 16): r"takes 3x8x16; resize them to 8x16 first$",
-        (4, 32, 32): r"takes 4x32x32; encode them as the model's training did first$",
+        (4, 32, 32): r"takes 4x32x32; encode them as the model's training did: pass --vae",
         (263, 196): r"takes 263x196; encode them",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from layerprobe import extract as extract_module
 from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.data.base import Splits, Subset
-from layerprobe.extract import RAW_INPUT_WIDTH, extract, pool_tokens, random_weights, raw_input
+from layerprobe.extract import RAW_INPUT_WIDTH, extract, pool_tokens, random_weights, raw_input, token_grid
 from layerprobe.features import ExtractionPlan, FeatureStore
 from layerprobe.noise import DDPM, EDM, LinearPath, NoiseSchedule
 
@@ -275,6 +277,183 @@ def test_progress_counts_samples(tmp_path: Path) -> None:
     assert told == [(7, 20), (14, 20), (20, 20)]
 
 
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+KEEPING = replace(PLAN, token_samples=4)  # of 20 samples in shards of 7: rows 0-3, 10-13 and 15-18
+
+
+def bare_tokens(backbone: Backbone, splits: Splits, level: float, draw: int) -> dict[str, np.ndarray]:
+    """The tokens of every sample and block, shape (n, T, D), by hooks by hand, one sample at a time; linear path."""
+    rows: dict[str, list[np.ndarray]] = {}
+    hooks = [
+        block.register_forward_hook(lambda _, __, out, i=i: rows.setdefault(f"blocks.{i}", []).append(out[0].numpy()))
+        for i, block in enumerate(backbone.module.blocks)
+    ]
+    x, _, ids = everything(splits)
+    with torch.no_grad():
+        for row, sample_id in enumerate(ids):
+            x_t = (1 - level) * x[row] + level * own_noise(sample_id, draw)
+            backbone.module(x_t[None], torch.tensor([1 - level]), torch.tensor([3]))
+    for hook in hooks:
+        hook.remove()
+    return {name: np.stack(tokens) for name, tokens in rows.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 64])
+def test_whole_grids_of_the_first_samples_are_kept(tmp_path: Path, batch_size: int) -> None:
+    backbone, splits = tiny_sit(), tiny_splits(20, first_id=40)
+    store = extract(backbone, splits, KEEPING, tmp_path, batch_size=batch_size)
+    rows = [0, 1, 2, 3, 10, 11, 12, 13, 15, 16, 17, 18]
+    assert store.token_rows.tolist() == rows
+    for level, draw in itertools.product(PLAN.noise_levels, range(PLAN.draws)):
+        expected = bare_tokens(backbone, splits, level, draw)
+        for layer in PLAN.layers:
+            tokens = store.tokens(layer, level, draw=draw)
+            np.testing.assert_allclose(tokens, expected[layer][rows], **ROUNDING)
+            # The same forward pass gave both.
+            np.testing.assert_allclose(store.features(layer, level, draw=draw)[rows], tokens.mean(1), atol=1e-6)
+    assert [store.grid(layer) for layer in PLAN.layers] == [(2, 2)] * 3
+
+
+def test_tokens_leave_the_pooled_features_as_they_are_bit_for_bit(tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(), tiny_splits()
+    extract(backbone, splits, PLAN, tmp_path / "without")
+    extract(backbone, splits, KEEPING, tmp_path / "with")
+    without, kept = shards(tmp_path / "without"), shards(tmp_path / "with")
+    assert set(kept) - set(without) == {f"tokens-0000{i}.safetensors" for i in range(3)}
+    for name in set(without) - {"manifest.json"}:
+        assert kept[name] == without[name]
+
+
+def test_few_tokens_of_a_sample_are_those_of_the_whole_grid_at_the_same_places(tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(shape=(1, 8, 8)), tiny_splits(shape=(1, 8, 8))
+    whole = extract(backbone, splits, KEEPING, tmp_path / "whole")
+    few = extract(backbone, splits, replace(KEEPING, tokens_per_sample=5), tmp_path / "few")
+    other = extract(backbone, splits, replace(KEEPING, tokens_per_sample=5, seed=6), tmp_path / "other")
+    grid, part = whole.tokens("blocks.1", 0.2), few.tokens("blocks.1", 0.2)
+    assert (grid.shape, part.shape) == ((12, 16, 16), (12, 5, 16))
+    places = [np.flatnonzero((grid[0] == token).all(1))[0] for token in part[0]]
+    assert places == sorted(set(places))
+    for layer, level, draw in itertools.product(PLAN.layers, PLAN.noise_levels, range(PLAN.draws)):
+        expected = whole.tokens(layer, level, draw=draw)[:, places]
+        np.testing.assert_array_equal(few.tokens(layer, level, draw=draw), expected)
+    assert few.grid("blocks.1") is None
+    assert whole.grid("blocks.1") == (4, 4)
+    assert not np.isin(other.tokens("blocks.1", 0.2), grid).any()  # another seed is other noise
+
+
+def test_more_tokens_than_there_are_is_the_whole_grid(tmp_path: Path) -> None:
+    store = extract(tiny_sit(), tiny_splits(), replace(KEEPING, tokens_per_sample=100), tmp_path)
+    assert store.tokens("blocks.0", 0.2).shape == (12, 4, 16)
+    assert store.grid("blocks.0") == (2, 2)
+
+
+def test_tokens_are_on_disk_before_the_next_layer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of all layers of a large model do not fit into memory."""
+    backbone, seen, filled = tiny_sit(), [], extract_module.filled_tensors
+
+    @contextmanager
+    def noted(*arguments: Any) -> Iterator[Any]:
+        with filled(*arguments) as put:
+            yield lambda layer, *rest: (seen.append(f"{layer} kept"), put(layer, *rest))
+
+    monkeypatch.setattr(extract_module, "filled_tensors", noted)
+    for name in PLAN.layers:
+        backbone.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.append(f"{name} runs"))
+    plan = replace(KEEPING, token_samples=1, noise_levels=(0.5,), draws=1)
+    extract(backbone, tiny_splits(), plan, tmp_path)
+    assert seen[3:9] == [f"{name} {what}" for name in PLAN.layers for what in ("runs", "kept")]
+
+
+def test_what_goes_into_a_layer_is_read_too(tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(), tiny_splits()
+    layers = ("blocks.1.attn:input", "blocks.0", "blocks.1")
+    store = extract(backbone, splits, replace(KEEPING, layers=layers, draws=1), tmp_path)
+    assert store.layers == ("blocks.0", "blocks.1.attn:input", "blocks.1")
+    block: Any = backbone.module.blocks[1]  # type: ignore[index]
+    with torch.no_grad():
+        c = backbone.module.t_embedder(torch.tensor([1 - 0.2])) + backbone.module.y_embedder(torch.tensor([3]))  # type: ignore[operator]
+        shift, scale = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)[:2]
+        expected = block.norm1(torch.from_numpy(store.tokens("blocks.0", 0.2))) * (1 + scale) + shift
+    np.testing.assert_allclose(store.tokens("blocks.1.attn:input", 0.2), expected, **ROUNDING)
+    rows = store.features("blocks.1.attn:input", 0.2)[store.token_rows]
+    np.testing.assert_allclose(rows, expected.mean(1), **ROUNDING)
+
+
+def test_the_backbone_says_what_a_layers_tokens_are(tmp_path: Path) -> None:
+    """Here the first token is a condition's, and belongs neither to the means nor to the kept tokens."""
+    backbone, splits = tiny_sit(), tiny_splits()
+    whole = extract(backbone, splits, KEEPING, tmp_path / "whole")
+    own = replace(backbone, tokens=lambda output, _: output[:, 1:])
+    store = extract(own, splits, KEEPING, tmp_path / "own")
+    np.testing.assert_array_equal(store.tokens("blocks.1", 0.2), whole.tokens("blocks.1", 0.2)[:, 1:])
+    np.testing.assert_allclose(
+        store["blocks.1", 0.2][store.token_rows], store.tokens("blocks.1", 0.2).mean(1), **ROUNDING
+    )
+    assert store.grid("blocks.1") is None  # three tokens
+
+
+def test_widths_and_grids_may_differ_between_layers(tmp_path: Path, convolutions: Backbone) -> None:
+    splits = tiny_splits(8, shape=(1, 8, 8))
+    store = extract(convolutions, splits, ExtractionPlan(convolutions.layers, (0.0,), token_samples=9), tmp_path)
+    module: Any = convolutions.module
+    with torch.no_grad():
+        first = module.first(everything(splits)[0])
+        second = module.second(first)
+    np.testing.assert_allclose(store.tokens("first", 0.0), first.flatten(2).transpose(1, 2), **ROUNDING)
+    np.testing.assert_allclose(store.tokens("second", 0.0), second.flatten(2).transpose(1, 2), **ROUNDING)
+    assert store.tokens("vector", 0.0).shape == (8, 1, 4)
+    assert (store.grid("first"), store.grid("second")) == ((8, 8), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("count", "input_grid", "grid"),
+    [
+        (64, (16, 16), (8, 8)),
+        (24, (8, 12), (4, 6)),
+        (16, (28, 28), (4, 4)),  # 28, 14, 7, 4: strides that round up
+        (5, (4, 4), None),
+        (65, (16, 16), None),  # a class token makes it no grid
+        (30, (60,), (30,)),
+        (64, (8, 8, 8), (4, 4, 4)),
+        (4096, (16, 32, 32), (16, 16, 16)),  # patches of 1 x 2 x 2
+        (105, (7, 10, 6), (7, 5, 3)),
+        (7, (8, 8, 8), None),
+        (1, (16, 16), (1, 1)),
+    ],
+)
+def test_tokens_lie_on_a_grid_like_the_inputs(count: int, input_grid: tuple[int, ...], grid: Any) -> None:
+    assert token_grid(count, input_grid) == grid
+
+
+def test_tokens_of_half_precision_are_stored_as_float32(tmp_path: Path) -> None:
+    backbone = tiny_sit()
+    backbone.module.blocks[1].mlp.fc2.bias.data += 1e6  # type: ignore[index, union-attr]  # beyond float16
+    plan = replace(KEEPING, precision="bfloat16")
+    tokens = extract(backbone, tiny_splits(), plan, tmp_path).tokens("blocks.2", 0.7)
+    assert tokens.dtype == np.float32
+    assert np.isfinite(tokens).all()
+    assert np.abs(tokens).max() > 65504
+
+
+def test_lost_tokens_are_made_again(tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(), tiny_splits()
+    extract(backbone, splits, KEEPING, tmp_path)
+    before = shards(tmp_path)
+    (tmp_path / "tokens-00001.safetensors").unlink()
+    extract(backbone, splits, KEEPING, tmp_path)
+    assert shards(tmp_path) == before
+
+
+def test_a_store_without_tokens_is_not_taken_for_one_with(tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(), tiny_splits()
+    extract(backbone, splits, PLAN, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"another run \(different: plan.token_samples, plan.tokens_per_sample, plan_hash"
+    ):
+        extract(backbone, splits, KEEPING, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -282,12 +461,13 @@ class Interruption(Exception):
     pass
 
 
+@pytest.mark.parametrize("plan", [PLAN, KEEPING], ids=["pooled", "tokens"])
 @pytest.mark.parametrize("calls", [1, 3, 5])
 def test_interrupted_by_an_exception_it_goes_on_to_the_same_bytes(
-    tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, calls: int, plan: ExtractionPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, splits = tiny_sit(), tiny_splits()
-    extract(backbone, splits, PLAN, tmp_path / "whole", batch_size=16)
+    extract(backbone, splits, plan, tmp_path / "whole", batch_size=16)
     read, left = extract_module._read, iter(range(calls))
 
     def failing(*arguments: Any) -> Any:
@@ -298,10 +478,10 @@ def test_interrupted_by_an_exception_it_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(extract_module, "_read", failing)
         with pytest.raises(Interruption):
-            extract(backbone, splits, PLAN, tmp_path / "again", batch_size=16)
+            extract(backbone, splits, plan, tmp_path / "again", batch_size=16)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").glob("shard-*")}
     assert len(done) == calls // 2  # 7 samples, 2 levels, 2 draws: two batches of 16 a shard
-    extract(backbone, splits, PLAN, tmp_path / "again", batch_size=16)
+    extract(backbone, splits, plan, tmp_path / "again", batch_size=16)
     assert shards(tmp_path / "again") == shards(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not any(part._forward_hooks for part in backbone.module.modules())

@@ -5,14 +5,26 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 
-from layerprobe.analyses.linear_probe import LogisticFit, fit_logistic, fit_logistic_path, linear_probe
+import layerprobe.analyses.linear_probe as linear_probe_module
+from layerprobe.analyses.linear_probe import (
+    LogisticFit,
+    control_probe,
+    fit_logistic,
+    fit_logistic_map,
+    fit_logistic_path,
+    fit_multilabel_path,
+    linear_probe,
+)
 
 Array = NDArray[Any]
 
@@ -91,12 +103,19 @@ def test_more_features_than_samples() -> None:
     assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
 
 
-def test_the_per_class_preconditioner_leads_to_the_same_optimum() -> None:
-    # Far more passes than the first preconditioner is used for.
-    x, y = digits()
-    fit = fit_logistic(x[:600], y[:600], inverse_penalty=1.0)
-    assert fit.passes > 40
-    assert_same_optimum(fit, x[:600], y[:600], sklearn_fit(x[:600], y[:600], 1.0))
+@pytest.mark.parametrize("preconditioner", ["close", "cheap"])
+def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    for name in ("_hessian", "_kronecker"):
+        original = getattr(linear_probe_module, name)
+        monkeypatch.setattr(
+            linear_probe_module, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1]
+        )
+    monkeypatch.setattr(linear_probe_module, "_MAX_UNKNOWNS", 10_000 if preconditioner == "close" else 0)
+    x, y = (part[:600] for part in digits())
+    fit = fit_logistic_path(x, y, (1e-3, 1e-2, 0.1, 1.0))[-1]
+    assert ("_hessian" in built) == (preconditioner == "close")
+    assert_same_optimum(fit, x, y, sklearn_fit(x, y, 1.0))
 
 
 def test_separable_data_under_a_weak_penalty_converges() -> None:
@@ -129,7 +148,7 @@ def test_says_when_it_did_not_converge() -> None:
     x, y, _ = clouds(5)
     fit = fit_logistic(x, y, max_passes=5)
     assert not fit.converged
-    assert fit.passes == 5
+    assert fit.passes < 10
     assert fit.gradient_norm > 1e-6
 
 
@@ -168,8 +187,134 @@ def test_only_constant_features_predict_the_commonest_class() -> None:
 
 def test_path_equals_single_fits() -> None:
     x, y, _ = clouds(8)
-    for inverse_penalty, fit in zip((0.01, 1.0), fit_logistic_path(x, y, (0.01, 1.0)), strict=True):
-        np.testing.assert_array_equal(fit.weights, fit_logistic(x, y, inverse_penalty=inverse_penalty).weights)
+    for inverse_penalty, fit in zip((1.0, 0.01, 0.1), fit_logistic_path(x, y, (1.0, 0.01, 0.1)), strict=True):
+        single = fit_logistic(x, y, inverse_penalty=inverse_penalty)
+        assert fit.inverse_penalty == inverse_penalty
+        assert fit.objective == pytest.approx(single.objective, rel=1e-9)
+        # The weights are only as sure as the gradient allows, and the paths to them differ.
+        np.testing.assert_allclose(fit.weights, single.weights, atol=1e-4 * np.abs(single.weights).max())
+
+
+def test_map_equals_paths_whatever_the_number_of_workers() -> None:
+    _, y, _ = clouds(14)
+    layers = [clouds(14, width=width)[0][:, :] for width in (12, 12, 12)]
+    layers = [layer * scale for layer, scale in zip(layers, (1.0, 2.0, 3.0), strict=True)]
+    maps = [fit_logistic_map(iter(layers), y, (0.01, 1.0), workers=workers) for workers in (1, 2, 5)]
+    for found in maps:
+        for layer, path in zip(layers, found, strict=True):
+            for fit, other in zip(path, fit_logistic_path(layer, y, (0.01, 1.0)), strict=True):
+                np.testing.assert_allclose(fit.weights, other.weights, rtol=1e-6)
+                assert fit.converged
+
+
+@pytest.mark.parametrize("class_weight", ["balanced", {0: 3.0, 2: 0.5}])
+def test_class_weights_equal_scikit_learn(class_weight: Any) -> None:
+    x, y, _ = clouds(15)
+    keep = (y != 1) | (np.arange(len(y)) % 5 == 0)  # one rare class
+    x, y = x[keep], y[keep]
+    fit = fit_logistic(x, y, inverse_penalty=0.1, class_weight=class_weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = LogisticRegression(
+            C=0.1, solver="newton-cg", tol=1e-11, max_iter=5000, class_weight=class_weight
+        ).fit(x, y)
+    np.testing.assert_allclose(fit.weights, reference.coef_, atol=1e-4 * np.abs(reference.coef_).max())
+    np.testing.assert_array_equal(fit.predict(x), reference.predict(x))
+    assert not np.array_equal(fit.predict(x), fit_logistic(x, y, inverse_penalty=0.1).predict(x))
+
+
+def test_multilabel_equals_one_scikit_learn_fit_a_label() -> None:
+    x, y, _ = clouds(16, distance=0.5)
+    labels = np.stack([y == 0, y < 2, x[:, 0] > 0.3], axis=1).astype(int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = OneVsRestClassifier(LogisticRegression(C=0.3, tol=1e-11, max_iter=5000, solver="newton-cg"))
+        reference.fit(x, labels)
+    for label, (fit,) in enumerate(fit_multilabel_path(x, labels, (0.3,))):
+        assert fit.inverse_penalty == 0.3
+        assert fit.converged
+        expected = reference.estimators_[label].coef_[0]
+        np.testing.assert_allclose(
+            fit.weights[1] - fit.weights[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+        )
+        np.testing.assert_array_equal(fit.predict(x), reference.predict(x)[:, label])
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    offset=st.sampled_from([0.0, 1e4]),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+    outliers=st.booleans(),
+    constant=st.booleans(),
+    duplicates=st.booleans(),
+    n=st.sampled_from([5, 40, 120]),
+    log_c=st.integers(-4, 3),
+)
+@example(seed=0, offset=1e4, scale=1.0, outliers=True, constant=True, duplicates=True, n=5, log_c=3)
+@settings(max_examples=25)
+def test_the_certificate_holds_on_awkward_features(
+    seed: int, offset: float, scale: float, outliers: bool, constant: bool, duplicates: bool, n: int, log_c: int
+) -> None:
+    x, y, _ = clouds(seed, n=n, width=6)
+    y[:2] = 0, 1  # at least two classes
+    x = np.round(x * 64) / 64  # survives the offset in float32
+    x[:, 2:4] *= 1000.0 if outliers else 1.0
+    x[:, 5] = 0.5 if constant else x[:, 5]
+    if duplicates:
+        x, y = np.concatenate([x, x]), np.concatenate([y, y])
+    shifted = (x * scale + offset).astype(np.float32) if scale == 1 else x * scale + offset
+    inverse_penalty = 10.0**log_c / scale**2
+    fit = fit_logistic(shifted, y, inverse_penalty=inverse_penalty)
+    assert fit.converged
+    exact = shifted.astype(np.float64) - shifted.astype(np.float64).mean(axis=0)
+    logits = exact @ fit.weights.T + fit.bias + fit.weights @ shifted.astype(np.float64).mean(axis=0)
+    classes = np.unique(y)
+    residual = np.exp(logits - logsumexp(logits, axis=1, keepdims=True)) - (y[:, None] == classes)
+    of_weights = residual.T @ exact / len(y) + fit.weights / (inverse_penalty * len(y))
+    norm = np.sqrt(np.sum(of_weights**2) + np.sum(residual.mean(axis=0) ** 2))
+    # What the fit says of itself, and what the formula says within its own rounding (offset times weight).
+    size = np.sqrt(1 + np.square(exact).sum(axis=1).mean())
+    assert fit.gradient_norm <= 1e-8 * size
+    assert norm <= (1e-8 + 1e-15 * (1 + offset * np.abs(fit.weights).max())) * size * 10
+
+
+@pytest.mark.parametrize("inverse_penalty", [1e6, 1e9, 1e12])
+def test_separable_data_and_next_to_no_penalty_end_with_a_statement(inverse_penalty: float) -> None:
+    x, y, _ = clouds(3, distance=20.0)
+    fit = fit_logistic(x, y, inverse_penalty=inverse_penalty)
+    assert fit.passes < 1000
+    assert fit.converged == (fit.gap <= 1e-9)
+    assert (fit.predict(x) == y).all()
+
+
+def test_order_of_samples_changes_nothing_that_matters() -> None:
+    x, y, _ = clouds(17)
+    order = np.random.default_rng(0).permutation(len(y))
+    fit, shuffled = fit_logistic(x, y), fit_logistic(x[order], y[order])
+    assert shuffled.objective == pytest.approx(fit.objective, rel=1e-9)
+    np.testing.assert_array_equal(shuffled.predict(x), fit.predict(x))
+
+
+def test_probe_without_standardising_equals_scikit_learn_on_raw_features() -> None:
+    x, y, _ = clouds(18)
+    result = linear_probe(
+        x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:], inverse_penalties=(0.05,), standardise=False
+    )
+    reference = sklearn_fit(x[:200], y[:200], 0.05)
+    np.testing.assert_array_equal(result.report_correct, reference.predict(x[250:]) == y[250:])
+    assert result.report.accuracy == result.report_accuracy
+
+
+def test_selectivity_tells_content_from_capacity() -> None:
+    x, y, _ = clouds(19, n=900, distance=3.0)
+    splits = (x[:300], y[:300], x[300:600], y[300:600], x[600:], y[600:])
+    probe = linear_probe(*splits)
+    controls = [control_probe(*splits, seed=seed) for seed in (0, 0, 1)]
+    assert controls[0].report_accuracy == controls[1].report_accuracy
+    assert not np.array_equal(controls[0].report_correct, controls[2].report_correct)
+    for control in controls:
+        assert probe.report_accuracy - control.report_accuracy > 0.5
+        assert abs(control.report_accuracy - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 300)
 
 
 def test_probe_finds_planted_labels_and_no_shuffled_ones() -> None:
@@ -237,3 +382,9 @@ def test_refuses_bad_input() -> None:
         fit_logistic(x[:, 0], y)
     with pytest.raises(ValueError, match="the report split has 11 features, the fit split 12"):
         linear_probe(x, y, x, y, x[:, :11], y)
+    with pytest.raises(ValueError, match=r"class weights are \[0.0, 1.0, 1.0, 1.0\]"):
+        fit_logistic(x, y, class_weight={0: 0.0})
+    with pytest.raises(ValueError, match=r"pass 0 or 1 per sample and label"):
+        fit_multilabel_path(x, y[:, None], (1.0,))
+    with pytest.raises(ValueError, match="label 1 is on all samples; leave it out"):
+        fit_multilabel_path(x, np.stack([np.arange(30) % 2, np.ones(30)], axis=1), (1.0,))

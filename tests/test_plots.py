@@ -77,12 +77,13 @@ def similarity_table(
 ) -> pd.DataFrame:
     at = [(layer, level, i) for i, layer in enumerate(layers) for level in levels]
     rows = [
-        (a, p, b, q, np.exp(-abs(i - j) / len(layers) - abs(p - q)))
+        (a, p, b, q, *[np.exp(-abs(i - j) / len(layers) - abs(p - q))] * 3)
         for first, (a, p, i) in enumerate(at)
         for second, (b, q, j) in enumerate(at)
         if both_orders or first < second
     ]
-    return pd.DataFrame(rows, columns=["layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka"])
+    measures = ["cka", "mutual_knn", "cknna"]
+    return pd.DataFrame(rows, columns=["layer_a", "noise_level_a", "layer_b", "noise_level_b", *measures])
 
 
 ARMS = {"no alignment": 1.0, "pick": 0.8, "bad control": 1.2}
@@ -131,7 +132,7 @@ def test_title_names_the_peak_and_the_best_control() -> None:
     title = title_of(plots.layer_quality_curves(quality_table(), "probe accuracy"))
     assert (
         title
-        == "Probe accuracy peaks at blocks.4 (0.97) at noise level 0.1; the best control there is raw input (0.80)"
+        == "Probe accuracy peaks at blocks.4 (0.97) at noise level 0.1; the highest control there is raw input (0.80)"
     )
 
 
@@ -139,7 +140,7 @@ def test_title_says_when_a_control_is_as_good() -> None:
     table = quality_table()
     table.loc[table["source"] == "random weights", "value"] += 0.5
     title = title_of(plots.layer_quality_curves(table, "probe accuracy"))
-    assert title.endswith("at noise level 0.1; a control is as good there: random weights (1.10)")
+    assert title.endswith("at noise level 0.1; a control is as high there: random weights (1.10)")
 
 
 def test_panels_hold_the_numbers_of_the_table() -> None:
@@ -261,6 +262,19 @@ def test_cka_blocks_and_their_mean(both_orders: bool) -> None:
     marked = {(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in panel(figure, "Mean over equal").patches}
     assert marked == {(4, 1), (1, 4)}
     assert title_of(figure) == "Student blocks.1 and teacher blocks.4: mean CKA 0.69"
+
+
+def test_metric_panels_show_every_metric_and_the_pick() -> None:
+    table = quality_table()
+    metrics = list(dict.fromkeys(table["metric"]))
+    figure = plots.metric_panels(table, metrics, selection=selection())
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title(loc="left").partition(" (")[0].lower() for axes in shown] == metrics
+    curves = [line for line in shown[0].get_lines() if len(np.atleast_1d(line.get_xdata())) == len(BLOCKS)]
+    assert len(curves) == 2 * len(LEVELS)  # the model and random weights
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-3:] == ["random weights", "student", "teacher"]
+    with pytest.raises(ValueError, match="there is no metric to draw"):
+        plots.metric_panels(table, [])
 
 
 def test_cka_takes_the_order_of_layers() -> None:

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from layerprobe.analyses import quality as quality_module
+from layerprobe.analyses import measurements as measurements_module
 from layerprobe.analyses.knn import knn_accuracy
 from layerprobe.analyses.linear_probe import linear_probe
+from layerprobe.analyses.measurements import Measurement, Representation
+from layerprobe.analyses.neighbours import cknna, mutual_knn, neighbour_graph
 from layerprobe.analyses.quality import (
     QUALITY_COLUMNS,
     SIMILARITY_COLUMNS,
@@ -23,7 +25,7 @@ from layerprobe.analyses.quality import (
     write_table,
 )
 from layerprobe.analyses.similarity import linear_cka
-from layerprobe.analyses.spectrum import effective_rank
+from layerprobe.analyses.spectrum import effective_rank, lidar, spectrum
 from layerprobe.features import SPLITS, FeatureStore, begin_store, shard_path, write_tensors
 
 Array = NDArray[Any]
@@ -80,8 +82,8 @@ def test_tables_hold_every_row_once_and_the_agreed_columns(tmp_path: Path) -> No
     quality, similarity = measure(stores)
     assert tuple(quality.columns) == QUALITY_COLUMNS
     assert tuple(similarity.columns) == SIMILARITY_COLUMNS
-    # (3 + 3 + 1) layers at 2 noise levels; two metrics on two splits and one on one.
-    assert len(quality) == 7 * 2 * 5
+    # (3 + 3 + 1) layers at 2 noise levels; four metrics on two splits and five on one.
+    assert len(quality) == 7 * 2 * (4 * 2 + 5)
     assert not quality.duplicated(["source", "layer", "noise_level", "metric", "split"]).any()
     assert set(quality[quality["source"] == "raw input"]["layer_index"]) == {-1}
     indices = quality[quality["source"] == "model"].groupby("layer")["layer_index"].first()
@@ -110,7 +112,12 @@ def test_values_are_those_of_the_analyses(tmp_path: Path) -> None:
         & (similarity["noise_level_b"] == 0.0)
     ]
     expected = linear_cka(x[choose], store.features("blocks.0", 0.0, split="choose"))
-    assert pair["cka"].item() == pytest.approx(expected, abs=1e-12)
+    assert pair["cka"].item() == pytest.approx(expected, abs=1e-6)
+    graphs = [neighbour_graph(z, k=10) for z in (x[choose], store.features("blocks.0", 0.0, split="choose"))]
+    assert pair["mutual_knn"].item() == pytest.approx(mutual_knn(graphs).values[0, 1])
+    assert pair["cknna"].item() == pytest.approx(cknna(graphs).values[0, 1])
+    assert value(quality, metric="participation ratio", **at) == spectrum(x[fit]).participation_ratio
+    assert value(quality, metric="balanced probe accuracy", split="report", **at) == probe.report.balanced_accuracy
     note = quality[(quality["layer"] == "blocks.1") & (quality["metric"] == "probe accuracy")]["note"].iloc[0]
     assert note.startswith("C=")
     assert "gradient norm" in note
@@ -125,9 +132,10 @@ def test_finds_the_layer_with_the_planted_labels(tmp_path: Path) -> None:
 
 def test_intervals_hold_the_value_and_only_accuracies_have_one(tmp_path: Path) -> None:
     quality, _ = measure({"model": make_store(tmp_path / "model")})
-    scored = quality[quality["metric"] != "effective rank"]
+    accuracies = quality["metric"].isin(["probe accuracy", "knn accuracy"])
+    scored = quality[accuracies]
     assert ((scored["low"] <= scored["value"]) & (scored["value"] <= scored["high"])).all()
-    assert quality[quality["metric"] == "effective rank"][["low", "high"]].isna().all(axis=None)
+    assert quality[~accuracies][["low", "high"]].isna().all(axis=None)
 
 
 def test_draws_are_averaged(tmp_path: Path) -> None:
@@ -149,11 +157,14 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
     )
     rows = similarity.set_index(["layer_a", "noise_level_a", "layer_b", "noise_level_b"])["cka"]
     assert rows["blocks.2", 0.5, "blocks.0", 0.0] == pytest.approx(expected)
+    ranked = lidar(np.stack([x[fit] for x in draws], axis=1)).rank
+    assert value(quality, metric="LiDAR", **at) == pytest.approx(ranked)
 
 
 def test_without_labels_only_what_needs_none(tmp_path: Path) -> None:
     quality, similarity = measure({"model": make_store(tmp_path / "model", labelled=False)})
-    assert set(quality["metric"]) == {"effective rank"}
+    unlabelled = {"effective rank", "RankMe", "participation ratio", "spectrum exponent", "anisotropy"}
+    assert set(quality["metric"]) == unlabelled
     assert len(similarity) == 36
 
 
@@ -178,14 +189,28 @@ def test_unusable_features_are_nan_with_a_reason_and_leave_the_rest_alone(
     store = make_store(tmp_path / "bad", changes={("blocks.0", 0.5): change})
     quality, similarity = measure({"model": store})
     bad = (quality["layer"] == "blocks.0") & (quality["noise_level"] == 0.5)
-    assert bad.sum() == 5
+    assert bad.sum() == 4 * 2 + 1
     assert quality[bad]["value"].isna().all()
     assert set(quality[bad]["note"]) == {reason}
-    pd.testing.assert_frame_equal(quality[~bad].reset_index(drop=True), expected[~bad].reset_index(drop=True))
+    same = (expected["layer"] != "blocks.0") | (expected["noise_level"] != 0.5)
+    pd.testing.assert_frame_equal(quality[~bad].reset_index(drop=True), expected[same].reset_index(drop=True))
     bad = (similarity["layer_a"] == "blocks.0") & (similarity["noise_level_a"] == 0.5)
     bad |= (similarity["layer_b"] == "blocks.0") & (similarity["noise_level_b"] == 0.5)
     assert similarity[bad]["cka"].isna().all()
-    np.testing.assert_allclose(similarity[~bad]["cka"], similar[~bad]["cka"], atol=1e-12)
+    np.testing.assert_allclose(similarity[~bad]["cka"], similar[~bad]["cka"], atol=1e-6)
+
+
+def test_an_analysis_of_ones_own_adds_its_rows(tmp_path: Path) -> None:
+    def largest(representation: Representation) -> list[Measurement]:
+        x = representation.part(representation.draws[0], "report")
+        return [Measurement("largest", "report", float(x.max()), "mine", x.max(axis=1))]
+
+    store = make_store(tmp_path / "model")
+    quality, _ = measure({"model": store}, analyses=[largest])
+    assert set(quality["metric"]) == {"largest"}
+    x = store.features("blocks.1", 0.5, split="report")
+    assert value(quality, layer="blocks.1", noise_level=0.5) == x.max()
+    assert quality[["low", "high"]].notna().all(axis=None)
 
 
 def test_features_that_are_constant_where_they_are_fitted_are_unusable(tmp_path: Path) -> None:
@@ -216,7 +241,7 @@ def test_a_fit_that_did_not_converge_is_noted(tmp_path: Path, monkeypatch: pytes
         object.__setattr__(result, "converged", False)
         return result
 
-    monkeypatch.setattr(quality_module, "linear_probe", unfinished)
+    monkeypatch.setattr(measurements_module, "linear_probe", unfinished)
     quality, _ = measure({"model": make_store(tmp_path / "model")})
     notes = quality[quality["metric"] == "probe accuracy"]["note"]
     assert notes.str.endswith("; 1 of 1 fits did not converge").all()

@@ -49,7 +49,7 @@ def similarity_table(
                 for level_b in LEVELS:
                     cka = 1 - 0.08 * abs(i - j) if level_a == level_b else -5.0
                     cka = (aligned or {}).get((i, j), cka) if level_a == level_b else cka
-                    rows.append((a, level_a, b, level_b, cka))
+                    rows.append((a, level_a, b, level_b, cka, np.nan, np.nan))
     return pd.DataFrame(rows, columns=list(SIMILARITY_COLUMNS))
 
 

@@ -23,6 +23,7 @@ from layerprobe.backbones.sit import (
     new_sit,
     sincos_position,
     sit_backbone,
+    unpatchify,
 )
 from layerprobe.capture import capture
 from layerprobe.noise import LinearPath, schedule_from_name
@@ -76,12 +77,19 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
         return x * (1 + scale[:, None]) + shift[:, None]
 
+    def head_norm(name: str, x: Tensor) -> Tensor:
+        if f"{name}.weight" not in weights:
+            return x
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
     def attend(name: str, x: Tensor) -> Tensor:
         rows = []
         q, k, v = linear(f"{name}.qkv", x).chunk(3, -1)
         for head in range(config.num_heads):
             part = slice(head * (d := config.hidden_size // config.num_heads), (head + 1) * d)
-            weights_ = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)).softmax(-1)
+            scores = head_norm(f"{name}.q_norm", q[..., part]) @ head_norm(f"{name}.k_norm", k[..., part]).mT
+            weights_ = (scores / math.sqrt(d)).softmax(-1)
             rows.append(weights_ @ v[..., part])
         return linear(f"{name}.proj", torch.cat(rows, -1))
 
@@ -110,7 +118,11 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
     return [*seen, image[:, : config.shape[0]]]
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, shape=(2, 8, 12), patch_size=4, learn_sigma=True)])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, replace(SMALL, shape=(2, 8, 12), patch_size=4, learn_sigma=True), replace(SMALL, qk_norm=True)],
+    ids=["small", "learned sigma", "normalised queries"],
+)
 @pytest.mark.parametrize("time_scale", [1.0, 999.0])
 @torch.no_grad()
 def test_output_and_every_block_equal_a_forward_pass_written_by_hand(config: SiTConfig, time_scale: float) -> None:
@@ -139,7 +151,7 @@ def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...]) -
     with torch.no_grad():
         module.x_embedder.proj.weight.copy_(kernel)
         tokens = module.x_embedder(x)[:, :, : len(places) * 2]
-    assert torch.equal(module._unpatchify(tokens), x)
+    assert torch.equal(unpatchify(tokens, config=config), x)
     # The first token is the patch at the origin, the second its neighbour along the last axis.
     assert tokens[0, 0, 0] == x.flatten()[0]
     assert tokens[0, 1, 0] == x[(0, 0, *[0] * (len(grid) - 1), 2)]
@@ -147,10 +159,9 @@ def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...]) -
 
 def test_learned_sigma_channels_are_left_out() -> None:
     config = replace(SMALL, learn_sigma=True)
-    full = SiT(config)
     tokens = torch.randn(2, 16, 4 * 6, generator=torch.Generator().manual_seed(0))
-    ours = SiT(SMALL)._unpatchify(tokens.view(2, 16, 4, 6)[..., :3].reshape(2, 16, 12))
-    assert torch.equal(full._unpatchify(tokens), ours)
+    ours = unpatchify(tokens.view(2, 16, 4, 6)[..., :3].reshape(2, 16, 12), config=SMALL)
+    assert torch.equal(unpatchify(tokens, config=config), ours)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -290,6 +301,7 @@ def test_unknown_presets_are_refused(name: str) -> None:
         replace(SMALL, shape=(1, 12)),
         replace(SMALL, shape=(3, 4, 4, 4), num_classes=0),
         replace(SMALL, learn_sigma=True, mlp_ratio=2.0, patch_size=4),
+        replace(SMALL, qk_norm=True),
     ],
     ids=lambda config: str(config.shape),
 )
@@ -308,6 +320,35 @@ def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
         config_from_state_dict(tensors, num_heads=5)
     with pytest.raises(ValueError, match="count from 1"):
         config_from_state_dict(tensors, num_heads=0)
+
+
+def test_normalised_queries_tell_the_number_of_heads() -> None:
+    tensors = SiT(replace(SMALL, qk_norm=True)).state_dict()
+    assert config_from_state_dict(tensors).num_heads == 4
+    with pytest.raises(ValueError, match=r"^blocks.0.attn.q_norm.weight tells that there are 4 heads, not 2; leave"):
+        config_from_state_dict(tensors, num_heads=2)
+
+
+def test_grids_that_are_not_square_have_to_be_told() -> None:
+    config = replace(SMALL, shape=(3, 8, 12))
+    tensors = SiT(config).state_dict()
+    assert config_from_state_dict(tensors, num_heads=4, shape=[3, 8, 12]) == config
+    with pytest.raises(ValueError, match=r"^pos_embed has 24 places, which make no square grid; pass --shape$"):
+        config_from_state_dict(tensors, num_heads=4)
+    for wrong in [(3, 8, 8), (4, 8, 12), (3, 24), (3, 8)]:
+        with pytest.raises(ValueError, match=r"does not fit 3 channels and 24 patches of 2; pass the shape of the"):
+            config_from_state_dict(tensors, num_heads=4, shape=wrong)
+
+
+def test_the_width_of_the_mlp_survives_rounding() -> None:
+    """49 / 49 * k and the like fall just below a whole number."""
+    for width in (98, 214, 322):
+        for mlp_width in range(1, 3 * width, 7):
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes(SiT(SMALL)).items()}
+            tensors["x_embedder.proj.weight"] = torch.empty(width, 3, 2, 2, device="meta")
+            tensors["blocks.0.mlp.fc1.weight"] = torch.empty(mlp_width, width, device="meta")
+            config = config_from_state_dict(tensors, num_heads=1)
+            assert int(width * config.mlp_ratio) == mlp_width
 
 
 @pytest.mark.parametrize(

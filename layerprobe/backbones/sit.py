@@ -9,7 +9,8 @@ Source: Ma et al. 2024, SiT (arXiv:2401.08740); Peebles & Xie 2022, DiT (arXiv:2
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ class SiTConfig:
         num_classes: 0 for an unconditional model.
         mlp_ratio: Width of the MLP over the width of a token.
         learn_sigma: The official models give 2 C channels, the second half unused; ours give C.
+        qk_norm: Queries and keys are normalised within each head, as REPA and SRA can.
 
     Raises:
         ValueError: If these make no network.
@@ -51,6 +53,7 @@ class SiTConfig:
     num_classes: int = 0
     mlp_ratio: float = 4.0
     learn_sigma: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -112,7 +115,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), width), requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         out_channels = channels * 2 if config.learn_sigma else channels
         self.final_layer = FinalLayer(width, config.patch_size ** len(config.grid) * out_channels)
         self._initialise()
@@ -123,16 +126,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens, c))
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, T, patch**d * C) -> (B, C, *grid)."""
-        grid, patch, d = self.config.grid, self.config.patch_size, len(self.config.grid)
-        x = tokens.view(len(tokens), *grid, *[patch] * d, -1)
-        # (B, g1..gd, p1..pd, C) -> (B, C, g1, p1, ..., gd, pd)
-        order = [axis for i in range(d) for axis in (1 + i, 1 + d + i)]
-        x = x.permute(0, 1 + 2 * d, *order).reshape(len(tokens), -1, *self.config.shape[1:])
-        return x[:, : self.config.shape[0]]
+        return unpatchify(self.final_layer(tokens, c), config=self.config)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -195,16 +189,19 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        mixed: Tensor = self.proj(attended.transpose(1, 2).reshape(b, n, d))
         return mixed
 
 
@@ -224,12 +221,13 @@ class MLP(nn.Module):
 class SiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: SiTConfig) -> None:
         super().__init__()
+        width = config.hidden_size
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, config.num_heads, qk_norm=config.qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -252,6 +250,16 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         patches: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
         return patches
+
+
+def unpatchify(tokens: Tensor, *, config: SiTConfig) -> Tensor:
+    """The samples (B, C, *grid) that patches (B, T, patch**d * C) make; learned sigma channels are left out."""
+    grid, patch, d = config.grid, config.patch_size, len(config.grid)
+    x = tokens.view(len(tokens), *grid, *[patch] * d, -1)
+    # (B, g1..gd, p1..pd, C) -> (B, C, g1, p1, ..., gd, pd)
+    order = [axis for i in range(d) for axis in (1 + i, 1 + d + i)]
+    x = x.permute(0, 1 + 2 * d, *order).reshape(len(tokens), -1, *config.shape[1:])
+    return x[:, : config.shape[0]]
 
 
 def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
@@ -282,7 +290,7 @@ def sit_backbone(
         prediction=prediction,
         shape=module.config.shape,
         num_classes=module.config.num_classes,
-        forward=_forward,
+        forward=labelled,
         name=name or module.config.name,
     )
 
@@ -296,48 +304,81 @@ def new_sit(
         return sit_backbone(SiT(config), schedule=schedule, prediction=prediction)
 
 
-def _forward(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
-    if condition is None:  # An unconditional SiT still has the row for "no label".
+def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
+    """Calls a network that always takes labels."""
+    if condition is None:  # An unconditional one still has the row for "no label".
         condition = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     output: Tensor = module(x_t, native_time, condition)
     return output
 
 
-def config_from_state_dict(state_dict: dict[str, Tensor], *, num_heads: int | None = None) -> SiTConfig:
-    """The configuration of an official two-dimensional SiT, DiT or LayerSync state dict, with square inputs.
+def config_from_state_dict(
+    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, shape: Sequence[int] | None = None
+) -> SiTConfig:
+    """The configuration of a state dict with the names of the official SiT, which many families share.
 
     Args:
-        state_dict: Tensors by name.
-        num_heads: Needed where the width is not one of the presets: heads leave no trace in the shapes.
+        state_dict: Tensors by name; those of other names are not looked at.
+        num_heads: Needed where the width is not one of the presets and no normalised queries tell a head's width:
+            heads leave no other trace in the shapes.
+        shape: Shape (C, *grid) of one input, needed where the grid is not square.
 
     Raises:
-        ValueError: If the width is not a preset's and num_heads is not given, or a tensor is missing or misshapen.
+        ValueError: If the number of heads or the grid is unknown or contradicts the tensors, or a tensor is missing or
+            misshapen.
     """
     for name, axes in _TELLING.items():
+        if name == _HEAD_NORM and name not in state_dict:
+            continue
         if name not in state_dict or state_dict[name].ndim not in axes or not state_dict[name].numel():
             seen = f"has shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
             raise ValueError(f"this is no whole SiT or DiT: {name} {seen}; use a whole state dict")
     patch_weight = state_dict["x_embedder.proj.weight"]
-    width, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[2]
-    dimensions = patch_weight.ndim - 2
-    presets = {preset_width: preset_heads for _, preset_width, preset_heads in PRESETS.values()}
-    heads = presets.get(width) if num_heads is None else num_heads
-    if heads is None:
-        raise ValueError(f"width {width} is no preset's, so the number of heads is unknown; pass --num-heads")
-    edge = round(state_dict["pos_embed"].shape[1] ** (1 / dimensions)) * patch
-    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch**dimensions
-    config = SiTConfig(
-        shape=(channels, *[edge] * dimensions),
+    width, channels, patch = patch_weight.shape[:3]
+    mlp_width = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
+    mlp_ratio = mlp_width / width
+    if int(width * mlp_ratio) < mlp_width:  # The network rounds down, and the quotient was rounded too.
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch ** (patch_weight.ndim - 2)
+    return SiTConfig(
+        shape=_shape(channels, patch, patch_weight.ndim - 2, state_dict["pos_embed"].shape[1], shape),
         patch_size=patch,
         hidden_size=width,
         depth=len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")}),
-        num_heads=heads,
+        num_heads=_heads(state_dict, width, num_heads),
         num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
-        mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=mlp_ratio,
+        learn_sigma=out_channels == 2 * channels,
+        qk_norm=_HEAD_NORM in state_dict,
     )
-    return replace(config, learn_sigma=out_channels == 2 * channels)
 
 
+def _heads(state_dict: Mapping[str, Tensor], width: int, given: int | None) -> int:
+    found = width // state_dict[_HEAD_NORM].shape[0] if _HEAD_NORM in state_dict else None
+    if found is not None and given not in (None, found):
+        raise ValueError(f"{_HEAD_NORM} tells that there are {found} heads, not {given}; leave --num-heads out")
+    presets = {preset_width: preset_heads for _, preset_width, preset_heads in PRESETS.values()}
+    heads = next((n for n in (given, found, presets.get(width)) if n is not None), None)
+    if heads is None:
+        raise ValueError(f"width {width} is no preset's, so the number of heads is unknown; pass --num-heads")
+    return heads
+
+
+def _shape(channels: int, patch: int, axes: int, num_tokens: int, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one input: the given one, or a square of as many patches as there are positions."""
+    edge = round(num_tokens ** (1 / axes))
+    shape = (channels, *[edge * patch] * axes) if given is None else tuple(given)
+    if given is None and edge**axes != num_tokens:
+        raise ValueError(f"pos_embed has {num_tokens} places, which make no square grid; pass --shape")
+    if len(shape) != axes + 1 or shape[0] != channels or math.prod(n // patch for n in shape[1:]) != num_tokens:
+        raise ValueError(
+            f"shape {shape} does not fit {channels} channels and {num_tokens} patches of {patch}; pass the shape of "
+            "the training data"
+        )
+    return shape
+
+
+_HEAD_NORM = "blocks.0.attn.q_norm.weight"
 # The tensors that tell a configuration, and how many axes each may have.
 _TELLING = {
     "x_embedder.proj.weight": (3, 4, 5),
@@ -345,4 +386,5 @@ _TELLING = {
     "final_layer.linear.weight": (2,),
     "y_embedder.embedding_table.weight": (2,),
     "blocks.0.mlp.fc1.weight": (2,),
+    _HEAD_NORM: (1,),  # Where queries and keys are normalised.
 }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from layerprobe.data.base import Samples, Splits
 from layerprobe.data.digits import digits
 from layerprobe.data.images import load_images
+from layerprobe.data.latents import LatentSamples, encode, latent_format, latent_shape, load_latents
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
 
@@ -19,6 +24,7 @@ def load(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    latent_scale: float | None = None,
     num_fit: int | None = None,
     num_choose: int | None = None,
     num_report: int | None = None,
@@ -29,12 +35,14 @@ def load(
     """Reads a data set and divides it.
 
     Args:
-        source: "digits" for the embedded scans (a folder of that name is "./digits"), else what `load_images` takes.
+        source: "digits" for the embedded scans (a folder of that name is "./digits"), a folder of latents (see
+            `load_latents`), or what `load_images` takes.
         size: As in `load_images`, like the next four.
         channels: 1 or 3.
         split: The only part to read.
         image_column: Where the images are.
         label_column: Where the labels are.
+        latent_scale: As in `load_latents`, for a folder of latents.
         num_fit: As in `splits.split`, like the next two.
         num_choose: Samples to choose penalties and layers with.
         num_report: Samples for the numbers that are shown.
@@ -55,11 +63,23 @@ def load(
     }
     if source == "digits":
         given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-        if given:
+        if given or latent_scale is not None:
+            given += ["--latent-scale"] * (latent_scale is not None)
             raise ValueError(f"the embedded digits are 1x8x8 and labelled as they are; leave out {' '.join(given)}")
         embedded = digits()
         _check_shape(embedded.fit, expect_shape, source)
         return take(embedded, **counts)
+    if latent_format(source) is not None:
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(given)}")
+        latents = load_latents(source, scale=latent_scale, seed=seed)
+        _check_shape(latents, expect_shape, source)
+        if require_labels and latents.labels is None:
+            raise ValueError(f"{source} has no labels; write them where the tool that encoded the latents does")
+        return divide(latents, **counts, seed=seed)
+    if latent_scale is not None:
+        raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
     parts = load_images(
         source, size=size, channels=channels, split=split, image_column=image_column, label_column=label_column
     )
@@ -70,12 +90,48 @@ def load(
     return divide(parts, **counts, seed=seed)
 
 
+def encode_splits(
+    splits: Splits,
+    vae: str | Path,
+    *,
+    latent_scale: float | None = None,
+    expect_shape: tuple[int, ...] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Splits:
+    """Images as latents, on a GPU if there is one; what was encoded is kept in the user's cache.
+
+    Args:
+        splits: Only what is in them is encoded: take first.
+        vae: As in `encode`, like what follows.
+        latent_scale: Instead of the autoencoder's own.
+        expect_shape: Shape (C, h, w) that the model takes.
+        progress: Called with (images done, images in all), for one split after another.
+
+    Raises:
+        ValueError: If images, autoencoder and model do not fit together.
+    """
+    shape = latent_shape(splits.fit.shape, vae)
+    if expect_shape is not None and shape != tuple(expect_shape):
+        made, wanted = ("x".join(map(str, numbers)) for numbers in (shape, expect_shape))
+        raise ValueError(f"{vae} makes latents of {made} but the model takes {wanted}; pass --size, or another --vae")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_of = {
+        name: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
+        for name, samples in splits.items()
+    }
+    return Splits(**made_of)
+
+
 def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:
     if expected is None or samples.shape == tuple(expected):
         return
+    wanted = "x".join(map(str, expected))
+    if isinstance(samples, LatentSamples):
+        seen = "x".join(map(str, samples.shape))
+        raise ValueError(f"latents are {seen} but the model takes {wanted}; pass those that it was trained on")
     channels, height, width = samples.shape
     seen = f"{height}x{width} with {channels} channel{'s' * (channels > 1)}"
-    wanted = "x".join(map(str, expected))
     raise ValueError(f"images are {seen} but the model takes {wanted}; {_remedy(samples.shape, expected, source)}")
 
 
@@ -83,7 +139,7 @@ def _remedy(shape: tuple[int, ...], expected: tuple[int, ...], source: str | Pat
     if source == "digits":
         return "pass other data than the embedded digits"
     if len(expected) != 3 or expected[0] not in (1, 3):
-        return "encode them as the model's training did first"
+        return "encode them as the model's training did: pass --vae, or a folder of latents as --data"
     if expected[1] != expected[2]:
         return f"resize them to {expected[1]}x{expected[2]} first"
     options = [f"--size {expected[1]}"] * (shape[1:] != tuple(expected[1:]))

@@ -1,0 +1,184 @@
+"""From the analyses' own results to rows of the quality table.
+
+Each function here takes one `Representation` and gives `Measurement`s. A new analysis is a function like them, in any
+file: pass it to `quality.measure`, or to the command line as file.py:function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerprobe.analyses.arrays import Features, Floats, unusable
+from layerprobe.analyses.knn import knn_accuracy
+from layerprobe.analyses.linear_probe import INVERSE_PENALTIES, linear_probe
+from layerprobe.analyses.spatial import spatial_structure
+from layerprobe.analyses.spectrum import lidar, spectrum
+from layerprobe.features import FeatureStore
+
+PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
+HEADLINES = (PROBE, KNN, RANK)  # what is shown first and in most detail
+NUM_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One layer at one noise level; what is asked for is read from disk, once.
+
+    Attributes:
+        store: Where it lies.
+        layer: Name.
+        noise_level: In [0, 1].
+    """
+
+    store: FeatureStore
+    layer: str
+    noise_level: float
+
+    @cached_property
+    def draws(self) -> list[Features]:
+        """Features of every noise draw, each of shape (n, D)."""
+        return [self.store.features(self.layer, self.noise_level, draw=d) for d in range(self.store.draws)]
+
+    @cached_property
+    def reason(self) -> str:
+        """Why nothing can be said of it, or ""."""
+        fit = self.store.splits == "fit"
+        return next((why for x in self.draws if (why := unusable(x) or unusable(x[fit]))), "")
+
+    def part(self, x: NDArray[Any], split: str) -> NDArray[Any]:
+        """The rows of a split."""
+        rows: NDArray[Any] = x[self.store.splits == split]
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One number of a representation, to be one row of the quality table.
+
+    Attributes:
+        metric: What is measured.
+        split: On which samples.
+        value: nan where there is none; `note` then says why.
+        note: How it was measured.
+        scores: What `value` is the mean of, shape (n,), for a bootstrap interval; None where it is no mean.
+    """
+
+    metric: str
+    split: str
+    value: float
+    note: str
+    scores: Floats | None = None
+
+
+Analysis = Callable[[Representation], Sequence[Measurement]]
+
+
+def probes(representation: Representation) -> list[Measurement]:
+    """Accuracy, balanced accuracy and calibration of linear probes, for representations with labels."""
+    labels = representation.store.labels
+    if labels is None:
+        return []
+    metrics = (PROBE, "balanced probe accuracy", "probe calibration error")
+    if representation.reason:
+        return [
+            Measurement(metric, split, np.nan, representation.reason)
+            for split in ("choose", "report")
+            for metric in metrics
+        ]
+    parts = [(split, representation.part(labels, split)) for split in ("fit", "choose", "report")]
+    results = [
+        linear_probe(
+            *(array for split, y in parts for array in (representation.part(x, split), y)),
+            inverse_penalties=INVERSE_PENALTIES,
+        )
+        for x in representation.draws
+    ]
+    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
+    failed = sum(not r.converged for r in results)
+    note += f"; {failed} of {len(results)} fits did not converge" if failed else ""
+    found = []
+    for split, correct, scores in (
+        ("choose", [r.choose_correct for r in results], [r.choose for r in results]),
+        ("report", [r.report_correct for r in results], [r.report for r in results]),
+    ):
+        found += [
+            _mean_of(PROBE, split, correct, note),
+            Measurement(metrics[1], split, float(np.mean([s.balanced_accuracy for s in scores])), note),
+            Measurement(metrics[2], split, float(np.mean([s.calibration_error for s in scores])), note),
+        ]
+    return found
+
+
+def neighbours(representation: Representation) -> list[Measurement]:
+    """Accuracy of nearest neighbours, for representations with labels."""
+    labels = representation.store.labels
+    if labels is None:
+        return []
+    if representation.reason:
+        return [Measurement(KNN, split, np.nan, representation.reason) for split in ("choose", "report")]
+    part, bank_y = representation.part, representation.part(labels, "fit")
+    k = min(NUM_NEIGHBOURS, len(bank_y))
+    found = []
+    for split in ("choose", "report"):
+        query_y = part(labels, split)
+        correct = [
+            knn_accuracy(part(x, "fit"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
+        ]
+        found.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
+    return found
+
+
+def spectra(representation: Representation) -> list[Measurement]:
+    """Ranks, power law and anisotropy of the features of the fit split; LiDAR where there are several noise draws."""
+    if representation.reason:
+        return [Measurement(RANK, "fit", np.nan, representation.reason)]
+    parts = [representation.part(x, "fit") for x in representation.draws]
+    found = [spectrum(x) for x in parts]
+    most = f"at most {min(parts[0].shape[0] - 1, parts[0].shape[1])}"
+    laws = [s.power_law for s in found]
+    ranks = f"ranks {laws[0].first_rank} to {laws[0].last_rank}, R^2 {np.mean([law.r_squared for law in laws]):.2f}"
+    numbers: dict[str, tuple[Any, str]] = {
+        RANK: (np.mean([s.effective_rank for s in found]), most),
+        "RankMe": (np.mean([s.rank_me for s in found]), "not centred"),
+        "participation ratio": (np.mean([s.participation_ratio for s in found]), most),
+        "spectrum exponent": (np.mean([law.exponent for law in laws]), ranks),
+        "anisotropy": (np.mean([s.anisotropy for s in found]), "not centred"),
+    }
+    if len(parts) > 1:
+        ranked = lidar(np.stack(parts, axis=1))
+        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws")
+    return [Measurement(metric, "fit", float(value), note) for metric, (value, note) in numbers.items()]
+
+
+def spatial(representation: Representation) -> list[Measurement]:
+    """Spatial structure of the kept tokens of the report split, for stores that have any."""
+    store, layer = representation.store, representation.layer
+    grid = store.grid(layer) if len(store.token_rows) else None
+    if grid is None or int(np.prod(grid)) == 1:
+        return []
+    tokens = [store.tokens(layer, representation.noise_level, draw=d, split="report") for d in range(store.draws)]
+    found = [spatial_structure(x, grid, centre=True) for x in tokens]
+    reason = next((s.reason for s in found if s.reason), "")
+    note = reason or f"centred, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
+    scores = {
+        "local contrast (LDS)": [s.lds for s in found],
+        "spatial contrast (RMSC)": [s.rmsc for s in found],
+    }
+    return [_mean_of(metric, "report", values, note) for metric, values in scores.items()]
+
+
+ANALYSES: tuple[Analysis, ...] = (probes, neighbours, spectra, spatial)
+
+
+def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:
+    """Scores of the same samples under each draw, averaged over draws."""
+    mean = np.mean(np.asarray(scores, np.float64), axis=0)
+    finite = bool(np.isfinite(mean).all()) and len(mean) > 0
+    return Measurement(metric, split, float(mean.mean()) if finite else np.nan, note, mean if finite else None)

@@ -1,0 +1,35 @@
+"""`layerprobe convert`: unsafe formats to safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli import options
+from layerprobe.cli.output import emit
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A .pt, .ckpt, .pkl, .safetensors or index file, or a folder of these.")
+    ],
+    out: Annotated[Path, typer.Option(help="A .safetensors file; a .json file is written beside it.")],
+    weights: Annotated[str | None, typer.Option(help="Which weights, such as ema or model.")] = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Write the weights of any checkpoint as safetensors, without running what the file says."""
+    from layerprobe.converting import convert
+
+    record = convert(source, out, weights=weights, dry_run=dry_run)
+    others = ", ".join(record["containers"][1:])
+    lines = [
+        f"{record['format']}: {record['tensors']} tensors, {record['values']} values, {', '.join(record['dtypes'])}",
+        f"weights: {record['container'] or 'the file itself'}" + (f" (also there: {others})" if others else ""),
+        *([f"left as data, not run: {', '.join(record['foreign'])}"] if record["foreign"] else []),
+        f"{'would write' if dry_run else 'wrote'} {out} and {out.with_suffix('.json')}",
+    ]
+    emit(record | {"out": str(out)}, lines, as_json=as_json)

@@ -1,0 +1,255 @@
+"""LightningDiT: a SiT with rotary positions, RMS norms and a gated MLP, on a two-dimensional grid.
+
+The state dict has the names and shapes of the official one. Native time 1 is data, as in SiT, from which its transport
+comes. Each of its changes to SiT leaves a trace in the tensors, so that a file tells which of them it has.
+
+Source: Yao & Wang 2025, "Reconstruction vs. Generation" (arXiv:2501.01423).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.backbones import sit
+from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
+from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
+
+# Of the sizes that SiT has not: width and heads of the models of 1.0 and 1.6 billion weights.
+WIDE_HEADS = {1536: 24, 1792: 28}
+ROTARY = "feat_rope.freqs_cos"
+GATED_MLP = "blocks.0.mlp.w3.weight"
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig:
+    """The shape of a LightningDiT.
+
+    Attributes:
+        trunk: What it has in common with a SiT; with a gated MLP, `mlp_ratio` is the width of its inner layer over the
+            width of a token.
+        rotary: Queries and keys are turned by their place on the grid.
+        rms_norm: Trained RMS norms in place of LayerNorms without weights.
+        gated_mlp: SwiGLU in place of GELU.
+        shift: The condition shifts what it scales.
+
+    Raises:
+        ValueError: If the grid is not two-dimensional, or its axes have no equal share of a head's width.
+    """
+
+    trunk: SiTConfig
+    rotary: bool = True
+    rms_norm: bool = True
+    gated_mlp: bool = True
+    shift: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.trunk.grid) != 2:
+            raise ValueError(f"LightningDiT takes samples of shape (C, height, width), got {self.trunk.shape}")
+        if self.rotary and self.head_width % 4:
+            raise ValueError(
+                f"rotary positions need a head's width to be a multiple of 4, got {self.head_width}; change num_heads"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.trunk.hidden_size // self.trunk.num_heads
+
+
+class LightningDiT(nn.Module):
+    """The transformer: x_t, native time and labels in, prediction out."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        trunk = config.trunk
+        width, out_channels = trunk.hidden_size, trunk.shape[0] * (2 if trunk.learn_sigma else 1)
+        self.config = config
+        self.pos_embed = nn.Parameter(sit.sincos_position(width, trunk.grid), requires_grad=False)
+        self.x_embedder = PatchEmbed(trunk)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(trunk.num_classes, width)
+        self.feat_rope = RotaryPosition(trunk.grid, config.head_width) if config.rotary else None
+        self.blocks = nn.ModuleList(LightningDiTBlock(config) for _ in range(trunk.depth))
+        self.final_layer = FinalLayer(config, trunk.patch_size**2 * out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Args: x of shape (B, C, *grid), native times t (B,), labels y (B,) with `num_classes` for "no label"."""
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, c, self.feat_rope)
+        return sit.unpatchify(self.final_layer(tokens, c), config=self.config.trunk)
+
+
+class RotaryPosition(nn.Module):
+    """Turns pairs of channels of (B, heads, T, head width) by angles that grow with the row, then with the column.
+
+    Half of the pairs belong to each axis. The tables are saved with the weights, as in the official code.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, grid: tuple[int, ...], head_width: int) -> None:
+        super().__init__()
+        rates = 10000 ** (-torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
+        axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+        angles = torch.cat([axis.reshape(-1, 1) * rates for axis in axes], dim=1).repeat_interleave(2, dim=1)
+        self.register_buffer("freqs_cos", angles.cos().float())
+        self.register_buffer("freqs_sin", angles.sin().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * self.freqs_cos + turned * self.freqs_sin
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        width = config.trunk.hidden_size
+        self.num_heads = config.trunk.num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: RotaryPosition | None) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return mixed
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, (B, T, D) -> (B, T, D): w3(silu(first half of w12 x) * second half).
+
+    Source: Shazeer 2020 (arXiv:2002.05202).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        output: Tensor = self.w3(F.silu(gate) * value)
+        return output
+
+
+class LightningDiTBlock(nn.Module):
+    """Attention and MLP, each scaled, gated and most often shifted by the condition."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        width = config.trunk.hidden_size
+        self.norm1 = _norm(config)
+        self.attn = Attention(config)
+        self.norm2 = _norm(config)
+        self.mlp = (GatedMLP if config.gated_mlp else MLP)(width, int(width * config.trunk.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if config.shift else 4) * width))
+        self.shift = config.shift
+
+    def forward(self, x: Tensor, c: Tensor, rotary: RotaryPosition | None) -> Tensor:
+        modulation = self.adaLN_modulation(c).unsqueeze(1)
+        if self.shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        else:
+            scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
+            shift1 = shift2 = torch.zeros_like(scale1)
+        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotary)
+        output: Tensor = x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return output
+
+
+class FinalLayer(nn.Module):
+    """The modulated projection of tokens (B, T, D) to patches (B, T, patch**2 * C)."""
+
+    def __init__(self, config: LightningDiTConfig, out_features: int) -> None:
+        super().__init__()
+        width = config.trunk.hidden_size
+        self.norm_final = _norm(config)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        patches: Tensor = self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        return patches
+
+
+def _norm(config: LightningDiTConfig) -> nn.Module:
+    width = config.trunk.hidden_size
+    return nn.RMSNorm(width, eps=1e-6) if config.rms_norm else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def _head_norm(config: LightningDiTConfig) -> nn.Module:
+    if not config.trunk.qk_norm:
+        return nn.Identity()
+    return nn.RMSNorm(config.head_width, eps=1e-6) if config.rms_norm else nn.LayerNorm(config.head_width)
+
+
+def lightningdit_backbone(
+    module: LightningDiT,
+    *,
+    schedule: NoiseSchedule | None = None,
+    prediction: Prediction = "velocity",
+    name: str | None = None,
+) -> Backbone:
+    """A LightningDiT behind the common convention; by default time 1 is data and the velocity is predicted."""
+    trunk = module.config.trunk
+    return Backbone(
+        module=module,
+        layers=tuple(f"blocks.{i}" for i in range(trunk.depth)),
+        schedule=schedule or LinearPath(),
+        prediction=prediction,
+        shape=trunk.shape,
+        num_classes=trunk.num_classes,
+        forward=sit.labelled,
+        name=name or f"LightningDiT with {trunk.depth} blocks of width {trunk.hidden_size}, patch {trunk.patch_size}",
+    )
+
+
+def config_from_state_dict(
+    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, shape: Sequence[int] | None = None
+) -> LightningDiTConfig:
+    """The configuration of an official state dict; arguments and errors as in `sit.config_from_state_dict`.
+
+    Rotary tables tell the width of a head, so that `num_heads` is rarely needed.
+    """
+    tensors = dict(state_dict)
+    for name in (ROTARY, GATED_MLP):
+        if name in tensors and (tensors[name].ndim != 2 or not tensors[name].numel()):
+            raise ValueError(
+                f"this is no whole LightningDiT: {name} has shape {tuple(tensors[name].shape)}; use a whole state dict"
+            )
+    if GATED_MLP in tensors:  # Its last layer tells the inner width, which a SiT's first layer tells.
+        tensors["blocks.0.mlp.fc1.weight"] = tensors[GATED_MLP].T
+    width = tensors["pos_embed"].shape[-1:].numel() if "pos_embed" in tensors else 0
+    found = width // tensors[ROTARY].shape[1] if ROTARY in tensors else None
+    if found is not None and num_heads not in (None, found):
+        raise ValueError(f"{ROTARY} tells that there are {found} heads, not {num_heads}; leave --num-heads out")
+    trunk = sit.config_from_state_dict(
+        tensors,
+        num_heads=next((n for n in (num_heads, found, WIDE_HEADS.get(width)) if n is not None), None),
+        shape=shape,
+    )
+    modulation = tensors.get("blocks.0.adaLN_modulation.1.bias")
+    return LightningDiTConfig(
+        trunk,
+        rotary=ROTARY in tensors,
+        rms_norm="blocks.0.norm1.weight" in tensors,
+        gated_mlp=GATED_MLP in tensors,
+        shift=modulation is None or modulation.numel() != 4 * width,
+    )
