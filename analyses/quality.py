@@ -109,6 +109,25 @@ def measure(
     return quality, _similarity_table(stores[MODEL], values)
 
 
+def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.DataFrame:
+    """Debiased CKA of every representation with an outside encoder's features, as rows of the quality table.
+
+    Args:
+        store: The model's.
+        features: Of the samples of the choose split, in the store's order, shape (n, D).
+        name: Of the encoder.
+    """
+    keys = _representations(store)
+    draws = [cka_matrix(_ChooseSplit(store, draw), [features]) for draw in range(store.draws)]
+    values = np.mean([result.values[:, 0] for result in draws], axis=0)
+    reasons = [own or draws[0].other_reasons[0] for own in draws[0].reasons]
+    rows = [
+        (MODEL, layer, store.layers.index(layer), level, f"CKA with {name}", "choose", value, np.nan, np.nan, reason)
+        for (layer, level), value, reason in zip(keys, values, reasons, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
+
+
 def recoverability_table(store: FeatureStore) -> pd.DataFrame:
     """How much of what a teacher adds to a student a ridge regression misses, for all pairs, from the kept tokens.
 

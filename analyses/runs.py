@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from layerprobe import __version__
 from layerprobe.analyses import plots
@@ -33,6 +34,7 @@ from layerprobe.analyses.quality import (
     MODEL,
     RANDOM_WEIGHTS,
     RAW_INPUT,
+    encoder_rows,
     measure,
     read_quality,
     read_similarity,
@@ -51,6 +53,7 @@ from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import for_probing, take
 from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
 from layerprobe.features import ExtractionPlan, FeatureStore
+from layerprobe.fidelity import Extractor, all_features
 from layerprobe.files import claim, write_text
 from layerprobe.layersync import LayerPair
 from layerprobe.sampling import SamplingPlan, sample
@@ -212,13 +215,18 @@ def extract_run(
 
 
 def analyze_run(
-    run: str | Path, *, analyses: Sequence[Analysis] = ANALYSES, progress: Progress | None = None
+    run: str | Path,
+    *,
+    analyses: Sequence[Analysis] = ANALYSES,
+    encoder: Extractor | None = None,
+    progress: Progress | None = None,
 ) -> Selection:
     """Tables and selection from the features of a run.
 
     Args:
         run: A run folder with features.
         analyses: What to run on every layer and noise level.
+        encoder: An outside encoder to compare all layers with; it sees the clean samples of the choose split.
         progress: Called with (what is running, done, in all).
 
     Raises:
@@ -232,9 +240,20 @@ def analyze_run(
     write_table(similarity, run / "similarity.csv")
     if len(stores[MODEL].token_rows):
         write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
-    skipped = read_quality(run / "contribution.csv")
-    write_table(pd.concat([quality, skipped], ignore_index=True), run / "quality.csv")
+    tables = [quality, read_quality(run / "contribution.csv")]
+    if encoder is not None:
+        tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
+    write_table(pd.concat(tables, ignore_index=True), run / "quality.csv")
     return choose_layers(run)
+
+
+def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
+    """What an encoder makes of the samples that the store's choose split has, shape (n, D)."""
+    reading = _divided(plan.data_options)[0]
+    samples = for_probing(load(plan.data, **reading), given=reading).choose
+    if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "choose"]):
+        raise ValueError(f"{plan.data} no longer has the samples that the features are of; extract them again")
+    return all_features(encoder, samples, batch_size=64)
 
 
 def _store_folder(run: Path, source: str) -> Path:

@@ -102,6 +102,10 @@ def analyze(
         list[str] | None,
         typer.Option(help="A function of your own, file.py:name, to run as well; may be repeated."),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Compare the layers with it: a transformers folder such as DINOv2, or file.py:function."),
+    ] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -115,8 +119,13 @@ def analyze(
     for spec, found in zip(analysis or [], own, strict=True):
         if not callable(found):
             raise ValueError(f"--analysis {spec} is no function; name one that takes a Representation")
+    outside = None
+    if encoder is not None:
+        from layerprobe.encoders import open_encoder
+
+        outside = open_encoder(encoder)
     with progress_bar() as progress:
-        selection = runs.analyze_run(run, analyses=(*ANALYSES, *own), progress=progress)
+        selection = runs.analyze_run(run, analyses=(*ANALYSES, *own), encoder=outside, progress=progress)
     runs.draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | runs.selection_record(selection)
