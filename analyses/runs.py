@@ -49,6 +49,7 @@ from layerprobe.checkpoints import open_checkpoint, resolve_device, training_rec
 from layerprobe.contribution import contribution
 from layerprobe.convention import ConventionCheck, check_convention
 from layerprobe.data.base import Samples, Splits, Subset
+from layerprobe.data.latents import latent_shape
 from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import for_probing, take
 from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
@@ -130,15 +131,7 @@ def read_plan(run: str | Path) -> RunPlan:
     return RunPlan(**record | {"noise_levels": tuple(record["noise_levels"])})
 
 
-def probe(
-    plan: RunPlan,
-    run: str | Path,
-    *,
-    trust_convention: bool = False,
-    device: str = "auto",
-    batch_size: int = 128,
-    progress: Progress | None = None,
-) -> Selection:
+def probe(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
     """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
 
     Interrupted work continues when the call is repeated, and a finished run is only drawn again.
@@ -146,33 +139,21 @@ def probe(
     Args:
         plan: What to look at.
         run: The run folder.
-        trust_convention: Go on where the weights fit another schedule or prediction than the declared one.
-        device: Where the model runs.
-        batch_size: Rows per forward pass.
         progress: Called with (what is running, done, in all).
+        options: As in `extract_run`.
 
     Raises:
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
     """
-    selection = measure_run(
-        plan, run, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress
-    )
+    selection = measure_run(plan, run, progress=progress, **options)
     draw_figures(run)
     write_report(run)
     return selection
 
 
-def measure_run(
-    plan: RunPlan,
-    run: str | Path,
-    *,
-    trust_convention: bool = False,
-    device: str = "auto",
-    batch_size: int = 128,
-    progress: Progress | None = None,
-) -> Selection:
+def measure_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
     """What `probe` does before it draws: convention check, features, tables, selection; what is done is kept."""
-    extract_run(plan, run, trust_convention=trust_convention, device=device, batch_size=batch_size, progress=progress)
+    extract_run(plan, run, progress=progress, **options)
     return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
 
 
@@ -186,6 +167,14 @@ def extract_run(
     progress: Progress | None = None,
 ) -> None:
     """All that needs the model: convention check, features of it and its controls, and what skipping a layer does.
+
+    Args:
+        plan: What to look at.
+        run: The run folder.
+        trust_convention: Go on where the weights fit another schedule or prediction than the declared one.
+        device: Where the model runs.
+        batch_size: Rows per forward pass.
+        progress: Called with (what is running, done, in all).
 
     Raises:
         ValueError: As `probe` does.
@@ -435,10 +424,16 @@ def training_splits(
     return _encoded(splits, encoding, shape, progress) if encoding else splits
 
 
-def load_splits(source: str, options: Mapping[str, Any], *, progress: Progress | None = None) -> Splits:
-    """A data set as a training reads it; with `vae` among the options, as latents."""
+def load_splits(source: str, options: Mapping[str, Any]) -> tuple[Splits, tuple[int, ...]]:
+    """A data set as it is read, not yet encoded, and the shape (C, *grid) that a model of it takes."""
     reading, encoding = _divided(options)
     splits = load(source, **reading)
+    return splits, latent_shape(splits.fit.shape, encoding["vae"]) if encoding else splits.fit.shape
+
+
+def encoded(splits: Splits, options: Mapping[str, Any], *, progress: Progress | None = None) -> Splits:
+    """The latents of a data set where the options name an autoencoder, else the data set itself."""
+    encoding = _divided(options)[1]
     return _encoded(splits, encoding, None, progress) if encoding else splits
 
 

@@ -68,8 +68,9 @@ def train(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
-    splits = runs.load_splits(data, options.located_vae(reading))
-    shape, num_classes = splits.fit.shape, splits.fit.num_classes
+    reading = options.located_vae(reading)
+    splits, shape = runs.load_splits(data, reading)
+    num_classes = splits.fit.num_classes
     if preset is None:
         sit = SiTConfig(shape, patch_size, width, depth, heads, num_classes)
     else:
@@ -86,6 +87,7 @@ def train(
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
     with progress_bar() as progress:
+        splits = runs.encoded(splits, reading, progress=progress)
         runs.train_run(backbone, splits, plan, out, progress=progress)
     path = str(out / "model.safetensors")
     emit(record | {"checkpoint": path}, [path], as_json=as_json)

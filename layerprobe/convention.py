@@ -124,9 +124,10 @@ class ConventionCheck:
     def lines(self) -> tuple[str, ...]:
         """The best five fits and the declared one as a table for people."""
         shown = [*self.fits[:5], *([self.declared] if self.declared not in self.fits[:5] else [])]
-        head = f"{'convention':<52}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
+        width = max(len(fit.name) for fit in shown) + len(" (declared)")
+        head = f"{'convention':<{width}}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
         rows = [
-            f"{fit.name + ' (declared)' * (fit is self.declared):<52}" + "".join(f"{r:>8.3g}" for r in fit.ratios)
+            f"{fit.name + ' (declared)' * (fit is self.declared):<{width}}" + "".join(f"{r:>8.3g}" for r in fit.ratios)
             for fit in shown
         ]
         title = "error of denoising over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"

@@ -261,3 +261,27 @@ def test_folders_of_other_runs_are_refused(trained: Path, tmp_path: Path, refuse
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "is not empty" in refused("probe", checkpoint, "--data", "digits", "--out", tmp_path / "mine", *COUNTS)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_images_are_encoded_once_and_a_dry_run_writes_nothing(
+    tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from PIL import Image
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(in_channels=3, out_channels=3, **blocks, **kinds).save_pretrained(tmp_path / "vae")
+    for i in range(40):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * i, 90, 30)).save(folder / f"{i}.png")
+    train = [*TRAIN[:1], "--data", tmp_path / "images", "--vae", tmp_path / "vae", *TRAIN[3:], "--out", tmp_path / "t"]
+    code, out, _ = cli(*train, "--dry-run")
+    assert (code, "SiT with 6 blocks" in out) == (0, True)
+    assert not (tmp_path / "cache" / "layerprobe").exists()
+    assert cli(*train)[0] == 0
+    assert len(list((tmp_path / "cache" / "layerprobe" / "latents").iterdir())) > 0
+    code, out, _ = cli("inspect", tmp_path / "t" / "model.safetensors", "--json")
+    assert json.loads(out)["shape"] == [4, 8, 8]
