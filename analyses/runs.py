@@ -334,6 +334,7 @@ def confirm_run(
     run, plan = Path(run), read_plan(run)
     selection = read_selection(run)
     backbone = open_checkpoint(plan.checkpoint, device=device, **plan.checkpoint_options)
+    layers = _alignable(backbone)
     splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
     confirmation = ConfirmationPlan(
         training,
@@ -345,7 +346,7 @@ def confirm_run(
     verdict = confirm(
         lambda seed: fresh(backbone, seed) if from_scratch else backbone,
         splits,
-        arms_for([ranked.pair for ranked in selection.ranked], backbone.layers),
+        arms_for([ranked.pair for ranked in selection.ranked], layers),
         confirmation,
         run / "confirmation",
         start_name="from scratch" if from_scratch else "from the checkpoint",
@@ -356,6 +357,20 @@ def confirm_run(
     draw_figures(run)
     write_report(run)
     return verdict
+
+
+def _alignable(backbone: Backbone) -> tuple[str, ...]:
+    """The layers of the commonest shape, in the order in which they run: only these can be aligned with one another.
+
+    Raises:
+        ValueError: If no two layers have a shape in common.
+    """
+    shapes = layer_shapes(backbone)
+    commonest = max(shapes.values(), key=list(shapes.values()).count)
+    alike = tuple(name for name, shape in shapes.items() if shape == commonest)
+    if len(alike) < 2:
+        raise ValueError(f"no two layers of {backbone.name} have tokens of one shape; pass other --layers to probe")
+    return alike
 
 
 def quickstart(

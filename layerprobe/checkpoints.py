@@ -214,7 +214,7 @@ def import_object(spec: str, option: str) -> Any:
         else:
             module = importlib.import_module(place)
         return getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"{option} {spec} cannot be imported ({_first_line(error)}); pass file.py:name or package.module:name"
         ) from error
@@ -304,7 +304,7 @@ def _arguments_beside(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not valid JSON ({_first_line(error)}); mend or remove it") from error
     return content if isinstance(content, dict) else {}
 
@@ -376,7 +376,8 @@ def _fitting(tensor: Tensor, wanted: Tensor, name: str, path: Path, module: nn.M
     if tensor.shape != wanted.shape:
         shapes = f"has shape {tuple(tensor.shape)}, the network {tuple(wanted.shape)}"
         raise ValueError(f"{what} {shapes}; pass the network that it was saved from")
-    if tensor.is_floating_point() != wanted.is_floating_point():
+    # Eight-bit numbers are quantised, whatever torch calls them, and mean nothing without their scales.
+    if tensor.is_floating_point() != wanted.is_floating_point() or (wanted.itemsize > 1 and tensor.itemsize == 1):
         raise ValueError(
             f"{what} is of type {tensor.dtype}, the network's {wanted.dtype}; convert or dequantise it first"
         )

@@ -823,3 +823,18 @@ def test_opening_takes_no_second_copy_of_the_weights(tmp_path: Path) -> None:
             parameter.add_(1)
     assert path.read_bytes() == before
     assert_same_weights(open_tiny(path).module, weights())
+
+
+def test_factories_with_a_mistake_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("def broken(:\n")
+    path = official(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"odd.py:broken cannot be imported \(.*\); pass file.py:name") as caught:
+        open_tiny(path, family=None, num_heads=None, model=f"{tmp_path / 'odd.py'}:broken")
+    caught.match(ONE_LINE)
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    tensors = weights() | {"pos_embed": weights()["pos_embed"].to(torch.float8_e4m3fn)}
+    torch.save(tensors, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"is of type torch.float8_e4m3fn, .*; convert or dequantise it first"):
+        open_tiny(tmp_path / "model.pt")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'layerprobe[diffusers]')")
@@ -830,3 +831,40 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         open_diffusers(folder, lora=file.with_name("loose.safetensors"))
     with pytest.raises(FileNotFoundError, match="there is no adapter at"):
         open_diffusers(folder, lora=tmp_path / "adapter")
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    BY_NAME["UNet2DModel"].save(tmp_path)
+    file = next(tmp_path.rglob("diffusion_pytorch_model.safetensors"))
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(ValueError, match=r"is quantized \(\S+\), so its features are not the model's; open another$"):
+        open_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [3_000_000_000, 0, "many", None])
+def test_schedulers_that_count_no_sensible_number_of_times_are_refused(tmp_path: Path, steps: Any) -> None:
+    BY_NAME["UNet2DModel"].save(tmp_path)
+    place = next(tmp_path.rglob("scheduler_config.json"))
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"num_train_timesteps": steps}))
+    with pytest.raises(ValueError, match=r"scheduler_config\.json counts .* times; pass --schedule, or mend it"):
+        open_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["remove", "nan"])
+def test_an_encoder_without_all_of_its_weights_gives_zeros_and_says_nothing_else(
+    stable_diffusion: tuple[Path, Any], change: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = stable_diffusion
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("fc1.weight"))
+    if change == "nan":
+        tensors[name] = tensors[name].fill_(math.nan)
+    else:
+        del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    backbone = open_diffusers(folder)
+    assert backbone.name.endswith("zeros as text (its text encoder lacks weights, or has some that are not finite)")
+    assert capfd.readouterr().err == ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ddpm_unet import DDPMUNet
 
+from layerprobe.analyses.runs import _alignable
 from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.checkpoints import open_checkpoint
 from layerprobe.data.base import Splits, Subset, TensorSamples
@@ -72,3 +73,23 @@ def test_inspect_from_the_shell(shared_checkpoints: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "layerprobe: DDPMUNet is not a known family; pass --shape\n"
+
+
+def test_only_layers_of_one_shape_are_put_on_trial() -> None:
+    """Refused, or left out, before any arm is trained."""
+
+    def backbone(*widths: int) -> Backbone:
+        pairs = zip((1, *widths), widths, strict=False)
+        network = torch.nn.Sequential(*(torch.nn.Conv1d(a, b, 1) for a, b in pairs), torch.nn.Conv1d(widths[-1], 1, 1))
+        return wrap(
+            network,
+            layers=[str(i) for i in range(len(widths))],
+            schedule="flow",
+            prediction="velocity",
+            shape=(1, 4),
+            forward=lambda module, x, time, condition: module(x),
+        )
+
+    assert _alignable(backbone(16, 32, 32, 16, 32)) == ("1", "2", "4")
+    with pytest.raises(ValueError, match=r"^no two layers of Sequential have tokens of one shape; pass other --layers"):
+        _alignable(backbone(8, 16, 32))

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import io
 import json
+import logging
 import math
 import re
 import warnings
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
@@ -35,6 +37,7 @@ WEIGHTS = "diffusion_pytorch_model"
 # `*` also stands for slashes. Weights in the top folder are other programs' copies, or a bare model's.
 DOWNLOADED = ["*/*.safetensors", f"{WEIGHTS}*.safetensors", "*.json", "*.txt", "*.model"]
 NOT_DOWNLOADED = ["vae*/*", "safety_checker/*", "image_encoder/*", "*.fp16.safetensors", "*.non_ema.safetensors"]
+MAX_STEPS, MAX_VALUES = 100_000, 2**31  # beyond them a configuration is damaged, or wants to exhaust the machine
 # What pipelines call the network that denoises.
 DENOISERS = ("transformer", "unet", "dit", "prior", "decoder")
 # What `encode_prompt` of a pipeline needs, by the beginning of the component's name.
@@ -355,10 +358,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 # --- Weights
 
+_FLOATS, _INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
+
 
 def _load(place: _Place) -> nn.Module:
     known = _model_class(place)
     options = _weight_files(place.model)
+    _refuse_quantised(place.model)
     try:
         with _quiet():
             module, info = known.from_pretrained(
@@ -380,6 +386,15 @@ def _load(place: _Place) -> nn.Module:
         raise ValueError(f"{place.model} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
     opened: nn.Module = module.eval()
     return opened
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Eight-bit weights would be taken for numbers; a damaged file is left to the loading."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is no dictionary)
+                if weights.get_slice(name).get_dtype() not in _FLOATS | _INTEGERS:
+                    raise ValueError(f"{file} is quantized ({name}), so its features are not the model's; open another")
 
 
 def _model_class(place: _Place) -> Any:
@@ -433,16 +448,39 @@ def _shards(folder: Path, name: str) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences diffusers: its warnings are about itself or become errors here."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as told
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = told.get_verbosity()
+    told.set_verbosity_error()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        told.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _whole_encoders() -> Iterator[list[str]]:
+    """Collects what transformers says, and only says, of weights that it made up because the file lacks them."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if any(word in message for word in ("MISSING", "MISMATCH", "newly initialized")):
+                said.append(message)
+
+    logger = logging.getLogger("transformers")
+    handlers, logger.handlers = logger.handlers, [Listener()]
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def _with_lora(module: nn.Module, path: Path, *, component: str) -> nn.Module:
@@ -555,7 +593,10 @@ def _read_scheduler(path: Path, family: Family) -> _Convention:
         ValueError: If it is damaged, or of a kind that has no schedule of ours.
     """
     config = _read_json(path)
-    name = config.get("_class_name")
+    name = str(config.get("_class_name"))
+    steps = config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 0 < steps <= MAX_STEPS:
+        raise ValueError(f"{path} counts {steps!r} times; pass --schedule, or mend it: at most {MAX_STEPS}")
     if name in EDM_SCHEDULERS:
         return _read_edm(path, {**EDM_SCHEDULERS[name], **config})
     found = _exported(name, "SchedulerMixin")
@@ -566,7 +607,7 @@ def _read_scheduler(path: Path, family: Family) -> _Convention:
             scheduler = found.from_config(config)
     except Exception as error:  # Wrong values fail in any way.
         raise ValueError(f"{path} is no configuration of {name} ({_first_line(error)}); pass --schedule") from error
-    kind = scheduler.config.get("prediction_type")
+    kind = str(scheduler.config.get("prediction_type"))
     if name in FLOW_SCHEDULERS or scheduler.config.get("use_flow_sigmas") or kind == "flow_prediction":
         if family.times is None:
             raise ValueError(
@@ -624,6 +665,8 @@ def _sample_shape(name: str, family: Family, config: Config, given: Sequence[int
         )
     if shape is None:
         raise ValueError(f"{name} does not say its size; pass --shape {channels},{','.join(grid)} in latent units")
+    if not all(isinstance(edge, int) for edge in shape) or math.prod(shape) > MAX_VALUES:
+        raise ValueError(f"{name} would take samples of shape {shape}; pass the right --shape")
     if len(shape) != len(patch) + 1 or shape[0] != channels:
         raise ValueError(f"{name} takes shapes {channels},{','.join(grid)}, not {','.join(map(str, shape))}; pass one")
     for axis, edge, p in zip(grid, shape[1:], patch, strict=True):
@@ -687,7 +730,13 @@ def _encode_empty(place: _Place, module: nn.Module, like: Text) -> Text:
         configs = [_read_json(path) for path in sorted((place.pipeline / name).glob("*config.json"))]
         if parts[name][0] not in ("transformers", "diffusers", None) or any("auto_map" in c for c in configs):
             raise ValueError(f"{name} needs code of its own")
-    with _quiet():
+    for tokenizer in parts if isinstance(place.pipeline, Path) else ():
+        limits = place.pipeline / tokenizer / "tokenizer_config.json"
+        longest = _read_json(limits).get("model_max_length") if limits.is_file() else None
+        # Tokenizers say 1e30 for "no limit"; a pipeline pads to anything less.
+        if isinstance(longest, (int, float)) and MAX_STEPS < longest < 1e12:
+            raise ValueError(f"{tokenizer} has prompts of {longest:g} tokens")
+    with _quiet(), _whole_encoders() as incomplete:
         pipeline = pipeline_class.from_pretrained(
             place.pipeline,
             # Some look up widths in the network's configuration.
@@ -696,6 +745,9 @@ def _encode_empty(place: _Place, module: nn.Module, like: Text) -> Text:
             use_safetensors=True,
             torch_dtype=torch.float32,
         )
+        encoders_read = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        if incomplete or not all(bool(p.isfinite().all()) for part in encoders_read for p in part.parameters()):
+            raise ValueError("its text encoder lacks weights, or has some that are not finite")
         takes = inspect.signature(pipeline.encode_prompt).parameters
         wanted = {"prompt_2": None, "prompt_3": None, "device": torch.device("cpu"), "num_images_per_prompt": 1}
         options = {k: v for k, v in wanted.items() if k in takes} | (
