@@ -34,6 +34,7 @@ BASELINE = "no alignment"
 RECORDS = {
     "Features": "features/model/manifest.json",
     "Plan": "plan.json",
+    "Convention check": "convention.json",
     "Environment": "environment.json",
 }
 MAX_ITEMS, NUM_PAIRS = 40, 5
@@ -57,6 +58,11 @@ HOW_TO_READ = (
         "its distance to the higher of the two.",
     ),
     ("Effective rank", "How many directions a layer's features use. It needs no labels; more is not always better."),
+    (
+        "More measures",
+        "Ranks and exponents say in how many directions a layer varies, contrasts how its tokens differ by place, "
+        "“when skipped” what the model loses without it. No one of them alone says which layer is best.",
+    ),
     ("CKA", "How similar two layers are: 1 is equal up to rotation and scale, about 0 is unrelated."),
     (
         "Pick and verdict",
