@@ -43,18 +43,10 @@ def probe(
 
     plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
     if dry_run:
-        record = runs.forecast(plan, device=device)
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        selection = runs.probe(
-            plan,
-            out,
-            trust_convention=extraction["trust_convention"],
-            device=device,
-            batch_size=extraction["batch_size"],
-            progress=progress,
-        )
+        selection = runs.probe(plan, out, device=device, progress=progress, **_manner(extraction))
     record = {"run": str(out)} | runs.selection_record(selection)
     lines = [*runs.describe_convention(out), *runs.describe(selection), f"report   {out / 'report.html'}"]
     emit(record, lines, as_json=as_json)
@@ -81,18 +73,10 @@ def extract(
 
     plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
     if dry_run:
-        record = runs.forecast(plan, device=device)
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        runs.extract_run(
-            plan,
-            out,
-            trust_convention=extraction["trust_convention"],
-            device=device,
-            batch_size=extraction["batch_size"],
-            progress=progress,
-        )
+        runs.extract_run(plan, out, device=device, progress=progress, **_manner(extraction))
     emit({"run": str(out)}, [*runs.describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
 
 
@@ -130,6 +114,18 @@ def analyze(
     write_report(run)
     record = {"run": str(run)} | runs.selection_record(selection)
     emit(record, [*runs.describe(selection), f"report   {run / 'report.html'}"], as_json=as_json)
+
+
+def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:
+    from layerprobe.analyses import runs
+
+    record = runs.forecast(plan, device=device)
+    emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+
+
+def _manner(extraction: options.Given) -> options.Given:
+    """What decides how layers are read and not what the numbers are, so is no part of the plan."""
+    return {name: extraction[name] for name in ("trust_convention", "batch_size")}
 
 
 def _plan(

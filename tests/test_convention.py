@@ -18,7 +18,7 @@ from layerprobe.convention import LOG_SNRS, SCALES, _power, _wiener_error, check
 from layerprobe.data.base import Samples, TensorSamples
 from layerprobe.data.digits import digits
 from layerprobe.data.sources import load
-from layerprobe.noise import NoiseKey, Prediction, schedule_from_name, target
+from layerprobe.noise import Prediction, schedule_from_name, target
 
 CONVENTIONS: tuple[tuple[str, Prediction], ...] = (
     ("sit", "velocity"),
@@ -190,8 +190,3 @@ def test_too_few_samples() -> None:
     few = TensorSamples(torch.zeros(7, 1, 8, 8))
     with pytest.raises(ValueError, match=r"^the convention check needs 8 samples or more, got 7; pass more data$"):
         check_convention(open_checkpoint("digits"), few)
-
-
-def test_the_noise_is_that_of_the_samples_ids() -> None:
-    eps = NoiseKey(0).normal(data().batch(range(4)).ids, (1, 8, 8))
-    assert eps.shape == (4, 1, 8, 8)
