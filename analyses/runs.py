@@ -42,10 +42,11 @@ from layerprobe.analyses.quality import (
     write_table,
 )
 from layerprobe.analyses.report import write_report
+from layerprobe.analyses.sample_runs import draw_samples
 from layerprobe.analyses.selection import Selection, select
 from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
-from layerprobe.checkpoints import open_checkpoint, resolve_device, training_record
+from layerprobe.backbones.sit import SiT, new_sit
+from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.contribution import contribution
 from layerprobe.convention import ConventionCheck, check_convention
 from layerprobe.data.base import Samples, Splits, Subset
@@ -56,9 +57,8 @@ from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_inp
 from layerprobe.features import ExtractionPlan, FeatureStore
 from layerprobe.fidelity import Extractor, all_features
 from layerprobe.files import claim, write_text
-from layerprobe.layersync import LayerPair
-from layerprobe.sampling import SamplingPlan, sample
-from layerprobe.training import TrainingPlan, held_out_loss, train
+from layerprobe.sampling import SamplingPlan
+from layerprobe.training import TrainingPlan
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
 
@@ -478,53 +478,6 @@ def fresh(backbone: Backbone, seed: int) -> Backbone:
     return new
 
 
-def training_start(checkpoint: str | None, config: SiTConfig, *, seed: int, device: str = "auto") -> Backbone:
-    """The model that a training starts from: a checkpoint, or a SiT with fresh weights where there is none."""
-    if checkpoint is not None:
-        return open_checkpoint(checkpoint, device=device)
-    backbone = new_sit(config, seed=seed)
-    backbone.module.to(resolve_device(device))
-    return backbone
-
-
-def train_run(
-    backbone: Backbone, splits: Splits, plan: TrainingPlan, folder: str | Path, *, progress: Progress | None = None
-) -> Backbone:
-    """Trains on the fit samples; `held_out.csv` gets the loss on the choose samples, ten times on the way."""
-    folder = Path(folder)
-    held_out = take(splits, num_choose=min(len(splits.choose), 1000)).choose
-    steps = [round(i * plan.steps / 10) for i in range(11)]
-
-    def observe(step: int, model: Backbone) -> None:
-        losses = held_out_loss(model, held_out)
-        place = folder / "held_out.csv"
-        before = (
-            [line for line in place.read_text().splitlines() if not line.startswith(f"{step},")]
-            if place.is_file()
-            else []
-        )
-        header = "step," + ",".join(f"noise level {level:g}" for level in losses)
-        row = f"{step}," + ",".join(f"{loss:.6f}" for loss in losses.values())
-        write_text(place, "\n".join([*(before or [header]), row]) + "\n")
-
-    report = None if progress is None else lambda step, total, _: progress("training", step, total)
-    return train(backbone, splits.fit, plan, folder, observe=observe, observe_at=steps, progress=report)
-
-
-def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
-    """The pick of a run as a training takes it; none for no run.
-
-    Raises:
-        ValueError: If the run has no admissible pair.
-    """
-    if run is None:
-        return ()
-    selection = read_selection(run)
-    if selection.pick is None:
-        raise ValueError(f"{run} has no admissible pair ({selection.reason}); pass --pair")
-    return (selection.pick,)
-
-
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     """What `probe` would do, without doing it; checks checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
@@ -623,28 +576,6 @@ def _token_maps(store: FeatureStore) -> Any:
         for level in store.noise_levels
     }
     return token_maps(maps, grids, samples=range(min(3, int((store.token_splits == "report").sum()))))
-
-
-def draw_samples(
-    backbone: Backbone, folder: str | Path, *, num: int = 80, plan: SamplingPlan | None = None, keep: bool = False
-) -> Path:
-    """Draws samples, class after class where the model knows classes, and saves the grid as `samples.png` and `.svg`.
-
-    Args:
-        backbone: The model.
-        folder: Where the files go.
-        num: How many.
-        plan: Solver, steps, guidance and seed.
-        keep: Also save the samples themselves, shape (num, C, H, W), as `samples.npy`.
-    """
-    labels = torch.arange(num) % backbone.num_classes if backbone.num_classes else None
-    x = sample(backbone, range(num), labels=labels, plan=plan).numpy()
-    columns = backbone.num_classes if 1 < backbone.num_classes <= 16 else min(10, num)
-    figure = plots.sample_grid(x, None if labels is None else labels.tolist(), columns=columns)
-    place = plots.save(figure, folder, "samples")[0]
-    if keep:
-        np.save(place.with_suffix(".npy"), x)
-    return place
 
 
 def write_environment(run: Path) -> None:

@@ -28,7 +28,7 @@ def sample(
     config: options.Config = None,
 ) -> None:
     """Draw samples, one class after another where the model knows classes."""
-    from layerprobe.analyses import runs
+    from layerprobe.analyses.sample_runs import draw_samples
     from layerprobe.checkpoints import open_checkpoint
     from layerprobe.sampling import SamplingPlan
 
@@ -41,5 +41,5 @@ def sample(
             as_json=as_json,
         )
         return
-    path = str(runs.draw_samples(backbone, out, num=num, plan=plan, keep=True))
+    path = str(draw_samples(backbone, out, num=num, plan=plan, keep=True))
     emit({"samples": path}, [path], as_json=as_json)

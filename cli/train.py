@@ -46,7 +46,7 @@ def train(
     config: options.Config = None,
 ) -> None:
     """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given."""
-    from layerprobe.analyses import runs
+    from layerprobe.analyses import runs, training_runs
     from layerprobe.backbones.sit import SiTConfig
     from layerprobe.layersync import LayerPair
     from layerprobe.training import TrainingPlan
@@ -61,7 +61,7 @@ def train(
         clip_norm=clip_norm,
         ema_decay=ema_decay,
         label_drop=label_drop,
-        pairs=pairs or runs.picked_pairs(selection),
+        pairs=pairs or training_runs.picked_pairs(selection),
         weight=weight,
         precision=precision,  # type: ignore[arg-type]
         compile=compile_network,
@@ -75,7 +75,7 @@ def train(
         sit = SiTConfig(shape, patch_size, width, depth, heads, num_classes)
     else:
         sit = SiTConfig.preset(preset, shape=shape, num_classes=num_classes)
-    backbone = runs.training_start(start, sit, seed=seed, device=device)
+    backbone = training_runs.training_start(start, sit, seed=seed, device=device)
     record = {
         "model": backbone.name,
         "samples": len(splits.fit),
@@ -88,6 +88,6 @@ def train(
         return
     with progress_bar() as progress:
         splits = runs.encoded(splits, reading, progress=progress)
-        runs.train_run(backbone, splits, plan, out, progress=progress)
+        training_runs.train_run(backbone, splits, plan, out, progress=progress)
     path = str(out / "model.safetensors")
     emit(record | {"checkpoint": path}, [path], as_json=as_json)
