@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 INPUT = ":input"
@@ -36,6 +37,18 @@ def as_tokens(output: Any, name: str) -> Tensor:
     if output.ndim == 2:
         return output.unsqueeze(1)
     return output if output.ndim == 3 else output.flatten(2).transpose(1, 2)
+
+
+def real_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:
+    """Which tokens hold something real, shape (B, T), bool.
+
+    Args:
+        mask: Shape (B, *input grid), bool, as in `Batch`.
+        grid: Of the tokens, as many axes; a token is real where any place of its patch is. One token in all is real.
+    """
+    pool: Any = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}[len(grid)]
+    pooled: Tensor = pool(mask.unsqueeze(1).float(), list(grid))
+    return pooled.flatten(1) > 0
 
 
 @contextmanager

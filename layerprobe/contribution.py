@@ -124,7 +124,8 @@ def contribution(
         for start in range(0, len(levels) * n, batch_size):
             rows = torch.arange(start, min(start + batch_size, len(levels) * n))
             sample, level = rows % n, levels[rows // n]
-            for name, found in _skips(backbone, blocks, batch.x[sample], eps[sample], level):
+            mask = None if batch.mask is None else batch.mask[sample]
+            for name, found in _skips(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level):
                 if isinstance(found, str):
                     reasons[name] = found
                 else:

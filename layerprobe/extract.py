@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from layerprobe import __version__
 from layerprobe.backbones.base import Backbone, layer_shapes, wrap
-from layerprobe.capture import capture, evaluating
+from layerprobe.capture import capture, evaluating, real_tokens
 from layerprobe.checkpoints import weights_hash
-from layerprobe.data.base import Batch, Samples, Splits, content_hash
+from layerprobe.data.base import Batch, Samples, Splits, content_hash, joined
 from layerprobe.features import (
     SPLITS,
     ExtractionPlan,
@@ -108,40 +108,48 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
 
 def raw_input(backbone: Backbone) -> Backbone:
     """A control: the noisy input itself as the only layer, flattened to one token, under the model's own schedule."""
-    return wrap(
+    reader = wrap(
         _RawInput(),
         layers="input",
         schedule=backbone.schedule,
         prediction="velocity",
         shape=backbone.shape,
+        forward=_call_raw_input,
         name="raw input",
     )
+    return replace(reader, takes_mask=True)
 
 
-def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...]) -> Tensor:
+def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
     """Tokens averaged over cells of their grid, float32.
 
     Args:
         tokens: Shape (B, T, D), row-major on a grid with the proportions of the input's; or T = 1.
         cells: Per grid axis; never more than there are tokens.
         input_grid: The grid of the model's input, such as (H, W).
+        mask: Shape (B, *input_grid), bool: only tokens that hold something real count, and a cell without any is 0.
 
     Returns:
         Shape (B, cells**d * D); (B, D) for one cell.
 
     Raises:
-        ValueError: If there is more than one cell and the tokens are on no such grid.
+        ValueError: If the tokens are on no such grid, and there is more than one cell or a mask.
     """
     tokens = tokens.float()  # a bfloat16 mean loses digits
-    if cells == 1 or tokens.shape[1] == 1:
+    if tokens.shape[1] == 1 or (cells == 1 and mask is None):
         return tokens.mean(1)
     grid = token_grid(tokens.shape[1], input_grid)
     if grid is None:
-        raise ValueError(f"{tokens.shape[1]} tokens lie on no grid like the input's {input_grid}; pass pool_cells 1")
+        remedy = "pass pool_cells 1" if mask is None else "cut all samples to one length"
+        raise ValueError(f"{tokens.shape[1]} tokens lie on no grid like the input's {input_grid}; {remedy}")
     pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
-    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-    pooled: Tensor = pool(maps, [min(cells, edge) for edge in grid])
-    return pooled.flatten(1)
+    maps, edges = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid), [min(cells, edge) for edge in grid]
+    if mask is None:
+        pooled: Tensor = pool(maps, edges)
+        return pooled.flatten(1)
+    real = real_tokens(mask.to(tokens.device), grid).view(len(maps), 1, *grid)
+    share = pool(real.float(), edges)
+    return (pool(maps.masked_fill(~real, 0.0), edges) / share.masked_fill(share == 0, 1.0)).flatten(1)
 
 
 def token_grid(count: int, input_grid: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -163,6 +171,13 @@ def token_grid(count: int, input_grid: tuple[int, ...]) -> tuple[int, ...] | Non
         in_frame = token_grid(count // frames, tuple(frame))
         return None if in_frame is None else (frames, *in_frame)
     return None
+
+
+def _call_raw_input(
+    module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor
+) -> Tensor:
+    output: Tensor = module(x_t.masked_fill(~mask[0].unsqueeze(1), 0.0) if mask else x_t, native_time)
+    return output
 
 
 class _RawInput(nn.Module):
@@ -201,12 +216,7 @@ class _Table:
             inside = [row - start for row in rows if start <= row < end]
             if inside:
                 batches.append(part.batch(inside))
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        return Batch(
-            torch.cat([batch.x for batch in batches]),
-            torch.cat(labels) if labels else None,
-            torch.cat([batch.ids for batch in batches]),
-        )
+        return joined(batches)
 
     def columns(self) -> dict[str, np.ndarray]:
         labels = [part.labels for part in self._parts if part.labels is not None]
@@ -319,6 +329,8 @@ def _shard(
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
         raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
+    if batch.mask is not None and keep is not None:
+        raise ValueError("tokens are kept of samples of one length only; leave out --token-samples, or cut the samples")
     noise = NoiseKey(plan.seed)
     n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
@@ -330,7 +342,8 @@ def _shard(
         labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
         write = partial(keep, torch.stack([level, draw, sample])) if keep else None
         x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
-        for name, pooled in _read(backbone, x_t, levels[level], labels, plan, write).items():
+        mask = None if batch.mask is None else batch.mask[sample]
+        for name, pooled in _read(backbone, x_t, levels[level], labels, mask, plan, write).items():
             store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
             store[rows.start : rows.stop] = pooled
     for name, values in features.items():
@@ -348,6 +361,7 @@ def _read(
     x_t: Tensor,
     level: Tensor,
     labels: Tensor | None,
+    mask: Tensor | None,
     plan: ExtractionPlan,
     write: Callable[[str, Tensor], None] | None,
 ) -> dict[str, Tensor]:
@@ -360,14 +374,14 @@ def _read(
         return tokens
 
     def pool(tokens: Tensor) -> Tensor:
-        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:])
+        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask)
 
     labels = None if labels is None else labels.to(device)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
         capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
     ):
-        backbone.predict(x_t.to(device), level.to(device, torch.float32), labels)
+        backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
     return {name: pooled.cpu() for name, pooled in outputs.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layerprobe.capture import as_tokens, capture, match_layers
 from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
 
-Forward = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Backbone:
         name: For people: "SiT 8 x 64, patch 2".
         tokens: What of a layer's output are the sample's own tokens (B, T, D): gets the raw output and the layer's
             name. For layers that give several streams, carry a condition's tokens along or put the sequence first.
+        takes_mask: Whether `forward` takes a fifth argument, a mask (B, *grid) of what is no padding, so that samples
+            may differ in length.
+        mask: Of the batch at hand, see `masked`.
 
     Raises:
         ValueError: If the prediction is none of `PREDICTIONS`.
@@ -47,6 +50,8 @@ class Backbone:
     forward: Forward = field(repr=False)
     name: str = "model"
     tokens: Callable[[Any, str], Tensor] = field(default=as_tokens, repr=False)
+    takes_mask: bool = False
+    mask: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -64,7 +69,8 @@ class Backbone:
             ValueError: If the samples have another shape, or a level makes `convert` divide by zero.
         """
         output = self.predict(x_t, noise_level, condition)
-        return convert(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
+        velocity = convert(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
+        return velocity if self.mask is None else velocity.masked_fill(~self._real(x_t).unsqueeze(1), 0.0)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
         """What the network itself predicts (`self.prediction`), with time pointing from data to noise."""
@@ -77,9 +83,33 @@ class Backbone:
         native_time = self.schedule.native_time(noise_level)
         if not self.schedule.integer_time:
             native_time = native_time.to(x_t.dtype)
-        output = self.forward(self.module, x_t, native_time, condition)
+        mask = () if self.mask is None else (self._real(x_t),)
+        output = self.forward(self.module, x_t, native_time, condition, *mask)
         flip = self.prediction == "velocity" and self.schedule.time_direction < 0
         return -output if flip else output
+
+    def masked(self, mask: Tensor | None) -> Backbone:
+        """This backbone for the samples of one batch, of which only the masked part is real.
+
+        What it gives there does not depend on the padding, and on the padding it gives 0.
+
+        Args:
+            mask: Shape (B, *grid), bool, as in `Batch`; the backbone may then be given the batch, or the batch several
+                times over. None leaves it as it is.
+
+        Raises:
+            ValueError: If the network cannot tell padding from data.
+        """
+        if mask is None:
+            return self
+        if not self.takes_mask:
+            raise ValueError(f"{self.name} takes no padded samples; cut all to one length")
+        return replace(self, mask=mask)
+
+    def _real(self, x_t: Tensor) -> Tensor:
+        """The mask for the batch, or for the batch several times over, as guidance asks for it."""
+        assert self.mask is not None
+        return self.mask.to(x_t.device).repeat(len(x_t) // len(self.mask), *[1] * (self.mask.ndim - 1))
 
     def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
         """The label that means "no label", `num_classes`, shape (B,); None for unconditional models."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe.backbones.base import Backbone
+from layerprobe.capture import real_tokens
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
 # name: (depth, hidden size, heads); Table 1 of DiT.
@@ -120,13 +121,26 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(width, config.patch_size ** len(config.grid) * out_channels)
         self._initialise()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Args: x of shape (B, C, *grid), native times t (B,), labels y (B,) with `num_classes` for "no label"."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The prediction, like x.
+
+        Args:
+            x: Shape (B, C, *grid).
+            t: Native times, shape (B,).
+            y: Labels, shape (B,), with `num_classes` for "no label".
+            mask: Shape (B, *grid), bool, True where a sample is real. No token attends to patches of padding alone,
+                and the rest of the padding is seen as 0; so is what is given there.
+        """
+        keys = None
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(1), 0.0)
+            keys = real_tokens(mask, self.config.grid)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
-            tokens = block(tokens, c)
-        return unpatchify(self.final_layer(tokens, c), config=self.config)
+            tokens = block(tokens, c) if keys is None else block(tokens, c, keys)
+        output = unpatchify(self.final_layer(tokens, c), config=self.config)
+        return output if mask is None else output.masked_fill(~mask.unsqueeze(1), 0.0)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -187,7 +201,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+    """Multi-head self-attention, (B, T, D) -> (B, T, D), to the tokens of `keys`, (B, T) bool; to all without."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -197,10 +211,11 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         b, n, d = x.shape
+        seen = None if keys is None else keys[:, None, None]
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=seen)
         mixed: Tensor = self.proj(attended.transpose(1, 2).reshape(b, n, d))
         return mixed
 
@@ -230,9 +245,9 @@ class SiTBlock(nn.Module):
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), keys)
         output: Tensor = x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
         return output
 
@@ -292,6 +307,7 @@ def sit_backbone(
         num_classes=module.config.num_classes,
         forward=labelled,
         name=name or module.config.name,
+        takes_mask=True,
     )
 
 
@@ -304,11 +320,11 @@ def new_sit(
         return sit_backbone(SiT(config), schedule=schedule, prediction=prediction)
 
 
-def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
-    """Calls a network that always takes labels."""
+def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
+    """Calls a network that always takes labels, and a mask where there is one."""
     if condition is None:  # An unconditional one still has the row for "no label".
         condition = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    output: Tensor = module(x_t, native_time, condition)
+    output: Tensor = module(x_t, native_time, condition, *mask)
     return output
 
 

@@ -23,11 +23,19 @@ class Batch:
         x: Shape (B, C, *grid), float32.
         labels: Shape (B,), int64, or None for unlabelled data.
         ids: Shape (B,), int64.
+        mask: Shape (B, *grid), bool: where a sample is real, and not padding up to the common shape, which is 0 in x.
+            None where every sample fills its grid.
     """
 
     x: Tensor
     labels: Tensor | None
     ids: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """The mask, all True where there is none."""
+        return torch.ones(len(self.x), *self.x.shape[2:], dtype=torch.bool) if self.mask is None else self.mask
 
 
 class Samples(ABC):
@@ -66,10 +74,12 @@ class TensorSamples(Samples):
         x: Shape (n, C, *grid), floating point, or uint8 that stands for [-1, 1].
         labels: Shape (n,), integers in [0, num_classes), or None.
         ids: Shape (n,); positions where not given.
+        mask: Shape (n, *grid), bool, see `Batch`; padding becomes 0.
         fingerprint: A hash of the content where not given.
 
     Raises:
-        ValueError: If the numbers of samples, labels and ids differ, a label is no class, or a sample is not finite.
+        ValueError: If the numbers of samples, labels and ids differ, a label is no class, a sample is not finite, or
+            one is nothing but padding.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class TensorSamples(Samples):
         labels: Tensor | None = None,
         *,
         ids: Tensor | None = None,
+        mask: Tensor | None = None,
         modality: str = "image",
         class_names: tuple[str, ...] = (),
         fingerprint: str | None = None,
@@ -86,6 +97,9 @@ class TensorSamples(Samples):
             raise ValueError(f"{len(x)} samples but {len(labels)} labels; pass one label per sample")
         if ids is not None and len(ids) != len(x):
             raise ValueError(f"{len(x)} samples but {len(ids)} ids; pass one id per sample")
+        self.mask = None if mask is None else _some_real(mask, x)
+        if self.mask is not None:
+            x = torch.where(self.mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
         self.x = x if x.dtype == torch.uint8 else _finite(x)
         self.labels = None if labels is None else labels.long()
         self.ids = torch.arange(len(x)) if ids is None else ids.long()
@@ -93,7 +107,9 @@ class TensorSamples(Samples):
         self.modality = modality
         self.num_classes = 0 if self.labels is None else _num_classes(self.labels, class_names)
         self.class_names = class_names
-        self.fingerprint = fingerprint or content_hash(self.x, self.labels, self.ids, modality, class_names)
+        self.fingerprint = fingerprint or content_hash(
+            self.x, self.labels, self.ids, modality, class_names, *([] if self.mask is None else [self.mask])
+        )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -103,7 +119,8 @@ class TensorSamples(Samples):
         x = self.x[index]
         if x.dtype == torch.uint8:
             x = pixels_to_float(x)
-        return Batch(x, None if self.labels is None else self.labels[index], self.ids[index])
+        labels, mask = (None if column is None else column[index] for column in (self.labels, self.mask))
+        return Batch(x, labels, self.ids[index], mask)
 
 
 class Subset(Samples):
@@ -122,6 +139,15 @@ class Subset(Samples):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return self.samples.batch(self.indices[torch.as_tensor(indices, dtype=torch.long)].tolist())
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of one kind of samples as one."""
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    x = torch.cat([batch.x for batch in batches])
+    padded = any(batch.mask is not None for batch in batches)
+    mask = torch.cat([batch.real for batch in batches]) if padded else None
+    return Batch(x, torch.cat(labels) if labels else None, torch.cat([batch.ids for batch in batches]), mask)
 
 
 @dataclass(frozen=True)
@@ -165,6 +191,20 @@ def _finite(x: Tensor) -> Tensor:
             f"{len(bad)} of {len(x)} samples have NaN or infinite values (first: {bad[0].item()}); remove them"
         )
     return x.float()
+
+
+def _some_real(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.shape != (len(x), *x.shape[2:]) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"the mask has type {mask.dtype} and shape {tuple(mask.shape)}; pass bool of shape "
+            f"{(len(x), *x.shape[2:])}, True where a sample is real"
+        )
+    if x.dtype == torch.uint8:
+        raise ValueError("uint8 has no value that stands for padding; pass floating point with a mask")
+    empty = (~mask.flatten(1).any(1)).nonzero()
+    if len(empty):
+        raise ValueError(f"{len(empty)} of {len(x)} samples are all padding (first: {empty[0].item()}); remove them")
+    return mask
 
 
 def _num_classes(labels: Tensor, class_names: tuple[str, ...]) -> int:
