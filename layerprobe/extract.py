@@ -149,7 +149,8 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: T
         return pooled.flatten(1)
     real = real_tokens(mask.to(tokens.device), grid).view(len(maps), 1, *grid)
     share = pool(real.float(), edges)
-    return (pool(maps.masked_fill(~real, 0.0), edges) / share.masked_fill(share == 0, 1.0)).flatten(1)
+    sums: Tensor = pool(maps.masked_fill(~real, 0.0), edges)
+    return (sums / share.masked_fill(share == 0, 1.0)).flatten(1)
 
 
 def token_grid(count: int, input_grid: tuple[int, ...]) -> tuple[int, ...] | None:

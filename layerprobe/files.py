@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,18 @@ from typing import Any
 
 class MissingWeights(FileNotFoundError):
     """A weight file that something else refers to is not there."""
+
+
+def needed(module: str, extra: str) -> Any:
+    """A module that only some users need.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{module} is not installed; install layerprobe[{extra}]", name=module) from error
 
 
 @contextmanager

@@ -183,7 +183,7 @@ class EncodedImages:
         rows = index.tolist()
         for out, row, encoded in zip(pixels, rows, self._encoded(rows), strict=True):
             with self._errors(row):
-                out[:] = _decode(encoded, shape)
+                out[:] = decode_image(encoded, shape)
         return torch.from_numpy(pixels)
 
     def name(self, row: int) -> str:
@@ -238,7 +238,8 @@ def _shape(encoded: bytes) -> tuple[int, int, int]:
     return _MODE_CHANNELS[image.mode], height, width
 
 
-def _decode(encoded: bytes, shape: tuple[int, ...]) -> NDArray[Any]:
+def decode_image(encoded: bytes, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An encoded image as uint8 of shape (C, H, W), see the top of this module."""
     from PIL import Image, ImageOps
 
     channels, height, width = shape
@@ -281,7 +282,7 @@ def _common_shape(
 
 def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     features = next(iter(parts.values())).features
-    columns = [name for name, feature in features.items() if _holds_images(feature)]
+    columns = [name for name, feature in features.items() if tables.holds_bytes(feature)]
     named = [name for name in _IMAGE_COLUMNS if name in columns]
     column = given or next(iter(named or columns), None)
     if column is None:
@@ -294,10 +295,3 @@ def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     if not given and not named and len(columns) > 1:
         raise ValueError(f"the columns {', '.join(columns)} all hold images; pass one as --image-column")
     return column
-
-
-def _holds_images(feature: Any) -> bool:
-    from datasets import Image
-
-    is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return isinstance(feature, Image) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)

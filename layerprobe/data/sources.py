@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from layerprobe.data import audio, motion, tables, video
+from layerprobe.data.audio import load_audio
 from layerprobe.data.base import Samples, Splits
 from layerprobe.data.digits import digits
 from layerprobe.data.images import load_images
 from layerprobe.data.latents import LatentSamples, encode, latent_format, latent_shape, load_latents
+from layerprobe.data.motion import load_motion
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
+from layerprobe.data.video import load_video
 
 
 def load(
     source: str | Path,
     *,
-    size: int | None = None,
-    channels: int | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
     latent_scale: float | None = None,
     num_fit: int | None = None,
     num_choose: int | None = None,
@@ -31,17 +32,13 @@ def load(
     seed: int = 0,
     expect_shape: tuple[int, ...] | None = None,
     require_labels: bool = False,
+    **options: Any,
 ) -> Splits:
     """Reads a data set and divides it.
 
     Args:
         source: "digits" for the embedded scans (a folder of that name is "./digits"), a folder of latents (see
-            `load_latents`), or what `load_images` takes.
-        size: As in `load_images`, like the next four.
-        channels: 1 or 3.
-        split: The only part to read.
-        image_column: Where the images are.
-        label_column: Where the labels are.
+            `load_latents`), or what `load_images`, `load_audio`, `load_motion` or `load_video` takes.
         latent_scale: As in `load_latents`, for a folder of latents.
         num_fit: As in `splits.split`, like the next two.
         num_choose: Samples to choose penalties and layers with.
@@ -49,29 +46,23 @@ def load(
         seed: Decides which sample falls to which split, except for the digits, whose splits are fixed.
         expect_shape: Shape (C, H, W) that the model takes.
         require_labels: Refuse unlabelled data.
+        options: Of the loader of the data's modality; `modality` itself where the data leaves it open. None counts as
+            not given.
 
     Raises:
         ValueError: If the data cannot be read or divided, or is not what was expected.
     """
     counts = {"num_fit": num_fit, "num_choose": num_choose, "num_report": num_report}
-    options = {
-        "size": size,
-        "channels": channels,
-        "split": split,
-        "image_column": image_column,
-        "label_column": label_column,
-    }
+    options = {name: value for name, value in options.items() if value is not None}
     if source == "digits":
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-        if given or latent_scale is not None:
-            given += ["--latent-scale"] * (latent_scale is not None)
+        given = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
+        if given:
             raise ValueError(f"the embedded digits are 1x8x8 and labelled as they are; leave out {' '.join(given)}")
         embedded = digits()
         _check_shape(embedded.fit, expect_shape, source)
         return take(embedded, **counts)
     if latent_format(source) is not None:
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-        if given:
+        if given := _flags(options):
             raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(given)}")
         latents = load_latents(source, scale=latent_scale, seed=seed)
         _check_shape(latents, expect_shape, source)
@@ -80,14 +71,53 @@ def load(
         return divide(latents, **counts, seed=seed)
     if latent_scale is not None:
         raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
-    parts = load_images(
-        source, size=size, channels=channels, split=split, image_column=image_column, label_column=label_column
-    )
+    modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
+    if modality not in LOADERS:
+        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
+    loader = LOADERS[modality]
+    if unknown := _flags(name for name in options if name not in inspect.signature(loader).parameters):
+        raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} means nothing; leave it out")
+    if modality == "video" and "size" not in options:
+        raise ValueError(f"{source} holds video; pass --size, the side of a frame in pixels")
+    parts = loader(source, **options)
     for samples in parts.values():
         _check_shape(samples, expect_shape, source)
         if require_labels and samples.labels is None:
-            raise ValueError(f"{source} has no labels; pass --label-column, or put the images in one folder per class")
+            raise ValueError(f"{source} has no labels; pass --label-column, or put the items in one folder per class")
     return divide(parts, **counts, seed=seed)
+
+
+LOADERS: dict[str, Callable[..., dict[str, Samples]]] = {
+    "image": load_images,
+    "audio": load_audio,
+    "motion": load_motion,
+    "video": load_video,
+}
+
+
+def guess_modality(source: str | Path, *, split: str | None = None) -> str:
+    """What a data set holds: by the files' endings, else by the names and types of its columns; "image" in doubt."""
+    root = Path(source).expanduser()
+    if root.is_dir():
+        endings = {file.suffix.lower() for file in root.rglob("*")}
+        for modality, suffixes in (("audio", audio.SUFFIXES), ("motion", motion.SUFFIXES), ("video", video.SUFFIXES)):
+            if endings & set(suffixes) - {".gif"} and not endings & {".parquet", ".arrow"}:
+                return modality
+    if not root.exists() or (root.is_dir() and not endings & {".parquet", ".arrow"}):
+        return "image"
+    features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
+    for name, feature in features.items():
+        if motion.holds_motion(feature):
+            return "motion"
+        if tables.holds_bytes(feature) and (name in audio.COLUMNS or type(feature).__name__ == "Audio"):
+            return "audio"
+        if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
+            return "video"
+    return "image"
+
+
+def _flags(names: Iterable[str]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def encode_splits(
@@ -130,6 +160,12 @@ def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str
     if isinstance(samples, LatentSamples):
         seen = "x".join(map(str, samples.shape))
         raise ValueError(f"latents are {seen} but the model takes {wanted}; pass those that it was trained on")
+    if samples.modality != "image":
+        seen = "x".join(map(str, samples.shape))
+        raise ValueError(
+            f"{samples.modality} samples are {seen} but the model takes {wanted}; pass the --length and the other "
+            "options of its training"
+        )
     channels, height, width = samples.shape
     seen = f"{height}x{width} with {channels} channel{'s' * (channels > 1)}"
     raise ValueError(f"images are {seen} but the model takes {wanted}; {_remedy(samples.shape, expected, source)}")

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ _LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label"
 _PART_NUMBERS = {"train": 0, "validation": 1, "test": 2}
 _PART_WORDS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _ID_STRIDE = 10**9
+# The column of the paths where items are single files.
+FILE = "file"
 
 
 def read(source: str | Path, *, suffixes: Collection[str], split: str | None = None) -> dict[str, Dataset]:
@@ -62,6 +64,84 @@ def read(source: str | Path, *, suffixes: Collection[str], split: str | None = N
     if empty is not None:
         raise ValueError(f"{source} has no rows in {empty}; pass data that has some")
     return {name: rows.with_format(None) for name, rows in parts.items()}
+
+
+def read_items(source: str | Path, *, suffixes: Collection[str], split: str | None = None) -> dict[str, Dataset]:
+    """The parts of a data set whose items may be single files that `datasets` does not read by itself.
+
+    A folder with such files has a column "file" with their paths, sorted, and, where each lies in a folder of its
+    class, a column "label" with that folder's name. Folders train/, validation/ and test/ at its top are its parts.
+
+    Args:
+        source: As in `read`.
+        suffixes: Of single files that are items, like ".wav".
+        split: The only part to read.
+
+    Raises:
+        ValueError: As `read` does.
+    """
+    from datasets import Dataset
+
+    root = Path(source).expanduser().absolute()
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes) if root.is_dir() else []
+    if not files:
+        return read(source, suffixes=suffixes, split=split)
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        top = file.relative_to(root).parts[0]
+        found.setdefault(top if top in _PART_WORDS else "train", []).append(file)
+    if split is not None and split not in found:
+        raise ValueError(f"{source} has no split {split!r}; pass one of {', '.join(found)} as --split")
+    parts = {name: found[name] for name in found if split in (None, name)}
+    holders = {file.parent for part in parts.values() for file in part}
+    classes = holders - {root} - {root / word for word in _PART_WORDS}
+    labelled = classes == holders and len({folder.name for folder in classes}) > 1
+    rows: dict[str, Dataset] = {}
+    for name, part in parts.items():
+        labels = {"label": [file.parent.name for file in part]} if labelled else {}
+        rows[name] = Dataset.from_dict({FILE: [str(file) for file in part]} | labels)
+    return rows
+
+
+def item_column(
+    parts: Mapping[str, Dataset],
+    given: str | None,
+    *,
+    usual: Sequence[str],
+    what: str,
+    fits: Callable[[Any], bool],
+) -> str:
+    """The column of the items: the given one, the file's, one with a usual name, or the only one of a fitting type.
+
+    Args:
+        parts: The data set.
+        given: A column, or None.
+        usual: Names that such a column often has.
+        what: For people: "audio", "motion" or "video".
+        fits: Whether a column of this type may hold items.
+
+    Raises:
+        ValueError: If the given column is not there, or none or several could be meant.
+    """
+    if given is not None:
+        check_column(parts, given, "--item-column")
+        return given
+    features = next(iter(parts.values())).features
+    columns = [name for name, feature in features.items() if name == FILE or fits(feature)]
+    named = [name for name in (FILE, *usual) if name in columns]
+    if not columns:
+        raise ValueError(f"no column holds {what} but {', '.join(features)}; pass {what}, or --item-column")
+    if not named and len(columns) > 1:
+        raise ValueError(f"the columns {', '.join(columns)} may all hold {what}; pass one as --item-column")
+    return (named or columns)[0]
+
+
+def holds_bytes(feature: Any) -> bool:
+    """Whether a column's type is encoded bytes, or a record of bytes and a path."""
+    from datasets import Audio, Image, Video
+
+    is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return isinstance(feature, (Audio, Image, Video)) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def first_id(part: str) -> int:

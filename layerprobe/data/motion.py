@@ -1,0 +1,222 @@
+"""Motion: positions of joints over time, from arrays in files or columns, and from BVH files.
+
+A clip is (frames, joints, 3) or (frames, 3 joints), or any (frames, channels); a sample is (channels, frames), on a
+1-D grid. Positions become relative to where the first joint stands in the first frame, on the two axes of the floor:
+a walk looks the same wherever it begins.
+
+Source of the BVH format: Meredith & Maddock 2001, "Motion capture file formats explained".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerprobe.data import tables
+from layerprobe.data.base import Samples
+from layerprobe.data.media import Decoder, file_bytes, load_media
+
+if TYPE_CHECKING:
+    pass
+
+SUFFIXES = (".npy", ".npz", ".bvh")
+COLUMNS = ("motion", "motions", "joints", "poses", "skeleton")
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MotionDecoder(Decoder):
+    """Clips as (channels, frames).
+
+    Attributes:
+        stride: Every stride-th frame is kept.
+        up_axis: 0, 1 or 2: the axis that is not of the floor; None leaves positions where they are.
+    """
+
+    stride: int = 1
+    up_axis: int | None = 1
+    modality = "motion"
+    row_format = "numpy"  # nested lists of Python numbers take ten times as long
+
+    def __call__(self, item: Any) -> Tensor:
+        """Shape (channels, frames)."""
+        frames = _frames(item)
+        if frames.ndim == 3:
+            frames = frames.reshape(len(frames), -1)
+        if frames.ndim != 2 or not frames.size:
+            raise ValueError(f"it has shape {frames.shape}, not (frames, channels) or (frames, joints, 3)")
+        frames = frames[:: self.stride]
+        if self.up_axis is not None and frames.shape[1] % 3 == 0:
+            origin = frames[0, :3].copy()
+            origin[self.up_axis] = 0
+            frames = frames - np.tile(origin, frames.shape[1] // 3)
+        return torch.from_numpy(np.ascontiguousarray(frames.T)).float()
+
+
+def load_motion(
+    source: str | Path,
+    *,
+    length: int | None = None,
+    stride: int = 1,
+    up_axis: int | None = 1,
+    split: str | None = None,
+    column: str | None = None,
+    label_column: str | None = None,
+    skip_bad: int = 0,
+) -> dict[str, Samples]:
+    """The parts of a motion data set.
+
+    Args:
+        source: What `tables.read_items` takes: .npy, .npz (one array) or .bvh files in a folder per class, or rows with
+            a column of nested lists.
+        length: Frames of a sample, after the stride.
+        stride: Every stride-th frame is kept.
+        up_axis: See `MotionDecoder`.
+        split: The only part to read.
+        column: Where the clips are; found by name where not given.
+        label_column: Where the labels are.
+        skip_bad: See `load_media`.
+
+    Raises:
+        ValueError: If the data cannot be read, or clips differ in their channels.
+    """
+    if stride < 1:
+        raise ValueError(f"--stride is {stride}; pass at least 1")
+    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    found = tables.item_column(parts, column, usual=COLUMNS, what="motion", fits=holds_motion)
+    decoder = MotionDecoder(stride, up_axis)
+    return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
+
+
+def holds_motion(feature: Any) -> bool:
+    """Whether a column's type is nested lists of numbers."""
+    inner = getattr(feature, "feature", None)
+    leaf = getattr(inner, "feature", None)
+    while getattr(leaf, "feature", None) is not None:
+        leaf = leaf.feature  # type: ignore[union-attr]
+    array = type(feature).__name__ in ("Array2D", "Array3D")
+    return array or str(getattr(leaf, "dtype", "")).startswith(("float", "double"))
+
+
+def _frames(item: Any) -> Floats:
+    if isinstance(item, (list, np.ndarray)):
+        lengths = {len(frame) for frame in item}
+        if len(lengths) > 1:
+            raise ValueError(f"its frames have {min(lengths)} to {max(lengths)} values")
+        return np.asarray(item, np.float64)
+    path = str(item.get("path") if isinstance(item, Mapping) else item)
+    if path.lower().endswith(".bvh"):
+        return bvh_positions(file_bytes(item).read().decode("utf-8", errors="strict"))
+    loaded = np.load(file_bytes(item), allow_pickle=False)
+    if isinstance(loaded, np.lib.npyio.NpzFile):
+        if len(loaded.files) != 1:
+            raise ValueError(f"it holds the arrays {', '.join(loaded.files)}; keep one per file")
+        loaded = loaded[loaded.files[0]]
+    if loaded.dtype.kind not in "fiu":
+        raise ValueError(f"it holds values of type {loaded.dtype}")
+    return np.asarray(loaded, np.float64)
+
+
+def bvh_positions(text: str) -> Floats:
+    """World positions of all joints of a BVH file, shape (frames, joints, 3), in its unit; end sites are left out.
+
+    Raises:
+        ValueError: If the text is no BVH file.
+    """
+    words = text.split()
+    if words[:1] != ["HIERARCHY"] or "MOTION" not in words:
+        raise ValueError("it is no BVH file: HIERARCHY or MOTION is missing")
+    split = words.index("MOTION")
+    joints = _skeleton(words[1:split])
+    motion = words[split + 1 :]
+    if len(motion) < 5 or motion[0] != "Frames:" or motion[2:4] != ["Frame", "Time:"]:
+        raise ValueError("its MOTION does not begin with Frames and Frame Time")
+    num_frames, num_values = int(motion[1]), sum(len(joint.channels) for joint in joints)
+    values = np.array(motion[5:], np.float64)
+    if num_frames < 1 or values.size != num_frames * num_values:
+        raise ValueError(f"it declares {num_frames} frames of {num_values} values but holds {values.size} values")
+    return _forward_kinematics(joints, values.reshape(num_frames, num_values))
+
+
+@dataclass(frozen=True)
+class _Joint:
+    parent: int  # -1 for the root
+    offset: Floats
+    channels: tuple[str, ...]
+
+
+def _skeleton(words: list[str]) -> list[_Joint]:
+    joints: list[_Joint] = []
+    open_joints: list[int] = []  # -1 stands for an end site
+    place = 0
+    while place < len(words):
+        word = words[place]
+        if word in ("ROOT", "JOINT", "End"):
+            if word == "End":
+                open_joints.append(-1)
+            else:
+                joints.append(_Joint(next((j for j in reversed(open_joints) if j >= 0), -1), np.zeros(3), ()))
+                open_joints.append(len(joints) - 1)
+            place += 3  # the word, the name, the brace
+        elif word == "OFFSET":
+            if open_joints[-1] >= 0:
+                old = joints[open_joints[-1]]
+                joints[open_joints[-1]] = _Joint(old.parent, np.array(words[place + 1 : place + 4], float), ())
+            place += 4
+        elif word == "CHANNELS":
+            count = int(words[place + 1])
+            old = joints[open_joints[-1]]
+            names = tuple(words[place + 2 : place + 2 + count])
+            unknown = [name for name in names if name[1:] not in ("position", "rotation") or name[0] not in "XYZ"]
+            if unknown:
+                raise ValueError(f"channel {unknown[0]!r} is none of BVH's")
+            joints[open_joints[-1]] = _Joint(old.parent, old.offset, names)
+            place += 2 + count
+        elif word == "}":
+            open_joints.pop()
+            place += 1
+        else:
+            raise ValueError(f"its HIERARCHY holds {word!r} out of place")
+    if open_joints or not joints:
+        raise ValueError("the braces of its HIERARCHY do not match")
+    return joints
+
+
+def _forward_kinematics(joints: list[_Joint], values: Floats) -> Floats:
+    positions = np.zeros((len(values), len(joints), 3))
+    rotations = np.zeros((len(joints), len(values), 3, 3))
+    column = 0
+    for index, joint in enumerate(joints):
+        local, shift = np.broadcast_to(np.eye(3), (len(values), 3, 3)), np.broadcast_to(joint.offset, (len(values), 3))
+        for channel in joint.channels:
+            axis, value = "XYZ".index(channel[0]), values[:, column]
+            if channel.endswith("position"):
+                shift = shift + np.eye(3)[axis] * value[:, None]
+            else:  # Rotations apply in the order in which they are listed, each about the axes as turned so far.
+                local = local @ _rotation(axis, np.deg2rad(value))
+            column += 1
+        if joint.parent < 0:
+            positions[:, index], rotations[index] = shift, local
+        else:
+            turned = np.einsum("fij,fj->fi", rotations[joint.parent], shift)
+            positions[:, index] = positions[:, joint.parent] + turned
+            rotations[index] = rotations[joint.parent] @ local
+    return positions
+
+
+def _rotation(axis: int, angle: Floats) -> Floats:
+    """Rotations about one axis, shape (n, 3, 3)."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.zeros((len(angle), 3, 3))
+    matrix[:, axis, axis] = 1
+    matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
+    matrix[:, j, i], matrix[:, i, j] = np.sin(angle), -np.sin(angle)
+    return matrix
