@@ -768,7 +768,7 @@ def test_load_tells_what_the_model_takes(tmp_path: Path) -> None:
             load(path, expect_shape=shape)
     assert load(path, size=32, channels=3, expect_shape=(3, 32, 32)).fit.shape == (3, 32, 32)
     with pytest.raises(
-        ValueError, match=r"x.parquet has no labels; pass --label-column, or put the images in one folder"
+        ValueError, match=r"x.parquet has no labels; pass --label-column, or put the items in one folder"
     ):
         load(path, require_labels=True)
     assert load(path).fit.batch([0]).labels is None
