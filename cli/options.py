@@ -83,9 +83,10 @@ OPENING = {
         str | None, typer.Option(help="Names or patterns, comma-separated: 'blocks.*,mid'; 'blocks.*.attn:input'.")
     ],
     "schedule": Annotated[
-        str | None, typer.Option(help="sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine or edm.")
+        str | None,
+        typer.Option(help="sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, -scaled_linear or -cosine."),
     ],
-    "prediction": Annotated[str | None, typer.Option(help="velocity, eps, x0 or v.")],
+    "prediction": Annotated[str | None, typer.Option(help="velocity, eps, x0, v or score.")],
     "shape": Annotated[str | None, typer.Option(help="Shape of one input, where the file does not tell: 3,32,32.")],
     "num_classes": Annotated[int | None, typer.Option(help="Classes, where the file does not tell; 0 for none.")],
 }

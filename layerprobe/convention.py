@@ -14,7 +14,7 @@ read as a velocity network can have the smaller one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ KNOWN: dict[str, tuple[Prediction, ...]] = {
     "edm": ("x0",),
 }
 # Paths that few are trained on; tried where the declared convention is not plausible.
-CURVED: dict[str, tuple[Prediction, ...]] = {name: ("velocity", "x0", "eps") for name in ("sit-gvp", "sit-vp")}
+CURVED: dict[str, tuple[Prediction, ...]] = dict.fromkeys(("sit-gvp", "sit-vp"), ("velocity", "x0", "eps"))
 # Latents that were left unscaled or scaled twice (Stable Diffusion 1/2, XL), and pixels in [0, 1].
 SCALES = (0.18215, 0.13025, 0.5, 2.0, 1 / 0.18215, 1 / 0.13025)
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).

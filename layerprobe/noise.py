@@ -4,8 +4,12 @@ Every model here sees `x_t = alpha x_0 + sigma eps`. The noise level is `sigma /
 pure noise, and equal levels mean equal signal-to-noise ratios in every family. `log_snr = 2 log(alpha / sigma)`, so
 `noise_level = sigmoid(-log_snr / 2)`. On the linear path the noise level is the path's own time.
 
-The velocity is `d x_t / d noise_level`, everywhere: it points from data to noise, equals `eps - x_0` on the linear
-path, and one sampler integrates it whatever the family. A family's own time and sign live in its `NoiseSchedule` only.
+The velocity is `d x_t / d path_time` with the time of the path, which runs from 0 at data to 1 at noise: the velocity
+points from data to noise. On the linear path, in DDPM and in EDM the path's time is the noise level itself, and on the
+linear path the velocity is `eps - x_0`. On SiT's cosine and variance-preserving paths it is the time that the network
+counts, so that a network trained there predicts this velocity and its loss is the published one; `path_rate` turns it
+into `d x_t / d noise_level`, which is what the sampler integrates whatever the family. A family's own time and sign
+live in its `NoiseSchedule` only.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Prediction = Literal["velocity", "eps", "x0", "v"]
+Prediction = Literal["velocity", "eps", "x0", "v", "score"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 # New purposes go to the end: a stream is known by its place.
 Purpose = Literal["noise", "level", "label drop", "order", "sampling", "latent"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
+END = 1e-3  # of the path's time, which training and sampling keep off an end that they cannot use
 DDPM_BETAS = ("linear", "scaled_linear", "cosine")
 
 
@@ -74,6 +79,18 @@ class NoiseSchedule(ABC):
         Raises:
             ValueError: If the family has integer times and this is none of them.
         """
+
+    def path_time(self, level: Tensor) -> Tensor:
+        """The time that a velocity is counted in, 0 at data and 1 at noise: the level, where a path has no other."""
+        return level
+
+    def level_at(self, path_time: Tensor) -> Tensor:
+        """The noise level at a time of the path; the inverse of `path_time`."""
+        return path_time
+
+    def path_rate(self, level: Tensor) -> Tensor:
+        """The derivative of the path's time by the noise level, positive inside (0, 1)."""
+        return torch.ones_like(level)
 
     @property
     def level_range(self) -> tuple[float, float]:
@@ -135,12 +152,33 @@ class LinearPath(NoiseSchedule):
         return {"schedule": "linear", "data_time": self.data_time, "noise_time": self.noise_time}
 
 
-class DDPM(NoiseSchedule):
+class QuarterCircle(NoiseSchedule):
+    """alpha^2 + sigma^2 = 1, as on every variance-preserving path: `(alpha, sigma) = (1 - level, level) / norm`.
+
+    What tells such paths apart is the time at which they reach a level.
+    """
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return (1 - level) / self._norm(level)
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return level / self._norm(level)
+
+    def alpha_rate(self, level: Tensor) -> Tensor:
+        return -level / self._norm(level) ** 3
+
+    def sigma_rate(self, level: Tensor) -> Tensor:
+        return (1 - level) / self._norm(level) ** 3
+
+    @staticmethod
+    def _norm(level: Tensor) -> Tensor:
+        return torch.sqrt((1 - level) ** 2 + level**2)
+
+
+class DDPM(QuarterCircle):
     """The variance-preserving chain of DDPM: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 ... T-1.
 
-    On the noise axis every such chain is the same quarter circle, `(alpha, sigma) = (1 - level, level) / norm`; the
-    betas only say at which integer time a level is reached. `native_time` is the nearest one by log-SNR, 0 and T-1
-    beyond the ends.
+    `native_time` is the nearest integer by log-SNR, 0 and T-1 beyond the ends.
 
     Args:
         betas: Shape (T,), each in (0, 1).
@@ -200,18 +238,6 @@ class DDPM(NoiseSchedule):
             raise ValueError(f"unknown betas {betas!r}; use one of {', '.join(DDPM_BETAS)}")
         return cls(table, name=f"ddpm-{betas}")
 
-    def alpha(self, level: Tensor) -> Tensor:
-        return (1 - level) / self._norm(level)
-
-    def sigma(self, level: Tensor) -> Tensor:
-        return level / self._norm(level)
-
-    def alpha_rate(self, level: Tensor) -> Tensor:
-        return -level / self._norm(level) ** 3
-
-    def sigma_rate(self, level: Tensor) -> Tensor:
-        return (1 - level) / self._norm(level) ** 3
-
     def native_time(self, level: Tensor) -> Tensor:
         return torch.bucketize(level.double().contiguous(), self._edges.to(level.device))
 
@@ -228,9 +254,90 @@ class DDPM(NoiseSchedule):
     def to_config(self) -> dict[str, Any]:
         return {"schedule": self.name, "betas": self.betas.tolist()}
 
-    @staticmethod
-    def _norm(level: Tensor) -> Tensor:
-        return torch.sqrt((1 - level) ** 2 + level**2)
+
+class GVP(QuarterCircle):
+    """SiT's cosine path: alpha = cos(pi s / 2), sigma = sin(pi s / 2), s from 0 at data to 1 at noise.
+
+    Args:
+        data_time: The native time of data: 1 in SiT, 0 in REPA.
+        noise_time: The native time of noise: 0 in SiT, 1 in REPA.
+
+    Source: Ma et al. 2024, SiT (arXiv:2401.08740).
+    """
+
+    name = "sit-gvp"
+
+    def __init__(self, data_time: float = 1.0, noise_time: float = 0.0) -> None:
+        self._native = LinearPath(data_time, noise_time)
+        self.time_direction = self._native.time_direction
+
+    def path_time(self, level: Tensor) -> Tensor:
+        return torch.atan2(level, 1 - level) * (2 / math.pi)
+
+    def level_at(self, path_time: Tensor) -> Tensor:
+        angle = path_time * (math.pi / 2)
+        return torch.sin(angle) / (torch.cos(angle) + torch.sin(angle))
+
+    def path_rate(self, level: Tensor) -> Tensor:
+        return 2 / math.pi / self._norm(level) ** 2
+
+    def native_time(self, level: Tensor) -> Tensor:
+        return self._native.native_time(self.path_time(level))
+
+    def noise_level(self, native_time: Tensor) -> Tensor:
+        return self.level_at(self._native.noise_level(native_time))
+
+    def to_config(self) -> dict[str, Any]:
+        return self._native.to_config() | {"schedule": self.name}
+
+
+class VP(QuarterCircle):
+    """SiT's variance-preserving path: log alpha = -(beta_max - beta_min) s^2 / 4 - beta_min s / 2, s = 1 - t.
+
+    The native time t is 1 at data. The path ends a little short of pure noise; beyond that end the network is told
+    t = 0. Near data the velocity grows like 1 / sigma, so training stops at s = 1e-5, as SiT's does.
+
+    Source: Ma et al. 2024, SiT (arXiv:2401.08740); Song et al. 2021 (arXiv:2011.13456, eq. 33).
+    """
+
+    name = "sit-vp"
+    time_direction = -1
+    first_time = 1e-5
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min < beta_max < math.inf:
+            raise ValueError(f"need 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+
+    def path_time(self, level: Tensor) -> Tensor:
+        fall = torch.log1p((level / (1 - level)) ** 2) / 2  # -log alpha
+        slope = self.beta_max - self.beta_min
+        # The root of slope s^2 / 4 + beta_min s / 2 = fall in the form that cancels nothing.
+        return 4 * fall / (self.beta_min + torch.sqrt(self.beta_min**2 + 4 * slope * fall))
+
+    def level_at(self, path_time: Tensor) -> Tensor:
+        fall = (self.beta_max - self.beta_min) * path_time**2 / 4 + self.beta_min * path_time / 2
+        sigma = torch.sqrt(-torch.expm1(-2 * fall))
+        return sigma / (torch.exp(-fall) + sigma)
+
+    def path_rate(self, level: Tensor) -> Tensor:
+        beta = self.beta_min + (self.beta_max - self.beta_min) * self.path_time(level)
+        return 2 * level / ((1 - level) * self._norm(level) ** 2 * beta)
+
+    def native_time(self, level: Tensor) -> Tensor:
+        return 1 - self.path_time(level.clamp(max=self.level_range[1])).clamp(max=1)
+
+    def noise_level(self, native_time: Tensor) -> Tensor:
+        return self.level_at(1 - native_time)
+
+    @property
+    def level_range(self) -> tuple[float, float]:
+        ends = torch.tensor([self.first_time, 1.0], dtype=torch.float64, device="cpu")
+        low, high = self.level_at(ends).tolist()
+        return low, high
+
+    def to_config(self) -> dict[str, Any]:
+        return {"schedule": self.name, "beta_min": self.beta_min, "beta_max": self.beta_max}
 
 
 class EDM(NoiseSchedule):
@@ -286,7 +393,8 @@ def schedule_from_name(name: str) -> NoiseSchedule:
     """The schedule behind a name of the command line.
 
     "sit" is the linear path with data at time 1, "flow" with data at time 0, "flow-1000" the same with times up to
-    1000; "ddpm-linear", "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5.
+    1000; "ddpm-linear", "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5; "sit-gvp"
+    and "sit-vp" are SiT's curved paths.
 
     Raises:
         ValueError: If there is no such name.
@@ -302,16 +410,17 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "flow-1000": lambda: LinearPath(data_time=0, noise_time=1000),
     **{f"ddpm-{betas}": partial(DDPM.from_name, betas) for betas in DDPM_BETAS},
     "edm": EDM,
+    "sit-gvp": GVP,
+    "sit-vp": VP,
 }
 
 
 def schedule_from_config(config: dict[str, Any]) -> NoiseSchedule:
     """Rebuilds a schedule from its `to_config`; ValueError, KeyError or TypeError where the configuration is none."""
     kind, rest = config["schedule"], {key: value for key, value in config.items() if key != "schedule"}
-    if kind == "linear":
-        return LinearPath(**rest)
-    if kind == "edm":
-        return EDM(**rest)
+    kinds: dict[str, Callable[..., NoiseSchedule]] = {"linear": LinearPath, "edm": EDM, "sit-gvp": GVP, "sit-vp": VP}
+    if kind in kinds:
+        return kinds[kind](**rest)
     return DDPM(rest["betas"], name=kind)
 
 
@@ -325,7 +434,10 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
     if prediction == "v":  # Salimans & Ho 2022 (arXiv:2202.00512)
         return -schedule.sigma(level), schedule.alpha(level)
     if prediction == "velocity":
-        return schedule.alpha_rate(level), schedule.sigma_rate(level)
+        rate = schedule.path_rate(level)
+        return schedule.alpha_rate(level) / rate, schedule.sigma_rate(level) / rate
+    if prediction == "score":  # the gradient of log p(x_t), Song et al. 2021 (arXiv:2011.13456)
+        return zero, -1 / schedule.sigma(level)
     raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
 
 
@@ -333,6 +445,25 @@ def target(prediction: Prediction, schedule: NoiseSchedule, *, x: Tensor, eps: T
     """What a perfect network would predict, for x and eps of shape (B, ...) and levels of shape (B,)."""
     a, b = _coefficients(prediction, schedule, level)
     return _per_sample(a, x) * x + _per_sample(b, x) * eps
+
+
+def error_weight(prediction: Prediction, schedule: NoiseSchedule, level: Tensor) -> Tensor:
+    """Factor of the squared error in the published loss, one per level: sigma^2 for the score, else 1.
+
+    The score grows like 1 / sigma; the published loss is `(sigma score + eps)^2` (SiT, arXiv:2401.08740).
+    """
+    return schedule.sigma(level) ** 2 if prediction == "score" else torch.ones_like(level)
+
+
+def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, float]:
+    """The path's times to train at: all, but for the ends where what is to be predicted is infinite or tells nothing.
+
+    Source: SiT's training code (arXiv:2401.08740), which cuts 1e-5 off its VP path and 1e-3 off both ends for scores.
+    """
+    if isinstance(schedule, VP):
+        return schedule.first_time, 1.0
+    cut = prediction == "score" or (prediction == "eps" and isinstance(schedule, GVP))
+    return (END, 1 - END) if cut else (0.0, 1.0)
 
 
 def convert(

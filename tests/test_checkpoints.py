@@ -190,7 +190,7 @@ def test_the_embedded_checkpoint_opens_by_its_name() -> None:
         ({"schedule": {}}, "has a damaged record .*schedule"),
         ({"schedule": {"schedule": "ddpm-linear", "betas": [2.0]}}, "has a damaged record .*betas must be"),
         ({"schedule": {"schedule": "linear", "sigma": 2}}, "has a damaged record"),
-        ({"prediction": "score"}, "has a damaged record .*unknown prediction 'score'"),
+        ({"prediction": "flow"}, "has a damaged record .*unknown prediction 'flow'"),
     ],
 )
 def test_damaged_records_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], seen: str) -> None:
@@ -314,8 +314,8 @@ def test_a_family_trained_otherwise_can_be_told_so(tmp_path: Path) -> None:
     assert open_tiny(path, schedule=EDM(0.25)).schedule.scale == 0.25
     with pytest.raises(ValueError, match="unknown schedule 'vp'; use one of sit"):
         open_tiny(path, schedule="vp")
-    with pytest.raises(ValueError, match="unknown prediction 'score'; use one of velocity"):
-        open_tiny(path, prediction="score")
+    with pytest.raises(ValueError, match="unknown prediction 'flow'; use one of velocity"):
+        open_tiny(path, prediction="flow")
 
 
 def test_a_file_of_several_possible_families_asks_for_one(tmp_path: Path) -> None:

@@ -97,6 +97,15 @@ def test_the_convention_of_training_is_found_and_every_other_refused(schedule: s
             assert f"under --schedule {schedule} --prediction {prediction} 0." in refused.message
 
 
+@pytest.mark.parametrize("path", ["sit-gvp", "sit-vp"])
+def test_sits_curved_paths_are_found_where_the_linear_one_is_declared(path: str) -> None:
+    backbone = trained(path, "velocity")
+    assert check_convention(backbone, data()).verdict == "fits"
+    refused = check_convention(replace(backbone, schedule=schedule_from_name("sit")), data())
+    assert refused.verdict == "misfit"
+    assert f"under --schedule {path} --prediction velocity 0." in refused.message
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
 def test_checkpoints_that_nobody_here_trained(name: str, shared_data: Path, shared_checkpoints: Path) -> None:
     samples = load(shared_data / "mnist", num_fit=100, num_choose=20, num_report=20).fit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from test_sit import official_shapes, plain_sit
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.families import FAMILIES, Opened, build, recognise
+from layerprobe.backbones.families import FAMILIES, Opened, _convention, build, recognise
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.capture import capture
-from layerprobe.noise import DDPM, convert
+from layerprobe.noise import DDPM, GVP, convert
 
 KIN = [name for name in FAMILIES if name != "mdm"]  # those with the names of SiT
 CONFIG = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=4, num_heads=4, num_classes=5)
@@ -224,17 +225,65 @@ def test_a_file_as_the_training_scripts_write_it(tmp_path: Path) -> None:
 
 def test_arguments_say_what_was_predicted() -> None:
     assert build("sit", state(), args={"prediction": "noise"}, num_heads=4).backbone.prediction == "eps"
+    assert build("sit", state(), args={"prediction": "score"}, num_heads=4).backbone.prediction == "score"
     assert build("repa", state(), args={"prediction": "v"}, num_heads=4).backbone.prediction == "velocity"
     with pytest.raises(
-        ValueError, match=r"^this model was trained to predict 'score'; only velocity, v, noise are known"
+        ValueError, match=r"^this model was trained to predict 'x1'; only velocity, v, noise, score are known"
     ):
-        build("sit", state(), args={"prediction": "score"}, num_heads=4)
+        build("sit", state(), args={"prediction": "x1"}, num_heads=4)
 
 
-@pytest.mark.parametrize("path", ["GVP", "VP", "cosine"])
-def test_paths_without_a_schedule_here_are_refused(path: str) -> None:
-    with pytest.raises(ValueError, match=rf"^this model was trained on the path '{path}' and not on the linear one"):
-        build("sit", state(), args={"path_type": path}, num_heads=4)
+def sit_path(path: str, t: float) -> tuple[float, float, float, float]:
+    """alpha, sigma and their derivatives by t of the official paths, t = 1 at data; REPA's counts 1 - t."""
+    s, half = 1 - t, math.pi / 2
+    if path != "VP":
+        return math.cos(half * s), math.sin(half * s), half * math.sin(half * s), -half * math.cos(half * s)
+    alpha, beta = math.exp(-19.9 * s**2 / 4 - 0.1 * s / 2), 0.1 + 19.9 * s
+    sigma = math.sqrt(1 - alpha**2)
+    return alpha, sigma, alpha * beta / 2, -(alpha**2) * beta / 2 / sigma
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+@pytest.mark.parametrize(
+    ("family", "path"), [("sit", "GVP"), ("sit", "VP"), ("layersync", "GVP"), ("disploss", "VP"), ("repa", "cosine")]
+)
+@torch.no_grad()
+def test_curved_paths_open_with_their_own_time_and_output(family: str, path: str, prediction: str) -> None:
+    """At the mixture of t = 0.3 the network is told its time, and its output is its own velocity, noise or score."""
+    tensors = file_of(family)
+    args = ARGS[family] | {"path_type": path, "prediction": "v" if family == "repa" else prediction}
+    assert recognise(tensors, args) == (family,)
+    backbone = filled(build(family, tensors, args=args, num_heads=4))
+    alpha, sigma, alpha_rate, sigma_rate = sit_path(path, 0.3)
+    x_t, label = torch.randn(2, 3, 8, 8), torch.tensor([1, 3])
+    told = 0.7 if family == "repa" else 0.3
+    out = plain_sit(tensors, CONFIG, x_t, torch.full((2,), told), label)[-1].double()
+    level = torch.full((2,), sigma / (alpha + sigma), dtype=torch.float64)
+    got = convert(backbone(x_t, level, label), x_t, level, backbone.schedule, source="velocity", to="eps")
+    if family == "repa":  # points to noise
+        out, prediction = -out, "velocity"
+    if prediction == "velocity":  # two equations: x_t = alpha x + sigma eps, out = alpha' x + sigma' eps
+        eps = (alpha * out - alpha_rate * x_t) / (alpha * sigma_rate - sigma * alpha_rate)
+    else:
+        eps = out if prediction == "noise" else -sigma * out
+    torch.testing.assert_close(got.double(), eps, rtol=1e-4, atol=1e-4)  # float32 through four blocks
+
+
+def test_lightningdits_configuration_names_its_path() -> None:
+    known = FAMILIES["lightningdit"]
+    told = _convention(known, {"path_type": "GVP", "prediction": "score"}, None, None)
+    assert (told[0].to_config(), told[1]) == (GVP().to_config(), "score")
+
+
+@pytest.mark.parametrize(
+    ("family", "path"), [("sit", "cosine"), ("repa", "GVP"), ("dit", "VP"), ("sit", "gvp"), ("sra", "VP")]
+)
+def test_paths_that_a_family_does_not_have_are_refused(family: str, path: str) -> None:
+    title = FAMILIES[family].title
+    with pytest.raises(
+        ValueError, match=rf"^this model was trained on the path '{path}', which {title} does not have; pass --schedule"
+    ):
+        build(family, state(sigma=family == "dit"), args={"path_type": path}, num_heads=4)
 
 
 def test_the_caller_has_the_last_word() -> None:

@@ -18,18 +18,23 @@ from torch import Tensor
 from layerprobe.noise import (
     DDPM,
     EDM,
+    END,
+    GVP,
     PREDICTIONS,
     PURPOSES,
     SCHEDULES,
+    VP,
     LinearPath,
     NoiseKey,
     NoiseSchedule,
     Prediction,
     Purpose,
     convert,
+    error_weight,
     schedule_from_config,
     schedule_from_name,
     target,
+    time_range,
 )
 
 LEVELS = torch.tensor([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99], dtype=torch.float64)
@@ -53,6 +58,9 @@ def level(value: float) -> Tensor:
         ("ddpm-scaled_linear", 354),
         ("ddpm-cosine", 495),
         ("edm", 0.5),
+        ("sit-gvp", 0.5),
+        # Half of the variance is left where 19.9 s^2 / 2 + 0.1 s = log 2.
+        ("sit-vp", 1 - (math.sqrt(0.01 + 4 * 9.95 * math.log(2)) - 0.1) / 19.9),
     ],
 )
 def test_native_time_where_data_and_noise_are_equally_strong(name: str, native: float) -> None:
@@ -84,6 +92,8 @@ def test_level_is_noise_over_noise_and_data(name: str) -> None:
         ("ddpm-linear", lambda t: torch.cos(torch.atan2(t, 1 - t)), lambda t: torch.sin(torch.atan2(t, 1 - t))),
         ("ddpm-cosine", lambda t: torch.cos(torch.atan2(t, 1 - t)), lambda t: torch.sin(torch.atan2(t, 1 - t))),
         ("edm", torch.ones_like, lambda t: 0.5 * t / (1 - t)),
+        ("sit-gvp", lambda t: torch.cos(torch.atan2(t, 1 - t)), lambda t: torch.sin(torch.atan2(t, 1 - t))),
+        ("sit-vp", lambda t: torch.cos(torch.atan2(t, 1 - t)), lambda t: torch.sin(torch.atan2(t, 1 - t))),
     ],
 )
 def test_alpha_and_sigma_have_their_closed_forms(name: str, alpha: Any, sigma: Any) -> None:
@@ -99,6 +109,102 @@ def test_rates_are_the_derivatives(name: str) -> None:
         at = LEVELS.clone().requires_grad_()
         derivative = torch.autograd.grad(value(at).sum() + 0 * at.sum(), at)[0]
         torch.testing.assert_close(rate(LEVELS), derivative, rtol=1e-12, atol=1e-15)
+
+
+# SiT's paths as functions of its time t, 1 at data, from the paper's formulas.
+SIT_PATHS: dict[str, tuple[Any, Any]] = {
+    "sit-gvp": (lambda t: torch.sin(math.pi * t / 2), lambda t: torch.cos(math.pi * t / 2)),
+    "sit-vp": (
+        lambda t: torch.exp(-19.9 * (1 - t) ** 2 / 4 - 0.1 * (1 - t) / 2),
+        lambda t: torch.sqrt(1 - torch.exp(-19.9 * (1 - t) ** 2 / 2 - 0.1 * (1 - t))),
+    ),
+}
+TIMES = torch.tensor([0.001, 0.02, 0.2, 0.5, 0.77, 0.98, 0.999], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SIT_PATHS)
+def test_sits_paths_mix_at_their_own_time_as_the_paper_says(name: str) -> None:
+    schedule, (alpha, sigma) = schedule_from_name(name), SIT_PATHS[name]
+    levels = schedule.noise_level(TIMES)
+    # 1e-11: at t = 0.999 VP's variance is 1e-4 of what it is subtracted from.
+    torch.testing.assert_close(schedule.alpha(levels), alpha(TIMES), rtol=1e-11, atol=0)
+    torch.testing.assert_close(schedule.sigma(levels), sigma(TIMES), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", SIT_PATHS)
+def test_the_velocity_of_sits_paths_is_that_of_their_own_time(name: str) -> None:
+    """What an official network is trained to give, d x_t / dt, but for the sign: ours points to the noise."""
+    schedule, (alpha, sigma), step = schedule_from_name(name), SIT_PATHS[name], 1e-6
+    x, eps = torch.randn(2, len(TIMES), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    after, before = (alpha(t)[:, None] * x + sigma(t)[:, None] * eps for t in (TIMES + step, TIMES - step))
+    velocity = target("velocity", schedule, x=x, eps=eps, level=schedule.noise_level(TIMES))
+    # 1e-5: VP's third derivative near data is large, and its difference loses digits.
+    torch.testing.assert_close(-velocity, (after - before) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+def test_repas_cosine_path_is_sits_with_time_turned_round() -> None:
+    sit, repa = GVP(), GVP(data_time=0, noise_time=1)
+    assert repa.time_direction == -sit.time_direction == 1
+    torch.testing.assert_close(repa.native_time(LEVELS), 1 - sit.native_time(LEVELS), rtol=0, atol=1e-15)
+    times = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(repa.alpha(repa.noise_level(times)), torch.cos(times * math.pi / 2))
+
+
+def test_vp_ends_short_of_noise_and_trains_short_of_data() -> None:
+    vp = VP()
+    low, high = vp.level_range
+    assert vp.alpha(level(high)).item() == pytest.approx(math.exp(-19.9 / 4 - 0.05), rel=1e-9)
+    assert vp.sigma(level(low)).item() == pytest.approx(math.sqrt(0.1 * 1e-5), rel=1e-3)
+    told = vp.native_time(torch.tensor([0.0, low, high, (1 + high) / 2, 1.0], dtype=torch.float64))
+    assert told.tolist() == pytest.approx([1, 1 - 1e-5, 0, 0, 0], abs=1e-12)
+    assert told.min() >= 0
+    for bad in ((0.0, 20.0), (2.0, 1.0), (0.1, math.inf), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match=r"^need 0 < beta_min < beta_max, got"):
+            VP(*bad)
+
+
+@every_schedule
+def test_a_paths_time_goes_from_data_to_noise(name: str) -> None:
+    schedule, step = schedule_from_name(name), 1e-7
+    times = schedule.path_time(LEVELS)
+    torch.testing.assert_close(schedule.level_at(times), LEVELS, rtol=1e-12, atol=0)
+    slope = (schedule.path_time(LEVELS + step) - schedule.path_time(LEVELS - step)) / (2 * step)
+    torch.testing.assert_close(schedule.path_rate(LEVELS), slope, rtol=1e-6, atol=0)
+    if name in SIT_PATHS:
+        torch.testing.assert_close(schedule.native_time(LEVELS), 1 - times, rtol=0, atol=1e-12)
+        assert schedule.path_time(level(0)).item() == 0
+        assert schedule.path_time(level(schedule.level_range[1])).item() == pytest.approx(1, rel=1e-12)
+    else:  # the noise level itself, and no rounding
+        assert times is LEVELS
+        assert schedule.level_at(times) is times
+        assert bool((schedule.path_rate(LEVELS) == 1).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_targets_are_finite_at_every_time_that_is_trained_at(name: str, prediction: Prediction) -> None:
+    schedule = schedule_from_name(name)
+    low, high = time_range(prediction, schedule)
+    ends = schedule.level_at(torch.tensor([low, 0.3, high], dtype=torch.float64))
+    if name == "edm" or (prediction == "score" and low == 0):
+        ends = ends.clamp(*schedule.level_range)  # as anywhere with EDM, which is infinitely noisy at level 1
+    x, eps = torch.ones(2, 3, 1, dtype=torch.float64)
+    assert bool(target(prediction, schedule, x=x, eps=eps, level=ends).isfinite().all())
+    assert 0 <= low <= END and 1 - END <= high <= 1
+    if prediction in ("velocity", "x0", "v") and name != "sit-vp":
+        assert (low, high) == (0, 1)
+
+
+def test_the_loss_of_a_score_is_the_published_one() -> None:
+    """(sigma score + eps)^2, that of eps, which an unweighted error would multiply by 1 / sigma^2."""
+    x, eps, output = torch.randn(3, len(LEVELS), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name in SCHEDULES:
+        schedule = schedule_from_name(name)
+        sigma = schedule.sigma(LEVELS)[:, None]
+        error = (output - target("score", schedule, x=x, eps=eps, level=LEVELS)) ** 2
+        weighted = error_weight("score", schedule, LEVELS)[:, None] * error
+        torch.testing.assert_close(weighted, (sigma * output + eps) ** 2, rtol=1e-12, atol=0)
+        assert bool((error_weight("velocity", schedule, LEVELS) == 1).all())
 
 
 @every_schedule
@@ -250,6 +356,8 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         LinearPath(2.0, -1.0),
         EDM(0.7, 0.01, 50.0),
         DDPM([0.1, 0.5], name="mine"),
+        GVP(0.0, 1000.0),
+        VP(0.2, 12.0),
     ],
     ids=lambda schedule: schedule.name,
 )
@@ -279,7 +387,7 @@ def test_corruption_is_per_sample_on_any_grid(name: str) -> None:
 
 def test_corruption_at_level_0_is_the_data_and_at_level_1_the_noise() -> None:
     x, eps = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    for name in ("sit", "flow-1000", "ddpm-linear", "ddpm-cosine"):
+    for name in ("sit", "flow-1000", "ddpm-linear", "ddpm-cosine", "sit-gvp", "sit-vp"):
         x_t = schedule_from_name(name).corrupt(x, eps, torch.tensor([0.0, 1.0]))
         assert torch.equal(x_t[0], x[0])
         assert torch.equal(x_t[1], eps[1])
@@ -289,10 +397,12 @@ def test_corruption_at_level_0_is_the_data_and_at_level_1_the_noise() -> None:
 
 
 @every_schedule
-def test_velocity_is_the_derivative_of_x_t_by_the_level(name: str) -> None:
+def test_velocity_is_the_derivative_of_x_t_by_the_paths_time(name: str) -> None:
     schedule, step = schedule_from_name(name), 1e-6
     x, eps = torch.randn(2, len(LEVELS), 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    difference = (schedule.corrupt(x, eps, LEVELS + step) - schedule.corrupt(x, eps, LEVELS - step)) / (2 * step)
+    ahead, behind = LEVELS + step, LEVELS - step
+    passed = (schedule.path_time(ahead) - schedule.path_time(behind)).view(-1, 1, 1)
+    difference = (schedule.corrupt(x, eps, ahead) - schedule.corrupt(x, eps, behind)) / passed
     velocity = target("velocity", schedule, x=x, eps=eps, level=LEVELS)
     # 1e-7: a central difference errs by step^2 times the third derivative, which EDM has large near level 1.
     torch.testing.assert_close(velocity, difference, rtol=1e-7, atol=1e-7)
@@ -313,6 +423,7 @@ def test_targets_are_what_they_are_called(name: str) -> None:
     assert torch.equal(target("eps", schedule, x=x, eps=eps, level=LEVELS), eps)
     assert torch.equal(target("x0", schedule, x=x, eps=eps, level=LEVELS), x)
     torch.testing.assert_close(target("v", schedule, x=x, eps=eps, level=LEVELS), alpha * eps - sigma * x)
+    torch.testing.assert_close(target("score", schedule, x=x, eps=eps, level=LEVELS), -eps / sigma)
 
 
 @every_schedule
@@ -371,6 +482,10 @@ def test_conversion_keeps_the_type_of_the_output_and_returns_it_where_nothing_ch
         ("edm", "eps", "velocity", 1.0),
         ("edm", "x0", "eps", 1.0),
         ("edm", "velocity", "x0", 1.0),
+        ("sit", "score", "x0", 0.0),
+        ("sit-gvp", "score", "velocity", 1.0),
+        ("sit-vp", "velocity", "x0", 0.0),
+        ("sit-vp", "velocity", "eps", 1.0),
     ],
 )
 def test_conversion_refuses_levels_that_do_not_determine_it(
@@ -382,8 +497,8 @@ def test_conversion_refuses_levels_that_do_not_determine_it(
 
 
 def test_conversion_refuses_unknown_predictions() -> None:
-    with pytest.raises(ValueError, match="unknown prediction 'score'; use one of velocity, eps, x0, v"):
-        convert(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="score", to="eps")
+    with pytest.raises(ValueError, match="unknown prediction 'flow'; use one of velocity, eps, x0, v, score"):
+        convert(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="flow", to="eps")
 
 
 @given(st.floats(1e-6, 1 - 1e-6), st.sampled_from(list(SCHEDULES)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,27 @@ from tiny import SHAPE, tiny_sit
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.noise import DDPM, EDM, LinearPath, NoiseKey, NoiseSchedule
-from layerprobe.sampling import SamplingPlan, guided, integrate, sample, straightened
+from layerprobe.noise import DDPM, EDM, GVP, VP, LinearPath, NoiseKey, NoiseSchedule, target
+from layerprobe.sampling import (
+    SamplingPlan,
+    diffuse,
+    diffusion,
+    dopri5_step,
+    guided,
+    integrate,
+    integrate_adaptively,
+    sample,
+    sampling_range,
+    straightened,
+)
 
 MEAN, STD = 0.7, 0.3
 SCHEDULES: dict[str, NoiseSchedule] = {
     "linear": LinearPath(),
     "ddpm": DDPM.from_name("linear"),
     "edm": EDM(),
+    "gvp": GVP(),
+    "vp": VP(),
 }
 
 
@@ -41,7 +56,7 @@ def expectations(schedule: NoiseSchedule, x_t: Tensor, level: Tensor) -> tuple[T
 def velocity_of(schedule: NoiseSchedule) -> Any:
     def velocity(x_t: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         x_0, eps = expectations(schedule, x_t, level)
-        return schedule.alpha_rate(level).view(-1, 1) * x_0 + schedule.sigma_rate(level).view(-1, 1) * eps
+        return target("velocity", schedule, x=x_0, eps=eps, level=level)
 
     return velocity
 
@@ -54,13 +69,16 @@ def error(schedule: NoiseSchedule, solver: Any, steps: int) -> float:
     at = torch.tensor(high, dtype=torch.float64)
     start = start / (schedule.alpha(at) + schedule.sigma(at) / schedule.scale)
     velocity = straightened(velocity_of(schedule), schedule)
-    y = integrate(velocity, start, None, (low, high), SamplingPlan(solver, steps))
+    if isinstance(solver, float):
+        y = integrate_adaptively(velocity, start, None, (low, high), SamplingPlan("dopri5", steps, rtol=solver))
+    else:
+        y = integrate(velocity, start, None, (low, high), SamplingPlan(solver, steps))
     if low > 0:
         exact = expectations(schedule, exact, torch.full((9,), low, dtype=torch.float64))[0]
     return float((y - exact).abs().max())
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["linear", "ddpm", "edm"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_the_error_falls_with_the_order_of_the_solver(name: str, solver: str, order: int) -> None:
     schedule = SCHEDULES[name]
@@ -68,6 +86,70 @@ def test_the_error_falls_with_the_order_of_the_solver(name: str, solver: str, or
     coarse, fine = (error(schedule, solver, steps + last) for steps in (200, 400))
     # The next term of the error is a few per cent of the first at this many steps.
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_step_of_dopri5_is_of_fifth_order_and_knows_its_error(name: str) -> None:
+    schedule = SCHEDULES[name]
+    velocity, middle = straightened(velocity_of(schedule), schedule), torch.tensor(0.8, dtype=torch.float64)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
+    n = {at: schedule.alpha(at) + schedule.sigma(at) / schedule.scale for at in (middle, middle - 0.4)}
+    start, exact = ((mean + std * z) / n[at] for at in n for mean, std in [marginal(schedule, at)])
+    errors, told = [], []
+    for steps in (8, 16, 32):
+        y, level, step = start, middle.repeat(9), torch.full((9,), 0.4 / steps, dtype=torch.float64)
+        for _ in range(steps):
+            slope = velocity(y, level, None)
+            y, slope_ahead, difference = dopri5_step(velocity, y, level, step, slope, None)
+            level = level - step
+            torch.testing.assert_close(slope_ahead, velocity(y, level, None))
+        errors.append(float((y - exact).abs().max()))
+        told.append(float(difference.abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.6)  # 64 steps would reach the last of sixteen digits
+    for coarse, fine in itertools.pairwise(told):
+        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.2)  # of one step of fourth order
+    assert told[-1] > errors[-1]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_dopri5_keeps_to_its_tolerance(name: str) -> None:
+    rough, fine = error(SCHEDULES[name], 1e-3, 10), error(SCHEDULES[name], 1e-6, 10)
+    assert 0.02 > rough > 20 * fine  # a step may err by the tolerance, and there are a dozen or so
+    assert fine < 1e-4
+    assert error(SCHEDULES[name], 1e-6, 1) < 1e-4  # whatever step it tries first
+
+
+def test_dopri5_takes_steps_for_each_sample_by_itself() -> None:
+    """A sample that needs thousands of steps leaves its neighbours' bits and number of steps as they were."""
+    asked: dict[int, int] = {}
+
+    def velocity(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        for which in condition.tolist():
+            asked[which] = asked.get(which, 0) + 1
+        hard = torch.where(condition == 1, 40.0, 1.0).view(-1, 1)
+        return torch.sin(hard * level.view(-1, 1)) * y * hard
+
+    y, plan = torch.ones(3, 4, dtype=torch.float64), SamplingPlan("dopri5", 5, rtol=1e-7, atol=1e-9)
+    together = integrate_adaptively(velocity, y, torch.arange(3), (0.0, 1.0), plan)
+    for i in range(3):
+        before = asked.pop(i)
+        assert torch.equal(integrate_adaptively(velocity, y[:1], torch.tensor([i]), (0.0, 1.0), plan)[0], together[i])
+        assert asked.pop(i) == before
+    integral = [math.cos(hard) - 1 for hard in (1.0, 40.0, 1.0)]  # of -hard sin(hard level) from 1 to 0, negated twice
+    torch.testing.assert_close(together[:, 0].log(), torch.tensor(integral).double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_dopri5_gives_up_where_the_network_is_not_finite(bad: float) -> None:
+    def velocity(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.where(level.view(-1, 1) < 0.5, torch.full_like(y, bad), y)
+
+    with pytest.raises(
+        ValueError, match=r"^dopri5 does not get past noise level 0\.5: the network is not finite or not"
+    ):
+        integrate_adaptively(velocity, torch.ones(2, 3), None, (0.0, 1.0), SamplingPlan("dopri5"))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -83,7 +165,7 @@ def test_a_straightened_path_is_the_linear_path(name: str) -> None:
 
     def velocity(x_t: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         torch.testing.assert_close(x_t, schedule.corrupt(x, eps, level))
-        return schedule.alpha_rate(level).view(-1, 1) * x + schedule.sigma_rate(level).view(-1, 1) * eps
+        return target("velocity", schedule, x=x, eps=eps, level=level)
 
     y = (1 - level).view(-1, 1) * x + level.view(-1, 1) * schedule.scale * eps
     torch.testing.assert_close(straightened(velocity, schedule)(y, level, None), schedule.scale * eps - x)
@@ -114,8 +196,7 @@ def gaussian_backbone(schedule: NoiseSchedule, prediction: Any) -> Backbone:
     def forward(module: nn.Module, x_t: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         level = schedule.noise_level(time.double())
         x_0, eps = expectations(schedule, x_t.double().flatten(1), level)
-        rates = schedule.alpha_rate(level).view(-1, 1), schedule.sigma_rate(level).view(-1, 1)
-        out = {"x0": x_0, "eps": eps, "velocity": rates[0] * x_0 + rates[1] * eps}[prediction]
+        out = target(prediction, schedule, x=x_0, eps=eps, level=level)
         sign = -1 if prediction == "velocity" and schedule.time_direction < 0 else 1  # in the family's own time
         return (sign * out).view_as(x_t).to(x_t.dtype)
 
@@ -133,12 +214,26 @@ def gaussian_backbone(schedule: NoiseSchedule, prediction: Any) -> Backbone:
         (EDM(), "x0"),
         (EDM(), "eps"),
         (EDM(), "velocity"),
+        (LinearPath(1, 0), "eps"),
+        (LinearPath(1, 0), "score"),
+        (GVP(), "velocity"),
+        (GVP(0, 1), "velocity"),
+        (GVP(), "eps"),
+        (GVP(), "score"),
+        (VP(), "velocity"),
+        (VP(), "eps"),
+        (VP(), "score"),
     ],
 )
-def test_samples_follow_the_exact_flow_in_every_convention(schedule: NoiseSchedule, prediction: str) -> None:
-    x = sample(gaussian_backbone(schedule, prediction), range(50), plan=SamplingPlan("heun", 300, seed=4))
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_samples_follow_the_exact_flow_in_every_convention(
+    schedule: NoiseSchedule, prediction: str, solver: Any
+) -> None:
+    plan = SamplingPlan(solver, {"heun": 120, "dopri5": 20}[solver], seed=4, rtol=1e-4)
+    backbone = gaussian_backbone(schedule, prediction)
+    x = sample(backbone, range(50), plan=plan)
     noise = NoiseKey(4, "sampling").normal(torch.arange(50), SHAPE).double()
-    high = torch.tensor(schedule.level_range[1], dtype=torch.float64)
+    high = torch.tensor(sampling_range(backbone, plan)[1], dtype=torch.float64)
     mean, std = marginal(schedule, high)
     expected = MEAN + STD * (schedule.sigma(high) * noise - mean) / std
     # Second-order error, the Euler step below the lowest level of EDM (0.4 %), and float32.
@@ -146,6 +241,99 @@ def test_samples_follow_the_exact_flow_in_every_convention(schedule: NoiseSchedu
     # The data's own mean and spread, within four standard errors of 800 numbers.
     assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(800))
     assert x.std().item() == pytest.approx(STD, rel=4 / math.sqrt(1600))
+
+
+# --- the SDE
+
+COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+CENTRE = torch.tensor([0.7, -0.4], dtype=torch.float64)
+
+
+def correlated_backbone(schedule: NoiseSchedule) -> Backbone:
+    """The perfect network for two channels from N(CENTRE, COVARIANCE) at every pixel."""
+
+    def forward(module: nn.Module, x_t: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+        at = schedule.noise_level(time.double())[0]
+        alpha, sigma = schedule.alpha(at), schedule.sigma(at)
+        of_x_t = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
+        missed = of_x_t @ (x_t.double().flatten(2) - alpha * CENTRE[:, None])
+        return (CENTRE[:, None] + alpha * COVARIANCE @ missed).view_as(x_t).to(x_t.dtype)
+
+    return wrap(
+        nn.Sequential(nn.Identity()), layers="0", schedule=schedule, prediction="x0", shape=(2, 8, 8), forward=forward
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in SCHEDULES),
+        ("linear", {"diffusion": "constant", "diffusion_scale": 0.2, "last_step_size": 0.05}),
+        ("gvp", {"diffusion": "increasing-decreasing", "diffusion_scale": 2.0}),
+        ("vp", {"diffusion": "sbdm"}),
+    ],
+)
+def test_the_sde_gives_the_mean_and_covariance_of_the_data(name: str, options: dict[str, Any]) -> None:
+    plan = SamplingPlan(
+        **{"solver": "euler-maruyama", "steps": 100, "last_step": "tweedie", "last_step_size": 0.01} | options
+    )
+    x = sample(correlated_backbone(SCHEDULES[name]), range(60), plan=plan).double().permute(1, 0, 2, 3).flatten(1)
+    # Four standard errors of 3840 pairs, and a few per cent for 100 steps.
+    torch.testing.assert_close(x.mean(1), CENTRE, rtol=0, atol=0.03 + 4 * math.sqrt(0.5 / 3840))
+    torch.testing.assert_close(torch.cov(x), COVARIANCE, rtol=0, atol=0.02 + 4 * 0.5 * math.sqrt(2 / 3840))
+
+
+def test_a_step_of_the_sde_is_sits_formula() -> None:
+    """x + (v + w s) dt + sqrt(2 w dt) z in SiT's own time, and its two last steps, by hand."""
+    plan = SamplingPlan("euler-maruyama", 3, seed=5, last_step_size=0.1)
+    y, ids = torch.randn(2, 6, dtype=torch.float64), torch.tensor([4, 9])
+
+    def velocity(x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.tanh(x) + level.double().view(-1, 1)
+
+    x, key = y, NoiseKey(5, "sampling")
+    for i, t in enumerate((0.0, 0.45)):
+        sigma, v = 1 - t, -velocity(x, torch.full((2,), 1 - t), None)
+        score = -(x - t * v) / sigma  # of eps = x - t v
+        x = x + (v + sigma * score) * 0.45 + math.sqrt(2 * sigma * 0.45) * key.normal(ids, (6,), draw=1 + i).double()
+    v = -velocity(x, torch.full((2,), 0.1), None)
+    eps = x - 0.9 * v
+    for last, end in (("mean", x + (v - eps) * 0.1), ("tweedie", (x - 0.1 * eps) / 0.9)):
+        chosen = replace(plan, last_step=last)
+        got = diffuse(velocity, y, ids, None, LinearPath(), (0.0, 1.0), chosen)
+        torch.testing.assert_close(got, end, rtol=1e-6, atol=1e-6)  # times are float32 when the network is told
+
+
+def test_diffusions_are_sits() -> None:
+    """As functions of SiT's time t, on the linear path and on VP, where beta / 2 is SBDM's."""
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    formulas: dict[str, Any] = {
+        "sigma": 0.7 * (1 - t),
+        "sbdm": 0.7 * ((1 - t) ** 2 / t + (1 - t)),
+        "constant": 0.7 * torch.ones(3).double(),
+        "linear": 0.7 * (1 - t),
+        "decreasing": 0.25 * (0.7 * torch.cos(math.pi * t) + 1) ** 2,
+        "increasing-decreasing": 0.7 * torch.sin(math.pi * t) ** 2,
+    }
+    for name, expected in formulas.items():
+        plan = SamplingPlan("euler-maruyama", diffusion=name, diffusion_scale=0.7)  # type: ignore[arg-type]
+        torch.testing.assert_close(diffusion(plan, LinearPath(), 1 - t), expected)
+    sbdm = SamplingPlan("euler-maruyama", diffusion="sbdm")
+    torch.testing.assert_close(diffusion(sbdm, VP(), VP().noise_level(t)), (0.1 + 19.9 * (1 - t)) / 2)
+    # Twice the scale of the data, the same SDE in its units.
+    for name in ("sigma", "sbdm", "linear"):
+        plan = SamplingPlan("euler-maruyama", diffusion=name)  # type: ignore[arg-type]
+        torch.testing.assert_close(diffusion(plan, EDM(1.0), t), 4 * diffusion(plan, EDM(0.5), t))
+
+
+def test_without_diffusion_the_sde_is_the_ode() -> None:
+    backbone = gaussian_backbone(LinearPath(), "velocity")
+    sde = SamplingPlan("euler-maruyama", 25, diffusion_scale=0.0, last_step_size=0.04)
+    ode = SamplingPlan("euler", 25)
+    torch.testing.assert_close(sample(backbone, range(5), plan=sde), sample(backbone, range(5), plan=ode))
+
+
+# --- which sample is which
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
@@ -157,8 +345,10 @@ def test_samples_of_a_ddpm_with_integer_times(prediction: str) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_sample_depends_on_its_number_and_label_only(guidance: float) -> None:
-    backbone, plan = tiny_sit(), SamplingPlan(steps=3, guidance=guidance, seed=2)
+@pytest.mark.parametrize("solver", ["heun", "dopri5", "euler-maruyama"])
+def test_a_sample_depends_on_its_number_and_label_only(guidance: float, solver: Any) -> None:
+    plan = SamplingPlan(solver, steps=3, guidance=guidance, seed=2, guidance_interval=(0.3, 0.7))
+    backbone = tiny_sit()
     labels = torch.arange(10) % 3
     whole = sample(backbone, range(10), labels=labels, plan=plan)
     assert whole.shape == (10, *SHAPE)
@@ -170,7 +360,7 @@ def test_a_sample_depends_on_its_number_and_label_only(guidance: float) -> None:
     torch.testing.assert_close(
         sample(backbone, some, labels=labels[some], plan=plan), whole[some], rtol=1e-5, atol=1e-5
     )
-    other = sample(backbone, range(10), labels=labels, plan=SamplingPlan(steps=3, guidance=guidance, seed=3))
+    other = sample(backbone, range(10), labels=labels, plan=replace(plan, seed=3))
     assert (other - whole).abs().min() > 0
 
 
@@ -188,6 +378,31 @@ def test_guidance_is_the_formula() -> None:
     torch.testing.assert_close(guided(backbone, 2.5)(x_t, level, None), of_null)
     # "No label" is a label too, and guidance does nothing to it.
     torch.testing.assert_close(guided(backbone, 2.5)(x_t, level, labels)[3], of_null[3], rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_stops_at_the_ends_of_its_interval() -> None:
+    backbone, asked = tiny_sit(), []
+    counting = replace(backbone, forward=lambda *args: asked.append(len(args[1])) or backbone.forward(*args))
+    x_t, labels = torch.randn(5, *SHAPE), torch.tensor([0, 1, 2, 0, 1])
+    level = torch.tensor([0.6, 0.1, 0.3, 0.9, 0.5])
+    plain, full = backbone(x_t, level, labels), guided(backbone, 3.0)(x_t, level, labels)
+    inside = torch.tensor([True, False, True, False, True])  # closed at both ends: 0.3 and 0.6 are in it
+    mixed = guided(counting, 3.0, (0.3, 0.6))(x_t, level, labels)
+    torch.testing.assert_close(mixed[inside], full[inside], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[~inside], plain[~inside], rtol=1e-4, atol=1e-5)
+    assert (full - plain).abs().flatten(1).amax(1).min() > 1e-3
+    assert sum(asked) == 3 * 2 + 2  # the null label is asked for inside only
+    assert torch.equal(guided(backbone, 3.0, (0.91, 1.0))(x_t, level, labels), plain)
+    assert torch.equal(guided(backbone, 3.0, (0.1, 0.9))(x_t, level, labels), full)
+
+
+def test_samples_outside_the_guidance_interval_are_those_without_guidance() -> None:
+    backbone, labels = tiny_sit(), torch.arange(4) % 3
+    none = sample(backbone, range(4), labels=labels, plan=SamplingPlan(steps=4))
+    between = SamplingPlan(steps=4, guidance=5.0, guidance_interval=(0.3, 0.45))  # steps are at 1, 3/4, 1/2, 1/4
+    assert torch.equal(sample(backbone, range(4), labels=labels, plan=between), none)
+    hit = replace(between, guidance_interval=(0.3, 0.5))
+    assert (sample(backbone, range(4), labels=labels, plan=hit) - none).abs().max() > 1e-3
 
 
 def test_samples_without_labels_have_the_null_label() -> None:
@@ -231,8 +446,21 @@ def test_labels_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "rk4"}, "unknown solver 'rk4'; use euler or heun"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; use euler, heun, dopri5 or euler-maruyama"),
+        (
+            {"diffusion": "none"},
+            "unknown diffusion 'none'; use sigma, sbdm, constant, linear, decreasing or increasing-",
+        ),
+        ({"last_step": "euler"}, "unknown last step 'euler'; use mean or tweedie"),
         ({"steps": 0}, "sampling takes at least 1 step, got 0"),
+        ({"solver": "euler-maruyama", "steps": 1}, "euler-maruyama takes at least 2 steps, the last one without noise"),
+        ({"guidance_interval": (0.7, 0.3)}, "guidance interval needs 0 <= low <= high <= 1 .*, got 0.7 and 0.3"),
+        ({"guidance_interval": (0.0, 80.0)}, "guidance interval needs .* got 0 and 80"),
+        ({"guidance_interval": (math.nan, 1.0)}, "guidance interval needs"),
+        ({"rtol": 0.0}, "tolerances lie above 0 and rtol below 1, got rtol 0 and atol 1e-06"),
+        ({"atol": math.inf}, "tolerances lie above 0"),
+        ({"diffusion_scale": -1.0}, "need diffusion_scale >= 0 and last_step_size in"),
+        ({"last_step_size": 1.0}, "need diffusion_scale >= 0 and last_step_size in"),
     ],
 )
 def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> None:

@@ -19,8 +19,8 @@ Forward = Callable[..., Tensor]
 class Backbone:
     """A diffusion model behind one convention.
 
-    `backbone(x_t, noise_level, condition)` is the velocity `d x_t / d noise_level`, whatever the family predicts and
-    however it counts time.
+    `backbone(x_t, noise_level, condition)` is the velocity from data to noise (`layerprobe.noise` says by which time),
+    whatever the family predicts and however it counts time.
 
     Attributes:
         module: The network.
@@ -141,8 +141,8 @@ def wrap(
         module: The network; it is put into evaluation mode.
         layers: Names or patterns; `*` stands for one part of a name ("blocks.*").
         schedule: A `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine,
-            edm.
-        prediction: "velocity", "eps", "x0" or "v".
+            edm, sit-gvp, sit-vp.
+        prediction: "velocity", "eps", "x0", "v" or "score".
         shape: Shape (C, *grid) of one input.
         num_classes: Number of classes; the null label is `num_classes`. 0 for an unconditional model.
         forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not

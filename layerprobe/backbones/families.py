@@ -24,12 +24,16 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.lightningdit import LightningDiT, lightningdit_backbone
 from layerprobe.backbones.mdm import build_mdm, recognise_mdm
 from layerprobe.backbones.sit import SiT, sit_backbone
-from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_name
+from layerprobe.noise import GVP, VP, NoiseSchedule, Prediction, schedule_from_name
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 SD_LATENTS = "latents of Stable Diffusion's VAE x 0.18215"
-# What the training scripts call their predictions. "score" is none that a schedule here converts.
-PREDICTIONS: dict[str, Prediction] = {"velocity": "velocity", "v": "velocity", "noise": "eps"}
+# What the training scripts call their predictions.
+PREDICTIONS: dict[str, Prediction] = {"velocity": "velocity", "v": "velocity", "noise": "eps", "score": "score"}
+# What they call a path that is not linear, by the schedule of the family on the linear path.
+CURVED_PATHS: Mapping[tuple[str, str], Callable[[], NoiseSchedule]] = MappingProxyType(
+    {("sit", "GVP"): GVP, ("sit", "VP"): VP, ("flow", "cosine"): lambda: GVP(data_time=0, noise_time=1)}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,11 +234,13 @@ def _convention(
     family: Family, settings: Mapping[str, Any], schedule: NoiseSchedule | str | None, prediction: Prediction | None
 ) -> tuple[NoiseSchedule, Prediction]:
     """What the caller says, else what the training arguments say, else what the family's script does by default."""
-    path, name = settings.get("path_type") or "linear", settings.get("prediction") or family.prediction
-    if schedule is None and str(path).lower() != "linear":
+    path, name = str(settings.get("path_type") or "linear"), settings.get("prediction") or family.prediction
+    curved = CURVED_PATHS.get((family.schedule, path))
+    if schedule is None and curved is not None:
+        schedule = curved()
+    if schedule is None and path.lower() != "linear":
         raise ValueError(
-            f"this model was trained on the path {path!r} and not on the linear one; pass --model with a schedule of "
-            "your own"
+            f"this model was trained on the path {path!r}, which {family.title} does not have; pass --schedule"
         )
     if prediction is None:
         if name not in (*PREDICTIONS, family.prediction):
