@@ -25,7 +25,6 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.data.base import Samples, Splits, Subset
 from layerprobe.fidelity import (
     Extractor,
-    Gaussian,
     all_features,
     classifier_extractor,
     frechet_distance,
@@ -48,6 +47,7 @@ LAST_PART = 0.25
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
 Progress = Callable[[str, int, int], None]
+Scores = dict[int, dict[str, float]]  # metrics by step
 
 
 @dataclass(frozen=True)
@@ -202,46 +202,122 @@ def confirm(
     }
     claim(folder, "confirmation.json", record, what="a confirmation")
     extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
-    reference = gaussian(all_features(extractor, splits.report))
-    held_out = Subset(splits.report, range(min(len(splits.report), HELD_OUT_SAMPLES)), name="held out")
-    labels = None if splits.report.labels is None else _like(splits.report.labels, plan.num_samples)
+    scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
     rows: list[dict[str, Any]] = []
-    beginnings: dict[int, dict[str, dict[str, float]]] = {}
+    beginnings: dict[int, Scores] = {}
     # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
     starts = ((seed, start(seed)) for seed in plan.seeds)
     runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
     total = len(plan.seeds) * len(arms) * plan.training.steps
     for index, (seed, backbone, arm) in enumerate(runs):
-        training = replace(
-            plan.training, seed=seed, pairs=(arm.pair,) if arm.pair else (), checkpoint_every=_checkpoint_every(plan)
-        )
-        place = folder / f"seed-{seed}" / arm.name.replace(" ", "-")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        evaluations = _Evaluations(place.with_name(f"{place.name}.json"), plan, held_out, labels, extractor, reference)
-        # The arms of a seed start from the same weights: what the first scored there, all score.
-        evaluations.scores |= beginnings.get(seed, {})
         done = index * plan.training.steps
 
         def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
             if progress:
                 progress(what, done + step, total)
 
-        train(
+        scores = train_arm(
             backbone,
             splits.fit,
-            training,
-            place,
-            observe=evaluations.observe,
-            observe_at=plan.evaluation_steps,
+            arm,
+            replace(training, seed=seed),
+            run_folder(folder, arm, seed),
+            score=scorer.means,
+            score_at=plan.evaluation_steps,
+            # The arms of a seed start from the same weights: what the first scored there, all score.
+            known=beginnings.get(seed, {}),
             progress=report,
         )
-        rows += evaluations.rows(arm.name, seed)
-        beginnings[seed] = {"0": evaluations.scores["0"]}
+        rows += [
+            {"arm": arm.name, "seed": seed, "step": step, "metric": metric, "value": value}
+            for step, values in scores.items()
+            for metric, value in values.items()
+        ]
+        beginnings[seed] = {0: scores[0]}
     curves = pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
     verdict = judge(curves, arms, plan, extractor_name=extractor.name, start_name=start_name)
     write_text(folder / "confirmation.csv", curves.to_csv(index=False))
     write_text(folder / "verdict.json", verdict.to_json())
     return verdict
+
+
+def run_folder(folder: Path, arm: Arm, seed: int) -> Path:
+    """Where a seed of an arm is trained; its scores lie beside it, under the same name with .json."""
+    return folder / f"seed-{seed}" / arm.name.replace(" ", "-")
+
+
+def train_arm(
+    backbone: Backbone,
+    samples: Samples,
+    arm: Arm,
+    training: TrainingPlan,
+    folder: Path,
+    *,
+    score: Callable[[Backbone], dict[str, float]],
+    score_at: Sequence[int],
+    known: Scores | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Scores:
+    """Trains one seed of an arm and scores it on the way; what is done already is not done again.
+
+    Args:
+        backbone: Where it starts.
+        samples: What it learns from.
+        arm: Its pair replaces those of the plan.
+        training: How; the same for all arms that are to be compared.
+        folder: Gets the training; the scores lie beside it.
+        score: Metrics of an averaged model.
+        score_at: Steps to score.
+        known: Scores that need no repeating.
+        progress: As in `train`.
+
+    Raises:
+        ValueError: As `train`, or if a score of a finished training is lost.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.with_name(f"{folder.name}.json")
+    evaluations = _Evaluations(place, score)
+    evaluations.scores |= known or {}
+    plan = replace(training, pairs=(arm.pair,) if arm.pair else ())
+    train(backbone, samples, plan, folder, observe=evaluations.observe, observe_at=score_at, progress=progress)
+    missing = [step for step in score_at if step not in evaluations.scores]
+    if missing:
+        raise ValueError(f"{place} lacks step {missing[0]} of a finished run; delete {folder} to repeat that run")
+    return evaluations.scores
+
+
+class Scorer:
+    """Scores models against samples that no arm has seen.
+
+    Args:
+        samples: The unseen ones; the first `HELD_OUT_SAMPLES` for the losses, all for the distance.
+        extractor: For the Fréchet distance.
+        num_samples: Drawn for each distance.
+        sampling: How they are drawn.
+    """
+
+    def __init__(self, samples: Samples, extractor: Extractor, *, num_samples: int, sampling: SamplingPlan) -> None:
+        self._extractor, self._num_samples, self._sampling = extractor, num_samples, sampling
+        self._reference = gaussian(all_features(extractor, samples))
+        self._held_out = Subset(samples, range(min(len(samples), HELD_OUT_SAMPLES)), name="held out")
+        self._labels = None if samples.labels is None else _like(samples.labels, num_samples)
+
+    def means(self, model: Backbone) -> dict[str, float]:
+        """The Fréchet distance, and the held-out loss averaged over noise levels."""
+        losses = self.losses(model)
+        return {FRECHET: self.distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
+
+    def losses(self, model: Backbone) -> dict[float, float]:
+        """The held-out loss by noise level."""
+        return held_out_loss(model, self._held_out)
+
+    def distance(self, model: Backbone) -> float:
+        """The Fréchet distance of what the model draws."""
+        # Classes as often as among the real samples; without labels the model has learned none in this training.
+        labels = self._labels if model.num_classes else None
+        x = sample(model, range(self._num_samples), labels=labels, plan=self._sampling)
+        return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)
 
 
 def judge(
@@ -409,42 +485,12 @@ def _like(labels: Tensor, n: int) -> Tensor:
 class _Evaluations:
     """What one arm scored, kept in a file as it goes."""
 
-    def __init__(
-        self,
-        path: Path,
-        plan: ConfirmationPlan,
-        held_out: Samples,
-        labels: Tensor | None,
-        extractor: Extractor,
-        reference: Gaussian,
-    ) -> None:
-        self._path, self._plan, self._held_out, self._labels = path, plan, held_out, labels
-        self._extractor, self._reference = extractor, reference
-        self.scores: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, path: Path, score: Callable[[Backbone], dict[str, float]]) -> None:
+        self._path, self._score = path, score
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        self.scores: Scores = {int(step): values for step, values in kept.items()}
 
     def observe(self, step: int, model: Backbone) -> None:
-        if str(step) in self.scores:
-            return
-        losses = held_out_loss(model, self._held_out)
-        scores = {FRECHET: self._distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
-        self.scores[str(step)] = scores
-        write_text(self._path, json.dumps(self.scores))
-
-    def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
-        missing = [step for step in self._plan.evaluation_steps if str(step) not in self.scores]
-        if missing:
-            raise ValueError(
-                f"{self._path} lacks step {missing[0]} of a finished run; "
-                f"delete {self._path.with_suffix('')} to repeat that run"
-            )
-        return [
-            {"arm": arm, "seed": seed, "step": int(step), "metric": metric, "value": value}
-            for step, scores in self.scores.items()
-            for metric, value in scores.items()
-        ]
-
-    def _distance(self, model: Backbone) -> float:
-        # Classes as often as among the real samples; without labels the model has learned none in this training.
-        labels = self._labels if model.num_classes else None
-        x = sample(model, range(self._plan.num_samples), labels=labels, plan=self._plan.sampling)
-        return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)
+        if step not in self.scores:
+            self.scores[step] = self._score(model)
+            write_text(self._path, json.dumps(self.scores))

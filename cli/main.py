@@ -11,6 +11,7 @@ import sys
 
 import typer
 
+from layerprobe.cli.atlas import atlas
 from layerprobe.cli.confirm import confirm
 from layerprobe.cli.convert import convert
 from layerprobe.cli.doctor import doctor
@@ -20,6 +21,7 @@ from layerprobe.cli.probe import analyze, extract, probe
 from layerprobe.cli.quickstart import quickstart
 from layerprobe.cli.report import report
 from layerprobe.cli.sample import sample
+from layerprobe.cli.score import score
 from layerprobe.cli.select import select
 from layerprobe.cli.train import train
 from layerprobe.files import MissingWeights
@@ -42,7 +44,9 @@ for command in (
     report,
     train,
     sample,
+    score,
     confirm,
+    atlas,
     convert,
     doctor,
 ):

@@ -17,42 +17,76 @@ def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> N
     print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
 
 
+def warn(line: str) -> None:
+    """Prints a line about something that went wrong and stops nothing."""
+    print(f"layerprobe: warning: {line}", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A function to report progress with: bars on a terminal, else a line per task and every tenth of it."""
+def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[Progress]:
+    """A function to report progress with: bars on a terminal; else a line per task, every tenth of it and every minute.
+
+    Args:
+        batch_sizes: For tasks that count steps, how many samples one step is; their samples per second are shown.
+    """
+    samples = batch_sizes or {}
     if not sys.stderr.isatty():
-        yield _PlainProgress()
+        yield _PlainProgress(samples)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(_rate((task.finished_speed or task.speed or 0.0) * samples.get(task.description, 0)))
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                # The speed is that of what is done from here on: a training that goes on has steps already.
+                tasks[what] = bars.add_task(what, total=total, completed=done)
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
 
 
 class _PlainProgress:
-    def __init__(self) -> None:
-        self._began: dict[str, float] = {}
-        self._tenth: dict[str, int] = {}
+    def __init__(self, batch_sizes: Mapping[str, int]) -> None:
+        self._batch_sizes = batch_sizes
+        self._began: dict[str, tuple[float, int]] = {}
+        self._said: dict[str, tuple[float, int]] = {}  # when, and which tenth
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        began = self._began.setdefault(what, time.monotonic())
-        tenth = 10 * done // max(total, 1)
-        if tenth > self._tenth.get(what, -1):
-            self._tenth[what] = tenth
-            print(f"{what}: {done} of {total} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+        now, tenth = time.monotonic(), 10 * done // max(total, 1)
+        began, first = self._began.setdefault(what, (now, done))
+        said, last_tenth = self._said.get(what, (now, -1))
+        if tenth <= last_tenth and now - said < 60:
+            return
+        self._said[what] = now, tenth
+        speed = (done - first) / (now - began) if now > began else 0.0
+        left = f"{_span((total - done) / speed)} left" if speed and done < total else ""
+        notes = (_span(now - began), _rate(speed * self._batch_sizes.get(what, 0)), left)
+        print(f"{what}: {done} of {total} ({', '.join(filter(None, notes))})", file=sys.stderr, flush=True)
+
+
+def _rate(samples_per_s: float) -> str:
+    return f"{samples_per_s:.{0 if samples_per_s >= 10 else 2}f} samples/s" if samples_per_s else ""
+
+
+def _span(seconds: float) -> str:
+    """ "35 s", "12 min", "3 h 5 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,43 +1,116 @@
-"""`layerprobe train`: a SiT with or without LayerSync."""
+"""`layerprobe train`: a diffusion transformer with or without LayerSync."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.output import Progress, emit, progress_bar, warn
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.sit import SiTConfig
+    from layerprobe.layersync import LayerPair
+    from layerprobe.sync_options import SyncOptions
 
 
-@options.spread(reading=options.READING)
+def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
+    # Without the variables of the environment, which would make the help twice as long.
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_envvar=False, **limits)
+
+
+MODEL = "The network, where it does not come from a checkpoint"
+ALIGNMENT = "LayerSync"
+LEARNING = "What is learned"
+OPTIMIZER = "The optimizer"
+RUNNING = "How it runs and what it leaves"
+
+# The options of `SyncOptions`, without the `sync_` before each.
+SYNC = {
+    "sync_warmup_steps": Annotated[int | None, _flag(ALIGNMENT, "Steps in which the weight rises from 0.", min=0)],
+    "sync_decay": Annotated[
+        str | None, _flag(ALIGNMENT, "How it falls to 0 at the stop step: constant, linear or cosine.")
+    ],
+    "sync_stop_step": Annotated[int | None, _flag(ALIGNMENT, "From this step on nothing is aligned.", min=1)],
+    "sync_noise_range": Annotated[
+        str | None, _flag(ALIGNMENT, "Noise levels of the samples that are aligned: 0.2,0.8.")
+    ],
+    "sync_centred": (
+        Annotated[bool, _flag(ALIGNMENT, "Subtract the mean token before the cosine.", "--sync-centred")],
+        False,
+    ),
+    "sync_projector_width": Annotated[
+        int | None, _flag(ALIGNMENT, "Hidden width of an MLP after the student; 0 is none.", min=0)
+    ],
+    "sync_teacher_decay": Annotated[
+        float | None, _flag(ALIGNMENT, "A teacher of averaged weights, in a second pass; 0 is none.")
+    ],
+    "sync_noise_gap": Annotated[
+        float | None, _flag(ALIGNMENT, "By how much less noise the teacher may see, in a second pass.")
+    ],
+}
+# The options of `TrainingPlan`.
+PLAN = {
+    "label_drop": (Annotated[float, _flag(LEARNING, "Share of labels dropped.", min=0, max=1)], 0.1),
+    "time_sampling": (Annotated[str, _flag(LEARNING, "Of the path's time: uniform or logit-normal.")], "uniform"),
+    "time_mean": (Annotated[float, _flag(LEARNING, "Of the logit-normal; above 0 is noisier.")], 0.0),
+    "time_std": (Annotated[float, _flag(LEARNING, "Of the logit-normal.")], 1.0),
+    "loss_weighting": (Annotated[str, _flag(LEARNING, "none, min-snr, velocity or likelihood.")], "none"),
+    "snr_gamma": (Annotated[float, _flag(LEARNING, "Of min-snr.")], 5.0),
+    "batch_size": (Annotated[int, _flag(OPTIMIZER, "Samples per step, over all processes.", min=1)], 128),
+    "accumulate": (Annotated[int, _flag(OPTIMIZER, "Parts of a step, where memory is short.", min=1)], 1),
+    "learning_rate": (Annotated[float, _flag(OPTIMIZER, "Of AdamW.")], 1e-4),
+    "warmup_steps": (Annotated[int, _flag(OPTIMIZER, "Steps of linear warm-up.", min=0)], 0),
+    "weight_decay": (Annotated[float, _flag(OPTIMIZER, "Of AdamW.", min=0)], 0.0),
+    "clip_norm": (Annotated[float, _flag(OPTIMIZER, "Largest gradient norm; 0 never clips.", min=0)], 0.0),
+    "ema_decay": (Annotated[float, _flag(OPTIMIZER, "Of the averaged weights.")], 0.9999),
+    "more_ema_decays": (Annotated[str | None, _flag(OPTIMIZER, "Of further averages: 0.999,0.99.")], None),
+    "precision": (Annotated[str, _flag(RUNNING, "float32 or bfloat16.")], "float32"),
+    "compile": (Annotated[bool, _flag(RUNNING, "Compile the network.", "--compile")], False),
+    "checkpoint_every": (Annotated[int, _flag(RUNNING, "Steps between checkpoints.", min=1)], 500),
+    "keep_last": (Annotated[int, _flag(RUNNING, "Checkpoints to keep.", min=1)], 1),
+    "log_every": (Annotated[int, _flag(RUNNING, "Steps between rows of the log.", min=1)], 50),
+}
+
+
+@options.spread(sync_options=SYNC, plan_options=PLAN, reading=options.READING)
 def train(
     *,
     data: options.Data,
     out: Annotated[Path, typer.Option(help="Folder of the training; repeat the command to continue it.")],
     steps: options.Steps,
-    preset: Annotated[str | None, typer.Option(help="S/2 to XL/8; or give the sizes below.")] = None,
-    patch_size: Annotated[int, typer.Option(min=1, help="Edge of a patch.")] = 2,
-    width: Annotated[int, typer.Option(min=2, help="Width of a token.")] = 128,
-    depth: Annotated[int, typer.Option(min=1, help="Number of blocks.")] = 8,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
     start: Annotated[
         str | None, typer.Option("--from", help="Checkpoint to start from instead of fresh weights.")
     ] = None,
-    pair: Annotated[list[str] | None, typer.Option(help="student:teacher, as 2:5; may be repeated.")] = None,
-    selection: Annotated[Path | None, typer.Option(help="Run folder whose pick to align.")] = None,
-    weight: options.Weight = 0.3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.0,
-    clip_norm: Annotated[float, typer.Option(min=0, help="Largest gradient norm; 0 never clips.")] = 0.0,
-    ema_decay: Annotated[float, typer.Option(help="Of the averaged weights.")] = 0.9999,
-    label_drop: Annotated[float, typer.Option(min=0, max=1, help="Share of labels dropped.")] = 0.1,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    compile_network: Annotated[bool, typer.Option("--compile", help="Compile the network.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    preset: Annotated[str | None, _flag(MODEL, "S/2 to XL/8; or give the sizes below.")] = None,
+    patch_size: Annotated[int, _flag(MODEL, "Edge of a patch.", min=1)] = 2,
+    width: Annotated[int, _flag(MODEL, "Width of a token.", min=2)] = 128,
+    depth: Annotated[int, _flag(MODEL, "Number of blocks.", min=1)] = 8,
+    heads: Annotated[int, _flag(MODEL, "Attention heads.", min=1)] = 4,
+    path: Annotated[str | None, _flag(MODEL, "From data to noise: linear (default), gvp or vp.")] = None,
+    prediction: Annotated[
+        str | None, _flag(MODEL, "What the network gives: velocity (default), eps, x0, v or score.")
+    ] = None,
+    pair: Annotated[
+        list[str] | None, _flag(ALIGNMENT, "student:teacher, as 2:5, or 2:5:0.5 for half the weight; may be repeated.")
+    ] = None,
+    selection: Annotated[Path | None, _flag(ALIGNMENT, "Run folder whose pick to align.")] = None,
+    sync: Annotated[str | None, _flag(ALIGNMENT, "auto: find the pair while training, without labels.")] = None,
+    sync_begin: Annotated[int | None, _flag(ALIGNMENT, "Step of its first decision; 1000 if not given.", min=0)] = None,
+    sync_every: Annotated[int | None, _flag(ALIGNMENT, "Steps between decisions; 5000, 0 decides once.", min=0)] = None,
+    weight: Annotated[float, _flag(ALIGNMENT, "Of the alignment.")] = 0.3,
+    sync_options: options.Given,
+    plan_options: options.Given,
+    tracker: Annotated[
+        list[str] | None, _flag(RUNNING, "tensorboard, wandb or trackio, beside log.csv; may be repeated.")
+    ] = None,
+    fsdp: Annotated[
+        bool, _flag(RUNNING, "Shard the model over the processes instead of copying it.", "--fsdp")
+    ] = False,
     reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -45,49 +118,114 @@ def train(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given."""
+    """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given; as many processes as started.
+
+    Several processes: `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or srun.
+    """
     from layerprobe.analyses import runs, training_runs
-    from layerprobe.backbones.sit import SiTConfig
-    from layerprobe.layersync import LayerPair
+    from layerprobe.distributed import processes
+    from layerprobe.trackers import require
     from layerprobe.training import TrainingPlan
 
-    pairs = tuple(LayerPair(*names) for names in options.layer_pairs(pair or []))
-    plan = TrainingPlan(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        ema_decay=ema_decay,
-        label_drop=label_drop,
-        pairs=pairs or training_runs.picked_pairs(selection),
-        weight=weight,
-        precision=precision,  # type: ignore[arg-type]
-        compile=compile_network,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
-    reading = options.located_vae(reading)
-    splits, shape = runs.load_splits(data, reading)
-    num_classes = splits.fit.num_classes
-    if preset is None:
-        sit = SiTConfig(shape, patch_size, width, depth, heads, num_classes)
-    else:
-        sit = SiTConfig.preset(preset, shape=shape, num_classes=num_classes)
-    backbone = training_runs.training_start(start, sit, seed=seed, device=device)
-    record = {
-        "model": backbone.name,
-        "samples": len(splits.fit),
-        "pairs": [str(pair) for pair in plan.pairs],
-        "steps": steps,
-        "out": str(out),
-    }
-    if dry_run:
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
-        return
-    with progress_bar() as progress:
-        splits = runs.encoded(splits, reading, progress=progress)
-        training_runs.train_run(backbone, splits, plan, out, progress=progress)
-    path = str(out / "model.safetensors")
-    emit(record | {"checkpoint": path}, [path], as_json=as_json)
+    # Everything that may fail is inside: of several processes, one says what is wrong.
+    with processes() as ranks:
+        pairs, factors = _weighted_pairs(pair or [])
+        _one_choice(pair=pair, selection=selection, sync=sync, **{"sync-begin": sync_begin, "sync-every": sync_every})
+        plan = TrainingPlan(
+            steps=steps,
+            pairs=pairs or training_runs.picked_pairs(selection),
+            weight=weight,
+            sync=_sync_options(sync_options, factors),
+            seed=seed,
+            **_plan_options(plan_options),
+        )
+        require(tracker or [])
+        reading = options.located_vae(reading)
+        splits, shape = runs.load_splits(data, reading)
+        sit = _sit(preset, shape, splits.fit.num_classes, patch_size, width, depth, heads)
+        backbone = training_runs.training_start(
+            start,
+            sit,
+            seed=seed,
+            device=device,
+            path=path,
+            prediction=prediction,  # type: ignore[arg-type]
+        )
+        auto = training_runs.auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
+        record = training_runs.training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
+        record["out"] = str(out)
+        lines = [f"{key}: {value}" for key, value in record.items()]
+        if not dry_run:
+            bars: AbstractContextManager[Progress | None] = nullcontext()
+            if ranks.is_first:
+                bars = progress_bar({"training": plan.batch_size})
+            with bars as progress:
+                splits = training_runs.encoded_once(splits, reading, ranks, progress=progress)
+                training_runs.train_run(
+                    backbone,
+                    splits,
+                    plan,
+                    out,
+                    auto=auto,
+                    trackers=tracker or [],
+                    fsdp=fsdp,
+                    warn=warn,
+                    progress=progress,
+                )
+            record["checkpoint"] = str(out / "model.safetensors")
+            lines = [record["checkpoint"]]
+        if ranks.is_first:
+            emit(record, lines, as_json=as_json)
+
+
+def _one_choice(*, pair: object, selection: object, sync: str | None, **details: object) -> None:
+    if (pair is not None) + (selection is not None) + (sync is not None) > 1:
+        raise ValueError("--pair, --selection and --sync each say what is aligned; give one of them")
+    if sync not in (None, "auto"):
+        raise ValueError(f"unknown --sync {sync!r}; write --sync auto, or name the layers with --pair")
+    for name, value in details.items():
+        if value is not None and sync is None:
+            raise ValueError(f"--{name} is about --sync auto; add it, or leave --{name} out")
+
+
+def _weighted_pairs(texts: Sequence[str]) -> tuple[tuple[LayerPair, ...], tuple[float, ...]]:
+    """ "2:5:0.5" -> the pair and its factor; no factors where all are 1."""
+    from layerprobe.layersync import LayerPair
+
+    pairs: list[LayerPair] = []
+    factors: list[float] = []
+    for text in texts:
+        names, factor = text.rsplit(":", 1) if text.count(":") == 2 else (text, "1")
+        pairs += [LayerPair(*layers) for layers in options.layer_pairs([names])]
+        try:
+            factors.append(float(factor))
+        except ValueError:
+            raise ValueError(
+                f"--pair {text} does not end in a number; write it as 2:5:0.5 for half the weight"
+            ) from None
+    return tuple(pairs), () if set(factors) <= {1.0} else tuple(factors)
+
+
+def _sync_options(given: options.Given, factors: tuple[float, ...]) -> SyncOptions:
+    from layerprobe.sync_options import SyncOptions
+
+    values = {name.removeprefix("sync_"): value for name, value in given.items()}
+    if "noise_range" in values:
+        values["noise_range"] = options.numbers(values["noise_range"], "--sync-noise-range")
+    return SyncOptions(pair_weights=factors, **values)
+
+
+def _plan_options(given: options.Given) -> dict[str, Any]:
+    if "more_ema_decays" not in given:
+        return given
+    return given | {"more_ema_decays": options.numbers(given["more_ema_decays"], "--more-ema-decays")}
+
+
+def _sit(
+    preset: str | None, shape: tuple[int, ...], num_classes: int, patch_size: int, width: int, depth: int, heads: int
+) -> SiTConfig:
+    from layerprobe.backbones.sit import SiTConfig
+
+    if preset is not None:
+        return SiTConfig.preset(preset, shape=shape, num_classes=num_classes)
+    return SiTConfig(shape, patch_size, width, depth, heads, num_classes)

@@ -148,7 +148,7 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: T
         pooled: Tensor = pool(maps, edges)
         return pooled.flatten(1)
     real = real_tokens(mask.to(tokens.device), grid).view(len(maps), 1, *grid)
-    share = pool(real.float(), edges)
+    share: Tensor = pool(real.float(), edges)
     sums: Tensor = pool(maps.masked_fill(~real, 0.0), edges)
     return (sums / share.masked_fill(share == 0, 1.0)).flatten(1)
 

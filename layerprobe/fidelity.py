@@ -1,4 +1,4 @@
-"""How close generated samples are to real ones: Fréchet distance in the features of a stated extractor.
+"""How close generated samples are to real ones: Fréchet and kernel distance in the features of a stated extractor.
 
 The numbers depend on the extractor, so its name goes with them; they do not compare with published FIDs, which use an
 Inception network.
@@ -7,6 +7,7 @@ Inception network.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprobe.data.base import Samples
+from layerprobe.data.base import Batch, Samples, content_hash
 from layerprobe.files import whole
 from layerprobe.noise import NoiseKey
 
 FEATURE_WIDTH = 64
+# Of the contrastive extractor: how sharply it must tell a sample from the others of its batch, and the smallest window.
+TEMPERATURE, SMALLEST_WINDOW = 0.1, 0.5
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named function from samples (B, C, *grid) to features (B, D)."""
+    """A named function from samples (B, C, *grid) on a device to features (B, D)."""
 
     name: str
     features: Callable[[Tensor], Tensor]
+    device: torch.device | str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -76,21 +82,107 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(max(((a.mean - b.mean) ** 2).sum() + trace, 0.0))
 
 
+def leave_out_gaussians(features: NDArray[np.floating], groups: NDArray[np.integer]) -> list[Gaussian]:
+    """The Gaussian of the samples outside of each group 0, 1, ..., in one pass over features (n, D).
+
+    Args:
+        features: Shape (n, D).
+        groups: The group of each sample, shape (n,); none empty.
+    """
+    # Centred first: differences of raw second moments lose the digits that a large mean takes.
+    centre = features.mean(0, dtype=np.float64)
+    parts = (features[groups == group] - centre for group in range(int(groups.max()) + 1))
+    counts, sums, moments = (np.stack(z) for z in zip(*((len(p), p.sum(0), p.T @ p) for p in parts), strict=True))
+    ns, means = counts.sum() - counts, (sums.sum(0) - sums) / (counts.sum() - counts)[:, None]
+    squares = moments.sum(0)
+    return [
+        Gaussian(centre + mean, (squares - moment - n * np.outer(mean, mean)) / (n - 1), int(n))
+        for n, mean, moment in zip(ns, means, moments, strict=True)
+    ]
+
+
+def kernel_distance(x: NDArray[np.floating], y: NDArray[np.floating], *, rows: int = 1024) -> float:
+    """Unbiased squared maximum mean discrepancy of features under the kernel (x.y / D + 1)^3: the KID.
+
+    Expected to be 0 for samples of one distribution at any n, so single values below 0 are possible.
+
+    Args:
+        x: Shape (n, D), n at least 2.
+        y: Shape (m, D), m at least 2.
+        rows: Samples at a time; memory grows with rows * max(n, m).
+
+    Raises:
+        ValueError: If the shapes do not fit, or a feature is not finite.
+
+    Source: Bińkowski et al. 2018 (arXiv:1801.01401); estimator of Gretton et al. 2012.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"need features (n, D) and (m, D) of at least 2 samples, got shapes {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("features are not finite; the samples or the extractor have diverged")
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    within = sum(
+        (_kernel_sum(z, z, rows) - _kernel((z**2).sum(1), z.shape[1]).sum()) / (len(z) * (len(z) - 1)) for z in (a, b)
+    )
+    return float(within - 2 * _kernel_sum(a, b, rows) / (len(a) * len(b)))
+
+
 @torch.inference_mode()
 def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -> NDArray[np.float32]:
-    """Features of samples (n, C, *grid), shape (n, D)."""
-    return torch.cat([extractor.features(part).float().cpu() for part in torch.split(x, batch_size)]).numpy()
+    """Features of samples (n, C, *grid), shape (n, D).
+
+    Raises:
+        ValueError: If the extractor gives anything else.
+    """
+    parts = []
+    for part in torch.split(x, batch_size):
+        features = extractor.features(part.to(extractor.device))
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
+            seen = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ValueError(f"{extractor.name} gives {seen} for {len(part)} samples; it must give features (B, D)")
+        parts.append(features.float().cpu())
+    return torch.cat(parts).numpy()
 
 
-def all_features(extractor: Extractor, samples: Samples, *, batch_size: int = 512) -> NDArray[np.float32]:
-    """Features of a whole data set, read batch by batch, shape (n, D)."""
-    return np.concatenate(
-        [sample_features(extractor, samples.batch(rows).x) for rows in _runs(len(samples), batch_size)]
-    )
+def all_features(
+    extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """Features of a whole data set, read batch by batch, shape (n, D).
+
+    `progress` is called with (samples done, samples in all).
+    """
+    parts = []
+    for rows in _runs(len(samples), batch_size):
+        parts.append(sample_features(extractor, samples.batch(rows).x))
+        if progress:
+            progress(rows.stop, len(samples))
+    return np.concatenate(parts)
+
+
+def embedded_extractor(
+    samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: Progress | None = None
+) -> Extractor:
+    """The extractor that needs no file: `classifier_extractor` for data with labels, else `contrastive_extractor`.
+
+    Args:
+        samples: What it is trained on.
+        folder: Keeps the weights of each training under a name of its own.
+        seed: Of weights, order and windows.
+        progress: Called with (steps done, steps in all) while it is trained.
+    """
+    make = classifier_extractor if samples.num_classes else contrastive_extractor
+    name = f"{make.__name__.partition('_')[0]}-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
+    return make(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
 
 
 def classifier_extractor(
-    samples: Samples, cache: str | Path | None = None, *, steps: int = 300, batch_size: int = 128, seed: int = 0
+    samples: Samples,
+    cache: str | Path | None = None,
+    *,
+    steps: int = 300,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Extractor:
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
@@ -103,27 +195,72 @@ def classifier_extractor(
         steps: Training steps.
         batch_size: Samples per step.
         seed: Of weights and order.
+        progress: Called with (steps done, steps in all).
 
     Raises:
         ValueError: If the cache is damaged, or of other data or another training.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        network = _Classifier(samples.shape, max(samples.num_classes, 1))
-    cache = None if cache is None else Path(cache)
+
+    def loss(network: _Classifier, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        return F.cross_entropy(network(batch.x), batch.labels)
+
+    network = _new_network(samples, max(samples.num_classes, 1), seed)
     origin = f"{samples.fingerprint}, {steps} steps of {batch_size}, seed {seed}"
-    if cache is not None and cache.is_file():
-        network.load_state_dict(_read_cache(cache, origin))
-    else:
+    if not _is_kept(network, cache, origin):
         if samples.num_classes:
-            _train_classifier(network, samples, steps, batch_size, seed)
-        if cache is not None:
-            _write_cache(cache, network.state_dict(), origin)
-    network.eval()
+            _train(network, samples, loss, steps, batch_size, seed, progress)
+        _keep(network, cache, origin)
     kind = (
         f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
     )
     return Extractor(f"{FEATURE_WIDTH} features of {kind}", network.embed)
+
+
+def contrastive_extractor(
+    samples: Samples,
+    cache: str | Path | None = None,
+    *,
+    steps: int = 300,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Extractor:
+    """The last hidden layer of a small network that recognises a sample by another part of it; needs no labels.
+
+    Two windows, each of at least half the length along every axis, are cut from all samples of a batch. The network
+    must tell which two belong together. Nothing else is varied: an extractor taught to overlook noise or blur could
+    not see them in generated samples. Works for any grid of one to three dimensions.
+
+    Args:
+        samples: What it is trained on; labels are not used.
+        cache: A `.safetensors` file that keeps the weights; read if it is there.
+        steps: Training steps.
+        batch_size: Samples per step.
+        seed: Of weights, order and windows.
+        progress: Called with (steps done, steps in all).
+
+    Raises:
+        ValueError: If the cache is damaged, or of other data or another training.
+
+    Source: InfoNCE of van den Oord et al. 2018 (arXiv:1807.03748) between crops, as in SimCLR, Chen et al. 2020
+        (arXiv:2002.05709), without its colour changes and blur.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(network: _Classifier, batch: Batch) -> Tensor:
+        a, b = (F.normalize(network(_window(batch.x, generator)), dim=1) for _ in range(2))
+        logits, own = a @ b.T / TEMPERATURE, torch.arange(len(a))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    network = _new_network(samples, FEATURE_WIDTH, seed)
+    origin = f"{samples.fingerprint}, contrast, {steps} steps of {batch_size}, seed {seed}"
+    if not _is_kept(network, cache, origin):
+        _train(network, samples, loss, steps, batch_size, seed, progress)
+        _keep(network, cache, origin)
+    return Extractor(
+        f"{FEATURE_WIDTH} features of a contrastive network trained {steps} steps without labels", network.embed
+    )
 
 
 class _Classifier(nn.Module):
@@ -148,26 +285,59 @@ class _Classifier(nn.Module):
         return output
 
 
-def _train_classifier(network: _Classifier, samples: Samples, steps: int, batch_size: int, seed: int) -> None:
+def _new_network(samples: Samples, num_outputs: int, seed: int) -> _Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _Classifier(samples.shape, num_outputs).eval()
+
+
+def _train(
+    network: _Classifier,
+    samples: Samples,
+    loss_of: Callable[[_Classifier, Batch], Tensor],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     key, per_epoch = NoiseKey(seed, "order"), max(len(samples) // batch_size, 1)
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = key.permutation(len(samples), draw=epoch)
-        batch = samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist())
-        assert batch.labels is not None
-        loss = F.cross_entropy(network(batch.x), batch.labels)
+        loss = loss_of(network, samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist()))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        if progress:
+            progress(step + 1, steps)
 
 
-def _write_cache(cache: Path, weights: dict[str, Tensor], origin: str) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with whole(cache) as partial:
-        save_file(weights, partial, metadata={"origin": origin})
+def _window(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A random window of samples (B, C, *grid), the same for the whole batch."""
+    for axis in range(2, x.ndim):
+        whole_length = x.shape[axis]
+        share = SMALLEST_WINDOW + (1 - SMALLEST_WINDOW) * float(torch.rand((), generator=generator))
+        length = math.ceil(share * whole_length)
+        x = x.narrow(axis, int(torch.randint(whole_length - length + 1, (), generator=generator)), length)
+    return x
+
+
+def _is_kept(network: _Classifier, cache: str | Path | None, origin: str) -> bool:
+    """Loads the weights if the cache has them."""
+    if cache is None or not Path(cache).is_file():
+        return False
+    network.load_state_dict(_read_cache(Path(cache), origin))
+    return True
+
+
+def _keep(network: _Classifier, cache: str | Path | None, origin: str) -> None:
+    if cache is not None:
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        with whole(Path(cache)) as partial:
+            save_file(network.state_dict(), partial, metadata={"origin": origin})
 
 
 def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:
@@ -178,6 +348,15 @@ def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{cache} is damaged ({error}); delete it") from error
+
+
+def _kernel(products: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    return (products / width + 1) ** 3
+
+
+def _kernel_sum(x: NDArray[np.float64], y: NDArray[np.float64], rows: int) -> float:
+    """Of the kernel over all pairs."""
+    return float(sum(_kernel(x[part.start : part.stop] @ y.T, x.shape[1]).sum() for part in _runs(len(x), rows)))
 
 
 def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -94,8 +94,9 @@ def _objection(room: str, path: Path, name: str, *, for_types: bool) -> str | No
         return "typer carries its own click"
     if _is(name, FORBIDDEN_ROOMS[room]):
         return f"{room} must not import it"
-    if _is(name, PLOTTING) and path.as_posix() not in ("analyses/plots.py", "analyses/map_plots.py") and not for_types:
-        return "only analyses/plots.py and map_plots.py draw"
+    draws = path.parent.as_posix() == "analyses" and path.name.endswith("plots.py")
+    if _is(name, PLOTTING) and not draws and not for_types:
+        return "only analyses/plots.py and its kin draw"
     return None
 
 
@@ -127,13 +128,13 @@ PLANTED = {
     "a figure in an analysis": (
         "analyses/knn.py",
         "import matplotlib.pyplot as plt",
-        "only analyses/plots.py and map_plots.py",
+        "only analyses/plots.py and its kin",
     ),
-    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/plots.py and map_plots.py"),
+    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/plots.py and its kin"),
     "a figure in the engine's plots.py": (
         "layerprobe/plots.py",
         "import seaborn",
-        "only analyses/plots.py and map_plots.py",
+        "only analyses/plots.py and its kin",
     ),
     "torch at the top of a command": ("cli/a.py", "import torch.nn", "heavy"),
     "pandas in a try": ("cli/a.py", "try:\n    from pandas import read_csv\nexcept ImportError:\n    pass", "heavy"),

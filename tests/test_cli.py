@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -190,6 +192,187 @@ def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pyt
     assert json.loads(cli("train", "--config", file, "--steps", 7, "--dry-run", "--json")[1])["steps"] == 7
     (tmp_path / "bad.yaml").write_text("stepz: 5\n")
     assert "the key 'stepz', which train does not know" in refused("train", "--config", tmp_path / "bad.yaml")
+
+
+# Every option of `train` beside those that say where and how long, none at its default.
+TRAINING = """
+patch-size = 4
+width = 48
+depth = 7
+heads = 3
+path = "vp"
+prediction = "v"
+pair = ["1:4:0.5", "blocks.2:blocks.6"]
+weight = 0.1
+sync-warmup-steps = 3
+sync-decay = "cosine"
+sync-stop-step = 90
+sync_noise_range = "0.2,0.8"
+sync-centred = true
+sync-projector-width = 8
+sync-teacher-decay = 0.9
+sync-noise-gap = 0.1
+label-drop = 0.2
+time-sampling = "logit-normal"
+time-mean = -0.5
+time-std = 1.5
+loss-weighting = "min-snr"
+snr-gamma = 4
+batch-size = 16
+accumulate = 2
+learning-rate = 2e-4
+warmup-steps = 5
+weight-decay = 0.01
+clip-norm = 1
+ema-decay = 0.99
+more-ema-decays = "0.9,0.5"
+precision = "bfloat16"
+compile = true
+checkpoint-every = 7
+keep-last = 3
+log-every = 4
+tracker = ["tensorboard"]
+fsdp = true
+seed = 3
+"""
+
+
+def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from layerprobe.analyses import training_runs
+    from layerprobe.cli.main import app
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        training_runs, "train_run", lambda backbone, splits, plan, folder, **rest: given.update(rest, plan=plan)
+    )
+    monkeypatch.setattr("layerprobe.trackers.require", lambda names: None)
+    (tmp_path / "train.toml").write_text(TRAINING)
+    told = ["train", "--config", tmp_path / "train.toml", "--data", "digits", "--out", tmp_path / "t", "--steps", 100]
+    code, out, err = cli(*told, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert (record["tokens"], record["path"], record["prediction"]) == ("4 of width 48", "sit-vp", "v")
+    assert record["weights"] == [0.05, 0.1]
+    assert (given["trackers"], given["fsdp"]) == (["tensorboard"], True)
+    plan = dataclasses.asdict(given["plan"])
+    default = dataclasses.asdict(type(given["plan"])(steps=0))
+    same = [name for name in default if plan[name] == default[name]]
+    same += [name for name in default["sync"] if plan["sync"][name] == default["sync"][name]]
+    assert same == []
+    assert plan["sync"]["noise_range"] == (0.2, 0.8)
+    assert plan["more_ema_decays"] == (0.9, 0.5)
+
+    command = typer.main.get_command(app).commands["train"]
+    known = {flag.lstrip("-").replace("-", "_") for option in command.params for flag in option.opts}
+    tested = {line.split(" = ")[0].replace("-", "_") for line in TRAINING.strip().splitlines()}
+    elsewhere = {"data", "out", "steps", "from", "preset", "selection", "sync"}
+    elsewhere |= {"sync_begin", "sync_every", "device", "dry_run", "json", "config"}
+    reading = {flag.lstrip("-").replace("-", "_") for flag in _flags_of_reading(command)}
+    assert known == tested | elsewhere | reading
+
+
+def _flags_of_reading(command) -> set[str]:
+    from layerprobe.cli.options import READING
+
+    return {flag for option in command.params if option.name in READING for flag in option.opts}
+
+
+def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
+    def train(options: str, **code: int) -> str:
+        line = refused(*TRAIN, "--out", tmp_path / "t", *options.split(), **code)
+        assert not (tmp_path / "t").exists()
+        return line
+
+    assert "--pair, --selection and --sync each say what is aligned" in train("--pair 1:3 --sync auto")
+    assert "unknown --sync 'always'" in train("--sync always")
+    assert "--sync-every is about --sync auto" in train("--pair 1:3 --sync-every 5")
+    assert "the first pick at step 1000 is not before the end at step 12" in train("--sync auto")
+    assert "--pair 1:3:half does not end in a number" in train("--pair 1:3:half")
+    assert "is not student:teacher" in train("--pair 1:2:3:4")
+    assert "blocks.9" in train("--pair 1:9")
+    assert "a linear decay ends at the stop step" in train("--pair 1:3 --sync-decay linear")
+    assert "two rising levels in [0, 1], got (0.5,)" in train("--pair 1:3 --sync-noise-range 0.5")
+    assert "--sync-noise-range x is not a list of numbers" in train("--pair 1:3 --sync-noise-range x")
+    assert "noise_gap in [0, 1]" in train("--pair 1:3 --sync-noise-gap 2")
+    assert "unknown time_sampling 'beta'" in train("--time-sampling beta")
+    assert "unknown loss_weighting 'sigma'" in train("--loss-weighting sigma")
+    assert "cannot be cut into 5 equal parts" in train("--accumulate 5")
+    assert "different decays in [0, 1), got 0.9999, 1.5" in train("--more-ema-decays 1.5")
+    assert "unknown path 'cosine'; use linear, gvp, vp" in train("--path cosine")
+    assert "unknown prediction 'noise'" in train("--prediction noise")
+    assert "leave out --path and --prediction with --from" in train("--from digits --path vp")
+    assert "unknown tracker 'mlflow'; use tensorboard, wandb, trackio" in train("--tracker mlflow")
+    assert "one process has nobody to share the weights with" in refused(*TRAIN, "--out", tmp_path / "t", "--fsdp")
+
+
+def test_a_tracker_that_is_not_installed_is_exit_code_3(tmp_path: Path, refused, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    line = refused(*TRAIN, "--out", tmp_path / "t", "--tracker", "trackio", "--dry-run", code=3)
+    assert "the tracker trackio needs a package that is not here" in line
+
+
+def test_the_help_of_train_is_in_parts(cli) -> None:
+    code, out, _ = cli("train", "--help")
+    assert code == 0
+    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
+    assert titles[0] == "Options"
+    assert titles[2:] == ["LayerSync", "What is learned", "The optimizer", "How it runs and what it leaves"]
+
+
+def test_of_two_processes_one_prints(tmp_path: Path) -> None:
+    train = [*TRAIN, "--steps", "2", "--log-every", "1", "--pair", "1:3", "--out", str(tmp_path / "t"), "--json"]
+    code = "from layerprobe.cli.main import main; main()"
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*two, sys.executable, "-c", code, *train], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["processes"], record["checkpoint"]) == (2, str(tmp_path / "t" / "model.safetensors"))
+    assert done.stderr.count("training: 2 of 2") == 1
+    assert (tmp_path / "t" / "curves.png").is_file()
+
+
+def test_progress_on_a_pipe_and_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from layerprobe.cli import output
+
+    now = 100.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with output.progress_bar({"training": 64}) as progress:
+        for step in range(500, 1001, 50):  # a training that goes on from 500 steps
+            progress("training", step, 1000)
+            now += 10.0
+        progress("reading layers", 1, 4000)
+        now += 61
+        progress("reading layers", 50, 4000)  # not a tenth, but a minute has passed
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 500 of 1000 (0 s)",
+        "training: 600 of 1000 (20 s, 320 samples/s, 80 s left)",
+        "training: 700 of 1000 (40 s, 320 samples/s, 60 s left)",
+        "training: 800 of 1000 (60 s, 320 samples/s, 40 s left)",
+        "training: 900 of 1000 (80 s, 320 samples/s, 20 s left)",
+        "training: 1000 of 1000 (100 s, 320 samples/s)",
+        "reading layers: 1 of 4000 (0 s)",
+        "reading layers: 50 of 4000 (61 s, 82 min left)",
+    ]
+
+
+def test_progress_of_a_terminal_shows_samples_per_second(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from layerprobe.cli import output
+
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with output.progress_bar({"training": 64}) as progress:
+        for step in (500, 501, 502, 600):
+            progress("training", step, 600)
+            time.sleep(0.05)
+        output.warn("a service is down")
+    err = capsys.readouterr().err
+    assert "layerprobe: warning: a service is down" in err
+    last = [line for line in err.splitlines() if "600/600" in line][-1]
+    rate = float(re.search(r"([0-9]+) samples/s", last).group(1))
+    assert 64 * 100 / 10 < rate < 64 * 100 / 0.1  # 100 steps in 0.15 s or, on a busy machine, somewhat more
 
 
 class _Payload:

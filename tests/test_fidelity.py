@@ -1,4 +1,4 @@
-"""The Fréchet distance against its formula and closed forms, and an extractor that is the same every time."""
+"""Fréchet and kernel distance against their formulas, and extractors that are the same every time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scipy import linalg
 from tiny import SHAPE, tiny_samples
 
 from layerprobe import fidelity as fidelity_module
+from layerprobe.data.base import TensorSamples
 from layerprobe.data.digits import digits
 from layerprobe.fidelity import (
     FEATURE_WIDTH,
@@ -20,8 +21,12 @@ from layerprobe.fidelity import (
     Gaussian,
     all_features,
     classifier_extractor,
+    contrastive_extractor,
+    embedded_extractor,
     frechet_distance,
     gaussian,
+    kernel_distance,
+    leave_out_gaussians,
     sample_features,
 )
 
@@ -128,6 +133,65 @@ def test_features_come_in_the_order_of_the_samples() -> None:
         np.testing.assert_array_equal(sample_features(extractor, samples.x, batch_size=size), expected)
 
 
+def test_gaussians_without_a_group_are_those_of_the_rest() -> None:
+    x = normal(90, 6, 0) + 1e4  # a large mean takes half of the digits of raw second moments
+    groups = np.random.default_rng(0).permutation(90) % 7
+    for group, left in enumerate(leave_out_gaussians(x.astype(np.float64), groups)):
+        rest = x[groups != group]
+        assert left.n == len(rest)
+        np.testing.assert_allclose(left.mean, rest.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(left.covariance, np.cov(rest.T), rtol=1e-9, atol=1e-9)
+
+
+def slow_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """The unbiased estimator pair by pair, as Gretton et al. 2012 write it."""
+
+    def k(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return float((a @ b / len(a) + 1) ** 3)
+
+    within = [
+        sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
+        for z in (x, y)
+    ]
+    return sum(within) - 2 * sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1024])
+def test_the_kernel_distance_equals_the_formula(rows: int) -> None:
+    x, y = normal(11, 5, 0), normal(8, 5, 1)
+    assert kernel_distance(x, y, rows=rows) == pytest.approx(slow_mmd(x, y), rel=1e-10)
+
+
+def test_the_kernel_distance_is_zero_on_average_at_any_size() -> None:
+    rng = np.random.default_rng(0)
+    for n, m in ((5, 5), (4, 30)):
+        found = np.array([kernel_distance(rng.normal(size=(n, 3)), rng.normal(size=(m, 3))) for _ in range(2000)])
+        assert abs(found.mean()) < 4 * found.std() / np.sqrt(2000)
+        assert (found < 0).any()  # unbiased, so not bounded by 0
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((1, 3)), r"need features \(n, D\) and \(m, D\) of at least 2 samples, got shapes \(1, 3\)"),
+        (np.zeros((4, 2)), r"got shapes \(4, 2\) and \(4, 3\)"),
+        (np.full((4, 3), np.nan), "features are not finite"),
+    ],
+)
+def test_features_without_a_kernel_distance_are_refused(x: NDArray[np.float64], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernel_distance(x, np.zeros((4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [(lambda x: x, r"shape \(4, 1, 4, 4\)"), (lambda x: x.flatten(1)[:2], r"shape \(2, 16\)"), (lambda x: 3, "a int")],
+)
+def test_what_an_extractor_must_not_give(function: Any, seen: str) -> None:
+    with pytest.raises(ValueError, match=rf"^mine gives {seen} for 4 samples; it must give features \(B, D\)$"):
+        sample_features(Extractor("mine", function), torch.zeros(4, *SHAPE))
+
+
 # ------------------------------------------------------------------------------------------------------------ extractor
 
 
@@ -159,7 +223,7 @@ def test_the_classifier_is_kept_and_read_again(tmp_path: Path, monkeypatch: pyte
     samples, cache = tiny_samples(20), tmp_path / "deep" / "extractor.safetensors"
     first = classifier_extractor(samples, cache, steps=5, batch_size=8)
     stamp = cache.stat().st_mtime_ns
-    monkeypatch.setattr(fidelity_module, "_train_classifier", None)
+    monkeypatch.setattr(fidelity_module, "_train", None)
     again = classifier_extractor(samples, cache, steps=5, batch_size=8)
     assert again.name == first.name
     np.testing.assert_array_equal(all_features(again, samples), all_features(first, samples))
@@ -204,6 +268,66 @@ def test_without_labels_the_name_says_that_the_network_is_random() -> None:
     real = all_features(extractor, samples)
     # It still tells samples from noise: halves of the samples are nearer to each other.
     assert distance(real[:200], noise) > 3 * distance(real[:200], real[200:])
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (2, 17), (1, 4, 5, 6)])
+def test_the_contrastive_network_takes_any_grid_and_no_labels(shape: tuple[int, ...]) -> None:
+    labelled, unlabelled = (tiny_samples(9, shape=shape, labelled=labels) for labels in (True, False))
+    extractor = contrastive_extractor(unlabelled, steps=3, batch_size=4)
+    assert extractor.name == "64 features of a contrastive network trained 3 steps without labels"
+    features = all_features(extractor, unlabelled)
+    assert features.shape == (9, FEATURE_WIDTH)
+    assert np.isfinite(features).all()
+    other = all_features(contrastive_extractor(labelled, steps=3, batch_size=4), unlabelled)
+    np.testing.assert_array_equal(other, features)
+
+
+def test_windows_are_of_half_the_length_or_more_and_lie_anywhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(9.0).expand(2, 3, 4, 9)
+    windows = [fidelity_module._window(x, generator) for _ in range(300)]
+    assert {window.shape[2] for window in windows} == {3, 4}
+    assert {window.shape[3] for window in windows} == {5, 6, 7, 8, 9}
+    assert {int(window[0, 0, 0, 0]) for window in windows} == {0, 1, 2, 3, 4}
+
+
+def test_the_embedded_extractor_uses_labels_where_there_are_any_and_keeps_each_training(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for make in (classifier_extractor, contrastive_extractor):
+            patch.setitem(make.__kwdefaults__, "steps", 2)
+        made = [
+            embedded_extractor(samples, tmp_path, seed=seed, progress=lambda *at: steps.append(at))
+            for samples in (tiny_samples(20), tiny_samples(20, labelled=False))
+            for seed in (0, 1)
+        ]
+        names = [path.name.partition("-")[0] for path in sorted(tmp_path.iterdir())]
+        assert names == ["classifier"] * 2 + ["contrastive"] * 2
+        assert ["labels" in extractor.name.split()[-1] for extractor in made] == [True] * 4
+        assert ["without" in extractor.name for extractor in made] == [False, False, True, True]
+        assert steps == [(1, 2), (2, 2)] * 4
+        patch.setattr(fidelity_module, "_train", None)
+        again = embedded_extractor(tiny_samples(20, labelled=False), tmp_path, seed=1)
+    x = tiny_samples(5).x
+    np.testing.assert_array_equal(sample_features(again, x), sample_features(made[3], x))
+
+
+@pytest.mark.slow  # 300 steps of training
+def test_the_contrastive_network_sees_noise_blur_and_missing_digits() -> None:
+    splits = digits()
+    unlabelled = TensorSamples(splits.fit.batch(range(1000)).x)
+    extractor = contrastive_extractor(unlabelled)
+    real = all_features(extractor, splits.report)
+    x, labels = splits.choose.batch(range(397)).x, splits.choose.labels
+    assert labels is not None
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    same = distance(real, sample_features(extractor, x))
+    noisy = [distance(real, sample_features(extractor, x + amount * noise)) for amount in (0.2, 0.4, 0.8)]
+    assert [same, *noisy] == sorted([same, *noisy])
+    assert noisy[0] > 1.5 * same
+    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    assert distance(real, sample_features(extractor, blurred)) > 3 * same
+    assert distance(real, sample_features(extractor, x[labels < 7])) > 1.5 * same
 
 
 @pytest.fixture(scope="module")

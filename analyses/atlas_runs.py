@@ -1,0 +1,135 @@
+"""`layerprobe atlas` from start to finish: where the branches start, how they are trained, what is drawn of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerprobe.analyses import plots
+from layerprobe.analyses.atlas import AtlasPlan, Progress, all_pairs, benefits, chart
+from layerprobe.analyses.atlas_plots import atlas_heatmap
+from layerprobe.analyses.confirmation import FRECHET
+from layerprobe.analyses.runs import _alignable
+from layerprobe.backbones.base import Backbone
+from layerprobe.checkpoints import open_checkpoint, training_record
+from layerprobe.data.base import Splits
+from layerprobe.layersync import LayerPair
+from layerprobe.training import TrainingPlan
+from layerprobe.training_state import checkpoints
+
+# Of the training that made the checkpoint, what its branches do differently.
+_OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays", "keep_last")
+
+
+@dataclass(frozen=True)
+class AtlasStart:
+    """What all branches share.
+
+    Attributes:
+        backbone: The model.
+        plan: How they are trained.
+        state: The state of the training that they continue, or None.
+        data: Fingerprint of the data that the training learned from, or None.
+    """
+
+    backbone: Backbone
+    plan: AtlasPlan
+    state: Path | None
+    data: str | None
+
+
+def atlas_start(
+    start: str | Path,
+    *,
+    steps: int,
+    seeds: tuple[int, ...] = (0,),
+    num_evaluations: int = 1,
+    num_samples: int = 1000,
+    device: str = "auto",
+    **given: Any,
+) -> AtlasStart:
+    """Where the branches of an atlas start and how they are trained.
+
+    They are trained as the start was, where it says so, unless given otherwise, and their averaged weights look back
+    over a tenth of their steps. Branches of a checkpoint begin with an empty optimizer, so their learning rate warms up
+    over the first tenth; those of a training's folder go on with its optimizer.
+
+    Args:
+        start: A folder of `layerprobe train`, or a checkpoint.
+        steps: Of each branch.
+        seeds: See `AtlasPlan`, like the next two.
+        num_evaluations: Evenly spaced over the steps.
+        num_samples: Drawn for each Fréchet distance.
+        device: Where the models run.
+        **given: Fields of `TrainingPlan`.
+    """
+    state = next(reversed(checkpoints(Path(start))), None)
+    checkpoint = Path(start) / "model.safetensors" if state else start
+    trained = training_record(checkpoint)
+    first = int(trained["steps"]) if state else 0
+    known: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := trained[field.name], list) else value
+        for field in fields(TrainingPlan)
+        if field.name in trained and field.name not in _OF_A_BRANCH
+    }
+    default = {"ema_decay": max(0.0, 1 - 10 / steps)} | ({} if state else {"warmup_steps": steps // 10})
+    training = TrainingPlan(**known | default | given, steps=first + steps)
+    plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples)
+    return AtlasStart(open_checkpoint(checkpoint, device=device), plan, state, trained.get("data"))
+
+
+def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:
+    """These pairs, or all of the layers that can be aligned where none is named.
+
+    Raises:
+        ValueError: If a layer cannot be aligned.
+    """
+    layers = _alignable(backbone)
+    unknown = [name for pair in names for name in pair if name not in layers]
+    if unknown:
+        raise ValueError(f"{unknown[0]} cannot be aligned in {backbone.name}; pass pairs of {', '.join(layers)}")
+    return tuple(LayerPair(*pair) for pair in names) or all_pairs(layers)
+
+
+def atlas_run(
+    start: AtlasStart,
+    splits: Splits,
+    pairs: Sequence[LayerPair],
+    folder: str | Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Trains the branches and draws what they were worth, as far as they are finished, into `figures/`.
+
+    Raises:
+        ValueError: If the branches would go on with other data than their training had, or as `chart`.
+    """
+    if start.state is not None and start.data != splits.fit.fingerprint:
+        raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
+    atlas = chart(start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress)
+    if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
+        plots.save(atlas_heatmap(atlas, _alignable(start.backbone)), Path(folder) / "figures", "atlas")
+    return atlas
+
+
+def describe_atlas(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:
+    """An atlas in lines for people.
+
+    Args:
+        atlas: The table.
+        branches: How many there are to be.
+        num_pairs: How many of the best to show.
+    """
+    done = len(atlas[["student", "teacher", "seed"]].drop_duplicates())
+    lines = [f"branches {done} of {branches} finished"]
+    if done < branches:
+        return lines
+    ranked = benefits(atlas)
+    lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat no alignment in {FRECHET}"]
+    best = zip(ranked.index.tolist()[:num_pairs], ranked.tolist(), strict=False)
+    return lines + [f"{student:<16} <- {teacher:<16} {benefit:+7.1%}" for (student, teacher), benefit in best]

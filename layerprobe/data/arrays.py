@@ -1,0 +1,135 @@
+"""Samples in one NumPy file, read in place.
+
+| file | holds |
+|---|---|
+| `.npz` | `arr_0`, uint8 (n, H, W, C): images as ADM's evaluation takes them |
+| `.npy` | floating point (n, C, *grid) in about [-1, 1], one to three grid axes |
+
+Source of the `.npz` format: openai/guided-diffusion, scripts/image_sample.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from layerprobe.data.base import Batch, Samples, pixels_to_float
+
+_ARRAY = "arr_0"
+_MODALITIES = {1: "audio", 2: "image", 3: "video"}
+_CHUNK_BYTES = 64 * 2**20
+
+
+class ArraySamples(Samples):
+    """Unlabelled samples of an array that may lie on disk.
+
+    Args:
+        array: Shape (n, H, W, C) and uint8, or (n, C, *grid) and floating point.
+        source: Where it comes from, for errors.
+
+    Attributes:
+        value_range: The smallest and the largest value, as `batch` gives them.
+
+    Raises:
+        ValueError: If there is no sample, or one is not finite.
+    """
+
+    def __init__(self, array: NDArray[Any], *, source: str) -> None:
+        if not array.size:
+            raise ValueError(f"{source} holds no samples (shape {array.shape}); pass a file that does")
+        self._array = array
+        channels, *grid = (array.shape[-1], *array.shape[1:-1]) if array.dtype == np.uint8 else array.shape[1:]
+        self.shape, self.modality = (channels, *grid), _MODALITIES[len(grid)]
+        self.num_classes, self.class_names, self.labels = 0, (), None
+        self.ids = torch.arange(len(array))
+        self.fingerprint, self.value_range = _examined(array, source)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices, dtype=torch.long)
+        x = self._array[index.numpy()]
+        if x.dtype == np.uint8:
+            return Batch(pixels_to_float(torch.from_numpy(x).movedim(-1, 1)).contiguous(), None, self.ids[index])
+        return Batch(torch.from_numpy(x.astype(np.float32)), None, self.ids[index])
+
+
+def load_array(path: str | Path) -> ArraySamples:
+    """The samples in a file of the table above.
+
+    An `.npz` that was written with compression is held in memory, all else stays on disk.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds no samples, other things, or values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; pass an .npz or .npy of samples")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; write it again")
+    try:
+        array = _npz_array(path) if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
+    except KeyError:
+        raise ValueError(f"{path} holds no {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} is no whole {path.suffix} of numbers ({reason}); write it again") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an .npz by content; rename it")
+    what = f"{path} holds {array.dtype} of shape {array.shape}"
+    if path.suffix == ".npz" and (array.dtype != np.uint8 or array.ndim != 4):
+        raise ValueError(f"{what}; an .npz must hold images as uint8 (n, H, W, C)")
+    if path.suffix != ".npz" and (array.dtype.kind != "f" or not 3 <= array.ndim <= 5):
+        raise ValueError(f"{what}; an .npy must hold floating point (n, C, *grid) in about [-1, 1]")
+    return ArraySamples(array, source=str(path))
+
+
+def _npz_array(path: Path) -> NDArray[Any]:
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{_ARRAY}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as arrays:
+                array: NDArray[Any] = arrays[_ARRAY]
+            return array
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            header_bytes = file.tell()
+    if dtype.hasobject:
+        raise ValueError("Python objects")
+    with path.open("rb") as file:
+        # A local header has 30 bytes, then the name and an extra field of the lengths it gives.
+        file.seek(member.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), "<u2")
+    start = member.header_offset + 30 + int(lengths.sum()) + header_bytes
+    if not all(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
+
+
+def _examined(array: NDArray[Any], source: str) -> tuple[str, tuple[float, float]]:
+    """A hash of the content, and the range of the values as samples; in one pass over the file."""
+    digest = hashlib.sha256(f"array, {array.dtype.str} {array.shape};".encode())
+    rows = max(1, _CHUNK_BYTES // (array[0].nbytes or 1))
+    low, high = np.inf, -np.inf
+    for start in range(0, len(array), rows):
+        part = np.ascontiguousarray(array[start : start + rows])
+        digest.update(part.data)
+        if part.dtype.kind == "f":
+            bad = np.flatnonzero(~np.isfinite(part).reshape(len(part), -1).all(1))
+            if len(bad):
+                raise ValueError(f"sample {start + bad[0]} of {source} has NaN or infinite values; remove or redraw it")
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    if array.dtype == np.uint8:
+        low, high = low / 127.5 - 1, high / 127.5 - 1
+    return digest.hexdigest()[:32], (low, high)
