@@ -2,7 +2,7 @@
 
 Every score comes with a 95 % interval that covers the draw of both sets. Samples are divided at random into ten
 groups; the kernel distance is measured group by group, all else with one group left out at a time (the jackknife).
-Intervals of precision, recall, density and coverage come out half as long again as they need to be.
+Intervals of precision, recall, density and coverage come out one and a half to two times as long as they need to be.
 
 Scores of finite sets have a bias that shrinks with their size: compare at equal sizes only. Two have none: the kernel
 distance by its estimator, and the extrapolated Fréchet distance in the first order of 1 / n.

@@ -7,7 +7,6 @@ Inception network.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprobe.data.base import Batch, Samples, content_hash
+from layerprobe.data.base import Samples, content_hash
 from layerprobe.files import whole
 from layerprobe.noise import NoiseKey
 
 FEATURE_WIDTH = 64
-# Of the contrastive extractor: how sharply it must tell a sample from the others of its batch, and the smallest window.
-TEMPERATURE, SMALLEST_WINDOW = 0.1, 0.5
 
 Progress = Callable[[int, int], None]
 
@@ -162,17 +159,16 @@ def all_features(
 def embedded_extractor(
     samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: Progress | None = None
 ) -> Extractor:
-    """The extractor that needs no file: `classifier_extractor` for data with labels, else `contrastive_extractor`.
+    """The extractor that needs no file: `classifier_extractor`, with its weights kept in a folder.
 
     Args:
         samples: What it is trained on.
         folder: Keeps the weights of each training under a name of its own.
-        seed: Of weights, order and windows.
+        seed: Of weights and order.
         progress: Called with (steps done, steps in all) while it is trained.
     """
-    make = classifier_extractor if samples.num_classes else contrastive_extractor
-    name = f"{make.__name__.partition('_')[0]}-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
-    return make(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
+    name = f"classifier-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
+    return classifier_extractor(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
 
 
 def classifier_extractor(
@@ -187,7 +183,7 @@ def classifier_extractor(
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
     Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which
-    still separates good samples from bad ones, and says so in its name.
+    still separates good samples from bad ones (docs/decisions/0007), and says so in its name.
 
     Args:
         samples: What it is trained on.
@@ -200,67 +196,16 @@ def classifier_extractor(
     Raises:
         ValueError: If the cache is damaged, or of other data or another training.
     """
-
-    def loss(network: _Classifier, batch: Batch) -> Tensor:
-        assert batch.labels is not None
-        return F.cross_entropy(network(batch.x), batch.labels)
-
     network = _new_network(samples, max(samples.num_classes, 1), seed)
     origin = f"{samples.fingerprint}, {steps} steps of {batch_size}, seed {seed}"
     if not _is_kept(network, cache, origin):
         if samples.num_classes:
-            _train(network, samples, loss, steps, batch_size, seed, progress)
+            _train(network, samples, steps, batch_size, seed, progress)
         _keep(network, cache, origin)
     kind = (
         f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
     )
     return Extractor(f"{FEATURE_WIDTH} features of {kind}", network.embed)
-
-
-def contrastive_extractor(
-    samples: Samples,
-    cache: str | Path | None = None,
-    *,
-    steps: int = 300,
-    batch_size: int = 128,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Extractor:
-    """The last hidden layer of a small network that recognises a sample by another part of it; needs no labels.
-
-    Two windows, each of at least half the length along every axis, are cut from all samples of a batch. The network
-    must tell which two belong together. Nothing else is varied: an extractor taught to overlook noise or blur could
-    not see them in generated samples. Works for any grid of one to three dimensions.
-
-    Args:
-        samples: What it is trained on; labels are not used.
-        cache: A `.safetensors` file that keeps the weights; read if it is there.
-        steps: Training steps.
-        batch_size: Samples per step.
-        seed: Of weights, order and windows.
-        progress: Called with (steps done, steps in all).
-
-    Raises:
-        ValueError: If the cache is damaged, or of other data or another training.
-
-    Source: InfoNCE of van den Oord et al. 2018 (arXiv:1807.03748) between crops, as in SimCLR, Chen et al. 2020
-        (arXiv:2002.05709), without its colour changes and blur.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss(network: _Classifier, batch: Batch) -> Tensor:
-        a, b = (F.normalize(network(_window(batch.x, generator)), dim=1) for _ in range(2))
-        logits, own = a @ b.T / TEMPERATURE, torch.arange(len(a))
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-    network = _new_network(samples, FEATURE_WIDTH, seed)
-    origin = f"{samples.fingerprint}, contrast, {steps} steps of {batch_size}, seed {seed}"
-    if not _is_kept(network, cache, origin):
-        _train(network, samples, loss, steps, batch_size, seed, progress)
-        _keep(network, cache, origin)
-    return Extractor(
-        f"{FEATURE_WIDTH} features of a contrastive network trained {steps} steps without labels", network.embed
-    )
 
 
 class _Classifier(nn.Module):
@@ -294,7 +239,6 @@ def _new_network(samples: Samples, num_outputs: int, seed: int) -> _Classifier:
 def _train(
     network: _Classifier,
     samples: Samples,
-    loss_of: Callable[[_Classifier, Batch], Tensor],
     steps: int,
     batch_size: int,
     seed: int,
@@ -306,23 +250,15 @@ def _train(
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = key.permutation(len(samples), draw=epoch)
-        loss = loss_of(network, samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist()))
+        batch = samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist())
+        assert batch.labels is not None
+        loss = F.cross_entropy(network(batch.x), batch.labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if progress:
             progress(step + 1, steps)
-
-
-def _window(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A random window of samples (B, C, *grid), the same for the whole batch."""
-    for axis in range(2, x.ndim):
-        whole_length = x.shape[axis]
-        share = SMALLEST_WINDOW + (1 - SMALLEST_WINDOW) * float(torch.rand((), generator=generator))
-        length = math.ceil(share * whole_length)
-        x = x.narrow(axis, int(torch.randint(whole_length - length + 1, (), generator=generator)), length)
-    return x
 
 
 def _is_kept(network: _Classifier, cache: str | Path | None, origin: str) -> bool:
