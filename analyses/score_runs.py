@@ -65,6 +65,8 @@ def open_comparison(
         splits, shape = load_splits(data, reading)
         # Of the choose split nothing is used, so nothing has to be encoded.
         splits = take(splits, num_choose=1, num_report=num_report)
+    if generated.modality == "image" and generated.shape[0] == 3 and shape == (1, *generated.shape[1:]):
+        generated = generated.grey()
     if generated.shape != shape:
         seen, wanted = ("x".join(map(str, numbers)) for numbers in (generated.shape, shape))
         raise ValueError(f"samples are {seen} but the data is {wanted}; pass data of the samples' shape")

@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 from tiny import tiny_samples
 
 from layerprobe.analyses import score_runs
+from layerprobe.analyses.score_runs import open_comparison
 from layerprobe.analyses.scoring import (
     EXTRAPOLATED,
     FRECHET,
@@ -373,6 +374,19 @@ def test_the_embedded_extractor_is_trained_once_and_named(tmp_path: Path, cli, m
     code, again, err = cli(*command)
     assert (code, again) == (0, out)
     assert "training" not in err
+
+
+def test_an_archive_of_grey_images_is_scored_as_grey(tmp_path: Path) -> None:
+    grey = (digits().choose.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    np.savez(tmp_path / "grey.npz", arr_0=np.repeat(grey, 3, axis=-1))
+    generated, _ = open_comparison(tmp_path / "grey.npz", "digits", {})
+    assert generated.shape == (1, 8, 8)
+    np.testing.assert_array_equal(generated.batch([3]).x[0, 0], grey[3, ..., 0].astype(np.float32) / 127.5 - 1)
+    tinted = np.repeat(grey, 3, axis=-1)
+    tinted[7, 0, 0, 0] += 1
+    np.savez(tmp_path / "tinted.npz", arr_0=tinted)
+    with pytest.raises(ValueError, match=r"tinted.npz holds colour images but the data is grey; pass --channels 3"):
+        open_comparison(tmp_path / "tinted.npz", "digits", {})
 
 
 def test_a_folder_of_samples_and_a_file_as_reference(tmp_path: Path, cli) -> None:

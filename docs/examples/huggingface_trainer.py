@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from plain_loop import Denoiser, digits, flow_matching_loss
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -18,6 +17,7 @@ class AlignedTrainer(Trainer):
     def __init__(self, *args: Any, pairs: list[tuple[str, str]], weight: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sync = LayerSync(self.model, pairs, weight=weight)
+        self.statistics: dict[str, float] = {}
 
     def train(self, *args: Any, **options: Any) -> Any:
         with self.sync:
@@ -29,7 +29,7 @@ class AlignedTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if model.training:
             loss = loss + self.sync.loss()
-            if (self.state.global_step + 1) % self.args.logging_steps == 0:
+            if (self.state.global_step + 1) % self.state.logging_steps == 0:
                 self.statistics = self.sync.statistics()
         return (loss, outputs) if return_outputs else loss
 
@@ -48,11 +48,11 @@ class Model(nn.Module):
         return {"loss": flow_matching_loss(self.network, x)}
 
 
-def train(folder: str, *, weight: float, steps: int = 60, **options: Any) -> AlignedTrainer:
+def train(folder: str, *, weight: float, steps: int = 40, **options: Any) -> AlignedTrainer:
     """The trainer when it is done; `trainer.state.log_history` has the losses, the alignment among them."""
     set_seed(0)
     arguments = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3, logging_steps=10,
+        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=10,
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **options,
     )  # fmt: skip
     trainer = AlignedTrainer(
@@ -64,5 +64,4 @@ def train(folder: str, *, weight: float, steps: int = 60, **options: Any) -> Ali
 
 
 if __name__ == "__main__":
-    torch.set_printoptions(precision=4)
     trainer = train("runs/huggingface", weight=0.3)

@@ -28,7 +28,7 @@ class Model(lightning.LightningModule):
         return loss + self.sync.loss()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.network.parameters(), lr=2e-3)
+        return torch.optim.AdamW(self.network.parameters(), lr=1e-3)
 
 
 class HoldHooks(lightning.Callback):
@@ -41,10 +41,10 @@ class HoldHooks(lightning.Callback):
         self._stack.enter_context(module.sync)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step % 20 == 0:
-            statistics = module.sync.statistics()
-            module.log_dict(statistics)
-            print(f"step {trainer.global_step:3}  loss {trainer.callback_metrics['loss']:.3f}  {statistics}")
+        if trainer.global_step % 10 == 0:
+            module.log_dict(module.sync.statistics())
+            cosine = module.sync.cosines[module.sync.pairs[0]]
+            print(f"step {trainer.global_step:3}  loss {trainer.callback_metrics['loss']:.3f}  cosine {cosine:.4f}")
 
     def on_fit_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._stack.close()
@@ -53,11 +53,16 @@ class HoldHooks(lightning.Callback):
         self._stack.close()
 
 
-def train(*, weight: float, steps: int = 60, **options: Any) -> tuple[Model, lightning.Trainer]:
+def train(*, weight: float, steps: int = 40, **options: Any) -> tuple[Model, lightning.Trainer]:
     """The module and the trainer, which takes further options."""
     lightning.seed_everything(0, verbose=False)
     model = Model(weight=weight)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, callbacks=[HoldHooks()], **quiet, **options
     )

@@ -19,7 +19,7 @@ class Denoiser(nn.Module):
     def __init__(self, width: int = 64, depth: int = 6) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, width, 2, stride=2)
-        self.place = nn.Parameter(torch.randn(16, width))
+        self.place = nn.Parameter(0.1 * torch.randn(16, width))
         self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
@@ -49,20 +49,21 @@ def digits() -> Tensor:
     return samples.batch(range(len(samples))).x
 
 
-def train(*, weight: float, steps: int = 60) -> tuple[Denoiser, list[float], list[float]]:
+def train(*, weight: float, steps: int = 40) -> tuple[Denoiser, list[float], list[float]]:
     """The network, and loss and cosine at each step."""
     torch.manual_seed(0)
     model, images = Denoiser(), digits()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, cosines = [], []
     with LayerSync(model, PAIRS, weight=weight) as sync:
         for step in range(steps):
             for _ in range(ACCUMULATE):
-                x = images[torch.randint(len(images), (32,))]
+                x = images[torch.randint(len(images), (16,))]
                 loss = flow_matching_loss(model, x)
                 ((loss + sync.loss()) / ACCUMULATE).backward()
-            if step % 20 == 0 or step == steps - 1:
-                print(f"step {step:3}  loss {loss.item():.3f}  {sync.statistics()}")
+            if step % 10 == 0 or step == steps - 1:
+                told = ", ".join(f"{name}: {value:.3g}" for name, value in sync.statistics().items())
+                print(f"step {step:3}  loss {loss.item():.3f}  {told}")
             losses.append(loss.item())
             cosines.append(sync.cosines[sync.pairs[0]].item())
             optimizer.step()

@@ -44,7 +44,7 @@ class ArraySamples(Samples):
     def __init__(self, array: NDArray[Any], *, source: str) -> None:
         if not array.size:
             raise ValueError(f"{source} holds no samples (shape {array.shape}); pass a file that does")
-        self._array = array
+        self._array, self._source = array, source
         channels, *grid = (array.shape[-1], *array.shape[1:-1]) if array.dtype == np.uint8 else array.shape[1:]
         self.shape, self.modality = (channels, *grid), _MODALITIES[len(grid)]
         self.num_classes, self.class_names, self.labels = 0, (), None
@@ -53,6 +53,18 @@ class ArraySamples(Samples):
 
     def __len__(self) -> int:
         return len(self._array)
+
+    def grey(self) -> ArraySamples:
+        """The samples with one channel, where an `.npz` holds grey images three times over, as ADM's format wants it.
+
+        Raises:
+            ValueError: If a sample is in colour.
+        """
+        one = self._array[..., :1] if self._array.dtype == np.uint8 else self._array[:, :1]
+        for start in range(0, len(self), 4096):
+            if (self._array[start : start + 4096] != one[start : start + 4096]).any():
+                raise ValueError(f"{self._source} holds colour images but the data is grey; pass --channels 3")
+        return ArraySamples(one, source=self._source)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         index = torch.as_tensor(indices, dtype=torch.long)

@@ -1,0 +1,169 @@
+"""The examples of the docs run as they stand, and do what the page beside them says."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _as_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python puts a script's folder first; what examples write goes to a folder of the test."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    if "plain_loop" in sys.modules:
+        monkeypatch.delitem(sys.modules, "plain_loop")
+
+
+# Lightning's own: of the newest torch, and advice about workers and sets to validate on.
+lightning_warns = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning", "ignore:.*many workers", "ignore:.*val_dataloader"
+)
+
+
+def run(name: str) -> dict[str, Any]:
+    """What a script leaves in its names."""
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def num_hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def differ(one: nn.Module, other: nn.Module) -> bool:
+    return any(not torch.equal(x, y) for x, y in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run("plain_loop.py")
+    assert "effective rank blocks.1" in capsys.readouterr().out
+    assert sum(ran["losses"][-5:]) / 5 < 0.6 * ran["losses"][0]
+    assert num_hooks(ran["model"]) == 0
+    without, _, cosines = ran["train"](weight=0.0)
+    assert sum(ran["cosines"][-5:]) > sum(cosines[-5:]) + 5 * 0.01
+    assert differ(ran["model"], without)
+    assert ran["cosines"][0] == cosines[0]  # of the same start
+
+
+def test_wan_lora_trains_and_saves_nothing_but_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    from safetensors.torch import load_file
+
+    ran = run("wan_lora.py")
+    tuned = ran["transformer"]
+    assert "adapter with" in capsys.readouterr().out
+    assert num_hooks(tuned) == 0
+    assert min(ran["losses"][-5:]) < ran["losses"][0]
+
+    torch.manual_seed(0)
+    base = ran["narrow_wan"]()
+    fresh, trained = weights(base), weights(tuned)
+    frozen = {name.replace(".base_layer", ""): x for name, x in trained.items() if "lora" not in name}
+    assert frozen.keys() == fresh.keys()
+    assert all(torch.equal(x, fresh[name]) for name, x in frozen.items())
+    assert not any(parameter.requires_grad for name, parameter in tuned.named_parameters() if "lora" not in name)
+    moved = [name for name, x in trained.items() if "lora_B" in name and x.any()]
+    assert len(moved) == 18 * 8  # queries, keys, values, outputs of self- and cross-attention in every block
+
+    file = tmp_path / "wan-lora" / "pytorch_lora_weights.safetensors"
+    assert all("lora" in name for name in load_file(file))
+    base.load_lora_adapter(load_file(file), prefix=None)
+    torch.manual_seed(1)
+    inputs = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.randn(1, 8, 12), "return_dict": False}
+    x_t = torch.randn(1, 4, 2, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(base.eval()(x_t, **inputs)[0], tuned.eval()(x_t, **inputs)[0])
+
+    short = [ran["fine_tune"]("short", weight=weight, steps=2)[0] for weight in (0.0, 0.002)]
+    assert differ(*short)
+
+
+def test_wan_lora_gradients_reach_the_student_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """The regulariser by itself: blocks up to the student are pulled, those after it, so the teacher, are not."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from layerprobe.layersync import LayerSync
+
+    example = runpy.run_path(str(EXAMPLES / "wan_lora.py"))
+    torch.manual_seed(0)
+    transformer = example["narrow_wan"]().requires_grad_(False)
+    transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    transformer.enable_gradient_checkpointing()
+    transformer.train()
+    with LayerSync(transformer, example["PAIRS"], weight=0.002) as sync:
+        example["flow_matching_loss"](transformer, torch.randn(1, 4, 1, 4, 4), torch.randn(1, 4, 12))
+        sync.loss().backward()
+    reached = {name for name, p in transformer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {int(name.split(".")[1]) for name in reached} == set(range(9))
+    assert all("lora" in name for name in reached)
+
+
+@lightning_warns
+def test_lightning() -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    ran = run("lightning_loop.py")
+    module, trainer = ran["model"], ran["trainer"]
+    assert trainer.global_step == 40
+    assert trainer.callback_metrics["loss"] < 2
+    assert trainer.callback_metrics["effective rank blocks.1"] > 1
+    assert num_hooks(module) == 0
+    without, _ = ran["train"](weight=0.0)
+    assert _cosine(module) > _cosine(without) + 0.01
+    assert differ(module, without)
+
+
+@lightning_warns
+def test_lightning_removes_the_hooks_after_an_exception() -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    example = runpy.run_path(str(EXAMPLES / "lightning_loop.py"))
+    seen: list[nn.Module] = []
+
+    def fails(self: Any, x: Tensor) -> Tensor:
+        assert num_hooks(self) > 0
+        seen.append(self)
+        raise RuntimeError("on purpose")
+
+    example["Model"].training_step = fails
+    with pytest.raises(RuntimeError, match="on purpose"):
+        example["train"](weight=0.3, steps=1)
+    assert num_hooks(seen[0]) == 0
+
+
+def test_huggingface_trainer() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ran = run("huggingface_trainer.py")
+    trainer = ran["trainer"]
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert all("cosine network.blocks.1 <- network.blocks.4" in row for row in rows)
+    assert num_hooks(trainer.model) == 0
+    without = ran["train"]("runs/huggingface", weight=0.0)
+    assert _cosine(trainer.model) > _cosine(without.model) + 0.01
+    assert differ(trainer.model, without.model)
+
+
+def _cosine(model: Any) -> float:
+    """Of the pair, at noise level a half."""
+    from plain_loop import PAIRS, digits
+
+    from layerprobe.capture import capture
+
+    x, (student, teacher) = digits()[:64], PAIRS[0]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), capture(model.network, [student, teacher]) as found:
+        model.network((x + noise) / 2, torch.full((64,), 0.5))
+    return float(torch.cosine_similarity(found[student], found[teacher], dim=-1).mean())
