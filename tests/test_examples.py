@@ -52,7 +52,7 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(ran["losses"][-5:]) / 5 < 0.6 * ran["losses"][0]
     assert num_hooks(ran["model"]) == 0
     without, _, cosines = ran["train"](weight=0.0)
-    assert sum(ran["cosines"][-5:]) > sum(cosines[-5:]) + 5 * 0.01
+    assert sum(ran["cosines"][-5:]) > sum(cosines[-5:]) + 5 * 0.005
     assert differ(ran["model"], without)
     assert ran["cosines"][0] == cosines[0]  # of the same start
 
@@ -116,12 +116,12 @@ def test_lightning() -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
     ran = run("lightning_loop.py")
     module, trainer = ran["model"], ran["trainer"]
-    assert trainer.global_step == 40
-    assert trainer.callback_metrics["loss"] < 2
+    assert trainer.global_step == 30
+    assert trainer.callback_metrics["loss"] < 2.5
     assert trainer.callback_metrics["effective rank blocks.1"] > 1
     assert num_hooks(module) == 0
     without, _ = ran["train"](weight=0.0)
-    assert _cosine(module) > _cosine(without) + 0.01
+    assert _cosine(module) > _cosine(without) + 0.005
     assert differ(module, without)
 
 
@@ -148,11 +148,11 @@ def test_huggingface_trainer() -> None:
     ran = run("huggingface_trainer.py")
     trainer = ran["trainer"]
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert all("cosine network.blocks.1 <- network.blocks.4" in row for row in rows)
     assert num_hooks(trainer.model) == 0
     without = ran["train"]("runs/huggingface", weight=0.0)
-    assert _cosine(trainer.model) > _cosine(without.model) + 0.01
+    assert _cosine(trainer.model) > _cosine(without.model) + 0.005
     assert differ(trainer.model, without.model)
 
 

@@ -48,7 +48,7 @@ class Model(nn.Module):
         return {"loss": flow_matching_loss(self.network, x)}
 
 
-def train(folder: str, *, weight: float, steps: int = 40, **options: Any) -> AlignedTrainer:
+def train(folder: str, *, weight: float, steps: int = 30, **options: Any) -> AlignedTrainer:
     """The trainer when it is done; `trainer.state.log_history` has the losses, the alignment among them."""
     set_seed(0)
     arguments = TrainingArguments(

@@ -53,7 +53,7 @@ class HoldHooks(lightning.Callback):
         self._stack.close()
 
 
-def train(*, weight: float, steps: int = 40, **options: Any) -> tuple[Model, lightning.Trainer]:
+def train(*, weight: float, steps: int = 30, **options: Any) -> tuple[Model, lightning.Trainer]:
     """The module and the trainer, which takes further options."""
     lightning.seed_everything(0, verbose=False)
     model = Model(weight=weight)

@@ -49,7 +49,7 @@ def digits() -> Tensor:
     return samples.batch(range(len(samples))).x
 
 
-def train(*, weight: float, steps: int = 40) -> tuple[Denoiser, list[float], list[float]]:
+def train(*, weight: float, steps: int = 30) -> tuple[Denoiser, list[float], list[float]]:
     """The network, and loss and cosine at each step."""
     torch.manual_seed(0)
     model, images = Denoiser(), digits()

@@ -11,6 +11,8 @@ Source of pair and weight: the LoRA code of LayerSync (arXiv:2510.12581), there 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
@@ -23,7 +25,7 @@ PAIRS = [("blocks.8", "blocks.16")]
 SHIFT = 5.0  # Wan's flow shift: more of the high noise levels
 
 
-def narrow_wan() -> nn.Module:
+def narrow_wan() -> Any:
     """Wan 2.1's transformer, 24 wide and 18 deep."""
     return WanTransformer3DModel(
         num_layers=18, num_attention_heads=2, attention_head_dim=12, ffn_dim=48, freq_dim=8, text_dim=12,
@@ -40,7 +42,7 @@ def flow_matching_loss(transformer: nn.Module, latents: Tensor, text: Tensor) ->
     return F.mse_loss(velocity, eps - latents)
 
 
-def fine_tune(folder: str, *, weight: float = 0.002, steps: int = 20) -> tuple[nn.Module, list[float], list[float]]:
+def fine_tune(folder: str, *, weight: float = 0.002, steps: int = 12) -> tuple[Any, list[float], list[float]]:
     """The model with its adapter, which is saved, and loss and cosine at each step."""
     torch.manual_seed(0)
     transformer = narrow_wan().requires_grad_(False)
@@ -59,7 +61,7 @@ def fine_tune(folder: str, *, weight: float = 0.002, steps: int = 20) -> tuple[n
             cosines.append(sync.cosines[sync.pairs[0]].item())
             optimizer.step()
             optimizer.zero_grad()
-            if step % 5 == 0 or step == steps - 1:
+            if step % 4 == 0 or step == steps - 1:
                 print(f"step {step:3}  loss {losses[-1]:.3f}  cosine {cosines[-1]:.4f}")
     transformer.save_lora_adapter(folder)
     print(f"adapter with {sum(p.numel() for p in adapter)} numbers saved in {folder}")
