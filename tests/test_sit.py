@@ -507,8 +507,8 @@ def test_wrap_refuses_what_it_does_not_know() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             wrap(Denoiser(), **(good | change))
-    with pytest.raises(ValueError, match="unknown prediction 'score'"):
-        sit_backbone(SiT(SMALL), prediction="score")
+    with pytest.raises(ValueError, match="unknown prediction 'epsilon'"):
+        sit_backbone(SiT(SMALL), prediction="epsilon")
 
 
 class Shared(nn.Module):
