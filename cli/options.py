@@ -141,7 +141,8 @@ COUNTS = {
 Data = Annotated[
     str,
     typer.Option(
-        help="'digits', a .parquet or .arrow file, a folder of these, images or latents, or owner/name on the Hub."
+        help="'digits', a .parquet or .arrow file, a folder of these, of images, audio, motion, video or latents, or "
+        "owner/name on the Hub."
     ),
 ]
 
