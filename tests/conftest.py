@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported. One thread a worker: workers that each start a thread per core run ten times slower.
@@ -40,3 +41,17 @@ def shared_checkpoints() -> Path:
     if not folder.is_dir():
         pytest.skip("the trained checkpoints are not beside this checkout (../shared/checkpoints)")
     return folder
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command; gives exit code, standard output and standard error."""
+    from layerprobe.cli.main import run
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        code = run()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

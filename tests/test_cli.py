@@ -27,19 +27,6 @@ COUNTS = shlex.split("--num-fit 200 --num-choose 100 --num-report 100 --noise-le
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command; gives exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
-        code = run()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
 def refused(cli):
     """Runs a command that must be refused: exit code 2, one line on standard error, nothing on standard output."""
 

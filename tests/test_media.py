@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import wave
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from layerprobe.data import audio, tables
 from layerprobe.data.audio import AudioDecoder, load_audio, mel_filters, write_wav
-from layerprobe.data.media import MediaSamples, Normalisation
+from layerprobe.data.media import MediaSamples, Normalisation, load_media
 from layerprobe.data.motion import bvh_positions, load_motion
 from layerprobe.data.sources import guess_modality, load
 from layerprobe.data.video import load_video
@@ -309,13 +311,10 @@ class TestAudio:
         assert bool(AudioDecoder(RATE)(wav_bytes(np.array([0.5]))).isfinite().all())
 
     def test_what_does_not_fit_the_memory_is_decoded_again(self, tmp_path: Path) -> None:
-        from layerprobe.data import audio, media, tables
-
         self.folder(tmp_path, {f"{f}": wav_bytes(tone(f)) for f in (300, 1000, 2500)})
         parts = tables.read_items(tmp_path, suffixes=audio.SUFFIXES)
         loaded = [
-            only(media.load_media(parts, "file", AudioDecoder(RATE), memory_budget_bytes=budget))
-            for budget in (0, 2**30)
+            only(load_media(parts, "file", AudioDecoder(RATE), memory_budget_bytes=budget)) for budget in (0, 2**30)
         ]
         assert torch.equal(loaded[0].batch([2, 0]).x, loaded[1].batch([2, 0]).x)
         assert loaded[0].fingerprint == loaded[1].fingerprint
@@ -398,6 +397,14 @@ def test_counts_are_checked(tmp_path: Path, option: str, value: int) -> None:
     np.save(tmp_path / "a.npy", np.ones((4, 3)))
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} is {value}"):
         load_motion(tmp_path, **{option: value})
+
+
+def test_a_missing_package_is_not_the_items_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.wav").write_bytes(wav_bytes(tone(500)))
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    parts = tables.read_items(tmp_path, suffixes=audio.SUFFIXES)
+    with pytest.raises(ModuleNotFoundError, match=r"soundfile is not installed; install layerprobe\[audio\]"):
+        load_media(parts, "file", AudioDecoder(RATE), skip_bad=1)
 
 
 def test_normalisation_comes_back_from_json() -> None:

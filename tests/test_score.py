@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from layerprobe.analyses.scoring import (
     neighbourhoods,
     score_features,
 )
-from layerprobe.cli.main import run
 from layerprobe.data.arrays import load_array
 from layerprobe.data.digits import digits
 from layerprobe.data.sources import load
@@ -292,19 +290,12 @@ def test_a_large_npz_stays_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in an empty folder; gives exit code, standard output and standard error."""
+def cli(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command in a folder of its own, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "mine.py").write_text("def flat(x):\n    return x.flatten(1)[:, 20:30]\ndef images(x):\n    return x\n")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
-        code = run()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return cli
 
 
 @pytest.fixture

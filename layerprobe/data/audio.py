@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerprobe.data import tables
 from layerprobe.data.base import Samples
-from layerprobe.data.media import Decoder, file_bytes, load_media, undecoded
+from layerprobe.data.media import Decoder, file_bytes, load_media, read_items, undecoded
 from layerprobe.files import needed
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -142,7 +142,7 @@ def load_audio(
     parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
     found = tables.item_column(parts, column, usual=COLUMNS, what="audio", fits=tables.holds_bytes)
     if rate is None:
-        rate = _common_rate(parts, found, skip_bad)
+        rate = _common_rate(parts, found)
     decoder = AudioDecoder(rate, form, mels, hop or max(round(0.016 * rate), 1))
     return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
 
@@ -188,11 +188,11 @@ def mel_filters(rate: int, window: int, mels: int) -> Tensor:
     return (triangles / triangles.sum(1, keepdim=True)).float()
 
 
-def _common_rate(parts: dict[str, Any], column: str, skip_bad: int) -> int:
+def _common_rate(parts: dict[str, Any], column: str) -> int:
     soundfile = needed("soundfile", "audio")
     rates: dict[int, str] = {}
     for name, rows in parts.items():
-        for row, item in enumerate(undecoded(rows.select_columns(column), column)[:][column]):
+        for row, item in read_items(undecoded(rows.select_columns(column), column), column):
             try:
                 rates.setdefault(int(soundfile.info(file_bytes(item)).samplerate), f"item {row} of {name}")
             except Exception:

@@ -149,10 +149,10 @@ class Items:
         self._rows = self._rows.with_format(decoder.row_format)
         self._values: dict[int, Tensor] = {}
         digest, shapes, kept = hashlib.sha256(), [], []
-        for row, item in self._read():
+        for row, item in read_items(self._rows, column):
             try:
                 value = _checked(decoder(item))
-            except MemoryError:
+            except (MemoryError, ModuleNotFoundError):  # neither is the item's fault
                 raise
             except Exception as error:  # decoders meet damaged data with almost any
                 self.bad[self.name(row)] = tables.one_line(error)
@@ -172,6 +172,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.rows_kept)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the decoded items in memory."""
+        return sum(value.nbytes for value in self._values.values())
+
     def __getitem__(self, index: int) -> Tensor:
         row = int(self.rows_kept[index])
         found = self._values.get(row)
@@ -182,10 +187,6 @@ class Items:
         item = self._rows[row][self._column]
         path = item if isinstance(item, str) else item.get("path") if isinstance(item, dict) else None
         return f"item {row} of {self.part}" + (f" ({path})" if path else "")
-
-    def _read(self) -> Iterator[tuple[int, Any]]:
-        for start in range(0, len(self._rows), 64):
-            yield from enumerate(self._rows[start : start + 64][self._column], start)
 
     def _complaint(self, skip_bad: int) -> str:
         name, error = list(self.bad.items())[-1]
@@ -227,7 +228,7 @@ def load_media(
     items = {}
     for name, rows in parts.items():
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
-        memory_budget_bytes -= sum(value.nbytes for value in items[name]._values.values())
+        memory_budget_bytes -= items[name].num_bytes
     shape = _common_shape(items, decoder.time_axis, length)
     statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalised else None
     samples: dict[str, Samples] = {}
@@ -242,6 +243,12 @@ def load_media(
             first_id=tables.first_id(name),
         )
     return samples
+
+
+def read_items(rows: Dataset, column: str) -> Iterator[tuple[int, Any]]:
+    """Rows and their items, a few in memory at a time."""
+    for start in range(0, len(rows), 64):
+        yield from enumerate(rows[start : start + 64][column], start)
 
 
 def file_bytes(item: Any) -> io.BytesIO:

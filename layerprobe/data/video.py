@@ -104,7 +104,7 @@ def load_video(
         raise ValueError(f"--size and --stride count from 1 and --channels is 1 or 3, got {size}, {stride}, {channels}")
     parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
     found = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
-    if not isinstance(next(iter(parts.values())).features[found], list) and found == tables.FILE:
+    if found == tables.FILE:
         needed("av", "video")
     decoder = VideoDecoder(size, channels, stride)
     return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
