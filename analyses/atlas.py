@@ -31,6 +31,7 @@ from layerprobe.analyses.confirmation import (
     Arm,
     Scorer,
     Scores,
+    is_padded,
     run_folder,
     train_arm,
 )
@@ -303,7 +304,7 @@ def _record(
 ) -> dict[str, Any]:
     """What every branch shares. Pairs and seeds may be added later."""
     training = plan.training.identity() | {"steps": plan.training.steps}
-    return {
+    record = {
         "training": {key: value for key, value in training.items() if key not in ("pairs", "seed")},
         "first_step": plan.first_step,
         "evaluations": plan.num_evaluations,
@@ -314,3 +315,4 @@ def _record(
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "extractor": extractor.name if extractor else None,
     }
+    return record | ({"lengths": "of the real samples"} if is_padded(splits.report) else {})

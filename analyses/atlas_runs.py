@@ -13,7 +13,7 @@ from layerprobe.analyses import plots
 from layerprobe.analyses.atlas import AtlasPlan, Progress, all_pairs, benefits, chart
 from layerprobe.analyses.atlas_plots import atlas_heatmap
 from layerprobe.analyses.confirmation import FRECHET
-from layerprobe.analyses.runs import _alignable
+from layerprobe.analyses.runs import _alignable, fresh
 from layerprobe.backbones.base import Backbone
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data.base import Splits
@@ -46,6 +46,7 @@ def atlas_start(
     start: str | Path,
     *,
     steps: int,
+    from_scratch: bool = False,
     seeds: tuple[int, ...] = (0,),
     num_evaluations: int = 1,
     num_samples: int = 1000,
@@ -56,11 +57,13 @@ def atlas_start(
 
     They are trained as the start was, where it says so, unless given otherwise, and their averaged weights look back
     over a tenth of their steps. Branches of a checkpoint begin with an empty optimizer, so their learning rate warms up
-    over the first tenth; those of a training's folder go on with its optimizer.
+    over the first tenth; those of a training's folder go on with its optimizer. From scratch, all begin with the fresh
+    weights of the first seed, and the start only says how the network looks and was trained.
 
     Args:
         start: A folder of `layerprobe train`, or a checkpoint.
         steps: Of each branch.
+        from_scratch: Begin with fresh weights, as a training that knows the pair beforehand does.
         seeds: See `AtlasPlan`, like the next two.
         num_evaluations: Evenly spaced over the steps.
         num_samples: Drawn for each Fréchet distance.
@@ -69,6 +72,7 @@ def atlas_start(
     """
     state = next(reversed(checkpoints(Path(start))), None)
     checkpoint = Path(start) / "model.safetensors" if state else start
+    state = None if from_scratch else state
     trained = training_record(checkpoint)
     first = int(trained["steps"]) if state else 0
     known: dict[str, Any] = {
@@ -79,7 +83,8 @@ def atlas_start(
     default = {"ema_decay": max(0.0, 1 - 10 / steps)} | ({} if state else {"warmup_steps": steps // 10})
     training = TrainingPlan(**known | default | given, steps=first + steps)
     plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples)
-    return AtlasStart(open_checkpoint(checkpoint, device=device), plan, state, trained.get("data"))
+    backbone = open_checkpoint(checkpoint, device=device)
+    return AtlasStart(fresh(backbone, seeds[0]) if from_scratch else backbone, plan, state, trained.get("data"))
 
 
 def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:

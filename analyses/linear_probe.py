@@ -7,9 +7,9 @@ row of ones, logits (K, n).
 Default solvers stop early on the ill-conditioned features of networks, and a curve over layers then shows
 conditioning instead of content. So every fit comes with its gradient norm, and says so when it did not converge.
 
-The solver is Newton's method. Products run in float32, gradients near the end in float64, so that float32 decides the
-time and float64 the result; penalties are solved from the strongest to the weakest, each from where the last ones
-point.
+The solver is limited-memory BFGS, preconditioned by a factorised Hessian where one pays. Logits and gradients
+are kept in float64 and moved by float32 products of what changed: float32 decides the time and float64 the result.
+Penalties are solved from the strongest to the weakest, each from where the last ones point.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 
 ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
-_MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # beyond them the Hessian is not factorised
-_SAMPLES_PER_UNKNOWN = 20
-_QUICK_DECREMENT = 2e-6  # in nats; below it float32 is too coarse to judge a step
-_PATIENCE = 5  # iterations without progress
+_MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # of a factorised Hessian
+_SAMPLES_PER_UNKNOWN, _FEW_TERMS = 20, 10_000  # of its sum
+_WEAK = 0.1  # an axis of less curvature, in penalties, needs no factorised Hessian
+_MEMORY = 20  # steps that limited-memory BFGS remembers
+_FRESH = math.log(10)  # what the gap falls by, per iteration, with a fresh Hessian
+_WINDOW = 3  # iterations that tell how fast it falls
+_PATIENCE = 10  # iterations in which neither the gap halves nor the objective falls by a hundredth
 _SMALL = 1_000_000  # entries of features; below it several threads only get in each other's way
-_MAX_PRODUCTS = 150  # in one inner solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +211,7 @@ def fit_logistic(
         ValueError: If x and y disagree, x is not finite, y has one class, a class weight is not positive, or the
             penalty is not positive.
 
-    Source: truncated Newton, Nocedal and Wright 2006, ch. 7.
+    Source: limited-memory BFGS, Nocedal and Wright 2006, ch. 7.
     """
     return fit_logistic_path(
         x,
@@ -403,14 +405,14 @@ def _path(
     device, total = data.exact.device, float(weights.sum())
     indices, share = torch.as_tensor(targets, device=device), torch.as_tensor(weights / total, device=device)
     curvature: _Curvature | None = None
-    known: list[tuple[float, Tensor]] = []
+    known: list[tuple[float, _Point]] = []
     fits = {}
     for c in sorted(set(inverse_penalties)):
         problem = _Problem(data, indices, len(classes), share, 1 / (c * total * data.unit**2))
         curvature = curvature or _Curvature(problem)
         start = _start(problem, known, math.log(c))
         point, passes, converged = _minimise(problem, start, curvature, tolerance, max_passes)
-        known = [*known[-2:], (math.log(c), point.theta)]
+        known = [*known[-2:], (math.log(c), point)]
         fit_weights = point.theta[:, :-1] @ data.axes.T
         fits[c] = LogisticFit(
             weights=fit_weights.cpu().numpy(),
@@ -426,24 +428,28 @@ def _path(
     return tuple(fits[c] for c in inverse_penalties)
 
 
-def _start(problem: _Problem, known: list[tuple[float, Tensor]], log_c: float) -> _Point:
+def _start(problem: _Problem, known: list[tuple[float, _Point]], log_c: float) -> _Point:
     """The better of the line and the parabola, in log C, through the last solutions."""
-    zero = problem.share.new_zeros(problem.num_classes, problem.data.exact.shape[1])
     if not known:
-        return _evaluate(problem, zero, torch.float32)
-    guesses = [
-        sum((theta * math.prod((log_c - b) / (a - b) for b, _ in through if b != a) for a, theta in through), zero)
-        for through in (known[-2:], known[-3:])[: max(1, len(known) - 1)]
-    ]
-    return min((_evaluate(problem, theta, torch.float32) for theta in guesses), key=lambda point: point.objective)
+        return _exact(problem, problem.share.new_zeros(problem.num_classes, len(problem.data.exact)))
+    guesses = []
+    for through in (known[-2:], known[-3:])[: max(1, len(known) - 1)]:
+        factors = [math.prod((log_c - b) / (a - b) for b, _ in through if b != a) for a, _ in through]
+        theta = sum((f * p.theta for f, (_, p) in zip(factors, through, strict=True)), torch.zeros(()))
+        logits = sum((f * p.logits for f, (_, p) in zip(factors, through, strict=True)), torch.zeros(()))
+        guesses.append(_trial(problem, theta, logits))
+    best = min(guesses, key=lambda trial: trial.objective)
+    return _advanced(problem, known[-1][1], best)
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
     """One representation on its principal axes, r = min(n, D) of them, on the device that solves."""
 
-    exact: Tensor  # (n, r + 1) float64: coordinates on the axes, then 1
+    exact: Tensor  # (r + 1, n) float64: coordinates on the axes, by ascending variance, then 1
     quick: Tensor  # the same in float32
+    rows: Tensor  # its transpose, a row per sample
+    variances: Tensor  # (r + 1,) mean squares
     axes: Tensor  # (D, r) float64; parameters (K, r + 1) stand for the weights `parameters[:, :-1] @ axes.T`
     mean: Tensor  # (D,) float64
     unit: float  # what the features were divided by: their root mean square
@@ -459,11 +465,17 @@ class _Problem:
 
 
 @dataclass(frozen=True, eq=False)
-class _Point:
+class _Trial:
     theta: Tensor  # (K, r + 1) float64
-    probabilities: Tensor  # (K, n), float32 or float64 as the products were
+    logits: Tensor  # (K, n) float64
+    residual: Tensor  # (K, n) float64: derivative of the mean cross-entropy by the logits
     objective: float
-    gradient: Tensor  # (K, r + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Point(_Trial):
+    slope: Tensor  # (K, r + 1) float64: derivative of the mean cross-entropy by theta
+    gradient: Tensor  # the same of the objective
 
 
 def _decomposed(x: Tensor) -> _Data:
@@ -477,117 +489,216 @@ def _decomposed(x: Tensor) -> _Data:
     if wide.shape[0] < wide.shape[1]:  # The optimum lies in the span of the samples.
         basis, triangle = torch.linalg.qr(wide.T)
         wide = triangle.T
-    variances, axes = torch.linalg.eigh(wide.T @ wide / len(wide))
+    variances, axes = torch.linalg.eigh(_product(wide.T, wide) / len(wide))
     # Features of the size of the bias' 1, whatever their scale was: float32 needs it.
     unit = math.sqrt(float(variances.clamp_min(0).mean())) or 1.0
     axes = axes / unit
-    exact = torch.cat([wide @ axes, wide.new_ones(len(wide), 1)], 1)
+    # A row per axis: thin products are twice as fast with it as with a row per sample.
+    exact = torch.cat([_product(axes.T, wide.T), wide.new_ones(1, len(wide))])
     return _Data(
         exact=exact,
         quick=exact.float(),
+        rows=exact.T.float().contiguous(),
+        variances=torch.cat([variances.clamp_min(0) / unit**2, variances.new_ones(1)]),
         axes=axes if basis is None else basis @ axes,
         mean=mean + rest,
         unit=unit,
     )
 
 
-class _Curvature:
-    """The preconditioner of the path: a cheap one first, one close to the Hessian where that pays.
+def _trial(problem: _Problem, theta: Tensor, logits: Tensor) -> _Trial:
+    own, highest = problem.targets[None], logits.amax(0)
+    residual = (logits - highest).exp_()
+    total = residual.sum(0)
+    loss = float((total.log() + highest - logits.gather(0, own)[0]) @ problem.share)
+    residual *= problem.share / total
+    # The target's is minus the sum of the others, since p - 1 cancels where p is near 1.
+    residual.scatter_(0, own, 0)
+    residual.scatter_(0, own, -residual.sum(0, keepdim=True))
+    return _Trial(theta, logits, residual, loss + problem.penalty / 2 * float(theta[:, :-1].square().sum()))
 
-    The cheap one is a Kronecker product, (classes x classes) with (features x features), rescaled to the Hessian's
-    diagonal in its own eigenbasis. The other one is the Hessian itself, summed over the samples and pairs of classes
-    that carry it, and factorised; it serves neighbouring penalties and iterates too.
+
+def _with_slope(problem: _Problem, trial: _Trial, slope: Tensor) -> _Point:
+    gradient = slope.clone()
+    gradient[:, :-1].add_(trial.theta[:, :-1], alpha=problem.penalty)
+    return _Point(trial.theta, trial.logits, trial.residual, trial.objective, slope, gradient)
+
+
+def _exact(problem: _Problem, theta: Tensor) -> _Point:
+    """A point computed in float64 throughout."""
+    trial = _trial(problem, theta, _product(theta, problem.data.exact))
+    return _with_slope(problem, trial, _product(trial.residual, problem.data.exact.T))
+
+
+def _advanced(problem: _Problem, point: _Point, trial: _Trial) -> _Point:
+    """The trial with its gradient, by a float32 product with what changed since the point."""
+    size = 1 / len(problem.share)
+    change = (trial.residual - point.residual).div_(size).float()
+    change = torch.nn.functional.hardshrink(change, 1e-30)  # subnormal numbers are slow
+    return _with_slope(problem, trial, point.slope.add(_product(change, problem.data.quick.T), alpha=size))
+
+
+class _Curvature:
+    """What is known of the Hessian, handed on from penalty to penalty: a preconditioner, and steps of the solver.
+
+    The preconditioner is the Hessian itself on the axes that need it, those where the curvature of the data is not
+    dwarfed by the penalty, and its diagonal on the others. With too many classes for that it is a Kronecker product.
     """
 
     def __init__(self, problem: _Problem) -> None:
-        width, k = problem.data.quick.shape[1], problem.num_classes
-        self.unknowns = (k - 1) * width
-        # What the Hessian costs, in products with the Hessian.
-        kept = min(_SAMPLES_PER_UNKNOWN * self.unknowns, len(problem.share) * k * (k - 1) // 2)
-        flops = 2 * kept * width**2 + self.unknowns**3 / 3
-        self.price = flops / (4 * len(problem.share) * width * k)
-        self.close = False  # whether `apply` is the Hessian's
-        self.apply: Callable[[Tensor], Tensor] | None = None
-        self.spent = 0  # products since the path began
-        self.last = 0  # products of the last inner solve
+        self.apply = _diagonal(problem)
+        self.penalty = problem.penalty
+        # Of the last iterations, shape (m, K, r + 1): what changed in theta, and what in the gradient.
+        self.steps = self.turns = problem.share.new_zeros(0, problem.num_classes, len(problem.data.exact))
 
-    def note(self, products: int) -> None:
-        """How many products the last inner solve took."""
-        self.spent, self.last = self.spent + products, products
+    def move(self, penalty: float) -> None:
+        """To another penalty, whose part in the turns of the gradient is known."""
+        turns = self.turns.clone()
+        turns[..., :-1] += (penalty - self.penalty) * self.steps[..., :-1]
+        kept = (self.steps * turns).sum((1, 2)) > 0  # rounding may have left some without curvature
+        self.steps, self.turns, self.penalty = self.steps[kept], turns[kept], penalty
 
-    def at(self, problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
-        affordable = self.unknowns <= _MAX_UNKNOWNS and problem.num_classes <= _MAX_CLASSES
-        if affordable and self.spent >= self.price / 2:
-            if not self.close or self.last > max(6, self.price / 6):
-                self.close, self.apply = True, _factorised(_hessian(problem, probabilities.float()), problem.penalty)
-        elif self.apply is None or self.last > 20:
-            self.apply = _kronecker(problem, probabilities.float())
-        assert self.apply is not None
-        return self.apply
+    def learn(self, point: _Point, following: _Point) -> None:
+        step, turn = following.theta - point.theta, following.gradient - point.gradient
+        if (step * turn).sum() > 0:
+            self.steps = torch.cat([self.steps[1 - _MEMORY :], step[None]])
+            self.turns = torch.cat([self.turns[1 - _MEMORY :], turn[None]])
+
+    def renew(self, problem: _Problem, point: _Point) -> None:
+        probabilities = torch.softmax(point.logits.float(), 0)
+        build = _close if problem.num_classes <= _MAX_CLASSES else _kronecker
+        self.apply, self.steps, self.turns = build(problem, probabilities), self.steps[:0], self.turns[:0]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Where the quasi-Newton step leads: Byrd, Nocedal and Schnabel 1994, theorem 2.2, as two triangular solves."""
+        steps, turns, ahead = self.steps.flatten(1), self.turns.flatten(1), gradient.flatten()[:, None]
+        triangle = (steps @ turns.T).triu()
+        known = torch.linalg.solve_triangular(triangle, steps @ ahead, upper=True)
+        ahead = ahead - turns.T @ known
+        size = float(ahead.norm()) or 1.0
+        ahead = size * self.apply((ahead / size).float().view_as(gradient)).double().view(-1, 1)
+        known = triangle.diagonal()[:, None] * known - turns @ ahead
+        ahead = ahead + steps.T @ torch.linalg.solve_triangular(triangle.T, known, upper=False)
+        ahead = ahead.view_as(gradient)
+        descent: Tensor = ahead.mean(0) - ahead  # a shift of all classes changes no probability
+        return descent
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, on a CPU by numpy's BLAS: faster than torch's on some of them, twice so for `a.T @ a`."""
+    product: Tensor = torch.from_numpy(a.numpy() @ b.numpy()) if a.device.type == "cpu" else a @ b
+    return product
 
 
 def _minimise(
     problem: _Problem, point: _Point, curvature: _Curvature, tolerance: float, max_passes: int
 ) -> tuple[_Point, int, bool]:
-    """Newton's method with conjugate gradients inside.
+    """Limited-memory BFGS with the preconditioner as its first guess of the inverse Hessian.
 
-    Inner products run in float32 throughout. Gradients do too until the decrement is small, then in float64: float32
-    directions with float64 gradients lead to the float64 optimum.
+    Logits and gradients are kept in float64 and moved by float32 products of what changed, whose rounding errors
+    shrink with the steps. They are computed anew in float64 before it ends.
     """
-    passes = 1
-    exact, best, lowest, stuck = False, math.inf, math.inf, 0
-    while passes < max_passes:
-        if exact and _is_optimal(problem, point, tolerance):
-            return point, passes, True
-        norm = float(point.gradient.norm())
-        precondition = curvature.at(problem, point.probabilities)
-        downhill = -(point.gradient / norm).float() if norm > 0 else point.gradient.float()
-        # Twice the expected decrease of the objective.
-        decrement = norm**2 * float((downhill * precondition(downhill)).sum())
-        progress = decrement < best / 2 or point.objective < 0.99 * lowest
-        best, lowest, stuck = min(best, decrement), min(lowest, point.objective), 0 if progress else stuck + 1
-        done = stuck > _PATIENCE or not decrement > (0 if exact else _QUICK_DECREMENT)
+    passes, stuck, is_exact = 1, 0, False
+    best, lowest, last_exact = math.inf, math.inf, math.inf
+    gaps: list[float] = []  # since the preconditioner was renewed
+    curvature.move(problem.penalty)
+    while True:
+        gaps.append(_gap(problem, point))
+        if gaps[-1] < best / 2 or point.objective < 0.99 * lowest:
+            best, lowest, stuck = min(best, gaps[-1]), min(lowest, point.objective), 0
+        else:
+            stuck += 1
         following = None
-        if not done:
-            # Newton's own error is of the order of the decrement: more accuracy early on is wasted.
-            needed = 0.3 * math.sqrt(tolerance / 10 / max(_gap(problem, point), tolerance / 10))
-            accuracy = max(min(0.1, 3 * math.sqrt(decrement / point.objective)), needed, 1e-4)
-            most = min(_MAX_PRODUCTS, max_passes - passes)
-            step, products = _newton_step(problem, point, downhill, precondition, accuracy, most)
-            curvature.note(products)
-            passes += products + 1
-            following = _line_search(problem, point, step * norm)
-        if following is None and exact:  # rounding error is all that is left
+        if not _is_optimal(problem, point, tolerance) and stuck <= _PATIENCE and passes < max_passes:
+            if _is_slow(problem, gaps, tolerance):
+                curvature.renew(problem, point)
+                gaps = gaps[-1:]
+            following = _line_search(problem, point, curvature.direction(point.gradient))
+        if following is not None:
+            curvature.learn(point, following)
+            point, is_exact = following, False
+        elif not is_exact:
+            point, is_exact = _exact(problem, point.theta), True
+            if not _gap(problem, point) < last_exact / 2 or passes >= max_passes:
+                break
+            last_exact, stuck, best = _gap(problem, point), 0, math.inf
+        else:
             break
-        if following is None:
-            exact, best, stuck = True, math.inf, 0
-            following, passes = _evaluate(problem, point.theta, torch.float64), passes + 1
-        point = following
-    if not exact:
-        point = _evaluate(problem, point.theta, torch.float64)
+        passes += 1
     return point, passes, _is_optimal(problem, point, tolerance)
 
 
-def _evaluate(problem: _Problem, theta: Tensor, dtype: torch.dtype) -> _Point:
-    features = problem.data.exact if dtype == torch.float64 else problem.data.quick
-    loss, probabilities = _cross_entropy(problem, theta.to(dtype) @ features.T)
-    gradient = _residual(problem, probabilities) @ features
-    gradient[:, :-1] += problem.penalty * theta[:, :-1]
-    return _Point(theta, probabilities, loss + problem.penalty / 2 * float(theta[:, :-1].square().sum()), gradient)
+def _is_slow(problem: _Problem, gaps: list[float], tolerance: float) -> bool:
+    """Whether a fresh preconditioner would save more iterations than it costs."""
+    if len(gaps) <= _WINDOW or gaps[-1] <= tolerance / 10:
+        return False
+    left = math.log(gaps[-1] * 10 / tolerance)
+    rate = max(math.log(gaps[-1 - _WINDOW] / gaps[-1]) / _WINDOW, 0.03)
+    return left / rate - left / _FRESH > _price(problem)
 
 
-def _cross_entropy(problem: _Problem, logits: Tensor) -> tuple[float, Tensor]:
-    log_probabilities = torch.log_softmax(logits, 0)
-    losses = log_probabilities.gather(0, problem.targets[None])[0]
-    return -float(losses.double() @ problem.share), log_probabilities.exp_()
+def _price(problem: _Problem) -> float:
+    """What a fresh preconditioner costs, in iterations; half of it, since the next penalty needs it too.
+
+    Counted in flops at the speed of thin products, fitted to one core: a matrix product is twice as fast, an entry of
+    the logits costs as much as 350, and calls of small operations as much as the constants.
+    """
+    (width, n), k = problem.data.quick.shape, problem.num_classes
+    if k > _MAX_CLASSES:
+        build = 2.0 * n * width**2 + 10 * width**3
+    else:
+        head = _head(problem, 0.3 / k * problem.data.variances)  # a typical doubt between the classes
+        build = _terms(problem, head) * head**2 + ((k - 1) * head) ** 3 / 3 + k**2 * (130 * n + 6e5)
+    return build / (n * k * (4 * width + 350) + 1.3e7) / 2
 
 
-def _residual(problem: _Problem, probabilities: Tensor) -> Tensor:
-    """Derivative by the logits; the target's is minus the sum of the others, since p - 1 cancels where p is near 1."""
-    residual = probabilities * problem.share.to(probabilities.dtype)
-    own = problem.targets[None]
-    residual.scatter_(0, own, 0)
-    return residual.scatter_(0, own, -residual.sum(0, keepdim=True))
+def _head(problem: _Problem, curvature: Tensor) -> int:
+    """How many of the last axes, the bias included, the factorised Hessian is for."""
+    needed = int((curvature[:-1] > _WEAK * problem.penalty).sum()) + 1
+    return max(1, min(needed, _MAX_UNKNOWNS // (problem.num_classes - 1)))
+
+
+def _terms(problem: _Problem, head: int) -> int:
+    n, k = len(problem.share), problem.num_classes
+    return min(n * k * (k - 1) // 2, max(_SAMPLES_PER_UNKNOWN * (k - 1) * head, _FEW_TERMS))
+
+
+def _diagonal(problem: _Problem) -> Callable[[Tensor], Tensor]:
+    """The Hessian where all classes are equally likely; nothing but a diagonal on principal axes."""
+    penalties = torch.full_like(problem.data.variances, problem.penalty)
+    penalties[-1] = 0
+    diagonal = (problem.data.variances / problem.num_classes + penalties).float()
+    return lambda residual: residual / diagonal
+
+
+def _close(problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
+    doubt = (probabilities * (1 - probabilities)) @ problem.share.float()
+    diagonal = doubt[:, None] * problem.data.variances.float()
+    head = _head(problem, diagonal.mean(0))
+    ahead = _factorised(_hessian(problem, probabilities, head), problem.penalty)
+    tail = diagonal[:, :-head] + problem.penalty
+
+    def apply(residual: Tensor) -> Tensor:
+        rest = residual[:, :-head] / tail
+        return torch.cat([rest - rest.mean(0), ahead(residual[:, -head:])], 1)
+
+    return apply
+
+
+def _line_search(problem: _Problem, point: _Point, step: Tensor) -> _Point | None:
+    """The longest of 1, 1/2, 1/4, ... steps that goes down, or None."""
+    slope = float((point.gradient * step).sum())
+    if not slope < 0:
+        return None
+    size = float(step.abs().max())
+    change = _product((step / size).float(), problem.data.quick)
+    for halvings in range(30):
+        length = 0.5**halvings
+        trial = _trial(problem, point.theta.add(step, alpha=length), point.logits.add(change, alpha=length * size))
+        # The last term is the rounding of the objective.
+        if trial.objective <= point.objective + 1e-4 * length * slope + 1e-13 * (1 + abs(point.objective)):
+            return _advanced(problem, point, trial)
+    return None
 
 
 def _original_norm(problem: _Problem, point: _Point) -> float:
@@ -596,7 +707,7 @@ def _original_norm(problem: _Problem, point: _Point) -> float:
 
 
 def _is_optimal(problem: _Problem, point: _Point, tolerance: float) -> bool:
-    size = math.hypot(1, problem.data.unit * math.sqrt(problem.data.exact.shape[1] - 1))
+    size = math.hypot(1, problem.data.unit * math.sqrt(len(problem.data.exact) - 1))
     return _original_norm(problem, point) <= tolerance * size and _gap(problem, point) <= tolerance / 10
 
 
@@ -607,119 +718,61 @@ def _gap(problem: _Problem, point: _Point) -> float:
     return float(point.gradient.square().sum()) / (2 * problem.penalty * point.objective)
 
 
-def _newton_step(
-    problem: _Problem,
-    point: _Point,
-    downhill: Tensor,
-    precondition: Callable[[Tensor], Tensor],
-    accuracy: float,
-    most: int,
-) -> tuple[Tensor, int]:
-    """Conjugate gradients in float32 on `Hessian @ step = downhill`, until the residual has shrunk to `accuracy`."""
-    product = _hessian_product(problem, point.probabilities.float())
-    residual, step = downhill, torch.zeros_like(downhill)
-    ahead = precondition(residual)
-    direction, size = ahead, float((residual * ahead).sum())
-    first, enough = size, accuracy**2 * size
-    products = 0
-    while products < most:
-        products += 1
-        image = product(direction)
-        curvature = float((direction * image).sum())
-        if not curvature > 0 or not size < 1e6 * first:  # rounding error is all that is left
-            break
-        step = step.add(direction, alpha=size / curvature)
-        residual = residual.sub(image, alpha=size / curvature)
-        ahead = precondition(residual)
-        size, before = float((residual * ahead).sum()), size
-        if not size > enough:
-            break
-        direction = ahead.add(direction, alpha=size / before)
-    wide = (step if bool(step.any()) else ahead).double()
-    return wide - wide.mean(0), products  # a shift of all classes changes no probability
-
-
-def _hessian_product(problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
-    # Products of tinier probabilities would be subnormal, which is slow, and count for nothing.
-    probabilities = torch.threshold(probabilities, 1e-15, 0.0)
-    weighted = probabilities * problem.share.float()
-
-    def product(v: Tensor) -> Tensor:
-        change = v @ problem.data.quick.T
-        # Twice, since a mean taken once is lost to rounding where a probability is near 1.
-        change -= (change * probabilities).sum(0)
-        change -= (change * probabilities).sum(0)
-        change *= weighted
-        image = change @ problem.data.quick
-        image[:, :-1].add_(v[:, :-1], alpha=problem.penalty)
-        return image
-
-    return product
-
-
-def _line_search(problem: _Problem, point: _Point, step: Tensor) -> _Point | None:
-    """The longest of 1, 1/2, 1/4, ... steps that goes down, or None."""
-    dtype = point.gradient.dtype
-    slope = float((point.gradient * step).sum())
-    slack = (1e-13 if dtype == torch.float64 else 1e-7) * (1 + abs(point.objective))  # rounding of the objective
-    for halvings in range(30):
-        following = _evaluate(problem, point.theta + 0.5**halvings * step, dtype)
-        if following.objective <= point.objective + 1e-4 * 0.5**halvings * slope + slack:
-            return following
-    return None
-
-
 def _kronecker(problem: _Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
     """(classes x classes) times (features x features), rescaled to the Hessian's diagonal in their eigenbases."""
     features, share = problem.data.quick, problem.share.float()
     spread = (1 - probabilities.square().sum(0)).clamp_min(0) * share
-    _, axes = torch.linalg.eigh(((features * spread[:, None]).T @ features).double())
+    _, axes = torch.linalg.eigh(((features * spread) @ features.T).double())
     weighted = probabilities * share
     _, contrasts = torch.linalg.eigh((torch.diag(weighted.sum(1)) - weighted @ probabilities.T).double())
     penalised = (problem.penalty * (1 - axes[-1].square())).float()
     axes, contrasts = axes.float(), contrasts.float()
     variances = (contrasts.T.square() @ probabilities - (contrasts.T @ probabilities).square()).clamp_min(0) * share
-    diagonal = variances @ (features @ axes).square() + penalised
+    diagonal = variances @ (axes.T @ features).square().T + penalised
     diagonal += 1e-9 * diagonal.max()
     return lambda residual: contrasts @ ((contrasts.T @ residual @ axes) / diagonal) @ axes.T
 
 
-def _hessian(problem: _Problem, probabilities: Tensor) -> Tensor:
-    """The data's part of the Hessian, shape (K - 1, r + 1, K - 1, r + 1): the last class is held at 0.
+def _hessian(problem: _Problem, probabilities: Tensor, head: int) -> Tensor:
+    """The data's part of the Hessian on the last axes, shape (K - 1, head, K - 1, head): the last class is held at 0.
+
+    Only the lower half is filled.
 
     With `A_kl = sum of share p_k p_l x x^T` its blocks are `-A_kl` and, on the diagonal, the sum of `A_kl` over l.
     Most samples are certain and few pairs of classes are in question for a sample, so few products carry a sum; the
     others are drawn in proportion to their weight, from a fixed sequence, as many as there is time for. Each pair
     gets its own draw: pairs that are rarely confused decide the flattest directions.
     """
-    k, (n, width) = len(probabilities), problem.data.quick.shape
+    k, n = probabilities.shape
     first, second = torch.tril_indices(k, k, -1, device=probabilities.device)
     probabilities = torch.threshold(probabilities, 1e-15, 0.0)  # no subnormal products
     weights = probabilities[first] * probabilities[second] * problem.share.float()
     means = weights.mean(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     sequence = (torch.arange(1, n + 1, device=weights.device).double() * 0.6180339887498949 % 1).float()
     relative = weights / means / sequence
-    threshold, most = 1.0, _SAMPLES_PER_UNKNOWN * (k - 1) * width
-    while int((relative > threshold).sum()) > most:
+    threshold, most = 1.0, _terms(problem, head)
+    while 8 * int((relative[:, ::8] > threshold).sum()) > most:
         threshold *= 2
-    hessian = probabilities.new_zeros(k, width, k, width)
+    hessian = probabilities.new_zeros(k - 1, head, k - 1, head)
     for a, b, weight, ratio, mean in zip(first.tolist(), second.tolist(), weights, relative, means, strict=True):
         kept = (ratio > threshold).nonzero()[:, 0]
-        rows = problem.data.quick[kept]
-        block = (rows * torch.maximum(weight[kept], threshold * mean)[:, None]).T @ rows
-        hessian[a, :, b], hessian[b, :, a] = -block, -block
-        hessian[a, :, a] += block
+        rows = problem.data.rows.index_select(0, kept)[:, -head:]
+        rows *= torch.maximum(weight[kept], threshold * mean).sqrt_()[:, None]
+        block = _product(rows.T, rows)
         hessian[b, :, b] += block
-    return hessian[:-1, :, :-1]
+        if a < k - 1:
+            hessian[a, :, a] += block
+            hessian[a, :, b] = -block
+    return hessian
 
 
 def _factorised(hessian: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """Solves with the Hessian, of which the lower half is given and overwritten."""
     k, width = hessian.shape[:2]
-    matrix = hessian.clone()
     features = torch.arange(width - 1, device=hessian.device)
     # The penalty of weights that sum to zero over classes, told by all but the last class.
-    matrix[:, features, :, features] += penalty * (torch.eye(k, device=hessian.device) - 1 / (k + 1))
-    matrix = matrix.view(k * width, k * width)
+    hessian[:, features, :, features] += penalty * (torch.eye(k, device=hessian.device) - 1 / (k + 1))
+    matrix = hessian.view(k * width, k * width)
     scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
     matrix.mul_(scale).mul_(scale[:, None])
     jitter, failed = 1e-6, True
@@ -730,7 +783,8 @@ def _factorised(hessian: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
 
     def apply(residual: Tensor) -> Tensor:
         known = (residual[:-1].reshape(-1) * scale)[:, None]
-        solved = (torch.cholesky_solve(known, factor)[:, 0] * scale).reshape(k, width)
+        half = torch.linalg.solve_triangular(factor, known, upper=False)
+        solved = (torch.linalg.solve_triangular(factor.T, half, upper=True)[:, 0] * scale).reshape(k, width)
         whole = torch.cat([solved, solved.new_zeros(1, width)])
         return whole - whole.mean(0)
 

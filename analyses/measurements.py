@@ -6,7 +6,7 @@ file: pass it to `quality.measure`, or to the command line as file.py:function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,15 +15,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerprobe.analyses.arrays import Features, Floats, unusable
+from layerprobe.analyses.dense_probe import dense_probe
 from layerprobe.analyses.knn import knn_accuracy
-from layerprobe.analyses.linear_probe import INVERSE_PENALTIES, linear_probe
+from layerprobe.analyses.linear_probe import INVERSE_PENALTIES, ProbeResult, linear_probe
 from layerprobe.analyses.spatial import spatial_structure
 from layerprobe.analyses.spectrum import lidar, spectrum
-from layerprobe.features import FeatureStore
+from layerprobe.data.base import MISSING
+from layerprobe.data.splits import known_labels
+from layerprobe.features import SPLITS, FeatureStore
 
 PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
-HEADLINES = (PROBE, KNN, RANK)  # what is shown first and in most detail
+_PROBE_OF = f"{PROBE} of "
 NUM_NEIGHBOURS = 10
+
+
+def headlines(metrics: Iterable[str]) -> list[str]:
+    """What is shown first and in most detail of these: probes of every label column, neighbours, rank."""
+    known = list(dict.fromkeys(metrics))
+    return [m for m in (PROBE, *filter(probed_column, known), KNN, RANK) if m in known]
+
+
+def probe_of(column: str) -> str:
+    """The metric of a further label column's probe."""
+    return _PROBE_OF + column
+
+
+def probed_column(metric: str) -> str:
+    """The further label column whose probe a metric is; "" for another metric."""
+    return metric.removeprefix(_PROBE_OF) if metric.startswith(_PROBE_OF) else ""
 
 
 @dataclass(frozen=True)
@@ -91,18 +110,7 @@ def probes(representation: Representation) -> list[Measurement]:
             for split in ("choose", "report")
             for metric in metrics
         ]
-    parts = [(split, representation.part(labels, split)) for split in ("fit", "choose", "report")]
-    results = [
-        linear_probe(
-            *(array for split, y in parts for array in (representation.part(x, split), y)),
-            inverse_penalties=INVERSE_PENALTIES,
-        )
-        for x in representation.draws
-    ]
-    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
-    note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
-    failed = sum(not r.converged for r in results)
-    note += f"; {failed} of {len(results)} fits did not converge" if failed else ""
+    results, note = _probed(representation, labels)
     found = []
     for split, correct, scores in (
         ("choose", [r.choose_correct for r in results], [r.choose for r in results]),
@@ -114,6 +122,126 @@ def probes(representation: Representation) -> list[Measurement]:
             Measurement(metrics[2], split, float(np.mean([s.calibration_error for s in scores])), note),
         ]
     return found
+
+
+def column_probes(representation: Representation) -> list[Measurement]:
+    """Accuracy of a linear probe of every further label column.
+
+    Samples without a label, or of a class that the fit split has not, are left out of the score; the note counts them.
+    """
+    found: list[Measurement] = []
+    for name, labels in representation.store.columns.items():
+        if labels.ndim > 1:
+            continue
+        if representation.reason:
+            found += [Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("choose", "report")]
+            continue
+        known = known_labels(labels, representation.part(labels, "fit"))
+        results, note = _probed(representation, labels, known)
+        for split in ("choose", "report"):
+            correct = [r.choose_correct if split == "choose" else r.report_correct for r in results]
+            counts = _left_out(representation.part(labels, split), representation.part(known, split))
+            found.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
+    return found
+
+
+def frame_probes(representation: Representation) -> list[Measurement]:
+    """Accuracy of a linear probe of every column that labels frames, which reads them from the kept tokens.
+
+    Tokens are averaged over the other axes of their grid. An accuracy is the mean over samples of the share of their
+    labelled frames that are right.
+    """
+    found = []
+    for name, labels in representation.store.columns.items():
+        if labels.ndim > 1:
+            found += _frames_probed(representation, name, labels)
+    return found
+
+
+def _frames_probed(representation: Representation, name: str, labels: NDArray[np.int64]) -> list[Measurement]:
+    store, layer, level = representation.store, representation.layer, representation.noise_level
+    grid = store.grid(layer) if len(store.token_rows) else None
+    if grid is None or representation.reason:
+        missing = "its tokens are on no grid" if len(store.token_rows) else "no tokens were kept; pass --token-samples"
+        reason = representation.reason or missing
+        return [Measurement(probe_of(name), split, np.nan, reason) for split in ("choose", "report")]
+    kept = {split: labels[store.token_rows][store.token_splits == split] for split in SPLITS}
+    known = {split: np.where(known_labels(y, kept["fit"]), y, MISSING) for split, y in kept.items()}
+    axis = store.manifest["columns"][name]["axis"]
+    results = [
+        dense_probe(
+            {
+                split: _held(_along(store.tokens(layer, level, draw=draw, split=split), grid, axis), kept[split])
+                for split in SPLITS
+            },
+            known,
+            grid[axis : axis + 1],
+            ignore=MISSING,
+        )
+        for draw in range(store.draws)
+    ]
+    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    found = []
+    for split in ("choose", "report"):
+        scores = [r.choose if split == "choose" else r.report for r in results]
+        right = [s.confusions.trace(axis1=1, axis2=2) / np.maximum(s.confusions.sum((1, 2)), 1) for s in scores]
+        some = (known[split] != MISSING).any(axis=1)
+        note = f"C={penalties}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
+        counts = _left_out(kept[split].ravel(), (known[split] != MISSING).ravel())
+        found.append(_mean_of(probe_of(name), split, [each[some] for each in right], f"{note}{counts}"))
+    return found
+
+
+def _along(tokens: Features, grid: tuple[int, ...], axis: int) -> Features:
+    """Tokens (n, T, D) of a grid, averaged over all its axes but one: (n, grid[axis], D)."""
+    others = tuple(1 + a for a in range(len(grid)) if a != axis)
+    mean: Features = tokens.reshape(len(tokens), *grid, -1).mean(axis=others)
+    return mean
+
+
+def _held(tokens: Features, labels: NDArray[np.int64]) -> Features:
+    """Tokens (n, T, D) with all behind the last labelled frame replaced by that frame's: logits are interpolated.
+
+    Behind it may be padding. Labels have shape (n, frames).
+    """
+    frames, cells = labels.shape[1], tokens.shape[1]
+    last = frames - 1 - (labels[:, ::-1] != MISSING).argmax(axis=1)
+    where = np.minimum(np.arange(cells), (last * cells // frames)[:, None])
+    held: Features = np.take_along_axis(tokens, where[..., None], axis=1)
+    return held
+
+
+def _probed(
+    representation: Representation, labels: NDArray[np.int64], rows: NDArray[np.bool_] | None = None
+) -> tuple[list[ProbeResult], str]:
+    """Linear probes of these labels, shape (n,), under every noise draw, and how they were fitted.
+
+    Args:
+        representation: What is probed.
+        labels: Shape (n,).
+        rows: Which samples count, shape (n,); all where not given.
+    """
+    part, rows = representation.part, np.ones(len(labels), bool) if rows is None else rows
+    kept = {split: part(rows, split) for split in SPLITS}
+    results = [
+        linear_probe(
+            *(part(array, split)[kept[split]] for split in SPLITS for array in (x, labels)),
+            inverse_penalties=INVERSE_PENALTIES,
+        )
+        for x in representation.draws
+    ]
+    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
+    failed = sum(not r.converged for r in results)
+    return results, note + (f"; {failed} of {len(results)} fits did not converge" if failed else "")
+
+
+def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
+    missing = int((labels == MISSING).sum())
+    unseen = len(known) - int(known.sum()) - missing
+    reasons = [f"{missing} without a label"] * bool(missing)
+    reasons += [f"{unseen} of a class that the fit split has not"] * bool(unseen)
+    return f"; left out of {len(known)}: {', '.join(reasons)}" if reasons else ""
 
 
 def neighbours(representation: Representation) -> list[Measurement]:
@@ -158,9 +286,9 @@ def spectra(representation: Representation) -> list[Measurement]:
 
 
 def spatial(representation: Representation) -> list[Measurement]:
-    """Spatial structure of the kept tokens of the report split, for stores that have any."""
+    """Spatial structure of the kept tokens of the report split, for stores that have any and none of padding."""
     store, layer = representation.store, representation.layer
-    grid = store.grid(layer) if len(store.token_rows) else None
+    grid = store.grid(layer) if len(store.token_rows) and not store.tokens_padded else None
     if grid is None or int(np.prod(grid)) == 1:
         return []
     tokens = [store.tokens(layer, representation.noise_level, draw=d, split="report") for d in range(store.draws)]
@@ -174,7 +302,7 @@ def spatial(representation: Representation) -> list[Measurement]:
     return [_mean_of(metric, "report", values, note) for metric, values in scores.items()]
 
 
-ANALYSES: tuple[Analysis, ...] = (probes, neighbours, spectra, spatial)
+ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbours, spectra, spatial)
 
 
 def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 from typing import TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,7 +22,7 @@ def in_parallel(
     """`[function(item) for item in items]`, several at a time.
 
     The matrices of one representation are too small for all cores, so calls run side by side and each gets one thread
-    of torch. At most `workers` items are held at a time. After an exception nothing new is begun.
+    of torch and of numpy. At most `workers` items are held at a time. After an exception nothing new is begun.
 
     Args:
         function: What to do; its time should be spent in torch or numpy, which let other threads run.
@@ -50,7 +52,7 @@ def in_parallel(
             raise
 
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
             for running in [pool.submit(work) for _ in range(workers)]:
                 running.result()
     finally:
@@ -60,10 +62,16 @@ def in_parallel(
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """So many threads for each operation of torch, within; small operations are many times slower on several."""
+    """So many threads for an operation of torch or numpy, within; small ones are many times slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        yield
+        with _libraries().limit(limits=count, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()

@@ -48,8 +48,10 @@ RASTER_DPI = 150
 ARM_COLOURS = {
     "no alignment": INK,
     "pick": "#0072b2",
+    "first-ranked pair": "#0072b2",
     "runner-up": "#009e73",
     "depth heuristic": "#e69f00",
+    "learning rate": "#8c6d31",
     "bad control": "#d55e00",
 }
 SPARE_COLOURS = ("#cc79a7", "#56b4e9", "#009e73", "#f0e442")
@@ -626,14 +628,16 @@ def confirmation_curves(
     colours = _arm_colours(runs)
     _draw_runs(figure.add_subplot(grid[0, :]), runs, metric, colours, _better(metric, verdict))
     _draw_difference_over_steps(figure.add_subplot(grid[1, 0]), runs, colours)
-    finals = _final_differences(runs, verdict if metric == verdict.get("metric") else {})
-    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colours)
+    told = verdict if metric == verdict.get("metric") else {}
+    finals, hidden = _final_differences(runs, told), _too_small_to_find(runs, told)
+    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colours, hidden)
     figure.suptitle(_wrap(_confirmation_title(runs, finals, metric, verdict)), x=0.008, ha="left")
     return figure
 
 
 def _arm_colours(arms: Mapping[str, Any]) -> dict[str, str]:
-    spare = iter(SPARE_COLOURS * (1 + len(arms)))
+    taken = {ARM_COLOURS[arm] for arm in arms if arm in ARM_COLOURS}
+    spare = iter([colour for colour in SPARE_COLOURS if colour not in taken] * (1 + len(arms)))
     return {arm: ARM_COLOURS.get(arm) or next(spare) for arm in arms}
 
 
@@ -676,7 +680,15 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
             textcoords="axes fraction",
             va="center",
             color=INK,
-            arrowprops={"arrowstyle": "-", "color": colours[arm], "linewidth": 1.6, "shrinkA": 1, "shrinkB": 0},
+            # To the text's left edge, so that no leader runs through a neighbour's name.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[arm],
+                "linewidth": 1.6,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 
@@ -718,12 +730,19 @@ def _final_differences(runs: Runs, verdict: Mapping[str, Any]) -> dict[str, _Fin
     return finals
 
 
+def _too_small_to_find(runs: Runs, verdict: Mapping[str, Any]) -> float | None:
+    """The size of difference that the verdict's seeds find in four of five cases; None where it does not say."""
+    share = (verdict.get("resolution") or {}).get("difference")
+    return None if share is None else float(share * runs["no alignment"].mean(axis=1).iloc[-1])
+
+
 def _draw_final_differences(
     axes: Axes,
     runs: Runs,
     finals: Mapping[str, _Final],
     metric: str,
     colours: Mapping[str, str],
+    hidden: float | None,
 ) -> None:
     axes.axvline(0, color=INK, linewidth=1.2)
     names = []
@@ -741,6 +760,11 @@ def _draw_final_differences(
     last = int(max(run.index.max() for run in runs.values()))
     axes.set_title(f"Final difference after {last:,} steps; small dots: seeds")
     axes.set_xlabel(f"{capital(metric)} minus that of no alignment")
+    if hidden is not None:
+        shown = axes.get_xlim()  # a band wider than the panel must not shrink what is in it
+        axes.axvspan(-hidden, hidden, color=GREY, alpha=0.15, linewidth=0, zorder=0)
+        axes.set_xlim(shown)
+        axes.set_xlabel(f"{axes.get_xlabel()}\n(grey: smaller than these seeds find in four of five cases)")
 
 
 def _confirmation_title(

@@ -29,6 +29,7 @@ from layerprobe.analyses.neighbours import cknna, mutual_knn, neighbour_graph
 from layerprobe.analyses.parallel import in_parallel
 from layerprobe.analyses.recoverability import TokenMoments, recoverability, shared_basis
 from layerprobe.analyses.similarity import cka_matrix
+from layerprobe.data.splits import check_probed
 from layerprobe.features import SPLITS, FeatureStore
 from layerprobe.files import write_text
 
@@ -135,9 +136,12 @@ def recoverability_table(store: FeatureStore) -> pd.DataFrame:
     the layers vary most.
 
     Returns:
-        One row per noise level, student and later teacher: `gap` on the report split, `choose_gap` on the choose
-        split, `increment` (its variance over the teacher's) and `note`, why there is no answer.
+        Nothing where tokens may stand for padding; else one row per noise level, student and later teacher: `gap` on
+        the report split, `choose_gap` on the choose split, `increment` (its variance over the teacher's) and `note`,
+        why there is no answer.
     """
+    if store.tokens_padded:
+        return pd.DataFrame(columns=list(RECOVERABILITY_COLUMNS))
     shapes = {layer: store.tokens(layer, store.noise_levels[0], split="fit").shape[1:] for layer in store.layers}
     commonest = max(shapes.values(), key=list(shapes.values()).count)
     layers = [layer for layer, shape in shapes.items() if shape == commonest]
@@ -234,6 +238,11 @@ def _check(source: str, store: FeatureStore) -> None:
     labels = store.labels
     if labels is not None and len(np.unique(labels[store.splits == "fit"])) < 2:
         raise ValueError(f"the fit split of {source!r} has one class only; a probe needs two or more")
+    for name, column in store.columns.items():
+        # Labels of frames are probed on the kept tokens.
+        rows, splits = (slice(None), store.splits) if column.ndim == 1 else (store.token_rows, store.token_splits)
+        if len(splits):
+            check_probed(name, {split: column[rows][splits == split] for split in SPLITS})
 
 
 def _quality_table(

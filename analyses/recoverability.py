@@ -16,7 +16,7 @@ layers, so that a difference of layers stays one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -230,6 +230,40 @@ def shared_basis(tokens: Sequence[Features], *, rank: int = 128) -> Floats:
         total = total + _unit_trace(wide.T @ wide)
     axes = np.linalg.eigh(total)[1]
     return np.ascontiguousarray(axes[:, ::-1][:, :rank])
+
+
+def missed_by_sample(layers: Sequence[str], tokens: Mapping[str, Sequence[Features]]) -> tuple[Floats, Floats]:
+    """What each judged sample adds to the gap: the ratio of the two sums is the gap of `recoverability`.
+
+    Args:
+        layers: L names.
+        tokens: Of each split, one array (n, T, D) per layer; the report split is judged.
+
+    Returns:
+        For each student, teacher and sample of the report split the squared error of the ridge regression and the
+        square of the increment, both in whitened coordinates, shape (L, L, n); nan where there is no answer.
+    """
+    moments = TokenMoments(layers)
+    for split in SPLITS:
+        moments.update(split, tokens[split])
+    penalty = recoverability(moments).penalty
+    maps = _whitening(moments.moments("fit")[1])
+    centres = [x.mean((0, 1), dtype=np.float64) for x in tokens["fit"]]
+    fitted, judged = (
+        [(x - centre) @ maps for x, centre in zip(tokens[split], centres, strict=True)] for split in ("fit", "report")
+    )
+    num, n = len(layers), len(judged[0])
+    missed, increment = np.full((2, num, num, n), np.nan)
+    for s in range(num):
+        x = fitted[s].reshape(-1, maps.shape[1])
+        covariance = x.T @ x / len(x)
+        ridge = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        for t in np.flatnonzero(np.isfinite(penalty[s])):
+            cross = x.T @ (fitted[t] - fitted[s]).reshape(x.shape) / len(x)
+            wanted = judged[t] - judged[s]
+            error = wanted - judged[s] @ np.linalg.solve(covariance + penalty[s, t] * ridge, cross)
+            missed[s, t], increment[s, t] = (np.square(y).sum((1, 2)) for y in (error, wanted))
+    return missed, increment
 
 
 class _Student:

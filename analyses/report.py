@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from layerprobe.analyses import plots
-from layerprobe.analyses.measurements import HEADLINES, PROBE
+from layerprobe.analyses.label_plots import knowledge_curves
+from layerprobe.analyses.measurements import PROBE, headlines, probed_column
 from layerprobe.analyses.quality import MODEL, read_quality, read_similarity
 from layerprobe.analyses.selection import HYPOTHESIS, Selection
 from layerprobe.files import write_text
@@ -57,6 +58,12 @@ HOW_TO_READ = (
         "The same network with random weights, and the raw noisy input without a network. What a layer has learnt is "
         "its distance to the higher of the two.",
     ),
+    (
+        "Label columns",
+        "“Probe accuracy” alone is of the class that a model is conditioned on, “probe accuracy of …” of a further "
+        "column. Samples without a label in it, or of a class that the fit split has not, are left out; the note of "
+        "each number counts them.",
+    ),
     ("Effective rank", "How many directions a layer's features use. It needs no labels; more is not always better."),
     (
         "More measures",
@@ -89,12 +96,13 @@ class _Run:
     def metrics(self) -> list[str]:
         """Metrics of the model, the most telling first."""
         known = self.quality.loc[self.quality["source"] == MODEL, "metric"].unique()
-        return [m for m in HEADLINES if m in known] + [m for m in known if m not in HEADLINES]
+        first = headlines(known)
+        return first + [m for m in known if m not in first]
 
     @property
     def headlines(self) -> list[str]:
         """The metrics that are shown in detail."""
-        return [metric for metric in self.metrics if metric in HEADLINES] or self.metrics[:1]
+        return headlines(self.metrics) or self.metrics[:1]
 
     def not_run(self, command: str, what: str = "Not run") -> str:
         """Says which command makes what is missing; RUN in it stands for the folder."""
@@ -234,6 +242,7 @@ def _answer(run: _Run) -> str:
 
 def _curves(run: _Run) -> str:
     shown = run.headlines
+    together = _figure(knowledge_curves(run.quality), "knowledge") if any(map(probed_column, shown)) else ""
     first, *others = (
         _figure(plots.layer_quality_curves(run.quality, metric, selection=run.selection), f"{metric}-curves")
         for metric in shown
@@ -243,7 +252,7 @@ def _curves(run: _Run) -> str:
     if more := [metric for metric in run.metrics if metric not in shown]:
         panels = plots.metric_panels(run.quality, more, selection=run.selection)
         details += _details("More measures", _figure(panels, "more-measures"))
-    return note + first + details
+    return note + together + first + details
 
 
 def _heatmaps(run: _Run) -> str:
@@ -265,10 +274,16 @@ def _pairs(run: _Run) -> str:
         return run.not_run("select RUN")
     selection, criteria = run.selection, run.selection.criteria
     levels = ", ".join(f"{level:g}" for level in criteria.noise_levels)
+    weighed = ", ".join(f"{escape(name)} ({weight:+g})" for name, weight in criteria.weights)
+    score = (
+        f"Score: ranks among all pairs, weighed: {weighed}."
+        if weighed
+        else ("Score = (teacher − student) × (1 − CKA), pairs whose teacher is the best one first.")
+    )
     parts = [
-        f"<p>Ranked by {escape(criteria.metric)} on the split “{escape(criteria.split)}”, averaged over noise levels "
-        f"{levels}. Score = (teacher − student) × (1 − CKA), pairs whose teacher is the best one first. A pair needs a "
-        f"distance of at least {criteria.min_distance} layers and a CKA of at most {criteria.max_cka:g}.</p>"
+        f"<p>Quality is {escape(criteria.metric)} on the split “{escape(criteria.split)}”, averaged over noise levels "
+        f"{levels}. {score} A pair needs a distance of at least {criteria.min_distance} layers and a CKA of at most "
+        f"{criteria.max_cka:g}.</p>"
     ]
     if selection.warnings:
         parts.append(_list(selection.warnings))

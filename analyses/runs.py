@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,21 @@ from numpy.typing import NDArray
 
 from layerprobe import __version__
 from layerprobe.analyses import plots
-from layerprobe.analyses.confirmation import ConfirmationPlan, Verdict, arms_for, confirm
+from layerprobe.analyses.arms import Arm, ConfirmationPlan, arms_for
+from layerprobe.analyses.confirmation import confirm, kept_spread
+from layerprobe.analyses.evidence import (
+    ScoreKeeper,
+    extract_evidence,
+    pair_evidence,
+    pair_layers,
+    read_evidence,
+    write_evidence,
+)
+from layerprobe.analyses.label_plots import CLASS, knowledge_curves
 from layerprobe.analyses.map_plots import token_maps
 from layerprobe.analyses.maps import pca_rgb
-from layerprobe.analyses.measurements import ANALYSES, HEADLINES, Analysis
+from layerprobe.analyses.measurements import ANALYSES, PROBE, Analysis, headlines, probed_column
+from layerprobe.analyses.power import Resolution, Spread, resolution
 from layerprobe.analyses.quality import (
     MODEL,
     RANDOM_WEIGHTS,
@@ -43,7 +55,8 @@ from layerprobe.analyses.quality import (
 )
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.sample_runs import draw_samples
-from layerprobe.analyses.selection import Selection, select
+from layerprobe.analyses.selection import Selection, cautions, rank_pairs
+from layerprobe.analyses.verdict import Verdict
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import SiT, new_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
@@ -53,7 +66,7 @@ from layerprobe.data.base import Samples, Splits, Subset
 from layerprobe.data.latents import latent_shape
 from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import for_probing, take
-from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input
+from layerprobe.extract import RAW_INPUT_WIDTH, extract, random_weights, raw_input, raw_pool_cells
 from layerprobe.features import ExtractionPlan, FeatureStore
 from layerprobe.fidelity import Extractor, all_features
 from layerprobe.files import claim, write_text
@@ -182,6 +195,7 @@ def extract_run(
     run = Path(run)
     backbone, splits = plan.open(device=device, progress=progress)
     plan.extraction(backbone)  # refuses a bad plan before the folder is made
+    _check_frames(plan, splits)
     checked = (run / "convention.json").is_file()
     convention = None if checked else check_convention(backbone, splits.fit, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
@@ -191,6 +205,7 @@ def extract_run(
         write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
     write_environment(run)
     extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
+    extract_evidence(backbone, splits, plan.extraction(backbone), run / "features" / "evidence", batch_size=batch_size)
     if not (run / "contribution.csv").is_file():
         skipped = contribution(
             backbone,
@@ -223,13 +238,20 @@ def analyze_run(
     """
     run, plan = Path(run), read_plan(run)
     stores = {source: FeatureStore.open(_store_folder(run, source)) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
-        stores, analyses=analyses, seed=plan.seed, progress=_named(progress, "measuring layers")
+        stores,
+        analyses=[keeper.listening(analysis) for analysis in analyses],
+        seed=plan.seed,
+        progress=_named(progress, "measuring layers"),
     )
     write_table(similarity, run / "similarity.csv")
     if len(stores[MODEL].token_rows):
         write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
-    tables = [quality, read_quality(run / "contribution.csv")]
+    contributions = read_quality(run / "contribution.csv")
+    evidence = pair_evidence(_evidence_store(run), scores=keeper.scores, quality=contributions)
+    write_evidence(evidence, run / "evidence.csv")
+    tables = [quality, contributions]
     if encoder is not None:
         tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
     write_table(pd.concat(tables, ignore_index=True), run / "quality.csv")
@@ -243,6 +265,12 @@ def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) ->
     if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "choose"]):
         raise ValueError(f"{plan.data} no longer has the samples that the features are of; extract them again")
     return all_features(encoder, samples, batch_size=64)
+
+
+def _evidence_store(run: Path) -> FeatureStore:
+    """The small extraction for evidence; runs of earlier versions have only the large one."""
+    folder = run / "features" / "evidence"
+    return FeatureStore.open(folder if folder.is_dir() else _store_folder(run, MODEL))
 
 
 def _store_folder(run: Path, source: str) -> Path:
@@ -270,16 +298,22 @@ def extract_all(
 ) -> dict[str, FeatureStore]:
     """Features of the model and of the two controls that stand beside every curve."""
     stores = {}
-    for source, reader in (
-        (MODEL, backbone),
-        (RANDOM_WEIGHTS, random_weights(backbone, seed=plan.seed)),
-        (RAW_INPUT, raw_input(backbone)),
-    ):
+    frames = bool(_frame_columns(splits))
+    readers = {
+        MODEL: backbone,
+        RANDOM_WEIGHTS: random_weights(backbone, seed=plan.seed),
+        RAW_INPUT: raw_input(backbone, places=frames),
+    }
+    for source, reader in readers.items():
+        extraction = plan.extraction(reader)
+        if source == RAW_INPUT and frames:
+            extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
+        elif source == RAW_INPUT:
+            extraction = replace(extraction, token_samples=0)  # It has no tokens of its own.
         stores[source] = extract(
             reader,
             splits,
-            # The raw input has no tokens of its own.
-            replace(plan.extraction(reader), token_samples=0) if source == RAW_INPUT else plan.extraction(reader),
+            extraction,
             folder / source.replace(" ", "-"),
             batch_size=batch_size,
             progress=_named(progress, f"reading layers ({source})"),
@@ -287,13 +321,34 @@ def extract_all(
     return stores
 
 
+def _frame_columns(splits: Splits) -> list[str]:
+    """The further columns that label every frame."""
+    return [column.name for column in splits.fit.columns if column.labels.ndim > 1]
+
+
+def _check_frames(plan: RunPlan, splits: Splits) -> None:
+    frames = _frame_columns(splits)
+    if frames and not plan.token_samples:
+        raise ValueError(
+            f"{frames[0]!r} labels every frame, which the kept tokens are probed for; pass --token-samples 200 or so"
+        )
+
+
 def choose_layers(run: str | Path, **options: Any) -> Selection:
-    """Ranks layer pairs from the tables of a run and writes `selection.json`; options as in `select`."""
+    """Ranks layer pairs from the evidence of a run and writes `selection.json`; options as in `rank_pairs`.
+
+    A run of an earlier version gets its evidence now, from the features that it has.
+    """
     run = Path(run)
-    quality, similarity = _tables(run)
-    store = FeatureStore.open(run / "features" / MODEL)
-    options.setdefault("label_free", "probe accuracy" not in set(quality["metric"]))
-    selection = select(quality, similarity, store.layers, shapes=store.manifest["layer_shapes"], **options)
+    quality, _ = _tables(run)
+    store = FeatureStore.open(_store_folder(run, MODEL))
+    if not (run / "evidence.csv").is_file():
+        write_evidence(pair_evidence(_evidence_store(run), quality=quality), run / "evidence.csv")
+    evidence = read_evidence(run / "evidence.csv")
+    options.setdefault("label_free", PROBE not in set(quality["metric"]))
+    layers, shapes = pair_layers(store.layers), store.manifest["layer_shapes"]
+    selection = rank_pairs(evidence, layers=layers, shapes=shapes, **options)
+    selection = replace(selection, warnings=(*selection.warnings, *cautions(selection, quality)))
     write_text(run / "selection.json", selection.to_json())
     return selection
 
@@ -311,6 +366,8 @@ def confirm_run(
     training: TrainingPlan,
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
+    arms: Sequence[str] | None = None,
+    stop_early: bool = False,
     from_scratch: bool = False,
     num_evaluations: int = 4,
     num_samples: int = 1000,
@@ -324,6 +381,8 @@ def confirm_run(
         run: A folder with a selection.
         training: Steps, batch size, learning rate and weight; shared by all arms.
         seeds: At least two.
+        arms: See `arms_for`.
+        stop_early: See `ConfirmationPlan`.
         from_scratch: Fresh weights for every seed instead of branching from the checkpoint.
         num_evaluations: See `ConfirmationPlan`, like the next two.
         num_samples: Drawn for each Fréchet distance.
@@ -334,22 +393,24 @@ def confirm_run(
     run, plan = Path(run), read_plan(run)
     selection = read_selection(run)
     backbone = open_checkpoint(plan.checkpoint, device=device, **plan.checkpoint_options)
-    layers = _alignable(backbone)
-    splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
     confirmation = ConfirmationPlan(
         training,
         seeds,
         num_evaluations,
         num_samples,
         sampling or SamplingPlan(solver="heun", steps=12),
+        stop_early,
     )
+    chosen = _arms(selection, _alignable(backbone), arms, seeds)
+    splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
     verdict = confirm(
         lambda seed: fresh(backbone, seed) if from_scratch else backbone,
         splits,
-        arms_for([ranked.pair for ranked in selection.ranked], layers),
+        chosen,
         confirmation,
         run / "confirmation",
         start_name="from scratch" if from_scratch else "from the checkpoint",
+        evidence=pd.read_csv(run / "evidence.csv") if (run / "evidence.csv").is_file() else None,
         progress=progress,
     )
     for name in ("confirmation.csv", "verdict.json"):
@@ -419,11 +480,51 @@ def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> Train
     return TrainingPlan(**default | known | given)
 
 
-def arm_names(run: str | Path) -> list[str]:
-    """The arms that a confirmation of this run would train, with their pairs."""
+def _arms(
+    selection: Selection, layers: Sequence[str], wanted: Sequence[str] | None, seeds: Sequence[int]
+) -> tuple[Arm, ...]:
+    ranked = [pair.pair for pair in selection.ranked]
+    return arms_for(ranked, layers, wanted=wanted, advised=selection.pick is not None, seed=seeds[0])
+
+
+def arm_names(run: str | Path, wanted: Sequence[str] | None = None, *, seed: int = 0) -> list[str]:
+    """The arms that a confirmation of this run would train, with their pairs; see `arms_for`."""
     selection = read_selection(run)
-    arms = arms_for([ranked.pair for ranked in selection.ranked], selection.criteria.layers)
-    return [arm.name if arm.pair is None else f"{arm.name} ({arm.pair})" for arm in arms]
+    return [str(arm) for arm in _arms(selection, selection.criteria.layers, wanted, (seed,))]
+
+
+def confirmation_resolution(
+    run: str | Path,
+    *,
+    num_seeds: int,
+    stop_early: bool = False,
+    spread: float | None = None,
+    pilot: str | Path | None = None,
+) -> Resolution:
+    """The difference that a confirmation of a run can be expected to find.
+
+    Args:
+        run: The run folder; what its confirmation has trained already tells the spread, if nothing else does.
+        num_seeds: In all.
+        stop_early: See `ConfirmationPlan`.
+        spread: Standard deviation over seeds of a difference, as a share of the distance, where it is known.
+        pilot: Another run that was confirmed with two seeds or more, or an atlas of them, whose spread to take.
+
+    Raises:
+        ValueError: If both are given, or the pilot tells no spread.
+    """
+    if spread is not None and pilot is not None:
+        raise ValueError("both a spread and a pilot are given; pass one of them")
+    if spread is not None:
+        known: Spread | None = Spread(spread, None, "as stated")
+    elif pilot is not None:
+        inner = Path(pilot) / "confirmation"
+        known = kept_spread(inner if inner.is_dir() else Path(pilot), "the pilot")
+        if known is None:
+            raise ValueError(f"{pilot} holds no arms of two seeds that differ; pass a confirmed run or an atlas")
+    else:
+        known = kept_spread(Path(run) / "confirmation", "this confirmation")
+    return resolution(num_seeds, stop_early=stop_early, spread=known)
 
 
 def training_splits(
@@ -482,6 +583,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     """What `probe` would do, without doing it; checks checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction(backbone)
+    _check_frames(plan, splits)
     shapes = layer_shapes(backbone)
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws
@@ -506,21 +608,52 @@ def describe_convention(run: str | Path) -> list[str]:
     ]
 
 
+def describe_labels(run: str | Path) -> list[str]:
+    """What the model knows of each label column, in lines for people; none where there is only the class.
+
+    The highest probe accuracy on the report split, and those of both controls at that noise level.
+    """
+    quality = read_quality(Path(run) / "quality.csv")
+    columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
+    lines = []
+    for column, metric in columns.items() if set(columns) - {CLASS} else ():
+        rows = quality[(quality["metric"] == metric) & (quality["split"] == "report")].dropna(subset="value")
+        of = {source: rows[rows["source"] == source] for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+        if of[MODEL].empty:
+            lines.append(f"knows    {column}: nothing could be measured")
+            continue
+        best = of[MODEL].loc[of[MODEL]["value"].idxmax()]
+        beside = (
+            f"{source} {part['value'].max():.2f}"
+            for source in (RANDOM_WEIGHTS, RAW_INPUT)
+            if not (part := of[source][of[source]["noise_level"] == best["noise_level"]]).empty
+        )
+        lines.append(
+            f"knows    {column}: {best['value']:.2f} at {best['layer']}, noise level {best['noise_level']:g} "
+            f"({', '.join(beside)})"
+        )
+        lines += [f"caution  {column}: {counts}" for counts in re.findall("left out of.*", best["note"])]
+    return lines
+
+
+def _is_probe(metric: str) -> bool:
+    return metric == PROBE or probed_column(metric) != ""
+
+
 def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:
     """A selection in lines for people."""
-    if selection.pick is None:
-        return ["pick     none", selection.reason]
-    lines = [
-        f"pick     {selection.pick.student} should learn from {selection.pick.teacher}",
-        f"         {selection.reason}",
-    ]
-    lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7}"]
+    pick = selection.pick
+    lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]
+    lines += [f"         {selection.reason}"]
+    if selection.ranked:
+        lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7} {'gain':>7}"]
     lines += [
-        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.4f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f}"
+        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.2f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f} "
+        + f"{'' if pair.gain is None else f'{pair.gain:+.1%}':>7}"
         + ("  tie" if pair.ties_with_first else "")
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
-    return lines + [f"caution  {warning}" for warning in selection.warnings]
+    return [line.rstrip() for line in lines] + [f"caution  {warning}" for warning in selection.warnings]
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:
@@ -550,15 +683,18 @@ def draw_figures(run: str | Path) -> list[Path]:
     selection = read_selection(run)
     figures = {}
     metrics = list(dict.fromkeys(quality["metric"]))
-    for metric in (metric for metric in HEADLINES if metric in metrics):
-        name = metric.replace(" ", "-")
+    shown = headlines(metrics)
+    if any(map(probed_column, metrics)):
+        figures["what-each-layer-knows"] = knowledge_curves(quality)
+    for metric in shown:
+        name = re.sub(r"[^\w.]+", "-", metric)
         figures[f"{name}-curves"] = plots.layer_quality_curves(quality, metric, selection=selection)
         figures[f"{name}-heatmap"] = plots.quality_heatmap(quality, metric)
-    if more := [metric for metric in metrics if metric not in HEADLINES]:
+    if more := [metric for metric in metrics if metric not in shown]:
         figures["more-measures"] = plots.metric_panels(quality, more, selection=selection)
     figures["cka"] = plots.cka_heatmap(similarity, selection=selection)
     store = FeatureStore.open(_store_folder(run, MODEL))
-    if len(store.token_rows):
+    if len(store.token_rows) and not store.tokens_padded:
         figures["token-maps"] = _token_maps(store)
     if (run / "verdict.json").is_file():
         curves = pd.read_csv(run / "confirmation.csv")

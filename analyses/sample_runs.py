@@ -1,11 +1,12 @@
-"""Samples of a checkpoint, drawn and saved: a grid to look at, or an archive to score."""
+"""Samples of a checkpoint, drawn and saved: pictures, films and recordings, or an archive to score."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,59 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses import plots
+from layerprobe.analyses.sample_plots import film, strip
 from layerprobe.backbones.base import Backbone
-from layerprobe.checkpoints import weights_hash
+from layerprobe.checkpoints import training_record, weights_hash
+from layerprobe.data.audio import write_wav
 from layerprobe.data.base import content_hash
+from layerprobe.data.forms import Form
 from layerprobe.data.latents import decode
+from layerprobe.data.sources import load
 from layerprobe.distributed import processes
 from layerprobe.files import claim, whole
 from layerprobe.sampling import SamplingPlan, sample
 
 PART = 256  # samples in a file that an interruption leaves; the same for any batch size and number of processes
+SHOWN = 20  # samples in a figure or film, where they are no images
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a model's samples stand for.
+
+    Attributes:
+        form: None for images and latents.
+        class_names: One per class, or empty.
+    """
+
+    form: Form | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def find_meaning(
+    checkpoint: str, backbone: Backbone, data: str | None = None, reading: Mapping[str, Any] | None = None
+) -> Meaning:
+    """What a checkpoint's samples stand for: as its data says where that is given, else as its training wrote down.
+
+    Args:
+        checkpoint: The file that the backbone was opened from.
+        backbone: The model.
+        data: What it was trained on.
+        reading: Options that read the data.
+
+    Raises:
+        ValueError: If the data cannot be read or is of another shape, or there are options for none.
+    """
+    if data is not None:
+        samples = load(data, **(reading or {}), expect_shape=backbone.shape).fit
+        return Meaning(samples.form, samples.class_names)
+    if reading:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in reading)
+        raise ValueError(f"{flags} says how data is read; add --data, or leave it out")
+    record = {} if checkpoint == "digits" else training_record(checkpoint)
+    form = Form.from_dict(record["form"]) if "form" in record else None
+    return Meaning(form, tuple(record.get("class_names", ())))
 
 
 def draw_samples(
@@ -35,27 +79,108 @@ def draw_samples(
     plan: SamplingPlan | None = None,
     keep: bool = False,
     vae: str | Path | None = None,
+    meaning: Meaning | None = None,
+    length: int | None = None,
 ) -> Path:
-    """Draws samples, class after class where the model knows classes, and saves the grid as `samples.png` and `.svg`.
+    """Draws samples, class after class where the model knows classes, and saves them as `samples.png` and `.svg`.
+
+    Images make a grid. Of other samples the figure shows the first `SHOWN`, as spectrograms or film strips; motion and
+    video also become `samples.gif`, and every recording a file in `wav/`.
 
     Args:
         backbone: The model.
         folder: Where the files go.
         num: How many.
         plan: Solver, steps, guidance and seed.
-        keep: Also save the samples themselves, shape (num, C, H, W), as `samples.npy`.
+        keep: Also save the samples themselves, shape (num, C, *grid), as `samples.npy`, padding as zeros; and the
+            lengths (num,) of padded ones as `lengths.npy`.
         vae: Folder of the autoencoder whose latents the model makes; the images are decoded and saved.
+        meaning: What the samples stand for; images where not given.
+        length: Of every sample along its axis of time; as in the training data where not given.
+
+    Raises:
+        ValueError: If nobody knows what the samples stand for, or they cannot have that length.
     """
+    meaning, plan = meaning or Meaning(), plan or SamplingPlan()
+    form = meaning.form
+    if form is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
+        raise ValueError(
+            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they stand for; "
+            "pass --data with what it was trained on, or --vae for latents"
+        )
     labels = _labels(backbone, range(num))
-    x = sample(backbone, range(num), labels=labels, plan=plan)
-    if vae is not None:
-        x = decode(x, vae, device=backbone.device)
-    columns = backbone.num_classes if 1 < backbone.num_classes <= 16 else min(10, num)
-    figure = plots.sample_grid(x.numpy(), None if labels is None else labels.tolist(), columns=columns)
-    place = plots.save(figure, folder, "samples")[0]
+    mask = sample_mask(backbone, form, num, labels=labels, seed=plan.seed, length=length)
+    x = sample(backbone, range(num), labels=labels, plan=plan, mask=mask)
+    if not bool(x.isfinite().all()):
+        raise ValueError("the samples are not all finite; try more steps or less guidance")
+    shown = x if vae is None else decode(x, vae, device=backbone.device)
+    place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
-        np.save(place.with_suffix(".npy"), x.numpy())
+        np.save(place.with_suffix(".npy"), shown.numpy())
+        if form is not None and mask is not None:
+            np.save(place.with_name("lengths.npy"), form.lengths_of(mask).numpy())
     return place
+
+
+def sample_mask(
+    backbone: Backbone, form: Form | None, num: int, *, labels: Tensor | None, seed: int, length: int | None = None
+) -> Tensor | None:
+    """What of each sample is to be no padding, shape (num, *grid); None for samples that fill their grid.
+
+    Args:
+        backbone: The model.
+        form: Tells the axis of time, and the lengths that the data has.
+        num: How many.
+        labels: Shape (num,), or None.
+        seed: Of the lengths.
+        length: Of all samples, instead.
+
+    Raises:
+        ValueError: If the model makes no samples of that length.
+    """
+    if length is None:
+        if form is None or not form.lengths or not backbone.takes_mask:
+            return None
+        return form.mask(form.draw_lengths(torch.arange(num), labels, seed=seed), backbone.shape)
+    if form is None:
+        raise ValueError("--frames is about audio, motion and video; leave it out")
+    longest = backbone.shape[form.time_axis]
+    if not 1 <= length <= longest:
+        raise ValueError(f"--frames is {length}, and {backbone.name} makes 1 to {longest}")
+    return None if length == longest else form.mask(torch.full((num,), length), backbone.shape)
+
+
+def _columns(backbone: Backbone, num: int) -> int:
+    return backbone.num_classes if 1 < backbone.num_classes <= 16 else min(10, num)
+
+
+def _draw(
+    x: Tensor, folder: Path, meaning: Meaning, labels: Tensor | None, mask: Tensor | None, *, columns: int
+) -> Path:
+    form, names = meaning.form, meaning.class_names
+    titles = [str(i) for i in range(len(x))]
+    if labels is not None:
+        titles = [names[label] if names else str(label) for label in labels.tolist()]
+    if form is None:
+        figure = plots.sample_grid(x.numpy(), None if labels is None else titles, columns=columns)
+        return plots.save(figure, folder, "samples")[0]
+    first = slice(SHOWN)
+    shown = None if mask is None else mask[first]
+    place = plots.save(strip(x[first], form, titles[first], mask=shown), folder, "samples")[0]
+    if form.modality == "video" or form.skeleton is not None:
+        film(x[first], form, titles[first], place.with_suffix(".gif"), mask=shown)
+    if form.audio is not None:
+        _record_wavs(x, form, folder / "wav", titles, mask)
+    return place
+
+
+def _record_wavs(x: Tensor, form: Form, folder: Path, titles: Sequence[str], mask: Tensor | None) -> None:
+    assert form.audio is not None
+    folder.mkdir(exist_ok=True)
+    lengths = [x.shape[1 + form.time_axis]] * len(x) if mask is None else form.lengths_of(mask).tolist()
+    for i, (title, length) in enumerate(zip(titles, lengths, strict=True)):
+        name = re.sub(r"[^\w-]+", "_", title)
+        write_wav(folder / f"{i:0{len(str(len(x) - 1))}d}-{name}.wav", form.waveform(x[i], length), form.audio.rate)
 
 
 def draw_archive(
@@ -99,7 +224,7 @@ def draw_archive(
     archive, parts = folder / "samples.npz", range(-(-num // PART))
     with processes() as ranks:
         if ranks.is_first:
-            claim(folder, "sampling.json", _record(backbone, num, plan, vae), what="samples")
+            claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
             (folder / "parts").mkdir(exist_ok=True)
         ranks.barrier()
         finished = ranks.broadcast(archive.is_file())
@@ -142,7 +267,7 @@ def _images(
     return pixels(x if vae is None else decode(x, vae, device=backbone.device))
 
 
-def _record(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
+def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
     """Everything that decides the archive."""
     return {
         "weights": weights_hash(backbone.module),

@@ -112,6 +112,21 @@ def spatial_structure(
     return SpatialStructure(correlogram, _pairs(counts), rmsc, far, reason)
 
 
+def spatial_contrast(tokens: Features) -> Floats:
+    """RMSC of every sample, centred, shape (n,), as `spatial_structure(tokens, grid, centre=True).rmsc` has it.
+
+    It needs no grid, so some of a sample's tokens will do. nan for samples with a token that is the zero vector.
+
+    Args:
+        tokens: Shape (n, T, D), any float dtype; computed in float64.
+    """
+    wide = tokens.astype(np.float64) - _mean(tokens)
+    lengths = np.linalg.norm(wide, axis=2, keepdims=True)
+    units = np.divide(wide, lengths, out=np.full_like(wide, np.nan), where=lengths > 0)
+    spread: Floats = np.square(units - units.mean(axis=1, keepdims=True)).sum(axis=2).mean(axis=1)
+    return np.sqrt(spread)
+
+
 def semantic_similarity(
     tokens: Features, grid: Sequence[int], masks: NDArray[np.bool_], *, positions: Sequence[int] | None = None
 ) -> Floats:

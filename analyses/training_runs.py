@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ import pandas as pd
 from layerprobe.analyses import runs
 from layerprobe.analyses.runs import Progress, read_selection
 from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.sit import SiTConfig, new_sit
+from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
 from layerprobe.checkpoints import open_checkpoint, resolve_device
 from layerprobe.data.base import Samples, Splits
 from layerprobe.data.splits import take
@@ -32,9 +33,45 @@ if TYPE_CHECKING:
 PATHS = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
 
 
+def new_config(
+    shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    preset: str | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+) -> SiTConfig:
+    """The shape of a fresh network: a preset's, or 8 blocks of width 128 with 4 heads on patches of 2.
+
+    Args:
+        shape: Shape (C, *grid) of one sample.
+        num_classes: 0 for an unconditional model.
+        preset: See `SiTConfig.preset`; what follows replaces its numbers.
+        patch_size: Edge of a patch, or one per axis.
+        width: Of a token.
+        depth: Number of blocks.
+        heads: Attention heads.
+
+    Raises:
+        ValueError: If these make no network.
+    """
+    if preset is None:
+        patch_size = 2 if patch_size is None else patch_size
+        return SiTConfig(shape, patch_size, width or 128, depth or 8, heads or 4, num_classes)
+    config = SiTConfig.preset(preset, shape=shape, num_classes=num_classes, patch_size=patch_size)
+    return replace(
+        config,
+        hidden_size=width or config.hidden_size,
+        depth=depth or config.depth,
+        num_heads=heads or config.num_heads,
+    )
+
+
 def training_start(
     checkpoint: str | None,
-    config: SiTConfig,
+    config: SiTConfig | None,
     *,
     seed: int,
     device: str = "auto",
@@ -45,7 +82,7 @@ def training_start(
 
     Args:
         checkpoint: Its path and prediction are those that it was trained with.
-        config: The shape of a fresh network.
+        config: The shape of a fresh network; None with a checkpoint.
         seed: Of the fresh weights.
         device: "auto", "cpu", "cuda" and so on.
         path: For fresh weights, one of `PATHS`; linear where not given.
@@ -61,9 +98,24 @@ def training_start(
     if path not in (None, *PATHS):
         raise ValueError(f"unknown path {path!r}; use {', '.join(PATHS)}")
     schedule = schedule_from_name(PATHS[path or "linear"])
+    assert config is not None
     backbone = new_sit(config, seed=seed, schedule=schedule, prediction=prediction or "velocity")
     backbone.module.to(resolve_device(device))
     return backbone
+
+
+def narrowness(backbone: Backbone) -> str | None:
+    """What is wrong where tokens have fewer channels than a patch has numbers, each with noise of its own to tell."""
+    if not isinstance(backbone.module, SiT):
+        return None
+    config = backbone.module.config
+    numbers = config.shape[0] * math.prod(config.patch)
+    if numbers <= config.hidden_size:
+        return None
+    return (
+        f"a patch of {config.patch_name} holds {numbers} numbers and a token only {config.hidden_size}, so the network "
+        f"cannot tell the noise of each; pass a smaller --patch-size or --width {numbers} or more"
+    )
 
 
 def encoded_once(

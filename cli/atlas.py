@@ -26,6 +26,9 @@ def atlas(
     pair: Annotated[
         list[str] | None, typer.Option(help="Only this pair, student:teacher, as 2:5; may be repeated.")
     ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Fresh weights instead of the start's, in the same network.")
+    ] = False,
     shard: Annotated[str, typer.Option(help="i/N: train every N-th branch, from the i-th on.")] = "1/1",
     num_seeds: Annotated[int, typer.Option(min=1, help="Branches per pair.")] = 1,
     weight: options.Weight = 0.3,
@@ -46,6 +49,7 @@ def atlas(
     begin = atlas_runs.atlas_start(
         start,
         steps=steps,
+        from_scratch=from_scratch,
         seeds=tuple(range(seed, seed + num_seeds)),
         num_evaluations=num_evaluations,
         num_samples=num_samples,

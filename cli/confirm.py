@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,13 @@ def confirm(
     run: options.Run,
     steps: options.Steps = 1000,
     num_seeds: Annotated[int, typer.Option(min=2, help="Seeds, at least two.")] = 3,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Look after every seed from the third on; stop once it is clear.")
+    ] = False,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Some of none,pick,runner-up,heuristic,random:2,learning-rate,bad; else the usual four."),
+    ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Fresh weights instead of the checkpoint's.")
     ] = False,
@@ -22,6 +30,13 @@ def confirm(
     learning_rate: Annotated[float | None, typer.Option(help="As the checkpoint was trained, else 1e-4.")] = None,
     num_evaluations: Annotated[int, typer.Option(min=1, help="Evenly spaced over the steps.")] = 4,
     num_samples: Annotated[int, typer.Option(min=2, help="Drawn for each Frechet distance.")] = 1000,
+    spread: Annotated[
+        float | None,
+        typer.Option(help="Known spread over seeds of a difference, as a share of the distance; only to foretell."),
+    ] = None,
+    pilot: Annotated[
+        Path | None, typer.Option(help="Another confirmed run, or an atlas, that tells the spread.")
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -35,21 +50,31 @@ def confirm(
         run, steps=steps, **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate)
     )
     seeds = tuple(range(seed, seed + num_seeds))
+    wanted = None if arms is None else options.names(arms)
+    planned = runs.arm_names(run, wanted, seed=seed)
+    resolution = runs.confirmation_resolution(
+        run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot
+    )
     if dry_run:
         record = {
             "run": str(run),
-            "arms": runs.arm_names(run),
+            "arms": planned,
             "seeds": list(seeds),
             "steps": steps,
             "learning_rate": training.learning_rate,
         }
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        lines = [f"{key}: {value}" for key, value in record.items()] + resolution.sentences()
+        emit(record | {"resolution": resolution.to_dict()}, lines, as_json=as_json)
         return
+    for line in resolution.sentences():
+        typer.echo(line, err=True)
     with progress_bar() as progress:
         verdict = runs.confirm_run(
             run,
             training,
             seeds=seeds,
+            arms=wanted,
+            stop_early=stop_early,
             from_scratch=from_scratch,
             num_evaluations=num_evaluations,
             num_samples=num_samples,

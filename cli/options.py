@@ -100,6 +100,9 @@ READING = {
     "column": Annotated[str | None, typer.Option("--item-column", help="Where the audio, motion or video is.")],
     "length": Annotated[int | None, typer.Option(help="Frames of a sample; longer ones are cut, shorter ones padded.")],
     "stride": Annotated[int | None, typer.Option(help="Keep every so many-th frame of motion or video.")],
+    "root_joint": Annotated[
+        int | None, typer.Option(help="Joint of motion that the others are relative to in every frame, from 0.")
+    ],
     "rate": Annotated[int | None, typer.Option(help="Resample audio to so many samples per second.")],
     "form": Annotated[str | None, typer.Option("--audio-form", help="log-mel or waveform.")],
     "mels": Annotated[int | None, typer.Option(help="Bands of a log-mel picture.")],
@@ -108,6 +111,7 @@ READING = {
     "vae": Annotated[str | None, typer.Option(help="Encode the images with this folder's diffusers AutoencoderKL.")],
     "latent_scale": Annotated[float | None, typer.Option(help="Factor of the latents, where not the usual one.")],
     "label_column": Annotated[str | None, typer.Option(help="Where the labels are.")],
+    "probe_labels": Annotated[str | None, typer.Option(help="Further label columns to probe: speaker,style.")],
 }
 # What is read of a model; a value beside the type is the default.
 EXTRACTION = {
@@ -118,7 +122,12 @@ EXTRACTION = {
         1,
     ),
     "token_samples": (
-        Annotated[int, typer.Option(min=0, help="Keep all tokens of so many samples a split, for spatial analyses.")],
+        Annotated[
+            int,
+            typer.Option(
+                min=0, help="Keep all tokens of so many samples a split, for spatial analyses and labels of frames."
+            ),
+        ],
         0,
     ),
     "batch_size": (Annotated[int, typer.Option(min=1, help="Rows per forward pass.")], 128),
@@ -141,8 +150,8 @@ COUNTS = {
 Data = Annotated[
     str,
     typer.Option(
-        help="'digits', a .parquet or .arrow file, a folder of these, of images, audio, motion, video or latents, or "
-        "owner/name on the Hub."
+        help="'digits', a .parquet, .arrow or .tar file, a folder of these, of images, audio, motion, video or "
+        "latents, or owner/name on the Hub."
     ),
 ]
 

@@ -48,8 +48,8 @@ def probe(
     with progress_bar() as progress:
         selection = runs.probe(plan, out, device=device, progress=progress, **_manner(extraction))
     record = {"run": str(out)} | runs.selection_record(selection)
-    lines = [*runs.describe_convention(out), *runs.describe(selection), f"report   {out / 'report.html'}"]
-    emit(record, lines, as_json=as_json)
+    lines = [*runs.describe_convention(out), *runs.describe_labels(out), *runs.describe(selection)]
+    emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)
 
 
 @options.spread(**EVERYTHING)
@@ -113,7 +113,8 @@ def analyze(
     runs.draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | runs.selection_record(selection)
-    emit(record, [*runs.describe(selection), f"report   {run / 'report.html'}"], as_json=as_json)
+    lines = [*runs.describe_labels(run), *runs.describe(selection), f"report   {run / 'report.html'}"]
+    emit(record, lines, as_json=as_json)
 
 
 def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:

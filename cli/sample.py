@@ -10,16 +10,26 @@ import typer
 from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
+# Latents have no data to look like: their autoencoder decodes them.
+READING = {name: option for name, option in options.READING.items() if name not in ("vae", "latent_scale")}
 
-@options.spread(opening=options.OPENING)
+
+@options.spread(opening=options.OPENING, reading=READING)
 def sample(
     checkpoint: options.Checkpoint,
     *,
-    out: Annotated[Path, typer.Option(help="Folder for samples.png, .svg and .npy, or samples.npz.")],
+    out: Annotated[Path, typer.Option(help="Folder for samples.png, .svg, .npy, .gif and wav/, or samples.npz.")],
     num: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
-    form: Annotated[
-        str, typer.Option("--format", help="png: a grid and the numbers; npz: uint8 images for ADM's evaluation.")
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help="png: pictures, sound and numbers; npz: uint8 images for ADM's evaluation."),
     ] = "png",
+    data: Annotated[
+        str | None, typer.Option(help="What the model was trained on, where its file does not say what samples mean.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Length of every sample in time; as long as those of the training otherwise.")
+    ] = None,
     solver: Annotated[str, typer.Option(help="euler, heun, dopri5 (ODE) or euler-maruyama (SDE).")] = "heun",
     steps: Annotated[int, typer.Option(min=1, help="From noise to data; dopri5 chooses its own after the first.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
@@ -39,6 +49,7 @@ def sample(
         str | None, typer.Option(help="Decode the samples, latents, with this folder's diffusers AutoencoderKL.")
     ] = None,
     opening: options.Given,
+    reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -46,13 +57,15 @@ def sample(
     config: options.Config = None,
 ) -> None:
     """Draw samples, one class after another where the model knows classes; several processes share an npz."""
-    from layerprobe.analyses.sample_runs import draw_archive, draw_samples
+    from layerprobe.analyses.sample_runs import draw_archive, draw_samples, find_meaning
     from layerprobe.checkpoints import open_checkpoint
     from layerprobe.distributed import processes
     from layerprobe.sampling import SamplingPlan
 
-    if form not in ("png", "npz"):
-        raise ValueError(f"unknown format {form!r}; use png or npz")
+    if file_format not in ("png", "npz"):
+        raise ValueError(f"unknown format {file_format!r}; use png or npz")
+    if file_format == "npz" and (frames is not None or data is not None):
+        raise ValueError("--format npz holds images; leave out --frames and --data")
     interval = options.numbers(guidance_interval, "--guidance-interval")
     if len(interval) != 2:
         raise ValueError(f"--guidance-interval {guidance_interval} is not two noise levels; write them as 0.2,0.7")
@@ -74,7 +87,7 @@ def sample(
         if dry_run:
             line = f"would draw {num} samples of {backbone.name} into {out}"
             record = {"model": backbone.name, "num": num}
-        elif form == "npz":
+        elif file_format == "npz":
             with progress_bar() as bar:
                 shown = bar if ranks.is_first else None
                 place = draw_archive(backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae, progress=shown)
@@ -82,7 +95,8 @@ def sample(
         elif ranks.world_size > 1:
             raise ValueError("several processes draw --format npz only; start one")
         else:
-            place = draw_samples(backbone, out, num=num, plan=plan, keep=True, vae=vae)
+            meaning = find_meaning(checkpoint, backbone, data, reading)
+            place = draw_samples(backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames)
             record, line = {"samples": str(place)}, str(place)
         if ranks.is_first:
             emit(record, [line], as_json=as_json)

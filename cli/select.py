@@ -1,4 +1,4 @@
-"""`layerprobe select`: ranked layer pairs of a run."""
+"""`layerprobe select`: ranked layer pairs of a run, and single layers that people ask for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from layerprobe.cli.output import emit
 
 def select(
     run: options.Run,
-    label_free: Annotated[bool, typer.Option("--label-free", help="Rank without labels, by effective rank.")] = False,
+    criteria: Annotated[
+        str | None, typer.Option(help="Rank by these criteria of evidence.csv, equally: 'CKA,recoverability gap'.")
+    ] = None,
+    label_free: Annotated[bool, typer.Option("--label-free", help="Use nothing that needs labels.")] = False,
     exclude_tail: Annotated[float, typer.Option(min=0, max=1, help="Share of last layers that cannot teach.")] = 0.2,
     min_distance: Annotated[
         int | None, typer.Option(min=1, help="Layers between student and teacher, at least.")
@@ -20,9 +23,18 @@ def select(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Rank the layer pairs of a run again, with reasons, and write selection.json."""
+    """Rank the layer pairs of a run again, with reasons, write selection.json, and name layers for other uses."""
     from layerprobe.analyses import runs
+    from layerprobe.analyses.answers import answers
 
-    chosen = options.given(label_free=label_free or None, exclude_tail=exclude_tail, min_distance=min_distance)
+    chosen = options.given(
+        criteria=options.names(criteria) if criteria else None,
+        label_free=label_free or None,
+        exclude_tail=exclude_tail,
+        min_distance=min_distance,
+    )
     selection = runs.choose_layers(run, **chosen)
-    emit({"run": str(run)} | runs.selection_record(selection), runs.describe(selection, num_pairs=10), as_json=as_json)
+    found = answers(run, selection)
+    lines = [*runs.describe(selection, num_pairs=10), *(f"{answer.question:<8} {answer.text}" for answer in found)]
+    record = {"run": str(run)} | runs.selection_record(selection) | {"answers": [answer.to_dict() for answer in found]}
+    emit(record, lines, as_json=as_json)

@@ -13,7 +13,6 @@ from layerprobe.cli import options
 from layerprobe.cli.output import Progress, emit, progress_bar, warn
 
 if TYPE_CHECKING:
-    from layerprobe.backbones.sit import SiTConfig
     from layerprobe.layersync import LayerPair
     from layerprobe.sync_options import SyncOptions
 
@@ -86,11 +85,13 @@ def train(
     start: Annotated[
         str | None, typer.Option("--from", help="Checkpoint to start from instead of fresh weights.")
     ] = None,
-    preset: Annotated[str | None, _flag(MODEL, "S/2 to XL/8; or give the sizes below.")] = None,
-    patch_size: Annotated[int, _flag(MODEL, "Edge of a patch.", min=1)] = 2,
-    width: Annotated[int, _flag(MODEL, "Width of a token.", min=2)] = 128,
-    depth: Annotated[int, _flag(MODEL, "Number of blocks.", min=1)] = 8,
-    heads: Annotated[int, _flag(MODEL, "Attention heads.", min=1)] = 4,
+    preset: Annotated[str | None, _flag(MODEL, "tiny, small (patches that suit the data), or S/2 to XL/8.")] = None,
+    patch_size: Annotated[
+        str | None, _flag(MODEL, "Edge of a patch, or one per axis (1,4,4); 2, or the preset's, if not given.")
+    ] = None,
+    width: Annotated[int | None, _flag(MODEL, "Width of a token; 128, or the preset's.", min=2)] = None,
+    depth: Annotated[int | None, _flag(MODEL, "Number of blocks; 8, or the preset's.", min=1)] = None,
+    heads: Annotated[int | None, _flag(MODEL, "Attention heads; 4, or the preset's.", min=1)] = None,
     path: Annotated[str | None, _flag(MODEL, "From data to noise: linear (default), gvp or vp.")] = None,
     prediction: Annotated[
         str | None, _flag(MODEL, "What the network gives: velocity (default), eps, x0, v or score.")
@@ -142,10 +143,10 @@ def train(
         require(tracker or [])
         reading = options.located_vae(reading)
         splits, shape = runs.load_splits(data, reading)
-        sit = _sit(preset, shape, splits.fit.num_classes, patch_size, width, depth, heads)
+        network = options.given(preset=preset, patch_size=patch_size, width=width, depth=depth, heads=heads)
         backbone = training_runs.training_start(
             start,
-            sit,
+            None if start else training_runs.new_config(shape, splits.fit.num_classes, **_sizes(network)),
             seed=seed,
             device=device,
             path=path,
@@ -154,6 +155,8 @@ def train(
         auto = training_runs.auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
         record = training_runs.training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
+        if ranks.is_first and (narrowness := training_runs.narrowness(backbone)):
+            warn(narrowness)
         lines = [f"{key}: {value}" for key, value in record.items()]
         if not dry_run:
             bars: AbstractContextManager[Progress | None] = nullcontext()
@@ -221,11 +224,9 @@ def _plan_options(given: options.Given) -> dict[str, Any]:
     return given | {"more_ema_decays": options.numbers(given["more_ema_decays"], "--more-ema-decays")}
 
 
-def _sit(
-    preset: str | None, shape: tuple[int, ...], num_classes: int, patch_size: int, width: int, depth: int, heads: int
-) -> SiTConfig:
-    from layerprobe.backbones.sit import SiTConfig
-
-    if preset is not None:
-        return SiTConfig.preset(preset, shape=shape, num_classes=num_classes)
-    return SiTConfig(shape, patch_size, width, depth, heads, num_classes)
+def _sizes(network: options.Given) -> dict[str, Any]:
+    """The options of the network as `new_config` takes them; one edge of a patch holds for all axes."""
+    if "patch_size" not in network:
+        return network
+    edges = options.integers(network["patch_size"], "--patch-size")
+    return network | {"patch_size": edges[0] if len(edges) == 1 else edges}

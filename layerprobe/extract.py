@@ -27,6 +27,7 @@ from layerprobe.features import (
     ExtractionPlan,
     FeatureStore,
     begin_store,
+    column_key,
     filled_tensors,
     shard_path,
     token_path,
@@ -106,10 +107,16 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
     return replace(backbone, module=module, name=f"{backbone.name}, random weights")
 
 
-def raw_input(backbone: Backbone) -> Backbone:
-    """A control: the noisy input itself as the only layer, flattened to one token, under the model's own schedule."""
+def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
+    """A control: the noisy input itself as the only layer, under the model's own schedule.
+
+    Args:
+        backbone: The model.
+        places: One token for every place of the grid, whose channels are its features, for probes of tokens; else the
+            whole input is flattened to one token.
+    """
     reader = wrap(
-        _RawInput(),
+        _RawInput(_Places() if places else _Flatten()),
         layers="input",
         schedule=backbone.schedule,
         prediction="velocity",
@@ -120,14 +127,29 @@ def raw_input(backbone: Backbone) -> Backbone:
     return replace(reader, takes_mask=True)
 
 
-def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
+def raw_pool_cells(shape: tuple[int, ...]) -> int:
+    """So many cells per axis keep most of an input of shape (C, *grid) within `RAW_INPUT_WIDTH` numbers; at least 1."""
+    channels, *grid = shape
+    widths = ((cells, channels * math.prod(min(cells, edge) for edge in grid)) for cells in range(max(grid), 1, -1))
+    return next((cells for cells, width in widths if width <= RAW_INPUT_WIDTH), 1)
+
+
+def pool_tokens(
+    tokens: Tensor,
+    cells: int,
+    input_grid: tuple[int, ...],
+    mask: Tensor | None = None,
+    *,
+    known: tuple[int, ...] | None = None,
+) -> Tensor:
     """Tokens averaged over cells of their grid, float32.
 
     Args:
-        tokens: Shape (B, T, D), row-major on a grid with the proportions of the input's; or T = 1.
+        tokens: Shape (B, T, D), row-major on the known grid, or one with the proportions of the input's; or T = 1.
         cells: Per grid axis; never more than there are tokens.
         input_grid: The grid of the model's input, such as (H, W).
         mask: Shape (B, *input_grid), bool: only tokens that hold something real count, and a cell without any is 0.
+        known: As in `token_grid`.
 
     Returns:
         Shape (B, cells**d * D); (B, D) for one cell.
@@ -138,7 +160,7 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: T
     tokens = tokens.float()  # a bfloat16 mean loses digits
     if tokens.shape[1] == 1 or (cells == 1 and mask is None):
         return tokens.mean(1)
-    grid = token_grid(tokens.shape[1], input_grid)
+    grid = token_grid(tokens.shape[1], input_grid, known=known)
     if grid is None:
         remedy = "pass pool_cells 1" if mask is None else "cut all samples to one length"
         raise ValueError(f"{tokens.shape[1]} tokens lie on no grid like the input's {input_grid}; {remedy}")
@@ -153,16 +175,21 @@ def pool_tokens(tokens: Tensor, cells: int, input_grid: tuple[int, ...], mask: T
     return (sums / share.masked_fill(share == 0, 1.0)).flatten(1)
 
 
-def token_grid(count: int, input_grid: tuple[int, ...]) -> tuple[int, ...] | None:
+def token_grid(
+    count: int, input_grid: tuple[int, ...], *, known: tuple[int, ...] | None = None
+) -> tuple[int, ...] | None:
     """The grid of so many tokens, with the proportions of the input's; of a video, also one with all its frames.
 
     Args:
         count: Number of tokens.
         input_grid: The grid of the model's input: (L,), (H, W) or (F, H, W).
+        known: The grid that the model itself tells, taken where it has so many tokens.
 
     Returns:
         As many edges as the input has, or None if there is no such grid.
     """
+    if known is not None and math.prod(known) == count:
+        return known
     stride = (math.prod(input_grid) / count) ** (1 / len(input_grid))
     grid = tuple(round(edge / stride) for edge in input_grid)
     if math.prod(grid) == count:
@@ -182,13 +209,18 @@ def _call_raw_input(
 
 
 class _RawInput(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, reader: nn.Module) -> None:
         super().__init__()
-        self.input = _Flatten()
+        self.input = reader
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         self.input(x_t)
         return x_t
+
+
+class _Places(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
 
 
 class _Flatten(nn.Module):
@@ -227,7 +259,13 @@ class _Table:
             raise ValueError(
                 "two samples have the same id, so they would see the same noise; give every sample an id of its own"
             )
-        return columns | ({"labels": torch.cat(labels).numpy()} if labels else {})
+        columns |= {"labels": torch.cat(labels).numpy()} if labels else {}
+        return columns | {column_key(name): labels.numpy() for name, labels in self.further().items()}
+
+    def further(self) -> dict[str, Tensor]:
+        """Further labels by the name of their column."""
+        columns = [{column.name: column.labels for column in part.columns} for part in self._parts]
+        return {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
 
 
 def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
@@ -239,6 +277,8 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
             )
         if (samples.labels is None) != (splits.fit.labels is None):
             raise ValueError(f"only one of the fit and the {name} samples has labels; label both or none")
+        if [column.name for column in samples.columns] != [column.name for column in splits.fit.columns]:
+            raise ValueError(f"the fit and the {name} samples have other further label columns; label all alike")
     if plan.condition == "label" and not 0 < splits.fit.num_classes <= backbone.num_classes:
         raise ValueError(
             f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; "
@@ -248,12 +288,21 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
     bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
     if bad:
         raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
+    if plan.token_samples and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.fit.columns):
+        raise ValueError(
+            "tokens are kept of samples of one length only, or for labels of frames; leave out --token-samples, or cut "
+            "the samples"
+        )
     highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
     if not bool(backbone.schedule.sigma(highest).isfinite()):
         raise ValueError(
             f"noise level {float(highest):g} is infinitely noisy under the schedule {backbone.schedule.name}; "
             f"pass levels up to {backbone.schedule.level_range[1]:.4g}"
         )
+
+
+def _padded(splits: Splits) -> bool:
+    return any(len(samples) and samples.batch(range(1)).mask is not None for _, samples in splits.items())
 
 
 def _manifest(
@@ -280,11 +329,22 @@ def _manifest(
         "num_samples": n,
         "num_shards": -(-n // plan.shard_size),
     }
+    if splits.fit.columns:  # a store without them is on disk what it was before there were any
+        manifest["columns"] = {
+            column.name: {
+                "class_names": list(column.class_names),
+                "labels_hash": content_hash(labels)[:16],
+                "axis": column.axis,
+            }
+            for column, labels in zip(splits.fit.columns, _Table(splits).further().values(), strict=True)
+        }
     if not plan.token_samples:
         return manifest
     whole = {name: _places(count, plan) is None for name, (count, _) in shapes.items()}
-    grids = {name: token_grid(shapes[name][0], backbone.shape[1:]) if whole[name] else None for name in shapes}
-    return manifest | {"tokens": {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}}
+    found = {name: token_grid(n, backbone.shape[1:], known=backbone.token_grid) for name, (n, _) in shapes.items()}
+    grids = {name: found[name] if whole[name] else None for name in shapes}
+    tokens = {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}
+    return manifest | {"tokens": tokens | ({"padded": True} if _padded(splits) else {})}
 
 
 def _places(count: int, plan: ExtractionPlan) -> Tensor | None:
@@ -330,8 +390,6 @@ def _shard(
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
         raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
-    if batch.mask is not None and keep is not None:
-        raise ValueError("tokens are kept of samples of one length only; leave out --token-samples, or cut the samples")
     noise = NoiseKey(plan.seed)
     n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
@@ -375,7 +433,7 @@ def _read(
         return tokens
 
     def pool(tokens: Tensor) -> Tensor:
-        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask)
+        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask, known=backbone.token_grid)
 
     labels = None if labels is None else labels.to(device)
     with (

@@ -1,10 +1,10 @@
 """Features on disk: what every layer said about every sample at every noise level.
 
-A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits) and safetensors
-shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D) for every layer. Where the
-plan keeps tokens, the shards that hold such samples have a second file, with a tensor of shape (noise levels, draws,
-kept samples, T, D) for every layer. All are float32: residual streams have channels beyond what float16 can hold. Files
-appear whole or not at all.
+A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits and further label
+columns) and safetensors shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D)
+for every layer. Where the plan keeps tokens, the shards that hold such samples have a second file, with a tensor of
+shape (noise levels, draws, kept samples, T, D) for every layer. All are float32: residual streams have channels beyond
+what float16 can hold. Files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ class FeatureStore:
         ids: Shape (n,), int64.
         labels: Shape (n,), int64, or None.
         splits: Shape (n,), strings among "fit", "choose", "report".
+        columns: Further labels by the name of their column, shape (n,), or (n, frames) where every frame has one,
+            int64, `data.base.MISSING` where there is none; `class_names` in the manifest says what they stand for.
         manifest: Plan, model and data that the numbers come from.
+        tokens_padded: Whether kept tokens may stand for padding, which only probes of labelled frames can tell.
         token_rows: Which of the n samples have their tokens kept, shape (n_kept,), ascending; empty without tokens.
         token_ids: Their ids, shape (n_kept,).
         token_labels: Their labels, shape (n_kept,), or None.
@@ -119,7 +122,9 @@ class FeatureStore:
         self.draws: int = manifest["plan"]["draws"]
         self.ids = samples["ids"]
         self.labels = samples.get("labels")
+        self.columns = {name: samples[column_key(name)] for name in manifest.get("columns", {})}
         self.splits = np.array(SPLITS, dtype=object)[samples["splits"]]
+        self.tokens_padded: bool = manifest.get("tokens", {}).get("padded", False)
         self.token_rows = token_rows(samples["splits"], manifest["plan"].get("token_samples", 0))
         self.token_ids, self.token_splits = self.ids[self.token_rows], self.splits[self.token_rows]
         self.token_labels = None if self.labels is None else self.labels[self.token_rows]
@@ -209,6 +214,11 @@ class FeatureStore:
     def _check_tokens(self) -> None:
         if not len(self.token_rows):
             raise KeyError(f"{self.folder} holds no tokens; extract with token_samples into another folder")
+
+
+def column_key(name: str) -> str:
+    """Under which key the samples' file holds a further label column."""
+    return f"column/{name}"
 
 
 def token_rows(splits: NDArray[np.int64], token_samples: int) -> NDArray[np.int64]:

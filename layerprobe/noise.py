@@ -28,7 +28,7 @@ from torch import Tensor
 Prediction = Literal["velocity", "eps", "x0", "v", "score"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 # New purposes go to the end: a stream is known by its place.
-Purpose = Literal["noise", "level", "label drop", "order", "sampling", "latent"]
+Purpose = Literal["noise", "level", "label drop", "order", "sampling", "latent", "length"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 END = 1e-3  # of the path's time, which training and sampling keep off an end that they cannot use

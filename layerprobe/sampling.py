@@ -90,8 +90,11 @@ def sample(
     labels: Tensor | None = None,
     plan: SamplingPlan | None = None,
     batch_size: int = 256,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Draws samples; number i is the same in any batch, order and process up to rounding.
+
+    Padding is 0 from beginning to end, and what is real does not depend on how much of it there is.
 
     Args:
         backbone: The model; averaged weights make better samples.
@@ -99,17 +102,18 @@ def sample(
         labels: Class of each sample, shape (len(indices),); None samples without a class.
         plan: Solver, steps, guidance, seed.
         batch_size: Samples at a time.
+        mask: What is to be no padding, shape (len(indices), *grid), bool; None fills every sample.
 
     Returns:
         Shape (len(indices), C, *grid), on the CPU.
 
     Raises:
-        ValueError: If labels do not match the indices or the model, or guidance is asked for without labels.
+        ValueError: If labels or mask do not match the indices or the model, or guidance is asked for without labels.
     """
     plan = plan or SamplingPlan()
     _check_labels(backbone, indices, labels, plan)
+    _check_mask(backbone, indices, mask)
     schedule, level_range = backbone.schedule, sampling_range(backbone, plan)
-    velocity = straightened(guided(backbone, plan.guidance, plan.guidance_interval), schedule)
     # x_t is sigma eps at the highest level, and is divided as `straightened` wants it.
     start_std = level_range[1] * schedule.scale
     out = [torch.empty(0, *backbone.shape)]
@@ -118,14 +122,23 @@ def sample(
             ids = torch.tensor(list(indices[start : start + batch_size]))
             noise = NoiseKey(plan.seed, "sampling").normal(ids, backbone.shape) * start_std
             y = noise.to(backbone.device)
-            condition = None if labels is None else labels[start : start + batch_size].to(backbone.device)
+            part = slice(start, start + batch_size)
+            condition = None if labels is None else labels[part].to(backbone.device)
+            real = None if mask is None else mask[part].to(backbone.device)
+            if real is None:
+                velocity = straightened(guided(backbone, plan.guidance, plan.guidance_interval), schedule)
+            else:
+                velocity = straightened(padded(backbone, plan, condition, real), schedule)
+                y, condition = y * real.unsqueeze(1), torch.arange(len(y), device=backbone.device)
             if plan.solver == "dopri5":
-                y = integrate_adaptively(velocity, y, condition, level_range, plan)
+                filled = None if real is None else real.double().flatten(1).mean(1)
+                y = integrate_adaptively(velocity, y, condition, level_range, plan, filled=filled)
             elif plan.solver == "euler-maruyama":
                 y = diffuse(velocity, y, ids, condition, schedule, level_range, plan)
             else:
                 y = integrate(velocity, y, condition, level_range, plan)
-            out.append(y.cpu())
+            # The SDE's noise goes everywhere.
+            out.append((y if real is None else y.masked_fill(~real.unsqueeze(1), 0.0)).cpu())
     return torch.cat(out)
 
 
@@ -167,6 +180,26 @@ def guided(backbone: Backbone, guidance: float, interval: tuple[float, float] = 
         both = backbone(torch.cat([x_t, x_t]), torch.cat([level, level]), torch.cat([condition, null]))
         of_label, of_null = both.chunk(2)
         return of_null + guidance * (of_label - of_null)
+
+    return velocity
+
+
+def padded(backbone: Backbone, plan: SamplingPlan, labels: Tensor | None, mask: Tensor) -> Velocity:
+    """The guided velocity of padded samples, whose condition is their row in labels (B,) and mask (B, *grid).
+
+    Solvers and guidance ask for some of the samples at a time, and each brings its mask along.
+    """
+    low, high = plan.guidance_interval
+
+    def velocity(x_t: Tensor, level: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is not None
+        out, inside = torch.empty_like(x_t), (level >= low) & (level <= high)
+        for part in (inside, ~inside):
+            if bool(part.any()):
+                chosen = rows[part]
+                of = guided(backbone.masked(mask[chosen]), plan.guidance, plan.guidance_interval)
+                out[part] = of(x_t[part], level[part], None if labels is None else labels[chosen])
+        return out
 
     return velocity
 
@@ -223,12 +256,19 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 def integrate_adaptively(
-    velocity: Velocity, y: Tensor, condition: Tensor | None, level_range: tuple[float, float], plan: SamplingPlan
+    velocity: Velocity,
+    y: Tensor,
+    condition: Tensor | None,
+    level_range: tuple[float, float],
+    plan: SamplingPlan,
+    *,
+    filled: Tensor | None = None,
 ) -> Tensor:
     """Integrates dy = velocity dlevel by dopri5 with steps that each sample chooses for itself.
 
     One step for the whole batch would make a sample depend on its neighbours. So every sample has its own noise level
     and its own step, and leaves the batch when it has arrived; the last step is the Euler step of `integrate`.
+    `filled`, shape (B,), is the share of each sample that is no padding, in which there is no error to speak of.
 
     Raises:
         ValueError: If steps become vanishingly small, as where the network gives no finite numbers.
@@ -244,7 +284,8 @@ def integrate_adaptively(
         step = torch.where(last, level - low, step)
         ahead, slope_ahead, error = dopri5_step(velocity, y, level, step, slope, condition)
         allowed = plan.atol + plan.rtol * torch.maximum(y.abs(), ahead.abs())
-        excess = (error / allowed).double().square().flatten(1).mean(1).sqrt().nan_to_num(nan=math.inf)
+        squares = (error / allowed).double().square().flatten(1).mean(1)
+        excess = (squares if filled is None else squares / filled).sqrt().nan_to_num(nan=math.inf)
         good = excess <= 1
         if bool((~good & (step < 1e-9)).any()):
             raise ValueError(
@@ -260,6 +301,7 @@ def integrate_adaptively(
             out[rows[arrived.cpu()]] = (y - low * slope)[arrived]
             y, slope, level, step, rows = (part[~arrived.to(part.device)] for part in (y, slope, level, step, rows))
             condition = None if condition is None else condition[~arrived]
+            filled = None if filled is None else filled[~arrived]
     return out
 
 
@@ -365,6 +407,18 @@ def _check_labels(backbone: Backbone, indices: Sequence[int], labels: Tensor | N
             f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), "
             f"got {labels.tolist()[:8]}"
         )
+
+
+def _check_mask(backbone: Backbone, indices: Sequence[int], mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    wanted = (len(indices), *backbone.shape[1:])
+    if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; pass bool of shape {wanted}")
+    if not bool(mask.flatten(1).any(1).all()):
+        raise ValueError("a sample of nothing but padding cannot be drawn; pass lengths of at least 1")
+    if not backbone.takes_mask:
+        raise ValueError(f"{backbone.name} draws samples of one length only, {backbone.shape}; leave out the mask")
 
 
 def _one_of(names: Sequence[str]) -> str:

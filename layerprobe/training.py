@@ -488,7 +488,7 @@ def _align(
     # Of the backbone as it was given: one that is sharded bears no inference mode.
     with evaluating(backbone.module):
         count, _ = layer_shapes(backbone, [pairs[0].student])[pairs[0].student]
-    state.token_grid = token_grid(count, backbone.shape[1:])
+    state.token_grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
 
 
 def _arguments(backbone: Backbone) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -554,7 +554,8 @@ def _write_models(
         if ranks.broadcast(ranks.is_first and _steps_of(folder / name) != state.step):
             weights = _averaged(backbone, state, decay).module.state_dict()
             if ranks.is_first:
-                save_checkpoint(folder / name, backbone, weights, training=made | {"ema_decay": decay})
+                form = {} if samples.form is None else {"form": samples.form.to_dict()}
+                save_checkpoint(folder / name, backbone, weights, training=made | {"ema_decay": decay} | form)
 
 
 def _steps_of(path: Path) -> int | None:

@@ -17,6 +17,8 @@ from layerprobe.analyses import atlas_runs
 from layerprobe.analyses.atlas import COLUMNS, AtlasPlan, all_pairs, benefits, chart, read_atlas, standing, table
 from layerprobe.analyses.atlas_plots import atlas_heatmap
 from layerprobe.analyses.confirmation import FRECHET, HELD_OUT
+from layerprobe.backbones.sit import new_sit
+from layerprobe.checkpoints import weights_hash
 from layerprobe.cli.main import run as command_line
 from layerprobe.fidelity import Extractor, frechet_distance, gaussian, sample_features
 from layerprobe.layersync import LayerPair
@@ -231,6 +233,15 @@ def test_the_start_is_read_from_a_folder_of_a_training_or_from_a_checkpoint(warm
     assert (fresh.plan.first_step, fresh.plan.training.steps) == (0, 20)
     expected = replace(TRAINING, steps=20, warmup_steps=2, learning_rate=1e-3, log_every=50)
     assert fresh.plan.training == expected
+
+
+def test_from_scratch_the_start_only_says_how_the_network_looks_and_was_trained(warm: Path) -> None:
+    start = atlas_runs.atlas_start(warm, steps=4, from_scratch=True, seeds=(3, 4))
+    trained = atlas_runs.atlas_start(warm, steps=4)
+    fresh = new_sit(trained.backbone.module.config, seed=3)
+    assert weights_hash(start.backbone.module) == weights_hash(fresh.module) != weights_hash(trained.backbone.module)
+    assert (start.state, start.plan.first_step, start.plan.training.steps) == (None, 0, 4)
+    assert start.plan.training.learning_rate == trained.plan.training.learning_rate
 
 
 def test_branches_do_not_go_on_with_other_data(warm: Path, tmp_path: Path) -> None:

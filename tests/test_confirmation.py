@@ -1,8 +1,10 @@
-"""The verdict never says more than the runs show, and the runs of a seed differ in nothing but their pair."""
+"""The runs of a seed differ in nothing but their pair, and nothing that is done is done again."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,362 +13,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
 from layerprobe.analyses import confirmation as confirmation_module
-from layerprobe.analyses.confirmation import (
+from layerprobe.analyses.arms import (
     BASELINE,
     CONTROL,
     FRECHET,
     HELD_OUT,
     HEURISTIC,
     PICK,
-    RUNNER_UP,
     Arm,
     ConfirmationPlan,
-    Verdict,
     arms_for,
-    confirm,
-    judge,
-    paired_interval,
-    steps_to_reach,
 )
+from layerprobe.analyses.confirmation import Scorer, confirm, earlier_looks, kept_spread, step_length
+from layerprobe.analyses.verdict import Verdict
 from layerprobe.backbones.base import Backbone
-from layerprobe.data.base import Splits
+from layerprobe.data.base import Splits, Subset, TensorSamples
 from layerprobe.fidelity import Extractor, frechet_distance, gaussian, sample_features
 from layerprobe.layersync import LayerPair
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import TrainingPlan, held_out_loss, train
 
 LAYERS = tuple(f"blocks.{i}" for i in range(10))
-ARMS = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
-SEEDS = (0, 1, 2)
-STEPS = (0, 25, 50, 75, 100)
-PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
-SETTLED = (10.0, 6.0, 5.0, 4.1, 4.0)  # without alignment: improves by 2 % over the last quarter
-NOISE = (-0.05, 0.0, 0.05)  # what the seeds differ by, the same in every arm
-JITTER = (0.01, -0.02, 0.01)  # what the differences differ by
-
-
-def curves(arms: dict[str, Any], *, steps: tuple[int, ...] = STEPS, seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
-    """Planted curves: a row of distances by step for each arm, moved a little for each seed."""
-    rows = []
-    for arm, values in arms.items():
-        for i, seed in enumerate(seeds):
-            for step, value in zip(steps, values, strict=True):
-                moved = value * (1 + NOISE[i]) + (JITTER[i] if arm != BASELINE else 0)
-                rows += [(arm, seed, step, FRECHET, moved), (arm, seed, step, HELD_OUT, 1.0)]
-    return pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
-
-
-def verdict(
-    baseline: Any, pick: Any, *, plan: ConfirmationPlan = PLAN, steps: tuple[int, ...] = STEPS, **others: Any
-) -> Verdict:
-    arms = [arm for arm in ARMS if arm.name in (BASELINE, PICK, *others)]
-    table = curves({BASELINE: baseline, PICK: pick, **others}, steps=steps, seeds=plan.seeds)
-    return judge(table, arms, plan, extractor_name="pixels", start_name="from scratch")
-
-
-# -------------------------------------------------------------------------------------------------------------- verdict
-
-
-def test_a_pick_that_is_better_at_the_end_helps() -> None:
-    found = verdict(SETTLED, (10, 6.5, 4.6, 3.6, 3.5))
-    assert found.answer == "helps"
-    assert found.paragraph.startswith("Aligning blocks.1 to blocks.7 changed the Fréchet distance by -0.5 (95 % inter")
-    assert "from 4 without alignment, after 100 steps from scratch, 3 seeds. The pair helps" in found.paragraph
-    assert "may not last" not in found.paragraph
-
-
-def test_a_lead_over_a_baseline_that_still_improves_is_called_a_lead() -> None:
-    found = verdict((10, 8, 7, 6, 5), (10, 7, 6, 5, 4))
-    assert found.answer == "helps"
-    assert "The baseline still improved by 17% since step 75, so the lead may not last." in found.paragraph
-
-
-def test_a_pick_that_is_worse_when_both_have_levelled_off_hurts() -> None:
-    found = verdict(SETTLED, (10, 7, 6, 5.1, 5.0))
-    assert found.answer == "hurts"
-    assert "the whole interval lies on the side of the loss, and both runs have levelled off" in found.paragraph
-
-
-def test_an_interval_that_includes_zero_is_no_difference() -> None:
-    found = verdict(SETTLED, (10, 6.5, 5.1, 4.1, 4.0))
-    assert found.answer == "no difference found"
-    assert "the interval includes zero, and both runs have levelled off" in found.paragraph
-
-
-@pytest.mark.parametrize("pick", [(10, 9, 8, 7, 6), (10, 8, 7, 6, 5)], ids=["behind", "level"])
-def test_it_is_too_early_while_the_baseline_improves(pick: Any) -> None:
-    found = verdict((10, 8, 7, 6, 5), pick)
-    assert found.answer == "too early to tell"
-    assert "the baseline still improved by 17% since step 75, and alignment can cost quality" in found.paragraph
-
-
-def test_it_is_too_early_while_the_aligned_run_catches_up() -> None:
-    found = verdict(SETTLED, (10, 9, 8, 6, 4.5))
-    assert found.answer == "too early to tell"
-    assert "the aligned run still improved by 25% since step 75" in found.paragraph
-
-
-def test_a_crossover_has_another_answer_before_than_after() -> None:
-    """The course that was measured on digits of handwriting: a loss first, a gain later."""
-    baseline, pick = (16.0, 10.9, 1.85, 0.96, 0.69), (16.0, 14.4, 1.51, 0.73, 0.51)
-    early = replace(PLAN, training=TrainingPlan(steps=25))
-    assert verdict(baseline[:2], pick[:2], plan=early, steps=STEPS[:2]).answer == "too early to tell"
-    assert verdict(baseline, pick).answer == "helps"
-
-
-@pytest.mark.parametrize("pick", [(10, 6, 5, 6.5, 8.5), (10, 6, 5, 7, 9), (10, 6, 5, 7.5, 9.5)])
-def test_a_baseline_that_training_made_worse_is_no_measure(pick: Any) -> None:
-    """Not even for a pick that ends better than it: it is worse than what there was at step 50."""
-    found = verdict((10, 6, 5, 7, 9), pick)
-    assert found.answer == "too early to tell"
-    assert "without alignment the distance was best at step 50 (5) and ended at 9, so there" in found.paragraph
-
-
-def test_a_branch_that_has_not_won_back_its_start_is_no_measure() -> None:
-    found = verdict((0.19, 0.27, 0.25, 0.247, 0.247), (0.19, 0.3, 0.25, 0.248, 0.247))
-    assert found.answer == "too early to tell"
-    assert "best at step 0 (0.19)" in found.paragraph
-
-
-def test_a_pick_better_than_the_baseline_ever_was_helps_even_if_that_got_worse() -> None:
-    assert verdict((10, 6, 5, 7, 9), (10, 6, 5, 4.2, 4)).answer == "helps"
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.1])
-def test_runs_that_have_not_begun_to_learn_show_nothing(offset: float) -> None:
-    found = verdict((20.6, 20.55, 20.5, 20.4, 20.3), (20.6, 20.55, 20.5, 20.4 + offset, 20.3 + offset))
-    assert found.answer == "too early to tell"
-    assert "neither run moved by 5% since its start. Run more steps or raise the learning rate." in found.paragraph
-
-
-def test_harm_to_a_checkpoint_that_has_converged_is_seen() -> None:
-    assert verdict((5, 5, 5, 5, 5), (5, 6, 6.5, 6.5, 6.5)).answer == "hurts"
-
-
-def test_one_evaluation_says_how_far_the_baseline_came_from_its_start() -> None:
-    plan = replace(PLAN, num_evaluations=1)
-    assert plan.evaluation_steps == (0, 100)
-    found = verdict((10, 4), (10, 4.5), plan=plan, steps=(0, 100))
-    assert found.answer == "too early to tell"
-    assert "the baseline still improved by 60% since step 0" in found.paragraph
-    assert verdict((10, 4), (10, 3), plan=plan, steps=(0, 100)).answer == "helps"
-
-
-def test_more_frequent_evaluations_do_not_make_a_run_look_settled() -> None:
-    """Every interval gains 2 % and the last quarter 40 %."""
-    steps = tuple(range(101))
-    baseline = 10 * 0.98 ** np.arange(101)
-    found = verdict(baseline, baseline * 1.1, steps=steps)
-    assert found.answer == "too early to tell"
-    assert "improved by 40% since step 75" in found.paragraph
-
-
-def test_equal_differences_have_no_spread_to_judge_by() -> None:
-    table = curves({BASELINE: SETTLED, PICK: SETTLED})
-    base = table[table.arm == BASELINE].value.to_numpy()
-    arms = ARMS[:2]
-    for change, answer in ((-1.0, "too early to tell"), (1.0, "too early to tell"), (0.0, "no difference found")):
-        table.loc[table.arm == PICK, "value"] = base + change
-        found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-        assert found.answer == answer
-        assert ("every seed gave the same difference" in found.paragraph) == (change != 0)
-
-
-def test_a_perfect_baseline_divides_by_nothing() -> None:
-    table = curves({BASELINE: (10, 0, 0, 0, 0), PICK: (10, 1, 1, 1, 1)})
-    table.loc[(table.arm == BASELINE) & (table.step > 0), "value"] = 0.0
-    assert judge(table, ARMS[:2], PLAN, extractor_name="pixels", start_name="x").answer == "hurts"
-
-
-def test_the_control_does_not_decide() -> None:
-    table = curves({BASELINE: SETTLED, PICK: (10, 7, 6, 5.1, 5.0), CONTROL: (10, 5, 3, 2.1, 2.0)})
-    for order in ((0, 1, 3), (0, 3, 1)):
-        found = judge(table, [ARMS[i] for i in order], PLAN, extractor_name="x", start_name="y")
-        assert found.answer == "hurts"
-        assert [arm.name for arm in found.arms] == [ARMS[i].name for i in order]
-        assert {arm.name: arm.difference for arm in found.arms}[CONTROL] == pytest.approx(-2)
-
-
-def test_without_a_pick_the_heuristic_is_judged_and_named() -> None:
-    arms = arms_for([], LAYERS)
-    table = curves({BASELINE: SETTLED, HEURISTIC: (10, 6, 4, 3.1, 3), CONTROL: SETTLED})
-    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert found.answer == "helps"
-    assert found.paragraph.startswith("Aligning blocks.2 to blocks.5 changed")
-    assert "No pair was picked, so this is the depth heuristic. The pair helps" in found.paragraph
-
-
-def test_arms_of_other_names_are_judged_too() -> None:
-    arms = [Arm("plain", None), Arm("mine", LayerPair("blocks.0", "blocks.9"))]
-    table = curves({"plain": SETTLED, "mine": (10, 6, 4, 3.1, 3)})
-    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert (found.answer, found.arms[1].student) == ("helps", "blocks.0")
-
-
-def test_the_numbers_of_the_verdict() -> None:
-    table = curves({BASELINE: SETTLED, PICK: (10, 6.5, 4.6, 3.6, 3.5)})
-    found = judge(table, ARMS[:2], PLAN, extractor_name="pixels", start_name="from scratch")
-    last = table[(table.step == 100) & (table.metric == FRECHET)].pivot(index="seed", columns="arm", values="value")
-    test = stats.ttest_1samp(last[PICK] - last[BASELINE], 0).confidence_interval(0.95)
-    baseline, pick = found.arms
-    assert baseline.final == last[BASELINE].tolist()
-    assert (baseline.difference, baseline.low, baseline.high, baseline.weight) == (None, None, None, 0.0)
-    assert (pick.student, pick.teacher, pick.weight) == ("blocks.1", "blocks.7", 0.3)
-    expected = ((last[PICK] - last[BASELINE]).mean(), test.low, test.high)
-    assert (pick.difference, pick.low, pick.high) == pytest.approx(expected, rel=1e-9)
-    # 4.6 at step 50 and 3.6 at step 75: the baseline's 4.0 is reached on the way.
-    assert pick.steps_to_baseline[1] == pytest.approx(50 + 25 * (4.58 - 4.0) / 1.0)
-    record = json.loads(found.to_json())
-    assert record["arms"][1] == json.loads(json.dumps(pick.__dict__))
-    assert {
-        key: record[key] for key in ("metric", "lower_is_better", "steps", "num_seeds", "curves_csv", "extractor")
-    } == {
-        "metric": "Frechet distance",
-        "lower_is_better": True,
-        "steps": 100,
-        "num_seeds": 3,
-        "curves_csv": "confirmation.csv",
-        "extractor": "pixels",
-    }
-
-
-def test_the_order_of_rows_and_of_seeds_does_not_matter() -> None:
-    table = curves({BASELINE: SETTLED, PICK: (10, 6.5, 4.6, 3.6, 3.5)})
-    expected = judge(table, ARMS[:2], PLAN, extractor_name="x", start_name="y")
-    shuffled = table.sample(frac=1, random_state=0)
-    assert judge(shuffled, ARMS[:2], PLAN, extractor_name="x", start_name="y") == expected
-    reversed_seeds = judge(table, ARMS[:2], replace(PLAN, seeds=SEEDS[::-1]), extractor_name="x", start_name="y")
-    assert reversed_seeds.arms[1].final == expected.arms[1].final[::-1]
-    assert reversed_seeds.arms[1].low == pytest.approx(expected.arms[1].low)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda t: t[~((t.arm == PICK) & (t.seed == 1))],
-            "pick, seed 1 has no finite Frechet distance at step 0; repeat",
-        ),
-        (
-            lambda t: t[~((t.arm == BASELINE) & (t.seed == 2) & (t.step == 50))],
-            "no alignment, seed 2 has no finite .* step 50",
-        ),
-        (
-            lambda t: t.assign(value=t.value.where(t.step != 75, np.nan)),
-            "seed 0 has no finite Frechet distance at step 75",
-        ),
-        (
-            lambda t: t.assign(value=t.value.where(t.step != 100, np.inf)),
-            "seed 0 has no finite Frechet distance at step 100",
-        ),
-        (lambda t: t[t.step < 100], r"the curves have steps \[0, 25, 50, 75\] of 100; finish the runs first"),
-        (lambda t: t[t.step == 100], r"the curves have steps \[100\] of 100"),
-        (lambda t: t[t.metric == HELD_OUT], r"the curves have steps \[\] of 100"),
-    ],
-)
-def test_incomplete_curves_give_no_verdict(change: Any, message: str) -> None:
-    table = change(curves({BASELINE: SETTLED, PICK: SETTLED}))
-    with pytest.raises(ValueError, match=message) as error:
-        judge(table, ARMS[:2], PLAN, extractor_name="x", start_name="y")
-    assert "\n" not in str(error.value)
-
-
-BAD_ARMS = [
-    ([], "the first arm must be the one without alignment"),
-    (ARMS[1:], "the first arm must be the one without alignment"),
-    (ARMS[:1], "every arm after the first must align layers, and there must be one; pass arms with a pair"),
-    ([ARMS[0], Arm("other", None)], "every arm after the first must align layers"),
-    (
-        [ARMS[0], ARMS[1], Arm(PICK, ARMS[2].pair)],
-        r"two arms have the same name \(no alignment, pick, pick\); give every",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arms", "message"), BAD_ARMS)
-def test_arms_that_do_not_compare_are_refused(arms: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        judge(curves({BASELINE: SETTLED, PICK: SETTLED}), arms, PLAN, extractor_name="x", start_name="y")
-    with pytest.raises(ValueError, match=message):
-        confirm(lambda seed: tiny_sit(), tiny_splits(), arms, PLAN, tmp_path / "run", start_name="y")
-    assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------- parts
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-@pytest.mark.parametrize("n", [2, 3, 10])
-def test_the_interval_is_students(n: int, confidence: float) -> None:
-    differences = np.random.default_rng(n).normal(0.3, 1, n)
-    expected = stats.ttest_1samp(differences, 0).confidence_interval(confidence)
-    mean, low, high = paired_interval(differences, confidence=confidence)
-    assert mean == pytest.approx(differences.mean())
-    assert (low, high) == pytest.approx((expected.low, expected.high))
-
-
-@pytest.mark.parametrize(
-    ("values", "goal", "expected"),
-    [
-        ((8.0, 4.0, 2.0), 6.0, 5.0),
-        ((8.0, 4.0, 2.0), 4.0, 10.0),
-        ((8.0, 4.0, 2.0), 3.0, 15.0),
-        ((8.0, 4.0, 2.0), 9.0, 0.0),
-        ((8.0, 4.0, 2.0), 1.0, None),
-        ((8.0, 3.0, 5.0), 4.0, 8.0),  # what comes after the first time does not count
-        ((8.0, 8.0, 2.0), 8.0, 0.0),
-    ],
-)
-def test_steps_to_reach(values: Any, goal: float, expected: float | None) -> None:
-    assert steps_to_reach([0.0, 10.0, 20.0], np.array(values), goal) == expected
-
-
-def test_arms_are_four_without_duplicates() -> None:
-    assert [arm.name for arm in ARMS] == [BASELINE, PICK, HEURISTIC, CONTROL]
-    heuristic, control = LayerPair("blocks.2", "blocks.5"), LayerPair("blocks.8", "blocks.9")
-    assert [arm.pair for arm in ARMS] == [None, LayerPair("blocks.1", "blocks.7"), heuristic, control]
-    other = LayerPair("blocks.1", "blocks.6")
-    for ranked, names in (
-        ([], [BASELINE, HEURISTIC, CONTROL]),
-        ([heuristic], [BASELINE, PICK, CONTROL]),
-        ([heuristic, other], [BASELINE, PICK, RUNNER_UP, CONTROL]),
-        ([other, heuristic], [BASELINE, PICK, HEURISTIC, CONTROL]),
-        ([control], [BASELINE, PICK, HEURISTIC]),
-    ):
-        arms = arms_for(ranked, LAYERS)
-        assert [arm.name for arm in arms] == names
-        assert len({arm.pair for arm in arms}) == len(arms)
-    assert [arm.name for arm in arms_for([], LAYERS[:2])] == [BASELINE, HEURISTIC]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"seeds": (0,)}, r"a paired difference needs at least 2 seeds, got \[0\]"),
-        ({"seeds": (3, 3)}, r"needs at least 2 seeds, got \[3, 3\]"),
-        ({"seeds": (0, 1, 1)}, r"a seed stands twice in \[0, 1, 1\] and would count twice; pass each once"),
-        ({"num_evaluations": 0}, "0 evaluations do not fit into 100 steps"),
-        ({"num_evaluations": 101}, "101 evaluations do not fit into 100 steps"),
-        ({"num_samples": 1}, "a Fréchet distance needs at least 2 samples, got 1"),
-    ],
-)
-def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(PLAN, **options)
-
-
-@pytest.mark.parametrize(("steps", "num"), [(100, 4), (10, 3), (7, 7), (1000, 3), (3, 1)])
-def test_evaluations_are_even_and_end_at_the_end(steps: int, num: int) -> None:
-    found = ConfirmationPlan(TrainingPlan(steps=steps), SEEDS, num).evaluation_steps
-    assert (found[0], found[-1], len(found)) == (0, steps, num + 1)
-    assert max(abs(a - b - steps / num) for a, b in zip(found[1:], found, strict=False)) <= 1
-
-
-# ----------------------------------------------------------------------------------------------------------- whole runs
 
 TINY = ConfirmationPlan(
     TrainingPlan(steps=5, batch_size=5, learning_rate=1e-2, ema_decay=0.5, log_every=2),
@@ -548,8 +218,55 @@ def test_data_without_labels_are_sampled_without_labels(tmp_path: Path) -> None:
 
 def test_classes_are_drawn_as_often_as_they_are_real() -> None:
     labels = torch.tensor([2] * 10 + [0] * 20 + [1] * 10)
-    assert confirmation_module._like(labels, 8).bincount().tolist() == [4, 2, 2]
-    assert confirmation_module._like(labels, 80).bincount().tolist() == [40, 20, 20]
+    samples = TensorSamples(torch.zeros(40, 1, 4, 4), labels)
+    assert labels[confirmation_module._rows_like(samples, 8)].bincount().tolist() == [4, 2, 2]
+    assert labels[confirmation_module._rows_like(samples, 80)].bincount().tolist() == [40, 20, 20]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_padded_samples_are_drawn_as_long_as_real_ones(labelled: bool) -> None:
+    """Each class keeps its own lengths: here class 1 is four frames long or five, all others fill their eight."""
+    lengths = torch.tensor([8, 4, 8, 8, 5, 8] * 2)
+    mask = torch.arange(8) < lengths.unsqueeze(1)
+    whole = tiny_samples(12, shape=(1, 8), labelled=labelled)
+    samples = TensorSamples(whole.x, whole.labels, mask=mask)
+    seen: list[torch.Tensor] = []
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.flatten(1)
+
+    scorer = Scorer(samples, Extractor("seen", features), num_samples=24, sampling=TINY.sampling)
+    model = tiny_sit(shape=(1, 8))
+    assert scorer.distance(model) == scorer.distance(model)
+    drawn = seen[1]
+    found = (drawn != 0).flatten(1).sum(1)
+    assert sorted(found.tolist()) == sorted(lengths.tolist() * 2)
+    if labelled:
+        assert sorted(found[8:16].tolist()) == [4, 4, 4, 4, 5, 5, 5, 5]
+    else:
+        assert found.tolist() == lengths.tolist() * 2
+    labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 8) if labelled else None
+    real = torch.arange(8) < found.unsqueeze(1)
+    assert torch.equal(drawn, sample(model, range(24), labels=labels, plan=TINY.sampling, mask=real))
+
+
+def test_a_folder_without_lengths_is_another_run(tmp_path: Path) -> None:
+    whole, mask = tiny_samples(24, shape=(1, 8)), torch.arange(8) < torch.tensor([8, 4] * 12).unsqueeze(1)
+    samples = TensorSamples(whole.x, whole.labels, mask=mask)
+    splits = Splits(*(Subset(samples, range(8 * i, 8 * i + 8), name=name) for i, name in enumerate("abc")))
+
+    def interrupted(_: int) -> Backbone:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, splits=splits, start=interrupted)
+    place = tmp_path / "confirmation.json"
+    record = json.loads(place.read_text())
+    del record["lengths"]
+    place.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"another run \(different: lengths\)"):
+        run(tmp_path, splits=splits)
 
 
 def test_without_an_extractor_a_classifier_is_trained_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,3 +296,145 @@ def test_held_out_samples_are_not_trained_on(whole: Path) -> None:
         ]
         assert models[0] == models[1]
     assert results(whole)[0] != results(whole.parent / "other")[0]
+
+
+# ------------------------------------------------------------------------------------------------------ looks and arms
+
+
+def test_it_stops_where_the_difference_is_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted distance: the pick is better by about 1 in every seed."""
+    distances = iter([9.0, 5.0, 4.1, 9.0, 5.0, 4.0, 9.0, 5.0, 3.9])
+    monkeypatch.setattr(confirmation_module.Scorer, "distance", lambda *_: next(distances))
+    once = replace(TINY.training, steps=1)
+    plan = replace(TINY, training=once, seeds=(3, 4, 5, 6, 7), num_evaluations=1, stop_early=True)
+    told: list[tuple[str, int, int]] = []
+    found = run(tmp_path, plan=plan, arms=TINY_ARMS[:2], progress=lambda *what: told.append(what))
+    assert (found.num_seeds, found.planned_seeds, found.looks.keys()) == (3, 5, {3})
+    assert told[-1] == (f"seed 5, {PICK}", 6, 10)
+    assert not (tmp_path / "seed-6").exists()
+    # Repeated, it stops there again; asked for all of its seeds, it goes on and knows that it has looked before.
+    before = results(tmp_path)
+    run(tmp_path, plan=plan, arms=TINY_ARMS[:2])
+    assert results(tmp_path) == before
+    distances = iter([9.0, 5.0, 4.0, 9.0, 5.0, 4.2])
+    more = run(tmp_path, plan=replace(plan, stop_early=False), arms=TINY_ARMS[:2])
+    assert (more.num_seeds, list(more.looks)) == (5, [3, 5])
+    assert 0.05 < more.error_rate < 0.1
+
+
+def test_verdicts_of_earlier_versions_count_as_looks(tmp_path: Path) -> None:
+    place = tmp_path / "verdict.json"
+    assert earlier_looks(tmp_path, PICK) == {}
+    old = {"num_seeds": 3, "arms": [{"name": BASELINE}, {"name": CONTROL}, {"name": PICK}]}
+    place.write_text(json.dumps(old))
+    assert earlier_looks(tmp_path, PICK) == {3: 0.05}
+    assert earlier_looks(tmp_path, HEURISTIC) == {}
+    place.write_text(json.dumps(old | {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}))
+    assert earlier_looks(tmp_path, HEURISTIC) == {3: 0.01, 4: 0.02}
+    for damaged in ("{", "[]", "{}", json.dumps(old | {"looks": 3})):
+        place.write_text(damaged)
+        with pytest.raises(ValueError, match=r"verdict.json is damaged \(.*\); delete it") as error:
+            earlier_looks(tmp_path, PICK)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, whole: Path) -> None:
+    """Its records lack the fields that have come in since, and they mean the defaults."""
+    shutil.copytree(whole, tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "confirmation.json").read_text())
+    for name in ("sync", "time_sampling", "loss_weighting", "snr_gamma", "more_ema_decays", "accumulate", "keep_last"):
+        del record["plan"]["training"][name]
+    for name in ("guidance_interval", "rtol", "diffusion", "last_step"):
+        del record["plan"]["sampling"][name]
+    (tmp_path / "old" / "confirmation.json").write_text(json.dumps(record))
+    run(tmp_path / "old")
+    assert results(tmp_path / "old") == results(whole)
+    other = replace(TINY, sampling=replace(TINY.sampling, rtol=0.1))
+    with pytest.raises(ValueError, match=r"another run \(different: plan.sampling.rtol\)"):
+        run(tmp_path / "old", plan=other)
+
+
+def test_steps_are_as_long_as_the_weights_move(tmp_path: Path) -> None:
+    """Against one plain step of AdamW, whose first step moves every weight by the learning rate."""
+    backbone, samples = tiny_sit(), tiny_splits(24).fit
+    once = replace(TINY.training, steps=1)
+    weights = sum(p.numel() for p in backbone.module.parameters() if p.requires_grad)
+    assert step_length(backbone, samples, once) == pytest.approx(1e-2 * weights**0.5, rel=0.02)
+    plan = replace(TINY.training, steps=3, ema_decay=0.0)
+    after = [
+        torch.cat(
+            [
+                p.detach().flatten()
+                for p in train(backbone, samples, replace(plan, steps=n), tmp_path / str(n)).module.parameters()
+            ]
+        )
+        for n in range(4)
+    ]
+    expected = np.mean([float((b - a).norm()) for a, b in itertools.pairwise(after)])
+    assert step_length(backbone, samples, replace(plan, ema_decay=0.9)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_control_of_the_learning_rate_moves_as_far_as_the_pick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(TINY, training=replace(TINY.training, weight=30.0, learning_rate=1e-3))
+    wanted = ["none", "pick", "learning-rate"]
+    arms = arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS[:3], wanted=wanted)
+    found = run(tmp_path, plan=plan, arms=arms)
+    kept = json.loads((tmp_path / "learning-rate.json").read_text())
+    rate = found.arms[2].learning_rate
+    assert rate == kept["learning_rate"] == pytest.approx(1e-3 * kept["mean_step_aligned"] / kept["mean_step"])
+    assert abs(rate / 1e-3 - 1) > 0.01
+    assert [arm.learning_rate for arm in found.arms[:2]] == [1e-3, 1e-3]
+    splits = tiny_splits(24)
+    aligned = step_length(start(3), splits.fit, replace(plan.training, pairs=(arms[1].pair,)))
+    matched = step_length(start(3), splits.fit, replace(plan.training, learning_rate=rate))
+    unmatched = step_length(start(3), splits.fit, plan.training)
+    assert abs(matched - aligned) < abs(unmatched - aligned) / 5
+    records = [
+        json.loads((tmp_path / "seed-4" / name / "training.json").read_text()) for name in ("pick", "learning-rate")
+    ]
+    assert [(r["plan"]["learning_rate"], len(r["plan"]["pairs"])) for r in records] == [(1e-3, 1), (rate, 0)]
+    # Measured once: interrupted and repeated, it goes on at the same learning rate.
+    monkeypatch.setattr(confirmation_module, "step_length", None)
+    before = results(tmp_path)
+    run(tmp_path, plan=plan, arms=arms)
+    assert results(tmp_path) == before
+
+
+def test_the_spread_of_finished_arms_is_known(whole: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(whole / "confirmation.csv").query("step == 5 and metric == @FRECHET")
+    ends = table.pivot(index="seed", columns="arm", values="value")
+    moves = [np.var(ends[arm] - ends[BASELINE], ddof=1) for arm in (PICK, HEURISTIC)]
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "other", ignore_errors=True)
+    spread = kept_spread(folder, "this confirmation")
+    assert spread is not None
+    assert spread.share == pytest.approx(np.sqrt(np.mean(moves)) / ends[BASELINE].mean())
+    assert (spread.num_seeds, spread.source) == (2, "2 seeds of this confirmation, after 5 steps")
+    # An arm whose second seed is under way does not count yet, nor does a seed without a baseline.
+    (folder / "seed-4" / "depth-heuristic.json").write_text('{"0": {"Frechet distance": 1.0}}')
+    one = kept_spread(folder, "it")
+    assert one is not None
+    assert one.share == pytest.approx(np.sqrt(moves[0]) / ends[BASELINE].mean())
+    (folder / "seed-4" / "no-alignment.json").unlink()
+    assert kept_spread(folder, "it") is None
+    assert kept_spread(tmp_path / "nothing", "it") is None
+
+
+def test_the_verdict_reads_the_evidence(tmp_path: Path) -> None:
+    arms = arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS[:3], wanted=["none", "pick", "heuristic", "bad"])
+    assert [arm.pair for arm in arms[1:]] == [
+        LayerPair(f"blocks.{a}", f"blocks.{b}") for a, b in ((0, 2), (0, 1), (1, 2))
+    ]
+    rows = [
+        (a.pair.student, a.pair.teacher, "CKA", np.nan, v, False)
+        for a, v in zip(arms[1:], (0.1, 0.2, 0.3), strict=True)
+    ]
+    columns = ["student", "teacher", "criterion", "noise_level", "value", "needs_labels"]
+    plan = replace(TINY, training=replace(TINY.training, steps=1), num_evaluations=1)
+    found = run(tmp_path, plan=plan, arms=arms, evidence=pd.DataFrame(rows, columns=columns))
+    assert found.order is not None
+    assert [criterion.name for criterion in found.order.criteria] == ["CKA"]
+    assert json.loads((tmp_path / "verdict.json").read_text())["order"]["num_arms"] == 3

@@ -341,7 +341,7 @@ def test_unreadable_sources_are_one_line(
     for source, message in {
         "empty": r"has no .arrow, .bmp, .* file but nothing; pass the folder of the data",
         "text": r"has no .arrow, .bmp, .* file but a.csv; pass the folder",
-        "text/a.csv": r"a.csv is no .parquet or .arrow file; pass one, or the folder",
+        "text/a.csv": r"a.csv is no .parquet, .arrow or .tar file; pass one, or the folder",
         "bad": r"bad cannot be read: .*[Pp]arquet.*; pass a sound .parquet",
         "none": r"none (has no rows in train; pass data that has some|cannot be read: .*)",
         "words.parquet": r"no column holds encoded images but text, n; pass image data",

@@ -111,7 +111,7 @@ def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monk
         monkeypatch.setattr(
             linear_probe_module, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1]
         )
-    monkeypatch.setattr(linear_probe_module, "_MAX_UNKNOWNS", 10_000 if preconditioner == "close" else 0)
+    monkeypatch.setattr(linear_probe_module, "_MAX_CLASSES", 25 if preconditioner == "close" else 0)
     x, y = (part[:600] for part in digits())
     fit = fit_logistic_path(x, y, (1e-3, 1e-2, 0.1, 1.0))[-1]
     assert ("_hessian" in built) == (preconditioner == "close")

@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bodies import walk
 from tiny import SHAPE, tiny_sit
 
 from layerprobe.analyses import sample_runs
-from layerprobe.analyses.sample_runs import draw_archive, draw_samples, pixels
+from layerprobe.analyses.sample_runs import Meaning, draw_archive, draw_samples, find_meaning, pixels, sample_mask
+from layerprobe.checkpoints import open_checkpoint
 from layerprobe.cli.main import run
+from layerprobe.data.audio import AudioDecoder
+from layerprobe.data.forms import Form
+from layerprobe.data.media import Normalisation
 from layerprobe.sampling import SamplingPlan, sample
 
 PLAN = SamplingPlan(steps=2, seed=1)
@@ -203,3 +208,82 @@ def test_the_command_draws_an_archive(
         (["--solver", "rk4"], "unknown solver 'rk4'; use euler, heun, dopri5 or euler-maruyama"),
     ):
         assert call(tmp_path / "x", *wrong) == (2, "", f"layerprobe: {seen}\n")
+
+
+def test_lengths_are_those_of_the_data_or_the_one_that_is_asked_for() -> None:
+    backbone = tiny_sit(shape=(6, 12))
+    form = Form("motion", 1, lengths=((3, 5), (8, 9), (12, 12)))
+    labels = torch.arange(30) % 3
+    mask = sample_mask(backbone, form, 30, labels=labels, seed=0)
+    assert mask is not None
+    lengths = form.lengths_of(mask)
+    for label, allowed in enumerate(({3, 4, 5}, {8, 9}, {12})):
+        assert set(lengths[labels == label].tolist()) == allowed
+    assert sample_mask(backbone, Form("motion", 1), 3, labels=None, seed=0) is None
+    chosen = sample_mask(backbone, form, 3, labels=labels[:3], seed=0, length=7)
+    assert chosen is not None
+    assert form.lengths_of(chosen).tolist() == [7, 7, 7]
+    assert sample_mask(backbone, form, 3, labels=None, seed=0, length=12) is None
+    # A network that takes no mask draws what it can.
+    assert sample_mask(replace(backbone, takes_mask=False), form, 3, labels=None, seed=0) is None
+    for length in (0, 13):
+        with pytest.raises(ValueError, match=rf"--frames is {length}, and SiT .* makes 1 to 12"):
+            sample_mask(backbone, form, 3, labels=None, seed=0, length=length)
+    with pytest.raises(ValueError, match="--frames is about audio, motion and video; leave it out"):
+        sample_mask(backbone, None, 3, labels=None, seed=0, length=2)
+
+
+def test_samples_of_something_unknown_are_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes samples of shape \(6, 12\), and the file does not say what"):
+        draw_samples(tiny_sit(shape=(6, 12)), tmp_path, num=2)
+
+
+def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: Any) -> None:
+    for i in range(20):
+        place = tmp_path / "walks" / ("slow", "fast")[i % 2] / f"{i}.npy"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, walk(12 + i % 5, seed=i, speed=0.05 + 0.1 * (i % 2)))
+    train = ["--depth", 2, "--width", 16, "--heads", 2, "--steps", 2, "--batch-size", 4, "--length", 16]
+    assert cli("train", "--data", tmp_path / "walks", "--out", tmp_path / "t", *train)[0] == 0
+    model = tmp_path / "t" / "model.safetensors"
+    code, _, err = cli("sample", model, "--out", tmp_path / "s", "--num", 2, "--steps", 2)
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "lengths.npy",
+        "samples.gif",
+        "samples.npy",
+        "samples.png",
+        "samples.svg",
+    ]
+    x, lengths = np.load(tmp_path / "s" / "samples.npy"), np.load(tmp_path / "s" / "lengths.npy")
+    assert x.shape == (2, 48, 16)
+    assert [int((sample != 0).any(0).sum()) for sample in x] == lengths.tolist()
+    assert set(lengths) <= set(range(12, 17))
+    assert f"fast ({lengths[0]} frames)" in (tmp_path / "s" / "samples.svg").read_text()
+    # What the training wrote down is what the data says, which serves models that nobody wrote it down for.
+    backbone = open_checkpoint(model)
+    kept, said = (find_meaning(str(model), backbone, *source) for source in ((), (str(tmp_path / "walks"), {})))
+    assert kept.form is not None
+    assert said.form is not None
+    assert kept.form.to_dict() == said.form.to_dict()
+    assert kept.class_names == said.class_names == ("fast", "slow")
+    assert find_meaning("digits", tiny_sit()).form is None
+    with pytest.raises(ValueError, match="--length says how data is read; add --data, or leave it out"):
+        find_meaning(str(model), backbone, None, {"length": 16})
+    with pytest.raises(ValueError, match="motion samples are 48x15 but the model takes 48x16; pass the --length"):
+        find_meaning(str(model), backbone, str(tmp_path / "walks"), {"length": 15})
+
+
+def test_recordings_can_be_heard(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    decoder = AudioDecoder(8000, "waveform", hop=16)
+    form = Form("audio", 1, Normalisation(torch.zeros(16), torch.full((16,), 0.1)), audio=decoder)
+    backbone = tiny_sit(shape=(16, 8))
+    meaning = Meaning(form, ("zero", "one", "a/b"))
+    draw_samples(backbone, tmp_path, num=3, plan=PLAN, keep=True, meaning=meaning, length=6)
+    assert sorted(path.name for path in (tmp_path / "wav").iterdir()) == ["0-zero.wav", "1-one.wav", "2-a_b.wav"]
+    wave, rate = soundfile.read(tmp_path / "wav" / "1-one.wav", dtype="float32")
+    assert (len(wave), rate) == (96, 8000)
+    made = np.load(tmp_path / "samples.npy")[1, :, :6] * 0.1
+    np.testing.assert_allclose(wave, made.T.ravel(), atol=1e-4)  # 16 bits
+    assert not (tmp_path / "samples.gif").exists()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from operator import mod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +25,21 @@ from layerprobe.backbones.sit import (
     SiT,
     SiTConfig,
     config_from_state_dict,
+    fitting_patch,
     new_sit,
     sincos_position,
     sit_backbone,
     unpatchify,
 )
 from layerprobe.capture import capture
+from layerprobe.data.base import Splits, Subset, TensorSamples
+from layerprobe.extract import extract
+from layerprobe.features import ExtractionPlan
 from layerprobe.noise import LinearPath, schedule_from_name
 
 SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)
 GRIDS = [(12,), (8, 4), (4, 2, 6)]
+PATCHED = [((12,), 2), ((8, 4), 2), ((4, 2, 6), 2), ((8, 6), (4, 1)), ((4, 2, 6), (1, 2, 3))]
 
 
 def trained(config: SiTConfig = SMALL, *, seed: int = 0, **options: Any) -> Backbone:
@@ -53,18 +63,19 @@ def inputs(config: SiTConfig, n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 # --- the network
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("grid", "patch"), PATCHED)
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_shapes_on_every_grid(grid: tuple[int, ...], learn_sigma: bool) -> None:
-    config = replace(SMALL, shape=(3, *grid), learn_sigma=learn_sigma)
+def test_shapes_on_every_grid(grid: tuple[int, ...], patch: int | tuple[int, ...], learn_sigma: bool) -> None:
+    config = replace(SMALL, shape=(3, *grid), patch_size=patch, learn_sigma=learn_sigma)
     backbone = trained(config)
     x, t, y = inputs(config)
-    num_tokens = math.prod(grid) // 2 ** len(grid)
+    edges = (patch,) * len(grid) if isinstance(patch, int) else patch
+    num_tokens = math.prod(grid) // math.prod(edges)
     with capture(backbone.module, backbone.layers) as outputs:
         assert backbone.module(x, t, y).shape == x.shape
     assert all(tokens.shape == (4, num_tokens, 32) for tokens in outputs.values())
     assert layer_shapes(backbone) == {f"blocks.{i}": (num_tokens, 32) for i in range(3)}
-    assert config.grid == tuple(edge // 2 for edge in grid)
+    assert config.grid == backbone.token_grid == tuple(n // edge for n, edge in zip(grid, edges, strict=True))
 
 
 def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
@@ -93,9 +104,9 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
             rows.append(weights_ @ v[..., part])
         return linear(f"{name}.proj", torch.cat(rows, -1))
 
-    p, (rows, columns) = config.patch_size, config.grid
+    (p, q), (rows, columns) = config.patch, config.grid
     kernel = weights["x_embedder.proj.weight"].flatten(1)
-    patches = [x[:, :, i * p : i * p + p, j * p : j * p + p] for i in range(rows) for j in range(columns)]
+    patches = [x[:, :, i * p : i * p + p, j * q : j * q + q] for i in range(rows) for j in range(columns)]
     tokens = torch.stack([patch.flatten(1) @ kernel.T for patch in patches], 1) + weights["x_embedder.proj.bias"]
     tokens = tokens + weights["pos_embed"]
     angles = t[:, None] * 10000 ** (-torch.arange(128) / 128)
@@ -110,18 +121,23 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
         tokens = tokens + gate2[:, None] * linear(f"{name}.mlp.fc2", hidden)
         seen.append(tokens)
     out = linear("final_layer.linear", normalised(tokens, *linear("final_layer.adaLN_modulation.1", c).chunk(2, -1)))
-    image = torch.empty(len(x), out.shape[-1] // p**2, rows * p, columns * p)
+    image = torch.empty(len(x), out.shape[-1] // (p * q), rows * p, columns * q)
     for i in range(rows):
         for j in range(columns):
-            patch = out[:, i * columns + j].view(-1, p, p, image.shape[1]).permute(0, 3, 1, 2)
-            image[:, :, i * p : i * p + p, j * p : j * p + p] = patch
+            patch = out[:, i * columns + j].view(-1, p, q, image.shape[1]).permute(0, 3, 1, 2)
+            image[:, :, i * p : i * p + p, j * q : j * q + q] = patch
     return [*seen, image[:, : config.shape[0]]]
 
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL, replace(SMALL, shape=(2, 8, 12), patch_size=4, learn_sigma=True), replace(SMALL, qk_norm=True)],
-    ids=["small", "learned sigma", "normalised queries"],
+    [
+        SMALL,
+        replace(SMALL, shape=(2, 8, 12), patch_size=4, learn_sigma=True),
+        replace(SMALL, qk_norm=True),
+        replace(SMALL, patch_size=(1, 4)),
+    ],
+    ids=["small", "learned sigma", "normalised queries", "patches of 1x4"],
 )
 @pytest.mark.parametrize("time_scale", [1.0, 999.0])
 @torch.no_grad()
@@ -137,14 +153,15 @@ def test_output_and_every_block_equal_a_forward_pass_written_by_hand(config: SiT
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 if time_scale == 1 else 1e-3)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("grid", "patch"), PATCHED)
+def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...], patch: int | tuple[int, ...]) -> None:
     """Planted: the embedding reads one value of a patch, and that value goes back to where it was read."""
-    config = SiTConfig((2, *grid), patch_size=2, hidden_size=8 * 2 ** len(grid), depth=1, num_heads=1)
+    edges = (patch,) * len(grid) if isinstance(patch, int) else patch
+    config = SiTConfig((2, *grid), patch_size=patch, hidden_size=8 * math.prod(edges), depth=1, num_heads=1)
     module = SiT(config)
     x = torch.arange(math.prod(config.shape), dtype=torch.float32).view(1, *config.shape)
     # A row of the kernel for each (place in the patch, channel), in the order of the final layer.
-    places = torch.cartesian_prod(*[torch.arange(2)] * len(grid)).view(-1, len(grid)).tolist()
+    places = torch.cartesian_prod(*map(torch.arange, edges)).view(-1, len(grid)).tolist()
     kernel = torch.zeros_like(module.x_embedder.proj.weight)
     for row, (place, channel) in enumerate((place, channel) for place in places for channel in range(2)):
         kernel[(row, channel, *place)] = 1
@@ -154,7 +171,7 @@ def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...]) -
     assert torch.equal(unpatchify(tokens, config=config), x)
     # The first token is the patch at the origin, the second its neighbour along the last axis.
     assert tokens[0, 0, 0] == x.flatten()[0]
-    assert tokens[0, 1, 0] == x[(0, 0, *[0] * (len(grid) - 1), 2)]
+    assert tokens[0, 1, 0] == x[(0, 0, *[0] * (len(grid) - 1), edges[-1])]
 
 
 def test_learned_sigma_channels_are_left_out() -> None:
@@ -289,9 +306,70 @@ def test_presets_are_the_sizes_of_the_paper(name: str, depth: int, width: int, h
 @pytest.mark.parametrize("name", ["M/2", "S", "S/3", "XL/x", "S/2/2", ""])
 def test_unknown_presets_are_refused(name: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"^unknown preset '{name}'; use one of S, B, L, XL with patch size 2, 4 or 8"
+        ValueError, match=rf"^unknown preset '{name}'; use tiny, small, or one of S, B, L, XL with patch size 2, 4 or 8"
     ):
         SiTConfig.preset(name, shape=(4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("grid", "tiny", "small"),
+    [
+        ((8, 8), 1, 1),  # digits: no more than 64 places
+        ((28, 28), 4, 2),
+        ((32, 32), 4, 2),
+        ((40, 48), 8, 4),  # log-mel
+        ((120,), 2, 1),  # motion
+        ((47,), 1, 1),
+        ((16, 32, 32), (4, 8, 8), 4),
+        ((8, 32, 32), (2, 8, 8), (2, 4, 4)),
+        ((5, 30, 30), (1, 10, 10), (1, 5, 5)),
+        ((3, 3), 1, 1),  # fewer than 16 places
+    ],
+)
+def test_small_presets_choose_a_patch_for_the_grid(grid: tuple[int, ...], tiny: Any, small: Any) -> None:
+    for name, patch, width, most in (("tiny", tiny, 64, 64), ("small", small, 128, 256)):
+        config = SiTConfig.preset(name, shape=(2, *grid), num_classes=3)
+        assert (config.patch_size, config.hidden_size, config.depth, config.num_heads) == (patch, width, 8, 4)
+        assert min(16, math.prod(grid)) <= math.prod(config.grid) <= most
+        # The patch may be given, whatever the preset's would be.
+        assert SiTConfig.preset(name, shape=(2, *grid), patch_size=1).grid == grid
+    assert SiTConfig.preset("S/2", shape=(1, 9, 4), patch_size=(3, 4)).grid == (3, 1)
+
+
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=3), st.sampled_from([64, 256]))
+def test_no_other_square_patch_makes_more_tokens_within_the_limit(edges: list[int], most: int) -> None:
+    grid = tuple(edges)
+    counts = []
+    for patch in itertools.product(*(range(1, edge + 1) for edge in grid)):
+        count = math.prod(grid) / math.prod(patch)
+        if not any(map(mod, grid, patch)) and min(16, math.prod(grid)) <= count <= most:
+            square = len(patch) == 1 or patch[-1] == patch[-2]
+            counts += [int(count)] * (square and patch[0] <= patch[-1])
+    if counts:
+        assert math.prod(SiTConfig((1, *grid), fitting_patch(grid, most)).grid) == max(counts)
+    else:
+        with pytest.raises(ValueError, match=r"no (square )?patch divides a grid"):
+            fitting_patch(grid, most)
+
+
+def test_a_grid_without_a_fitting_patch_is_named() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^no patch divides a grid of 509 into 16 to 64 tokens; pass --patch-size, or another --length or --size",
+    ):
+        SiTConfig.preset("tiny", shape=(66, 509))
+    with pytest.raises(ValueError, match=r"^no square patch divides a grid of 64x47 into 16 to 64 tokens; pass"):
+        SiTConfig.preset("tiny", shape=(1, 64, 47))
+
+
+def test_one_edge_for_each_axis_is_the_same_as_one_for_all() -> None:
+    """So that configurations compare equal, and records stay what they were."""
+    config = replace(SMALL, patch_size=[2, 2])  # as JSON gives it
+    assert config == SMALL
+    assert config.to_dict()["patch_size"] == SMALL.to_dict()["patch_size"] == 2
+    assert replace(SMALL, patch_size=(1, 4)).to_dict()["patch_size"] == [1, 4]
+    one, two = (new_sit(c, seed=0).module.state_dict() for c in (config, SMALL))
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +386,16 @@ def test_unknown_presets_are_refused(name: str) -> None:
 def test_a_configuration_is_found_from_the_tensors(config: SiTConfig) -> None:
     assert config_from_state_dict(SiT(config).state_dict(), num_heads=config.num_heads) == config
     assert SiTConfig(**config.to_dict()) == config
+
+
+def test_patches_of_unequal_edges_leave_the_grid_open() -> None:
+    config = replace(SMALL, shape=(1, 4, 8, 8), patch_size=(1, 4, 4))
+    tensors = SiT(config).state_dict()
+    assert config_from_state_dict(tensors, num_heads=4, shape=(1, 4, 8, 8)) == config
+    with pytest.raises(ValueError, match=r"^pos_embed has 16 places, which make no known grid of 1x4x4 patches; pass"):
+        config_from_state_dict(tensors, num_heads=4)
+    with pytest.raises(ValueError, match=r"does not fit 1 channels and 16 patches of 1x4x4; pass the shape of the"):
+        config_from_state_dict(tensors, num_heads=4, shape=(1, 4, 8, 4))
 
 
 def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
@@ -379,6 +467,9 @@ def test_state_dicts_that_are_no_sit_are_refused(name: str, tensor: Tensor | Non
         ({"shape": (3, 8, 7)}, r"the grid \(8, 7\) does not divide into patches of 2; change one of them"),
         ({"shape": (3, 0, 8)}, "shape, patch, width, depth and heads count from 1 and classes from 0, got SiTConfig"),
         ({"patch_size": 0}, "count from 1"),
+        ({"patch_size": (0, 2)}, "count from 1"),
+        ({"patch_size": (2, 3)}, r"the grid \(8, 8\) does not divide into patches of 2x3; change one of them"),
+        ({"patch_size": (1, 2, 2)}, r"a patch of 1x2x2 does not fit the grid \(8, 8\); pass one edge for all axes"),
         ({"depth": 0}, "count from 1"),
         ({"num_heads": 0}, "count from 1"),
         ({"num_classes": -1}, "classes from 0"),
@@ -525,6 +616,30 @@ def test_layer_shapes_notice_a_layer_that_runs_twice() -> None:
     backbone = wrap(Shared(), layers="layer", schedule="sit", prediction="x0", shape=(4,))
     with pytest.raises(ValueError, match=r"^layer ran twice in one forward pass"):
         layer_shapes(backbone)
+
+
+@torch.no_grad()
+def test_tokens_of_unequal_patches_are_pooled_on_their_own_grid(tmp_path: Path) -> None:
+    """Patches of 4x1 on 8x12 make 2x12 tokens; their number alone would say 4x6."""
+    backbone = trained(SiTConfig((1, 8, 12), (4, 1), 16, 2, 2, num_classes=3))
+    x = torch.randn(6, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(6, 8, 12, dtype=torch.bool)
+    mask[:3, :, 7:] = False
+    samples = TensorSamples(x, torch.arange(6) % 3, mask=mask)
+    splits = Splits(*(Subset(samples, [i, i + 3], name=str(i)) for i in range(3)))
+    store = extract(backbone, splits, ExtractionPlan(backbone.layers, (0.0,)), tmp_path / "padded")
+    with capture(backbone.module, backbone.layers) as outputs:
+        backbone.masked(mask).predict(samples.x, torch.zeros(6))
+    tokens = outputs["blocks.1"].view(6, 2, 12, 16)
+    wanted = torch.cat([tokens[:3, :, :7].mean((1, 2)), tokens[3:].mean((1, 2))])
+    # Without the mask's grid, tokens of padding would count: far from rounding.
+    assert float((wanted - tokens.mean((1, 2))).abs().max()) > 0.01
+    found = torch.from_numpy(store.features("blocks.1", 0.0, split="fit"))
+    torch.testing.assert_close(found, wanted[[0, 3]], rtol=1e-4, atol=1e-5)
+
+    whole = Splits(*(TensorSamples(part, ids=torch.arange(2) + 2 * i) for i, part in enumerate(x.split(2))))
+    kept = extract(backbone, whole, ExtractionPlan(backbone.layers, (0.5,), token_samples=2), tmp_path / "whole")
+    assert kept.grid("blocks.1") == (2, 12)
 
 
 # --- precision and compilation

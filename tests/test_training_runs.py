@@ -55,6 +55,50 @@ def test_a_checkpoint_is_trained_on_its_own_path(tmp_path) -> None:
         _start(prediction="noise")
 
 
+def test_sizes_beside_a_preset_replace_its_own() -> None:
+    new = training_runs.new_config
+    assert new((1, 8, 8), 10) == SiTConfig((1, 8, 8), 2, 128, 8, 4, 10)
+    assert new((1, 8, 8), 10, width=64) == SiTConfig((1, 8, 8), 2, 64, 8, 4, 10)
+    assert new((3, 16, 32, 32), 0, preset="tiny") == SiTConfig((3, 16, 32, 32), (4, 8, 8), 64, 8, 4, 0)
+    changed = new((3, 16, 32, 32), 0, preset="tiny", patch_size=(1, 8, 8), depth=3, heads=2)
+    assert changed == SiTConfig((3, 16, 32, 32), (1, 8, 8), 64, 3, 2, 0)
+    # What a preset would choose does not matter where it is replaced: 509 is prime.
+    assert new((66, 509), 0, preset="tiny", patch_size=1).grid == (509,)
+
+
+def test_patches_by_axis_from_the_shell(cli, tmp_path) -> None:
+    told = ["train", "--data", "digits", "--steps", 2, "--batch-size", 4, "--depth", 2, "--width", 16, "--heads", 2]
+    code, out, err = cli(*told, "--out", tmp_path / "t", "--patch-size", "2,4", "--pair", "0:1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["model"] == "SiT with 2 blocks of width 16, patch 2x4"
+    opened = open_checkpoint(tmp_path / "t" / "model.safetensors", device="cpu")
+    assert (opened.module.config.patch_size, opened.token_grid) == ((2, 4), (4, 2))
+    # A training that goes on, and one that starts from it, take its network.
+    code, out, err = cli(*told, "--out", tmp_path / "t", "--patch-size", "2,4", "--pair", "0:1")
+    assert code == 0, err
+    code, out, err = cli(*told, "--out", tmp_path / "u", "--from", tmp_path / "t" / "model.safetensors", "--json")
+    assert (code, json.loads(out)["tokens"]) == (0, "8 of width 16")
+    for wrong, said in (
+        ("2,4,4", "a patch of 2x4x4 does not fit the grid (8, 8); pass one edge for all axes, or one for each"),
+        ("2,3", "the grid (8, 8) does not divide into patches of 2x3; change one of them"),
+        ("two", "--patch-size two is not a list of whole numbers"),
+        ("0", "count from 1"),
+    ):
+        code, out, err = cli(*told, "--out", tmp_path / "v", "--patch-size", wrong)
+        assert (code, said in err, err.count("\n")) == (2, True, 1), err
+    code, out, err = cli(*told[:7], "--out", tmp_path / "v", "--preset", "small", "--dry-run")
+    assert "model: SiT with 8 blocks of width 128, patch 1\n" in out
+    assert "tokens: 64 of width 128\n" in out
+
+
+def test_tokens_narrower_than_their_patches_are_warned_of(cli, tmp_path) -> None:
+    # A network of such tokens learned nothing of 66 x 4 numbers at width 32, and made noise of 192 at width 96.
+    network = ("--width", 8, "--depth", 1, "--heads", 2, "--steps", 1, "--dry-run", "--out", tmp_path / "run")
+    _, _, narrow = cli("train", "--data", "digits", "--patch-size", 4, *network)
+    assert "a patch of 4 holds 16 numbers and a token only 8" in narrow and "--width 16 or more" in narrow
+    assert cli("train", "--data", "digits", "--patch-size", 2, *network)[2] == ""
+
+
 def test_the_forecast_counts_what_is_trained(digits) -> None:
     plan = replace(PLAN, pairs=(*PAIR, LayerPair("blocks.2", "blocks.5")), sync=SyncOptions(pair_weights=(1.0, 0.5)))
     backbone = _start()

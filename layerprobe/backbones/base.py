@@ -36,6 +36,8 @@ class Backbone:
         takes_mask: Whether `forward` takes a fifth argument, a mask (B, *grid) of what is no padding, so that samples
             may differ in length.
         mask: Of the batch at hand, see `masked`.
+        token_grid: How many tokens a layer has along each axis, where the family tells; otherwise it is guessed from
+            their number.
 
     Raises:
         ValueError: If the prediction is none of `PREDICTIONS`.
@@ -52,6 +54,7 @@ class Backbone:
     tokens: Callable[[Any, str], Tensor] = field(default=as_tokens, repr=False)
     takes_mask: bool = False
     mask: Tensor | None = field(default=None, repr=False, compare=False)
+    token_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:

@@ -8,6 +8,7 @@ Source: Yao & Wang 2025, "Reconstruction vs. Generation" (arXiv:2501.01423).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class LightningDiT(nn.Module):
         self.y_embedder = LabelEmbedder(trunk.num_classes, width)
         self.feat_rope = RotaryPosition(trunk.grid, config.head_width) if config.rotary else None
         self.blocks = nn.ModuleList(LightningDiTBlock(config) for _ in range(trunk.depth))
-        self.final_layer = FinalLayer(config, trunk.patch_size**2 * out_channels)
+        self.final_layer = FinalLayer(config, math.prod(trunk.patch) * out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Args: x of shape (B, C, *grid), native times t (B,), labels y (B,) with `num_classes` for "no label"."""
@@ -217,7 +218,7 @@ def lightningdit_backbone(
         shape=trunk.shape,
         num_classes=trunk.num_classes,
         forward=sit.labelled,
-        name=name or f"LightningDiT with {trunk.depth} blocks of width {trunk.hidden_size}, patch {trunk.patch_size}",
+        name=name or f"LightningDiT with {trunk.depth} blocks of width {trunk.hidden_size}, patch {trunk.patch_name}",
     )
 
 

@@ -8,9 +8,11 @@ Source: Ma et al. 2024, SiT (arXiv:2401.08740); Peebles & Xie 2022, DiT (arXiv:2
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import floordiv
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,9 @@ from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 # name: (depth, hidden size, heads); Table 1 of DiT.
 PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESET_PATCH_SIZES = (2, 4, 8)
+# name: (depth, hidden size, heads, most tokens); for small machines, with patches that suit the data.
+SMALL_PRESETS = {"tiny": (8, 64, 4, 64), "small": (8, 128, 4, 256)}
+FEWEST_TOKENS = 16
 FREQUENCIES = 256
 
 
@@ -33,7 +38,7 @@ class SiTConfig:
 
     Attributes:
         shape: Shape (C, *grid) of one input, one to three grid axes.
-        patch_size: Edge of a patch along every grid axis.
+        patch_size: Edge of a patch along every grid axis, or one edge per axis.
         hidden_size: Width of a token.
         depth: Number of blocks.
         num_heads: Attention heads; divides hidden_size.
@@ -47,7 +52,7 @@ class SiTConfig:
     """
 
     shape: tuple[int, ...]
-    patch_size: int = 2
+    patch_size: int | tuple[int, ...] = 2
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
@@ -60,12 +65,20 @@ class SiTConfig:
         object.__setattr__(self, "shape", tuple(self.shape))
         if not 2 <= len(self.shape) <= 4:
             raise ValueError(f"shape must be (C, *grid) with one to three grid axes, got {self.shape}")
-        numbers = (*self.shape, self.patch_size, self.hidden_size, self.depth, self.num_heads, self.num_classes + 1)
+        if not isinstance(self.patch_size, int):
+            edges = tuple(self.patch_size)
+            if len(edges) != len(self.shape) - 1:
+                raise ValueError(
+                    f"a patch of {'x'.join(map(str, edges))} does not fit the grid {self.shape[1:]}; pass one edge for "
+                    "all axes, or one for each"
+                )
+            object.__setattr__(self, "patch_size", edges[0] if len(set(edges)) == 1 else edges)
+        numbers = (*self.shape, *self.patch, self.hidden_size, self.depth, self.num_heads, self.num_classes + 1)
         if min(numbers) < 1:
             raise ValueError(f"shape, patch, width, depth and heads count from 1 and classes from 0, got {self}")
-        if any(edge % self.patch_size for edge in self.shape[1:]):
+        if any(edge % step for edge, step in zip(self.shape[1:], self.patch, strict=True)):
             raise ValueError(
-                f"the grid {self.shape[1:]} does not divide into patches of {self.patch_size}; change one of them"
+                f"the grid {self.shape[1:]} does not divide into patches of {self.patch_name}; change one of them"
             )
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -77,29 +90,84 @@ class SiTConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, *, shape: tuple[int, ...], num_classes: int = 0) -> SiTConfig:
-        """ "S/2" to "XL/8": a size of the paper and a patch size."""
+    def preset(
+        cls, name: str, *, shape: tuple[int, ...], num_classes: int = 0, patch_size: int | tuple[int, ...] | None = None
+    ) -> SiTConfig:
+        """ "S/2" to "XL/8": a size of the paper and a patch size; "tiny" and "small": a patch by `fitting_patch`.
+
+        Args:
+            name: Of the preset.
+            shape: Shape (C, *grid) of one input.
+            num_classes: 0 for an unconditional model.
+            patch_size: Instead of the preset's.
+
+        Raises:
+            ValueError: If there is no such preset, or no patch that fits the grid.
+        """
+        if name in SMALL_PRESETS:
+            depth, hidden_size, num_heads, most = SMALL_PRESETS[name]
+            patch_size = fitting_patch(tuple(shape[1:]), most) if patch_size is None else patch_size
+            return cls(shape, patch_size, hidden_size, depth, num_heads, num_classes)
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdigit() or int(patch) not in PRESET_PATCH_SIZES:
             raise ValueError(
-                f"unknown preset {name!r}; use one of {', '.join(PRESETS)} with patch size 2, 4 or 8, such as S/2"
+                f"unknown preset {name!r}; use {', '.join(SMALL_PRESETS)}, or one of {', '.join(PRESETS)} with patch "
+                "size 2, 4 or 8, such as S/2"
             )
         depth, hidden_size, num_heads = PRESETS[size]
-        return cls(shape, int(patch), hidden_size, depth, num_heads, num_classes)
+        return cls(shape, int(patch) if patch_size is None else patch_size, hidden_size, depth, num_heads, num_classes)
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Edge of a patch along each axis."""
+        return (self.patch_size,) * (len(self.shape) - 1) if isinstance(self.patch_size, int) else self.patch_size
+
+    @property
+    def patch_name(self) -> str:
+        """For people: "2", or "1x4x4" where the axes differ."""
+        return str(self.patch_size) if isinstance(self.patch_size, int) else "x".join(map(str, self.patch_size))
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of patches along each axis."""
-        return tuple(edge // self.patch_size for edge in self.shape[1:])
+        return tuple(edge // step for edge, step in zip(self.shape[1:], self.patch, strict=True))
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"SiT with {self.depth} blocks of width {self.hidden_size}, patch {self.patch_size}"
+        return f"SiT with {self.depth} blocks of width {self.hidden_size}, patch {self.patch_name}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `SiTConfig(**...)` takes."""
-        return asdict(self) | {"shape": list(self.shape)}
+        patch = self.patch_size if isinstance(self.patch_size, int) else list(self.patch_size)
+        return asdict(self) | {"shape": list(self.shape), "patch_size": patch}
+
+
+def fitting_patch(grid: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The patch that makes as many tokens as possible but not more than `most`; of several, the nearest to a cube.
+
+    It divides the grid, is square on the last two axes and takes no more frames of a video than it is wide. Fewer than
+    16 tokens are too few for attention to mean much, so they are only made where the grid has no more places.
+
+    Args:
+        grid: Of the samples, such as (L,), (H, W) or (F, H, W).
+        most: Tokens of a sample.
+
+    Raises:
+        ValueError: If no patch makes 16 tokens to `most`.
+    """
+    divisors = [[step for step in range(1, edge + 1) if edge % step == 0] for edge in grid]
+    square = (patch for patch in itertools.product(*divisors) if len(set(patch[-2:])) == 1 and patch[0] <= patch[-1])
+    places = math.prod(grid)
+    fewest = min(FEWEST_TOKENS, places)
+    fitting = [patch for patch in square if fewest <= places // math.prod(patch) <= most]
+    if not fitting:
+        seen = "x".join(map(str, grid))
+        raise ValueError(
+            f"no {'square ' * (len(grid) > 1)}patch divides a grid of {seen} into {FEWEST_TOKENS} to {most} tokens; "
+            "pass --patch-size, or another --length or --size"
+        )
+    return min(fitting, key=lambda patch: (math.prod(patch), max(patch) / min(patch)))
 
 
 class SiT(nn.Module):
@@ -118,7 +186,7 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), width), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         out_channels = channels * 2 if config.learn_sigma else channels
-        self.final_layer = FinalLayer(width, config.patch_size ** len(config.grid) * out_channels)
+        self.final_layer = FinalLayer(width, math.prod(config.patch) * out_channels)
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -164,8 +232,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(config.grid)]
-        self.proj = convolution(config.shape[0], config.hidden_size, config.patch_size, stride=config.patch_size)
+        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(config.grid)]
+        self.proj = convolution(config.shape[0], config.hidden_size, config.patch, stride=config.patch)
 
     def forward(self, x: Tensor) -> Tensor:
         patches: Tensor = self.proj(x)
@@ -253,7 +321,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The modulated projection of tokens (B, T, D) to patches (B, T, patch**d * C)."""
+    """The modulated projection of tokens (B, T, D) to patches (B, T, values of a patch * C)."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -268,9 +336,9 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(tokens: Tensor, *, config: SiTConfig) -> Tensor:
-    """The samples (B, C, *grid) that patches (B, T, patch**d * C) make; learned sigma channels are left out."""
-    grid, patch, d = config.grid, config.patch_size, len(config.grid)
-    x = tokens.view(len(tokens), *grid, *[patch] * d, -1)
+    """The samples (B, C, *grid) that patches (B, T, values of a patch * C) make; learned sigma is left out."""
+    grid, d = config.grid, len(config.grid)
+    x = tokens.view(len(tokens), *grid, *config.patch, -1)
     # (B, g1..gd, p1..pd, C) -> (B, C, g1, p1, ..., gd, pd)
     order = [axis for i in range(d) for axis in (1 + i, 1 + d + i)]
     x = x.permute(0, 1 + 2 * d, *order).reshape(len(tokens), -1, *config.shape[1:])
@@ -308,6 +376,7 @@ def sit_backbone(
         forward=labelled,
         name=name or module.config.name,
         takes_mask=True,
+        token_grid=module.config.grid,
     )
 
 
@@ -350,14 +419,14 @@ def config_from_state_dict(
             seen = f"has shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
             raise ValueError(f"this is no whole SiT or DiT: {name} {seen}; use a whole state dict")
     patch_weight = state_dict["x_embedder.proj.weight"]
-    width, channels, patch = patch_weight.shape[:3]
+    (width, channels), patch = patch_weight.shape[:2], tuple(patch_weight.shape[2:])
     mlp_width = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
     mlp_ratio = mlp_width / width
     if int(width * mlp_ratio) < mlp_width:  # The network rounds down, and the quotient was rounded too.
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch ** (patch_weight.ndim - 2)
+    out_channels = state_dict["final_layer.linear.weight"].shape[0] // math.prod(patch)
     return SiTConfig(
-        shape=_shape(channels, patch, patch_weight.ndim - 2, state_dict["pos_embed"].shape[1], shape),
+        shape=_shape(channels, patch, state_dict["pos_embed"].shape[1], shape),
         patch_size=patch,
         hidden_size=width,
         depth=len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")}),
@@ -380,16 +449,18 @@ def _heads(state_dict: Mapping[str, Tensor], width: int, given: int | None) -> i
     return heads
 
 
-def _shape(channels: int, patch: int, axes: int, num_tokens: int, given: Sequence[int] | None) -> tuple[int, ...]:
+def _shape(channels: int, patch: tuple[int, ...], num_tokens: int, given: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of one input: the given one, or a square of as many patches as there are positions."""
-    edge = round(num_tokens ** (1 / axes))
-    shape = (channels, *[edge * patch] * axes) if given is None else tuple(given)
-    if given is None and edge**axes != num_tokens:
-        raise ValueError(f"pos_embed has {num_tokens} places, which make no square grid; pass --shape")
-    if len(shape) != axes + 1 or shape[0] != channels or math.prod(n // patch for n in shape[1:]) != num_tokens:
+    edge, cube = round(num_tokens ** (1 / len(patch))), len(set(patch)) == 1
+    if given is None and (edge ** len(patch) != num_tokens or not cube):
+        grid = "no square grid" if cube else f"no known grid of {'x'.join(map(str, patch))} patches"
+        raise ValueError(f"pos_embed has {num_tokens} places, which make {grid}; pass --shape")
+    shape = (channels, *(edge * step for step in patch)) if given is None else tuple(given)
+    whole = len(shape) == len(patch) + 1
+    if not whole or shape[0] != channels or math.prod(map(floordiv, shape[1:], patch)) != num_tokens:
         raise ValueError(
-            f"shape {shape} does not fit {channels} channels and {num_tokens} patches of {patch}; pass the shape of "
-            "the training data"
+            f"shape {shape} does not fit {channels} channels and {num_tokens} patches of "
+            f"{patch[0] if cube else 'x'.join(map(str, patch))}; pass the shape of the training data"
         )
     return shape
 

@@ -73,7 +73,11 @@ class AudioDecoder(Decoder):
         if self.form == "waveform":
             whole = np.pad(wave, (0, -len(wave) % self.hop))
             return torch.from_numpy(whole.reshape(-1, self.hop).T.copy())
-        power = self._spectrum(torch.from_numpy(wave)).abs().square()
+        return self.log_mel(torch.from_numpy(wave))
+
+    def log_mel(self, wave: Tensor) -> Tensor:
+        """The picture of a waveform (samples,): the logarithm of amplitudes, shape (1, mels, T)."""
+        power = self._spectrum(wave).abs().square()
         return (mel_filters(self.rate, self.window, self.mels) @ power).clamp(min=FLOOR**2).log().unsqueeze(0) / 2
 
     def waveform(self, values: Tensor, *, iterations: int = 60) -> Tensor:
@@ -117,6 +121,7 @@ def load_audio(
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
+    probe_labels: str = "",
     skip_bad: int = 0,
 ) -> dict[str, Samples]:
     """The parts of an audio data set.
@@ -132,6 +137,7 @@ def load_audio(
         split: The only part to read.
         column: Where the sound is; found by name where not given.
         label_column: Where the labels are.
+        probe_labels: Further label columns, see `load_media`.
         skip_bad: See `load_media`.
 
     Raises:
@@ -144,7 +150,9 @@ def load_audio(
     if rate is None:
         rate = _common_rate(parts, found)
     decoder = AudioDecoder(rate, form, mels, hop or max(round(0.016 * rate), 1))
-    return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
+    return load_media(
+        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+    )
 
 
 def read_audio(item: Any) -> tuple[NDArray[np.float32], int]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from layerprobe.data.forms import Form
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,40 @@ class Batch:
         return torch.ones(len(self.x), *self.x.shape[2:], dtype=torch.bool) if self.mask is None else self.mask
 
 
+MISSING = -1  # the label of a row that has none
+
+
+@dataclass(frozen=True, eq=False)
+class LabelColumn:
+    """What else is known of samples than the class that a model is conditioned on: their speaker, style, direction.
+
+    Attributes:
+        name: Of the column.
+        labels: Shape (n,), int64, in [0, len(class_names)), or `MISSING`; or (n, frames) with a label for every step
+            along the axis of time.
+        class_names: One per class.
+        axis: Of the grid (not of the channels), along which labels of steps run.
+
+    Raises:
+        ValueError: If a label is no class.
+    """
+
+    name: str
+    labels: Tensor
+    class_names: tuple[str, ...]
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        bad = self.labels[(self.labels < MISSING) | (self.labels >= len(self.class_names))]
+        if len(bad):
+            seen = f"{self.name!r} holds label {int(bad[0])} but names {len(self.class_names)} classes"
+            raise ValueError(f"{seen}; pass 0 to {len(self.class_names) - 1}, or {MISSING} where there is none")
+
+    def at(self, index: Tensor) -> LabelColumn:
+        """The rows at these positions."""
+        return replace(self, labels=self.labels[index])
+
+
 class Samples(ABC):
     """A map-style data set that may be larger than memory.
 
@@ -46,9 +84,10 @@ class Samples(ABC):
         modality: "image", "audio", "motion" or "video".
         num_classes: 0 for unlabelled data.
         class_names: One name per class, or empty.
-        fingerprint: Changes whenever the content does.
+        fingerprint: Changes whenever the content does; further label columns, which no model sees, do not count.
         labels: Shape (n,), int64, in [0, num_classes), or None for unlabelled data. In memory, unlike the samples.
         ids: Shape (n,), int64; in memory too.
+        columns: Further labels, for probes.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +97,12 @@ class Samples(ABC):
     fingerprint: str
     labels: Tensor | None
     ids: Tensor
+    columns: tuple[LabelColumn, ...] = ()
+
+    @property
+    def form(self) -> Form | None:
+        """How what a model makes of such samples becomes what people look at and hear; None for images and latents."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,10 +121,11 @@ class TensorSamples(Samples):
         ids: Shape (n,); positions where not given.
         mask: Shape (n, *grid), bool, see `Batch`; padding becomes 0.
         fingerprint: A hash of the content where not given.
+        columns: Further labels, one row per sample.
 
     Raises:
-        ValueError: If the numbers of samples, labels and ids differ, a label is no class, a sample is not finite, or
-            one is nothing but padding.
+        ValueError: If the numbers of samples, labels, ids and rows of a column differ, a label is no class, a sample is
+            not finite, or one is nothing but padding.
     """
 
     def __init__(
@@ -92,11 +138,17 @@ class TensorSamples(Samples):
         modality: str = "image",
         class_names: tuple[str, ...] = (),
         fingerprint: str | None = None,
+        columns: tuple[LabelColumn, ...] = (),
     ) -> None:
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"{len(x)} samples but {len(labels)} labels; pass one label per sample")
         if ids is not None and len(ids) != len(x):
             raise ValueError(f"{len(x)} samples but {len(ids)} ids; pass one id per sample")
+        for column in columns:
+            if len(column.labels) != len(x):
+                rows = len(column.labels)
+                raise ValueError(f"{len(x)} samples but {rows} labels in {column.name!r}; pass one label per sample")
+        self.columns = columns
         self.mask = None if mask is None else _some_real(mask, x)
         if self.mask is not None:
             x = torch.where(self.mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
@@ -132,7 +184,12 @@ class Subset(Samples):
         self.num_classes, self.class_names = samples.num_classes, samples.class_names
         self.labels = None if samples.labels is None else samples.labels[self.indices]
         self.ids = samples.ids[self.indices]
+        self.columns = tuple(column.at(self.indices) for column in samples.columns)
         self.fingerprint = f"{samples.fingerprint}/{name}-{content_hash(self.indices)[:8]}"
+
+    @property
+    def form(self) -> Form | None:
+        return self.samples.form
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.base import Batch, Samples, content_hash, pixels_to_float
+from layerprobe.data.base import Batch, LabelColumn, Samples, content_hash, pixels_to_float
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MEMORY_BUDGET_BYTES = 2 * 2**30
 
 _IMAGE_COLUMNS = ("image", "img", "images")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # Not every format that Pillow knows: some of them start other programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
@@ -47,6 +47,8 @@ def load_images(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    probe_labels: str = "",
+    skip_bad: int = 0,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
 ) -> dict[str, Samples]:
     """The parts of an image data set by name ("train", "test", ...).
@@ -62,6 +64,9 @@ def load_images(
         split: The only part to read.
         image_column: Where the images are; found by type and name where not given.
         label_column: Where the labels are; see `tables.label_column`. Without one the samples are unlabelled.
+        probe_labels: Further label columns, see `tables.further_columns`.
+        skip_bad: So many images of each part may be unreadable and are left out. All are then decoded once beforehand:
+            a damaged one may have a sound header.
         memory_budget_bytes: If all pixels fit, an image is decoded on first access and kept as uint8, else it is
             decoded at every access. The values are the same.
 
@@ -72,25 +77,47 @@ def load_images(
         raise ValueError(f"--size is {size}; pass a positive number of pixels")
     if channels not in (None, 1, 3):
         raise ValueError(f"--channels is {channels}; pass 1 (grey) or 3 (colour)")
-    parts = tables.read(source, suffixes=_SUFFIXES, split=split)
+    if skip_bad < 0:
+        raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
+    parts = _read(source, split)
     column = _image_column(parts, image_column)
-    labels, class_names = tables.read_labels(parts, tables.label_column(parts, label_column))
+    labels_in = tables.label_column(parts, label_column)
+    labels, class_names = tables.read_labels(parts, labels_in)
+    columns = tables.read_columns(parts, tables.further_columns(probe_labels, labels_in))
     images = {name: EncodedImages(rows, column, part=name) for name, rows in parts.items()}
-    headers = {name: part.headers() for name, part in images.items()}
+    headers = {name: part.headers(skip_bad=skip_bad) for name, part in images.items()}
     shape = _common_shape(images, headers, size, channels)
     num_bytes = sum(len(part) for part in images.values()) * int(np.prod(shape))
     return {
         name: ImageSamples(
             images[name],
             shape,
-            labels=labels[name],
+            labels=None if own is None else own[images[name].row_numbers],
             class_names=class_names,
             first_id=tables.first_id(name),
             content=headers[name].content,
             keep=num_bytes <= memory_budget_bytes,
+            columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
         )
-        for name in parts
+        for name, own in labels.items()
     }
+
+
+def _read(source: str | Path, split: str | None) -> dict[str, Dataset]:
+    """Rows of encoded images.
+
+    `datasets` would leave out images that a metadata.csv does not name, and the classes of their folders.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir() or next(root.rglob("metadata.csv"), None) is None:
+        return tables.read(source, suffixes=SUFFIXES, split=split)
+    from datasets import Image
+
+    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    for name, rows in parts.items():
+        if tables.FILE in rows.features:
+            parts[name] = rows.rename_column(tables.FILE, "image").cast_column("image", Image(decode=False))
+    return parts
 
 
 class ImageSamples(Samples):
@@ -104,6 +131,7 @@ class ImageSamples(Samples):
         first_id: The id of row 0.
         content: A hash of the encoded images.
         keep: Keep what was decoded in memory, as uint8.
+        columns: Further labels.
     """
 
     def __init__(
@@ -116,12 +144,13 @@ class ImageSamples(Samples):
         first_id: int,
         content: str,
         keep: bool,
+        columns: tuple[LabelColumn, ...] = (),
     ) -> None:
-        self.shape, self.modality = shape, "image"
+        self.shape, self.modality, self.columns = shape, "image", columns
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
-        self.ids = torch.arange(first_id, first_id + len(images))
+        self.ids = first_id + images.row_numbers
         self.fingerprint = content_hash("images, version 1", content, shape, labels, class_names, first_id)
-        self._images = images
+        self.images = images
         # Memory that was never written to costs nothing: pages are handed out as images are decoded.
         self._pixels = torch.empty((len(images), *shape), dtype=torch.uint8) if keep else None
         self._decoded = torch.zeros(len(images), dtype=torch.bool)
@@ -136,10 +165,10 @@ class ImageSamples(Samples):
 
     def _read(self, index: Tensor) -> Tensor:
         if self._pixels is None:
-            return self._images.decode(index, self.shape)
+            return self.images.decode(index, self.shape)
         new = torch.tensor(sorted(set(index[~self._decoded[index]].tolist())), dtype=torch.long)
         if len(new):
-            self._pixels[new] = self._images.decode(new, self.shape)
+            self._pixels[new] = self.images.decode(new, self.shape)
             self._decoded[new] = True
         return self._pixels[index]
 
@@ -153,7 +182,13 @@ class _Headers:
 
 
 class EncodedImages:
-    """One column of encoded images."""
+    """One column of encoded images.
+
+    Attributes:
+        rows: Those that are kept.
+        row_numbers: Their places in the data, shape (n,).
+        bad: What is wrong with the images that were left out, by name.
+    """
 
     def __init__(self, rows: Dataset, column: str, *, part: str) -> None:
         from datasets import Image
@@ -162,11 +197,20 @@ class EncodedImages:
         is_image = isinstance(rows.features[column], Image)
         self.rows = rows.cast_column(column, Image(decode=False)) if is_image else rows
         self.column, self.part = column, part
+        self.row_numbers = torch.arange(len(self.rows))
+        self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def headers(self) -> _Headers:
+    def headers(self, *, skip_bad: int = 0) -> _Headers:
+        """What the headers say, after up to `skip_bad` images that cannot be read have been left out.
+
+        Raises:
+            ValueError: If more cannot be read, or none can.
+        """
+        if skip_bad:
+            self._leave_out_bad(skip_bad)
         shapes, digest = np.empty((len(self), 3), np.int64), hashlib.sha256()
         for start in range(0, len(self), 256):
             index = range(start, min(start + 256, len(self)))
@@ -176,6 +220,25 @@ class EncodedImages:
                 with self._errors(row):
                     shapes[row] = _shape(encoded)
         return _Headers(shapes, digest.hexdigest())
+
+    def _leave_out_bad(self, skip_bad: int) -> None:
+        kept = []
+        for row in range(len(self)):
+            try:
+                (encoded,) = self._encoded([row])
+                with self._errors(row):
+                    decode_image(encoded, _shape(encoded))
+            except ValueError as error:
+                self.bad[self.name(row)] = tables.one_line(error.__cause__ or error)
+                if len(self.bad) > skip_bad:
+                    seen = f"{len(self.bad)} images cannot be read, --skip-bad allows {skip_bad}"
+                    raise ValueError(f"{seen}; the last: {error}") from error
+            else:
+                kept.append(row)
+        if not kept:
+            seen = next(f"{name}: {error}" for name, error in self.bad.items())
+            raise ValueError(f"{self.part} has no image that can be read; the first is {seen}; pass other data")
+        self.rows, self.row_numbers = self.rows.select(kept), self.row_numbers[kept]
 
     def decode(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The images in these rows as uint8, shape (B, *shape)."""
@@ -189,7 +252,7 @@ class EncodedImages:
     def name(self, row: int) -> str:
         item = self.rows[row][self.column]
         path = item.get("path") if isinstance(item, dict) else None
-        return f"image {row} of {self.part}" + (f" ({path})" if path else "")
+        return f"image {int(self.row_numbers[row])} of {self.part}" + (f" ({path})" if path else "")
 
     def _encoded(self, index: Sequence[int]) -> Iterator[bytes]:
         items = self.rows[index][self.column] if len(index) else []
@@ -197,7 +260,7 @@ class EncodedImages:
             encoded = item["bytes"] if isinstance(item, dict) else item
             if encoded is None:
                 if not isinstance(item, dict) or item.get("path") is None:
-                    raise ValueError(f"image {row} of {self.part} is empty; remove it")
+                    raise ValueError(f"{self.name(row)} is empty; remove it")
                 with self._errors(row):
                     encoded = Path(item["path"]).read_bytes()
             yield encoded
@@ -210,7 +273,8 @@ class EncodedImages:
         except MemoryError:
             raise
         except Exception as error:
-            raise ValueError(f"{self.name(row)} cannot be read: {tables.one_line(error)}; mend or remove it") from error
+            seen = f"{self.name(row)} cannot be read: {tables.one_line(error)}"
+            raise ValueError(f"{seen}; mend or remove it, or pass --skip-bad 1 or more") from error
 
 
 def _open(encoded: bytes) -> Image:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerprobe.data.base import Batch, Samples, content_hash
+from layerprobe.data.base import Batch, LabelColumn, Samples, content_hash
 from layerprobe.files import MissingWeights, claim, whole, write_text
 from layerprobe.noise import NoiseKey
 
@@ -98,7 +98,7 @@ def encode(
     once and does not need diffusers.
 
     Args:
-        samples: Images, shape (3, H, W) in [-1, 1]; labels and ids are kept.
+        samples: Images, shape (3, H, W) in [-1, 1]; labels, further columns and ids are kept.
         vae_folder: What `save_pretrained` wrote, with safetensors weights; or a pipeline with such a `vae` in it.
         cache_folder: Made if it is not there; may hold other encodings too.
         scale: Instead of the `scaling_factor` of the autoencoder's configuration.
@@ -128,6 +128,7 @@ def encode(
         labels=samples.labels,
         ids=samples.ids,
         class_names=samples.class_names,
+        columns=samples.columns,
         shift=shift,
         scale=factor,
         posterior_seed=seed,
@@ -199,6 +200,7 @@ class LatentSamples(Samples):
         labels: Shape (n,), integers, or None.
         ids: Shape (n,); rows where not given.
         class_names: One per class, or empty.
+        columns: Further labels.
         shift: Taken off z, a number or shape (C, 1, 1).
         scale: Multiplies it then, likewise.
         posterior_seed: Of the draws of z where mean and standard deviation are stored, (2C, H, W); None where z is.
@@ -215,6 +217,7 @@ class LatentSamples(Samples):
         labels: Tensor | None,
         ids: Tensor | None = None,
         class_names: tuple[str, ...] = (),
+        columns: tuple[LabelColumn, ...] = (),
         shift: Tensor,
         scale: Tensor,
         posterior_seed: int | None = None,
@@ -229,7 +232,7 @@ class LatentSamples(Samples):
             raise ValueError(f"{rows.name(0)} has {channels} channels, which is no mean and deviation; encode it again")
         self.shape = (channels if posterior_seed is None else channels // 2, *grid)
         self.modality = "image"
-        self.labels, self.class_names = labels, class_names
+        self.labels, self.class_names, self.columns = labels, class_names, columns
         self.num_classes = 0 if labels is None else len(class_names) or int(labels.max()) + 1
         self.ids = torch.arange(len(rows)) if ids is None else ids
         self.fingerprint = content_hash("latents, version 1", content, shift, scale, posterior_seed, labels, self.ids)

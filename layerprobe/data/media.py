@@ -7,11 +7,12 @@ samples carry, so that what a model makes can be turned back.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.base import Batch, Samples, content_hash
+from layerprobe.data.base import MISSING, Batch, LabelColumn, Samples, content_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from layerprobe.data.forms import Form
 
 MEMORY_BUDGET_BYTES = 2 * 2**30
 
@@ -90,8 +93,10 @@ class MediaSamples(Samples):
         class_names: tuple[str, ...],
         normalisation: Normalisation | None,
         first_id: int,
+        columns: tuple[LabelColumn, ...] = (),
     ) -> None:
         self.shape, self.modality = shape, items.decoder.modality
+        self.columns = columns
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
         self.ids = first_id + items.rows_kept
         self.normalisation = normalisation
@@ -99,19 +104,28 @@ class MediaSamples(Samples):
         self.fingerprint = content_hash(
             "media, version 1", items.content, repr(items.decoder), shape, labels, class_names, first_id, statistics
         )
-        self._items = items
+        self.items = items
         lengths = items.shapes[:, items.decoder.time_axis]
         self._padded = bool((lengths < shape[items.decoder.time_axis]).any())
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def form(self) -> Form:
+        from layerprobe.data.forms import form_of
+
+        statistics = self.normalisation
+        return form_of(
+            self.items, self.shape, labels=self.labels, num_classes=self.num_classes, normalisation=statistics
+        )
+
     def batch(self, indices: Sequence[int]) -> Batch:
         index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
         x = torch.zeros(len(index), *self.shape)
         mask = torch.zeros(len(index), *self.shape[1:], dtype=torch.bool)
         for row, (place, real) in enumerate(zip(x, mask, strict=True)):
-            values = _middle(self._items[int(index[row])], self.shape, self._items.decoder.time_axis)
+            values = _middle(self.items[int(index[row])], self.shape, self.items.decoder.time_axis)
             inside = tuple(slice(edge) for edge in values.shape)
             place[inside] = values if self.normalisation is None else self.normalisation.apply(values)
             real[inside[1:]] = True
@@ -135,6 +149,7 @@ class Items:
         rows_kept: Their rows, shape (n,).
         content: A hash of all items.
         bad: What is wrong with the items that were left out, by name.
+        column: Where they are.
 
     Raises:
         ValueError: If an item cannot be decoded and no more may be left out, or none is left.
@@ -145,7 +160,7 @@ class Items:
     ) -> None:
         self.decoder, self.part = decoder, part
         self.bad: dict[str, str] = {}
-        self._rows, self._column = undecoded(rows.select_columns(column), column), column
+        self._rows, self.column = undecoded(rows.select_columns(column), column), column
         self._rows = self._rows.with_format(decoder.row_format)
         self._values: dict[int, Tensor] = {}
         digest, shapes, kept = hashlib.sha256(), [], []
@@ -166,7 +181,8 @@ class Items:
             if budget_bytes >= 0:
                 self._values[row] = value
         if not kept:
-            raise ValueError(f"{part} has no item that can be read; {self._complaint(skip_bad)}")
+            seen = next(f"{name}: {said}" for name, said in self.bad.items())
+            raise ValueError(f"{part} has no item that can be read; the first is {seen}; pass other data")
         self.shapes, self.rows_kept, self.content = torch.tensor(shapes), torch.tensor(kept), digest.hexdigest()
 
     def __len__(self) -> int:
@@ -180,11 +196,15 @@ class Items:
     def __getitem__(self, index: int) -> Tensor:
         row = int(self.rows_kept[index])
         found = self._values.get(row)
-        return self.decoder(self._rows[row][self._column]) if found is None else found
+        return self.decoder(self._rows[row][self.column]) if found is None else found
+
+    def undecoded(self, index: int) -> Any:
+        """The item as the data holds it."""
+        return self._rows[int(self.rows_kept[index])][self.column]
 
     def name(self, row: int) -> str:
         """For people."""
-        item = self._rows[row][self._column]
+        item = self._rows[row][self.column]
         path = item if isinstance(item, str) else item.get("path") if isinstance(item, dict) else None
         return f"item {row} of {self.part}" + (f" ({path})" if path else "")
 
@@ -202,6 +222,7 @@ def load_media(
     decoder: Decoder,
     *,
     label_column: str | None = None,
+    probe_labels: str = "",
     length: int | None = None,
     skip_bad: int = 0,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
@@ -213,6 +234,7 @@ def load_media(
         column: Where the items are.
         decoder: How they are decoded.
         label_column: As in `tables.label_column`.
+        probe_labels: Further label columns, comma-separated; a list in one of them labels every frame of its item.
         length: Along the axis of time; the longest item's where not given.
         skip_bad: So many items of each part may be unreadable and are left out.
         memory_budget_bytes: Decoded items are kept up to this size, the others are decoded at every access.
@@ -224,7 +246,11 @@ def load_media(
         raise ValueError(f"--length is {length}; pass at least 1")
     if skip_bad < 0:
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
-    labels, class_names = tables.read_labels(parts, tables.label_column(parts, label_column))
+    labels_in = tables.label_column(parts, label_column)
+    labels, class_names = tables.read_labels(parts, labels_in)
+    further = tables.further_columns(probe_labels, labels_in)
+    framed = {name: tables.read_frame_labels(parts, name) for name in further if tables.holds_lists(parts, name)}
+    columns = tables.read_columns(parts, [name for name in further if name not in framed])
     items = {}
     for name, rows in parts.items():
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
@@ -241,6 +267,15 @@ def load_media(
             class_names=class_names,
             normalisation=statistics,
             first_id=tables.first_id(name),
+            columns=(
+                *(column.at(part.rows_kept) for column in columns[name]),
+                *(
+                    LabelColumn(
+                        column, _frame_labels(part, column, rows[name], shape), class_names, decoder.time_axis - 1
+                    )
+                    for column, (rows, class_names) in framed.items()
+                ),
+            ),
         )
     return samples
 
@@ -277,12 +312,22 @@ def _checked(value: Tensor) -> Tensor:
 
 def undecoded(rows: Dataset, column: str) -> Dataset:
     """The rows with what `datasets` would decode left as bytes and paths: it needs other packages than we do."""
+    feature = _undecoded(rows.features[column])
+    if feature is None:
+        return rows
+    rows = copy.deepcopy(rows)
+    rows.info.features[column] = feature  # All that a cast does, which would write a copy of the data for lists.
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """The type of a column, or of what its lists hold, without decoding; None where nothing is decoded anyway."""
     from datasets import Audio, Image, Video
 
-    feature = rows.features[column]
     if isinstance(feature, (Audio, Image, Video)):
-        return rows.cast_column(column, type(feature)(decode=False))
-    return rows
+        return type(feature)(decode=False)
+    inner = _undecoded(feature.feature) if hasattr(feature, "feature") else None
+    return None if inner is None else replace(feature, feature=inner)
 
 
 def _common_shape(items: Mapping[str, Items], time_axis: int, length: int | None) -> tuple[int, ...]:
@@ -304,6 +349,27 @@ def _middle(values: Tensor, shape: tuple[int, ...], time_axis: int) -> Tensor:
     """At most `shape[time_axis]` steps, from the middle."""
     extra = max(values.shape[time_axis] - shape[time_axis], 0)
     return values.narrow(time_axis, extra // 2, values.shape[time_axis] - extra)
+
+
+def _frame_labels(items: Items, column: str, rows: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The labels of the frames that samples keep, shape (n, frames), `MISSING` where there is none.
+
+    Args:
+        items: The n items.
+        column: Where the labels are, for errors.
+        rows: A label per frame of each row of the data, before a stride; empty for a row without labels.
+        shape: Of a sample.
+    """
+    axis = items.decoder.time_axis
+    labels = torch.full((len(items), shape[axis]), MISSING)
+    for place, row, steps in zip(labels, items.rows_kept.tolist(), items.shapes[:, axis].tolist(), strict=True):
+        own = rows[row][:: getattr(items.decoder, "stride", 1)] if len(rows[row]) != steps else rows[row]
+        if len(own) not in (0, steps):
+            seen = f"{items.name(row)} has {steps} frames but {len(rows[row])} labels in {column!r}"
+            raise ValueError(f"{seen}; pass a label for every frame")
+        kept = _middle(own, shape[axis : axis + 1], 0)
+        place[: len(kept)] = kept
+    return labels
 
 
 def _statistics(items: Items) -> Normalisation:

@@ -2,7 +2,8 @@
 
 A clip is (frames, joints, 3) or (frames, 3 joints), or any (frames, channels); a sample is (channels, frames), on a
 1-D grid. Positions become relative to where the first joint stands in the first frame, on the two axes of the floor:
-a walk looks the same wherever it begins.
+a walk looks the same wherever it begins. Where a root is named, it takes the part of the first joint, and the other
+joints become relative to it in every frame: a pose then looks the same wherever the walk has got to.
 
 Source of the BVH format: Meredith & Maddock 2001, "Motion capture file formats explained".
 """
@@ -10,7 +11,7 @@ Source of the BVH format: Meredith & Maddock 2001, "Motion capture file formats 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,13 @@ class MotionDecoder(Decoder):
     Attributes:
         stride: Every stride-th frame is kept.
         up_axis: 0, 1 or 2: the axis that is not of the floor; None leaves positions where they are.
+        root: The joint that the others are relative to in every frame, or None. Bodies cross a room of metres while
+            limbs move by centimetres, and a channel that holds both is learned to a share of the metres.
     """
 
     stride: int = 1
     up_axis: int | None = 1
+    root: int | None = field(default=None, repr=False)  # data without one keeps its fingerprint
     modality = "motion"
     row_format = "numpy"  # nested lists of Python numbers take ten times as long
 
@@ -54,11 +58,24 @@ class MotionDecoder(Decoder):
         if frames.ndim != 2 or not frames.size:
             raise ValueError(f"it has shape {frames.shape}, not (frames, channels) or (frames, joints, 3)")
         frames = frames[:: self.stride]
-        if self.up_axis is not None and frames.shape[1] % 3 == 0:
+        if self.root is not None:
+            frames = self._about_root(frames)
+        elif self.up_axis is not None and frames.shape[1] % 3 == 0:
             origin = frames[0, :3].copy()
             origin[self.up_axis] = 0
             frames = frames - np.tile(origin, frames.shape[1] // 3)
         return torch.from_numpy(np.ascontiguousarray(frames.T)).float()
+
+    def _about_root(self, frames: Floats) -> Floats:
+        assert self.root is not None and self.up_axis is not None
+        if frames.shape[1] % 3 or not 0 <= self.root < frames.shape[1] // 3:
+            raise ValueError(f"it has {frames.shape[1]} channels, of which none are the 3 of joint {self.root}")
+        joints = frames.reshape(len(frames), -1, 3)
+        place = joints[:, self.root].copy()
+        place[:, self.up_axis] = 0
+        about = joints - place[:, None]
+        about[:, self.root] += place - place[0]
+        return about.reshape(len(frames), -1)
 
 
 def load_motion(
@@ -67,9 +84,11 @@ def load_motion(
     length: int | None = None,
     stride: int = 1,
     up_axis: int | None = 1,
+    root_joint: int | None = None,
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
+    probe_labels: str = "",
     skip_bad: int = 0,
 ) -> dict[str, Samples]:
     """The parts of a motion data set.
@@ -80,9 +99,11 @@ def load_motion(
         length: Frames of a sample, after the stride.
         stride: Every stride-th frame is kept.
         up_axis: See `MotionDecoder`.
+        root_joint: Its `root`, counted from 0: the pelvis or what else carries the body.
         split: The only part to read.
         column: Where the clips are; found by name where not given.
         label_column: Where the labels are.
+        probe_labels: Further label columns, see `load_media`.
         skip_bad: See `load_media`.
 
     Raises:
@@ -92,8 +113,12 @@ def load_motion(
         raise ValueError(f"--stride is {stride}; pass at least 1")
     parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
     found = tables.item_column(parts, column, usual=COLUMNS, what="motion", fits=holds_motion)
-    decoder = MotionDecoder(stride, up_axis)
-    return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
+    if root_joint is not None and up_axis is None:
+        raise ValueError("--root-joint needs a floor to move on; pass up_axis 0, 1 or 2")
+    decoder = MotionDecoder(stride, up_axis, root_joint)
+    return load_media(
+        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+    )
 
 
 def holds_motion(feature: Any) -> bool:

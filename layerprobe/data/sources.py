@@ -6,11 +6,11 @@ import inspect
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerprobe.data import audio, motion, tables, video
+from layerprobe.data import audio, images, motion, tables, video
 from layerprobe.data.audio import load_audio
 from layerprobe.data.base import Samples, Splits
 from layerprobe.data.digits import digits
@@ -20,6 +20,9 @@ from layerprobe.data.motion import load_motion
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
 from layerprobe.data.video import load_video
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def load(
@@ -95,21 +98,40 @@ LOADERS: dict[str, Callable[..., dict[str, Samples]]] = {
 }
 
 
+def read_table(source: str | Path, modality: str, *, split: str | None = None) -> dict[str, Dataset]:
+    """The rows of a data set by part, as the loader of this modality sees them.
+
+    Raises:
+        ValueError: As `load` does.
+    """
+    if modality == "image":
+        return tables.read(source, suffixes=images.SUFFIXES, split=split)
+    suffixes = {"audio": audio.SUFFIXES, "motion": motion.SUFFIXES, "video": video.SUFFIXES}
+    if modality not in suffixes:
+        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
+    return tables.read_items(source, suffixes=suffixes[modality], split=split)
+
+
 def guess_modality(source: str | Path, *, split: str | None = None) -> str:
     """What a data set holds: by the files' endings, else by the names and types of its columns; "image" in doubt."""
     root = Path(source).expanduser()
     if root.is_dir():
         endings = {file.suffix.lower() for file in root.rglob("*")}
         for modality, suffixes in (("audio", audio.SUFFIXES), ("motion", motion.SUFFIXES), ("video", video.SUFFIXES)):
-            if endings & set(suffixes) - {".gif"} and not endings & {".parquet", ".arrow"}:
+            if endings & set(suffixes) - {".gif"} and not endings & tables.TABLES.keys():
                 return modality
-    if not root.exists() or (root.is_dir() and not endings & {".parquet", ".arrow"}):
+    if not root.exists() or (root.is_dir() and not endings & tables.TABLES.keys()):
         return "image"
     features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
     for name, feature in features.items():
         if motion.holds_motion(feature):
             return "motion"
-        if tables.holds_bytes(feature) and (name in audio.COLUMNS or type(feature).__name__ == "Audio"):
+        ending = f".{name}"  # webdataset's columns are called so
+        if tables.holds_bytes(feature) and (name in audio.COLUMNS or ending in audio.SUFFIXES):
+            return "audio"
+        if tables.holds_bytes(feature) and ending in video.SUFFIXES and ending != ".gif":
+            return "video"
+        if type(feature).__name__ == "Audio":
             return "audio"
         if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
             return "video"

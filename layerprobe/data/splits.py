@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.data.base import Samples, Splits, Subset
+from layerprobe.data.base import MISSING, Samples, Splits, Subset
 
 # What probing reads at most unless told otherwise: more changes no conclusion and takes proportionally longer.
 PROBING_COUNTS = {"fit": 8000, "choose": 2000, "report": 5000}
@@ -90,13 +90,54 @@ def take(
 
 
 def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
-    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_fit, num_choose, num_report)."""
+    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_fit, num_choose, num_report).
+
+    Splits are stratified by the class alone, so a class of a further column may be absent from one.
+
+    Raises:
+        ValueError: If a further column does not allow a probe, see `check_probed`.
+    """
     counts = {
         f"num_{name}": min(len(samples), PROBING_COUNTS[name])
         for name, samples in splits.items()
         if f"num_{name}" not in given
     }
-    return take(splits, **counts)
+    taken = take(splits, **counts)
+    for columns in zip(*(samples.columns for _, samples in taken.items()), strict=True):
+        names = (name for name, _ in taken.items())
+        check_probed(columns[0].name, {name: c.labels.numpy() for name, c in zip(names, columns, strict=True)})
+    return taken
+
+
+def known_labels(labels: NDArray[np.int64], fit_labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which labels of a further column a probe can get right: those whose class the fit split has.
+
+    Args:
+        labels: Any shape.
+        fit_labels: Those of the fit split.
+
+    Returns:
+        As `labels`.
+    """
+    known: NDArray[np.bool_] = (labels != MISSING) & np.isin(labels, fit_labels)
+    return known
+
+
+def check_probed(name: str, labels: Mapping[str, NDArray[np.int64]]) -> None:
+    """Raises ValueError if a probe cannot be fitted, chosen and scored on a further label column.
+
+    Args:
+        name: Of the column.
+        labels: Of the samples of "fit", "choose" and "report".
+    """
+    remedy = f"pass a larger --num-fit, or leave {name!r} out of --probe-labels"
+    num_classes = len(np.unique(labels["fit"][labels["fit"] != MISSING]))
+    if num_classes < 2:
+        seen = "one class" if num_classes else "no label"
+        raise ValueError(f"{name!r} has {seen} in the fit split, and a probe needs two classes; {remedy}")
+    for split, those in labels.items():
+        if not known_labels(those, labels["fit"]).any():
+            raise ValueError(f"no label of {name!r} in the {split} split has a class that the fit split has; {remedy}")
 
 
 def keyed_order(samples: Samples, *, seed: int) -> Tensor:
@@ -164,6 +205,9 @@ def _check_related(train: Samples, held_out: Samples) -> None:
             f"train has {train.num_classes} classes and test has {held_out.num_classes}, or their names differ; "
             "pass parts of one data set"
         )
+    kinds = [{column.name: column.class_names for column in part.columns} for part in (train, held_out)]
+    if kinds[0] != kinds[1]:
+        raise ValueError("train and test have other further label columns or classes; pass parts of one data set")
 
 
 def _check_class_sizes(samples: Samples) -> None:

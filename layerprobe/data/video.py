@@ -49,8 +49,8 @@ class VideoDecoder(Decoder):
             frames = [decode_image(file_bytes(frame).getvalue(), shape) for frame in item[:: self.stride]]
         else:
             frames = [self._pixels(frame) for frame in self._file_frames(item)]
-        if not frames:
-            raise ValueError("it has no frames")
+        if len(frames) < 2:
+            raise ValueError(f"it has {'one frame' if frames else 'no frames'}, and a video has several")
         return pixels_to_float(torch.from_numpy(np.stack(frames, axis=1)))
 
     def _file_frames(self, item: Any) -> list[Image]:
@@ -80,6 +80,7 @@ def load_video(
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
+    probe_labels: str = "",
     skip_bad: int = 0,
 ) -> dict[str, Samples]:
     """The parts of a video data set.
@@ -94,6 +95,7 @@ def load_video(
         split: The only part to read.
         column: Where the clips are; found by name where not given.
         label_column: Where the labels are.
+        probe_labels: Further label columns, see `load_media`.
         skip_bad: See `load_media`.
 
     Raises:
@@ -107,7 +109,9 @@ def load_video(
     if found == tables.FILE:
         needed("av", "video")
     decoder = VideoDecoder(size, channels, stride)
-    return load_media(parts, found, decoder, label_column=label_column, length=length, skip_bad=skip_bad)
+    return load_media(
+        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+    )
 
 
 def holds_video(feature: Any) -> bool:

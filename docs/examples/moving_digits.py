@@ -1,0 +1,97 @@
+"""Labelled video out of MNIST: one handwritten digit a clip, moving in one of eight directions.
+
+    python moving_digits.py MNIST moving-digits --clips 4000
+
+The picture has no edges: what leaves on one side comes back on the other. So every place is equally likely in every
+frame, no single frame tells the direction, and a clip may be shown as a loop. The parts "train" and "test" keep to the
+digits of MNIST's parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, disable_progress_bars, load_dataset
+from PIL import Image as Pillow
+
+FRAMES, SIZE, SPEED = 16, 32, 2  # frames of a clip, pixels of a side, pixels from frame to frame along an axis
+# Rows and columns of a step, clockwise.
+DIRECTIONS = {
+    "up": (-1, 0),
+    "up-right": (-1, 1),
+    "right": (0, 1),
+    "down-right": (1, 1),
+    "down": (1, 0),
+    "down-left": (1, -1),
+    "left": (0, -1),
+    "up-left": (-1, -1),
+}
+FEATURES = Features(
+    {
+        "video": Sequence(Image()),
+        "digit": ClassLabel(names=[str(digit) for digit in range(10)]),
+        "direction": ClassLabel(names=list(DIRECTIONS)),
+    }
+)
+
+
+def moving_digits(mnist: Dataset, clips: int, *, seed: int) -> Dataset:
+    """Clips of digits drawn from `mnist`: each digit once while there are enough, all directions equally often.
+
+    Args:
+        mnist: Rows with a column "image" of at most 32 x 32 pixels and a column "label", 0 to 9.
+        clips: How many.
+        seed: Of digits, directions and places; the first clips are the same whatever their number.
+    """
+    digits = np.random.default_rng([seed, 0]).permutation(len(mnist))
+    directions = np.random.default_rng([seed, 1])
+    places = np.random.default_rng([seed, 2])
+    rows = []
+    for clip in range(clips):
+        if clip % len(DIRECTIONS) == 0:
+            order = directions.permutation(len(DIRECTIONS))
+        digit, direction = mnist[int(digits[clip % len(digits)])], int(order[clip % len(DIRECTIONS)])
+        step = list(DIRECTIONS.values())[direction]
+        frames = moved(np.asarray(digit["image"].convert("L")), step, place=places.integers(SIZE, size=2))
+        rows.append({"video": [png(frame) for frame in frames], "digit": digit["label"], "direction": direction})
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def moved(digit: Any, step: tuple[int, int], *, place: Any) -> list[Any]:
+    """Frames (32, 32) of a digit that starts at a place, row and column, and goes the step `SPEED` times each frame."""
+    canvas = np.zeros((SIZE, SIZE), np.uint8)
+    canvas[: digit.shape[0], : digit.shape[1]] = digit
+    return [np.roll(canvas, np.add(place, np.multiply(SPEED * frame, step)), axis=(0, 1)) for frame in range(FRAMES)]
+
+
+def png(frame: Any) -> dict[str, Any]:
+    """Pixels as `datasets` keeps an encoded image."""
+    content = io.BytesIO()
+    Pillow.fromarray(frame).save(content, format="png")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def main() -> None:
+    """Writes OUT/train.parquet and OUT/test.parquet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("mnist", help="folder with train.parquet and test.parquet, or a name on the Hugging Face Hub")
+    parser.add_argument("out", type=Path, help="folder to write train.parquet and test.parquet to")
+    parser.add_argument("--clips", type=int, default=4000, help="to train on; the test part gets a tenth as many")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.clips < 80:
+        parser.error(f"--clips is {given.clips}; pass at least 80, of which the test part has each direction once")
+    disable_progress_bars()
+    parts = load_dataset(given.mnist)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for part, clips in (("train", given.clips), ("test", given.clips // 10)):
+        moving_digits(parts[part], clips, seed=given.seed).to_parquet(given.out / f"{part}.parquet")
+        print(f"{given.out / f'{part}.parquet'}: {clips} clips")
+
+
+if __name__ == "__main__":
+    main()

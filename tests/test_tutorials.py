@@ -1,0 +1,57 @@
+"""The tutorials' commands run as they are written, on a hundred items and for a few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+# What a tutorial takes time by, and what is enough to see that it runs. All other words stay as they are.
+SMALL = {
+    "--steps": "4",
+    "--checkpoint-every": "2",
+    "--batch-size": "8",
+    "--num": "4",
+    "--num-samples": "20",
+    "--num-evaluations": "1",
+    "--clips": "80",
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """What follows a `$` in the page's console blocks, as words."""
+    blocks = re.findall(r"```console\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+    return [shlex.split(line[2:]) for line in lines]
+
+
+def small(words: list[str]) -> list[str]:
+    return [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [("audio.md", "spoken-digits"), ("motion.md", "motion"), ("video.md", "mnist"), ("cifar10.md", "cifar10")],
+)
+def test_every_command_of_a_tutorial_runs(page, source, shared_data, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    Path(source).mkdir()
+    for part, rows in (("train", 160), ("test", 60)):
+        parquet.write_table(
+            parquet.read_table(shared_data / source / f"{part}.parquet").slice(0, rows), f"{source}/{part}.parquet"
+        )
+    written = commands(page)
+    assert {words[1] for words in written if words[0] == "layerprobe"} >= {"train", "probe", "confirm"}
+    for words in written:
+        if words[0] == "python":
+            program = DOCS / "examples" / Path(words[1]).name
+            subprocess.run([sys.executable, program, *small(words[2:])], check=True, capture_output=True)
+        else:
+            code, out, err = cli(*small(words[1:]))
+            assert code == 0, f"{' '.join(words)}\n{out}{err}"
