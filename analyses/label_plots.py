@@ -88,7 +88,7 @@ def _draw_column(axes: Axes, name: str, curves: _Curves, colours: Sequence[Any],
         at, layer = (int(i) for i in np.unravel_index(int(np.nanargmax(values)), values.shape))
         axes.plot(x[layer], values[at, layer], "o", color=colours[at], markeredgecolor=PAPER, markersize=8)
         short = _short_names(curves.layers)[0][layer]
-        title += f"highest: {short} at noise level {curves.levels[at]:g} ({curves.text(values[at, layer])})"
+        title += f"highest: layer {short} at noise level {curves.levels[at]:g} ({curves.text(values[at, layer])})"
     else:
         title += "nothing measured"
     axes.set_title(title)

@@ -34,6 +34,7 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 
 _MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # of a factorised Hessian
 _SAMPLES_PER_UNKNOWN, _FEW_TERMS = 20, 10_000  # of its sum
+_FEW_UNKNOWNS = 300  # for which Newton's method is at hand, where few samples lie awkwardly
 _WEAK = 0.1  # an axis of less curvature, in penalties, needs no factorised Hessian
 _MEMORY = 20  # steps that limited-memory BFGS remembers
 _FRESH = math.log(10)  # what the gap falls by, per iteration, with a fresh Hessian
@@ -412,6 +413,9 @@ def _path(
         curvature = curvature or _Curvature(problem)
         start = _start(problem, known, math.log(c))
         point, passes, converged = _minimise(problem, start, curvature, tolerance, max_passes)
+        if not converged and point.theta.numel() <= _FEW_UNKNOWNS:
+            point, more, converged = _newton(problem, point, tolerance, max_passes - passes)
+            passes += more
         known = [*known[-2:], (math.log(c), point)]
         fit_weights = point.theta[:, :-1] @ data.axes.T
         fits[c] = LogisticFit(
@@ -626,6 +630,48 @@ def _minimise(
             break
         passes += 1
     return point, passes, _is_optimal(problem, point, tolerance)
+
+
+def _newton(problem: _Problem, point: _Point, tolerance: float, max_passes: int) -> tuple[_Point, int, bool]:
+    """Newton's method in float64, damped as by Levenberg and Marquardt: slow, and sure where samples are certain.
+
+    Where nearly all are, some of them wrongly, there is a slope and no curvature, and a step of any other method goes
+    nowhere or too far.
+    """
+    damping, passes = 1e-3, 0
+    flat = torch.full_like(problem.data.variances, problem.penalty)
+    flat[-1] = 0
+    while passes < max_passes and damping < 1e12 and not _is_optimal(problem, point, tolerance):
+        hessian = _whole_hessian(problem, torch.softmax(point.logits, 0))
+        damped = flat + damping * problem.data.variances / problem.num_classes
+        hessian.diagonal().add_(damped.repeat(problem.num_classes))
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        step = torch.cholesky_solve(point.gradient.reshape(-1, 1), factor).view_as(point.theta)
+        passes += 1
+        trial = None if failed else _exact(problem, point.theta - step)
+        # At the end the objective only shows rounding, and the gradient shows the way.
+        rounding = 1e-14 * (1 + abs(point.objective))
+        if trial is not None and (
+            trial.objective < point.objective - rounding
+            or (trial.objective <= point.objective + rounding and _gap(problem, trial) < _gap(problem, point))
+        ):
+            point, damping = trial, damping / 10
+        else:
+            damping *= 10
+    return point, passes, _is_optimal(problem, point, tolerance)
+
+
+def _whole_hessian(problem: _Problem, probabilities: Tensor) -> Tensor:
+    """Of the cross-entropy by all of theta, shape (K * (r + 1), K * (r + 1)), and 1 between the biases of all classes.
+
+    The last makes up for the shift of all biases, which changes nothing.
+    """
+    (k, n), x = probabilities.shape, problem.data.exact
+    weights = torch.diag_embed(probabilities.T).permute(1, 2, 0) - probabilities[:, None] * probabilities
+    rows = (weights * problem.share).reshape(k * k, 1, n) * x
+    hessian = (rows.reshape(-1, n) @ x.T).view(k, k, len(x), len(x)).permute(0, 2, 1, 3).contiguous()
+    hessian[:, -1, :, -1] += 1.0
+    return hessian.view(k * len(x), k * len(x))
 
 
 def _is_slow(problem: _Problem, gaps: list[float], tolerance: float) -> bool:

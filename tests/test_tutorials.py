@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -20,7 +18,6 @@ SMALL = {
     "--num": "4",
     "--num-samples": "20",
     "--num-evaluations": "1",
-    "--clips": "80",
 }
 
 
@@ -32,12 +29,15 @@ def commands(page: str) -> list[list[str]]:
 
 
 def small(words: list[str]) -> list[str]:
-    return [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    # A network needs a few more steps until its weights fit its convention.
+    sizes = SMALL | ({"--steps": "60", "--warmup-steps": "10"} if words[0] == "train" else {})
+    return [sizes.get(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 
+@pytest.mark.tutorial
 @pytest.mark.parametrize(
     ("page", "source"),
-    [("audio.md", "spoken-digits"), ("motion.md", "motion"), ("video.md", "mnist"), ("cifar10.md", "cifar10")],
+    [("audio.md", "spoken-digits"), ("motion.md", "motion")],
 )
 def test_every_command_of_a_tutorial_runs(page, source, shared_data, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
@@ -47,11 +47,7 @@ def test_every_command_of_a_tutorial_runs(page, source, shared_data, tmp_path, m
             parquet.read_table(shared_data / source / f"{part}.parquet").slice(0, rows), f"{source}/{part}.parquet"
         )
     written = commands(page)
-    assert {words[1] for words in written if words[0] == "layerprobe"} >= {"train", "probe", "confirm"}
+    assert {words[1] for words in written} >= {"train", "probe", "confirm"}
     for words in written:
-        if words[0] == "python":
-            program = DOCS / "examples" / Path(words[1]).name
-            subprocess.run([sys.executable, program, *small(words[2:])], check=True, capture_output=True)
-        else:
-            code, out, err = cli(*small(words[1:]))
-            assert code == 0, f"{' '.join(words)}\n{out}{err}"
+        code, out, err = cli(*small(words[1:]))
+        assert code == 0, f"{' '.join(words)}\n{out}{err}"
