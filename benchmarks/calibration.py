@@ -210,7 +210,8 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
 def summary(verdicts: pd.DataFrame) -> pd.DataFrame:
     pool = pooled(verdicts, by="rule")[["rho", "low", "high"]]
     columns = ["regret", "regret_elsewhere", "gain", "taken", "none", "harm", "ties", "ties_within", "covered"]
-    return pool.join(verdicts.groupby("rule")[columns].mean()).loc[list(dict.fromkeys(verdicts["rule"]))]
+    means = verdicts.groupby("rule", sort=False)[columns].mean()
+    return pool.reindex(means.index).join(means)  # a rule that ranked nothing has no correlation
 
 
 def by_atlas(table: pd.DataFrame, value: str, mark: str) -> pd.DataFrame:
