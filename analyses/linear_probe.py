@@ -9,6 +9,7 @@ conditioning instead of content. So every fit comes with its gradient norm, and 
 
 The solver is limited-memory BFGS, preconditioned by a factorised Hessian where one pays. Logits and gradients
 are kept in float64 and moved by float32 products of what changed: float32 decides the time and float64 the result.
+Where that gets stuck on a problem of few unknowns, a damped Newton's method in float64 takes over.
 Penalties are solved from the strongest to the weakest, each from where the last ones point.
 """
 

@@ -251,6 +251,9 @@ def test_multilabel_equals_one_scikit_learn_fit_a_label() -> None:
     log_c=st.integers(-4, 3),
 )
 @example(seed=0, offset=1e4, scale=1.0, outliers=True, constant=True, duplicates=True, n=5, log_c=3)
+# Where the classes are certain and a sample is on the wrong side, only Newton's method arrives.
+@example(seed=235, offset=0.0, scale=1e-4, outliers=True, constant=False, duplicates=False, n=5, log_c=0)
+@example(seed=14927, offset=1e4, scale=1.0, outliers=True, constant=True, duplicates=True, n=5, log_c=3)
 @settings(max_examples=25)
 def test_the_certificate_holds_on_awkward_features(
     seed: int, offset: float, scale: float, outliers: bool, constant: bool, duplicates: bool, n: int, log_c: int
