@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-import layerprobe.analyses.linear_probe as linear_probe_module
+import layerprobe.analyses.logistic_bfgs as logistic_bfgs
 from layerprobe.analyses.linear_probe import (
     LogisticFit,
     control_probe,
@@ -107,12 +107,12 @@ def test_more_features_than_samples() -> None:
 def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     for name in ("_hessian", "_kronecker"):
-        original = getattr(linear_probe_module, name)
+        original = getattr(logistic_bfgs, name)
         monkeypatch.setattr(
-            linear_probe_module, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1]
+            logistic_bfgs, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1]
         )
-    monkeypatch.setattr(linear_probe_module, "_MAX_CLASSES", 25 if preconditioner == "close" else 0)
-    x, y = (part[:600] for part in digits())
+    monkeypatch.setattr(logistic_bfgs, "_MAX_CLASSES", 25 if preconditioner == "close" else 0)
+    x, y = (part[:1200] for part in digits())
     fit = fit_logistic_path(x, y, (1e-3, 1e-2, 0.1, 1.0))[-1]
     assert ("_hessian" in built) == (preconditioner == "close")
     assert_same_optimum(fit, x, y, sklearn_fit(x, y, 1.0))
