@@ -2,9 +2,9 @@
 
     python moving_digits.py MNIST moving-digits --clips 4000
 
-The picture has no edges: what leaves on one side comes back on the other. So every place is equally likely in every
-frame, no single frame tells the direction, and a clip may be shown as a loop. The parts "train" and "test" keep to the
-digits of MNIST's parts.
+The digit passes the middle of the picture halfway, a pixel from frame to frame, so that the way it goes is where it
+comes from. The picture has no edges: what leaves on one side comes back on the other. The parts "train" and "test" keep
+to the digits of MNIST's parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, disable_progress_bars, load_dataset
 from PIL import Image as Pillow
 
-FRAMES, SIZE, SPEED = 16, 32, 2  # frames of a clip, pixels of a side, pixels from frame to frame along an axis
+FRAMES, SIZE = 16, 32  # frames of a clip, pixels of a side
+MIDDLE = 2  # row and column at which a digit of 28 pixels stands in the middle
 # Rows and columns of a step, clockwise.
 DIRECTIONS = {
     "up": (-1, 0),
@@ -56,16 +57,17 @@ def moving_digits(mnist: Dataset, clips: int, *, seed: int) -> Dataset:
             order = directions.permutation(len(DIRECTIONS))
         digit, direction = mnist[int(digits[clip % len(digits)])], int(order[clip % len(DIRECTIONS)])
         step = list(DIRECTIONS.values())[direction]
-        frames = moved(np.asarray(digit["image"].convert("L")), step, place=places.integers(SIZE, size=2))
+        frames = moved(np.asarray(digit["image"].convert("L")), step, place=MIDDLE + places.integers(-1, 2, size=2))
         rows.append({"video": [png(frame) for frame in frames], "digit": digit["label"], "direction": direction})
     return Dataset.from_list(rows, features=FEATURES)
 
 
 def moved(digit: Any, step: tuple[int, int], *, place: Any) -> list[Any]:
-    """Frames (32, 32) of a digit that starts at a place, row and column, and goes the step `SPEED` times each frame."""
+    """Frames (32, 32) of a digit that goes the step each frame and is at a place, row and column, halfway."""
     canvas = np.zeros((SIZE, SIZE), np.uint8)
     canvas[: digit.shape[0], : digit.shape[1]] = digit
-    return [np.roll(canvas, np.add(place, np.multiply(SPEED * frame, step)), axis=(0, 1)) for frame in range(FRAMES)]
+    halfway = FRAMES // 2
+    return [np.roll(canvas, np.add(place, np.multiply(i - halfway, step)), axis=(0, 1)) for i in range(FRAMES)]
 
 
 def png(frame: Any) -> dict[str, Any]:
