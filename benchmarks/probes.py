@@ -1,7 +1,7 @@
 """A map of linear probes, 48 representations x 10 penalties, against scikit-learn at the same optimum.
 
 python benchmarks/probes.py STORE [--checkpoint C --data D]   # the map, raw and standardised
-python benchmarks/probes.py STORE --single                    # one problem at a time, 150 to 10 000 samples
+python benchmarks/probes.py STORE --single                    # one problem at a time, 110 to 10 000 samples
 
 STORE is a folder for the features of a checkpoint, made at the first call: six stages of a DDPM on MNIST at eight
 noise levels, 160 to 180 wide, 10 000 samples. Penalties are scikit-learn's own, `LogisticRegressionCV(Cs=10)`.
@@ -212,7 +212,7 @@ def limited(work: Callable[[], object], limit: float) -> float | None:
 
 def single(x: np.ndarray, y: np.ndarray) -> None:
     fit_logistic(x[:100], y[:100])  # whatever is loaded at the first call
-    for n in (n for n in (150, 500, 2000, 10_000) if n <= len(y)):
+    for n in (n for n in (110, 150, 300, 500, 1000, 2000, 10_000) if n <= len(y)):
         for c in (1e-3, 1.0, 1e3):
             part = x[:n].astype(np.float64)
             ours, fit = math.inf, None

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
+import layerprobe.analyses.linear_probe as linear_probe_module
 import layerprobe.analyses.logistic_bfgs as logistic_bfgs
 from layerprobe.analyses.linear_probe import (
     LogisticFit,
@@ -74,6 +75,18 @@ def assert_same_optimum(fit: LogisticFit, x: Array, y: Array, reference: Logisti
     assert fit.converged
 
 
+@pytest.fixture(params=["newton", "bfgs"])
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each solver by itself, whatever the number of samples: no other may finish its work."""
+    monkeypatch.setattr(linear_probe_module, "_FEW_SAMPLES", 10**9 if request.param == "newton" else 0)
+    original = linear_probe_module._solvers
+    monkeypatch.setattr(linear_probe_module, "_solvers", lambda *given: original(*given)[:1])
+
+
+by_each_solver = pytest.mark.usefixtures("solver")
+
+
+@by_each_solver
 @pytest.mark.parametrize("inverse_penalty", [1e-3, 0.1, 10.0])
 def test_equals_scikit_learn(inverse_penalty: float) -> None:
     x, y, _ = clouds(0)
@@ -84,12 +97,14 @@ def test_equals_scikit_learn(inverse_penalty: float) -> None:
     np.testing.assert_allclose(fit.weights, reference.coef_, atol=1e-4 * np.abs(reference.coef_).max())
 
 
+@by_each_solver
 @pytest.mark.parametrize("inverse_penalty", [1e-3, 1.0])
 def test_equals_scikit_learn_on_real_digits(inverse_penalty: float) -> None:
     x, y = (part[:800] for part in digits())
     assert_same_optimum(fit_logistic(x, y, inverse_penalty=inverse_penalty), x, y, sklearn_fit(x, y, inverse_penalty))
 
 
+@by_each_solver
 def test_two_classes_equal_scikit_learn_at_twice_its_penalty() -> None:
     x, y, _ = clouds(1, num_classes=2, distance=0.5)
     fit = fit_logistic(x, y, inverse_penalty=0.5)
@@ -98,6 +113,7 @@ def test_two_classes_equal_scikit_learn_at_twice_its_penalty() -> None:
     np.testing.assert_array_equal(fit.predict(x), reference.predict(x))
 
 
+@by_each_solver
 def test_more_features_than_samples() -> None:
     x, y, _ = clouds(2, n=40, width=90)
     assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
@@ -108,9 +124,7 @@ def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monk
     built = []
     for name in ("_hessian", "_kronecker"):
         original = getattr(logistic_bfgs, name)
-        monkeypatch.setattr(
-            logistic_bfgs, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1]
-        )
+        monkeypatch.setattr(logistic_bfgs, name, lambda *args, f=original, name=name: (built.append(name), f(*args))[1])
     monkeypatch.setattr(logistic_bfgs, "_MAX_CLASSES", 25 if preconditioner == "close" else 0)
     x, y = (part[:1200] for part in digits())
     fit = fit_logistic_path(x, y, (1e-3, 1e-2, 0.1, 1.0))[-1]
@@ -118,6 +132,7 @@ def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monk
     assert_same_optimum(fit, x, y, sklearn_fit(x, y, 1.0))
 
 
+@by_each_solver
 def test_separable_data_under_a_weak_penalty_converges() -> None:
     x, y, _ = clouds(3, distance=20.0)
     fit = fit_logistic(x, y, inverse_penalty=1e4)
@@ -133,6 +148,7 @@ def test_separable_data_under_a_weak_penalty_converges() -> None:
             assert objective(x, y, fit.weights + sign * nudge, fit.bias, 1e4) > fit.objective
 
 
+@by_each_solver
 def test_gradient_norm_is_the_one_of_the_plain_formula() -> None:
     x, y, _ = clouds(4)
     fit = fit_logistic(x, y, inverse_penalty=0.1, tolerance=1e-2)
@@ -142,6 +158,25 @@ def test_gradient_norm_is_the_one_of_the_plain_formula() -> None:
     expected = np.sqrt(np.sum(of_weights**2) + np.sum(residual.mean(axis=0) ** 2))
     assert fit.gradient_norm > 1e-5  # stopped early, so that there is a gradient to compare
     assert fit.gradient_norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_one_solver_leaves_the_next_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, _ = clouds(5, n=1200)
+    monkeypatch.setattr(linear_probe_module, "minimise", lambda problem, point, *given, **named: (point, 1, False))
+    assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
+    monkeypatch.setattr(linear_probe_module, "newton_cg", lambda problem, point, *given: (point, 1, False))
+    assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
+    monkeypatch.setattr(linear_probe_module, "_FEW_UNKNOWNS", 10)
+    assert not fit_logistic(x, y).converged
+
+
+def test_few_samples_have_the_same_optimum_on_any_axes() -> None:
+    """Strong penalties do without the principal axes, weak ones do not."""
+    x, y, _ = clouds(9, n=150)
+    x = x * np.linspace(0.1, 10, x.shape[1])
+    for inverse_penalty in (1e-4, 1e-3, 1e-2, 0.1, 1.0):
+        fit = fit_logistic(x, y, inverse_penalty=inverse_penalty)
+        assert_same_optimum(fit, x, y, sklearn_fit(x, y, inverse_penalty))
 
 
 def test_says_when_it_did_not_converge() -> None:
@@ -159,6 +194,7 @@ def test_an_impossible_tolerance_ends() -> None:
     assert fit.gradient_norm < 1e-10
 
 
+@by_each_solver
 def test_an_offset_in_float32_changes_nothing() -> None:
     x, y, _ = clouds(6, n=200)
     # Multiples of 1/64 survive an offset of 1e4 in float32 exactly, so any difference is the solver's.
@@ -169,6 +205,7 @@ def test_an_offset_in_float32_changes_nothing() -> None:
     np.testing.assert_array_equal(offset.predict((x + 1e4).astype(np.float32)), plain.predict(x))
 
 
+@by_each_solver
 def test_constant_features_get_no_weight() -> None:
     x, y, _ = clouds(7, n=200)
     with_constants = np.concatenate([np.full((200, 2), 0.1), x], axis=1)
@@ -177,6 +214,7 @@ def test_constant_features_get_no_weight() -> None:
     assert fit.objective == pytest.approx(fit_logistic(x, y).objective, rel=1e-10)
 
 
+@by_each_solver
 def test_only_constant_features_predict_the_commonest_class() -> None:
     y = np.array([7] * 30 + [9] * 10)
     fit = fit_logistic(np.full((40, 3), 0.1), y)
@@ -185,6 +223,7 @@ def test_only_constant_features_predict_the_commonest_class() -> None:
     assert fit.objective == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), rel=1e-9)
 
 
+@by_each_solver
 def test_path_equals_single_fits() -> None:
     x, y, _ = clouds(8)
     for inverse_penalty, fit in zip((1.0, 0.01, 0.1), fit_logistic_path(x, y, (1.0, 0.01, 0.1)), strict=True):
@@ -207,6 +246,7 @@ def test_map_equals_paths_whatever_the_number_of_workers() -> None:
                 assert fit.converged
 
 
+@by_each_solver
 @pytest.mark.parametrize("class_weight", ["balanced", {0: 3.0, 2: 0.5}])
 def test_class_weights_equal_scikit_learn(class_weight: Any) -> None:
     x, y, _ = clouds(15)
@@ -223,6 +263,7 @@ def test_class_weights_equal_scikit_learn(class_weight: Any) -> None:
     assert not np.array_equal(fit.predict(x), fit_logistic(x, y, inverse_penalty=0.1).predict(x))
 
 
+@by_each_solver
 def test_multilabel_equals_one_scikit_learn_fit_a_label() -> None:
     x, y, _ = clouds(16, distance=0.5)
     labels = np.stack([y == 0, y < 2, x[:, 0] > 0.3], axis=1).astype(int)
@@ -281,6 +322,7 @@ def test_the_certificate_holds_on_awkward_features(
     assert norm <= (1e-8 + 1e-15 * (1 + offset * np.abs(fit.weights).max())) * size * 10
 
 
+@by_each_solver
 @pytest.mark.parametrize("inverse_penalty", [1e6, 1e9, 1e12])
 def test_separable_data_and_next_to_no_penalty_end_with_a_statement(inverse_penalty: float) -> None:
     x, y, _ = clouds(3, distance=20.0)
@@ -290,6 +332,7 @@ def test_separable_data_and_next_to_no_penalty_end_with_a_statement(inverse_pena
     assert (fit.predict(x) == y).all()
 
 
+@by_each_solver
 def test_order_of_samples_changes_nothing_that_matters() -> None:
     x, y, _ = clouds(17)
     order = np.random.default_rng(0).permutation(len(y))
