@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -18,6 +20,10 @@ SMALL = {
     "--num": "4",
     "--num-samples": "20",
     "--num-evaluations": "1",
+    "--num-fit": "100",
+    "--num-choose": "40",
+    "--num-report": "16",
+    "--clips": "160",
 }
 
 
@@ -37,7 +43,7 @@ def small(words: list[str]) -> list[str]:
 @pytest.mark.tutorial
 @pytest.mark.parametrize(
     ("page", "source"),
-    [("audio.md", "spoken-digits"), ("motion.md", "motion")],
+    [("audio.md", "spoken-digits"), ("motion.md", "motion"), ("video.md", "mnist")],
 )
 def test_every_command_of_a_tutorial_runs(page, source, shared_data, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
@@ -49,5 +55,9 @@ def test_every_command_of_a_tutorial_runs(page, source, shared_data, tmp_path, m
     written = commands(page)
     assert {words[1] for words in written} >= {"train", "probe", "confirm"}
     for words in written:
+        if words[0] == "python":
+            monkeypatch.setattr(sys, "argv", small(words[1:]))
+            runpy.run_path(str(DOCS.parent / words[1]), run_name="__main__")
+            continue
         code, out, err = cli(*small(words[1:]))
         assert code == 0, f"{' '.join(words)}\n{out}{err}"
