@@ -403,11 +403,14 @@ def _standardisation(x: Features) -> tuple[Floats, Floats]:
 
 def _data(x: Tensor, inverse_penalty: float) -> Decomposition:
     """The features for penalties down to this one, per sample; few samples are solved on the CPU."""
-    if len(x) <= _FEW_SAMPLES:
-        data = undecomposed(x.cpu())
+    if len(x) > _FEW_SAMPLES:
+        return decomposed(x)
+    x = x.cpu()
+    if x.shape[1] <= _FEW_SAMPLES:
+        data = undecomposed(x)
         if inverse_penalty * data.unit**2 < 10:  # Under a strong penalty the principal axes take longer than they save.
             return data
-    return decomposed(x.cpu() if len(x) <= _FEW_SAMPLES else x)
+    return decomposed(x)
 
 
 def _path(

@@ -120,6 +120,11 @@ def test_more_features_than_samples() -> None:
     assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
 
 
+def test_many_more_features_than_samples_need_no_matrix_of_their_size() -> None:
+    x, y, _ = clouds(2, n=40, width=50_000)
+    assert fit_logistic(x, y, inverse_penalty=1e-6).converged
+
+
 @pytest.mark.parametrize("preconditioner", ["close", "cheap"])
 def test_both_preconditioners_lead_to_the_same_optimum(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []

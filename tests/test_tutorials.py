@@ -21,7 +21,7 @@ SMALL = {
     "--num-samples": "20",
     "--num-evaluations": "1",
     "--num-fit": "100",
-    "--num-choose": "40",
+    "--num-choose": "30",
     "--num-report": "16",
     "--clips": "160",
 }
