@@ -335,8 +335,8 @@ def fit_multilabel_path(
             raise ValueError(f"label {label} is on {'all' if share else 'no'} samples; leave it out")
     classes, ones = np.array([0, 1]), np.ones(len(y))
     with torch.inference_mode(), torch_threads(1 if x.size < _SMALL else torch.get_num_threads()):
-        data = decomposed(torch.as_tensor(x, device=device))
         halves = [c / 2 for c in inverse_penalties]
+        data = _data(torch.as_tensor(x, device=device), max(halves) * len(x))
         fits = [_path(data, column.astype(np.intp), classes, ones, halves, tolerance, max_passes) for column in y.T]
     return tuple(
         tuple(replace(fit, inverse_penalty=float(c)) for fit, c in zip(path, inverse_penalties, strict=True))
@@ -452,11 +452,10 @@ def _solved(
     problem: Problem, point: Point, curvature: Curvature, tolerance: float, max_passes: int
 ) -> tuple[Point, int, bool]:
     """The optimum by the solver that suits the size, or by the next where that gets stuck; and passes, converged."""
-    solvers = _solvers(problem, curvature)
     passes, converged = 0, False
-    for left, solver in zip(reversed(range(len(solvers))), solvers, strict=True):
+    for solver in _solvers(problem, curvature):
         if not converged:
-            point, more, converged = solver(problem, point, tolerance, (max_passes - passes) // (2 if left else 1))
+            point, more, converged = solver(problem, point, tolerance, max_passes - passes)
             passes += more
     return point, passes, converged
 
