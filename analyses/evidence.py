@@ -214,14 +214,13 @@ def extract_evidence(
     """
     half = num_samples // 2
     few = Splits(_first(splits.fit, half), _first(splits.choose, num_samples - half), _first(splits.report, 0))
-    padded = splits.fit.batch(range(1)).mask is not None  # stores keep no tokens of padded samples
     small = replace(
         plan,
         layers=pair_layers(plan.layers),
         draws=max(DRAWS, plan.draws),
         pool_cells=1,
-        token_samples=0 if padded else num_samples,
-        tokens_per_sample=0 if padded else TOKENS_PER_SAMPLE,
+        token_samples=num_samples,
+        tokens_per_sample=TOKENS_PER_SAMPLE,
     )
     return extract(backbone, few, small, folder, batch_size=batch_size)
 

@@ -82,7 +82,7 @@ def extract(
             # The shard is written last: where it is, its tokens are.
             files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(here))
             if not all(file.is_file() for file in files):
-                with _kept_tokens(token_path(folder, index), plan, shapes, here) as keep:
+                with _kept_tokens(token_path(folder, index), backbone, plan, shapes, here) as keep:
                     features = _shard(backbone, table.batch(rows), plan, batch_size, keep)
                 write_tensors(shard_path(folder, index), features)
             if progress:
@@ -288,10 +288,11 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
     bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
     if bad:
         raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
-    if plan.token_samples and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.fit.columns):
+    whole_grids = plan.token_samples and not plan.tokens_per_sample
+    if whole_grids and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.fit.columns):
         raise ValueError(
-            "tokens are kept of samples of one length only, or for labels of frames; leave out --token-samples, or cut "
-            "the samples"
+            "whole grids of tokens are kept of samples of one length only, or for labels of frames; leave out "
+            "--token-samples, or cut the samples"
         )
     highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
     if not bool(backbone.schedule.sigma(highest).isfinite()):
@@ -340,41 +341,59 @@ def _manifest(
         }
     if not plan.token_samples:
         return manifest
-    whole = {name: _places(count, plan) is None for name, (count, _) in shapes.items()}
+    padded, few = _padded(splits), plan.tokens_per_sample
     found = {name: token_grid(n, backbone.shape[1:], known=backbone.token_grid) for name, (n, _) in shapes.items()}
+    whole = {name: not few or (n <= few and not padded) for name, (n, _) in shapes.items()}
     grids = {name: found[name] if whole[name] else None for name in shapes}
     tokens = {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}
-    return manifest | {"tokens": tokens | ({"padded": True} if _padded(splits) else {})}
+    return manifest | {"tokens": tokens | ({"padded": True} if padded and not few else {})}
 
 
-def _places(count: int, plan: ExtractionPlan) -> Tensor | None:
-    """Which of so many tokens are kept, ascending; None for all. Layers with as many tokens keep the same ones."""
-    if not 0 < plan.tokens_per_sample < count:
-        return None
-    return NoiseKey(plan.seed, "order").permutation(count)[: plan.tokens_per_sample].sort().values
+def _at_places(tokens: Tensor, mask: Tensor | None, backbone: Backbone, plan: ExtractionPlan) -> Tensor:
+    """The tokens of each sample that are kept, shape (B, K, D); all layers with as many tokens keep the same ones.
+
+    Without a mask the places are drawn once for all samples. With one, `B` rows of it, each sample gives the first real
+    ones of the drawn order, over again where it has fewer than K.
+    """
+    count, few = tokens.shape[1], min(plan.tokens_per_sample, tokens.shape[1])
+    if not few:
+        return tokens
+    order = NoiseKey(plan.seed, "order").permutation(count)
+    if mask is None or count == 1:
+        return tokens[:, order[:few].sort().values.to(tokens.device)]
+    grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
+    assert grid is not None  # or the tokens could not have been averaged
+    real = real_tokens(mask, grid)[:, order]
+    real_first = real.int().argsort(dim=1, descending=True, stable=True)
+    where = order[real_first.gather(1, torch.arange(few) % real.sum(1, keepdim=True))].to(tokens.device)
+    return tokens.gather(1, where.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
-# (level, draw and sample of each row in a batch, shape (3, B); layer; its tokens (B, T, D)) -> None
-_Keep = Callable[[Tensor, str, Tensor], None]
+# (level, draw and sample of each row in a batch, shape (3, B); what of it is real; layer; its tokens (B, T, D)) -> None
+_Keep = Callable[[Tensor, Tensor | None, str, Tensor], None]
 
 
 @contextmanager
 def _kept_tokens(
-    path: Path, plan: ExtractionPlan, shapes: Mapping[str, tuple[int, int]], samples: NDArray[np.int64]
+    path: Path,
+    backbone: Backbone,
+    plan: ExtractionPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    samples: NDArray[np.int64],
 ) -> Iterator[_Keep | None]:
     """Writes the tokens of these samples of a shard while they are made; None where there are no such samples."""
     if not len(samples):
         yield None
         return
-    wanted, places = torch.from_numpy(samples), {name: _places(count, plan) for name, (count, _) in shapes.items()}
-    lengths = {name: shapes[name][0] if where is None else len(where) for name, where in places.items()}
+    wanted, few = torch.from_numpy(samples), plan.tokens_per_sample
+    lengths = {name: min(few or count, count) for name, (count, _) in shapes.items()}
     blocks = (len(plan.noise_levels), plan.draws, len(samples))
 
-    def keep(row: Tensor, layer: str, tokens: Tensor) -> None:
-        chosen, where = torch.isin(row[2], wanted), places[layer]
+    def keep(row: Tensor, mask: Tensor | None, layer: str, tokens: Tensor) -> None:
+        chosen = torch.isin(row[2], wanted)
         level, draw, sample = row[:, chosen]
-        kept = tokens[chosen.to(tokens.device)]
-        kept = kept if where is None else kept[:, where.to(tokens.device)]
+        real = None if mask is None else mask[chosen]
+        kept = _at_places(tokens[chosen.to(tokens.device)], real, backbone, plan)
         index = zip(level.tolist(), draw.tolist(), torch.searchsorted(wanted, sample).tolist(), strict=True)
         for place, block in zip(index, kept.float().cpu().numpy(), strict=True):
             put(layer, place, block)
@@ -399,9 +418,9 @@ def _shard(
         row = torch.arange(rows.start, rows.stop)
         level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
         labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
-        write = partial(keep, torch.stack([level, draw, sample])) if keep else None
-        x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
         mask = None if batch.mask is None else batch.mask[sample]
+        write = partial(keep, torch.stack([level, draw, sample]), mask) if keep else None
+        x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
         for name, pooled in _read(backbone, x_t, levels[level], labels, mask, plan, write).items():
             store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
             store[rows.start : rows.stop] = pooled

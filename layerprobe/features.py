@@ -43,7 +43,8 @@ class ExtractionPlan:
         seed: Of the noise.
         shard_size: Samples per shard.
         token_samples: The tokens of the first so many samples of each split are kept beside the pooled features.
-        tokens_per_sample: At so many places, drawn once by the seed; 0 for the whole grid, as spatial analyses need.
+        tokens_per_sample: At so many places, drawn once by the seed, of padded samples at real ones only (over again
+            where there are fewer); 0 for the whole grid, as spatial analyses need.
     """
 
     layers: tuple[str, ...]

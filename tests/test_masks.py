@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_sit
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.capture import real_tokens
+from layerprobe.capture import capture, real_tokens
 from layerprobe.contribution import contribution
 from layerprobe.convention import check_convention
 from layerprobe.data.base import Batch, Splits, Subset, TensorSamples, joined
 from layerprobe.extract import extract, pool_tokens, raw_input
-from layerprobe.features import ExtractionPlan
+from layerprobe.features import SPLITS, ExtractionPlan
+from layerprobe.noise import NoiseKey
 from layerprobe.sampling import guided
 
 LENGTHS = torch.tensor([6, 8, 3, 5])
@@ -147,11 +150,35 @@ def test_the_raw_input_control_sees_no_noise_in_the_padding(tmp_path: Path) -> N
     assert torch.equal(features != 0, mask.unsqueeze(1).expand(8, 2, 8))
 
 
-def test_tokens_of_padded_samples_are_not_kept(tmp_path: Path) -> None:
+def test_whole_grids_of_padded_samples_are_not_kept(tmp_path: Path) -> None:
     backbone = tiny_sit(shape=(2, 8))
     plan = ExtractionPlan(layers=backbone.layers, noise_levels=(0.5,), token_samples=2)
-    with pytest.raises(ValueError, match="tokens are kept of samples of one length only"):
+    with pytest.raises(ValueError, match="whole grids of tokens are kept of samples of one length only"):
         extract(backbone, splits_of(0.0), plan, tmp_path)
+
+
+@pytest.mark.parametrize("few", [1, 3, 4, 9])
+def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_path: Path) -> None:
+    backbone, splits = tiny_sit(shape=(2, 8)), splits_of(0.0)
+    plan = ExtractionPlan(backbone.layers, (0.5,), token_samples=8, tokens_per_sample=few)
+    store = extract(backbone, splits, plan, tmp_path / "few", batch_size=5)
+    other = extract(backbone, splits_of(9.0), plan, tmp_path / "filled", batch_size=7)
+    assert not store.tokens_padded
+    assert store.grid("blocks.1") is None
+    for layer, name in itertools.product(backbone.layers, SPLITS):
+        kept = store.tokens(layer, 0.5, split=name)
+        np.testing.assert_allclose(kept, other.tokens(layer, 0.5, split=name), rtol=1e-5, atol=1e-6)
+        samples = dict(splits.items())[name]
+        batch = samples.batch(range(len(samples)))
+        assert batch.mask is not None
+        x_t = backbone.schedule.corrupt(batch.x, NoiseKey(0).normal(batch.ids, (2, 8), draw=0), torch.tensor(0.5))
+        with torch.inference_mode(), capture(backbone.module, [layer]) as outputs:
+            backbone.masked(batch.mask).predict(x_t, torch.full((len(x_t),), 0.5), None)
+        for tokens, every, real in zip(kept, outputs[layer].numpy(), real_tokens(batch.mask, (4,)), strict=True):
+            same = np.isclose(tokens[:, None], every[None], rtol=1e-5, atol=1e-6).all(2).sum(0)
+            assert same.sum() == len(tokens) == min(few, 4)
+            assert not same[~real.numpy()].any()
+            assert same[real.numpy()].max() - same[real.numpy()].min() <= 1  # all of them before any comes again
 
 
 def test_contribution_and_convention_do_not_see_the_padding() -> None:
