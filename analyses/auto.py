@@ -44,8 +44,8 @@ class Rules:
     """What a pair must be to be picked; see `selection` for the reasons.
 
     Attributes:
-        exclude_tail: Fraction of the layers, rounded up, that may not teach.
-        skip_first: Number of first layers that may not learn; a tenth of the depth, at least 1, if not given.
+        exclude_tail: Fraction of the layers, rounded down to whole ones, that may not teach.
+        skip_first: Number of first layers that may not learn; the whole ones of a tenth of the depth if not given.
         min_distance: In layers; a quarter of the depth, at least 2, if not given.
         max_cka: Largest CKA, averaged over noise levels.
         min_gap: Least recoverability gap, averaged over noise levels; the lower end of its interval must reach it.
@@ -54,7 +54,7 @@ class Rules:
     exclude_tail: float = 0.2
     skip_first: int | None = None
     min_distance: int | None = None
-    max_cka: float = 0.98
+    max_cka: float = 0.9
     min_gap: float = 0.05
 
 

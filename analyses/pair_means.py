@@ -41,6 +41,11 @@ class Number(NamedTuple):
         return self.value if math.isnan(self.low) else self.low
 
     @property
+    def possibly(self) -> float:
+        """The upper end; the value where there is no interval."""
+        return self.value if math.isnan(self.high) else self.high
+
+    @property
     def ends(self) -> tuple[float | None, float | None]:
         """Of the interval, for JSON."""
         return (None, None) if math.isnan(self.low) or math.isnan(self.high) else (self.low, self.high)

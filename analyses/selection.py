@@ -54,23 +54,19 @@ from layerprobe.analyses.evidence import (
     CRITERIA,
     LIDAR_GAP,
     NEED_LABELS,
-    PROBE_GAP,
     RANK_GAP,
     RECOVERABILITY,
     STUDENT_DEPTH,
     TEACHER_NEED,
-    TEACHER_PROBE,
     table_evidence,
 )
 from layerprobe.analyses.measurements import PROBE, RANK
 from layerprobe.analyses.pair_means import PairMeans, standard_ranks, standardised
 from layerprobe.analyses.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT
-from layerprobe.layersync import LayerPair
+from layerprobe.layersync import WEIGHT, LayerPair
 
 HYPOTHESIS = "A pick is a hypothesis; the confirmation run is the verdict."
 LABEL_FREE = "Chosen without labels: weaker evidence than a probe."
-# LayerSync's for SiT-XL/2; on SiT-B/2 the result hardly changes between 0.1 and 0.7 (arXiv:2510.12581).
-WEIGHT = 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
@@ -108,8 +104,8 @@ class Rule:
     calibration: Calibration | None = None
 
 
-LABELLED = Rule({PROBE_GAP: 1.0, TEACHER_PROBE: 1.0, CKA: -1.0})
-WITHOUT_LABELS = Rule({LIDAR_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
+# What went with the gain in all atlases of long trainings (docs/picking.md); nothing that needs labels did.
+LABELLED = WITHOUT_LABELS = Rule({RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
 # Which end of a criterion is good, where a user names criteria. Those that are not here count as they are.
 SMALLER_IS_BETTER = (CKA, CKNNA, STUDENT_DEPTH)
 
@@ -200,7 +196,7 @@ class RankedPair:
         score: Of the rule: 0 is the mean over all pairs of the network, 1 their standard deviation.
         teacher_quality: Mean over noise levels.
         student_quality: Mean over noise levels.
-        gap: Their difference, above 0.
+        gap: Their difference; below 0 only within the uncertainty.
         mean_cka: Between the two at equal noise levels.
         distance: In layers.
         teacher_is_best: Whether the teacher is the best layer that may teach or ties with it.
@@ -356,7 +352,7 @@ def rank_pairs(
     exclude_tail: float = 0.2,
     skip_first: int | None = None,
     min_distance: int | None = None,
-    max_cka: float = 0.98,
+    max_cka: float = 0.9,
     min_gap: float = 0.05,
     num_pairs: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -371,8 +367,8 @@ def rank_pairs(
         label_free: Use nothing that needs labels.
         rule: `LABELLED` or `WITHOUT_LABELS` if not given.
         criteria: Rank by these with equal weights, in place of a rule.
-        exclude_tail: Fraction of the layers, rounded up, that may not teach.
-        skip_first: Number of first layers that may not learn; a tenth of the depth, at least 1, if not given.
+        exclude_tail: Fraction of the layers, rounded down to whole ones, that may not teach.
+        skip_first: Number of first layers that may not learn; the whole ones of a tenth of the depth if not given.
         min_distance: In layers; a quarter of the depth, at least 2, if not given.
         max_cka: Pairs with a larger mean CKA count as aligned already.
         min_gap: Least recoverability gap; the lower end of its interval must reach it.
@@ -395,8 +391,8 @@ def rank_pairs(
         split="fit and choose" if label_free else "choose",
         noise_levels=means.noise_levels,
         layers=means.layers,
-        tail=means.layers[depth - math.ceil(exclude_tail * depth - 1e-9) :],
-        head=means.layers[: max(1, round(0.1 * depth)) if skip_first is None else skip_first],
+        tail=means.layers[depth - int(exclude_tail * depth + 1e-9) :],
+        head=means.layers[: int(0.1 * depth + 1e-9) if skip_first is None else skip_first],
         min_distance=max(2, round(0.25 * depth)) if min_distance is None else min_distance,
         max_cka=max_cka,
         min_gap=min_gap,
@@ -502,7 +498,7 @@ def _against(pair: tuple[str, str], means: PairMeans, limits: Criteria) -> tuple
     if distance < limits.min_distance:
         against.append(f"they are {distance} apart, and at least {limits.min_distance} is asked for")
     against += _without_value(pair, means, limits)
-    if means.number(means.gap, pair).value <= 0:
+    if means.number(means.gap, pair).possibly <= 0:
         known, taught = (means.quality(layer).value for layer in pair)
         against.append(f"{student} is not weaker than {teacher}: {means.metric} {known:.3f} against {taught:.3f}")
     cka = means.number(CKA, pair).value
@@ -636,7 +632,7 @@ def _reasons(pair: RankedPair, best: LayerQuality, metric: str) -> tuple[str, ..
     else:
         reasons = [f"{pair.teacher} knows less than {best.layer}: {own} against {_quality(best):.3f}."]
     uncertain = ", which is within the uncertainty" if pair.gap_is_certain is False else ""
-    reasons.append(f"{pair.student} is {pair.gap:.3f} weaker{uncertain}.")
+    reasons.append(f"{pair.student} is {abs(pair.gap):.3f} {'weaker' if pair.gap >= 0 else 'stronger'}{uncertain}.")
     apart = f"They are {pair.distance} layers apart, and their mean CKA at equal noise levels is {pair.mean_cka:.3f}."
     reasons.append(apart)
     if pair.gain is not None:

@@ -26,6 +26,8 @@ from layerprobe.recording import PassRecorder, forget_compiled
 from layerprobe.sync_options import SyncOptions
 
 PAPER = SyncOptions()
+# Of all pair atlases in docs/atlas. LayerSync has 0.2 for SiT-XL/2, and 0.1 to 0.7 alike on SiT-B/2.
+WEIGHT = 0.3
 # A student whose effective rank is below this share of the highest seen has collapsed.
 COLLAPSE = 0.25
 _HIGHEST = "highest rank "

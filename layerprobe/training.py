@@ -39,7 +39,7 @@ from layerprobe.distributed import (
 )
 from layerprobe.extract import token_grid
 from layerprobe.files import claim
-from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.layersync import WEIGHT, LayerPair, LayerSync
 from layerprobe.noise import END, NoiseKey, error_weight, target
 from layerprobe.sync_options import SyncOptions
 from layerprobe.training_state import (
@@ -104,7 +104,7 @@ class TrainingPlan:
     ema_decay: float = 0.9999
     label_drop: float = 0.1
     pairs: tuple[LayerPair, ...] = ()
-    weight: float = 0.3
+    weight: float = WEIGHT
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     seed: int = 0

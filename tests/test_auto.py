@@ -68,14 +68,13 @@ def score(found: pd.DataFrame, of: LayerPair) -> float:
 
 
 def test_the_decision_is_the_selection_s_without_labels() -> None:
-    found = evidence({(2, 4): 0.5, (1, 5): 0.4, (0, 5): 0.9, (2, 7): 0.8, (4, 5): 0.7})
+    found = evidence({(2, 4): 0.5, (1, 5): 0.4, (2, 7): 0.8, (4, 5): 0.7})
     decision, selection = decide(found), rank_pairs(found, label_free=True)
     assert decision.pairs == (selection.pick,) == (pair(2, 4),)
     assert decision.record["decision"] == "picked"
     assert decision.record["reason"] == f"blocks.2 <- blocks.4 is picked. {selection.reason}"
     assert decision.record["credit"] == selection.ranked[0].score
-    assert "among the first layer" in against(decision.record, 0, 5)
-    assert "among the last 2 layers, which decode" in against(decision.record, 2, 7)
+    assert "among the last layer, which decode" in against(decision.record, 2, 7)
     assert "they are 1 apart, and at least 2" in against(decision.record, 4, 5)
     assert not set(WITHOUT_LABELS.weights) & set(e.NEED_LABELS)
 
@@ -98,7 +97,7 @@ def test_the_record_is_json_and_holds_every_number_of_every_pair() -> None:
 def test_the_rules_say_what_a_pair_must_be(rules: Rules, allowed: bool) -> None:
     decision = decide(evidence({(2, 4): 0.5}, cka={(2, 4): 0.985}), rules)
     assert (against(decision.record, 2, 4) == "") == allowed
-    assert allowed or "aligned already: mean CKA 0.985, above 0.98" in against(decision.record, 2, 4)
+    assert allowed or "aligned already: mean CKA 0.985, above 0.9" in against(decision.record, 2, 4)
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.04])
