@@ -104,7 +104,8 @@ class Rule:
     calibration: Calibration | None = None
 
 
-# What went with the gain in all atlases of long trainings (docs/picking.md); nothing that needs labels did.
+# The gap in effective rank went with the gain alike in all atlases of long trainings, nothing that needs labels did
+# (docs/picking.md); recoverability and CKA went with it in the largest of them and are RARE's two.
 LABELLED = WITHOUT_LABELS = Rule({RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
 # Which end of a criterion is good, where a user names criteria. Those that are not here count as they are.
 SMALLER_IS_BETTER = (CKA, CKNNA, STUDENT_DEPTH)

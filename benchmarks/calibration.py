@@ -36,6 +36,7 @@ from layerprobe.analyses.evidence import CKA, RECOVERABILITY
 from layerprobe.analyses.pair_rules import (
     Fitter,
     Prediction,
+    Scorer,
     as_selected,
     chosen,
     fixed,
@@ -46,6 +47,7 @@ from layerprobe.analyses.pair_rules import (
     rank_average,
     ridge,
     same_depths,
+    scores,
     single,
 )
 from layerprobe.analyses.plots import save
@@ -59,7 +61,7 @@ def main() -> None:
     if options.folder is None:
         show("coverage of 95 % intervals of a rank correlation, planted", coverage(options.draws))
         return
-    paths = found(options.folder)
+    paths = [(atlas, evidence) for atlas, evidence in found(options.folder) if options.only in str(atlas)]
     for metric in options.metrics:
         print(f"\n# {metric}")
         report(read(paths, metric, options), options)
@@ -73,6 +75,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="without it, how often intervals hold a planted truth")
     parser.add_argument("--metrics", nargs="+", default=[FRECHET, HELD_OUT])
+    parser.add_argument("--only", default="", help="atlases whose name holds this, such as from-scratch")
     parser.add_argument("--first", action="store_true", help="judge by each atlas's first scores, not by its last")
     parser.add_argument("--draws", type=int, default=100, help="of what is planted, noise to count false alarms")
     parser.add_argument("--out", type=Path, help="where figures go")
@@ -199,12 +202,26 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
         CHOSEN: chosen(candidates),
         "RARE's signs": fixed({RECOVERABILITY: 1.0, CKA: -1.0}),
         "select's weights": lambda _: LABELLED,
-        "select's weights, label-free": lambda _: WITHOUT_LABELS,
+        "select's order, refused pairs last": refused_last(label_free=False),
+        "select's order, label-free": refused_last(label_free=True),
         "select": as_selected(lambda _: LABELLED),
         "select, label-free": as_selected(lambda _: WITHOUT_LABELS, label_free=True),
         "ridge within select's limits": as_selected(ridge(everything)),
         "ridge within select's limits, label-free": as_selected(ridge(free), label_free=True),
     }
+
+
+def refused_last(*, label_free: bool) -> Fitter:
+    """As select orders all pairs: those within its limits by score, then those that it refuses, by score."""
+    rule = WITHOUT_LABELS if label_free else LABELLED
+    selected = as_selected(lambda _: rule, label_free=label_free)
+
+    def fit(cases: Sequence[Case]) -> Scorer:
+        within = selected(cases)
+        assert callable(within)
+        return lambda case: scores(rule, case) - 1000 * np.isnan(within(case))
+
+    return fit
 
 
 def summary(verdicts: pd.DataFrame) -> pd.DataFrame:

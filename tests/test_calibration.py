@@ -574,7 +574,7 @@ def test_a_rule_as_selected_picks_what_the_command_picks_and_refuses_what_it_ref
         row = judged([predict("select", as_selected(lambda _: LABELLED), known, silent)]).iloc[0]
         assert (row["none"], row["taken"], row["student"]) == (True, 0, "")
     assert np.isfinite(row["regret"])
-    worthless = Rule(LABELLED.weights, Calibration(-0.5, 0.01, 0.1, 0.05, "test"))
+    worthless = Rule({CKA: -1.0}, Calibration(-0.5, 0.01, 0.1, 0.05, "test"))
     assert predict("x", as_selected(lambda _: worthless), known, replace(case, evidence=evidence)).none
 
 
