@@ -7,14 +7,14 @@ was refused has its reason.
 
 First, what a pair must be, for any ordered list of layers:
 
-- **No teacher in the tail**, the last 20 % of the layers: they turn back from content to pixels, and the teachers of
-  all pairs published for LayerSync come before.
-- **No student among the first layers** (a tenth, at least one): LayerSync skips them too.
-- **The student comes before its teacher and is weaker**: by probe accuracy, without labels by noise-LiDAR.
+- **No teacher in the tail**, the whole layers of the last 20 %: they turn back from content to pixels, and the
+  teachers of all pairs published for LayerSync come before.
+- **No student among the first layers**, the whole ones of a tenth: none of fewer than ten.
+- **The student comes before its teacher and is not stronger** beyond the uncertainty: by probe accuracy, without labels
+  by noise-LiDAR.
 - **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
-- **Not aligned already**: CKA between the two at equal noise levels, averaged, is at most 0.98. This only excludes
-  layers that are the same up to rotation; below it the rule weighs CKA. (In a CIFAR-10 SiT after 3000 steps all pairs
-  of eight blocks lie between 0.94 and 0.995.)
+- **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network whose pairs
+  all lie above, alignment cost quality (docs/picking.md).
 - **Out of linear reach**: where tokens were kept, a ridge regression from the student's tokens misses at least 5 % of
   what the teacher adds (the recoverability gap), beyond the uncertainty.
 - **The network needs its teacher**: without the layer its loss rises, beyond the uncertainty. A layer that does
@@ -30,9 +30,9 @@ below 0 beyond the uncertainty is not picked: none is worth it then.
 be told from the first one. Of those the one whose score is largest at the lower end of its uncertainty is picked, and
 the others are reported as ties.
 
-Without labels the same holds with noise-LiDAR in place of the probe: in how many directions samples differ more than
-noise moves them. Where features have one noise draw only it is the effective rank, which also counts the directions of
-noise. Both are weaker evidence, and the result says so.
+The rule itself needs no labels. Without them noise-LiDAR stands in for the probe where students are compared with
+teachers: in how many directions samples differ more than noise moves them. Where features have one noise draw only it
+is the effective rank, which also counts the directions of noise. Both are weaker evidence, and the result says so.
 """
 
 from __future__ import annotations
