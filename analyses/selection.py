@@ -32,7 +32,7 @@ the others are reported as ties.
 
 The rule itself needs no labels. Without them noise-LiDAR stands in for the probe where students are compared with
 teachers: in how many directions samples differ more than noise moves them. Where features have one noise draw only it
-is the effective rank, which also counts the directions of noise. Both are weaker evidence, and the result says so.
+is the effective rank, which also counts the directions of noise. The result says which.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from layerprobe.analyses.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT
 from layerprobe.layersync import WEIGHT, LayerPair
 
 HYPOTHESIS = "A pick is a hypothesis; the confirmation run is the verdict."
-LABEL_FREE = "Chosen without labels: weaker evidence than a probe."
+LABEL_FREE = "Chosen without labels: noise-LiDAR, not a probe, tells which layer is weaker."
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
@@ -106,7 +106,7 @@ class Rule:
 
 # The gap in effective rank went with the gain alike in all atlases of long trainings, nothing that needs labels did
 # (docs/picking.md); recoverability and CKA went with it in the largest of them and are RARE's two.
-LABELLED = WITHOUT_LABELS = Rule({RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
+RULE = Rule({RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
 # Which end of a criterion is good, where a user names criteria. Those that are not here count as they are.
 SMALLER_IS_BETTER = (CKA, CKNNA, STUDENT_DEPTH)
 
@@ -366,7 +366,7 @@ def rank_pairs(
         evidence: As `pair_evidence` returns it.
         layers: Names in execution order; those of the table if not given. They need not be a chain of equal blocks.
         label_free: Use nothing that needs labels.
-        rule: `LABELLED` or `WITHOUT_LABELS` if not given.
+        rule: `RULE` if not given.
         criteria: Rank by these with equal weights, in place of a rule.
         exclude_tail: Fraction of the layers, rounded down to whole ones, that may not teach.
         skip_first: Number of first layers that may not learn; the whole ones of a tenth of the depth if not given.
@@ -381,7 +381,7 @@ def rank_pairs(
     """
     counts = {"skip_first": (skip_first, 0), "min_distance": (min_distance, 1), "num_pairs": (num_pairs, 1)}
     _check(exclude_tail, counts)
-    rule = _named_criteria(criteria, label_free) if criteria else rule or (WITHOUT_LABELS if label_free else LABELLED)
+    rule = _named_criteria(criteria, label_free) if criteria else rule or RULE
     means = PairMeans(evidence, layers, label_free=label_free)
     rule, missing = _usable(rule, means)
     if criteria and missing:

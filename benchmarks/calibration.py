@@ -51,7 +51,7 @@ from layerprobe.analyses.pair_rules import (
     single,
 )
 from layerprobe.analyses.plots import save
-from layerprobe.analyses.selection import LABELLED, WITHOUT_LABELS
+from layerprobe.analyses.selection import RULE
 
 CHOSEN = "chosen among these"
 
@@ -201,11 +201,11 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
     return candidates | {
         CHOSEN: chosen(candidates),
         "RARE's signs": fixed({RECOVERABILITY: 1.0, CKA: -1.0}),
-        "select's weights": lambda _: LABELLED,
+        "select's weights": lambda _: RULE,
         "select's order, refused pairs last": refused_last(label_free=False),
         "select's order, label-free": refused_last(label_free=True),
-        "select": as_selected(lambda _: LABELLED),
-        "select, label-free": as_selected(lambda _: WITHOUT_LABELS, label_free=True),
+        "select": as_selected(lambda _: RULE),
+        "select, label-free": as_selected(lambda _: RULE, label_free=True),
         "ridge within select's limits": as_selected(ridge(everything)),
         "ridge within select's limits, label-free": as_selected(ridge(free), label_free=True),
     }
@@ -213,13 +213,12 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
 
 def refused_last(*, label_free: bool) -> Fitter:
     """As select orders all pairs: those within its limits by score, then those that it refuses, by score."""
-    rule = WITHOUT_LABELS if label_free else LABELLED
-    selected = as_selected(lambda _: rule, label_free=label_free)
+    selected = as_selected(lambda _: RULE, label_free=label_free)
 
     def fit(cases: Sequence[Case]) -> Scorer:
         within = selected(cases)
         assert callable(within)
-        return lambda case: scores(rule, case) - 1000 * np.isnan(within(case))
+        return lambda case: scores(RULE, case) - 1000 * np.isnan(within(case))
 
     return fit
 

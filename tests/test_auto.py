@@ -16,7 +16,7 @@ from tiny import tiny_samples, tiny_sit
 
 from layerprobe.analyses import evidence as e
 from layerprobe.analyses.auto import AutoPick, Held, Rules, decide, held_pair, look
-from layerprobe.analyses.selection import WITHOUT_LABELS, rank_pairs
+from layerprobe.analyses.selection import RULE, rank_pairs
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiTConfig, new_sit
 from layerprobe.layersync import LayerPair
@@ -76,7 +76,7 @@ def test_the_decision_is_the_selection_s_without_labels() -> None:
     assert decision.record["credit"] == selection.ranked[0].score
     assert "among the last layer, which decode" in against(decision.record, 2, 7)
     assert "they are 1 apart, and at least 2" in against(decision.record, 4, 5)
-    assert not set(WITHOUT_LABELS.weights) & set(e.NEED_LABELS)
+    assert not set(RULE.weights) & set(e.NEED_LABELS)
 
 
 def test_the_record_is_json_and_holds_every_number_of_every_pair() -> None:

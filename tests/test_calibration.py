@@ -50,7 +50,7 @@ from layerprobe.analyses.pair_rules import (
     scores,
     single,
 )
-from layerprobe.analyses.selection import LABELLED, Calibration, Rule, rank_pairs
+from layerprobe.analyses.selection import RULE, Calibration, Rule, rank_pairs
 from layerprobe.layersync import LayerPair
 
 Floats = NDArray[np.float64]
@@ -563,7 +563,7 @@ def test_a_rule_as_selected_picks_what_the_command_picks_and_refuses_what_it_ref
     rng = np.random.default_rng(28)
     evidence, (case,) = measured(rng), models(rng, 1, depths=(8,))
     known = models(rng, 2)
-    prediction = predict("select", as_selected(lambda _: LABELLED), known, replace(case, evidence=evidence))
+    prediction = predict("select", as_selected(lambda _: RULE), known, replace(case, evidence=evidence))
     selection = rank_pairs(evidence, layers=case.layers)
     assert prediction.pick is not None
     assert case.pairs[prediction.pick] == selection.pick
@@ -571,7 +571,7 @@ def test_a_rule_as_selected_picks_what_the_command_picks_and_refuses_what_it_ref
     assert {pair for pair, at in zip(case.pairs, prediction.order, strict=True) if np.isnan(at)} == refused
     assert len(refused) > 5
     for silent in (case, replace(case, evidence=evidence[evidence["criterion"] == CKA])):  # no evidence, no labels
-        row = judged([predict("select", as_selected(lambda _: LABELLED), known, silent)]).iloc[0]
+        row = judged([predict("select", as_selected(lambda _: RULE), known, silent)]).iloc[0]
         assert (row["none"], row["taken"], row["student"]) == (True, 0, "")
     assert np.isfinite(row["regret"])
     worthless = Rule({CKA: -1.0}, Calibration(-0.5, 0.01, 0.1, 0.05, "test"))
