@@ -104,8 +104,9 @@ class Rule:
     calibration: Calibration | None = None
 
 
-# The gap in effective rank went with the gain alike in all atlases of long trainings, nothing that needs labels did
-# (docs/picking.md); recoverability and CKA went with it in the largest of them and are RARE's two.
+# Given the depths of both layers, the gap in effective rank goes with the gain in all atlases of long
+# trainings. Nothing that needs labels does (docs/picking.md).
+# Recoverability and CKA go with it where alignment pays; weighing the two is RARE's idea.
 RULE = Rule({RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0})
 # Which end of a criterion is good, where a user names criteria. Those that are not here count as they are.
 SMALLER_IS_BETTER = (CKA, CKNNA, STUDENT_DEPTH)

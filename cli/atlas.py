@@ -45,6 +45,7 @@ def atlas(
 ) -> None:
     """Train every layer pair and no alignment from one start, and say what each was worth."""
     from layerprobe.analyses import atlas_runs, runs
+    from layerprobe.analyses.power import too_short
 
     begin = atlas_runs.atlas_start(
         start,
@@ -69,8 +70,11 @@ def atlas(
         "out": str(out),
     }
     if dry_run:
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        lines = [f"{key}: {value}" for key, value in record.items()] + too_short(steps)
+        emit(record | {"cautions": too_short(steps)}, lines, as_json=as_json)
         return
+    for line in too_short(steps):
+        typer.echo(line, err=True)
     reading = options.located_vae(reading)
     with progress_bar() as progress:
         splits = runs.encoded(runs.load_splits(data, reading)[0], reading, progress=progress)

@@ -45,6 +45,7 @@ def confirm(
 ) -> None:
     """Train with and without the pick, seed by seed, and say whether it helps."""
     from layerprobe.analyses import runs
+    from layerprobe.analyses.power import too_short
 
     training = runs.confirmation_training(
         run, steps=steps, **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate)
@@ -55,6 +56,7 @@ def confirm(
     resolution = runs.confirmation_resolution(
         run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot
     )
+    beforehand = [*resolution.sentences(), *too_short(steps)]
     if dry_run:
         record = {
             "run": str(run),
@@ -63,10 +65,10 @@ def confirm(
             "steps": steps,
             "learning_rate": training.learning_rate,
         }
-        lines = [f"{key}: {value}" for key, value in record.items()] + resolution.sentences()
-        emit(record | {"resolution": resolution.to_dict()}, lines, as_json=as_json)
+        lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
+        emit(record | {"resolution": resolution.to_dict(), "cautions": too_short(steps)}, lines, as_json=as_json)
         return
-    for line in resolution.sentences():
+    for line in beforehand:
         typer.echo(line, err=True)
     with progress_bar() as progress:
         verdict = runs.confirm_run(

@@ -63,6 +63,7 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
     ]
     assert record["resolution"]["difference_in_spreads"] == pytest.approx(detectable(3))
     assert record["resolution"]["difference"] is None
+    assert "costs at first" in record["cautions"][0]
     code, out, _ = cli("confirm", folder, "--dry-run", "--arms", "none,pick,random:2,learning-rate", "--spread", "0.05")
     assert code == 0
     assert "learning rate (no alignment, steps as long as with blocks.1 <- blocks.5)" in out

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from layerprobe.analyses.power import (
+    ENOUGH_STEPS,
     LEVEL,
     Spread,
     detectable,
@@ -18,6 +19,7 @@ from layerprobe.analyses.power import (
     power,
     resolution,
     seeds_needed,
+    too_short,
 )
 
 
@@ -139,3 +141,9 @@ def test_early_stops_cost_little_of_what_can_be_found() -> None:
     assert fixed.in_spreads < early.in_spreads < 1.2 * fixed.in_spreads
     found = (p_values(8, effect=early.in_spreads) <= np.array([*look_levels(8).values()])).any(1).mean()
     assert found >= 0.8  # the last look alone has this chance
+
+
+def test_short_trainings_are_told_that_they_measure_the_cost() -> None:
+    assert too_short(ENOUGH_STEPS) == []
+    (line,) = too_short(ENOUGH_STEPS - 1)
+    assert line.startswith("3999 steps show what alignment costs at first")
