@@ -11,7 +11,7 @@ from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
 
-@options.spread(reading=options.READING)
+@options.spread(sync_options=options.SYNC, reading=options.READING)
 def atlas(
     start: Annotated[
         str,
@@ -36,6 +36,7 @@ def atlas(
     learning_rate: Annotated[float | None, typer.Option(help="As the checkpoint was trained, else 1e-4.")] = None,
     num_evaluations: Annotated[int, typer.Option(min=1, help="Evenly spaced over the steps.")] = 1,
     num_samples: Annotated[int, typer.Option(min=2, help="Drawn for each Frechet distance.")] = 1000,
+    sync_options: options.Given,
     reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -55,6 +56,7 @@ def atlas(
         num_evaluations=num_evaluations,
         num_samples=num_samples,
         device=device,
+        sync=options.sync_options(sync_options),
         **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )
     wanted = atlas_runs.wanted_pairs(begin.backbone, options.layer_pairs(pair or []))
@@ -67,6 +69,7 @@ def atlas(
         "first_step": begin.plan.first_step,
         "steps": steps,
         "learning_rate": begin.plan.training.learning_rate,
+        **sync_options,
         "out": str(out),
     }
     if dry_run:

@@ -11,8 +11,10 @@ from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
 
+@options.spread(sync_options=options.SYNC)
 def confirm(
     run: options.Run,
+    *,
     steps: options.Steps = 1000,
     num_seeds: Annotated[int, typer.Option(min=2, help="Seeds, at least two.")] = 3,
     stop_early: Annotated[
@@ -37,6 +39,7 @@ def confirm(
     pilot: Annotated[
         Path | None, typer.Option(help="Another confirmed run, or an atlas, that tells the spread.")
     ] = None,
+    sync_options: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -48,7 +51,10 @@ def confirm(
     from layerprobe.analyses.power import too_short
 
     training = runs.confirmation_training(
-        run, steps=steps, **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate)
+        run,
+        steps=steps,
+        sync=options.sync_options(sync_options),
+        **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )
     seeds = tuple(range(seed, seed + num_seeds))
     wanted = None if arms is None else options.names(arms)
@@ -64,6 +70,7 @@ def confirm(
             "seeds": list(seeds),
             "steps": steps,
             "learning_rate": training.learning_rate,
+            **sync_options,
         }
         lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
         emit(record | {"resolution": resolution.to_dict(), "cautions": too_short(steps)}, lines, as_json=as_json)

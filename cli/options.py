@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from layerprobe.sync_options import SyncOptions
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -50,6 +53,12 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, as in `seed = 1`")
     return content
+
+
+def flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
+    """An option of one of the panels that long lists of options are told apart by."""
+    # Without the variables of the environment, which would make the help twice as long.
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_envvar=False, **limits)
 
 
 Config = Annotated[
@@ -139,6 +148,31 @@ EXTRACTION = {
         ],
         False,
     ),
+}
+ALIGNMENT = "LayerSync"
+# The options of `SyncOptions`, without the `sync_` before each.
+SYNC = {
+    "sync_warmup_steps": Annotated[int | None, flag(ALIGNMENT, "Steps in which the weight rises from 0.", min=0)],
+    "sync_decay": Annotated[
+        str | None, flag(ALIGNMENT, "How it falls to 0 at the stop step: constant, linear or cosine.")
+    ],
+    "sync_stop_step": Annotated[int | None, flag(ALIGNMENT, "From this step on nothing is aligned.", min=1)],
+    "sync_noise_range": Annotated[
+        str | None, flag(ALIGNMENT, "Noise levels of the samples that are aligned: 0.2,0.8.")
+    ],
+    "sync_centred": (
+        Annotated[bool, flag(ALIGNMENT, "Subtract the mean token before the cosine.", "--sync-centred")],
+        False,
+    ),
+    "sync_projector_width": Annotated[
+        int | None, flag(ALIGNMENT, "Hidden width of an MLP after the student; 0 is none.", min=0)
+    ],
+    "sync_teacher_decay": Annotated[
+        float | None, flag(ALIGNMENT, "A teacher of averaged weights, in a second pass; 0 is none.")
+    ],
+    "sync_noise_gap": Annotated[
+        float | None, flag(ALIGNMENT, "By how much less noise the teacher may see, in a second pass.")
+    ],
 }
 # How many samples a probe uses.
 COUNTS = {
@@ -247,3 +281,13 @@ def checkpoint_options(opening: Given) -> Given:
     if "shape" in options:
         options["shape"] = integers(options["shape"], "--shape")
     return options
+
+
+def sync_options(given: Given, factors: tuple[float, ...] = ()) -> SyncOptions:
+    """What was given of `SYNC`, with a factor for each pair."""
+    from layerprobe.sync_options import SyncOptions
+
+    values = {name.removeprefix("sync_"): value for name, value in given.items()}
+    if "noise_range" in values:
+        values["noise_range"] = numbers(values["noise_range"], "--sync-noise-range")
+    return SyncOptions(pair_weights=factors, **values)

@@ -10,73 +10,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.options import ALIGNMENT, flag
 from layerprobe.cli.output import Progress, emit, progress_bar, warn
 
 if TYPE_CHECKING:
     from layerprobe.layersync import LayerPair
-    from layerprobe.sync_options import SyncOptions
-
-
-def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    # Without the variables of the environment, which would make the help twice as long.
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_envvar=False, **limits)
 
 
 MODEL = "The network, where it does not come from a checkpoint"
-ALIGNMENT = "LayerSync"
 LEARNING = "What is learned"
 OPTIMIZER = "The optimizer"
 RUNNING = "How it runs and what it leaves"
 
-# The options of `SyncOptions`, without the `sync_` before each.
-SYNC = {
-    "sync_warmup_steps": Annotated[int | None, _flag(ALIGNMENT, "Steps in which the weight rises from 0.", min=0)],
-    "sync_decay": Annotated[
-        str | None, _flag(ALIGNMENT, "How it falls to 0 at the stop step: constant, linear or cosine.")
-    ],
-    "sync_stop_step": Annotated[int | None, _flag(ALIGNMENT, "From this step on nothing is aligned.", min=1)],
-    "sync_noise_range": Annotated[
-        str | None, _flag(ALIGNMENT, "Noise levels of the samples that are aligned: 0.2,0.8.")
-    ],
-    "sync_centred": (
-        Annotated[bool, _flag(ALIGNMENT, "Subtract the mean token before the cosine.", "--sync-centred")],
-        False,
-    ),
-    "sync_projector_width": Annotated[
-        int | None, _flag(ALIGNMENT, "Hidden width of an MLP after the student; 0 is none.", min=0)
-    ],
-    "sync_teacher_decay": Annotated[
-        float | None, _flag(ALIGNMENT, "A teacher of averaged weights, in a second pass; 0 is none.")
-    ],
-    "sync_noise_gap": Annotated[
-        float | None, _flag(ALIGNMENT, "By how much less noise the teacher may see, in a second pass.")
-    ],
-}
 # The options of `TrainingPlan`.
 PLAN = {
-    "label_drop": (Annotated[float, _flag(LEARNING, "Share of labels dropped.", min=0, max=1)], 0.1),
-    "time_sampling": (Annotated[str, _flag(LEARNING, "Of the path's time: uniform or logit-normal.")], "uniform"),
-    "time_mean": (Annotated[float, _flag(LEARNING, "Of the logit-normal; above 0 is noisier.")], 0.0),
-    "time_std": (Annotated[float, _flag(LEARNING, "Of the logit-normal.")], 1.0),
-    "loss_weighting": (Annotated[str, _flag(LEARNING, "none, min-snr, velocity or likelihood.")], "none"),
-    "snr_gamma": (Annotated[float, _flag(LEARNING, "Of min-snr.")], 5.0),
-    "batch_size": (Annotated[int, _flag(OPTIMIZER, "Samples per step, over all processes.", min=1)], 128),
-    "accumulate": (Annotated[int, _flag(OPTIMIZER, "Parts of a step, where memory is short.", min=1)], 1),
-    "learning_rate": (Annotated[float, _flag(OPTIMIZER, "Of AdamW.")], 1e-4),
-    "warmup_steps": (Annotated[int, _flag(OPTIMIZER, "Steps of linear warm-up.", min=0)], 0),
-    "weight_decay": (Annotated[float, _flag(OPTIMIZER, "Of AdamW.", min=0)], 0.0),
-    "clip_norm": (Annotated[float, _flag(OPTIMIZER, "Largest gradient norm; 0 never clips.", min=0)], 0.0),
-    "ema_decay": (Annotated[float, _flag(OPTIMIZER, "Of the averaged weights.")], 0.9999),
-    "more_ema_decays": (Annotated[str | None, _flag(OPTIMIZER, "Of further averages: 0.999,0.99.")], None),
-    "precision": (Annotated[str, _flag(RUNNING, "float32 or bfloat16.")], "float32"),
-    "compile": (Annotated[bool, _flag(RUNNING, "Compile the network.", "--compile")], False),
-    "checkpoint_every": (Annotated[int, _flag(RUNNING, "Steps between checkpoints.", min=1)], 500),
-    "keep_last": (Annotated[int, _flag(RUNNING, "Checkpoints to keep.", min=1)], 1),
-    "log_every": (Annotated[int, _flag(RUNNING, "Steps between rows of the log.", min=1)], 50),
+    "label_drop": (Annotated[float, flag(LEARNING, "Share of labels dropped.", min=0, max=1)], 0.1),
+    "time_sampling": (Annotated[str, flag(LEARNING, "Of the path's time: uniform or logit-normal.")], "uniform"),
+    "time_mean": (Annotated[float, flag(LEARNING, "Of the logit-normal; above 0 is noisier.")], 0.0),
+    "time_std": (Annotated[float, flag(LEARNING, "Of the logit-normal.")], 1.0),
+    "loss_weighting": (Annotated[str, flag(LEARNING, "none, min-snr, velocity or likelihood.")], "none"),
+    "snr_gamma": (Annotated[float, flag(LEARNING, "Of min-snr.")], 5.0),
+    "batch_size": (Annotated[int, flag(OPTIMIZER, "Samples per step, over all processes.", min=1)], 128),
+    "accumulate": (Annotated[int, flag(OPTIMIZER, "Parts of a step, where memory is short.", min=1)], 1),
+    "learning_rate": (Annotated[float, flag(OPTIMIZER, "Of AdamW.")], 1e-4),
+    "warmup_steps": (Annotated[int, flag(OPTIMIZER, "Steps of linear warm-up.", min=0)], 0),
+    "weight_decay": (Annotated[float, flag(OPTIMIZER, "Of AdamW.", min=0)], 0.0),
+    "clip_norm": (Annotated[float, flag(OPTIMIZER, "Largest gradient norm; 0 never clips.", min=0)], 0.0),
+    "ema_decay": (Annotated[float, flag(OPTIMIZER, "Of the averaged weights.")], 0.9999),
+    "more_ema_decays": (Annotated[str | None, flag(OPTIMIZER, "Of further averages: 0.999,0.99.")], None),
+    "precision": (Annotated[str, flag(RUNNING, "float32 or bfloat16.")], "float32"),
+    "compile": (Annotated[bool, flag(RUNNING, "Compile the network.", "--compile")], False),
+    "checkpoint_every": (Annotated[int, flag(RUNNING, "Steps between checkpoints.", min=1)], 500),
+    "keep_last": (Annotated[int, flag(RUNNING, "Checkpoints to keep.", min=1)], 1),
+    "log_every": (Annotated[int, flag(RUNNING, "Steps between rows of the log.", min=1)], 50),
 }
 
 
-@options.spread(sync_options=SYNC, plan_options=PLAN, reading=options.READING)
+@options.spread(sync_options=options.SYNC, plan_options=PLAN, reading=options.READING)
 def train(
     *,
     data: options.Data,
@@ -85,33 +55,31 @@ def train(
     start: Annotated[
         str | None, typer.Option("--from", help="Checkpoint to start from instead of fresh weights.")
     ] = None,
-    preset: Annotated[str | None, _flag(MODEL, "tiny, small (patches that suit the data), or S/2 to XL/8.")] = None,
+    preset: Annotated[str | None, flag(MODEL, "tiny, small (patches that suit the data), or S/2 to XL/8.")] = None,
     patch_size: Annotated[
-        str | None, _flag(MODEL, "Edge of a patch, or one per axis (1,4,4); 2, or the preset's, if not given.")
+        str | None, flag(MODEL, "Edge of a patch, or one per axis (1,4,4); 2, or the preset's, if not given.")
     ] = None,
-    width: Annotated[int | None, _flag(MODEL, "Width of a token; 128, or the preset's.", min=2)] = None,
-    depth: Annotated[int | None, _flag(MODEL, "Number of blocks; 8, or the preset's.", min=1)] = None,
-    heads: Annotated[int | None, _flag(MODEL, "Attention heads; 4, or the preset's.", min=1)] = None,
-    path: Annotated[str | None, _flag(MODEL, "From data to noise: linear (default), gvp or vp.")] = None,
+    width: Annotated[int | None, flag(MODEL, "Width of a token; 128, or the preset's.", min=2)] = None,
+    depth: Annotated[int | None, flag(MODEL, "Number of blocks; 8, or the preset's.", min=1)] = None,
+    heads: Annotated[int | None, flag(MODEL, "Attention heads; 4, or the preset's.", min=1)] = None,
+    path: Annotated[str | None, flag(MODEL, "From data to noise: linear (default), gvp or vp.")] = None,
     prediction: Annotated[
-        str | None, _flag(MODEL, "What the network gives: velocity (default), eps, x0, v or score.")
+        str | None, flag(MODEL, "What the network gives: velocity (default), eps, x0, v or score.")
     ] = None,
     pair: Annotated[
-        list[str] | None, _flag(ALIGNMENT, "student:teacher, as 2:5, or 2:5:0.5 for half the weight; may be repeated.")
+        list[str] | None, flag(ALIGNMENT, "student:teacher, as 2:5, or 2:5:0.5 for half the weight; may be repeated.")
     ] = None,
-    selection: Annotated[Path | None, _flag(ALIGNMENT, "Run folder whose pick to align.")] = None,
-    sync: Annotated[str | None, _flag(ALIGNMENT, "auto: find the pair while training, without labels.")] = None,
-    sync_begin: Annotated[int | None, _flag(ALIGNMENT, "Step of its first decision; 1000 if not given.", min=0)] = None,
-    sync_every: Annotated[int | None, _flag(ALIGNMENT, "Steps between decisions; 5000, 0 decides once.", min=0)] = None,
-    weight: Annotated[float, _flag(ALIGNMENT, "Of the alignment.")] = 0.3,
+    selection: Annotated[Path | None, flag(ALIGNMENT, "Run folder whose pick to align.")] = None,
+    sync: Annotated[str | None, flag(ALIGNMENT, "auto: find the pair while training, without labels.")] = None,
+    sync_begin: Annotated[int | None, flag(ALIGNMENT, "Step of its first decision; 1000 if not given.", min=0)] = None,
+    sync_every: Annotated[int | None, flag(ALIGNMENT, "Steps between decisions; 5000, 0 decides once.", min=0)] = None,
+    weight: Annotated[float, flag(ALIGNMENT, "Of the alignment.")] = 0.3,
     sync_options: options.Given,
     plan_options: options.Given,
     tracker: Annotated[
-        list[str] | None, _flag(RUNNING, "tensorboard, wandb or trackio, beside log.csv; may be repeated.")
+        list[str] | None, flag(RUNNING, "tensorboard, wandb or trackio, beside log.csv; may be repeated.")
     ] = None,
-    fsdp: Annotated[
-        bool, _flag(RUNNING, "Shard the model over the processes instead of copying it.", "--fsdp")
-    ] = False,
+    fsdp: Annotated[bool, flag(RUNNING, "Shard the model over the processes instead of copying it.", "--fsdp")] = False,
     reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -136,7 +104,7 @@ def train(
             steps=steps,
             pairs=pairs or training_runs.picked_pairs(selection),
             weight=weight,
-            sync=_sync_options(sync_options, factors),
+            sync=options.sync_options(sync_options, factors),
             seed=seed,
             **_plan_options(plan_options),
         )
@@ -207,15 +175,6 @@ def _weighted_pairs(texts: Sequence[str]) -> tuple[tuple[LayerPair, ...], tuple[
                 f"--pair {text} does not end in a number; write it as 2:5:0.5 for half the weight"
             ) from None
     return tuple(pairs), () if set(factors) <= {1.0} else tuple(factors)
-
-
-def _sync_options(given: options.Given, factors: tuple[float, ...]) -> SyncOptions:
-    from layerprobe.sync_options import SyncOptions
-
-    values = {name.removeprefix("sync_"): value for name, value in given.items()}
-    if "noise_range" in values:
-        values["noise_range"] = options.numbers(values["noise_range"], "--sync-noise-range")
-    return SyncOptions(pair_weights=factors, **values)
 
 
 def _plan_options(given: options.Given) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
 ) -> None:
     monkeypatch.setattr("layerprobe.analyses.atlas.classifier_extractor", lambda *_: PIXELS)
     options = ("digits", "--data", "digits", "--out", tmp_path / "a", "--steps", 2, "--num-samples", 20)
-    options += ("--batch-size", 4, "--pair", "0:2", "--pair", "1:3")
+    options += ("--batch-size", 4, "--pair", "0:2", "--pair", "1:3", "--sync-stop-step", 1)
     assert shell(monkeypatch, *options, "--dry-run") == 0
     assert "branches: 3" in capsys.readouterr().out
     assert not (tmp_path / "a").exists()
@@ -333,6 +333,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     assert (record["pairs"], record["branches"]) == (2, 3)
     assert len(read_atlas(record["table"])) == 3 * 7
     assert (tmp_path / "a" / "figures" / "atlas.png").is_file()
+    assert json.loads((tmp_path / "a" / "atlas.json").read_text())["training"]["sync"]["stop_step"] == 1
 
 
 @pytest.mark.parametrize(

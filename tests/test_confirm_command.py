@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from layerprobe.analyses.power import detectable, look_levels
+from layerprobe.analyses.runs import confirmation_training
+from layerprobe.cli.options import sync_options
+from layerprobe.sync_options import SyncOptions
 
 LAYERS = [f"blocks.{i}" for i in range(8)]
 
@@ -72,6 +75,13 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
     assert not (folder / "confirmation").exists()
 
 
+def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--sync-stop-step", "500")
+    assert (code, json.loads(out)["sync_stop_step"]) == (0, 500)
+    training = confirmation_training(folder, steps=1000, sync=sync_options({"sync_stop_step": 500}))
+    assert training.sync == SyncOptions(stop_step=500)
+
+
 def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:
     code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--stop-early", "--num-seeds", "8")
     assert code == 0
@@ -101,6 +111,7 @@ def test_the_spread_is_that_of_the_runs_that_are_there(folder: Path, cli) -> Non
         ("--arms pick", "the arms pick lack none"),
         ("--stop-early", "stopping early takes 4 to 50 seeds (the first look is after 3), got 3"),
         ("--spread 0.1 --pilot .", "both a spread and a pilot are given; pass one of them"),
+        ("--sync-decay linear", "a linear decay ends at the stop step; pass stop_step"),
         ("--spread -1", "a spread must lie above 0, got -1.0; pass 0.05 for 5 % of the distance"),
         ("--pilot nowhere", "nowhere holds no arms of two seeds that differ; pass a confirmed run or an atlas"),
     ],

@@ -72,6 +72,8 @@ SBATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0", "SLURM
 
 # Its processes are forked from one that has imported everything and run nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
+# Of a lost connection torch warns in lines of its own, sometimes. What is tested is what we say.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 PROCESSES.set_forkserver_preload(["hypothesis", "layerprobe.training", "pytest", "torch.distributed.fsdp"])
 
 
