@@ -1,0 +1,114 @@
+"""Whether the gradients of alignment and of the prediction loss agree more for pairs that gain more.
+
+A network is trained without alignment, exactly as the branch without alignment of `layerprobe atlas --from-scratch`. On
+the way both gradients are taken of its averaged weights, for every pair, over the weights that the alignment reaches;
+their cosine is made of products between different batches, so that the noise that a batch shares does not count. Given
+the atlas, its rank correlation with the gains is printed by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.alignment import mean_cosine
+from layerprobe.analyses import runs
+from layerprobe.analyses.atlas_runs import atlas_start, wanted_pairs
+from layerprobe.analyses.calibration import rank_correlation, read_case
+from layerprobe.backbones.base import Backbone
+from layerprobe.batches import TrainingBatch
+from layerprobe.capture import capture
+from layerprobe.data.base import Samples
+from layerprobe.layersync import LayerPair
+from layerprobe.training import prediction_loss, train
+
+STEPS = (50, 100, 250, 500, 1000, 2000, 4000, 8000)
+BATCHES, BATCH_SIZE = 8, 256
+
+
+def main() -> None:
+    options = parsed()
+    reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
+    reading = {name: value for name, value in reading.items() if value is not None}
+    start = atlas_start(options.start, steps=options.steps, from_scratch=True)
+    samples = runs.load_splits(options.data, reading)[0].fit
+    case = read_case(options.atlas, None)
+    pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])
+    looked_at = drawn(start.backbone, samples)
+
+    def observe(step: int, model: Backbone) -> None:
+        found = rank_correlation(agreements(model, looked_at, pairs), case.gain, case.ends)
+        print(f"step {step}: {found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        steps = [step for step in STEPS if step <= options.steps]
+        train(start.backbone, samples, start.plan.training, folder, observe=observe, observe_at=steps)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", help="as of the atlas")
+    parser.add_argument("atlas", type=Path, help="its atlas.csv")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=4000, help="as of the atlas")
+    for name in ("size", "channels", "mels", "length", "hop", "stride"):
+        parser.add_argument(f"--{name}", type=int, help="as of the atlas")
+    return parser.parse_args()
+
+
+def drawn(backbone: Backbone, samples: Samples) -> list[TrainingBatch]:
+    """Batches with noise, whose levels are spread evenly."""
+    indices = np.random.default_rng(0).permutation(len(samples))[: BATCHES * BATCH_SIZE]
+    generator, found = torch.Generator().manual_seed(0), []
+    for part in np.array_split(indices, BATCHES):
+        batch = samples.batch(part.tolist())
+        uniform = torch.rand(len(part), generator=generator, dtype=torch.float64)
+        level = (torch.arange(len(part), dtype=torch.float64) + uniform) / len(part)
+        eps = torch.randn(batch.x.shape, generator=generator)
+        found.append(TrainingBatch(batch.x, eps, level, batch.labels if backbone.num_classes else None, batch.mask))
+    return found
+
+
+def agreements(backbone: Backbone, looked_at: Sequence[TrainingBatch], pairs: Sequence[LayerPair]) -> np.ndarray:
+    """Cosine of both gradients for each pair; nan where one of them is all noise."""
+    backbone = replace(backbone, module=copy.deepcopy(backbone.module).eval().requires_grad_())
+    weights = list(backbone.module.parameters())
+
+    def gradient(loss: Tensor) -> Tensor:
+        parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        known = [torch.zeros_like(w) if part is None else part for w, part in zip(weights, parts, strict=True)]
+        return torch.cat([part.flatten() for part in known])
+
+    own, aligned = [], []
+    layers = sorted({layer for pair in pairs for layer in (pair.student, pair.teacher)})
+    for batch in looked_at:
+        with capture(backbone.module, layers) as tokens:
+            loss = prediction_loss(backbone, batch).mean()
+        own.append(gradient(loss))
+        aligned.append(torch.stack([gradient(-mean_cosine(tokens[p.student], tokens[p.teacher])) for p in pairs]))
+    prediction, alignment = torch.stack(own), torch.stack(aligned)
+    return np.array([cosine(prediction, alignment[:, i]) for i in range(len(pairs))])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of the mean gradients (batches, weights), over the weights that b reaches, without products of one batch."""
+    a = a[:, (b != 0).any(0)]
+    b = b[:, (b != 0).any(0)]
+
+    def product(x: Tensor, y: Tensor) -> float:
+        return float(x.sum(0) @ y.sum(0) - (x * y).sum())
+
+    squares = product(a, a), product(b, b)
+    return product(a, b) / float(np.sqrt(squares[0] * squares[1])) if min(squares) > 0 else float("nan")
+
+
+if __name__ == "__main__":
+    main()
