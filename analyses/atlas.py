@@ -1,7 +1,7 @@
 """The pair atlas: what every layer pair is worth, by experiment.
 
-From one warm checkpoint every (student, teacher) pair is trained for the same steps, and no alignment too, on the same
-batches with the same noise: what a branch scores beyond the one without alignment is its pair's doing. That is the
+From one start every (student, teacher) pair is trained for the same steps, and no alignment too, on the same batches
+with the same noise: what a branch scores beyond the one without alignment is its pair's doing. That is the
 ground truth that a rule for picking pairs has to be judged by, at this stage of this model on these data; a branch of
 few steps says nothing about many.
 
@@ -36,6 +36,7 @@ from layerprobe.analyses.confirmation import (
     train_arm,
 )
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.sit import fresh_sit
 from layerprobe.checkpoints import weights_hash
 from layerprobe.data.base import Splits
 from layerprobe.fidelity import Extractor, classifier_extractor
@@ -58,10 +59,12 @@ class AtlasPlan:
         training: What all branches share; its pairs and seed are set by branch. `steps` counts from the start of the
             training that the branches continue, where they continue one.
         first_step: Step at which the branches begin; 0 unless they continue a training.
-        seeds: Each is another order of the data and other noise.
+        seeds: Each is another order of the data and other noise, and fresh initial weights where branches start from
+            scratch.
         num_evaluations: Evenly spaced over the steps of a branch, the last one at the end.
         num_samples: Drawn for each Fréchet distance.
         sampling: How they are drawn.
+        from_scratch: Whether every seed has its own weights to start from.
     """
 
     training: TrainingPlan
@@ -70,6 +73,7 @@ class AtlasPlan:
     num_evaluations: int = 1
     num_samples: int = 1000
     sampling: SamplingPlan = field(default_factory=lambda: SamplingPlan(solver="heun", steps=12))
+    from_scratch: bool = False
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -119,7 +123,7 @@ def chart(
     table.
 
     Args:
-        backbone: Where all branches start.
+        backbone: Where all branches start; from scratch, what the network is.
         splits: The data.
         pairs: To train; no alignment is always one of the branches.
         plan: Steps, seeds, evaluations.
@@ -155,7 +159,8 @@ def chart(
             if progress:
                 progress(what, index * plan.branch_steps + step - plan.first_step, len(mine) * plan.branch_steps)
 
-        _train_branch(backbone, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
+        start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
+        _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
     found = {(seed, arm.pair): kept for seed, arm in runs if (kept := _kept(run_folder(folder, arm, seed))).keys()}
     atlas = table(found)
     write_text(folder / "atlas.csv", atlas.to_csv(index=False))
@@ -315,4 +320,6 @@ def _record(
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "extractor": extractor.name if extractor else None,
     }
+    if plan.from_scratch:  # Once all seeds began with one set of weights: such an atlas is another one.
+        record |= {"start": "fresh weights of each seed", "network": backbone.name}
     return record | ({"lengths": "of the real samples"} if is_padded(splits.report) else {})

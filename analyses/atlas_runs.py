@@ -13,8 +13,9 @@ from layerprobe.analyses import plots
 from layerprobe.analyses.atlas import AtlasPlan, Progress, all_pairs, benefits, chart
 from layerprobe.analyses.atlas_plots import atlas_heatmap
 from layerprobe.analyses.confirmation import FRECHET
-from layerprobe.analyses.runs import _alignable, fresh
+from layerprobe.analyses.runs import _alignable
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.sit import fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data.base import Splits
 from layerprobe.layersync import LayerPair
@@ -57,8 +58,8 @@ def atlas_start(
 
     They are trained as the start was, where it says so, unless given otherwise, and their averaged weights look back
     over a tenth of their steps. Branches of a checkpoint begin with an empty optimizer, so their learning rate warms up
-    over the first tenth; those of a training's folder go on with its optimizer. From scratch, all begin with the fresh
-    weights of the first seed, and the start only says how the network looks and was trained.
+    over the first tenth; those of a training's folder go on with its optimizer. From scratch, each seed has fresh
+    weights of its own, and the start only says how the network looks and was trained, its warm-up included.
 
     Args:
         start: A folder of `layerprobe train`, or a checkpoint.
@@ -80,11 +81,15 @@ def atlas_start(
         for field in fields(TrainingPlan)
         if field.name in trained and field.name not in _OF_A_BRANCH
     }
-    default = {"ema_decay": max(0.0, 1 - 10 / steps)} | ({} if state else {"warmup_steps": steps // 10})
+    default = {"ema_decay": max(0.0, 1 - 10 / steps)}
+    if state is None and not (from_scratch and "warmup_steps" in known):
+        default["warmup_steps"] = steps // 10
     training = TrainingPlan(**known | default | given, steps=first + steps)
-    plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples)
+    plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
     backbone = open_checkpoint(checkpoint, device=device)
-    return AtlasStart(fresh(backbone, seeds[0]) if from_scratch else backbone, plan, state, trained.get("data"))
+    if from_scratch:
+        fresh_sit(backbone, seeds[0])  # what cannot be initialised is refused before data is read
+    return AtlasStart(backbone, plan, state, trained.get("data"))
 
 
 def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:

@@ -58,7 +58,7 @@ from layerprobe.analyses.sample_runs import draw_samples
 from layerprobe.analyses.selection import Selection, cautions, rank_pairs
 from layerprobe.analyses.verdict import Verdict
 from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.sit import SiT, new_sit
+from layerprobe.backbones.sit import fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.contribution import contribution
 from layerprobe.convention import ConventionCheck, check_convention
@@ -404,7 +404,7 @@ def confirm_run(
     chosen = _arms(selection, _alignable(backbone), arms, seeds)
     splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
     verdict = confirm(
-        lambda seed: fresh(backbone, seed) if from_scratch else backbone,
+        lambda seed: fresh_sit(backbone, seed) if from_scratch else backbone,
         splits,
         chosen,
         confirmation,
@@ -463,11 +463,12 @@ def quickstart(
     return selection, verdict
 
 
-def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> TrainingPlan:
+def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = False, **given: Any) -> TrainingPlan:
     """How the arms of a run are trained: as its checkpoint was, where the checkpoint says so, unless given otherwise.
 
     The averaged weights look back over a tenth of the steps, so that they show what the arm has learned. A branch
-    starts with an empty optimizer state, so its learning rate warms up over the first tenth.
+    starts with an empty optimizer state, so its learning rate warms up over the first tenth. From scratch it warms up
+    as the checkpoint's did: a longer warm-up is worse without alignment, and the gains would be too large.
     """
     path = read_plan(run).checkpoint
     trained = training_record(path)
@@ -476,6 +477,8 @@ def confirmation_training(run: str | Path, *, steps: int, **given: Any) -> Train
         for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
         if name in trained
     }
+    if from_scratch and "warmup_steps" in trained:
+        known["warmup_steps"] = trained["warmup_steps"]
     default = {"steps": steps, "warmup_steps": steps // 10, "ema_decay": max(0.0, 1 - 10 / steps)}
     return TrainingPlan(**default | known | given)
 
@@ -564,19 +567,6 @@ def _encoded(
     splits: Splits, encoding: Mapping[str, Any], shape: tuple[int, ...] | None, progress: Progress | None
 ) -> Splits:
     return encode_splits(splits, **encoding, expect_shape=shape, progress=_named(progress, "encoding images"))
-
-
-def fresh(backbone: Backbone, seed: int) -> Backbone:
-    """The same architecture with newly initialised weights.
-
-    Raises:
-        ValueError: If it is not a SiT: layerprobe does not know how other networks are initialised.
-    """
-    if not isinstance(backbone.module, SiT):
-        raise ValueError(f"{backbone.name} cannot be initialised afresh; leave out --from-scratch")
-    new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
-    new.module.to(backbone.device)
-    return new
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:

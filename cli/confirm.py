@@ -53,6 +53,7 @@ def confirm(
     training = runs.confirmation_training(
         run,
         steps=steps,
+        from_scratch=from_scratch,
         sync=options.sync_options(sync_options),
         **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )

@@ -18,7 +18,6 @@ from layerprobe.analyses.atlas import COLUMNS, AtlasPlan, all_pairs, benefits, c
 from layerprobe.analyses.atlas_plots import atlas_heatmap
 from layerprobe.analyses.confirmation import FRECHET, HELD_OUT
 from layerprobe.backbones.sit import new_sit
-from layerprobe.checkpoints import weights_hash
 from layerprobe.cli.main import run as command_line
 from layerprobe.fidelity import Extractor, frechet_distance, gaussian, sample_features
 from layerprobe.layersync import LayerPair
@@ -236,12 +235,25 @@ def test_the_start_is_read_from_a_folder_of_a_training_or_from_a_checkpoint(warm
 
 
 def test_from_scratch_the_start_only_says_how_the_network_looks_and_was_trained(warm: Path) -> None:
-    start = atlas_runs.atlas_start(warm, steps=4, from_scratch=True, seeds=(3, 4))
-    trained = atlas_runs.atlas_start(warm, steps=4)
-    fresh = new_sit(trained.backbone.module.config, seed=3)
-    assert weights_hash(start.backbone.module) == weights_hash(fresh.module) != weights_hash(trained.backbone.module)
-    assert (start.state, start.plan.first_step, start.plan.training.steps) == (None, 0, 4)
+    start = atlas_runs.atlas_start(warm, steps=40, from_scratch=True, seeds=(3, 4))
+    trained = atlas_runs.atlas_start(warm, steps=40)
+    assert (start.state, start.plan.first_step, start.plan.training.steps) == (None, 0, 40)
+    assert start.plan.from_scratch
     assert start.plan.training.learning_rate == trained.plan.training.learning_rate
+    # Not a tenth of the steps, as branches of a checkpoint have it.
+    assert start.plan.training.warmup_steps == trained.plan.training.warmup_steps == TRAINING.warmup_steps
+
+
+def test_from_scratch_every_seed_has_weights_of_its_own(tmp_path: Path) -> None:
+    splits = tiny_splits(24)
+    atlas = draw(tmp_path / "atlas", PAIRS[:1], replace(PLAN, from_scratch=True)).set_index(["student", "metric"])
+    for seed in PLAN.seeds:
+        start = new_sit(tiny_sit().module.config, seed=seed)
+        model = train(start, splits.fit, replace(TRAINING, seed=seed), tmp_path / f"own-{seed}")
+        found = atlas[atlas["seed"] == seed].loc[("", f"{HELD_OUT} at noise level 0.7"), "value"]
+        assert found == pytest.approx(held_out_loss(model, splits.report)[0.7], rel=1e-12)
+    with pytest.raises(ValueError, match=r"holds an atlas of another run \(different: network, start\)"):
+        draw(tmp_path / "atlas", PAIRS[:1], PLAN)
 
 
 def test_branches_do_not_go_on_with_other_data(warm: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from layerprobe.analyses.power import detectable, look_levels
 from layerprobe.analyses.runs import confirmation_training
+from layerprobe.checkpoints import training_record
 from layerprobe.cli.options import sync_options
 from layerprobe.sync_options import SyncOptions
 
@@ -80,6 +81,14 @@ def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:
     assert (code, json.loads(out)["sync_stop_step"]) == (0, 500)
     training = confirmation_training(folder, steps=1000, sync=sync_options({"sync_stop_step": 500}))
     assert training.sync == SyncOptions(stop_step=500)
+
+
+def test_from_scratch_the_learning_rate_warms_up_as_the_checkpoint_s_did(folder: Path) -> None:
+    trained = training_record("digits")
+    assert confirmation_training(folder, steps=5000, from_scratch=True).warmup_steps == trained["warmup_steps"] > 0
+    # A branch begins with an empty optimizer, whatever its checkpoint did.
+    assert confirmation_training(folder, steps=5000).warmup_steps == 500 != trained["warmup_steps"]
+    assert confirmation_training(folder, steps=5000, from_scratch=True, warmup_steps=7).warmup_steps == 7
 
 
 def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:

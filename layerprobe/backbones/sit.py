@@ -389,6 +389,19 @@ def new_sit(
         return sit_backbone(SiT(config), schedule=schedule, prediction=prediction)
 
 
+def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
+    """The same SiT, behind the same convention and on the same device, with fresh weights.
+
+    Raises:
+        ValueError: If it is no SiT: layerprobe does not know how other networks are initialised.
+    """
+    if not isinstance(backbone.module, SiT):
+        raise ValueError(f"{backbone.name} cannot be initialised afresh; leave out --from-scratch")
+    new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
+    new.module.to(backbone.device)
+    return new
+
+
 def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
     """Calls a network that always takes labels, and a mask where there is one."""
     if condition is None:  # An unconditional one still has the row for "no label".
