@@ -24,6 +24,7 @@ from layerprobe.analyses import runs
 from layerprobe.analyses.atlas_runs import atlas_start, wanted_pairs
 from layerprobe.analyses.calibration import rank_correlation, read_case
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.sit import fresh_sit
 from layerprobe.batches import TrainingBatch
 from layerprobe.capture import capture
 from layerprobe.data.base import Samples
@@ -50,7 +51,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         steps = [step for step in STEPS if step <= options.steps]
-        train(start.backbone, samples, start.plan.training, folder, observe=observe, observe_at=steps)
+        train(fresh_sit(start.backbone, 0), samples, start.plan.training, folder, observe=observe, observe_at=steps)
 
 
 def parsed() -> argparse.Namespace:

@@ -1,0 +1,410 @@
+"""A pair atlas from scratch by a trainer in C: what `layerprobe atlas --from-scratch` gives, several times sooner.
+
+    python fast_atlas.py START --data DATA --out FOLDER --steps 12000 [--num-seeds 2] [--shard 1/2]
+    python fast_atlas.py START --data DATA --check
+
+Networks of a few thousand weights leave torch waiting between operations. `sit.c` trains the same network on the same
+batches with the same noise, one core an arm; sampling and scores are layerprobe's own. `--check` prints how far loss
+and gradient lie from torch's, and the time of a step of both.
+
+For SiTs that predict the velocity on the linear path, whose width, heads' width and number of tokens the C code takes
+(width and tokens are multiples of 16), on a processor with AVX-512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerprobe.analyses import runs
+from layerprobe.analyses.atlas import AtlasPlan, all_pairs, table
+from layerprobe.analyses.atlas_runs import AtlasStart, atlas_start
+from layerprobe.analyses.confirmation import BASELINE, FRECHET, HELD_OUT, Arm, Scorer, run_folder
+from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit
+from layerprobe.batches import TrainingBatch, noise_levels
+from layerprobe.capture import real_tokens
+from layerprobe.data.base import Samples, Splits
+from layerprobe.fidelity import classifier_extractor
+from layerprobe.files import write_text
+from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.noise import NoiseKey
+from layerprobe.training import TrainingPlan, prediction_loss
+
+Array = NDArray[Any]
+AHEAD = 500  # steps whose batches are made at a time
+SOURCE = Path(__file__).with_name("sit.c")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC", "-lm")
+
+
+def main() -> None:
+    options = parsed()
+    reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
+    splits = runs.load_splits(options.data, {name: value for name, value in reading.items() if value is not None})[0]
+    start = atlas_start(
+        options.start,
+        steps=options.steps,
+        from_scratch=True,
+        seeds=tuple(range(options.seed, options.seed + options.num_seeds)),
+        num_evaluations=options.num_evaluations,
+        num_samples=options.num_samples,
+        weight=options.weight,
+    )
+    torch.set_num_threads(1)
+    trainer = Trainer(start.backbone, splits.fit, start.plan.training)
+    if options.check:
+        check(trainer)
+    else:
+        draw(start, splits, trainer, options.out, options.shard)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", help="a folder of `layerprobe train`, or a checkpoint: the network and its training")
+    parser.add_argument("--data", required=True)
+    for name in ("size", "channels", "mels", "length", "hop", "stride"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--out", type=Path, default=Path("fast-atlas"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--weight", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-seeds", type=int, default=1)
+    parser.add_argument("--num-evaluations", type=int, default=1)
+    parser.add_argument("--num-samples", type=int, default=2000)
+    parser.add_argument("--shard", default="1/1", help="i/N: every N-th arm from the i-th on")
+    parser.add_argument("--check", action="store_true", help="compare loss and gradient with torch's")
+    return parser.parse_args()
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def patches(x: Tensor, config: SiTConfig) -> Tensor:
+    """Samples (n, C, *grid) -> (n, T, values of a patch rounded up to 16), values by channel first."""
+    axes = len(config.grid)
+    split = x.reshape(len(x), len(x[0]), *(n for pair in zip(config.grid, config.patch, strict=True) for n in pair))
+    order = [0, *(2 + 2 * i for i in range(axes)), 1, *(3 + 2 * i for i in range(axes))]
+    rows = split.permute(order).reshape(len(x), math.prod(config.grid), -1)
+    return F.pad(rows, (0, -rows.shape[-1] % 16))
+
+
+def weight_names(depth: int) -> Iterator[str]:
+    """In the order of `carve` in sit.c."""
+    modules = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"]
+    parts = ("adaLN_modulation.1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    modules += [f"blocks.{i}.{part}" for i in range(depth) for part in parts]
+    modules += ["final_layer.adaLN_modulation.1", "final_layer.linear"]
+    for module in modules:
+        yield f"{module}.weight"
+        if module != "y_embedder.embedding_table":
+            yield f"{module}.bias"
+
+
+def _by_channel(config: SiTConfig) -> Tensor:
+    """Where the values of an output patch, channel last, stand with the channel first."""
+    values, channels = math.prod(config.patch), config.shape[0]
+    return torch.arange(values * channels).reshape(values, channels).T.reshape(-1)
+
+
+def flat(state: dict[str, Tensor], config: SiTConfig) -> Array:
+    """A state dict as sit.c keeps it."""
+    parts = []
+    for name in weight_names(config.depth):
+        tensor = state[name].flatten(1) if state[name].ndim > 1 else state[name]
+        if name.startswith("final_layer.linear"):
+            tensor = tensor[_by_channel(config)]
+            tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, -len(tensor) % 16))
+        if name == "x_embedder.proj.weight":
+            tensor = F.pad(tensor, (0, -tensor.shape[1] % 16))
+        turned = tensor.ndim > 1 and "embedding_table" not in name
+        parts.append((tensor.T if turned else tensor).reshape(-1))
+    return np.ascontiguousarray(torch.cat(parts).detach().float().numpy())
+
+
+def state_dict(weights: Array, like: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
+    """The reverse of `flat`."""
+    found, rest = dict(like), torch.from_numpy(weights.copy())
+    values, order = math.prod(config.patch) * config.shape[0], _by_channel(config).argsort()
+    for name in weight_names(config.depth):
+        rows, *others = like[name].shape
+        cols = math.prod(others)
+        if name.startswith("final_layer.linear"):
+            rows += -rows % 16
+        if name == "x_embedder.proj.weight":
+            cols += -cols % 16
+        part, rest = rest[: rows * cols], rest[rows * cols :]
+        turned = bool(others) and "embedding_table" not in name
+        tensor = part.reshape(cols, rows).T if turned else part.reshape(rows, *others)
+        if name.startswith("final_layer.linear"):
+            tensor = tensor[:values][order]
+        if name == "x_embedder.proj.weight":
+            tensor = tensor[:, :values].reshape(like[name].shape)
+        found[name] = tensor.contiguous()
+    assert not len(rest)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- the C code
+
+
+class _Network(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("depth", "values", "classes")]
+
+
+class _Data(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("position", "samples", "element", "token")]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("rows", "noise", "level", "time", "label")]
+
+
+class _Alignment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("student", "teacher")),
+        *((name, ctypes.c_float) for name in ("weight", "low", "high")),
+    ]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The batches of some steps, one after the other; arrays as `_Step` names them."""
+
+    rows: Array
+    noise: Array
+    level: Array
+    time: Array
+    label: Array
+
+    def pointers(self) -> _Step:
+        return _Step(*(array.ctypes.data for array in vars(self).values()))
+
+
+class Trainer:
+    """Trains SiTs of one shape on one data set.
+
+    Args:
+        backbone: What is trained; its weights play no part.
+        samples: What it learns, held in memory.
+        plan: Batch size, learning rate, averages and label drop; no option of the alignment but pair and weight.
+    """
+
+    def __init__(self, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
+        assert isinstance(backbone.module, SiT)
+        self.config = config = backbone.module.config
+        self.backbone, self.samples, self.plan = backbone, samples, plan
+        whole = samples.batch(range(len(samples)))
+        assert whole.labels is not None
+        self.ids, self.labels, self.mask = whole.ids, whole.labels, whole.mask
+        self._samples = np.ascontiguousarray(patches(whole.x.float(), config).numpy())
+        self._position = np.ascontiguousarray(backbone.module.pos_embed[0].detach().numpy())
+        self._element = self._token = None
+        if whole.mask is not None:
+            spread = whole.mask.unsqueeze(1).expand(whole.x.shape)
+            self._element = np.ascontiguousarray(patches(spread.float(), config).numpy().astype(np.uint8))
+            self._token = np.ascontiguousarray(real_tokens(whole.mask, config.grid).numpy().astype(np.uint8))
+        values = math.prod(config.patch) * config.shape[0]
+        self._network = _Network(config.depth, values, config.num_classes)
+        self._library = compiled(config, plan.batch_size)
+
+    def steps(self, seed: int, start: int, stop: int) -> Steps:
+        """The batches that `layerprobe.batches` makes of these steps."""
+        order, levels, noise = (NoiseKey(seed, name) for name in ("order", "level", "noise"))
+        drops, n = NoiseKey(seed, "label drop"), len(self.samples)
+        parts = []
+        places = np.arange(start * self.plan.batch_size, stop * self.plan.batch_size)
+        for epoch in np.unique(places // n).tolist():
+            rows = order.permutation(n, draw=epoch)[places[places // n == epoch] - epoch * n]
+            ids = self.ids[rows]
+            level = noise_levels(levels.uniform(ids, draw=epoch), self.backbone, self.plan)
+            dropped = drops.uniform(ids, draw=epoch) < self.plan.label_drop
+            parts.append(
+                (
+                    rows.int(),
+                    patches(noise.normal(ids, self.samples.shape, draw=epoch).float(), self.config),
+                    level.float(),
+                    self.backbone.schedule.native_time(level).float(),
+                    self.labels[rows].masked_fill(dropped, self.config.num_classes).int(),
+                )
+            )
+        return Steps(*(np.ascontiguousarray(torch.cat(column).numpy()) for column in zip(*parts, strict=True)))
+
+    def train(
+        self, seed: int, pair: LayerPair | None, known: dict[int, Steps], stops: Sequence[int]
+    ) -> Iterator[Backbone]:
+        """The averaged model after each of the steps `stops`."""
+        start = fresh_sit(self.backbone, seed)
+        like = {name: tensor.detach().clone() for name, tensor in start.module.state_dict().items()}
+        weights = flat(like, self.config)
+        average, first, second = weights.copy(), np.zeros_like(weights), np.zeros_like(weights)
+        losses, cosines = np.zeros(AHEAD), np.zeros(AHEAD)
+        marks = sorted({*range(0, stops[-1], AHEAD), *stops})
+        for begin, end in itertools.pairwise(marks):
+            base = begin // AHEAD * AHEAD
+            if base not in known:
+                known[base] = self.steps(seed, base, base + AHEAD)
+            piece = slice((begin - base) * self.plan.batch_size, (end - base) * self.plan.batch_size)
+            steps = Steps(*(array[piece] for array in vars(known[base]).values()))
+            self._library.train(
+                ctypes.byref(self._network),
+                *(ctypes.c_void_p(array.ctypes.data) for array in (weights, first, second, average)),
+                ctypes.byref(self._data()),
+                ctypes.byref(steps.pointers()),
+                ctypes.byref(self._alignment(pair)),
+                *(begin, end, ctypes.c_float(self.plan.learning_rate), self.plan.warmup_steps),
+                ctypes.c_float(self.plan.ema_decay),
+                *(ctypes.c_void_p(array.ctypes.data) for array in (losses, cosines)),
+            )
+            if not np.isfinite(average).all():
+                raise ValueError(f"the weights are not finite after step {end}; lower the learning rate")
+            if end in stops:
+                start.module.load_state_dict(state_dict(average, like, self.config))
+                yield start
+
+    def gradient(self, weights: Array, steps: Steps, pair: LayerPair | None) -> tuple[float, float, Array]:
+        """Prediction loss, mean cosine, and the gradient of both."""
+        gradient, cosine = np.zeros_like(weights), ctypes.c_double()
+        loss = self._library.one_gradient(
+            ctypes.byref(self._network),
+            *(ctypes.c_void_p(array.ctypes.data) for array in (weights, gradient)),
+            *(ctypes.byref(part) for part in (self._data(), steps.pointers(), self._alignment(pair), cosine)),
+        )
+        return loss, cosine.value, gradient
+
+    def _data(self) -> _Data:
+        arrays = (self._position, self._samples, self._element, self._token)
+        return _Data(*(None if array is None else array.ctypes.data for array in arrays))
+
+    def _alignment(self, pair: LayerPair | None) -> _Alignment:
+        if pair is None:
+            return _Alignment(-1, -1, 0.0, 0.0, 0.0)
+        places = [self.backbone.layers.index(name) for name in (pair.student, pair.teacher)]
+        return _Alignment(*places, self.plan.weight, *self.plan.sync.noise_range)
+
+
+def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
+    """sit.c for this shape."""
+    tokens, values = math.prod(config.grid), math.prod(config.patch) * config.shape[0]
+    if tokens % 16 or config.hidden_size % 16 or batch_size % 4:
+        raise ValueError(f"width and tokens must be multiples of 16, the batch of 4; got {config.name}, {batch_size}")
+    sizes = {"WIDTH": config.hidden_size, "TOKENS": tokens, "HEADS": config.num_heads, "BATCH": batch_size}
+    sizes["PATCH"] = values + -values % 16
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "sit.so"
+        defined = [f"-D{name}={value}" for name, value in sizes.items()]
+        subprocess.run(["cc", *defined, str(SOURCE), "-o", str(library), *FLAGS], check=True)
+        found = ctypes.CDLL(str(library))
+    found.one_gradient.restype = ctypes.c_double
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- the jobs
+
+
+def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
+    """As `layerprobe.analyses.atlas.chart`; what is finished is not done again."""
+    plan: AtlasPlan = start.plan
+    number, count = (int(part) for part in shard.split("/"))
+    pairs = all_pairs(start.backbone.layers)
+    arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
+    every = [(seed, arm) for seed in plan.seeds for arm in arms]
+    extractor = classifier_extractor(splits.fit, folder / "extractor.safetensors")
+    scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    known: dict[int, Steps] = {}
+    last = None
+    for seed, arm in every[number - 1 :: count]:
+        place = _scores_of(folder, arm, seed)
+        if place.is_file():
+            continue
+        if seed != last:
+            known, last = {}, seed
+        began, scores = time.perf_counter(), {}
+        models = trainer.train(seed, arm.pair, known, plan.evaluation_steps)
+        for step, model in zip(plan.evaluation_steps, models, strict=True):
+            losses = scorer.losses(model)
+            by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
+            mean = float(np.mean(list(losses.values())))
+            scores[step] = {FRECHET: scorer.distance(model), HELD_OUT: mean} | by_level
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, json.dumps(scores))
+        print(f"seed {seed}, {arm.name}: {scores[step][FRECHET]:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    files = {(seed, arm.pair): _scores_of(folder, arm, seed) for seed, arm in every}
+    found = {run: json.loads(file.read_text()) for run, file in files.items() if file.is_file()}
+    by_step = {run: {int(step): values for step, values in scores.items()} for run, scores in found.items()}
+    write_text(folder / "atlas.csv", table(by_step).to_csv(index=False))
+
+
+def _scores_of(folder: Path, arm: Arm, seed: int) -> Path:
+    run = run_folder(folder, arm, seed)
+    return run.with_name(f"{run.name}.json")
+
+
+def check(trainer: Trainer) -> None:
+    """Loss, cosine and gradient beside torch's, at weights that are no fresh ones, and the time of both."""
+    config, layers, size = trainer.config, trainer.backbone.layers, trainer.plan.batch_size
+    pair = LayerPair(layers[len(layers) // 5], layers[(2 * len(layers)) // 3])
+    backbone, generator = fresh_sit(trainer.backbone, 0), torch.Generator().manual_seed(1)
+    for parameter in backbone.module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    steps = trainer.steps(0, 0, 1)
+    rows = torch.from_numpy(steps.rows).long()
+    noise = NoiseKey(0, "noise").normal(trainer.ids[rows], trainer.samples.shape)
+    level, label = torch.from_numpy(steps.level).double(), torch.from_numpy(steps.label).long()
+    mask = None if trainer.mask is None else trainer.mask[rows]
+    batch = TrainingBatch(trainer.samples.batch(rows.tolist()).x, noise, level, label, mask)
+    tokens = None if mask is None else real_tokens(mask, config.grid)
+
+    def by_torch() -> float:
+        backbone.module.zero_grad()
+        loss = prediction_loss(backbone, batch).mean()
+        (loss + sync.loss(mask=tokens)).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    with LayerSync(backbone.module, [pair], weight=trainer.plan.weight) as sync:
+        loss = by_torch()
+        cosine = float(sync.cosines[pair])
+        state = {name: tensor.detach() for name, tensor in backbone.module.state_dict().items()}
+        named = backbone.module.named_parameters()
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+        torch_s = _seconds(by_torch)
+    weights = flat(state, config)
+    back = state_dict(weights, state, config)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    expected, found = flat(grads, config), trainer.gradient(weights, steps, pair)
+    ours_s = _seconds(lambda: trainer.gradient(weights, steps, pair))
+    print(f"{config.name}, batch {size}, {pair}")
+    print(f"loss      {found[0]:.9f}  torch {loss:.9f}")
+    print(f"cosine    {found[1]:.9f}  torch {cosine:.9f}")
+    print(f"gradient  relative difference {np.linalg.norm(found[2] - expected) / np.linalg.norm(expected):.1e}")
+    print(f"step      {ours_s * 1e3:.1f} ms, torch {torch_s * 1e3:.1f} ms: {torch_s / ours_s:.1f} times")
+
+
+def _seconds(function: Any, repeats: int = 30) -> float:
+    """Of one call, the median."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+if __name__ == "__main__":
+    main()
