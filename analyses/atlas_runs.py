@@ -35,12 +35,14 @@ class AtlasStart:
         plan: How they are trained.
         state: The state of the training that they continue, or None.
         data: Fingerprint of the data that the training learned from, or None.
+        trained_steps: Of that training, where branches from scratch stand for it; None where not known.
     """
 
     backbone: Backbone
     plan: AtlasPlan
     state: Path | None
     data: str | None
+    trained_steps: int | None = None
 
 
 def atlas_start(
@@ -89,7 +91,7 @@ def atlas_start(
     backbone = open_checkpoint(checkpoint, device=device)
     if from_scratch:
         fresh_sit(backbone, seeds[0])  # what cannot be initialised is refused before data is read
-    return AtlasStart(backbone, plan, state, trained.get("data"))
+    return AtlasStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)
 
 
 def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:

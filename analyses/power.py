@@ -206,11 +206,24 @@ def resolution(num_seeds: int, *, stop_early: bool = False, spread: Spread | Non
     return Resolution(num_seeds, level, detectable(num_seeds, level=level), spread)
 
 
-def too_short(steps: int) -> list[str]:
-    """That so few steps show what alignment costs at first rather than what it brings, for people; else nothing."""
-    if steps >= ENOUGH_STEPS:
-        return []
-    return [
-        f"{steps} steps show what alignment costs at first rather than what it brings later: in the pair atlases gains "
-        f"came between step 2000 and {ENOUGH_STEPS}, of 64 samples each. Take at least {ENOUGH_STEPS} for a verdict."
-    ]
+def too_short(steps: int, *, trained_steps: int | None = None) -> list[str]:
+    """What so few steps cannot show, for people; nothing if they are enough.
+
+    Args:
+        steps: Of an arm.
+        trained_steps: Of the training that an arm from scratch stands for, where that is known.
+    """
+    lines = []
+    if steps < ENOUGH_STEPS:
+        lines.append(
+            f"{steps} steps show what alignment costs at first rather than what it brings later: in the pair atlases "
+            f"gains came between step 2000 and {ENOUGH_STEPS}, of 64 samples each. Take at least {ENOUGH_STEPS} for a "
+            "verdict."
+        )
+    if trained_steps is not None and steps < trained_steps:
+        lines.append(
+            f"The checkpoint was trained for {trained_steps} steps, the arms for {steps}. A gain on the way may be a "
+            "loss at the end: in a pair atlas pairs that gained a tenth at step 4000 lost a third and more at step "
+            "12000. Take as many steps as the training will have."
+        )
+    return lines

@@ -483,6 +483,12 @@ def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = F
     return TrainingPlan(**default | known | given)
 
 
+def trained_steps(run: str | Path) -> int | None:
+    """How long the checkpoint of a run was trained, where it says so."""
+    steps: int | None = training_record(read_plan(run).checkpoint).get("steps")
+    return steps
+
+
 def _arms(
     selection: Selection, layers: Sequence[str], wanted: Sequence[str] | None, seeds: Sequence[int]
 ) -> tuple[Arm, ...]:

@@ -59,6 +59,7 @@ def atlas(
         sync=options.sync_options(sync_options),
         **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )
+    cautions = too_short(steps, trained_steps=begin.trained_steps)
     wanted = atlas_runs.wanted_pairs(begin.backbone, options.layer_pairs(pair or []))
     branches, part = (len(wanted) + 1) * num_seeds, _part(shard)
     record = {
@@ -73,10 +74,10 @@ def atlas(
         "out": str(out),
     }
     if dry_run:
-        lines = [f"{key}: {value}" for key, value in record.items()] + too_short(steps)
-        emit(record | {"cautions": too_short(steps)}, lines, as_json=as_json)
+        lines = [f"{key}: {value}" for key, value in record.items()] + cautions
+        emit(record | {"cautions": cautions}, lines, as_json=as_json)
         return
-    for line in too_short(steps):
+    for line in cautions:
         typer.echo(line, err=True)
     reading = options.located_vae(reading)
     with progress_bar() as progress:

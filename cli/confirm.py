@@ -63,7 +63,8 @@ def confirm(
     resolution = runs.confirmation_resolution(
         run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot
     )
-    beforehand = [*resolution.sentences(), *too_short(steps)]
+    cautions = too_short(steps, trained_steps=runs.trained_steps(run) if from_scratch else None)
+    beforehand = [*resolution.sentences(), *cautions]
     if dry_run:
         record = {
             "run": str(run),
@@ -74,7 +75,7 @@ def confirm(
             **sync_options,
         }
         lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
-        emit(record | {"resolution": resolution.to_dict(), "cautions": too_short(steps)}, lines, as_json=as_json)
+        emit(record | {"resolution": resolution.to_dict(), "cautions": cautions}, lines, as_json=as_json)
         return
     for line in beforehand:
         typer.echo(line, err=True)

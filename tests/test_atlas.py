@@ -239,6 +239,7 @@ def test_from_scratch_the_start_only_says_how_the_network_looks_and_was_trained(
     trained = atlas_runs.atlas_start(warm, steps=40)
     assert (start.state, start.plan.first_step, start.plan.training.steps) == (None, 0, 40)
     assert start.plan.from_scratch
+    assert (start.trained_steps, trained.trained_steps) == (3, None)
     assert start.plan.training.learning_rate == trained.plan.training.learning_rate
     # Not a tenth of the steps, as branches of a checkpoint have it.
     assert start.plan.training.warmup_steps == trained.plan.training.warmup_steps == TRAINING.warmup_steps

@@ -91,6 +91,15 @@ def test_from_scratch_the_learning_rate_warms_up_as_the_checkpoint_s_did(folder:
     assert confirmation_training(folder, steps=5000, from_scratch=True, warmup_steps=7).warmup_steps == 7
 
 
+def test_only_arms_from_scratch_stand_for_the_whole_training(folder: Path, cli) -> None:
+    trained = training_record("digits")["steps"]
+    steps = ("--steps", trained - 1)
+    _, out, _ = cli("confirm", folder, "--dry-run", "--json", "--from-scratch", *steps)
+    assert f"trained for {trained} steps" in json.loads(out)["cautions"][-1]
+    _, out, _ = cli("confirm", folder, "--dry-run", "--json", *steps)
+    assert json.loads(out)["cautions"] == []
+
+
 def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:
     code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--stop-early", "--num-seeds", "8")
     assert code == 0

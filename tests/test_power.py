@@ -147,3 +147,10 @@ def test_short_trainings_are_told_that_they_measure_the_cost() -> None:
     assert too_short(ENOUGH_STEPS) == []
     (line,) = too_short(ENOUGH_STEPS - 1)
     assert line.startswith("3999 steps show what alignment costs at first")
+
+
+def test_arms_shorter_than_the_training_say_so() -> None:
+    assert too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS) == []
+    (line,) = too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS + 1)
+    assert f"trained for {ENOUGH_STEPS + 1} steps, the arms for {ENOUGH_STEPS}" in line
+    assert len(too_short(10, trained_steps=20)) == 2
