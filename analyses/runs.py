@@ -55,7 +55,7 @@ from layerprobe.analyses.quality import (
 )
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.sample_runs import draw_samples
-from layerprobe.analyses.selection import Selection, cautions, rank_pairs
+from layerprobe.analyses.selection import HYPOTHESIS, Selection, cautions, rank_pairs
 from layerprobe.analyses.verdict import Verdict
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import fresh_sit
@@ -649,7 +649,9 @@ def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:
         + ("  tie" if pair.ties_with_first else "")
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
-    return [line.rstrip() for line in lines] + [f"caution  {warning}" for warning in selection.warnings]
+    lines += [f"caution  {warning}" for warning in selection.warnings]
+    lines += [f"trust    {HYPOTHESIS}"] if pick else []
+    return [line.rstrip() for line in lines]
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:

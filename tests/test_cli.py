@@ -117,6 +117,7 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
     code, out, _ = cli("select", trained / "run", "--min-distance", "3")
     assert code == 0
     assert "pick" in out
+    assert ("trust    A pick is a hypothesis" in out) == ("pick     none" not in out)
     for command in ("plot", "report"):
         code, out, _ = cli(command, trained / "run")
         assert code == 0
