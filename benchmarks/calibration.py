@@ -1,6 +1,7 @@
 """How criteria and rules do on the atlases of a folder: tables, and figures with `--out`.
 
-FOLDER holds NAME.csv beside NAME-evidence.csv, as docs/atlas does, or folders NAME with atlas.csv and evidence.csv.
+FOLDER holds NAME.csv beside NETWORK-evidence.csv, where NAME begins with NETWORK, as docs/atlas does, or folders NAME
+with atlas.csv and evidence.csv.
 Atlases without evidence are judged by depths alone. Names that differ only after "-steps-" are stages of one model and
 are left out together.
 """
@@ -84,10 +85,16 @@ def parsed() -> argparse.Namespace:
 
 def found(folder: Path) -> list[tuple[Path, Path | None]]:
     """Atlases and their evidence."""
-    flat = [path for path in sorted(folder.glob("*.csv")) if not path.stem.endswith("-evidence")]
-    pairs = [(path, path.with_name(f"{path.stem}-evidence.csv")) for path in flat]
-    pairs += [(path, path.with_name("evidence.csv")) for path in sorted(folder.glob("*/atlas.csv"))]
-    return [(atlas, evidence if evidence.is_file() else None) for atlas, evidence in pairs]
+    evidence = {path.stem.removesuffix("-evidence"): path for path in sorted(folder.glob("*-evidence.csv"))}
+    flat = [path for path in sorted(folder.glob("*.csv")) if path not in evidence.values()]
+    networks = {
+        path: max((name for name in evidence if path.stem.startswith(name)), key=len, default="") for path in flat
+    }
+    pairs = [(path, evidence.get(networks[path])) for path in flat]
+    for path in sorted(folder.glob("*/atlas.csv")):
+        beside = path.with_name("evidence.csv")
+        pairs.append((path, beside if beside.is_file() else None))
+    return pairs
 
 
 def read(
