@@ -36,7 +36,7 @@ from layerprobe.analyses.confirmation import (
     train_arm,
 )
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import fresh_sit
+from layerprobe.backbones.sit import fresh_sit, network_record
 from layerprobe.checkpoints import weights_hash
 from layerprobe.data.base import Splits
 from layerprobe.fidelity import Extractor, classifier_extractor
@@ -321,5 +321,5 @@ def _record(
         "extractor": extractor.name if extractor else None,
     }
     if plan.from_scratch:  # Once all seeds began with one set of weights: such an atlas is another one.
-        record |= {"start": "fresh weights of each seed", "network": backbone.name}
+        record["start"] = {"weights": "fresh ones of each seed"} | network_record(backbone)
     return record | ({"lengths": "of the real samples"} if is_padded(splits.report) else {})

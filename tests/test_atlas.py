@@ -253,8 +253,11 @@ def test_from_scratch_every_seed_has_weights_of_its_own(tmp_path: Path) -> None:
         model = train(start, splits.fit, replace(TRAINING, seed=seed), tmp_path / f"own-{seed}")
         found = atlas[atlas["seed"] == seed].loc[("", f"{HELD_OUT} at noise level 0.7"), "value"]
         assert found == pytest.approx(held_out_loss(model, splits.report)[0.7], rel=1e-12)
-    with pytest.raises(ValueError, match=r"holds an atlas of another run \(different: network, start\)"):
+    with pytest.raises(ValueError, match=r"holds an atlas of another run \(different: start\)"):
         draw(tmp_path / "atlas", PAIRS[:1], PLAN)
+    other = new_sit(replace(tiny_sit().module.config, num_heads=4), seed=0)
+    with pytest.raises(ValueError, match=r"\(different: start\.network\.num_heads\)"):
+        draw(tmp_path / "atlas", PAIRS[:1], replace(PLAN, from_scratch=True), start=other)
 
 
 def test_branches_do_not_go_on_with_other_data(warm: Path, tmp_path: Path) -> None:

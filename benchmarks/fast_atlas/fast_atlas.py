@@ -37,14 +37,14 @@ from layerprobe.analyses.atlas import AtlasPlan, all_pairs, table
 from layerprobe.analyses.atlas_runs import AtlasStart, atlas_start
 from layerprobe.analyses.confirmation import BASELINE, FRECHET, HELD_OUT, Arm, Scorer, run_folder
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit
+from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.batches import TrainingBatch, noise_levels
 from layerprobe.capture import real_tokens
 from layerprobe.data.base import Samples, Splits
 from layerprobe.fidelity import classifier_extractor
-from layerprobe.files import write_text
+from layerprobe.files import claim, write_text
 from layerprobe.layersync import LayerPair, LayerSync
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import LinearPath, NoiseKey
 from layerprobe.training import TrainingPlan, prediction_loss
 
 Array = NDArray[Any]
@@ -206,11 +206,10 @@ class Trainer:
     """
 
     def __init__(self, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
-        assert isinstance(backbone.module, SiT)
+        refuse_others(backbone, samples, plan)
         self.config = config = backbone.module.config
         self.backbone, self.samples, self.plan = backbone, samples, plan
         whole = samples.batch(range(len(samples)))
-        assert whole.labels is not None
         self.ids, self.labels, self.mask = whole.ids, whole.labels, whole.mask
         self._samples = np.ascontiguousarray(patches(whole.x.float(), config).numpy())
         self._position = np.ascontiguousarray(backbone.module.pos_embed[0].detach().numpy())
@@ -298,6 +297,20 @@ class Trainer:
         return _Alignment(*places, self.plan.weight, *self.plan.sync.noise_range)
 
 
+def refuse_others(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
+    """Raises ValueError if sit.c would train something else than layerprobe does."""
+    config = backbone.module.config if isinstance(backbone.module, SiT) else None
+    fields = ("clip_norm", "weight_decay", "loss_weighting", "precision", "sync")
+    plain = all(getattr(plan, name) == getattr(TrainingPlan(steps=0), name) for name in fields)
+    path = isinstance(backbone.schedule, LinearPath) and backbone.prediction == "velocity"
+    shape = config and not config.qk_norm and not config.learn_sigma and config.mlp_ratio == 4 and config.depth <= 32
+    if not (plain and path and shape and samples.labels is not None):
+        raise ValueError(
+            "sit.c trains plain SiTs of at most 32 blocks on labelled samples, by the velocity on the linear path, "
+            f"with {', '.join(fields)} at their defaults; use `layerprobe atlas --from-scratch` for {backbone.name}"
+        )
+
+
 def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
     """sit.c for this shape."""
     tokens, values = math.prod(config.grid), math.prod(config.patch) * config.shape[0]
@@ -324,6 +337,9 @@ def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shar
     pairs = all_pairs(start.backbone.layers)
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     every = [(seed, arm) for seed in plan.seeds for arm in arms]
+    training = plan.training.identity() | {"steps": plan.training.steps, "seed": None}
+    data = {name: samples.fingerprint for name, samples in splits.items()}
+    claim(folder, "atlas.json", {"training": training, "data": data} | network_record(start.backbone), what="an atlas")
     extractor = classifier_extractor(splits.fit, folder / "extractor.safetensors")
     scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
     known: dict[int, Steps] = {}

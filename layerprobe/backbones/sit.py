@@ -402,6 +402,13 @@ def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
     return new
 
 
+def network_record(backbone: Backbone) -> dict[str, Any]:
+    """What a SiT is but for its weights, as JSON: shape, path and prediction."""
+    assert isinstance(backbone.module, SiT)
+    path = type(backbone.schedule).__name__
+    return {"network": backbone.module.config.to_dict(), "path": path, "prediction": backbone.prediction}
+
+
 def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
     """Calls a network that always takes labels, and a mask where there is one."""
     if condition is None:  # An unconditional one still has the row for "no label".
