@@ -311,9 +311,14 @@ class TestRefusals:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "notes.txt").write_text("no data")
         both("file but notes.txt; pass the folder of the data", tmp_path / "d")
-        for modality in ("audio", "motion"):
-            both("file but notes.txt; pass the folder of the data", tmp_path / "d", "--modality", modality)
+        both("file but notes.txt; pass the folder of the data", tmp_path / "d", "--modality", "motion")
         both("file but notes.txt; pass the folder of the data", tmp_path / "d", "--modality", "video", "--size", 8)
+
+    def test_a_directory_without_sound(self, both, tmp_path: Path) -> None:
+        pytest.importorskip("soundfile")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "notes.txt").write_text("no data")
+        both("file but notes.txt; pass the folder of the data", tmp_path / "d", "--modality", "audio")
 
     def test_sound_files_that_are_none(self, both, refused, tmp_path: Path) -> None:
         pytest.importorskip("soundfile")
