@@ -5,9 +5,10 @@ with the same noise: what a branch scores beyond the one without alignment is it
 ground truth that a rule for picking pairs has to be judged by, at this stage of this model on these data; a branch of
 few steps says nothing about many.
 
-A branch scores the Fréchet distance of what it draws and the loss on held-out samples by noise level, both lower is
-better. The benefit is the share by which the score without alignment is undercut: 0.1 is ten per cent less, negative
-is worse. One seed gives no idea of the noise; the spread over seeds does.
+A branch scores the Fréchet distance of what it draws, the loss on held-out samples by noise level and, with labels,
+the error of linear probes of its layers; lower is better in all. The benefit is the share by which the score without
+alignment is undercut: 0.1 is ten per cent less, negative is worse. One seed gives no idea of the noise; the spread over
+seeds does.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from layerprobe.analyses.confirmation import (
     run_folder,
     train_arm,
 )
+from layerprobe.analyses.probe_scores import probe_errors
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import fresh_sit, network_record
 from layerprobe.checkpoints import weights_hash
@@ -167,11 +169,19 @@ def chart(
     return atlas
 
 
+def branch_scores(model: Backbone, scorer: Scorer, splits: Splits) -> dict[str, float]:
+    """What a branch scores at one step, by metric: Fréchet distance, held-out loss by noise level, probe errors."""
+    losses = scorer.losses(model)
+    by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
+    scores = {FRECHET: scorer.distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
+    return scores | by_level | probe_errors(model, splits)
+
+
 def table(found: dict[tuple[int, LayerPair | None], Scores]) -> pd.DataFrame:
     """One row for each pair, seed, step and metric.
 
     Columns student and teacher (empty for no alignment), seed, step, metric, value, and benefit: the share by which the
-    value undercuts that of no alignment at the same seed and step; nan where that is not there.
+    value undercuts that of no alignment at the same seed and step; nan where that is 0 or not there.
 
     Args:
         found: Scores by (seed, pair), pair None for no alignment.
@@ -270,9 +280,7 @@ def _train_branch(
     training, place = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
 
     def score(model: Backbone) -> dict[str, float]:
-        losses = scorer.losses(model)
-        by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
-        return {FRECHET: scorer.distance(model), HELD_OUT: float(np.mean(list(losses.values())))} | by_level
+        return branch_scores(model, scorer, splits)
 
     if state is not None:
         _begin(backbone, splits, replace(training, steps=0, pairs=(arm.pair,) if arm.pair else ()), place, state)

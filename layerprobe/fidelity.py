@@ -272,7 +272,7 @@ def _is_kept(network: _Classifier, cache: str | Path | None, origin: str) -> boo
 def _keep(network: _Classifier, cache: str | Path | None, origin: str) -> None:
     if cache is not None:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        with whole(Path(cache)) as partial:
+        with whole(Path(cache), rivals=True) as partial:  # shards of an atlas
             save_file(network.state_dict(), partial, metadata={"origin": origin})
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 class MissingWeights(FileNotFoundError):
@@ -28,19 +29,29 @@ def needed(module: str, extra: str) -> Any:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write under; the file gets its own name when the block ends without an exception."""
-    partial = path.with_name(f"{path.name}.partial")
+def whole(path: Path, *, rivals: bool = False) -> Iterator[Path]:
+    """A temporary name to write under; the file gets its own name when the block ends without an exception.
+
+    Args:
+        path: The file.
+        rivals: Whether other processes may write this file at the same time; the last one to end wins. Otherwise the
+            temporary name is always the same, so that what a killed process left of a large file is overwritten.
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial" if rivals else f"{path.name}.partial")
     partial.touch()
     mode = partial.stat().st_mode
-    yield partial
-    partial.chmod(mode)  # safetensors makes files that nobody but their owner can read.
-    os.replace(partial, path)
+    try:
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that nobody but their owner can read.
+        os.replace(partial, path)
+    finally:
+        if rivals:  # nobody would overwrite it
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that appears whole or not at all."""
-    with whole(path) as partial:
+    with whole(path, rivals=True) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

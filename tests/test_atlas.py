@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_sit, tiny_splits
 
-from layerprobe.analyses import atlas_runs
+from layerprobe.analyses import atlas_runs, probe_scores
 from layerprobe.analyses.atlas import COLUMNS, AtlasPlan, all_pairs, benefits, chart, read_atlas, standing, table
 from layerprobe.analyses.atlas_plots import atlas_heatmap
 from layerprobe.analyses.confirmation import FRECHET, HELD_OUT
@@ -64,7 +64,7 @@ def test_every_pair_and_no_alignment_is_there_once_a_seed(whole: Path) -> None:
     expected = {("", ""), ("blocks.0", "blocks.1"), ("blocks.0", "blocks.2")}
     assert runs == {(*names, seed) for names in expected for seed in (3, 4)}
     levels = {f"{HELD_OUT} at noise level {level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)}
-    assert set(atlas["metric"]) == {FRECHET, HELD_OUT, *levels}
+    assert set(atlas["metric"]) == {FRECHET, HELD_OUT, *levels, probe_scores.MEAN, probe_scores.BEST}
     assert set(atlas["step"]) == {4}
 
 
@@ -77,6 +77,9 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
     losses = held_out_loss(model, splits.report)
     assert found[f"{HELD_OUT} at noise level 0.7"] == pytest.approx(losses[0.7], rel=1e-12)
     assert found[HELD_OUT] == pytest.approx(np.mean(list(losses.values())), rel=1e-12)
+    errors = probe_scores.probe_errors(model, splits)
+    assert set(errors) == {probe_scores.MEAN, probe_scores.BEST}
+    assert {name: found[name] for name in errors} == pytest.approx(errors, rel=1e-12)
     x = sample(model, range(9), labels=torch.tensor([0] * 3 + [1] * 3 + [2] * 3), plan=PLAN.sampling)
     real = splits.report.batch(range(len(splits.report))).x
     expected = frechet_distance(gaussian(sample_features(PIXELS, x)), gaussian(real.flatten(1).numpy()))
@@ -85,12 +88,14 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
 
 def test_the_benefit_is_the_share_that_no_alignment_of_the_same_seed_is_undercut_by(whole: Path) -> None:
     atlas = read_atlas(whole / "atlas.csv")
+    atlas = atlas[atlas["metric"] != probe_scores.BEST]  # 0: shares of it are nan
     without = atlas[atlas["student"] == ""].set_index(["seed", "metric"])["value"]
     keys = pd.MultiIndex.from_frame(atlas[["seed", "metric"]])
     expected = (without[keys].to_numpy() - atlas["value"]) / without[keys].to_numpy()
     assert atlas["benefit"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-12)
     assert (atlas[atlas["student"] == ""]["benefit"] == 0).all()
-    assert atlas[atlas["student"] != ""]["benefit"].abs().min() > 0
+    aligned = atlas[(atlas["student"] != "") & (atlas["metric"] != probe_scores.MEAN)]
+    assert aligned["benefit"].abs().min() > 0
 
 
 def test_only_scores_are_left_of_a_finished_atlas(whole: Path) -> None:
@@ -131,7 +136,7 @@ def test_interrupted_and_repeated_it_gives_the_same_table(whole: Path, tmp_path:
 
 def test_pairs_and_seeds_may_be_added_later(whole: Path, tmp_path: Path) -> None:
     first = draw(tmp_path / "a", PAIRS[:1], replace(PLAN, seeds=(4,)))
-    assert len(first) == 2 * 7
+    assert len(first) == 2 * 9
     draw(tmp_path / "a")
     assert (tmp_path / "a" / "atlas.csv").read_bytes() == (whole / "atlas.csv").read_bytes()
 
@@ -347,7 +352,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     assert shell(monkeypatch, *options, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["pairs"], record["branches"]) == (2, 3)
-    assert len(read_atlas(record["table"])) == 3 * 7
+    assert len(read_atlas(record["table"])) == 3 * 9
     assert (tmp_path / "a" / "figures" / "atlas.png").is_file()
     assert json.loads((tmp_path / "a" / "atlas.json").read_text())["training"]["sync"]["stop_step"] == 1
 

@@ -34,6 +34,14 @@ def test_a_file_may_be_read_by_those_who_may_read_its_neighbours(tmp_path: Path)
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
 
 
+def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
+    with whole(tmp_path / "a", rivals=True) as one, whole(tmp_path / "a", rivals=True) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"  # which ended last
+    assert list(contents(tmp_path)) == ["a"]
+
+
 @pytest.mark.parametrize("broken", ["write_text", "replace"])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     place = tmp_path / "a.json"
@@ -53,7 +61,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(KeyboardInterrupt):
         write_text(place, "new")
-    assert place.read_text() == "old"
+    assert list(contents(tmp_path).items()) == [("a.json", b"old")]
 
 
 def test_a_folder_is_claimed_once_and_again_by_the_same_run(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerprobe.analyses import runs
-from layerprobe.analyses.atlas import AtlasPlan, all_pairs, table
+from layerprobe.analyses.atlas import AtlasPlan, all_pairs, branch_scores, table
 from layerprobe.analyses.atlas_runs import AtlasStart, atlas_start
-from layerprobe.analyses.confirmation import BASELINE, FRECHET, HELD_OUT, Arm, Scorer, run_folder
+from layerprobe.analyses.confirmation import BASELINE, FRECHET, Arm, Scorer, run_folder
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.batches import TrainingBatch, noise_levels
@@ -353,10 +353,7 @@ def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shar
         began, scores = time.perf_counter(), {}
         models = trainer.train(seed, arm.pair, known, plan.evaluation_steps)
         for step, model in zip(plan.evaluation_steps, models, strict=True):
-            losses = scorer.losses(model)
-            by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
-            mean = float(np.mean(list(losses.values())))
-            scores[step] = {FRECHET: scorer.distance(model), HELD_OUT: mean} | by_level
+            scores[step] = branch_scores(model, scorer, splits)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, json.dumps(scores))
         print(f"seed {seed}, {arm.name}: {scores[step][FRECHET]:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
