@@ -55,7 +55,8 @@ def atlas_heatmap(
     if unknown:
         raise ValueError(f"{unknown[0]} is not among the layers {', '.join(layers)}; pass those of the atlas's model")
     rows, columns = list(layers)[:-1], list(layers)[1:]
-    figure = Figure(figsize=(WIDTH_IN, 2.2 + 0.45 * len(rows)), layout="constrained")
+    width = WIDTH_IN * max(1.0, len(found) / 2)
+    figure = Figure(figsize=(width, 2.2 + 0.45 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (metric, series) in zip(all_axes, found.items(), strict=True):
         values = np.full((len(rows), len(columns)), np.nan)
@@ -72,7 +73,7 @@ def atlas_heatmap(
             x, y = columns.index(pick.teacher), rows.index(pick.student)
             axes.add_patch(_box(x, y, "#000000", width=2.6))
             axes.add_patch(_box(x, y, "#ffffff", width=1.2))
-        _label_layers(axes, columns, WIDTH_IN / len(found) - 1.4)
+        _label_layers(axes, columns, width / len(found) - 1.4)
         _label_layers(axes, rows, 0.35 * len(rows) + 1, vertical=True)
         framed = "" if pick is None else "; thin frame: the pick"
         axes.set_title(f"{capital(metric)}: best {best[0]} from {best[1]}{framed}")

@@ -12,7 +12,8 @@ import pandas as pd
 from layerprobe.analyses import plots
 from layerprobe.analyses.atlas import AtlasPlan, Progress, all_pairs, benefits, chart
 from layerprobe.analyses.atlas_plots import atlas_heatmap
-from layerprobe.analyses.confirmation import FRECHET
+from layerprobe.analyses.confirmation import FRECHET, HELD_OUT
+from layerprobe.analyses.probe_scores import PROBE_ERROR
 from layerprobe.analyses.runs import _alignable
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import fresh_sit
@@ -124,8 +125,10 @@ def atlas_run(
     if start.state is not None and start.data != splits.fit.fingerprint:
         raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
     atlas = chart(start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress)
-    if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
-        plots.save(atlas_heatmap(atlas, _alignable(start.backbone)), Path(folder) / "figures", "atlas")
+    if _has_benefit(atlas, FRECHET):
+        shown = [metric for metric in (FRECHET, HELD_OUT, PROBE_ERROR) if _has_benefit(atlas, metric)]
+        figure = atlas_heatmap(atlas, _alignable(start.backbone), metrics=shown)
+        plots.save(figure, Path(folder) / "figures", "atlas")
     return atlas
 
 
@@ -141,7 +144,16 @@ def describe_atlas(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) ->
     lines = [f"branches {done} of {branches} finished"]
     if done < branches:
         return lines
-    ranked = benefits(atlas)
-    lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat no alignment in {FRECHET}"]
-    best = zip(ranked.index.tolist()[:num_pairs], ranked.tolist(), strict=False)
-    return lines + [f"{student:<16} <- {teacher:<16} {benefit:+7.1%}" for (student, teacher), benefit in best]
+    for metric in (FRECHET, PROBE_ERROR):
+        if not _has_benefit(atlas, metric):
+            continue
+        ranked = benefits(atlas, metric=metric)
+        lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat no alignment in {metric}"]
+        best = zip(ranked.index.tolist()[:num_pairs], ranked.tolist(), strict=False)
+        lines += [f"{student:<16} <- {teacher:<16} {benefit:+7.1%}" for (student, teacher), benefit in best]
+    return lines
+
+
+def _has_benefit(atlas: pd.DataFrame, metric: str) -> bool:
+    last = (atlas["metric"] == metric) & (atlas["student"] != "") & (atlas["step"] == atlas["step"].max())
+    return bool(atlas.loc[last, "benefit"].notna().any())

@@ -13,8 +13,8 @@ from layerprobe.data.base import Splits, Subset
 from layerprobe.extract import extract
 from layerprobe.features import SPLITS, ExtractionPlan, FeatureStore
 
-MEAN = "probe error"
-BEST = "probe error of the best layer"
+PROBE_ERROR = "probe error"
+BEST_PROBE_ERROR = "probe error of the best layer"
 NOISE_LEVELS = (0.1, 0.3, 0.5)
 NUM_SAMPLES = (2000, 1000, 2000)  # of the fit, choose and report splits
 
@@ -22,8 +22,9 @@ NUM_SAMPLES = (2000, 1000, 2000)  # of the fit, choose and report splits
 def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
     """Share of report samples whose class a linear probe of one layer gets wrong, with the null label.
 
-    `MEAN` is over the layers and noise levels 0.1, 0.3 and 0.5; `BEST` is of the layer and level that read the choose
-    split best, as one picks features for use. The first samples of each split count, at most 2000, 1000 and 2000.
+    `PROBE_ERROR` is the mean over the layers and the noise levels 0.1, 0.3 and 0.5; `BEST_PROBE_ERROR` is that of the
+    layer and level that read the choose split best, as one picks features for use. The first samples of each split
+    count, at most 2000, 1000 and 2000.
 
     Args:
         backbone: The model.
@@ -41,7 +42,10 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
         store = extract(backbone, few, plan, Path(folder) / "features")
         found = [_probe(store, layer, level) for layer in store.layers for level in NOISE_LEVELS]
     best = max(found, key=lambda probe: probe.choose_accuracy)
-    return {MEAN: 1 - float(np.mean([probe.report_accuracy for probe in found])), BEST: 1 - best.report_accuracy}
+    return {
+        PROBE_ERROR: 1 - float(np.mean([probe.report_accuracy for probe in found])),
+        BEST_PROBE_ERROR: 1 - best.report_accuracy,
+    }
 
 
 def _probe(store: FeatureStore, layer: str, level: float) -> ProbeResult:

@@ -64,7 +64,7 @@ def test_every_pair_and_no_alignment_is_there_once_a_seed(whole: Path) -> None:
     expected = {("", ""), ("blocks.0", "blocks.1"), ("blocks.0", "blocks.2")}
     assert runs == {(*names, seed) for names in expected for seed in (3, 4)}
     levels = {f"{HELD_OUT} at noise level {level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)}
-    assert set(atlas["metric"]) == {FRECHET, HELD_OUT, *levels, probe_scores.MEAN, probe_scores.BEST}
+    assert set(atlas["metric"]) == {FRECHET, HELD_OUT, *levels, probe_scores.PROBE_ERROR, probe_scores.BEST_PROBE_ERROR}
     assert set(atlas["step"]) == {4}
 
 
@@ -78,7 +78,7 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
     assert found[f"{HELD_OUT} at noise level 0.7"] == pytest.approx(losses[0.7], rel=1e-12)
     assert found[HELD_OUT] == pytest.approx(np.mean(list(losses.values())), rel=1e-12)
     errors = probe_scores.probe_errors(model, splits)
-    assert set(errors) == {probe_scores.MEAN, probe_scores.BEST}
+    assert set(errors) == {probe_scores.PROBE_ERROR, probe_scores.BEST_PROBE_ERROR}
     assert {name: found[name] for name in errors} == pytest.approx(errors, rel=1e-12)
     x = sample(model, range(9), labels=torch.tensor([0] * 3 + [1] * 3 + [2] * 3), plan=PLAN.sampling)
     real = splits.report.batch(range(len(splits.report))).x
@@ -88,13 +88,13 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
 
 def test_the_benefit_is_the_share_that_no_alignment_of_the_same_seed_is_undercut_by(whole: Path) -> None:
     atlas = read_atlas(whole / "atlas.csv")
-    atlas = atlas[atlas["metric"] != probe_scores.BEST]  # 0: shares of it are nan
+    atlas = atlas[atlas["metric"] != probe_scores.BEST_PROBE_ERROR]  # 0: shares of it are nan
     without = atlas[atlas["student"] == ""].set_index(["seed", "metric"])["value"]
     keys = pd.MultiIndex.from_frame(atlas[["seed", "metric"]])
     expected = (without[keys].to_numpy() - atlas["value"]) / without[keys].to_numpy()
     assert atlas["benefit"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-12)
     assert (atlas[atlas["student"] == ""]["benefit"] == 0).all()
-    aligned = atlas[(atlas["student"] != "") & (atlas["metric"] != probe_scores.MEAN)]
+    aligned = atlas[(atlas["student"] != "") & (atlas["metric"] != probe_scores.PROBE_ERROR)]
     assert aligned["benefit"].abs().min() > 0
 
 
@@ -328,6 +328,23 @@ def test_the_figure_puts_each_pair_in_its_cell_and_says_what_is_seen() -> None:
 def test_a_pair_of_other_layers_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="c is not among the layers a, b; pass those of the atlas's model"):
         atlas_heatmap(planted({("a", "c"): 1.0}), ("a", "b"))
+
+
+def test_what_pairs_do_to_the_representation_is_told_beside_the_distance() -> None:
+    def scores(distance: float, error: float) -> dict[int, dict[str, float]]:
+        return {10: {FRECHET: distance, HELD_OUT: 1.0, probe_scores.PROBE_ERROR: error}}
+
+    pairs = {None: (2.0, 0.5), LayerPair("a", "b"): (1.0, 0.6), LayerPair("a", "c"): (3.0, 0.4)}
+    atlas = table({(0, pair): scores(*values) for pair, values in pairs.items()})
+    assert [" ".join(line.split()) for line in atlas_runs.describe_atlas(atlas, 3)] == [
+        "branches 3 of 3 finished",
+        "1 of 2 pairs beat no alignment in Frechet distance",
+        "a <- b +50.0%",
+        "a <- c -50.0%",
+        "1 of 2 pairs beat no alignment in probe error",
+        "a <- c +20.0%",
+        "a <- b -20.0%",
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- command

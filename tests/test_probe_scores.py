@@ -33,14 +33,17 @@ def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:
             chosen = max(fits, key=lambda fit: fit.score(x["choose"], y["choose"]))
             found.append((chosen.score(x["choose"], y["choose"]), chosen.score(x["report"], y["report"])))
     best = max(found, key=lambda pair: pair[0])
-    return {probe_scores.MEAN: 1 - float(np.mean([report for _, report in found])), probe_scores.BEST: 1 - best[1]}
+    return {
+        probe_scores.PROBE_ERROR: 1 - float(np.mean([report for _, report in found])),
+        probe_scores.BEST_PROBE_ERROR: 1 - best[1],
+    }
 
 
 def test_they_are_those_of_scikit_learn(tmp_path: Path) -> None:
     splits = tiny_splits(240)
     found, expected = probe_scores.probe_errors(tiny_sit(), splits), by_scikit_learn(splits, tmp_path / "features")
     assert found == pytest.approx(expected, abs=1e-12)
-    assert 0 < found[probe_scores.MEAN] < 2 / 3
+    assert 0 < found[probe_scores.PROBE_ERROR] < 2 / 3
 
 
 def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
