@@ -125,8 +125,8 @@ def atlas_run(
     if start.state is not None and start.data != splits.fit.fingerprint:
         raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
     atlas = chart(start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress)
-    if _has_benefit(atlas, FRECHET):
-        shown = [metric for metric in (FRECHET, HELD_OUT, PROBE_ERROR) if _has_benefit(atlas, metric)]
+    if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
+        shown = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(atlas) else (FRECHET, HELD_OUT)
         figure = atlas_heatmap(atlas, _alignable(start.backbone), metrics=shown)
         plots.save(figure, Path(folder) / "figures", "atlas")
     return atlas
@@ -144,9 +144,7 @@ def describe_atlas(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) ->
     lines = [f"branches {done} of {branches} finished"]
     if done < branches:
         return lines
-    for metric in (FRECHET, PROBE_ERROR):
-        if not _has_benefit(atlas, metric):
-            continue
+    for metric in (FRECHET, PROBE_ERROR) if _is_probed(atlas) else (FRECHET,):
         ranked = benefits(atlas, metric=metric)
         lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat no alignment in {metric}"]
         best = zip(ranked.index.tolist()[:num_pairs], ranked.tolist(), strict=False)
@@ -154,6 +152,9 @@ def describe_atlas(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) ->
     return lines
 
 
-def _has_benefit(atlas: pd.DataFrame, metric: str) -> bool:
-    last = (atlas["metric"] == metric) & (atlas["student"] != "") & (atlas["step"] == atlas["step"].max())
-    return bool(atlas.loc[last, "benefit"].notna().any())
+def _is_probed(atlas: pd.DataFrame) -> bool:
+    """Whether every pair and seed has a benefit in probe error; branches of earlier versions have none."""
+    last = atlas[(atlas["student"] != "") & (atlas["step"] == atlas["step"].max())]
+    probed = last[last["metric"] == PROBE_ERROR]
+    branches = len(last[["student", "teacher", "seed"]].drop_duplicates())
+    return 0 < branches == int(probed["benefit"].notna().sum())

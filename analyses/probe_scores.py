@@ -35,7 +35,7 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
     """
     parts = zip(splits.items(), NUM_SAMPLES, strict=True)
     few = Splits(*(Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts))
-    if few.fit.labels is None or len(few.fit.labels.unique()) < 2:
+    if few.fit.labels is None or len(set(few.fit.labels.tolist())) < 2:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan = ExtractionPlan(layers=backbone.layers, noise_levels=NOISE_LEVELS)

@@ -67,7 +67,7 @@ from layerprobe.layersync import WEIGHT, LayerPair
 
 HYPOTHESIS = (
     "A pick is a hypothesis; the confirmation run is the verdict. On trial in six small networks the picks of this "
-    "rule were worth -8 to +18 %; from a fair start no pair made better samples beyond the noise (docs/picking.md)."
+    "rule were worth -8 to +18 % from a slow start, -31 to +2 % from a fair one (docs/picking.md)."
 )
 LABEL_FREE = "Chosen without labels: noise-LiDAR, not a probe, tells which layer is weaker."
 

@@ -20,6 +20,9 @@ def select(
     min_distance: Annotated[
         int | None, typer.Option(min=1, help="Layers between student and teacher, at least.")
     ] = None,
+    max_cka: Annotated[
+        float, typer.Option("--max-cka", min=-1, max=1, help="Pairs with a larger mean CKA are alike already.")
+    ] = 0.9,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -32,6 +35,7 @@ def select(
         label_free=label_free or None,
         exclude_tail=exclude_tail,
         min_distance=min_distance,
+        max_cka=max_cka,
     )
     selection = runs.choose_layers(run, **chosen)
     found = answers(run, selection)

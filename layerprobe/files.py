@@ -70,6 +70,8 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     place, record = folder / name, json.loads(json.dumps(record))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder; choose another --out")
+    # Listed before the record is looked for: another process may put it there in between.
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
     if place.is_file():
         different = differences(_read(place), record)
         if different:
@@ -77,7 +79,6 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
                 f"{folder} holds {what} of another run (different: {', '.join(different[:4])}); choose another --out"
             )
         return
-    strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
     if strangers:
         raise ValueError(f"{folder} is not empty and holds other things ({strangers[0]}); choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

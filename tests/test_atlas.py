@@ -345,6 +345,18 @@ def test_what_pairs_do_to_the_representation_is_told_beside_the_distance() -> No
         "a <- c +20.0%",
         "a <- b -20.0%",
     ]
+    half = atlas[(atlas["teacher"] != "c") | (atlas["metric"] != probe_scores.PROBE_ERROR)]
+    assert not any("probe error" in line for line in atlas_runs.describe_atlas(half, 3))
+
+
+def test_a_panel_has_room_however_many_there_are() -> None:
+    atlas = planted({("a", "b"): 1.0, ("a", "c"): 3.0})
+    third = atlas[atlas["metric"] == FRECHET].assign(metric=probe_scores.PROBE_ERROR)
+    metrics = (FRECHET, HELD_OUT, probe_scores.PROBE_ERROR)
+    two, three = (
+        atlas_heatmap(pd.concat([atlas, third]), ("a", "b", "c"), metrics=metrics[:number]) for number in (2, 3)
+    )
+    assert three.get_figwidth() == pytest.approx(1.5 * two.get_figwidth())
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -359,6 +371,13 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("layerprobe.analyses.atlas.classifier_extractor", lambda *_: PIXELS)
+    drawn: list[tuple[str, ...]] = []
+
+    def heatmap(*given: Any, metrics: tuple[str, ...]) -> Any:
+        drawn.append(metrics)
+        return atlas_heatmap(*given, metrics=metrics)
+
+    monkeypatch.setattr(atlas_runs, "atlas_heatmap", heatmap)
     options = ("digits", "--data", "digits", "--out", tmp_path / "a", "--steps", 2, "--num-samples", 20)
     options += ("--batch-size", 4, "--pair", "0:2", "--pair", "1:3", "--sync-stop-step", 1)
     assert shell(monkeypatch, *options, "--dry-run") == 0
@@ -371,6 +390,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     assert (record["pairs"], record["branches"]) == (2, 3)
     assert len(read_atlas(record["table"])) == 3 * 9
     assert (tmp_path / "a" / "figures" / "atlas.png").is_file()
+    assert drawn[-1] == (FRECHET, HELD_OUT, probe_scores.PROBE_ERROR)
     assert json.loads((tmp_path / "a" / "atlas.json").read_text())["training"]["sync"]["stop_step"] == 1
 
 

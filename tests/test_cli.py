@@ -118,6 +118,8 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
     assert code == 0
     assert "pick" in out
     assert ("trust    A pick is a hypothesis" in out) == ("pick     none" not in out)
+    code, out, _ = cli("select", trained / "run", "--max-cka", "-1")
+    assert (code, "pick     none" in out, "above -1" in out) == (0, True, True)
     for command in ("plot", "report"):
         code, out, _ = cli(command, trained / "run")
         assert code == 0

@@ -109,6 +109,20 @@ def test_what_an_interrupted_claim_leaves_is_no_stranger(tmp_path: Path) -> None
     assert json.loads((tmp_path / "plan.json").read_text())["data"] == "abc"
 
 
+def test_two_processes_may_claim_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Path.iterdir
+
+    def slowly(folder: Path) -> list[Path]:
+        found = list(listed(folder))
+        write_text(folder / "plan.json", json.dumps(RECORD))
+        return found
+
+    monkeypatch.setattr(Path, "iterdir", slowly)
+    claim(tmp_path, "plan.json", RECORD, what="features")
+    with pytest.raises(ValueError, match="of another run"):
+        claim(tmp_path, "plan.json", {"data": "other"}, what="features")
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="run is a file, not a folder; choose another --out"):

@@ -19,7 +19,7 @@ from layerprobe.features import ExtractionPlan
 
 def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:
     backbone = tiny_sit()
-    store = extract(backbone, splits, ExtractionPlan(backbone.layers, (0.1, 0.3, 0.5)), folder)
+    store = extract(backbone, splits, ExtractionPlan(backbone.layers, (0.1, 0.3, 0.5), condition="null"), folder)
     assert store.labels is not None
     y = {split: store.labels[store.splits == split] for split in ("fit", "choose", "report")}
     found = []
@@ -48,8 +48,8 @@ def test_they_are_those_of_scikit_learn(tmp_path: Path) -> None:
 
 def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = tiny_splits(240)
-    monkeypatch.setattr(probe_scores, "NUM_SAMPLES", (60, 30, 30))
-    counts = {"fit": 60, "choose": 30, "report": 30}
+    monkeypatch.setattr(probe_scores, "NUM_SAMPLES", (60, 30, 40))
+    counts = {"fit": 60, "choose": 30, "report": 40}
     few = Splits(*(Subset(samples, range(counts[name]), name=name) for name, samples in splits.items()))
     assert probe_scores.probe_errors(tiny_sit(), splits) == pytest.approx(
         by_scikit_learn(few, tmp_path / "features"), abs=1e-12
