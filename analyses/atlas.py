@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -279,9 +280,7 @@ def _train_branch(
 ) -> None:
     training, place = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
 
-    def score(model: Backbone) -> dict[str, float]:
-        return branch_scores(model, scorer, splits)
-
+    score = partial(branch_scores, scorer=scorer, splits=splits)
     if state is not None:
         _begin(backbone, splits, replace(training, steps=0, pairs=(arm.pair,) if arm.pair else ()), place, state)
     train_arm(backbone, splits.fit, arm, training, place, score=score, score_at=plan.evaluation_steps, progress=report)
