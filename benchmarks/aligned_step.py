@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiTConfig, new_sit
-from layerprobe.batches import TrainingBatch
-from layerprobe.layersync import LayerSync, depth_heuristic
-from layerprobe.training import prediction_loss
+from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync.pair import depth_heuristic
+from layerprobe.training.batches import TrainingBatch
+from layerprobe.training.losses import prediction_loss
 
 Step = Callable[[], None]
 

@@ -9,10 +9,12 @@ import argparse
 import tempfile
 
 from layerprobe.backbones.sit import SiTConfig, new_sit
-from layerprobe.convention import check_convention
+from layerprobe.checkpoints.convention import check_convention
 from layerprobe.data.digits import digits
-from layerprobe.noise import Prediction, schedule_from_name
-from layerprobe.training import TrainingPlan, train
+from layerprobe.noise.predictions import Prediction
+from layerprobe.noise.schedules import schedule_from_name
+from layerprobe.training.loop import train
+from layerprobe.training.plan import TrainingPlan
 
 CONVENTIONS: tuple[tuple[str, Prediction], ...] = (
     ("sit", "velocity"),

@@ -16,14 +16,14 @@ import torch
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiTConfig, new_sit
 from layerprobe.capture import capture
-from layerprobe.checkpoints import open_checkpoint
-from layerprobe.contribution import contribution
-from layerprobe.data.base import Splits
+from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.images import load_images
+from layerprobe.data.samples import Splits
 from layerprobe.data.sources import load
 from layerprobe.data.splits import split
-from layerprobe.extract import extract
-from layerprobe.features import ExtractionPlan
+from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.extract import extract
+from layerprobe.extraction.features import ExtractionPlan
 
 SHAPE = (3, 16, 16)
 

@@ -17,19 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cases import rank_correlation, read_case
 from torch import Tensor
 
-from layerprobe.alignment import mean_cosine
-from layerprobe.analyses import runs
-from layerprobe.analyses.atlas_runs import atlas_start, wanted_pairs
-from layerprobe.analyses.calibration import rank_correlation, read_case
+from layerprobe.analyses.runs import data as runs
+from layerprobe.analyses.runs.pair_sweep import atlas_start, wanted_pairs
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import fresh_sit
-from layerprobe.batches import TrainingBatch
 from layerprobe.capture import capture
-from layerprobe.data.base import Samples
-from layerprobe.layersync import LayerPair
-from layerprobe.training import prediction_loss, train
+from layerprobe.data.samples import Samples
+from layerprobe.layersync.alignment import mean_cosine
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.training.batches import TrainingBatch
+from layerprobe.training.loop import train
+from layerprobe.training.losses import prediction_loss
 
 STEPS = (50, 100, 250, 500, 1000, 2000, 4000, 8000)
 BATCHES, BATCH_SIZE = 8, 256

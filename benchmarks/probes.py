@@ -32,12 +32,12 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from layerprobe.analyses.linear_probe import LogisticFit, fit_logistic, fit_logistic_map
+from layerprobe.analyses.measures.linear_probe import LogisticFit, fit_logistic, fit_logistic_map
 from layerprobe.backbones.base import wrap
-from layerprobe.checkpoints import open_checkpoint
+from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.sources import load
-from layerprobe.extract import extract
-from layerprobe.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.extract import extract
+from layerprobe.extraction.features import ExtractionPlan, FeatureStore
 
 SHARED = Path(__file__).parents[2] / "shared"
 UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"

@@ -45,8 +45,9 @@ def atlas(
     config: options.Config = None,
 ) -> None:
     """Train every layer pair and no alignment from one start, and say what each was worth."""
-    from layerprobe.analyses import atlas_runs, runs
-    from layerprobe.analyses.power import too_short
+    from layerprobe.analyses.experiments.power import too_short
+    from layerprobe.analyses.runs import data as runs
+    from layerprobe.analyses.runs import pair_sweep as atlas_runs
 
     begin = atlas_runs.atlas_start(
         start,

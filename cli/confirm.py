@@ -47,8 +47,8 @@ def confirm(
     config: options.Config = None,
 ) -> None:
     """Train with and without the pick, seed by seed, and say whether it helps."""
-    from layerprobe.analyses import runs
-    from layerprobe.analyses.power import too_short
+    from layerprobe.analyses.experiments.power import too_short
+    from layerprobe.analyses.runs import confirm as runs
 
     training = runs.confirmation_training(
         run,

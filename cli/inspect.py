@@ -52,7 +52,7 @@ def inspect(
 def _checkpoint(
     checkpoint: str, given: dict[str, Any], data: str | None, reading: options.Given
 ) -> tuple[dict[str, Any], list[str]]:
-    from layerprobe.checkpoints import describe_checkpoint
+    from layerprobe.checkpoints.opening import describe_checkpoint
 
     record = describe_checkpoint(checkpoint, **given)
     lines = [f"{key:<14} {value}" for key, value in record.items() if key not in ("layers", "training") and value != []]
@@ -60,7 +60,8 @@ def _checkpoint(
     lines += [f"{name:<24} {tokens} x {width}" for name, (tokens, width) in record["layers"].items()]
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
     if data is not None:
-        from layerprobe.analyses.runs import RunPlan, examine_convention
+        from layerprobe.analyses.runs.convention import examine_convention
+        from layerprobe.analyses.runs.folder import RunPlan
 
         check = examine_convention(RunPlan(checkpoint, data, (), given, options.located_vae(reading)))
         record["convention"] = check.to_dict()
@@ -69,12 +70,12 @@ def _checkpoint(
 
 
 def _data(data: str, reading: options.Given, out: Path | None) -> tuple[dict[str, Any], list[str]]:
-    from layerprobe.analyses import data_report
+    from layerprobe.analyses.runs import inspect as data_report
 
     record, splits = data_report.examine_data(data, reading)
     lines = data_report.lines_of(record)
     if out is not None:
-        from layerprobe.analyses import plots
+        from layerprobe.analyses.figures import style as plots
 
         plots.save(data_report.peek(splits), out, "peek")
         record["peek"] = str(out / "peek.png")

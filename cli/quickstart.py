@@ -22,7 +22,8 @@ def quickstart(
     config: Config = None,
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses import runs
+    from layerprobe.analyses.runs import quickstart as quickstart_module
+    from layerprobe.analyses.runs import text
 
     if dry_run:
         record = {
@@ -40,7 +41,7 @@ def quickstart(
         )
         return
     with progress_bar() as progress:
-        selection, verdict = runs.quickstart(
+        selection, verdict = quickstart_module.quickstart(
             out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
         )
     pick = selection.pick
@@ -51,7 +52,7 @@ def quickstart(
         "paragraph": verdict.paragraph,
     }
     lines = [
-        *runs.describe(selection),
+        *text.describe(selection),
         f"verdict  {verdict.answer}",
         verdict.paragraph,
         f"report   {out / 'report.html'}",

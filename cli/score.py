@@ -43,10 +43,10 @@ def score(
     """Score samples against real data in the features of a named extractor, with intervals and warnings."""
     from dataclasses import asdict
 
-    from layerprobe.analyses import score_runs
-    from layerprobe.analyses.scoring import check_metrics
-    from layerprobe.checkpoints import resolve_device
-    from layerprobe.encoders import open_encoder
+    from layerprobe.analyses.generation.encoders import open_encoder
+    from layerprobe.analyses.generation.scores import check_metrics
+    from layerprobe.analyses.runs import score as score_runs
+    from layerprobe.checkpoints.opening import resolve_device
 
     names = options.names(metrics)
     check_metrics(names)

@@ -14,7 +14,7 @@ from layerprobe.cli.options import ALIGNMENT, flag
 from layerprobe.cli.output import Progress, emit, progress_bar, warn
 
 if TYPE_CHECKING:
-    from layerprobe.layersync import LayerPair
+    from layerprobe.layersync.pair import LayerPair
 
 
 MODEL = "The network, where it does not come from a checkpoint"
@@ -91,10 +91,11 @@ def train(
 
     Several processes: `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or srun.
     """
-    from layerprobe.analyses import runs, training_runs
-    from layerprobe.distributed import processes
-    from layerprobe.trackers import require
-    from layerprobe.training import TrainingPlan
+    from layerprobe.analyses.runs import data as runs
+    from layerprobe.analyses.runs import train as training_runs
+    from layerprobe.training.distributed import processes
+    from layerprobe.training.plan import TrainingPlan
+    from layerprobe.training.trackers import require
 
     # Everything that may fail is inside: of several processes, one says what is wrong.
     with processes() as ranks:
@@ -161,7 +162,7 @@ def _one_choice(*, pair: object, selection: object, sync: str | None, **details:
 
 def _weighted_pairs(texts: Sequence[str]) -> tuple[tuple[LayerPair, ...], tuple[float, ...]]:
     """ "2:5:0.5" -> the pair and its factor; no factors where all are 1."""
-    from layerprobe.layersync import LayerPair
+    from layerprobe.layersync.pair import LayerPair
 
     pairs: list[LayerPair] = []
     factors: list[float] = []

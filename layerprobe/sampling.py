@@ -17,7 +17,9 @@ from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.noise import END, NoiseKey, NoiseSchedule
+from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.predictions import END
+from layerprobe.noise.schedules import NoiseSchedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]

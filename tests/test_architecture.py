@@ -94,9 +94,9 @@ def _objection(room: str, path: Path, name: str, *, for_types: bool) -> str | No
         return "typer carries its own click"
     if _is(name, FORBIDDEN_ROOMS[room]):
         return f"{room} must not import it"
-    draws = path.parent.as_posix() == "analyses" and path.name.endswith("plots.py")
+    draws = path.parent.as_posix() == "analyses/figures"
     if _is(name, PLOTTING) and not draws and not for_types:
-        return "only analyses/plots.py and its kin draw"
+        return "only analyses/figures draws"
     return None
 
 
@@ -112,7 +112,11 @@ def test_every_room_is_read(room: str) -> None:
 
 
 PLANTED = {
-    "engine imports analyses": ("layerprobe/a.py", "from layerprobe.analyses.knn import search", "layerprobe must not"),
+    "engine imports analyses": (
+        "layerprobe/a.py",
+        "from layerprobe.analyses.measures.knn import search",
+        "layerprobe must not",
+    ),
     "engine imports analyses as a name": ("layerprobe/a.py", "from layerprobe import analyses", "layerprobe must not"),
     "engine imports cli in a function": ("layerprobe/b/a.py", "def f():\n    import layerprobe.cli.main", "must not"),
     "engine imports analyses for types": (
@@ -128,13 +132,13 @@ PLANTED = {
     "a figure in an analysis": (
         "analyses/knn.py",
         "import matplotlib.pyplot as plt",
-        "only analyses/plots.py and its kin",
+        "only analyses/figures",
     ),
-    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/plots.py and its kin"),
+    "a figure in a command": ("cli/a.py", "def f():\n    import seaborn", "only analyses/figures"),
     "a figure in the engine's plots.py": (
         "layerprobe/plots.py",
         "import seaborn",
-        "only analyses/plots.py and its kin",
+        "only analyses/figures",
     ),
     "torch at the top of a command": ("cli/a.py", "import torch.nn", "heavy"),
     "pandas in a try": ("cli/a.py", "try:\n    from pandas import read_csv\nexcept ImportError:\n    pass", "heavy"),
@@ -157,8 +161,8 @@ ALLOWED = {
         "cli/a.py",
         "from layerprobe import noise\nfrom layerprobe.analyses import knn",
     ),
-    "analyses import the engine": ("analyses/a.py", "from layerprobe.features import FeatureStore"),
-    "plots.py draws": ("analyses/plots.py", "import seaborn"),
+    "analyses import the engine": ("analyses/a.py", "from layerprobe.extraction.features import FeatureStore"),
+    "figures draw": ("analyses/figures/style.py", "import seaborn"),
     "a figure's type in the report": (
         "analyses/report.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from matplotlib.figure import Figure",
@@ -181,8 +185,8 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path, file: str, text: str) -
 
 
 def test_links_are_read_once_as_their_own_room(tmp_path: Path) -> None:
-    (tmp_path / "analyses").mkdir()
-    (tmp_path / "analyses" / "plots.py").write_text("import seaborn", encoding="utf-8")
+    (tmp_path / "analyses" / "figures").mkdir(parents=True)
+    (tmp_path / "analyses" / "figures" / "style.py").write_text("import seaborn", encoding="utf-8")
     (tmp_path / "layerprobe").mkdir()
     (tmp_path / "layerprobe" / "analyses").symlink_to("../analyses")
     assert _violations(tmp_path) == []

@@ -95,7 +95,7 @@ def test_wan_lora_gradients_reach_the_student_alone(capsys: pytest.CaptureFixtur
     """The regulariser by itself: blocks up to the student are pulled, those after it, so the teacher, are not."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from layerprobe.layersync import LayerSync
+    from layerprobe.layersync.loss import LayerSync
 
     example = runpy.run_path(str(EXAMPLES / "wan_lora.py"))
     torch.manual_seed(0)

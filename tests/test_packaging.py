@@ -40,8 +40,13 @@ def _tree(root: Path) -> dict[str, Path]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree, as a build writes into its tree."""
     copy = tmp_path_factory.mktemp("tree") / "layerprobe"
-    junk = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "_build", "runs")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=junk)
+    made = shutil.ignore_patterns("build", "dist", "runs")
+    junk = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "_build")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return junk(folder, names) | (made(folder, names) if Path(folder) == ROOT else set())
+
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     return copy
 
 

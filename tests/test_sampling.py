@@ -14,7 +14,9 @@ from tiny import SHAPE, tiny_sit
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.noise import DDPM, EDM, GVP, VP, LinearPath, NoiseKey, NoiseSchedule, target
+from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.predictions import target
+from layerprobe.noise.schedules import DDPM, EDM, GVP, VP, LinearPath, NoiseSchedule
 from layerprobe.sampling import (
     SamplingPlan,
     diffuse,

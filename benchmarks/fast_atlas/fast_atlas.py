@@ -32,20 +32,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerprobe.analyses import runs
-from layerprobe.analyses.atlas import AtlasPlan, all_pairs, branch_scores, table
-from layerprobe.analyses.atlas_runs import AtlasStart, atlas_start
-from layerprobe.analyses.confirmation import BASELINE, FRECHET, Arm, Scorer, run_folder
+from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, Arm
+from layerprobe.analyses.experiments.confirm import run_folder
+from layerprobe.analyses.experiments.evaluation import Scorer
+from layerprobe.analyses.experiments.pair_sweep import AtlasPlan, all_pairs, branch_scores, table
+from layerprobe.analyses.generation.extractors import classifier_extractor
+from layerprobe.analyses.runs import data as runs
+from layerprobe.analyses.runs.pair_sweep import AtlasStart, atlas_start
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit, network_record
-from layerprobe.batches import TrainingBatch, noise_levels
 from layerprobe.capture import real_tokens
-from layerprobe.data.base import Samples, Splits
-from layerprobe.fidelity import classifier_extractor
+from layerprobe.data.samples import Samples, Splits
 from layerprobe.files import claim, write_text
-from layerprobe.layersync import LayerPair, LayerSync
-from layerprobe.noise import LinearPath, NoiseKey
-from layerprobe.training import TrainingPlan, prediction_loss
+from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.schedules import LinearPath
+from layerprobe.training.batches import TrainingBatch, noise_levels
+from layerprobe.training.losses import prediction_loss
+from layerprobe.training.plan import TrainingPlan
 
 Array = NDArray[Any]
 AHEAD = 500  # steps whose batches are made at a time
@@ -223,7 +228,7 @@ class Trainer:
         self._library = compiled(config, plan.batch_size)
 
     def steps(self, seed: int, start: int, stop: int) -> Steps:
-        """The batches that `layerprobe.batches` makes of these steps."""
+        """The batches that `layerprobe.training.batches` makes of these steps."""
         order, levels, noise = (NoiseKey(seed, name) for name in ("order", "level", "noise"))
         drops, n = NoiseKey(seed, "label drop"), len(self.samples)
         parts = []
@@ -331,7 +336,7 @@ def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
 
 
 def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
-    """As `layerprobe.analyses.atlas.chart`; what is finished is not done again."""
+    """As `layerprobe.analyses.experiments.pair_sweep.chart`; what is finished is not done again."""
     plan: AtlasPlan = start.plan
     number, count = (int(part) for part in shard.split("/"))
     pairs = all_pairs(start.backbone.layers)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture import as_tokens, capture, match_layers
-from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
+from layerprobe.noise.predictions import PREDICTIONS, Prediction, convert
+from layerprobe.noise.schedules import NoiseSchedule, schedule_from_name
 
 Forward = Callable[..., Tensor]
 
@@ -19,8 +20,8 @@ Forward = Callable[..., Tensor]
 class Backbone:
     """A diffusion model behind one convention.
 
-    `backbone(x_t, noise_level, condition)` is the velocity from data to noise (`layerprobe.noise` says by which time),
-    whatever the family predicts and however it counts time.
+    `backbone(x_t, noise_level, condition)` is the velocity from data to noise (by the time of
+    `layerprobe.noise.schedules`), whatever the family predicts and however it counts time.
 
     Attributes:
         module: The network.
@@ -187,3 +188,17 @@ def _call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor
     arguments = (x_t, native_time) if condition is None else (x_t, native_time, condition)
     output: Tensor = module(*arguments)
     return output
+
+
+def alignable_layers(backbone: Backbone) -> tuple[str, ...]:
+    """The layers of the commonest shape, in the order in which they run: only these can be aligned with one another.
+
+    Raises:
+        ValueError: If no two layers have a shape in common.
+    """
+    shapes = layer_shapes(backbone)
+    commonest = max(shapes.values(), key=list(shapes.values()).count)
+    alike = tuple(name for name, shape in shapes.items() if shape == commonest)
+    if len(alike) < 2:
+        raise ValueError(f"no two layers of {backbone.name} have tokens of one shape; pass other --layers to probe")
+    return alike

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerprobe.data.base import Batch, Samples, Splits, Subset, TensorSamples
+from layerprobe.data.samples import Batch, Samples, Splits, Subset, TensorSamples
 from layerprobe.data.sources import load
 
 __all__ = ["Batch", "Samples", "Splits", "Subset", "TensorSamples", "load"]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerprobe.data.base import Batch, Samples, pixels_to_float
+from layerprobe.data.samples import Batch, Samples, pixels_to_float
 
 _ARRAY = "arr_0"
 _MODALITIES = {1: "audio", 2: "image", 3: "video"}

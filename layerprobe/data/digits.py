@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from layerprobe.data.base import Splits, Subset, TensorSamples
+from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.data.splits import keyed_order
 
 _NUM_FIT, _NUM_CHOOSE = 1000, 397  # and 400 to report

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.base import Batch, LabelColumn, Samples, content_hash, pixels_to_float
+from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash, pixels_to_float
 
 if TYPE_CHECKING:
     from datasets import Dataset

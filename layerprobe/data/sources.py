@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerprobe.data import audio, images, motion, tables, video
-from layerprobe.data.audio import load_audio
-from layerprobe.data.base import Samples, Splits
+from layerprobe.data import images, tables
 from layerprobe.data.digits import digits
 from layerprobe.data.images import load_images
-from layerprobe.data.latents import LatentSamples, encode, latent_format, latent_shape, load_latents
-from layerprobe.data.motion import load_motion
+from layerprobe.data.latents.layouts import latent_format, load_latents
+from layerprobe.data.latents.samples import LatentSamples
+from layerprobe.data.latents.vae import encode, latent_shape
+from layerprobe.data.samples import Samples, Splits
+from layerprobe.data.sequences import audio, motion, video
+from layerprobe.data.sequences.audio import load_audio
+from layerprobe.data.sequences.motion import load_motion
+from layerprobe.data.sequences.video import load_video
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
-from layerprobe.data.video import load_video
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.data.base import MISSING, Samples, Splits, Subset
+from layerprobe.data.samples import MISSING, Samples, Splits, Subset
 
 # What probing reads at most unless told otherwise: more changes no conclusion and takes proportionally longer.
 PROBING_COUNTS = {"fit": 8000, "choose": 2000, "report": 5000}

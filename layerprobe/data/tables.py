@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerprobe.data.base import MISSING, LabelColumn
+from layerprobe.data.samples import MISSING, LabelColumn
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,0 +1,1 @@
+"""All figures. The only room that imports matplotlib."""

@@ -1,0 +1,144 @@
+"""The heatmap of CKA between all layers at all noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Figure
+
+from layerprobe.analyses.figures.style import (
+    WIDTH_IN,
+    Array,
+    annotate_cells,
+    cell_box,
+    draw_matrix,
+    label_layers,
+    nanmean,
+    pick_in,
+    require_columns,
+    short_names,
+    styled,
+    value_range,
+    wrap_title,
+)
+
+if TYPE_CHECKING:
+    from layerprobe.analyses.selection.ranking import Selection
+    from layerprobe.layersync.pair import LayerPair
+
+SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka")
+
+
+# ----------------------------------------------------------------------------------------------------------- similarity
+
+
+@styled()
+def cka_heatmap(
+    similarity: pd.DataFrame,
+    *,
+    selection: Selection | None = None,
+    layers: Sequence[str] | None = None,
+) -> Figure:
+    """How alike the representations are: every layer at every noise level, and layer by layer at equal noise levels.
+
+    Args:
+        similarity: Similarity table, one row per pair of representations, in one or both orders.
+        selection: Whose pick to mark, or None.
+        layers: Layer names in execution order; the order of the table where not given.
+
+    Raises:
+        ValueError: If a column or a layer of the pick is missing, the table is empty, or `layers` leaves a layer out.
+    """
+    names, levels, matrix = _cka_matrix(similarity, layers)
+    pair = pick_in(selection, names)
+    blocks = matrix.reshape(len(levels), len(names), len(levels), len(names))
+    mean = nanmean(np.stack([blocks[i, :, i, :] for i in range(len(levels))]))
+    norm = value_range(matrix)
+    figure = Figure(figsize=(WIDTH_IN, 6.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
+    image = draw_matrix(left, matrix, mpl.colormaps["viridis"], norm, square=True)
+    _label_blocks(left, names, levels, 5.2)
+    left.set_title(f"All {len(matrix)} representations", pad=34 if len(levels) > 1 else 6)
+    draw_matrix(right, mean, mpl.colormaps["viridis"], norm, square=True)
+    right.set_title("Mean over equal noise levels" if len(levels) > 1 else f"Noise level {levels[0]:g}")
+    label_layers(right, names, 3.4)
+    label_layers(right, names, 3.4, vertical=True)
+    right.set(xlabel=short_names(names)[1], ylabel=short_names(names)[1])
+    if len(names) <= 16:
+        annotate_cells(right, mean, image, "{:.2f}".format, size=min(8.5, 80 / len(names)))
+    if pair is not None:
+        _mark_cell(right, names.index(pair.student), names.index(pair.teacher))
+    label = "debiased linear CKA (1: equal)"
+    figure.colorbar(image, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=label)
+    figure.suptitle(wrap_title(_cka_title(names, levels, mean, pair)), x=0.008, ha="left")
+    return figure
+
+
+def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple[list[str], list[float], Array]:
+    """Level-major matrix, shape (levels * layers, levels * layers), symmetric."""
+    require_columns(similarity, SIMILARITY_COLUMNS, "similarity table")
+    if similarity.empty:
+        raise ValueError("the similarity table has no rows; run the similarity analysis first")
+    seen = list(dict.fromkeys([*similarity["layer_a"].astype(str), *similarity["layer_b"].astype(str)]))
+    names = seen if layers is None else [name for name in layers if name in set(seen)]
+    if left_out := set(seen) - set(names):
+        raise ValueError(f"the similarity table has layer {min(left_out)!r}, which `layers` has not; pass all layers")
+    levels = sorted({*similarity["noise_level_a"].astype(float), *similarity["noise_level_b"].astype(float)})
+    position = {key: i for i, key in enumerate((level, name) for level in levels for name in names)}
+    a = [position[key] for key in zip(similarity["noise_level_a"], similarity["layer_a"].astype(str), strict=True)]
+    b = [position[key] for key in zip(similarity["noise_level_b"], similarity["layer_b"].astype(str), strict=True)]
+    matrix = np.full((len(position), len(position)), np.nan)
+    matrix[a, b] = matrix[b, a] = similarity["cka"].to_numpy(dtype=np.float64)
+    # A table of distinct pairs leaves the diagonal out; a degenerate representation stays nan there too.
+    alive = np.isfinite(matrix).any(axis=1) & np.isnan(matrix.diagonal())
+    matrix[alive, alive] = 1.0
+    return names, levels, matrix
+
+
+def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], side_in: float) -> None:
+    """Layers on the left and below, noise levels above and on the right, white lines between the levels."""
+    short, pattern = short_names(names)
+    step = max(1, int(np.ceil(len(names) * len(levels) * 0.125 / side_in)))
+    ticks = [i * len(names) + j for i in range(len(levels)) for j in range(0, max(len(names) - step + 1, 1), step)]
+    labels = [short[tick % len(names)] for tick in ticks]
+    axes.set_xticks(ticks, labels, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, labels, fontsize=7)
+    axes.set_xlabel(pattern)
+    axes.set_ylabel(pattern)
+    if len(levels) == 1:
+        return
+    for i in range(1, len(levels)):
+        axes.axhline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
+        axes.axvline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
+    centres = [(i + 0.5) * len(names) - 0.5 for i in range(len(levels))]
+    for side in (axes.secondary_xaxis("top"), axes.secondary_yaxis("right")):
+        side.tick_params(length=0)
+        side.spines[:].set_visible(False)
+    side_x, side_y = axes.child_axes
+    side_x.set_xticks(centres, [f"{level:g}" for level in levels])
+    side_x.set_xlabel("noise level")
+    side_y.set_yticks(centres, [f"{level:g}" for level in levels])
+    side_y.set_ylabel("noise level")
+
+
+def _mark_cell(axes: Axes, student: int, teacher: int) -> None:
+    for x, y in ((teacher, student), (student, teacher)):
+        axes.add_patch(cell_box(x, y, "#000000", width=3.0))
+        axes.add_patch(cell_box(x, y, "#ffffff", width=1.2))
+
+
+def _cka_title(names: Sequence[str], levels: Sequence[float], mean: Array, pair: LayerPair | None) -> str:
+    kind, where = ("mean CKA", "") if len(levels) > 1 else ("CKA", f" at noise level {levels[0]:g}")
+    if pair is not None:
+        value = mean[names.index(pair.student), names.index(pair.teacher)]
+        return f"Student {pair.student} and teacher {pair.teacher}: {kind} {value:.2f}{where}"
+    steps = np.diagonal(mean, offset=1)
+    if not np.isfinite(steps).any():
+        return "Similarity of the layers"
+    sharpest = int(np.nanargmin(steps))
+    return f"Sharpest change: {names[sharpest]} to {names[sharpest + 1]}, {kind} {steps[sharpest]:.2f}{where}"

@@ -1,0 +1,388 @@
+"""Quality of layers over noise levels: curves, panels of several metrics, and heatmaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure as Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from layerprobe.analyses.figures.style import (
+    GREY,
+    INK,
+    PAPER,
+    STUDENT,
+    TEACHER,
+    WIDTH_IN,
+    Array,
+    annotate_cells,
+    capital,
+    cell_box,
+    draw_matrix,
+    label_layers,
+    level_colors,
+    num_decimals,
+    pick_in,
+    point_marker,
+    require_columns,
+    short_names,
+    styled,
+    value_range,
+    widen_range,
+    wrap_title,
+)
+
+if TYPE_CHECKING:
+    from layerprobe.analyses.selection.ranking import Selection
+    from layerprobe.layersync.pair import LayerPair
+
+
+QUALITY_COLUMNS = ("source", "layer", "layer_index", "noise_level", "metric", "split", "value", "low", "high")
+SPLITS = ("report", "choose", "fit")
+
+
+# -------------------------------------------------------------------------------------------------------- layer quality
+
+
+@dataclass(frozen=True)
+class QualityCurves:
+    """One metric on one split; the last axis of the arrays is (value, low, high), nan where nothing was measured."""
+
+    metric: str
+    split: str
+    layers: tuple[str, ...]
+    levels: tuple[float, ...]
+    model: Array  # (levels, layers, 3)
+    random: Array  # (levels, layers, 3)
+    raw: Array  # (levels, 1, 3)
+
+    @property
+    def is_fraction(self) -> bool:
+        return "accuracy" in self.metric
+
+    def text(self, value: float) -> str:
+        if np.isnan(value):
+            return "nan"
+        return f"{value:.2f}" if self.is_fraction or value == 0 else f"{value:.{num_decimals(value, 3)}f}"
+
+    @property
+    def unit(self) -> str:
+        return f"fraction of the {self.split} split" if self.is_fraction else f"{self.split} split"
+
+
+@styled()
+def layer_quality_curves(
+    quality: pd.DataFrame,
+    metric: str,
+    *,
+    split: str | None = None,
+    selection: Selection | None = None,
+) -> Figure:
+    """What each layer knows at each noise level, beside the two controls.
+
+    The upper panel compares noise levels. Below, one panel per noise level compares the trained model (with its 95 %
+    interval) with the same network at random weights (dashed) and with the raw input (dotted).
+
+    Args:
+        quality: Quality table, one row per source, layer, noise level, metric and split.
+        metric: One of the metrics in the table, for example "probe accuracy".
+        split: Split to show; "report" where the metric has it, else "choose", else "fit".
+        selection: Whose pick to mark, or None.
+
+    Raises:
+        ValueError: If a column, the metric, the split or a layer of the pick is not in the table.
+    """
+    curves = quality_curves(quality, metric, split)
+    pair = pick_in(selection, curves.layers)
+    num_levels = len(curves.levels)
+    rows = int(np.ceil(num_levels / 4))
+    columns = int(np.ceil(num_levels / rows))
+    overview = num_levels > 1
+    heights = [3.0] * overview + [2.15 if overview else 4.0] * rows
+    longest = max(map(len, short_names(curves.layers)[0]))
+    names_in = (1 + overview) * 0.08 * max(longest - 4, 0)  # they stand upright
+    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 1.3 + names_in), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    colours = level_colors(num_levels)
+    if overview:
+        _draw_overview(figure.add_subplot(grid[0, :]), curves, colours, pair)
+    panels: list[Axes] = []
+    for i in range(num_levels):
+        row, column = divmod(i, columns)
+        axes = figure.add_subplot(grid[row + overview, column])
+        panels.append(axes)
+        _draw_level(axes, curves, i, colours[i], pair)
+        lowest = i + columns >= num_levels
+        label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
+        if lowest:
+            axes.set_xlabel("layer" if overview else short_names(curves.layers)[1])
+        axes.tick_params(labelbottom=lowest, labelleft=column == 0)
+        if column == 0:
+            axes.set_ylabel(capital(metric) if overview else f"{capital(metric)}\n({curves.unit})")
+    if not overview:
+        _name_pair(panels[0], curves.layers, pair)
+    figure.suptitle(wrap_title(_curves_title(curves)), x=0.008, ha="left")
+    figure.legend(handles=_level_legend(curves, colours, pair), loc="outside lower left", ncols=8, columnspacing=1.6)
+    return figure
+
+
+@styled()
+def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: Selection | None = None) -> Figure:
+    """Several metrics side by side, each over layers with one line per noise level; random weights dashed.
+
+    Args:
+        quality: Quality table.
+        metrics: Which, in this order; each on the split that `layer_quality_curves` would show.
+        selection: Whose pick to mark, or None.
+
+    Raises:
+        ValueError: If there is no metric, or a column or metric is not in the table.
+    """
+    if not metrics:
+        raise ValueError("there is no metric to draw; pass at least one of the table's")
+    found = [quality_curves(quality, metric, None) for metric in metrics]
+    columns = min(3, len(found))
+    rows = int(np.ceil(len(found) / columns))
+    figure = Figure(figsize=(WIDTH_IN, 2.3 * rows + 1.0), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for axes, curves in zip(grid, found, strict=False):
+        x = np.arange(len(curves.layers))
+        for i, (level, colour) in enumerate(zip(curves.levels, level_colors(len(curves.levels)), strict=True)):
+            (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=colour, linewidth=1.6)
+            axes.plot(x, curves.random[i, :, 0], color=colour, linewidth=0.9, linestyle="--")
+        axes.set_title(f"{capital(curves.metric)} ({curves.unit})", fontsize=8.5)
+        _mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
+        label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
+        axes.set_xlabel(short_names(curves.layers)[1])
+    for axes in grid[len(found) :]:
+        axes.set_axis_off()
+    handles["random weights"] = Line2D([], [], color=INK, linewidth=0.9, linestyle="--")
+    if pick_in(selection, found[0].layers) is not None:
+        handles["student"] = Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2)
+        handles["teacher"] = Line2D([], [], color=TEACHER, linewidth=1.2)
+    title = (
+        f"{len(found)} more measures of {len(found[0].layers)} layers; no one of them alone says which layer is best"
+    )
+    figure.suptitle(wrap_title(title), x=0.008, ha="left")
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside lower left", ncols=7)
+    return figure
+
+
+@styled()
+def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = None) -> Figure:
+    """One metric over layers and noise levels; below it, what training added over random weights.
+
+    Args:
+        quality: Quality table.
+        metric: One of the metrics in the table.
+        split: Split to show; "report" where the metric has it, else "choose", else "fit".
+
+    Raises:
+        ValueError: If a column, the metric or the split is not in the table.
+    """
+    curves = quality_curves(quality, metric, split)
+    model = curves.model[..., 0]
+    gain = model - curves.random[..., 0]
+    panels: list[tuple[str, str, Array, Colormap, Normalize]] = [
+        (
+            f"{capital(metric)} ({curves.unit}), trained model",
+            metric,
+            model,
+            mpl.colormaps["viridis"],
+            value_range(model),
+        )
+    ]
+    if np.isfinite(gain).any():
+        limit = max(float(np.nanmax(np.abs(gain))), 1e-12)
+        title = "Trained model minus random weights"
+        panels.append((title, "difference", gain, mpl.colormaps["PuOr_r"], Normalize(-limit, limit)))
+    height = (
+        1.1 + 0.08 * max(map(len, short_names(curves.layers)[0])) + len(panels) * (0.85 + 0.32 * len(curves.levels))
+    )
+    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, label, values, colormap, norm) in zip(all_axes, panels, strict=True):
+        image = draw_matrix(axes, values, colormap, norm)
+        if len(curves.layers) <= 36 and values.size <= 600:
+            annotate_cells(axes, values, image, curves.text, size=min(8.5, 215 / len(curves.layers)))
+        axes.set_title(title)
+        axes.set_ylabel("noise level")
+        axes.set_yticks(range(len(curves.levels)), [f"{level:g}" for level in curves.levels])
+        figure.colorbar(image, ax=axes, pad=0.01, aspect=6 + 2 * len(curves.levels), label=label)
+        if np.isfinite(values).any():
+            row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+            axes.add_patch(cell_box(int(column), int(row), "#000000"))
+            axes.add_patch(cell_box(int(column), int(row), "#ffffff", width=0.8))
+    label_layers(all_axes[-1], curves.layers, WIDTH_IN - 1.8)
+    all_axes[-1].set_xlabel(short_names(curves.layers)[1])
+    figure.suptitle(wrap_title(_heatmap_title(curves, gain)), x=0.008, ha="left")
+    return figure
+
+
+def quality_curves(quality: pd.DataFrame, metric: str, split: str | None) -> QualityCurves:
+    require_columns(quality, QUALITY_COLUMNS, "quality table")
+    rows = quality[quality["metric"] == metric]
+    if rows.empty:
+        known = ", ".join(sorted(map(str, quality["metric"].unique()))) or "no rows at all"
+        raise ValueError(f"metric {metric!r} is not in the quality table, which has {known}; pass one of those")
+    present = [name for name in SPLITS if (rows["split"] == name).any()]
+    if split is not None and split not in present:
+        raise ValueError(
+            f"{metric!r} has no values on split {split!r}, only on {', '.join(present)}; pass one of those"
+        )
+    split = split or present[0]
+    rows = rows[rows["split"] == split]
+    model = rows[rows["source"] == "model"]
+    if model.empty:
+        raise ValueError(f"the quality table has only controls for {metric!r}; analyse the model itself first")
+    order = model.sort_values("layer_index", kind="stable")["layer"].astype(str)
+    layers, levels = tuple(dict.fromkeys(order)), tuple(sorted(map(float, model["noise_level"].unique())))
+    raw = rows[rows["source"] == "raw input"]
+    return QualityCurves(
+        metric=metric,
+        split=split,
+        layers=layers,
+        levels=levels,
+        model=_cube(model, layers, levels),
+        random=_cube(rows[rows["source"] == "random weights"], layers, levels),
+        raw=_cube(raw.assign(layer="input"), ("input",), levels),
+    )
+
+
+def _cube(rows: pd.DataFrame, layers: Sequence[str], levels: Sequence[float]) -> Array:
+    """Shape (levels, layers, 3); several rows for one cell (say, several random networks) are averaged."""
+    mean = rows.groupby(["noise_level", "layer"])[["value", "low", "high"]].mean()
+    index = pd.MultiIndex.from_product([levels, layers], names=["noise_level", "layer"])
+    return mean.reindex(index).to_numpy(dtype=np.float64).reshape(len(levels), len(layers), 3)
+
+
+def _draw_overview(axes: Axes, curves: QualityCurves, colours: Sequence[Any], pair: LayerPair | None) -> None:
+    x = np.arange(len(curves.layers))
+    for level, values, colour in zip(curves.levels, curves.model[..., 0], colours, strict=True):
+        axes.plot(x, values, color=colour, label=f"{level:g}", marker=point_marker(values), markersize=3)
+        if np.isfinite(values).any():
+            best = int(np.nanargmax(values))
+            axes.plot(x[best], values[best], "o", color=colour, markeredgecolor=PAPER, markersize=8)
+    widen_range(axes, curves.model[..., 0])
+    axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
+    axes.set_xlim(-0.6, len(x) - 0.4)
+    _mark_pair(axes, curves.layers, pair)
+    _name_pair(axes, curves.layers, pair)
+    axes.set_ylabel(f"{capital(curves.metric)}\n({curves.unit})")
+    axes.legend(title="noise level", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    label_layers(axes, curves.layers, WIDTH_IN - 1.9)
+    axes.set_xlabel(short_names(curves.layers)[1])
+
+
+def _draw_level(axes: Axes, curves: QualityCurves, level: int, colour: Any, pair: LayerPair | None) -> None:
+    x = np.arange(len(curves.layers))
+    model, random, raw = curves.model[level], curves.random[level], curves.raw[level, 0]
+    axes.fill_between(x, random[:, 1], random[:, 2], color=GREY, alpha=0.2, linewidth=0)
+    axes.plot(x, random[:, 0], "--", color=GREY, linewidth=1.3, marker=point_marker(random[:, 0]), markersize=3)
+    if np.isfinite(raw[0]):
+        axes.axhline(raw[0], color=INK, linestyle=":", linewidth=1.3)
+    axes.fill_between(x, model[:, 1], model[:, 2], color=colour, alpha=0.25, linewidth=0)
+    axes.plot(x, model[:, 0], color=colour, linewidth=1.8, marker=point_marker(model[:, 0]), markersize=3)
+    missing = x[np.isnan(model[:, 0])]
+    axes.plot(missing, np.full(len(missing), 0.04), "x", color=GREY, markersize=5, transform=axes.get_xaxis_transform())
+    title = f"Noise level {curves.levels[level]:g}\n"
+    if np.isfinite(model[:, 0]).any():
+        best = int(np.nanargmax(model[:, 0]))
+        axes.plot(x[best], model[best, 0], "o", color=colour, markeredgecolor=PAPER, markersize=7)
+        title += f"highest: {short_names(curves.layers)[0][best]} ({curves.text(model[best, 0])})"
+    else:
+        title += "nothing measured"
+    axes.set_title(title)
+    widen_range(axes, np.stack([curves.model.ravel(), curves.random.ravel(), np.resize(curves.raw, curves.model.size)]))
+    axes.set_xlim(-0.6, len(x) - 0.4)
+    _mark_pair(axes, curves.layers, pair)
+
+
+def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
+    if pair is not None:
+        axes.axvline(layers.index(pair.student), color=STUDENT, linewidth=1.2, linestyle=(0, (5, 2)), zorder=1)
+        axes.axvline(layers.index(pair.teacher), color=TEACHER, linewidth=1.2, zorder=1)
+
+
+def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
+    """Write the roles above the frame, pointing away from each other so that neighbours do not collide."""
+    if pair is None:
+        return
+    short = short_names(layers)[0]
+    student_first = layers.index(pair.student) <= layers.index(pair.teacher)
+    for role, layer, is_left in (
+        ("student", pair.student, student_first),
+        ("teacher", pair.teacher, not student_first),
+    ):
+        axes.annotate(
+            f"{role} {short[layers.index(layer)]}",
+            (layers.index(layer), 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-2 if is_left else 2, 2),
+            textcoords="offset points",
+            ha="right" if is_left else "left",
+            va="bottom",
+            fontsize=8.5,
+        )
+    axes.set_title(axes.get_title(loc="left"), pad=18)
+
+
+def _level_legend(curves: QualityCurves, colours: Sequence[Any], pair: LayerPair | None) -> list[Any]:
+    colour = colours[0]
+    handles: list[Any] = [Line2D([], [], color=colour, linewidth=1.8, label="trained model")]
+    if np.isfinite(curves.model[..., 1:]).any():
+        handles.append(Patch(facecolor=colour, alpha=0.25, label="95 % bootstrap interval"))
+    if np.isfinite(curves.random[..., 0]).any():
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="random weights"))
+    if np.isfinite(curves.raw[..., 0]).any():
+        handles.append(Line2D([], [], color=INK, linestyle=":", label="raw input"))
+    if np.isnan(curves.model[..., 0]).any():
+        handles.append(Line2D([], [], color=GREY, linestyle="", marker="x", label="not measured"))
+    if pair is not None:
+        handles.append(Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2, label="student"))
+        handles.append(Line2D([], [], color=TEACHER, linewidth=1.2, label="teacher"))
+    return handles
+
+
+def _curves_title(curves: QualityCurves) -> str:
+    metric, values = capital(curves.metric), curves.model[..., 0]
+    if not np.isfinite(values).any():
+        return f"{metric} could not be measured in any layer"
+    level, layer = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    peak = float(values[level, layer])
+    title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
+    controls = {
+        name: float(np.nanmax(block))
+        for name, block in (("random weights", curves.random[level, :, 0]), ("raw input", curves.raw[level, :, 0]))
+        if np.isfinite(block).any()
+    }
+    if not controls:
+        return title
+    name = max(controls, key=lambda key: controls[key])
+    if controls[name] >= peak:
+        return f"{title}; a control is as high there: {name} ({curves.text(controls[name])})"
+    return f"{title}; the highest control there is {name} ({curves.text(controls[name])})"
+
+
+def _heatmap_title(curves: QualityCurves, gain: Array) -> str:
+    values = curves.model[..., 0]
+    if not np.isfinite(values).any():
+        return f"{capital(curves.metric)} could not be measured in any layer"
+    best = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    title = f"Highest {curves.metric}: {curves.layers[best[1]]} at noise level {curves.levels[best[0]]:g}"
+    if not np.isfinite(gain).any():
+        return title
+    most = np.unravel_index(int(np.nanargmax(gain)), gain.shape)
+    if gain[most] <= 0:
+        return f"{title}; training adds nothing over random weights"
+    where = f"{curves.layers[most[1]]} at noise level {curves.levels[most[0]]:g} (+{curves.text(float(gain[most]))})"
+    return f"{title}; training adds most at {where}"

@@ -1,0 +1,1 @@
+"""How good generated samples are: extractors, distances and scores."""

@@ -1,0 +1,196 @@
+"""Networks that turn samples into the features in which distances are measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.analyses.generation.distances import row_blocks
+from layerprobe.data.samples import Samples, content_hash
+from layerprobe.files import whole
+from layerprobe.noise.keyed import NoiseKey
+
+FEATURE_WIDTH = 64
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A named function from samples (B, C, *grid) on a device to features (B, D)."""
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    device: torch.device | str = "cpu"
+
+
+@torch.inference_mode()
+def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -> NDArray[np.float32]:
+    """Features of samples (n, C, *grid), shape (n, D).
+
+    Raises:
+        ValueError: If the extractor gives anything else.
+    """
+    parts = []
+    for part in torch.split(x, batch_size):
+        features = extractor.features(part.to(extractor.device))
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
+            seen = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ValueError(f"{extractor.name} gives {seen} for {len(part)} samples; it must give features (B, D)")
+        parts.append(features.float().cpu())
+    return torch.cat(parts).numpy()
+
+
+def all_features(
+    extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """Features of a whole data set, read batch by batch, shape (n, D).
+
+    `progress` is called with (samples done, samples in all).
+    """
+    parts = []
+    for rows in row_blocks(len(samples), batch_size):
+        parts.append(sample_features(extractor, samples.batch(rows).x))
+        if progress:
+            progress(rows.stop, len(samples))
+    return np.concatenate(parts)
+
+
+def embedded_extractor(
+    samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: Progress | None = None
+) -> Extractor:
+    """The extractor that needs no file: `classifier_extractor`, with its weights kept in a folder.
+
+    Args:
+        samples: What it is trained on.
+        folder: Keeps the weights of each training under a name of its own.
+        seed: Of weights and order.
+        progress: Called with (steps done, steps in all) while it is trained.
+    """
+    name = f"classifier-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
+    return classifier_extractor(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
+
+
+def classifier_extractor(
+    samples: Samples,
+    cache: str | Path | None = None,
+    *,
+    steps: int = 300,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Extractor:
+    """The last hidden layer of a small convolutional classifier trained on the data's own labels.
+
+    Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which
+    still separates good samples from bad ones (docs/decisions/0007), and says so in its name.
+
+    Args:
+        samples: What it is trained on.
+        cache: A `.safetensors` file that keeps the weights; read if it is there.
+        steps: Training steps.
+        batch_size: Samples per step.
+        seed: Of weights and order.
+        progress: Called with (steps done, steps in all).
+
+    Raises:
+        ValueError: If the cache is damaged, or of other data or another training.
+    """
+    network = _new_network(samples, max(samples.num_classes, 1), seed)
+    origin = f"{samples.fingerprint}, {steps} steps of {batch_size}, seed {seed}"
+    if not _is_kept(network, cache, origin):
+        if samples.num_classes:
+            _train(network, samples, steps, batch_size, seed, progress)
+        _keep(network, cache, origin)
+    kind = (
+        f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
+    )
+    return Extractor(f"{FEATURE_WIDTH} features of {kind}", network.embed)
+
+
+class _Classifier(nn.Module):
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape) - 1]
+        widths = (shape[0], 32, FEATURE_WIDTH, FEATURE_WIDTH)
+        self.stages = nn.ModuleList(
+            convolution(a, b, 3, stride=1 if i == 0 else 2, padding=1)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
+        self.head = nn.Linear(FEATURE_WIDTH, num_classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+            x = F.silu(norm(stage(x)))
+        return x.flatten(2).mean(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.embed(x))
+        return output
+
+
+def _new_network(samples: Samples, num_outputs: int, seed: int) -> _Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _Classifier(samples.shape, num_outputs).eval()
+
+
+def _train(
+    network: _Classifier,
+    samples: Samples,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    key, per_epoch = NoiseKey(seed, "order"), max(len(samples) // batch_size, 1)
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        order = key.permutation(len(samples), draw=epoch)
+        batch = samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist())
+        assert batch.labels is not None
+        loss = F.cross_entropy(network(batch.x), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, steps)
+
+
+def _is_kept(network: _Classifier, cache: str | Path | None, origin: str) -> bool:
+    """Loads the weights if the cache has them."""
+    if cache is None or not Path(cache).is_file():
+        return False
+    network.load_state_dict(_read_cache(Path(cache), origin))
+    return True
+
+
+def _keep(network: _Classifier, cache: str | Path | None, origin: str) -> None:
+    if cache is not None:
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        with whole(Path(cache), rivals=True) as partial:  # shards of an atlas
+            save_file(network.state_dict(), partial, metadata={"origin": origin})
+
+
+def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if (file.metadata() or {}).get("origin") != origin:
+                raise ValueError(f"{cache} is an extractor of other data or another training; delete it")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{cache} is damaged ({error}); delete it") from error

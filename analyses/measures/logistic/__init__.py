@@ -1,0 +1,1 @@
+"""Solvers of the multinomial logistic regression behind the probes."""

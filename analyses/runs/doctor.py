@@ -1,0 +1,28 @@
+"""Versions and devices of this machine, and whether the embedded model runs on it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from layerprobe import __version__
+from layerprobe.analyses.runs.folder import PACKAGES
+from layerprobe.backbones.base import layer_shapes
+from layerprobe.checkpoints.opening import open_checkpoint
+
+
+def examine_machine() -> dict[str, Any]:
+    """Versions, devices, and whether the embedded model runs here."""
+    backbone = open_checkpoint("digits", device="auto")
+    shapes = layer_shapes(backbone)
+    return {
+        "layerprobe": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "embedded model": f"{backbone.name}: {len(shapes)} layers read",
+    }

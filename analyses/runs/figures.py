@@ -1,0 +1,58 @@
+"""Drawing every figure that the tables of a run allow."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerprobe.analyses.figures import cka, confirmation, style
+from layerprobe.analyses.figures.label_columns import knowledge_curves
+from layerprobe.analyses.figures.quality import layer_quality_curves, metric_panels, quality_heatmap
+from layerprobe.analyses.figures.token_maps import token_maps
+from layerprobe.analyses.measures.pca_maps import pca_rgb
+from layerprobe.analyses.runs.folder import read_selection, read_tables, store_folder
+from layerprobe.analyses.tables.measurements import headlines, probed_column
+from layerprobe.analyses.tables.quality import MODEL
+from layerprobe.extraction.features import FeatureStore
+
+
+def draw_figures(run: str | Path) -> list[Path]:
+    """Draws every figure that the run's tables allow, as PNG and SVG, into `figures/`."""
+    run = Path(run)
+    quality, similarity = read_tables(run)
+    selection = read_selection(run)
+    figures = {}
+    metrics = list(dict.fromkeys(quality["metric"]))
+    shown = headlines(metrics)
+    if any(map(probed_column, metrics)):
+        figures["what-each-layer-knows"] = knowledge_curves(quality)
+    for metric in shown:
+        name = re.sub(r"[^\w.]+", "-", metric)
+        figures[f"{name}-curves"] = layer_quality_curves(quality, metric, selection=selection)
+        figures[f"{name}-heatmap"] = quality_heatmap(quality, metric)
+    if more := [metric for metric in metrics if metric not in shown]:
+        figures["more-measures"] = metric_panels(quality, more, selection=selection)
+    figures["cka"] = cka.cka_heatmap(similarity, selection=selection)
+    store = FeatureStore.open(store_folder(run, MODEL))
+    if len(store.token_rows) and not store.tokens_padded:
+        figures["token-maps"] = _token_maps(store)
+    if (run / "verdict.json").is_file():
+        curves = pd.read_csv(run / "confirmation.csv")
+        verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+        figures["confirmation"] = confirmation.confirmation_curves(curves, verdict)
+    return [path for name, figure in figures.items() for path in style.save(figure, run / "figures", name)]
+
+
+def _token_maps(store: FeatureStore) -> Any:
+    """Tokens of the first samples of the report split in colours, for the layers whose tokens lie on a grid."""
+    grids = {layer: grid for layer in store.layers if (grid := store.grid(layer)) is not None}
+    maps = {
+        (layer, level): pca_rgb(store.tokens(layer, level, split="report"))
+        for layer in grids
+        for level in store.noise_levels
+    }
+    return token_maps(maps, grids, samples=range(min(3, int((store.token_splits == "report").sum()))))

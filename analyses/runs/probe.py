@@ -1,0 +1,266 @@
+"""The main job: extract features, measure layers, select a pair, draw figures and write the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from layerprobe.analyses.generation.extractors import Extractor, all_features
+from layerprobe.analyses.report.page import write_report
+from layerprobe.analyses.runs.data import split_options
+from layerprobe.analyses.runs.figures import draw_figures
+from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, store_folder, write_environment
+from layerprobe.analyses.runs.progress import Progress, named_progress
+from layerprobe.analyses.selection.ranking import Selection, cautions, rank_pairs
+from layerprobe.analyses.tables.csv_files import write_table
+from layerprobe.analyses.tables.evidence import (
+    ScoreKeeper,
+    extract_evidence,
+    pair_evidence,
+    pair_layers,
+    read_evidence,
+    write_evidence,
+)
+from layerprobe.analyses.tables.measurements import ANALYSES, PROBE, Analysis
+from layerprobe.analyses.tables.quality import (
+    MODEL,
+    RANDOM_WEIGHTS,
+    RAW_INPUT,
+    encoder_rows,
+    measure,
+    read_quality,
+    recoverability_table,
+)
+from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.checkpoints.convention import check_convention
+from layerprobe.data.samples import Splits
+from layerprobe.data.sources import load
+from layerprobe.data.splits import for_probing
+from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input, raw_pool_cells
+from layerprobe.extraction.extract import extract
+from layerprobe.extraction.features import FeatureStore
+from layerprobe.files import claim, write_text
+
+
+def probe(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
+    """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
+
+    Interrupted work continues when the call is repeated, and a finished run is only drawn again.
+
+    Args:
+        plan: What to look at.
+        run: The run folder.
+        progress: Called with (what is running, done, in all).
+        options: As in `extract_run`.
+
+    Raises:
+        ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
+    """
+    selection = measure_run(plan, run, progress=progress, **options)
+    draw_figures(run)
+    write_report(run)
+    return selection
+
+
+def measure_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
+    """What `probe` does before it draws: convention check, features, tables, selection; what is done is kept."""
+    extract_run(plan, run, progress=progress, **options)
+    return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
+
+
+def extract_run(
+    plan: RunPlan,
+    run: str | Path,
+    *,
+    trust_convention: bool = False,
+    device: str = "auto",
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> None:
+    """All that needs the model: convention check, features of it and its controls, and what skipping a layer does.
+
+    Args:
+        plan: What to look at.
+        run: The run folder.
+        trust_convention: Go on where the weights fit another schedule or prediction than the declared one.
+        device: Where the model runs.
+        batch_size: Rows per forward pass.
+        progress: Called with (what is running, done, in all).
+
+    Raises:
+        ValueError: As `probe` does.
+    """
+    run = Path(run)
+    backbone, splits = plan.open(device=device, progress=progress)
+    plan.extraction(backbone)  # refuses a bad plan before the folder is made
+    _check_frames(plan, splits)
+    checked = (run / "convention.json").is_file()
+    convention = None if checked else check_convention(backbone, splits.fit, seed=plan.seed)
+    if convention is not None and convention.verdict == "misfit" and not trust_convention:
+        raise ValueError(convention.message)
+    claim(run, "plan.json", asdict(plan), what="the results")
+    if convention is not None:
+        write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
+    write_environment(run)
+    extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
+    extract_evidence(backbone, splits, plan.extraction(backbone), run / "features" / "evidence", batch_size=batch_size)
+    if not (run / "contribution.csv").is_file():
+        skipped = contribution(
+            backbone,
+            splits.report,
+            plan.noise_levels,
+            seed=plan.seed,
+            batch_size=batch_size,
+            progress=named_progress(progress, "skipping layers"),
+        )
+        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), run / "contribution.csv")
+
+
+def analyze_run(
+    run: str | Path,
+    *,
+    analyses: Sequence[Analysis] = ANALYSES,
+    encoder: Extractor | None = None,
+    progress: Progress | None = None,
+) -> Selection:
+    """Tables and selection from the features of a run.
+
+    Args:
+        run: A run folder with features.
+        analyses: What to run on every layer and noise level.
+        encoder: An outside encoder to compare all layers with; it sees the clean samples of the choose split.
+        progress: Called with (what is running, done, in all).
+
+    Raises:
+        FileNotFoundError: If there are no features.
+    """
+    run, plan = Path(run), read_plan(run)
+    stores = {source: FeatureStore.open(store_folder(run, source)) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    keeper = ScoreKeeper(stores[MODEL])
+    quality, similarity = measure(
+        stores,
+        analyses=[keeper.listening(analysis) for analysis in analyses],
+        seed=plan.seed,
+        progress=named_progress(progress, "measuring layers"),
+    )
+    write_table(similarity, run / "similarity.csv")
+    if len(stores[MODEL].token_rows):
+        write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
+    contributions = read_quality(run / "contribution.csv")
+    evidence = pair_evidence(_evidence_store(run), scores=keeper.scores, quality=contributions)
+    write_evidence(evidence, run / "evidence.csv")
+    tables = [quality, contributions]
+    if encoder is not None:
+        tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
+    write_table(pd.concat(tables, ignore_index=True), run / "quality.csv")
+    return choose_layers(run)
+
+
+def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
+    """What an encoder makes of the samples that the store's choose split has, shape (n, D)."""
+    reading = split_options(plan.data_options)[0]
+    samples = for_probing(load(plan.data, **reading), given=reading).choose
+    if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "choose"]):
+        raise ValueError(f"{plan.data} no longer has the samples that the features are of; extract them again")
+    return all_features(encoder, samples, batch_size=64)
+
+
+def _evidence_store(run: Path) -> FeatureStore:
+    """The small extraction for evidence; runs of earlier versions have only the large one."""
+    folder = run / "features" / "evidence"
+    return FeatureStore.open(folder if folder.is_dir() else store_folder(run, MODEL))
+
+
+def extract_all(
+    backbone: Backbone,
+    splits: Splits,
+    plan: RunPlan,
+    folder: Path,
+    *,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, FeatureStore]:
+    """Features of the model and of the two controls that stand beside every curve."""
+    stores = {}
+    frames = bool(_frame_columns(splits))
+    readers = {
+        MODEL: backbone,
+        RANDOM_WEIGHTS: random_weights(backbone, seed=plan.seed),
+        RAW_INPUT: raw_input(backbone, places=frames),
+    }
+    for source, reader in readers.items():
+        extraction = plan.extraction(reader)
+        if source == RAW_INPUT and frames:
+            extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
+        elif source == RAW_INPUT:
+            extraction = replace(extraction, token_samples=0)  # It has no tokens of its own.
+        stores[source] = extract(
+            reader,
+            splits,
+            extraction,
+            folder / source.replace(" ", "-"),
+            batch_size=batch_size,
+            progress=named_progress(progress, f"reading layers ({source})"),
+        )
+    return stores
+
+
+def _frame_columns(splits: Splits) -> list[str]:
+    """The further columns that label every frame."""
+    return [column.name for column in splits.fit.columns if column.labels.ndim > 1]
+
+
+def _check_frames(plan: RunPlan, splits: Splits) -> None:
+    frames = _frame_columns(splits)
+    if frames and not plan.token_samples:
+        raise ValueError(
+            f"{frames[0]!r} labels every frame, which the kept tokens are probed for; pass --token-samples 200 or so"
+        )
+
+
+def choose_layers(run: str | Path, **options: Any) -> Selection:
+    """Ranks layer pairs from the evidence of a run and writes `selection.json`; options as in `rank_pairs`.
+
+    A run of an earlier version gets its evidence now, from the features that it has.
+    """
+    run = Path(run)
+    quality, _ = read_tables(run)
+    store = FeatureStore.open(store_folder(run, MODEL))
+    if not (run / "evidence.csv").is_file():
+        write_evidence(pair_evidence(_evidence_store(run), quality=quality), run / "evidence.csv")
+    evidence = read_evidence(run / "evidence.csv")
+    options.setdefault("label_free", PROBE not in set(quality["metric"]))
+    layers, shapes = pair_layers(store.layers), store.manifest["layer_shapes"]
+    selection = rank_pairs(evidence, layers=layers, shapes=shapes, **options)
+    selection = replace(selection, warnings=(*selection.warnings, *cautions(selection, quality)))
+    write_text(run / "selection.json", selection.to_json())
+    return selection
+
+
+def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
+    """What `probe` would do, without doing it; checks checkpoint and data."""
+    backbone, splits = plan.open(device=device, encode=False)
+    extraction = plan.extraction(backbone)
+    _check_frames(plan, splits)
+    shapes = layer_shapes(backbone)
+    num = sum(len(samples) for _, samples in splits.items())
+    rows = num * len(extraction.noise_levels) * extraction.draws
+    return {
+        "model": backbone.name,
+        "layers": len(shapes),
+        "noise_levels": list(extraction.noise_levels),
+        "samples": {name: len(samples) for name, samples in splits.items()},
+        "forward_passes": 2 * rows,
+        "feature_bytes": 4
+        * rows
+        * (2 * sum(width for _, width in shapes.values()) + min(math.prod(backbone.shape), RAW_INPUT_WIDTH)),
+    }

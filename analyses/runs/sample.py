@@ -1,0 +1,307 @@
+"""Samples of a checkpoint, drawn and saved: pictures, films and recordings, or an archive to score."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerprobe.analyses.figures import image_grid, style
+from layerprobe.analyses.figures.samples import film, strip
+from layerprobe.backbones.base import Backbone
+from layerprobe.checkpoints.opening import training_record
+from layerprobe.checkpoints.saving import weights_hash
+from layerprobe.data.latents.vae import decode
+from layerprobe.data.rendering import Rendering, rendering_of
+from layerprobe.data.samples import content_hash
+from layerprobe.data.sequences.audio import write_wav
+from layerprobe.data.sources import load
+from layerprobe.files import claim, whole
+from layerprobe.sampling import SamplingPlan, sample
+from layerprobe.training.distributed import processes
+
+PART = 256  # samples in a file that an interruption leaves; the same for any batch size and number of processes
+SHOWN = 20  # samples in a figure or film, where they are no images
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a model's samples stand for.
+
+    Attributes:
+        rendering: None for images and latents.
+        class_names: One per class, or empty.
+    """
+
+    rendering: Rendering | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def find_meaning(
+    checkpoint: str, backbone: Backbone, data: str | None = None, reading: Mapping[str, Any] | None = None
+) -> Meaning:
+    """What a checkpoint's samples stand for: as its data says where that is given, else as its training wrote down.
+
+    Args:
+        checkpoint: The file that the backbone was opened from.
+        backbone: The model.
+        data: What it was trained on.
+        reading: Options that read the data.
+
+    Raises:
+        ValueError: If the data cannot be read or is of another shape, or there are options for none.
+    """
+    if data is not None:
+        samples = load(data, **(reading or {}), expect_shape=backbone.shape).fit
+        return Meaning(rendering_of(samples), samples.class_names)
+    if reading:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in reading)
+        raise ValueError(f"{flags} says how data is read; add --data, or leave it out")
+    record = {} if checkpoint == "digits" else training_record(checkpoint)
+    rendering = Rendering.from_dict(record["rendering"]) if "rendering" in record else None
+    return Meaning(rendering, tuple(record.get("class_names", ())))
+
+
+def draw_samples(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    num: int = 80,
+    plan: SamplingPlan | None = None,
+    keep: bool = False,
+    vae: str | Path | None = None,
+    meaning: Meaning | None = None,
+    length: int | None = None,
+) -> Path:
+    """Draws samples, class after class where the model knows classes, and saves them as `samples.png` and `.svg`.
+
+    Images make a grid. Of other samples the figure shows the first `SHOWN`, as spectrograms or film strips; motion and
+    video also become `samples.gif`, and every recording a file in `wav/`.
+
+    Args:
+        backbone: The model.
+        folder: Where the files go.
+        num: How many.
+        plan: Solver, steps, guidance and seed.
+        keep: Also save the samples themselves, shape (num, C, *grid), as `samples.npy`, padding as zeros; and the
+            lengths (num,) of padded ones as `lengths.npy`.
+        vae: Folder of the autoencoder whose latents the model makes; the images are decoded and saved.
+        meaning: What the samples stand for; images where not given.
+        length: Of every sample along its axis of time; as in the training data where not given.
+
+    Raises:
+        ValueError: If nobody knows what the samples stand for, or they cannot have that length.
+    """
+    meaning, plan = meaning or Meaning(), plan or SamplingPlan()
+    rendering = meaning.rendering
+    if rendering is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
+        raise ValueError(
+            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they stand for; "
+            "pass --data with what it was trained on, or --vae for latents"
+        )
+    labels = _labels(backbone, range(num))
+    mask = sample_mask(backbone, rendering, num, labels=labels, seed=plan.seed, length=length)
+    x = sample(backbone, range(num), labels=labels, plan=plan, mask=mask)
+    if not bool(x.isfinite().all()):
+        raise ValueError("the samples are not all finite; try more steps or less guidance")
+    shown = x if vae is None else decode(x, vae, device=backbone.device)
+    place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
+    if keep:
+        np.save(place.with_suffix(".npy"), shown.numpy())
+        if rendering is not None and mask is not None:
+            np.save(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
+    return place
+
+
+def sample_mask(
+    backbone: Backbone,
+    rendering: Rendering | None,
+    num: int,
+    *,
+    labels: Tensor | None,
+    seed: int,
+    length: int | None = None,
+) -> Tensor | None:
+    """What of each sample is to be no padding, shape (num, *grid); None for samples that fill their grid.
+
+    Args:
+        backbone: The model.
+        rendering: Tells the axis of time, and the lengths that the data has.
+        num: How many.
+        labels: Shape (num,), or None.
+        seed: Of the lengths.
+        length: Of all samples, instead.
+
+    Raises:
+        ValueError: If the model makes no samples of that length.
+    """
+    if length is None:
+        if rendering is None or not rendering.lengths or not backbone.takes_mask:
+            return None
+        return rendering.mask(rendering.draw_lengths(torch.arange(num), labels, seed=seed), backbone.shape)
+    if rendering is None:
+        raise ValueError("--frames is about audio, motion and video; leave it out")
+    longest = backbone.shape[rendering.time_axis]
+    if not 1 <= length <= longest:
+        raise ValueError(f"--frames is {length}, and {backbone.name} makes 1 to {longest}")
+    return None if length == longest else rendering.mask(torch.full((num,), length), backbone.shape)
+
+
+def _columns(backbone: Backbone, num: int) -> int:
+    return backbone.num_classes if 1 < backbone.num_classes <= 16 else min(10, num)
+
+
+def _draw(
+    x: Tensor, folder: Path, meaning: Meaning, labels: Tensor | None, mask: Tensor | None, *, columns: int
+) -> Path:
+    rendering, names = meaning.rendering, meaning.class_names
+    titles = [str(i) for i in range(len(x))]
+    if labels is not None:
+        titles = [names[label] if names else str(label) for label in labels.tolist()]
+    if rendering is None:
+        figure = image_grid.sample_grid(x.numpy(), None if labels is None else titles, columns=columns)
+        return style.save(figure, folder, "samples")[0]
+    first = slice(SHOWN)
+    shown = None if mask is None else mask[first]
+    place = style.save(strip(x[first], rendering, titles[first], mask=shown), folder, "samples")[0]
+    if rendering.modality == "video" or rendering.skeleton is not None:
+        film(x[first], rendering, titles[first], place.with_suffix(".gif"), mask=shown)
+    if rendering.audio is not None:
+        _record_wavs(x, rendering, folder / "wav", titles, mask)
+    return place
+
+
+def _record_wavs(x: Tensor, rendering: Rendering, folder: Path, titles: Sequence[str], mask: Tensor | None) -> None:
+    assert rendering.audio is not None
+    folder.mkdir(exist_ok=True)
+    lengths = [x.shape[1 + rendering.time_axis]] * len(x) if mask is None else rendering.lengths_of(mask).tolist()
+    for i, (title, length) in enumerate(zip(titles, lengths, strict=True)):
+        name = re.sub(r"[^\w-]+", "_", title)
+        write_wav(
+            folder / f"{i:0{len(str(len(x) - 1))}d}-{name}.wav", rendering.waveform(x[i], length), rendering.audio.rate
+        )
+
+
+def draw_archive(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    num: int,
+    plan: SamplingPlan | None = None,
+    batch_size: int = 256,
+    vae: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Draws samples into `samples.npz`, in the format that ADM's evaluation and its kin read.
+
+    `arr_0` holds the images, shape (num, H, W, 3), uint8, grey ones three times over; where the model knows classes,
+    `arr_1` holds the labels, class after class. Image i is the same for any batch size and number of processes up to
+    rounding. Every process of torchrun or srun draws every so-manieth part; finished parts outlive an interruption, and
+    a finished archive is not made again. Memory holds one part, whatever `num`.
+
+    Args:
+        backbone: The model, of images in [-1, 1] or of latents.
+        folder: Gets `sampling.json`, `parts/` while it runs, and `samples.npz`.
+        num: How many; 50 000 is the custom.
+        plan: Solver, steps, guidance and seed.
+        batch_size: Samples at a time.
+        vae: Folder of the autoencoder whose latents the model makes.
+        progress: Called with (what, parts of this process done, parts of this process).
+
+    Raises:
+        ValueError: If the model makes no images and no autoencoder is given, there is none to draw, or the folder holds
+            other things.
+    """
+    folder, plan = Path(folder), plan or SamplingPlan()
+    if num < 1 or batch_size < 1:
+        raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
+    if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
+        raise ValueError(
+            f"{backbone.name} makes samples of shape {backbone.shape}, which are no images; pass --vae with the "
+            "autoencoder that decodes them"
+        )
+    archive, parts = folder / "samples.npz", range(-(-num // PART))
+    with processes() as ranks:
+        if ranks.is_first:
+            claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
+            (folder / "parts").mkdir(exist_ok=True)
+        ranks.barrier()
+        finished = ranks.broadcast(archive.is_file())
+        own = () if finished else ranks.positions(parts)
+        for done, part in enumerate(own, 1):
+            place = _part(folder, part)
+            if not place.is_file():
+                indices = range(part * PART, min((part + 1) * PART, num))
+                images = _images(backbone, indices, plan, batch_size, vae)
+                with whole(place) as partial_place, partial_place.open("wb") as file:
+                    np.save(file, images)
+            if progress:
+                progress("samples", done, len(own))
+        ranks.barrier()
+        if ranks.is_first and not finished:
+            _join([_part(folder, part) for part in parts], archive, labels=_labels(backbone, range(num)))
+        if ranks.is_first:
+            shutil.rmtree(folder / "parts", ignore_errors=True)
+        ranks.barrier()
+    return archive
+
+
+def pixels(x: Tensor) -> NDArray[np.uint8]:
+    """Images (B, 1 or 3, H, W) in [-1, 1] as ADM and SiT store them: (B, H, W, 3), uint8, halves rounded up."""
+    levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    stored: NDArray[np.uint8] = levels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()
+    return stored
+
+
+def _labels(backbone: Backbone, indices: range) -> Tensor | None:
+    return torch.tensor(indices) % backbone.num_classes if backbone.num_classes else None
+
+
+def _images(
+    backbone: Backbone, indices: range, plan: SamplingPlan, batch_size: int, vae: str | Path | None
+) -> NDArray[np.uint8]:
+    x = sample(backbone, indices, labels=_labels(backbone, indices), plan=plan, batch_size=batch_size)
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"samples {indices[0]} to {indices[-1]} are not all finite; try more steps or less guidance")
+    return pixels(x if vae is None else decode(x, vae, device=backbone.device))
+
+
+def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
+    """Everything that decides the archive."""
+    return {
+        "weights": weights_hash(backbone.module),
+        "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
+        "prediction": backbone.prediction,
+        "num": num,
+        "plan": asdict(plan),
+        "vae": None if vae is None else str(Path(vae).resolve()),
+    }
+
+
+def _part(folder: Path, part: int) -> Path:
+    return folder / "parts" / f"{part:06d}.npy"
+
+
+def _join(parts: Sequence[Path], archive: Path, *, labels: Tensor | None) -> None:
+    """One `.npz` of all parts, read one after another."""
+    first = np.load(parts[0], mmap_mode="r")
+    num = PART * (len(parts) - 1) + len(np.load(parts[-1], mmap_mode="r"))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
+    with whole(archive) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as zipped:
+        with zipped.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.load(part).data)
+        if labels is not None:
+            with zipped.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels.numpy())

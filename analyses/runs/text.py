@@ -1,0 +1,78 @@
+"""Records of a run in lines for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from layerprobe.analyses.figures.label_columns import CLASS
+from layerprobe.analyses.selection.ranking import HYPOTHESIS, Selection
+from layerprobe.analyses.tables.measurements import PROBE, probed_column
+from layerprobe.analyses.tables.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT, read_quality
+
+
+def describe_convention(run: str | Path) -> list[str]:
+    """What the convention check of a run found, in lines for people."""
+    record = json.loads((Path(run) / "convention.json").read_text(encoding="utf-8"))
+    return [
+        f"{'weights' if i == 0 else 'caution':<8} {line}"
+        for i, line in enumerate([record["message"], *record["notes"]])
+    ]
+
+
+def describe_labels(run: str | Path) -> list[str]:
+    """What the model knows of each label column, in lines for people; none where there is only the class.
+
+    The highest probe accuracy on the report split, and those of both controls at that noise level.
+    """
+    quality = read_quality(Path(run) / "quality.csv")
+    columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
+    lines = []
+    for column, metric in columns.items() if set(columns) - {CLASS} else ():
+        rows = quality[(quality["metric"] == metric) & (quality["split"] == "report")].dropna(subset="value")
+        of = {source: rows[rows["source"] == source] for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+        if of[MODEL].empty:
+            lines.append(f"knows    {column}: nothing could be measured")
+            continue
+        best = of[MODEL].loc[of[MODEL]["value"].idxmax()]
+        beside = (
+            f"{source} {part['value'].max():.2f}"
+            for source in (RANDOM_WEIGHTS, RAW_INPUT)
+            if not (part := of[source][of[source]["noise_level"] == best["noise_level"]]).empty
+        )
+        lines.append(
+            f"knows    {column}: {best['value']:.2f} at {best['layer']}, noise level {best['noise_level']:g} "
+            f"({', '.join(beside)})"
+        )
+        lines += [f"caution  {column}: {counts}" for counts in re.findall("left out of.*", best["note"])]
+    return lines
+
+
+def _is_probe(metric: str) -> bool:
+    return metric == PROBE or probed_column(metric) != ""
+
+
+def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:
+    """A selection in lines for people."""
+    pick = selection.pick
+    lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]
+    lines += [f"         {selection.reason}"]
+    if selection.ranked:
+        lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7} {'gain':>7}"]
+    lines += [
+        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.2f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f} "
+        + f"{'' if pair.gain is None else f'{pair.gain:+.1%}':>7}"
+        + ("  tie" if pair.ties_with_first else "")
+        for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
+    ]
+    lines += [f"caution  {warning}" for warning in selection.warnings]
+    lines += [f"trust    {HYPOTHESIS}"] if pick else []
+    return [line.rstrip() for line in lines]
+
+
+def selection_record(selection: Selection) -> dict[str, Any]:
+    """A selection as JSON."""
+    record: dict[str, Any] = json.loads(selection.to_json())
+    return record

@@ -1,0 +1,1 @@
+"""From evidence to a ranked list of layer pairs."""

@@ -1,0 +1,1 @@
+"""From representations to tables: quality of layers, similarity and evidence of pairs."""

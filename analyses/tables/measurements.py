@@ -1,0 +1,312 @@
+"""From the analyses' own results to rows of the quality table.
+
+Each function here takes one `Representation` and gives `Measurement`s. A new analysis is a function like them, in any
+file: pass it to `quality.measure`, or to the command line as file.py:function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerprobe.analyses.measures.arrays import Features, Floats, unusable
+from layerprobe.analyses.measures.dense_probe import dense_probe
+from layerprobe.analyses.measures.knn import knn_accuracy
+from layerprobe.analyses.measures.linear_probe import INVERSE_PENALTIES, ProbeResult, linear_probe
+from layerprobe.analyses.measures.spatial import spatial_structure
+from layerprobe.analyses.measures.spectrum import lidar, spectrum
+from layerprobe.data.samples import MISSING
+from layerprobe.data.splits import known_labels
+from layerprobe.extraction.features import SPLITS, FeatureStore
+
+PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
+_PROBE_OF = f"{PROBE} of "
+NUM_NEIGHBOURS = 10
+
+
+def headlines(metrics: Iterable[str]) -> list[str]:
+    """What is shown first and in most detail of these: probes of every label column, neighbours, rank."""
+    known = list(dict.fromkeys(metrics))
+    return [m for m in (PROBE, *filter(probed_column, known), KNN, RANK) if m in known]
+
+
+def probe_of(column: str) -> str:
+    """The metric of a further label column's probe."""
+    return _PROBE_OF + column
+
+
+def probed_column(metric: str) -> str:
+    """The further label column whose probe a metric is; "" for another metric."""
+    return metric.removeprefix(_PROBE_OF) if metric.startswith(_PROBE_OF) else ""
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One layer at one noise level; what is asked for is read from disk, once.
+
+    Attributes:
+        store: Where it lies.
+        layer: Name.
+        noise_level: In [0, 1].
+    """
+
+    store: FeatureStore
+    layer: str
+    noise_level: float
+
+    @cached_property
+    def draws(self) -> list[Features]:
+        """Features of every noise draw, each of shape (n, D)."""
+        return [self.store.features(self.layer, self.noise_level, draw=d) for d in range(self.store.draws)]
+
+    @cached_property
+    def reason(self) -> str:
+        """Why nothing can be said of it, or ""."""
+        fit = self.store.splits == "fit"
+        return next((why for x in self.draws if (why := unusable(x) or unusable(x[fit]))), "")
+
+    def part(self, x: NDArray[Any], split: str) -> NDArray[Any]:
+        """The rows of a split."""
+        rows: NDArray[Any] = x[self.store.splits == split]
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One number of a representation, to be one row of the quality table.
+
+    Attributes:
+        metric: What is measured.
+        split: On which samples.
+        value: nan where there is none; `note` then says why.
+        note: How it was measured.
+        scores: What `value` is the mean of, shape (n,), for a bootstrap interval; None where it is no mean.
+    """
+
+    metric: str
+    split: str
+    value: float
+    note: str
+    scores: Floats | None = None
+
+
+Analysis = Callable[[Representation], Sequence[Measurement]]
+
+
+def probes(representation: Representation) -> list[Measurement]:
+    """Accuracy, balanced accuracy and calibration of linear probes, for representations with labels."""
+    labels = representation.store.labels
+    if labels is None:
+        return []
+    metrics = (PROBE, "balanced probe accuracy", "probe calibration error")
+    if representation.reason:
+        return [
+            Measurement(metric, split, np.nan, representation.reason)
+            for split in ("choose", "report")
+            for metric in metrics
+        ]
+    results, note = _probed(representation, labels)
+    found = []
+    for split, correct, scores in (
+        ("choose", [r.choose_correct for r in results], [r.choose for r in results]),
+        ("report", [r.report_correct for r in results], [r.report for r in results]),
+    ):
+        found += [
+            _mean_of(PROBE, split, correct, note),
+            Measurement(metrics[1], split, float(np.mean([s.balanced_accuracy for s in scores])), note),
+            Measurement(metrics[2], split, float(np.mean([s.calibration_error for s in scores])), note),
+        ]
+    return found
+
+
+def column_probes(representation: Representation) -> list[Measurement]:
+    """Accuracy of a linear probe of every further label column.
+
+    Samples without a label, or of a class that the fit split has not, are left out of the score; the note counts them.
+    """
+    found: list[Measurement] = []
+    for name, labels in representation.store.columns.items():
+        if labels.ndim > 1:
+            continue
+        if representation.reason:
+            found += [Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("choose", "report")]
+            continue
+        known = known_labels(labels, representation.part(labels, "fit"))
+        results, note = _probed(representation, labels, known)
+        for split in ("choose", "report"):
+            correct = [r.choose_correct if split == "choose" else r.report_correct for r in results]
+            counts = _left_out(representation.part(labels, split), representation.part(known, split))
+            found.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
+    return found
+
+
+def frame_probes(representation: Representation) -> list[Measurement]:
+    """Accuracy of a linear probe of every column that labels frames, which reads them from the kept tokens.
+
+    Tokens are averaged over the other axes of their grid. An accuracy is the mean over samples of the share of their
+    labelled frames that are right.
+    """
+    found = []
+    for name, labels in representation.store.columns.items():
+        if labels.ndim > 1:
+            found += _frames_probed(representation, name, labels)
+    return found
+
+
+def _frames_probed(representation: Representation, name: str, labels: NDArray[np.int64]) -> list[Measurement]:
+    store, layer, level = representation.store, representation.layer, representation.noise_level
+    grid = store.grid(layer) if len(store.token_rows) else None
+    if grid is None or representation.reason:
+        missing = "its tokens are on no grid" if len(store.token_rows) else "no tokens were kept; pass --token-samples"
+        reason = representation.reason or missing
+        return [Measurement(probe_of(name), split, np.nan, reason) for split in ("choose", "report")]
+    kept = {split: labels[store.token_rows][store.token_splits == split] for split in SPLITS}
+    known = {split: np.where(known_labels(y, kept["fit"]), y, MISSING) for split, y in kept.items()}
+    axis = store.manifest["columns"][name]["axis"]
+    results = [
+        dense_probe(
+            {
+                split: _held(_along(store.tokens(layer, level, draw=draw, split=split), grid, axis), kept[split])
+                for split in SPLITS
+            },
+            known,
+            grid[axis : axis + 1],
+            ignore=MISSING,
+        )
+        for draw in range(store.draws)
+    ]
+    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    found = []
+    for split in ("choose", "report"):
+        scores = [r.choose if split == "choose" else r.report for r in results]
+        right = [s.confusions.trace(axis1=1, axis2=2) / np.maximum(s.confusions.sum((1, 2)), 1) for s in scores]
+        some = (known[split] != MISSING).any(axis=1)
+        note = f"C={penalties}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
+        counts = _left_out(kept[split].ravel(), (known[split] != MISSING).ravel())
+        found.append(_mean_of(probe_of(name), split, [each[some] for each in right], f"{note}{counts}"))
+    return found
+
+
+def _along(tokens: Features, grid: tuple[int, ...], axis: int) -> Features:
+    """Tokens (n, T, D) of a grid, averaged over all its axes but one: (n, grid[axis], D)."""
+    others = tuple(1 + a for a in range(len(grid)) if a != axis)
+    mean: Features = tokens.reshape(len(tokens), *grid, -1).mean(axis=others)
+    return mean
+
+
+def _held(tokens: Features, labels: NDArray[np.int64]) -> Features:
+    """Tokens (n, T, D) with all behind the last labelled frame replaced by that frame's: logits are interpolated.
+
+    Behind it may be padding. Labels have shape (n, frames).
+    """
+    frames, cells = labels.shape[1], tokens.shape[1]
+    last = frames - 1 - (labels[:, ::-1] != MISSING).argmax(axis=1)
+    where = np.minimum(np.arange(cells), (last * cells // frames)[:, None])
+    held: Features = np.take_along_axis(tokens, where[..., None], axis=1)
+    return held
+
+
+def _probed(
+    representation: Representation, labels: NDArray[np.int64], rows: NDArray[np.bool_] | None = None
+) -> tuple[list[ProbeResult], str]:
+    """Linear probes of these labels, shape (n,), under every noise draw, and how they were fitted.
+
+    Args:
+        representation: What is probed.
+        labels: Shape (n,).
+        rows: Which samples count, shape (n,); all where not given.
+    """
+    part, rows = representation.part, np.ones(len(labels), bool) if rows is None else rows
+    kept = {split: part(rows, split) for split in SPLITS}
+    results = [
+        linear_probe(
+            *(part(array, split)[kept[split]] for split in SPLITS for array in (x, labels)),
+            inverse_penalties=INVERSE_PENALTIES,
+        )
+        for x in representation.draws
+    ]
+    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
+    failed = sum(not r.converged for r in results)
+    return results, note + (f"; {failed} of {len(results)} fits did not converge" if failed else "")
+
+
+def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
+    missing = int((labels == MISSING).sum())
+    unseen = len(known) - int(known.sum()) - missing
+    reasons = [f"{missing} without a label"] * bool(missing)
+    reasons += [f"{unseen} of a class that the fit split has not"] * bool(unseen)
+    return f"; left out of {len(known)}: {', '.join(reasons)}" if reasons else ""
+
+
+def neighbours(representation: Representation) -> list[Measurement]:
+    """Accuracy of nearest neighbours, for representations with labels."""
+    labels = representation.store.labels
+    if labels is None:
+        return []
+    if representation.reason:
+        return [Measurement(KNN, split, np.nan, representation.reason) for split in ("choose", "report")]
+    part, bank_y = representation.part, representation.part(labels, "fit")
+    k = min(NUM_NEIGHBOURS, len(bank_y))
+    found = []
+    for split in ("choose", "report"):
+        query_y = part(labels, split)
+        correct = [
+            knn_accuracy(part(x, "fit"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
+        ]
+        found.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
+    return found
+
+
+def spectra(representation: Representation) -> list[Measurement]:
+    """Ranks, power law and anisotropy of the features of the fit split; LiDAR where there are several noise draws."""
+    if representation.reason:
+        return [Measurement(RANK, "fit", np.nan, representation.reason)]
+    parts = [representation.part(x, "fit") for x in representation.draws]
+    found = [spectrum(x) for x in parts]
+    most = f"at most {min(parts[0].shape[0] - 1, parts[0].shape[1])}"
+    laws = [s.power_law for s in found]
+    ranks = f"ranks {laws[0].first_rank} to {laws[0].last_rank}, R^2 {np.mean([law.r_squared for law in laws]):.2f}"
+    numbers: dict[str, tuple[Any, str]] = {
+        RANK: (np.mean([s.effective_rank for s in found]), most),
+        "RankMe": (np.mean([s.rank_me for s in found]), "not centred"),
+        "participation ratio": (np.mean([s.participation_ratio for s in found]), most),
+        "spectrum exponent": (np.mean([law.exponent for law in laws]), ranks),
+        "anisotropy": (np.mean([s.anisotropy for s in found]), "not centred"),
+    }
+    if len(parts) > 1:
+        ranked = lidar(np.stack(parts, axis=1))
+        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws")
+    return [Measurement(metric, "fit", float(value), note) for metric, (value, note) in numbers.items()]
+
+
+def spatial(representation: Representation) -> list[Measurement]:
+    """Spatial structure of the kept tokens of the report split, for stores that have any and none of padding."""
+    store, layer = representation.store, representation.layer
+    grid = store.grid(layer) if len(store.token_rows) and not store.tokens_padded else None
+    if grid is None or int(np.prod(grid)) == 1:
+        return []
+    tokens = [store.tokens(layer, representation.noise_level, draw=d, split="report") for d in range(store.draws)]
+    found = [spatial_structure(x, grid, centre=True) for x in tokens]
+    reason = next((s.reason for s in found if s.reason), "")
+    note = reason or f"centred, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
+    scores = {
+        "local contrast (LDS)": [s.lds for s in found],
+        "spatial contrast (RMSC)": [s.rmsc for s in found],
+    }
+    return [_mean_of(metric, "report", values, note) for metric, values in scores.items()]
+
+
+ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbours, spectra, spatial)
+
+
+def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:
+    """Scores of the same samples under each draw, averaged over draws."""
+    mean = np.mean(np.asarray(scores, np.float64), axis=0)
+    finite = bool(np.isfinite(mean).all()) and len(mean) > 0
+    return Measurement(metric, split, float(mean.mean()) if finite else np.nan, note, mean if finite else None)

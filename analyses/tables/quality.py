@@ -1,0 +1,253 @@
+"""Feature stores in, two tidy tables out: what each layer knows, and how similar the layers are.
+
+Probes and neighbours learn on the split "fit"; "choose" chooses penalties and layers; "report" is only scored.
+Accuracies are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from layerprobe.analyses.measures.arrays import Floats
+from layerprobe.analyses.measures.cka import cka_matrix
+from layerprobe.analyses.measures.parallel import in_parallel
+from layerprobe.analyses.measures.recoverability import TokenMoments, recoverability, shared_basis
+from layerprobe.analyses.tables.csv_files import read_table
+from layerprobe.analyses.tables.measurements import ANALYSES, RANK, Analysis, Measurement, Representation
+from layerprobe.analyses.tables.similarity import (
+    SIMILARITY_COLUMNS,
+    ChooseSplit,
+    representations,
+    similarities,
+    similarity_table,
+)
+from layerprobe.data.splits import check_probed
+from layerprobe.extraction.features import SPLITS, FeatureStore
+
+MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
+QUALITY_COLUMNS = (
+    "source",
+    "layer",
+    "layer_index",
+    "noise_level",
+    "metric",
+    "split",
+    "value",
+    "low",
+    "high",
+    "note",
+)
+RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "choose_gap", "increment", "note")
+MAX_RANK = 128  # of the tokens of a layer, so that the moments of many layers fit into memory
+
+Progress = Callable[[int, int], None]
+
+
+def measure(
+    stores: Mapping[str, FeatureStore],
+    *,
+    analyses: Sequence[Analysis] = ANALYSES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs the analyses on every layer and noise level of every store, several at a time.
+
+    With several noise draws every draw is analysed alone and the results are averaged: accuracies per sample, ranks
+    and similarities as numbers. Stores without labels get no accuracies. Memory holds as many representations as torch
+    may use threads, and the neighbours of all.
+
+    Args:
+        stores: One store per source: "model", and the controls "random weights" and "raw input".
+        analyses: What to run; functions of one `Representation`.
+        seed: Of the bootstrap.
+        progress: Called with (steps done, steps in all).
+
+    Returns:
+        The quality table, one row per source, layer, noise level, metric and split; `low` and `high` are the 95 %
+        bootstrap interval over the samples that were scored, nan for what is no mean over samples. A value that does
+        not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbours
+        and CKNNA on the choose split between all layers and noise levels of the source "model", in both orders and
+        with themselves.
+
+    Raises:
+        ValueError: If a store lacks samples in a split that is needed, or its labels do not allow a probe.
+    """
+    for source, store in stores.items():
+        _check(source, store)
+    wanted = [
+        (source, layer, level)
+        for source, store in stores.items()
+        for layer in store.layers
+        for level in store.noise_levels
+    ]
+    total = len(wanted) + (stores[MODEL].draws if MODEL in stores else 0)
+    step = _Steps(progress, total)
+
+    def measured(key: tuple[str, str, float]) -> list[Measurement]:
+        representation = Representation(stores[key[0]], *key[1:])
+        found = [measurement for analysis in analyses for measurement in analysis(representation)]
+        step()
+        return found
+
+    quality = _quality_table(wanted, in_parallel(measured, wanted), stores, seed)
+    if MODEL not in stores:
+        return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))
+    values, reasons = similarities(stores[MODEL], step)
+    for (layer, level), reason in reasons.items():
+        row = (quality["source"] == MODEL) & (quality["layer"] == layer) & (quality["noise_level"] == level)
+        row &= (quality["metric"] == RANK) & (quality["note"] != reason)
+        quality.loc[row, "note"] += f"; no CKA: {reason}"
+    return quality, similarity_table(stores[MODEL], values)
+
+
+def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.DataFrame:
+    """Debiased CKA of every representation with an outside encoder's features, as rows of the quality table.
+
+    Args:
+        store: The model's.
+        features: Of the samples of the choose split, in the store's order, shape (n, D).
+        name: Of the encoder.
+    """
+    keys = representations(store)
+    draws = [cka_matrix(ChooseSplit(store, draw), [features]) for draw in range(store.draws)]
+    values = np.mean([result.values[:, 0] for result in draws], axis=0)
+    reasons = [own or draws[0].other_reasons[0] for own in draws[0].reasons]
+    rows = [
+        (MODEL, layer, store.layers.index(layer), level, f"CKA with {name}", "choose", value, np.nan, np.nan, reason)
+        for (layer, level), value, reason in zip(keys, values, reasons, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
+
+
+def recoverability_table(store: FeatureStore) -> pd.DataFrame:
+    """How much of what a teacher adds to a student a ridge regression misses, for all pairs, from the kept tokens.
+
+    Only layers of the commonest shape have increments. Tokens wider than 128 are projected on the directions in which
+    the layers vary most.
+
+    Returns:
+        Nothing where tokens may stand for padding; else one row per noise level, student and later teacher: `gap` on
+        the report split, `choose_gap` on the choose split, `increment` (its variance over the teacher's) and `note`,
+        why there is no answer.
+    """
+    if store.tokens_padded:
+        return pd.DataFrame(columns=list(RECOVERABILITY_COLUMNS))
+    shapes = {layer: store.tokens(layer, store.noise_levels[0], split="fit").shape[1:] for layer in store.layers}
+    commonest = max(shapes.values(), key=list(shapes.values()).count)
+    layers = [layer for layer, shape in shapes.items() if shape == commonest]
+    rows: list[tuple[Any, ...]] = []
+    for level in store.noise_levels if len(layers) > 1 else ():
+        found = recoverability(_token_moments(store, layers, level))
+        rows += [
+            (level, layers[s], layers[t], found.gap[s, t], found.choose_gap[s, t], found.increment[s, t], reason)
+            for s, reasons in enumerate(found.reasons)
+            for t, reason in enumerate(reasons)
+            if t > s
+        ]
+    return pd.DataFrame(rows, columns=list(RECOVERABILITY_COLUMNS))
+
+
+def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> TokenMoments:
+    def tokens(split: str, draw: int) -> list[NDArray[np.float32]]:
+        return [store.tokens(layer, level, draw=draw, split=split) for layer in layers]
+
+    first = tokens("fit", 0)
+    basis = shared_basis(first, rank=MAX_RANK) if first[0].shape[2] > MAX_RANK else None
+    moments = TokenMoments(layers, basis=basis)
+    for split in SPLITS:
+        for draw in range(store.draws):
+            moments.update(split, tokens(split, draw))
+    return moments
+
+
+class _Steps:
+    """Counts what several threads have done."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._done += 1
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
+def bootstrap_interval(
+    correct: NDArray[Any], *, seed: int, resamples: int = 1000, confidence: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Percentile bootstrap interval of the mean over samples.
+
+    It covers which samples were scored, not which samples the probe was fitted on. All rows see the same resamples,
+    so rows of the same samples can be compared.
+
+    Args:
+        correct: Scores, shape (..., n).
+        seed: Of the resamples; together with n it decides them.
+        resamples: Their number.
+        confidence: Of the interval.
+
+    Returns:
+        Low and high, each of shape (...).
+    """
+    rows = np.asarray(correct, np.float64).reshape(-1, correct.shape[-1])
+    n = rows.shape[1]
+    generator = np.random.default_rng([seed, n])
+    means = np.empty((resamples, len(rows)))
+    for b in range(resamples):
+        means[b] = rows @ np.bincount(generator.integers(0, n, n), minlength=n) / n
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return low.reshape(correct.shape[:-1]), high.reshape(correct.shape[:-1])
+
+
+def read_quality(path: str | Path) -> pd.DataFrame:
+    """The quality table in a CSV file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If columns are missing.
+    """
+    return read_table(path, QUALITY_COLUMNS, numbers=("layer_index", "noise_level", "value", "low", "high"))
+
+
+def _check(source: str, store: FeatureStore) -> None:
+    for split in ("fit", "choose", "report"):
+        if not (store.splits == split).any():
+            raise ValueError(f"the store of {source!r} has no samples in the split {split!r}; extract all three splits")
+    labels = store.labels
+    if labels is not None and len(np.unique(labels[store.splits == "fit"])) < 2:
+        raise ValueError(f"the fit split of {source!r} has one class only; a probe needs two or more")
+    for name, column in store.columns.items():
+        # Labels of frames are probed on the kept tokens.
+        rows, splits = (slice(None), store.splits) if column.ndim == 1 else (store.token_rows, store.token_splits)
+        if len(splits):
+            check_probed(name, {split: column[rows][splits == split] for split in SPLITS})
+
+
+def _quality_table(
+    wanted: Sequence[tuple[str, str, float]],
+    found: Sequence[Sequence[Measurement]],
+    stores: Mapping[str, FeatureStore],
+    seed: int,
+) -> pd.DataFrame:
+    rows, scores = [], []
+    for (source, layer, level), measurements in zip(wanted, found, strict=True):
+        index = -1 if source == RAW_INPUT else stores[source].layers.index(layer)
+        for m in measurements:
+            rows.append((source, layer, index, level, m.metric, m.split, m.value, np.nan, np.nan, m.note))
+            scores.append(m.scores)
+    table = pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
+    # Scores of as many samples are resampled together: one pass over the resamples serves them all.
+    for n in {len(c) for c in scores if c is not None}:
+        where = [i for i, c in enumerate(scores) if c is not None and len(c) == n]
+        low, high = bootstrap_interval(np.stack([c for c in scores if c is not None and len(c) == n]), seed=seed)
+        table.loc[where, "low"], table.loc[where, "high"] = low, high
+    return table

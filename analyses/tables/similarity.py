@@ -1,0 +1,72 @@
+"""The similarity table: CKA, mutual kNN and CKNNA of all pairs of layers and noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.analyses.measures.arrays import Floats
+from layerprobe.analyses.measures.cka import cka_matrix
+from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures.parallel import in_parallel
+from layerprobe.analyses.tables.csv_files import read_table
+from layerprobe.analyses.tables.measurements import NUM_NEIGHBOURS
+from layerprobe.extraction.features import FeatureStore
+
+SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
+
+
+def read_similarity(path: str | Path) -> pd.DataFrame:
+    """The similarity table in a CSV file; raises as `read_quality` does."""
+    return read_table(path, SIMILARITY_COLUMNS, numbers=("noise_level_a", "noise_level_b", *SIMILARITY_COLUMNS[4:]))
+
+
+class ChooseSplit(Sequence[Any]):
+    """The representations of the choose split, read from disk as they are taken: memory stays at one of them."""
+
+    def __init__(self, store: FeatureStore, draw: int) -> None:
+        self.store, self.draw = store, draw
+        self.keys = representations(store)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, m: Any) -> Any:
+        return self.store.features(*self.keys[m], draw=self.draw, split="choose")
+
+
+def representations(store: FeatureStore) -> list[tuple[str, float]]:
+    return [(layer, level) for layer in store.layers for level in store.noise_levels]
+
+
+def similarities(
+    store: FeatureStore, step: Callable[[], None]
+) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
+    """Similarities of all representations, averaged over draws, and why some have none."""
+    keys = representations(store)
+    k = min(NUM_NEIGHBOURS, int((store.splits == "choose").sum()) - 1)
+    total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
+    reasons: dict[tuple[str, float], str] = {}
+    for draw in range(store.draws):
+        features = ChooseSplit(store, draw)
+        result = cka_matrix(features)
+        graphs = in_parallel(partial(neighbour_graph, k=k), features)
+        found = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
+        for name, values in found.items():
+            total[name] += values / store.draws
+        reasons |= {key: reason for key, reason in zip(keys, result.reasons, strict=True) if reason}
+        step()
+    return total, reasons
+
+
+def similarity_table(store: FeatureStore, values: Mapping[str, Floats]) -> pd.DataFrame:
+    keys = representations(store)
+    rows = [
+        (*a, *b, *(matrix[i, j] for matrix in values.values())) for i, a in enumerate(keys) for j, b in enumerate(keys)
+    ]
+    return pd.DataFrame(rows, columns=list(SIMILARITY_COLUMNS))

@@ -1,0 +1,268 @@
+"""How criteria and rules do on the atlases of a folder: tables, and figures with `--out`.
+
+FOLDER holds NAME.csv beside NETWORK-evidence.csv, where NAME begins with NETWORK, as docs/atlas does, or folders NAME
+with atlas.csv and evidence.csv.
+Atlases without evidence are judged by depths alone. Names that differ only after "-steps-" are stages of one model and
+are left out together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from cases import (
+    DEPTHS,
+    Case,
+    by_model,
+    ceiling,
+    correlations,
+    false_alarms,
+    noise,
+    pooled,
+    rank_correlation,
+    read_case,
+    worth,
+)
+from plots import criteria_figure, expectations_figure, picks_figure
+from rules import (
+    Fitter,
+    Prediction,
+    Scorer,
+    as_selected,
+    chosen,
+    fixed,
+    judged,
+    known_criteria,
+    learned,
+    leave_one_model_out,
+    rank_average,
+    ridge,
+    same_depths,
+    scores,
+    single,
+)
+from scipy import stats
+
+from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
+from layerprobe.analyses.experiments.pair_sweep import read_atlas
+from layerprobe.analyses.figures.style import save
+from layerprobe.analyses.selection.ranking import RULE
+from layerprobe.analyses.tables.evidence import CKA, RECOVERABILITY
+
+CHOSEN = "chosen among these"
+
+
+def main() -> None:
+    options = parsed()
+    if options.folder is None:
+        show("coverage of 95 % intervals of a rank correlation, planted", coverage(options.draws))
+        return
+    paths = [(atlas, evidence) for atlas, evidence in found(options.folder) if options.only in str(atlas)]
+    for metric in options.metrics:
+        print(f"\n# {metric}")
+        report(read(paths, metric, options), options)
+    if options.out:
+        cases = [case for metric in options.metrics for case in read(paths, metric, options, quiet=True)]
+        if cases:
+            save(criteria_figure(cases), options.out, "calibration-criteria")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="without it, how often intervals hold a planted truth")
+    parser.add_argument("--metrics", nargs="+", default=[FRECHET, HELD_OUT])
+    parser.add_argument("--only", default="", help="atlases whose name holds this, such as from-scratch")
+    parser.add_argument("--first", action="store_true", help="judge by each atlas's first scores, not by its last")
+    parser.add_argument("--draws", type=int, default=100, help="of what is planted, noise to count false alarms")
+    parser.add_argument("--out", type=Path, help="where figures go")
+    return parser.parse_args()
+
+
+def found(folder: Path) -> list[tuple[Path, Path | None]]:
+    """Atlases and their evidence."""
+    evidence = {path.stem.removesuffix("-evidence"): path for path in sorted(folder.glob("*-evidence.csv"))}
+    flat = [path for path in sorted(folder.glob("*.csv")) if path not in evidence.values()]
+    networks = {
+        path: max((name for name in evidence if path.stem.startswith(name)), key=len, default="") for path in flat
+    }
+    pairs = [(path, evidence.get(networks[path])) for path in flat]
+    for path in sorted(folder.glob("*/atlas.csv")):
+        beside = path.with_name("evidence.csv")
+        pairs.append((path, beside if beside.is_file() else None))
+    return pairs
+
+
+def read(
+    paths: Sequence[tuple[Path, Path | None]], metric: str, options: argparse.Namespace, *, quiet: bool = False
+) -> list[Case]:
+    cases = []
+    for atlas, evidence in paths:
+        try:
+            step = int(read_atlas(atlas)["step"].min()) if options.first else None
+            cases.append(read_case(atlas, evidence, metric=metric, step=step))
+        except ValueError as error:
+            if not quiet:
+                print(f"left out: {error}")
+    return cases
+
+
+# What a quantity of pairs may be made of: numbers of the L layers and of the pairs (s, t).
+PLANTED: dict[str, Callable[[np.random.Generator, int, np.ndarray, np.ndarray], np.ndarray]] = {
+    "by pair": lambda rng, n, s, t: rng.standard_normal(len(s)),
+    "gap of layers": lambda rng, n, s, t: np.subtract(*rng.standard_normal(n)[[t, s]]),
+    "sum of layers": lambda rng, n, s, t: np.add(*rng.standard_normal(n)[[t, s]]),
+    "student and teacher": lambda rng, n, s, t: rng.standard_normal(n)[s] + rng.standard_normal(n)[t],
+    "gap and pair": lambda rng, n, s, t: (
+        np.subtract(*rng.standard_normal(n)[[t, s]]) / 2**0.5 + rng.standard_normal(len(s))
+    ),
+}
+
+
+def coverage(draws: int) -> pd.DataFrame:
+    """Of two quantities that share a part, ours beside intervals that take pairs for independent."""
+    rng, rows = np.random.default_rng(0), []
+    for layers, (kind, make), shared in product((6, 8), PLANTED.items(), (0.0, 0.6)):
+
+        def drawn(
+            n: int, make: Callable[..., np.ndarray] = make, shared: float = shared
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            s, t = np.triu_indices(n, 1)
+            own, other, both = (make(rng, n, s, t) for _ in range(3))
+            parts = [(1 - shared) ** 0.5 * one + shared**0.5 * both for one in (own, other)]
+            return parts[0], parts[1], np.column_stack([s, t])
+
+        # Of many layers the correlation hardly varies.
+        truth = np.mean([stats.spearmanr(*drawn(40)[:2]).statistic for _ in range(60)]) if shared else 0.0
+        ours = [rank_correlation(*drawn(layers)) for _ in range(draws)]
+        plain = [
+            abs(np.arctanh(one.rho) - np.arctanh(truth)) <= 1.96 * ((1 + one.rho**2 / 2) / (one.num_pairs - 3)) ** 0.5
+            for one in ours
+        ]
+        held = [one.low <= truth <= one.high for one in ours]
+        rows.append((layers, kind, truth, np.mean(held), np.mean(plain)))
+    return pd.DataFrame(rows, columns=["layers", "noise", "truth", "ours", "independent pairs"])
+
+
+def report(cases: Sequence[Case], options: argparse.Namespace) -> None:
+    if not cases:
+        print("no atlas")
+        return
+    show("atlases", pd.DataFrame([described(case) for case in cases]))
+    table = correlations(cases)
+    show("criteria: mean rank correlation over models, 95 % interval", pooled(table))
+    show("given the depths of both layers", pooled(table, column="partial"))
+    show("by atlas (* interval without 0)", by_atlas(table, "rho", "significant"))
+    rng = np.random.default_rng(0)
+    kinds = {kind: false_alarms(cases, rng, kind=kind, draws=options.draws) for kind in ("pairs", "layers", "smooth")}
+    alarms = pd.DataFrame(kinds, index=["plain", "given depths"]).T
+    show("false alarms: share of noise criteria that look significant in one atlas (stated: 0.05)", alarms)
+    if len(by_model(cases)) < 2:
+        print("\none model: no rule can be judged on another")
+        return
+    predictions = leave_one_model_out(cases, rules(cases))
+    verdicts = judged(predictions)
+    show("rules, each fitted on the other models", summary(verdicts))
+    show("picks", verdicts.drop(columns=["model", "low", "high"]).set_index(["atlas", "rule"]).sort_index())
+    show_weights(cases)
+    if options.out:
+        draw(predictions, options.out)
+
+
+def described(case: Case) -> dict[str, object]:
+    value, spread, top = worth(case), noise(case), ceiling(case)
+    return {
+        "atlas": case.name,
+        "pairs": len(case.pairs),
+        "seeds": case.num_seeds,
+        "step": case.step,
+        "best": value.best,
+        "best elsewhere": value.best_elsewhere,
+        "random": value.random,
+        "heuristic": value.heuristic,
+        "error": value.error,
+        "noise from": "seeds" if spread.from_seeds else "layer effects",
+        "pays": value.pays,
+        "two seeds": top.between_seeds,
+        "ceiling": top.of_mean,
+    }
+
+
+def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
+    """What is compared. The ones that learn do so by label-free criteria, too."""
+    everything, free = known_criteria(cases), known_criteria(cases, labels=False)
+    candidates = {
+        "ridge": ridge(everything),
+        "rank average": rank_average(everything),
+        "best criterion": single(everything),
+        "ridge, label-free": ridge(free),
+        "rank average, label-free": rank_average(free),
+        "best criterion, label-free": single(free),
+        "ridge, depths only": ridge(DEPTHS),
+        "same depths elsewhere": same_depths,
+    }
+    return candidates | {
+        CHOSEN: chosen(candidates),
+        "RARE's signs": fixed({RECOVERABILITY: 1.0, CKA: -1.0}),
+        "select's weights": lambda _: RULE,
+        "select's order, refused pairs last": refused_last(label_free=False),
+        "select's order, label-free": refused_last(label_free=True),
+        "select": as_selected(lambda _: RULE),
+        "select, label-free": as_selected(lambda _: RULE, label_free=True),
+        "ridge within select's limits": as_selected(ridge(everything)),
+        "ridge within select's limits, label-free": as_selected(ridge(free), label_free=True),
+    }
+
+
+def refused_last(*, label_free: bool) -> Fitter:
+    """As select orders all pairs: those within its limits by score, then those that it refuses, by score."""
+    selected = as_selected(lambda _: RULE, label_free=label_free)
+
+    def fit(cases: Sequence[Case]) -> Scorer:
+        within = selected(cases)
+        assert callable(within)
+        return lambda case: scores(RULE, case) - 1000 * np.isnan(within(case))
+
+    return fit
+
+
+def summary(verdicts: pd.DataFrame) -> pd.DataFrame:
+    pool = pooled(verdicts, by="rule")[["rho", "low", "high"]]
+    columns = ["regret", "regret_elsewhere", "gain", "taken", "none", "harm", "ties", "ties_within", "covered"]
+    means = verdicts.groupby("rule", sort=False)[columns].mean()
+    return pool.reindex(means.index).join(means)  # a rule that ranked nothing has no correlation
+
+
+def by_atlas(table: pd.DataFrame, value: str, mark: str) -> pd.DataFrame:
+    cells = table[value].map("{:+.2f}".format) + table[mark].map({True: "*", False: ""})
+    cells = cells.where(table[value].notna())
+    return table.assign(cells=cells).pivot(index="criterion", columns="atlas", values="cells")
+
+
+def show_weights(cases: Sequence[Case]) -> None:
+    """Of the rules fitted on all models: what a new model is judged by, as constants of `selection`."""
+    for name, labels in (("with labels", True), ("label-free", False)):
+        names = known_criteria(cases, labels=labels)
+        for key, fitter in {"ridge": ridge(names), "rank average": rank_average(names)}.items():
+            rule = learned(fitter, cases)
+            print(f"\n## {key}, {name}, of all models\n{rule.calibration}")
+            print(", ".join(f"{criterion} {weight:+.3f}" for criterion, weight in rule.weights.items()))
+
+
+def show(title: str, table: pd.DataFrame) -> None:
+    print(f"\n## {title}\n{table.to_string(float_format='{:.3f}'.format, na_rep='-')}")
+
+
+def draw(predictions: Sequence[Prediction], out: Path) -> None:
+    metric = predictions[0].case.metric.replace(" ", "-").lower()
+    save(picks_figure(predictions), out, f"calibration-picks-{metric}")
+    own = [one for one in predictions if one.rule == CHOSEN]
+    save(expectations_figure(own), out, f"calibration-expected-{metric}")
+
+
+if __name__ == "__main__":
+    main()

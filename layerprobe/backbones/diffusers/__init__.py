@@ -1,0 +1,1 @@
+"""Models of the diffusers library as backbones."""

@@ -1,0 +1,1 @@
+"""From a file, a folder or a name to a backbone, without running code from it; saving and converting."""

@@ -1,0 +1,289 @@
+"""Does the declared convention fit the weights? A few forward passes on real samples tell.
+
+SiT, DiT and LayerSync files have the same names and shapes and differ in what time means, which way it runs and what
+is predicted. A network that is told the wrong one still gives plausible numbers, and every later figure is wrong in
+silence. So real samples are corrupted at five signal-to-noise ratios, the output is turned into an estimate of the
+clean sample under every known convention, and its squared error is compared with that of the best shift-invariant
+linear denoiser (the Wiener filter), which knows only the data's power spectrum. A trained network beats it under its
+own convention only.
+
+The squared error of the prediction itself would not do: it compares numbers of different kinds, and an eps network
+read as a velocity network can have the smaller one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.backbones.base import Backbone
+from layerprobe.capture import evaluating
+from layerprobe.data.samples import Batch, Samples
+from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.predictions import Prediction, convert
+from layerprobe.noise.schedules import DDPM_BETAS, schedule_from_name
+
+LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
+# What the field trains, by the names of the command line.
+KNOWN: dict[str, tuple[Prediction, ...]] = {
+    "sit": ("velocity", "x0", "eps"),
+    "flow": ("velocity", "x0", "eps"),
+    "flow-1000": ("velocity", "x0", "eps"),
+    **{f"ddpm-{betas}": ("eps", "x0", "v") for betas in DDPM_BETAS},
+    "edm": ("x0",),
+}
+# Paths that few are trained on; tried where the declared convention is not plausible.
+CURVED: dict[str, tuple[Prediction, ...]] = dict.fromkeys(("sit-gvp", "sit-vp"), ("velocity", "x0", "eps"))
+# Latents that were left unscaled or scaled twice (Stable Diffusion 1/2, XL), and pixels in [0, 1].
+SCALES = (0.18215, 0.13025, 0.5, 2.0, 1 / 0.18215, 1 / 0.13025)
+# A fit is judged by the mean over levels of log(error / error of the linear denoiser).
+PLAUSIBLE = 0.0  # above it the network is no better than a linear denoiser
+MARGIN = 0.03  # nats; a convention is better than another when it is by so much, and by four standard errors
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How well one convention explains a network.
+
+    A network that cannot be called under it has infinite ratios and scores.
+
+    Attributes:
+        schedule: Of the hypothesis, as on the command line.
+        prediction: Of the hypothesis.
+        scale: Factor on the data; 1 as it was given.
+        ratios: Squared error over that of the linear denoiser, one for each of `LOG_SNRS`; below 1 is better than
+            linear.
+        scores: Per sample, the mean over levels of the log ratio, shape (n,).
+    """
+
+    schedule: str
+    prediction: Prediction
+    scale: float
+    ratios: tuple[float, ...]
+    scores: Tensor
+
+    @property
+    def score(self) -> float:
+        """The mean score; 0 is as good as the linear denoiser, less is better."""
+        return float(self.scores.mean())
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        scaled = f" on data times {self.scale:.5g}" if self.scale != 1 else ""
+        return f"--schedule {self.schedule} --prediction {self.prediction}{scaled}"
+
+
+@dataclass(frozen=True, eq=False)
+class ConventionCheck:
+    """What the check found.
+
+    Attributes:
+        declared: The fit of the backbone's own convention.
+        fits: All fits, the best first.
+        condition: Mean log ratio under the declared convention by what the network was told: "null", and with labels
+            also "true labels" and "wrong labels".
+        verdict: "fits"; "misfit" where another convention is plausible and clearly better; "unclear" where none is
+            plausible, as for a network without training or data of another kind.
+    """
+
+    declared: Fit
+    fits: tuple[Fit, ...]
+    condition: dict[str, float]
+    verdict: str
+
+    @property
+    def message(self) -> str:
+        """One line."""
+        best = self.fits[0]
+        if self.verdict == "misfit":
+            return (
+                f"the weights do not fit {self.declared.name}: the error of denoising is {_times(self.declared)} that "
+                f"of a linear denoiser, under {best.name} {_times(best)}; pass that, or --trust-convention to go on"
+            )
+        if self.verdict == "unclear":
+            return (
+                f"no known convention makes this network a denoiser of this data: the best, {best.name}, gives "
+                f"{_times(best)} the error of a linear denoiser; check the data, its scale and the training"
+            )
+        seen = f"the error of denoising is {_times(self.declared)} that of a linear denoiser"
+        return f"the weights fit {self.declared.name}: {seen}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the labels, if anything."""
+        found = []
+        if "true labels" in self.condition and self.condition["true labels"] > self.condition["wrong labels"] - 0.002:
+            found.append("the true labels denoise no better than wrong ones: the classes may be numbered differently")
+        if self.condition.get("null", 0.0) > self.condition.get("wrong labels", math.inf) + 0.05:
+            found.append("the null label denoises worse than a wrong label: the model may have been trained without it")
+        return tuple(found)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The best five fits and the declared one as a table for people."""
+        shown = [*self.fits[:5], *([self.declared] if self.declared not in self.fits[:5] else [])]
+        width = max(len(fit.name) for fit in shown) + len(" (declared)")
+        head = f"{'convention':<{width}}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
+        rows = [
+            f"{fit.name + ' (declared)' * (fit is self.declared):<{width}}" + "".join(f"{r:>8.3g}" for r in fit.ratios)
+            for fit in shown
+        ]
+        title = "error of denoising over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"
+        return (self.message, *self.notes, title, head, *rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            "verdict": self.verdict,
+            "message": self.message,
+            "notes": list(self.notes),
+            "log_snr": list(LOG_SNRS),
+            "condition": self.condition,
+            "fits": [
+                {
+                    "schedule": fit.schedule,
+                    "prediction": fit.prediction,
+                    "scale": fit.scale,
+                    "declared": fit is self.declared,
+                    "score": fit.score,
+                    "error_over_linear": list(fit.ratios),
+                }
+                for fit in self.fits
+            ],
+        }
+
+
+def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int = 64, seed: int = 0) -> ConventionCheck:
+    """Compares the declared schedule and prediction with all others that are known, under the null condition.
+
+    Five forward passes for each of about seven schedules; where nothing fits, the declared convention is also tried on
+    the data times the factors of `SCALES`.
+
+    Args:
+        backbone: The model with its weights.
+        samples: Real data of its shape; the first `num_samples` are used.
+        num_samples: At least 8, so that differences have a standard error.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: If there are fewer than 8 samples.
+    """
+    n = min(num_samples, len(samples))
+    if n < 8:
+        raise ValueError(f"the convention check needs 8 samples or more, got {n}; pass more data")
+    batch = samples.batch(range(n))
+    eps = NoiseKey(seed).normal(batch.ids, backbone.shape)
+    backbone = backbone.masked(batch.mask)
+    with torch.inference_mode(), evaluating(backbone.module):
+        declared, *others = _fits(backbone, KNOWN, batch.x, eps)
+        if declared.score > PLAUSIBLE or declared.schedule in CURVED:
+            others += _fits(backbone, CURVED, batch.x, eps)[1:]
+        if min(fit.score for fit in (declared, *others)) > PLAUSIBLE:
+            for scale in SCALES:
+                others += _schedule_fits(backbone, declared.schedule, [declared.prediction], batch.x, eps, scale)
+        condition = _by_condition(backbone, batch, eps) if declared.score < math.inf else {}
+    fits = tuple(sorted((declared, *others), key=lambda fit: fit.score))
+    return ConventionCheck(declared, fits, condition, _verdict(declared, fits[0]))
+
+
+def _verdict(declared: Fit, best: Fit) -> str:
+    if best.score > PLAUSIBLE:
+        return "unclear"
+    ahead = declared.scores - best.scores
+    error = float(ahead.std()) / math.sqrt(len(ahead))
+    clearly = declared.score == math.inf or float(ahead.mean()) > max(MARGIN, 4 * error)
+    return "misfit" if clearly else "fits"
+
+
+def _fits(
+    backbone: Backbone, known_predictions: Mapping[str, tuple[Prediction, ...]], x: Tensor, eps: Tensor
+) -> list[Fit]:
+    """One fit for each convention that the network can be called under, the declared one first."""
+    known = {name: (schedule_from_name(name), predictions) for name, predictions in known_predictions.items()}
+    own = next((name for name, (s, _) in known.items() if s.to_config() == backbone.schedule.to_config()), None)
+    same = known.pop(own)[1] if own is not None else ()
+    first = (own or backbone.schedule.name, backbone.schedule, tuple(dict.fromkeys((backbone.prediction, *same))))
+    fits = []
+    for name, schedule, predictions in (first, *((name, *rest) for name, rest in known.items())):
+        try:
+            fits += _schedule_fits(replace(backbone, schedule=schedule), name, predictions, x, eps)
+        except (RuntimeError, IndexError, TypeError):
+            # Such as a table of 1000 times that is asked for time 0.5: not its convention.
+            if not fits:
+                never = (math.inf,) * len(LOG_SNRS)
+                fits = [Fit(name, backbone.prediction, 1.0, never, torch.full((len(x),), math.inf))]
+    return fits
+
+
+def _schedule_fits(
+    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, scale: float = 1.0
+) -> list[Fit]:
+    errors = _errors(backbone, predictions, x * scale, eps, None)
+    return [Fit(name, p, scale, tuple(e.mean(1).tolist()), e.log().mean(0)) for p, e in errors.items()]
+
+
+def _errors(
+    backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None
+) -> dict[Prediction, Tensor]:
+    """Squared error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction."""
+    schedule, device = backbone.schedule, backbone.device
+    errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
+    power = _power(x)
+    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64)):
+        levels = level.clamp(*schedule.level_range).expand(len(x))
+        x_t = schedule.corrupt(x, eps, levels)
+        condition = None if labels is None else labels.to(device)
+        output = replace(backbone, prediction="eps").predict(x_t.to(device), levels.to(device).float(), condition)
+        linear = _wiener_error(power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
+        for prediction in predictions:
+            # The same output under another reading; the sign of a velocity is `predict`'s to know.
+            reread = replace(backbone, prediction=prediction, forward=lambda *_, output=output: output)
+            estimate = convert(
+                reread.predict(x_t, levels.float()).cpu().double(),
+                x_t.double(),
+                levels,
+                schedule,
+                source=prediction,
+                to="x0",
+            )
+            missed = (
+                estimate - x if backbone.mask is None else (estimate - x).masked_fill(~backbone.mask.unsqueeze(1), 0.0)
+            )
+            error = missed.square().flatten(1).mean(1) / linear
+            errors[prediction].append(error.nan_to_num(nan=1e9, posinf=1e9).clamp(1e-9, 1e9))
+    return {prediction: torch.stack(rows) for prediction, rows in errors.items()}
+
+
+def _power(x: Tensor) -> Tensor:
+    """Power spectrum of the data around its mean, shape (C, *grid), float64."""
+    centred = x.double() - x.double().mean(0)
+    spectrum = torch.fft.fftn(centred, dim=tuple(range(2, x.ndim)), norm="ortho")
+    power: Tensor = spectrum.abs().square().mean(0) * len(x) / (len(x) - 1)
+    return power
+
+
+def _wiener_error(power: Tensor, noise_to_signal: Tensor) -> Tensor:
+    """Mean squared error per entry of the best shift-invariant linear estimate of x from x + s eps."""
+    s2 = noise_to_signal.double() ** 2
+    return (power * s2 / (power + s2)).mean()
+
+
+def _by_condition(backbone: Backbone, batch: Batch, eps: Tensor) -> dict[str, float]:
+    conditions: dict[str, Tensor | None] = {"null": None}
+    labels = batch.labels
+    if labels is not None and backbone.num_classes and 1 < int(labels.max()) + 1 <= backbone.num_classes:
+        conditions |= {"true labels": labels, "wrong labels": (labels + 1) % (int(labels.max()) + 1)}
+    return {
+        name: float(_errors(backbone, [backbone.prediction], batch.x, eps, given)[backbone.prediction].log().mean())
+        for name, given in conditions.items()
+    }
+
+
+def _times(fit: Fit) -> str:
+    return f"{math.exp(fit.score):.3g} times"

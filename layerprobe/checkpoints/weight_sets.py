@@ -1,0 +1,257 @@
+"""Which set of weights in a checkpoint is read: the averaged ones, the live ones, or the set that the user names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from layerprobe.checkpoints.formats import CONTAINERS, NO_WEIGHTS, FileContent, file_content, one_line_errors
+from layerprobe.checkpoints.torch_files import LazyTensor
+from layerprobe.checkpoints.unpickling import Budget, Inert, Refused, mapping, plain, printable, state
+
+# What torch.compile, FSDP and checkpointing put into names, anywhere; data parallelism puts "module" in front.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Settings of the training, by the names that training code saves them under.
+_ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options", "model_args", "model_config")
+_AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$|callback|weight|model)|averaged|(^|_)swa(_|$)|shadow", re.IGNORECASE)
+# A part of a network that is a copy of the rest of it, by the names that wrappers give it.
+_COPIES = ("ema_model", "model_ema", "net_ema", "ema_net", "module_ema", "ema_module", "ema")
+_COUNTERS = ("n_averaged", "initted", "inited", "step", "num_updates", "decay")
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One set of weights from a checkpoint, and what the file says about it.
+
+    Attributes:
+        tensors: By names without wrappers, of the type that is stored; views of the file where its format allows.
+        record: layerprobe's own record, or {} for other people's files.
+        container: Where in the file they are: "ema", "state_dict", "" for a file that holds nothing else.
+        containers: Every set of weights that the file has, the chosen one first.
+        args: Numbers, texts, lists and dictionaries: the settings of the training that are saved beside the weights.
+        foreign: Full names of what the file wanted to be built or called, and what was left as data instead.
+        format: "safetensors", "sharded safetensors", "PyTorch zip", "PyTorch legacy", "sharded PyTorch", "DCP folder",
+            "EDM pickle" or "pickle".
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    container: str
+    containers: tuple[str, ...]
+    args: dict[str, Any]
+    foreign: tuple[str, ...]
+    format: str
+
+
+_Set = dict[str, LazyTensor]
+
+
+def read_weights(path: str | Path, *, weights: str | None = None) -> Weights:
+    """Reads the weights of a checkpoint and runs nothing.
+
+    Args:
+        path: A file of `torch.save` (old or new), safetensors, or a pickle; the index of a sharded checkpoint; a folder
+            with one of these or of torch.distributed.checkpoint.
+        weights: Which set, one of `Weights.containers`; averaged weights are preferred where it is not given.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or a file that it needs is missing.
+        ValueError: If it is damaged, holds no weights, or holds several sets and none is the obvious one; if a folder
+            names files outside of it.
+    """
+    path = Path(path)
+    with one_line_errors(path):
+        content = file_content(path)
+        sets = _weight_sets(content)
+        chosen = _chosen(sets, weights)
+        tensors = {name: tensor.read() for name, tensor in sets[chosen].items()}
+        return Weights(
+            tensors=tensors,
+            record=dict(content.record or {}),
+            container=chosen,
+            containers=(chosen, *(name for name in sets if name != chosen)),
+            args=_arguments(content.tree),
+            foreign=content.foreign,
+            format=content.format,
+        )
+
+
+def _weight_sets(content: FileContent) -> dict[str, _Set]:
+    """Every set of weights in a file by its place there, the preferred first."""
+    if content.record:  # Our own file holds one network, which may well have a part called "ema".
+        return {"": _cleaned(mapping(content.tree))}
+    budget = Budget()
+    found: dict[str, _Set] = {}
+    lists: dict[str, Sequence[LazyTensor]] = {}
+    for name, value in _candidates(content.tree, "", 0, budget):
+        if isinstance(value, dict):
+            found |= _without_copies(name, _cleaned(value))
+        else:
+            lists[name] = value
+    if not found:
+        seen = ", ".join(printable(str(key)) for key in [*_children(content.tree)][:4]) or "nothing with a name"
+        raise Refused(
+            f"holds no weights, only {seen}; expected tensors by name, also under ema, model, state_dict, ..."
+        )
+    networks = [found[name] for name in sorted(found, key=_rank)]
+    for name, values in lists.items():
+        named = next((named for network in networks if (named := _with_names(values, network))), None)
+        if named is not None:
+            found[name] = named
+    return {name: found[name] for name in sorted(found, key=_rank)}
+
+
+def _chosen(sets: Mapping[str, _Set], weights: str | None) -> str:
+    names = [name or "'' (the file itself)" for name in sets]
+    if weights is not None:
+        if weights not in sets:
+            raise Refused(f"has no weights called {weights!r}; it has {', '.join(names)}")
+        return weights
+    first, *others = sets
+    if others and _rank(first)[0] == _rank(others[0])[0] == 3:
+        raise Refused(f"holds several sets of weights ({', '.join(names[:8])}); pass --weights with one of them")
+    return first
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """Averaged weights, then those with a usual name, then those on top, then others."""
+    parts = name.split(".")
+    usual = min((CONTAINERS.index(part) for part in parts if part in CONTAINERS), default=len(CONTAINERS))
+    if parts[-1] != "online_model" and any(_AVERAGED.search(part) for part in parts):
+        return 0, usual
+    if usual < len(CONTAINERS):
+        return 1, usual
+    return (3 if name else 2), 0
+
+
+def _candidates(value: Any, name: str, depth: int, budget: Budget) -> Iterator[tuple[str, _Set | list[LazyTensor]]]:
+    """Whatever may be a set of weights, by its place: tensors by name, modules, lists of averaged tensors."""
+    budget.spend()
+    if isinstance(value, Inert) and "_modules" in state(value):
+        if tensors := dict(_module_tensors(value, "", budget)):
+            yield name, tensors
+        return
+    children = _children(value)
+    budget.spend(len(children))
+    tensors = {key: child for key, child in children.items() if isinstance(child, LazyTensor)}
+    if any(math.prod(tensor.shape) > 1 for tensor in tensors.values()):
+        if not isinstance(value, (list, tuple)):
+            yield name, tensors
+        elif len(tensors) == len(children) and _AVERAGED.search(name):
+            yield name, list(tensors.values())
+    for key, child in children.items() if depth < 4 else ():
+        if isinstance(child, (dict, list, tuple, Inert)) and not NO_WEIGHTS.match(key):
+            yield from _candidates(child, f"{name}.{printable(key)}".lstrip("."), depth + 1, budget)
+
+
+def _children(value: Any) -> dict[str, Any]:
+    if isinstance(value, (list, tuple)):
+        return {str(i): child for i, child in enumerate(value)}
+    entries = mapping(value) or (state(value) if isinstance(value, Inert) else {})
+    return {key: child for key, child in entries.items() if isinstance(key, str)}
+
+
+def _module_tensors(module: Inert, prefix: str, budget: Budget) -> Iterator[tuple[str, LazyTensor]]:
+    """What the state dict of a module would be that was saved as a whole."""
+    attributes = state(module)
+    transient = attributes.get("_non_persistent_buffers_set") or ()
+    parameters, buffers = mapping(attributes.get("_parameters")), mapping(attributes.get("_buffers"))
+    for name, value in {**parameters, **{k: v for k, v in buffers.items() if k not in transient}}.items():
+        budget.spend()
+        if isinstance(value, LazyTensor):
+            yield f"{prefix}{name}", value
+    for name, child in mapping(attributes["_modules"]).items():
+        budget.spend()
+        if isinstance(child, Inert) and "_modules" in state(child):
+            yield from _module_tensors(child, f"{prefix}{name}.", budget)
+
+
+def _cleaned(tensors: Mapping[str, LazyTensor]) -> _Set:
+    """Names without what wrappers of the network add to them."""
+    unprintable = next((name for name in tensors if not name.isprintable()), None)
+    if unprintable is not None:  # Names are shown in messages, and a terminal would obey them.
+        raise Refused(f"is damaged: it has a tensor called {printable(unprintable)!r}; copy or download it again")
+    cleaned: dict[str, str] = {}
+    for name in tensors:
+        other = cleaned.setdefault(stripped(name), name)
+        if other != name:
+            raise Refused(f"holds both {name} and {other}; save one of the two networks by itself")
+    averaged = cleaned.get("n_averaged") == "n_averaged"  # torch.optim.swa_utils.AveragedModel counts its updates.
+    return {short: tensors[name] for short, name in cleaned.items() if not (averaged and short == "n_averaged")}
+
+
+def stripped(name: str) -> str:
+    """A tensor's name without what wrappers of the network add to it."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _without_copies(name: str, tensors: _Set) -> dict[str, _Set]:
+    """A network and the average of it that a wrapper keeps under the same names with a prefix, as sets of their own."""
+    for head in _COPIES:
+        average = {key: value for key, value in _below(f"{head}.", tensors).items() if key not in _COUNTERS}
+        rest = {key: v for key, v in tensors.items() if not key.startswith(f"{head}.") and key not in _COUNTERS}
+        if not average:
+            continue
+        if rest:
+            prefixes = ["", *dict.fromkeys(key.partition(".")[0] + "." for key in rest)]
+            average = next((both for p in prefixes if (both := _completed(average, _below(p, rest)))), {})
+        if average:
+            online = all(key.startswith("online_model.") for key in rest)
+            rests = {f"{name}.online_model".lstrip("."): _below("online_model.", rest)} if online else {name: rest}
+            return {f"{name}.{head}".lstrip("."): _cleaned(average)} | (rests if rest else {})
+    return {name: tensors}
+
+
+def _below(prefix: str, tensors: _Set) -> _Set:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _completed(average: _Set, network: _Set) -> _Set | None:
+    """Averaged weights with the network's buffers, which are not averaged; None if they are of another network."""
+    # The LitEma of latent diffusion takes the dots out of names.
+    compact = {key.replace(".", ""): key for key in network}
+    names = {key: key if key in network else compact.get(key, "") for key in average}
+    if "" in names.values():
+        return None
+    average = {names[key]: value for key, value in average.items()}
+    parts = {key.partition(".")[0] for key in average}
+    return {key: average.get(key, value) for key, value in network.items() if key.partition(".")[0] in parts}
+
+
+def _with_names(values: Sequence[LazyTensor], network: _Set) -> _Set | None:
+    """Averaged parameters that are kept as a list, by the names of the network, if their shapes leave no doubt."""
+    names = [_fitting(values, list(network.items())), _fitting(values[::-1], list(network.items())[::-1])]
+    if names[0] is None or names[1] is None or names[0] != names[1][::-1]:
+        return None  # The first fit is not the last: buffers between the parameters have the shapes of parameters.
+    return network | dict(zip(names[0], values, strict=True))
+
+
+def _fitting(values: Iterable[LazyTensor], network: Iterable[tuple[str, LazyTensor]]) -> list[str] | None:
+    """Names of the first tensors of a network, in its order, that have the shapes of these; None if it has none."""
+    remaining, names = iter(network), []
+    for value in values:
+        name = next((name for name, tensor in remaining if tensor.shape == value.shape), None)
+        if name is None:
+            return None
+        names.append(name)
+    return names
+
+
+def _arguments(tree: Any) -> dict[str, Any]:
+    """Settings of the training that stand beside the weights, and single values such as the step."""
+    children = _children(tree) if not isinstance(tree, (list, tuple)) else {}
+    found = {key: plain(value) for key, value in children.items() if isinstance(value, (bool, int, float, str))}
+    for key in reversed(_ARGUMENTS):
+        if isinstance(children.get(key), (dict, Inert)):
+            settings = plain(children[key])
+            found |= settings if isinstance(settings, dict) else {}
+    return found

@@ -1,0 +1,1 @@
+"""Latents as people store them, and the autoencoder that makes them."""

@@ -1,0 +1,246 @@
+"""Latents on disk as samples, whatever files they are stored in."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
+from layerprobe.noise.keyed import NoiseKey
+
+Format = Literal["vae-sd", "lightningdit", "fast-dit"]
+# What Stable Diffusion's autoencoder is scaled by, which REPA's training does on the fly and fast-DiT's did on disk.
+SD_SCALE = 0.18215
+# Beyond it, names, sizes and times of change stand for the bytes: ImageNet's latents take many minutes to read.
+MOST_HASHED_BYTES = 2 * 2**30
+
+
+class LatentSamples(Samples):
+    """Latents on disk.
+
+    Args:
+        rows: The stored tensors.
+        content: A hash of them.
+        labels: Shape (n,), integers, or None.
+        ids: Shape (n,); rows where not given.
+        class_names: One per class, or empty.
+        columns: Further labels.
+        shift: Taken off z, a number or shape (C, 1, 1).
+        scale: Multiplies it then, likewise.
+        posterior_seed: Of the draws of z where mean and standard deviation are stored, (2C, H, W); None where z is.
+
+    Raises:
+        ValueError: If labels are negative, or their number is not that of the rows.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        content: str,
+        labels: Tensor | None,
+        ids: Tensor | None = None,
+        class_names: tuple[str, ...] = (),
+        columns: tuple[LabelColumn, ...] = (),
+        shift: Tensor,
+        scale: Tensor,
+        posterior_seed: int | None = None,
+    ) -> None:
+        if labels is not None and len(labels) != len(rows):
+            raise ValueError(f"{len(rows)} latents but {len(labels)} labels; encode the images again")
+        if labels is not None and int(labels.min()) < 0:
+            raise ValueError(f"label {int(labels.min())} is negative; labels count from 0")
+        self._rows, self._shift, self._scale, self._seed = rows, shift, scale, posterior_seed
+        channels, *grid = rows.shape
+        if posterior_seed is not None and channels % 2:
+            raise ValueError(f"{rows.name(0)} has {channels} channels, which is no mean and deviation; encode it again")
+        self.shape = (channels if posterior_seed is None else channels // 2, *grid)
+        self.modality = "image"
+        self.labels, self.class_names, self.columns = labels, class_names, columns
+        self.num_classes = 0 if labels is None else len(class_names) or int(labels.max()) + 1
+        self.ids = torch.arange(len(rows)) if ids is None else ids
+        self.fingerprint = content_hash("latents, version 1", content, shift, scale, posterior_seed, labels, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
+        stored = self._rows.read(index.tolist()) if len(index) else torch.empty(0, *self._rows.shape)
+        bad = index[~stored.flatten(1).isfinite().all(1)]
+        if len(bad):
+            raise ValueError(f"{self._rows.name(int(bad[0]))} has NaN or infinite values; encode that image again")
+        labels = None if self.labels is None else self.labels[index]
+        return Batch((self._z(stored, self.ids[index]) - self._shift) * self._scale, labels, self.ids[index])
+
+    def _z(self, stored: Tensor, ids: Tensor) -> Tensor:
+        if self._seed is None:
+            return stored
+        mean, deviation = stored.chunk(2, dim=1)
+        return mean + deviation * NoiseKey(self._seed, "latent").normal(ids, self.shape)
+
+
+class Rows(ABC):
+    """Tensors of one shape on disk.
+
+    Attributes:
+        shape: Of one of them.
+    """
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """These tensors in this order, shape (B, *shape), float32, not empty."""
+
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """Where a tensor is, for people."""
+
+
+class FileRows(Rows):
+    """A .npy file per row, with or without a leading axis of length 1."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.shape = self._load(0).shape
+        # A file of another shape has another size, and opening a million files would take minutes.
+        sizes = [path.stat().st_size for path in paths]
+        for row, size in enumerate(sizes):
+            if size != sizes[0]:
+                self._load(row)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self._load(row) for row in rows]).astype(np.float32, copy=False))
+
+    def name(self, row: int) -> str:
+        return str(self._paths[row])
+
+    def _load(self, row: int) -> NDArray[Any]:
+        array = load_npy(self._paths[row])
+        array = array[0] if array.ndim == 4 and len(array) == 1 else array
+        expected = getattr(self, "shape", array.shape)
+        if array.shape != expected or array.ndim != 3:
+            like = f"not {expected} like {self._paths[0].name}" if array.ndim == 3 else "not (C, H, W)"
+            raise ValueError(f"{self._paths[row]} has shape {array.shape}, {like}; keep latents of one shape together")
+        return array
+
+
+class ShardRows(Rows):
+    """Safetensors files with many rows each, in `latents`."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        shapes = []
+        for path in paths:
+            with open_shard(path) as file:
+                shapes.append(tuple(file.get_slice("latents").get_shape()))
+        self.shape = shapes[0][1:]
+        for path, shape in zip(paths, shapes, strict=True):
+            if len(shape) != 4 or shape[1:] != self.shape:
+                raise ValueError(
+                    f"{path} holds latents of shape {shape}, not (n, {', '.join(map(str, self.shape))}) like "
+                    f"{paths[0].name}; keep latents of one shape together"
+                )
+        self._ends = np.cumsum([shape[0] for shape in shapes])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        out = torch.empty(len(rows), *self.shape)
+        shards, inside = self._locate(rows)
+        for shard in np.unique(shards):
+            with open_shard(self._paths[shard]) as file:
+                latents = file.get_slice("latents")
+                for place in np.flatnonzero(shards == shard):
+                    out[place] = latents[int(inside[place]) : int(inside[place]) + 1][0]
+        return out
+
+    def name(self, row: int) -> str:
+        (shard,), (inside,) = self._locate([row])
+        return f"latent {inside} of {self._paths[shard]}"
+
+    def _locate(self, rows: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        index = np.asarray(rows)
+        shards = np.searchsorted(self._ends, index, side="right")
+        return shards, index - np.concatenate([[0], self._ends])[shards]
+
+
+class ArrayRows(Rows):
+    """One .npy file, memory-mapped; opened at each access, so that a worker process gets a path and no data."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._count: int
+        self._count, *shape = load_npy(path, mmap=True).shape
+        self.shape = tuple(shape)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(load_npy(self._path, mmap=True)[list(rows)])
+
+    def name(self, row: int) -> str:
+        return f"latent {row} of {self._path}"
+
+
+def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no whole .npy file of numbers; encode it again") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds no array of numbers; encode it again")
+    return array
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = {"latents", "labels"} - set(file.keys())
+            if not missing:
+                yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file; copy it again") from error
+    if missing:
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}; pass a folder as LightningDiT writes it")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"--latent-scale is {scale}; pass a positive number")
+
+
+def files_hash(paths: Sequence[Path], root: Path | None = None) -> str:
+    """A hash of files; see `MOST_HASHED_BYTES`."""
+    digest, stats = hashlib.sha256(), [path.stat() for path in paths]
+    whole_bytes = sum(stat.st_size for stat in stats) <= MOST_HASHED_BYTES
+    for path, stat in zip(paths, stats, strict=True):
+        digest.update(f"{path.relative_to(root) if root else path.name} {stat.st_size};".encode())
+        if whole_bytes:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            digest.update(f"{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()

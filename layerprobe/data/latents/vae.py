@@ -1,0 +1,231 @@
+"""Encoding images into latents with a diffusers `AutoencoderKL`, and decoding them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
+from layerprobe.data.samples import Samples, content_hash
+from layerprobe.files import MissingWeights, claim, whole, write_text
+
+_VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
+
+
+def encode(
+    samples: Samples,
+    vae_folder: str | Path,
+    cache_folder: str | Path,
+    *,
+    scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Images as latents of a diffusers `AutoencoderKL`, encoded once and kept on disk.
+
+    The mean and standard deviation of each image's posterior go to a file in `cache_folder` that belongs to these
+    weights and these images: 8 bytes per latent number. An interrupted encoding continues, a finished one returns at
+    once and does not need diffusers.
+
+    Args:
+        samples: Images, shape (3, H, W) in [-1, 1]; labels, further columns and ids are kept.
+        vae_folder: What `save_pretrained` wrote, with safetensors weights; or a pipeline with such a `vae` in it.
+        cache_folder: Made if it is not there; may hold other encodings too.
+        scale: Instead of the `scaling_factor` of the autoencoder's configuration.
+        seed: Of the draws from the posterior.
+        batch_size: Images at a time; it changes the latents by rounding only.
+        device: Where the autoencoder runs.
+        progress: Called with (images done, images in all).
+
+    Raises:
+        ValueError: If the folder holds no `AutoencoderKL`, the images do not fit it, or a latent is not finite.
+        ModuleNotFoundError: If diffusers is not installed.
+    """
+    folder = _vae_folder(vae_folder)
+    shift, factor = _factors(_vae_config(folder), scale)
+    channels, *grid = latent_shape(samples.shape, folder)
+    shape = (2 * channels, *grid)
+    record = {"latents": 1, "vae": files_hash([folder / "config.json", *_vae_weights(folder)])}
+    record |= {"data": samples.fingerprint, "shape": [len(samples), *shape]}
+    place = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
+    claim(place, "latents.json", record, what="latents")
+    path = place / "moments.npy"
+    if not path.is_file():
+        _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
+    return LatentSamples(
+        ArrayRows(path),
+        content=content_hash(sorted(record.items())),
+        labels=samples.labels,
+        ids=samples.ids,
+        class_names=samples.class_names,
+        columns=samples.columns,
+        shift=shift,
+        scale=factor,
+        posterior_seed=seed,
+    )
+
+
+def latent_shape(shape: tuple[int, ...], vae_folder: str | Path) -> tuple[int, int, int]:
+    """Shape (C, h, w) of the latents of images of this shape.
+
+    Raises:
+        ValueError: If the folder holds no `AutoencoderKL`, or the images do not fit it.
+    """
+    config = _vae_config(_vae_folder(vae_folder))
+    stride, channels = 2 ** (len(config["block_out_channels"]) - 1), config["in_channels"]
+    if len(shape) != 3 or shape[0] != channels:
+        raise ValueError(
+            f"the autoencoder takes images of {channels} channels, these have shape {shape}; pass --channels {channels}"
+        )
+    if any(edge % stride for edge in shape[1:]):
+        raise ValueError(
+            f"the autoencoder takes sides that are multiples of {stride}, the images have {shape[1]}x{shape[2]}; "
+            "pass --size"
+        )
+    return config["latent_channels"], shape[1] // stride, shape[2] // stride
+
+
+@torch.inference_mode()
+def decode(
+    latents: Tensor,
+    vae_folder: str | Path,
+    *,
+    scale: float | None = None,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Images of latents, shape (B, 3, H, W) in [-1, 1], on the CPU.
+
+    Args:
+        latents: As a model sees them, shape (B, C, h, w).
+        vae_folder: See `encode`, like what follows.
+        scale: Instead of the `scaling_factor` of the autoencoder's configuration.
+        batch_size: Latents at a time.
+        device: Where the autoencoder runs.
+
+    Raises:
+        ValueError: If the folder holds no `AutoencoderKL`, or the latents do not fit it.
+        ModuleNotFoundError: If diffusers is not installed.
+    """
+    folder = _vae_folder(vae_folder)
+    config = _vae_config(folder)
+    shift, factor = _factors(config, scale)
+    channels = config["latent_channels"]
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, the autoencoder decodes (B, {channels}, h, w); pass its own"
+        )
+    vae = _autoencoder(folder, device)
+    z = latents.cpu().float() / factor + shift
+    parts = [z[start : start + batch_size].to(device) for start in range(0, len(z), batch_size)]
+    return torch.cat([vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
+
+
+def _vae_folder(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    if not (inner / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {source}; pass the folder of a diffusers AutoencoderKL")
+    return inner
+
+
+def _vae_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no configuration of a diffusers model; copy it again") from error
+    if kind != "AutoencoderKL":
+        raise ValueError(
+            f"{folder} holds a {kind}, only AutoencoderKL can be read; encode the images with its own tools"
+        )
+    # What diffusers takes where the configuration says nothing.
+    config = {"in_channels": 3, "latent_channels": 4, "block_out_channels": [64], "scaling_factor": SD_SCALE} | config
+    whole_numbers = all(isinstance(config[name], int) for name in ("in_channels", "latent_channels"))
+    if not whole_numbers or not isinstance(config["block_out_channels"], list):
+        raise ValueError(f"{path} is no configuration of an AutoencoderKL; copy it again")
+    return config
+
+
+def _vae_weights(folder: Path) -> list[Path]:
+    weights = sorted(folder.glob(_VAE_WEIGHTS), key=str)
+    if not weights:
+        raise MissingWeights(f"{folder} holds no {_VAE_WEIGHTS}; put the safetensors weights there")
+    return weights
+
+
+def _factors(config: dict[str, Any], scale: float | None) -> tuple[Tensor, Tensor]:
+    """Shift and scale: numbers, or shape (C, 1, 1) where the configuration has a mean and deviation per channel."""
+    check_scale(scale)
+    factor = torch.tensor(float(config["scaling_factor"] if scale is None else scale))
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, deviation = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return mean, factor / deviation
+    return torch.tensor(float(config.get("shift_factor") or 0)), factor
+
+
+def _autoencoder(folder: Path, device: str | torch.device) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "encoding and decoding images needs diffusers: pip install 'layerprobe[diffusers]'"
+        ) from error
+    _vae_weights(folder)
+    load: Any = AutoencoderKL.from_pretrained
+    try:
+        vae, info = load(
+            str(folder),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of diffusers, safetensors, torch, ...
+        seen = " ".join(str(error).split())[:160]
+        raise ValueError(f"{folder} is no whole AutoencoderKL ({seen}); copy it again") from error
+    if info["missing_keys"]:  # diffusers would go on with random weights
+        raise ValueError(f"{folder} is no whole AutoencoderKL (it lacks {info['missing_keys'][0]}); copy it again")
+    return vae.to(device).eval()
+
+
+@torch.inference_mode()
+def _encode(
+    samples: Samples,
+    folder: Path,
+    path: Path,
+    shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    vae, n = _autoencoder(folder, device), len(samples)
+    counter = path.with_name("done.json")
+    with whole(path) as partial:
+        # The count is written after the rows, so that every row below it is on disk.
+        done = json.loads(counter.read_text()) if counter.is_file() and partial.stat().st_size else 0
+        mode = "r+" if done else "w+"
+        stored = np.lib.format.open_memmap(partial, mode, dtype=np.float32, shape=(n, *shape))
+        for start in range(done, n, batch_size):
+            batch = samples.batch(range(start, min(start + batch_size, n)))
+            posterior = vae.encode(batch.x.to(device)).latent_dist
+            moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
+            bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
+            if len(bad):
+                raise ValueError(f"the autoencoder gives values that are not finite for image {int(bad[0])}; remove it")
+            stored[start : start + len(moments)] = moments.numpy()
+            stored.flush()
+            write_text(counter, json.dumps(start + len(moments)))
+            if progress:
+                progress(start + len(moments), n)
+    counter.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Audio, motion and video."""

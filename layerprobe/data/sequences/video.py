@@ -1,0 +1,120 @@
+"""Video: frames of files, or of columns with a list of images or an encoded file, as (C, frames, height, width).
+
+Pixels are in [-1, 1] as those of images. Files are decoded by PyAV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.data import tables
+from layerprobe.data.images import decode_image
+from layerprobe.data.samples import Samples, pixels_to_float
+from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
+from layerprobe.files import needed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+COLUMNS = ("video", "videos", "frames", "clip")
+
+
+@dataclass(frozen=True)
+class VideoDecoder(Decoder):
+    """Clips as (C, frames, size, size).
+
+    Attributes:
+        size: Side of the square in pixels; the largest centred square of a frame is resized to it.
+        channels: 1 or 3.
+        stride: Every stride-th frame is kept.
+    """
+
+    size: int
+    channels: Literal[1, 3] = 3
+    stride: int = 1
+    modality = "video"
+    normalised = False
+
+    def __call__(self, item: Any) -> Tensor:
+        """Shape (channels, frames, size, size)."""
+        if isinstance(item, list):
+            shape = (self.channels, self.size, self.size)
+            frames = [decode_image(file_bytes(frame).getvalue(), shape) for frame in item[:: self.stride]]
+        else:
+            frames = [self._pixels(frame) for frame in self._file_frames(item)]
+        if len(frames) < 2:
+            raise ValueError(f"it has {'one frame' if frames else 'no frames'}, and a video has several")
+        return pixels_to_float(torch.from_numpy(np.stack(frames, axis=1)))
+
+    def _file_frames(self, item: Any) -> list[Image]:
+        av = needed("av", "video")
+        with av.open(file_bytes(item)) as container:
+            if not container.streams.video:
+                raise ValueError("it has no video stream")
+            decoded = container.decode(container.streams.video[0])
+            return [frame.to_image() for index, frame in enumerate(decoded) if index % self.stride == 0]
+
+    def _pixels(self, frame: Image) -> Any:
+        from PIL import Image, ImageOps
+
+        fitted = ImageOps.fit(
+            frame.convert("L" if self.channels == 1 else "RGB"), (self.size, self.size), Image.Resampling.BICUBIC
+        )
+        return np.asarray(fitted).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+
+
+def load_video(
+    source: str | Path,
+    *,
+    size: int,
+    channels: Literal[1, 3] = 3,
+    length: int | None = None,
+    stride: int = 1,
+    split: str | None = None,
+    column: str | None = None,
+    label_column: str | None = None,
+    probe_labels: str = "",
+    skip_bad: int = 0,
+) -> dict[str, Samples]:
+    """The parts of a video data set.
+
+    Args:
+        source: What `tables.read_items` takes: video files in a folder per class, or rows with a column of encoded
+            files or of lists of images.
+        size: Side of the square in pixels.
+        channels: 1 or 3.
+        length: Frames of a sample, after the stride.
+        stride: Every stride-th frame is kept.
+        split: The only part to read.
+        column: Where the clips are; found by name where not given.
+        label_column: Where the labels are.
+        probe_labels: Further label columns, see `load_media`.
+        skip_bad: See `load_media`.
+
+    Raises:
+        ValueError: If the data cannot be read.
+        ModuleNotFoundError: If PyAV is needed and not installed.
+    """
+    if size < 1 or stride < 1 or channels not in (1, 3):
+        raise ValueError(f"--size and --stride count from 1 and --channels is 1 or 3, got {size}, {stride}, {channels}")
+    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    found = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
+    if found == tables.FILE:
+        needed("av", "video")
+    decoder = VideoDecoder(size, channels, stride)
+    return load_media(
+        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+    )
+
+
+def holds_video(feature: Any) -> bool:
+    """Whether a column's type is a list of encoded images, or an encoded file."""
+    inner = getattr(feature, "feature", None)
+    return tables.holds_bytes(feature) or (inner is not None and tables.holds_bytes(inner))

@@ -1,0 +1,1 @@
+"""Features of layers at noise levels, from a backbone to a store on disk."""

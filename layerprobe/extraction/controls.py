@@ -1,0 +1,92 @@
+"""The two controls beside every curve: the same network with random weights, and the raw input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.backbones.base import Backbone, wrap
+
+# Raw inputs wider than this are averaged over neighbouring pixels, so that the control stays cheap on large inputs.
+RAW_INPUT_WIDTH = 1024
+
+
+def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
+    """A control: the same network, with the entries of every trained tensor shuffled.
+
+    Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in
+    nothing else; a fresh initialisation would make every adaLN-Zero block an identity.
+    """
+    module = copy.deepcopy(backbone.module)
+    generator = torch.Generator().manual_seed(seed)
+    # A network that was frozen as a whole, to be read, was trained all the same.
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad] or module.parameters()
+    with torch.no_grad():
+        for parameter in trained:
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return replace(backbone, module=module, name=f"{backbone.name}, random weights")
+
+
+def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
+    """A control: the noisy input itself as the only layer, under the model's own schedule.
+
+    Args:
+        backbone: The model.
+        places: One token for every place of the grid, whose channels are its features, for probes of tokens; else the
+            whole input is flattened to one token.
+    """
+    reader = wrap(
+        _RawInput(_Places() if places else _Flatten()),
+        layers="input",
+        schedule=backbone.schedule,
+        prediction="velocity",
+        shape=backbone.shape,
+        forward=_call_raw_input,
+        name="raw input",
+    )
+    return replace(reader, takes_mask=True)
+
+
+def raw_pool_cells(shape: tuple[int, ...]) -> int:
+    """So many cells per axis keep most of an input of shape (C, *grid) within `RAW_INPUT_WIDTH` numbers; at least 1."""
+    channels, *grid = shape
+    widths = ((cells, channels * math.prod(min(cells, edge) for edge in grid)) for cells in range(max(grid), 1, -1))
+    return next((cells for cells, width in widths if width <= RAW_INPUT_WIDTH), 1)
+
+
+def _call_raw_input(
+    module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor
+) -> Tensor:
+    output: Tensor = module(x_t.masked_fill(~mask[0].unsqueeze(1), 0.0) if mask else x_t, native_time)
+    return output
+
+
+class _RawInput(nn.Module):
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.input = reader
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.input(x_t)
+        return x_t
+
+
+class _Places(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class _Flatten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        while x[0].numel() > RAW_INPUT_WIDTH and max(x.shape[2:]) > 1:
+            grid = [max(1, edge // 2) for edge in x.shape[2:]]
+            pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
+            x = pool(x, grid)
+        return x.flatten(1)

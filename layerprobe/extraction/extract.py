@@ -1,0 +1,321 @@
+"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: a forward pass per sample, level and draw, all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerprobe import __version__
+from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.capture import capture, evaluating, real_tokens
+from layerprobe.checkpoints.saving import weights_hash
+from layerprobe.data.samples import Batch, Samples, Splits, content_hash, joined
+from layerprobe.extraction.features import (
+    SPLITS,
+    ExtractionPlan,
+    FeatureStore,
+    begin_store,
+    column_key,
+    filled_tensors,
+    shard_path,
+    token_path,
+    token_rows,
+    write_tensors,
+)
+from layerprobe.extraction.tokens import pool_tokens, token_grid
+from layerprobe.noise.keyed import NoiseKey
+
+Progress = Callable[[int, int], None]
+
+
+def extract(
+    backbone: Backbone,
+    splits: Splits,
+    plan: ExtractionPlan,
+    folder: str | Path,
+    *,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
+
+    Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once.
+    Memory holds one shard of features and one batch of activations, whatever the size of the data and whatever tokens
+    are kept: those go to disk layer by layer. The forward pass ends at the deepest layer wanted, and runs in evaluation
+    mode.
+
+    Args:
+        backbone: The model, on the device where it should run.
+        splits: The data; the sample ids key the noise.
+        plan: What to read.
+        folder: Where the store is, or is to be.
+        batch_size: Rows per forward pass; it changes the features by rounding only.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        ValueError: If the data does not fit the model, a value is not finite, or the folder holds another run.
+    """
+    folder = Path(folder)
+    _check(backbone, splits, plan)
+    table = _Table(splits)
+    with evaluating(backbone.module):
+        shapes = layer_shapes(backbone, plan.layers)
+        plan, columns = replace(plan, layers=tuple(shapes)), table.columns()
+        kept = token_rows(columns["splits"], plan.token_samples)
+        begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
+        for index, rows in enumerate(_runs(len(table), plan.shard_size)):
+            here = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
+            # The shard is written last: where it is, its tokens are.
+            files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(here))
+            if not all(file.is_file() for file in files):
+                with _kept_tokens(token_path(folder, index), backbone, plan, shapes, here) as keep:
+                    features = _shard(backbone, table.batch(rows), plan, batch_size, keep)
+                write_tensors(shard_path(folder, index), features)
+            if progress:
+                progress(rows.stop, len(table))
+    return FeatureStore.open(folder)
+
+
+class _Table:
+    """The three splits as one run of samples: fit, then choose, then report."""
+
+    def __init__(self, splits: Splits) -> None:
+        self._parts: list[Samples] = [samples for _, samples in splits.items()]
+        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, rows: range) -> Batch:
+        batches = []
+        for part, end in zip(self._parts, self._ends, strict=True):
+            start = end - len(part)
+            inside = [row - start for row in rows if start <= row < end]
+            if inside:
+                batches.append(part.batch(inside))
+        return joined(batches)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        labels = [part.labels for part in self._parts if part.labels is not None]
+        codes = np.repeat(np.arange(len(SPLITS)), [len(part) for part in self._parts])
+        columns = {"ids": torch.cat([part.ids for part in self._parts]).numpy(), "splits": codes.astype(np.int64)}
+        if len(np.unique(columns["ids"])) < len(columns["ids"]):
+            raise ValueError(
+                "two samples have the same id, so they would see the same noise; give every sample an id of its own"
+            )
+        columns |= {"labels": torch.cat(labels).numpy()} if labels else {}
+        return columns | {column_key(name): labels.numpy() for name, labels in self.further().items()}
+
+    def further(self) -> dict[str, Tensor]:
+        """Further labels by the name of their column."""
+        columns = [{column.name: column.labels for column in part.columns} for part in self._parts]
+        return {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+
+
+def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
+    for name, samples in splits.items():
+        if samples.shape != backbone.shape:
+            raise ValueError(
+                f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; "
+                "pass --size or other data"
+            )
+        if (samples.labels is None) != (splits.fit.labels is None):
+            raise ValueError(f"only one of the fit and the {name} samples has labels; label both or none")
+        if [column.name for column in samples.columns] != [column.name for column in splits.fit.columns]:
+            raise ValueError(f"the fit and the {name} samples have other further label columns; label all alike")
+    if plan.condition == "label" and not 0 < splits.fit.num_classes <= backbone.num_classes:
+        raise ValueError(
+            f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; "
+            "use the null condition"
+        )
+    # Fused attention can turn a NaN into a finite number, so features would not tell.
+    bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
+    if bad:
+        raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
+    whole_grids = plan.token_samples and not plan.tokens_per_sample
+    if whole_grids and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.fit.columns):
+        raise ValueError(
+            "whole grids of tokens are kept of samples of one length only, or for labels of frames; leave out "
+            "--token-samples, or cut the samples"
+        )
+    highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
+    if not bool(backbone.schedule.sigma(highest).isfinite()):
+        raise ValueError(
+            f"noise level {float(highest):g} is infinitely noisy under the schedule {backbone.schedule.name}; "
+            f"pass levels up to {backbone.schedule.level_range[1]:.4g}"
+        )
+
+
+def _padded(splits: Splits) -> bool:
+    return any(len(samples) and samples.batch(range(1)).mask is not None for _, samples in splits.items())
+
+
+def _manifest(
+    backbone: Backbone,
+    splits: Splits,
+    plan: ExtractionPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    kept: NDArray[np.int64],
+) -> dict[str, Any]:
+    n = sum(len(samples) for _, samples in splits.items())
+    manifest = {
+        "layerprobe": __version__,
+        "plan": plan.to_dict(),
+        "plan_hash": plan.hash(),
+        "model": backbone.name,
+        "model_hash": weights_hash(backbone.module),
+        "schedule": backbone.schedule.name,
+        # The same weights under two conventions of time are two models.
+        "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
+        "prediction": backbone.prediction,
+        "data": {name: samples.fingerprint for name, samples in splits.items()},
+        "class_names": list(splits.fit.class_names),
+        "layer_shapes": {name: list(shape) for name, shape in shapes.items()},
+        "num_samples": n,
+        "num_shards": -(-n // plan.shard_size),
+    }
+    if splits.fit.columns:  # a store without them is on disk what it was before there were any
+        manifest["columns"] = {
+            column.name: {
+                "class_names": list(column.class_names),
+                "labels_hash": content_hash(labels)[:16],
+                "axis": column.axis,
+            }
+            for column, labels in zip(splits.fit.columns, _Table(splits).further().values(), strict=True)
+        }
+    if not plan.token_samples:
+        return manifest
+    padded, few = _padded(splits), plan.tokens_per_sample
+    found = {name: token_grid(n, backbone.shape[1:], known=backbone.token_grid) for name, (n, _) in shapes.items()}
+    whole = {name: not few or (n <= few and not padded) for name, (n, _) in shapes.items()}
+    grids = {name: found[name] if whole[name] else None for name in shapes}
+    tokens = {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}
+    return manifest | {"tokens": tokens | ({"padded": True} if padded and not few else {})}
+
+
+def _at_places(tokens: Tensor, mask: Tensor | None, backbone: Backbone, plan: ExtractionPlan) -> Tensor:
+    """The tokens of each sample that are kept, shape (B, K, D); all layers with as many tokens keep the same ones.
+
+    Without a mask the places are drawn once for all samples. With one, `B` rows of it, each sample gives the first real
+    ones of the drawn order, over again where it has fewer than K.
+    """
+    count, few = tokens.shape[1], min(plan.tokens_per_sample, tokens.shape[1])
+    if not few:
+        return tokens
+    order = NoiseKey(plan.seed, "order").permutation(count)
+    if mask is None or count == 1:
+        return tokens[:, order[:few].sort().values.to(tokens.device)]
+    grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
+    assert grid is not None  # or the tokens could not have been averaged
+    real = real_tokens(mask, grid)[:, order]
+    real_first = real.int().argsort(dim=1, descending=True, stable=True)
+    where = order[real_first.gather(1, torch.arange(few) % real.sum(1, keepdim=True))].to(tokens.device)
+    return tokens.gather(1, where.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+# (level, draw and sample of each row in a batch, shape (3, B); what of it is real; layer; its tokens (B, T, D)) -> None
+_Keep = Callable[[Tensor, Tensor | None, str, Tensor], None]
+
+
+@contextmanager
+def _kept_tokens(
+    path: Path,
+    backbone: Backbone,
+    plan: ExtractionPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    samples: NDArray[np.int64],
+) -> Iterator[_Keep | None]:
+    """Writes the tokens of these samples of a shard while they are made; None where there are no such samples."""
+    if not len(samples):
+        yield None
+        return
+    wanted, few = torch.from_numpy(samples), plan.tokens_per_sample
+    lengths = {name: min(few or count, count) for name, (count, _) in shapes.items()}
+    blocks = (len(plan.noise_levels), plan.draws, len(samples))
+
+    def keep(row: Tensor, mask: Tensor | None, layer: str, tokens: Tensor) -> None:
+        chosen = torch.isin(row[2], wanted)
+        level, draw, sample = row[:, chosen]
+        real = None if mask is None else mask[chosen]
+        kept = _at_places(tokens[chosen.to(tokens.device)], real, backbone, plan)
+        index = zip(level.tolist(), draw.tolist(), torch.searchsorted(wanted, sample).tolist(), strict=True)
+        for place, block in zip(index, kept.float().cpu().numpy(), strict=True):
+            put(layer, place, block)
+
+    with filled_tensors(path, {name: (*blocks, lengths[name], shapes[name][1]) for name in plan.layers}) as put:
+        yield keep
+
+
+@torch.inference_mode()
+def _shard(
+    backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: int, keep: _Keep | None
+) -> dict[str, NDArray[np.float32]]:
+    if not bool(batch.x.isfinite().all()):
+        bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
+        raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
+    noise = NoiseKey(plan.seed)
+    n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
+    eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
+    features: dict[str, Tensor] = {}
+    # Levels and draws share batches, so that batches stay full: row = (level, draw, sample).
+    for rows in _runs(len(levels) * plan.draws * n, batch_size):
+        row = torch.arange(rows.start, rows.stop)
+        level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
+        labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
+        mask = None if batch.mask is None else batch.mask[sample]
+        write = partial(keep, torch.stack([level, draw, sample]), mask) if keep else None
+        x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
+        for name, pooled in _read(backbone, x_t, levels[level], labels, mask, plan, write).items():
+            store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
+            store[rows.start : rows.stop] = pooled
+    for name, values in features.items():
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite().all(1)).nonzero()[0])
+            raise ValueError(
+                f"{name} gives values that are not finite at noise level {float(levels[bad // (plan.draws * n)]):g}; "
+                "check the checkpoint, or use float32 precision"
+            )
+    return {name: values.view(len(levels), plan.draws, n, -1).numpy() for name, values in features.items()}
+
+
+def _read(
+    backbone: Backbone,
+    x_t: Tensor,
+    level: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    plan: ExtractionPlan,
+    write: Callable[[str, Tensor], None] | None,
+) -> dict[str, Tensor]:
+    device = backbone.device
+
+    def own_tokens(output: Any, layer: str) -> Tensor:
+        tokens = backbone.tokens(output, layer)
+        if write:  # at once: the tokens of all layers may not fit into memory
+            write(layer, tokens)
+        return tokens
+
+    def pool(tokens: Tensor) -> Tensor:
+        return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask, known=backbone.token_grid)
+
+    labels = None if labels is None else labels.to(device)
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
+        capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
+    ):
+        backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
+    return {name: pooled.cpu() for name, pooled in outputs.items()}
+
+
+def _runs(n: int, size: int) -> Iterator[range]:
+    for start in range(0, n, size):
+        yield range(start, min(start + size, n))

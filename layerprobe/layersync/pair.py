@@ -1,0 +1,68 @@
+"""Pairs of layers (student, teacher) and the depths that published work counts from 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class LayerPair:
+    """Which layer learns from which.
+
+    Attributes:
+        student: Name of the layer that is pulled, as in the module: "blocks.2".
+        teacher: Name of the later layer that it is pulled towards.
+    """
+
+    student: str
+    teacher: str
+
+    def __post_init__(self) -> None:
+        if self.student == self.teacher:
+            raise ValueError(f"{self.student} cannot be its own teacher: a layer aligned to itself learns nothing")
+        student, teacher = _block_index(self.student), _block_index(self.teacher)
+        if student and teacher and student[0] == teacher[0] and student[1] > teacher[1]:
+            raise ValueError(f"student {self.student} comes after teacher {self.teacher}; swap them")
+
+    def __str__(self) -> str:
+        return f"{self.student} <- {self.teacher}"
+
+
+def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
+    """The name of LayerSync's 1-based depth: depth 8 is `blocks.7`.
+
+    Raises:
+        ValueError: If depth is below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth counts from 1, got {depth}; depth 1 is {prefix}.0")
+    return f"{prefix}.{depth - 1}"
+
+
+def depth_heuristic(layers: tuple[str, ...]) -> LayerPair:
+    """The pair that hand-picking would give: the student at 0.3, the teacher at 0.6 of the depth.
+
+    Raises:
+        ValueError: If there are fewer than two layers.
+
+    Source: near the depths published for LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581); this gives 8 <- 17.
+    """
+    depth = len(layers)
+    if depth < 2:
+        raise ValueError(f"a pair needs two layers, got {depth}")
+    student = min(max(round(0.3 * depth), 1), depth - 1)
+    teacher = max(round(0.6 * depth), student + 1)
+    return LayerPair(layers[student - 1], layers[teacher - 1])
+
+
+def as_pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
+    if isinstance(pair, LayerPair):
+        return pair
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(f"{pair!r} is not a (student, teacher) pair; pass a list of pairs of layer names")
+    return LayerPair(*pair)
+
+
+def _block_index(name: str) -> tuple[str, int] | None:
+    prefix, _, index = name.rpartition(".")
+    return (prefix, int(index)) if index.isdigit() else None

@@ -1,0 +1,1 @@
+"""One axis of noise for all families: schedules, predictions and keyed random numbers."""

@@ -1,0 +1,1 @@
+"""Training a backbone, with LayerSync or without, on one process or several."""

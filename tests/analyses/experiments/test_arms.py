@@ -1,0 +1,168 @@
+"""The arms that are asked for are the arms that are trained, and each pair is trained once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from layerprobe.analyses.experiments.arms import (
+    BASELINE,
+    CONTROL,
+    FIRST,
+    HEURISTIC,
+    LEARNING_RATE,
+    PICK,
+    RUNNER_UP,
+    Arm,
+    ConfirmationPlan,
+    arms_for,
+)
+from layerprobe.layersync.options import SyncOptions
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.training.plan import TrainingPlan
+
+LAYERS = tuple(f"blocks.{i}" for i in range(10))
+RANKED = (LayerPair("blocks.1", "blocks.7"), LayerPair("blocks.1", "blocks.6"))
+ARMS = arms_for(RANKED, LAYERS)
+SEEDS = (0, 1, 2)
+PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
+
+
+def test_arms_are_four_without_duplicates() -> None:
+    assert [arm.name for arm in ARMS] == [BASELINE, PICK, HEURISTIC, CONTROL]
+    heuristic, control = LayerPair("blocks.2", "blocks.5"), LayerPair("blocks.8", "blocks.9")
+    assert [arm.pair for arm in ARMS] == [None, LayerPair("blocks.1", "blocks.7"), heuristic, control]
+    other = LayerPair("blocks.1", "blocks.6")
+    for ranked, names in (
+        ([], [BASELINE, HEURISTIC, CONTROL]),
+        ([heuristic], [BASELINE, PICK, CONTROL]),
+        ([heuristic, other], [BASELINE, PICK, RUNNER_UP, CONTROL]),
+        ([other, heuristic], [BASELINE, PICK, HEURISTIC, CONTROL]),
+        ([control], [BASELINE, PICK, HEURISTIC]),
+    ):
+        arms = arms_for(ranked, LAYERS)
+        assert [arm.name for arm in arms] == names
+        assert len({arm.pair for arm in arms}) == len(arms)
+    assert [arm.name for arm in arms_for([], LAYERS[:2])] == [BASELINE, HEURISTIC]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": (0,)}, r"a paired difference needs at least 2 seeds, got \[0\]"),
+        ({"seeds": (3, 3)}, r"needs at least 2 seeds, got \[3, 3\]"),
+        ({"seeds": (0, 1, 1)}, r"a seed stands twice in \[0, 1, 1\] and would count twice; pass each once"),
+        ({"num_evaluations": 0}, "0 evaluations do not fit into 100 steps"),
+        ({"num_evaluations": 101}, "101 evaluations do not fit into 100 steps"),
+        ({"num_samples": 1}, "a Fréchet distance needs at least 2 samples, got 1"),
+        ({"stop_early": True}, "stopping early takes 4 to 50 seeds"),
+    ],
+)
+def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PLAN, **options)
+
+
+@pytest.mark.parametrize(("steps", "num"), [(100, 4), (10, 3), (7, 7), (1000, 3), (3, 1)])
+def test_evaluations_are_even_and_end_at_the_end(steps: int, num: int) -> None:
+    found = ConfirmationPlan(TrainingPlan(steps=steps), SEEDS, num).evaluation_steps
+    assert (found[0], found[-1], len(found)) == (0, steps, num + 1)
+    assert max(abs(a - b - steps / num) for a, b in zip(found[1:], found, strict=False)) <= 1
+
+
+def names(wanted: str, ranked: Any = RANKED, **options: Any) -> list[str]:
+    return [arm.name for arm in arms_for(ranked, LAYERS, wanted=wanted.split(","), **options)]
+
+
+def test_arms_come_as_asked_for_and_in_one_order() -> None:
+    every = [BASELINE, PICK, HEURISTIC, RUNNER_UP, "random pair 1", "random pair 2", LEARNING_RATE, CONTROL]
+    assert names("bad,learning-rate,random:2,runner-up,heuristic,pick,none") == every
+    assert names("none,runner-up") == [BASELINE, RUNNER_UP]
+    matched = arms_for(RANKED, LAYERS, wanted=["none", "pick", "learning-rate"])[2]
+    assert (matched.pair, matched.matched) == (None, RANKED[0])
+    assert str(matched) == "learning rate (no alignment, steps as long as with blocks.1 <- blocks.7)"
+
+
+def test_an_arm_that_is_there_already_is_named_there() -> None:
+    heuristic = ARMS[2].pair
+    assert heuristic is not None
+    arms = arms_for([heuristic, RANKED[0]], LAYERS, wanted=["none", "pick", "heuristic", "bad"])
+    assert [str(arm) for arm in arms] == [
+        BASELINE,
+        "pick and depth heuristic (blocks.2 <- blocks.5)",
+        "bad control (blocks.8 <- blocks.9)",
+    ]
+
+
+def test_without_a_pick_the_first_ranked_pair_stands_for_it() -> None:
+    """The selection may advise against all of its pairs; whether it was right to is worth a confirmation."""
+    arms = arms_for(RANKED, LAYERS, advised=False)
+    assert [arm.name for arm in arms] == [BASELINE, FIRST, HEURISTIC, CONTROL]
+    assert arms[1].pair == RANKED[0]
+
+
+def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:
+    others = {arm.pair for arm in arms_for(RANKED, LAYERS, wanted=["none", "pick", "heuristic", "runner-up", "bad"])}
+    drawn = arms_for(RANKED, LAYERS, wanted=["none", "pick", "random:41"])[2:]
+    assert len({arm.pair for arm in drawn}) == 41  # 45 pairs but for four
+    assert not {arm.pair for arm in drawn} & others
+    three = {seed: arms_for(RANKED, LAYERS, wanted=["none", "random:3"], seed=seed)[1:] for seed in (0, 1)}
+    # More random pairs, and other arms beside them, leave the first ones as they are: their runs can go on.
+    assert three[0] == arms_for(RANKED, LAYERS, wanted=["none", "bad", "random:5"])[1:4]
+    assert three[0] != three[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ranked", "message"),
+    [
+        (
+            "none,best",
+            RANKED,
+            "there is no arm 'best'; pass some of none, pick, heuristic, runner-up, random, learning",
+        ),
+        ("none,pick:2", RANKED, "there is no arm 'pick:2'"),
+        ("none,random:0", RANKED, "there is no arm 'random:0'"),
+        ("none,random:x", RANKED, "there is no arm 'random:x'"),
+        ("none,", RANKED, "there is no arm ''"),
+        ("none,pick,pick", RANKED, "the arm 'pick' stands twice in none,pick,pick; pass each once"),
+        ("none,random,random:2", RANKED, "the arm 'random' stands twice"),
+        ("pick,bad", RANKED, "the arms pick,bad lack none, which all others are compared with; add it"),
+        ("none,runner-up", RANKED[:1], "the selection has no pair for the arm 'runner-up'; leave it out of --arms"),
+        ("none,pick", (), "the selection has no pair for the arm 'pick'"),
+        ("none,random:42", RANKED, "there are 41 pairs beside those of the other arms, too few for random:42"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(wanted: str, ranked: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        names(wanted, ranked)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_stays_the_same_as_fields_come_in() -> None:
+    """A record that an earlier version wrote lacks fields; they have the meaning of their defaults."""
+    new = PLAN.record({})
+    assert "seeds" not in new
+    assert "stop_early" not in new
+    old = {"training": dict(new["training"]), **{k: new[k] for k in ("num_evaluations", "num_samples")}}
+    old["sampling"] = {k: new["sampling"][k] for k in ("solver", "steps", "guidance", "seed")}
+    for field in ("sync", "time_sampling", "loss_weighting", "more_ema_decays"):
+        del old["training"][field]
+    assert PLAN.record(old) == old
+    assert replace(PLAN, stop_early=True, seeds=(5, 6, 7, 8)).record(old) == old
+    centred = replace(PLAN, training=replace(PLAN.training, sync=SyncOptions(centred=True)))
+    assert centred.record(old)["training"]["sync"] == asdict(SyncOptions(centred=True))
+    assert replace(PLAN, num_samples=7).record(old) != old
+
+
+def test_looks_are_one_at_the_end_unless_it_may_stop_early() -> None:
+    assert PLAN.looks == {3: 0.05}
+    assert list(replace(PLAN, seeds=(0, 1, 2, 3, 4), stop_early=True).looks) == [3, 4, 5]
+
+
+def test_arms_have_names_for_people() -> None:
+    assert [str(arm) for arm in (Arm(BASELINE, None), Arm("mine", RANKED[1]))] == [
+        BASELINE,
+        "mine (blocks.1 <- blocks.6)",
+    ]

@@ -1,0 +1,491 @@
+"""The verdict never says more than the runs show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from layerprobe.analyses.experiments.arms import (
+    BASELINE,
+    CONTROL,
+    FIRST,
+    FRECHET,
+    HELD_OUT,
+    HEURISTIC,
+    LEARNING_RATE,
+    PICK,
+    RANDOM,
+    Arm,
+    ConfirmationPlan,
+    arms_for,
+)
+from layerprobe.analyses.experiments.power import look_levels
+from layerprobe.analyses.experiments.verdict import Verdict, is_clear, judge, paired_interval, steps_to_reach
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.training.plan import TrainingPlan
+
+LAYERS = tuple(f"blocks.{i}" for i in range(10))
+ARMS = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
+SEEDS = (0, 1, 2)
+STEPS = (0, 25, 50, 75, 100)
+PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
+SETTLED = (10.0, 6.0, 5.0, 4.1, 4.0)  # without alignment: improves by 2 % over the last quarter
+NOISE = (-0.05, 0.0, 0.05)  # what the seeds differ by, the same in every arm
+JITTER = (0.01, -0.02, 0.01)  # what the differences differ by
+
+
+def curves(arms: dict[str, Any], *, steps: tuple[int, ...] = STEPS, seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
+    """Planted curves: a row of distances by step for each arm, moved a little for each seed."""
+    rows = []
+    for arm, values in arms.items():
+        for i, seed in enumerate(seeds):
+            for step, value in zip(steps, values, strict=True):
+                moved = value * (1 + NOISE[i]) + (JITTER[i] if arm != BASELINE else 0)
+                rows += [(arm, seed, step, FRECHET, moved), (arm, seed, step, HELD_OUT, 1.0)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
+
+
+def verdict(
+    baseline: Any, pick: Any, *, plan: ConfirmationPlan = PLAN, steps: tuple[int, ...] = STEPS, **others: Any
+) -> Verdict:
+    arms = [arm for arm in ARMS if arm.name in (BASELINE, PICK, *others)]
+    table = curves({BASELINE: baseline, PICK: pick, **others}, steps=steps, seeds=plan.seeds)
+    return judge(table, arms, plan, extractor_name="pixels", start_name="from scratch")
+
+
+# -------------------------------------------------------------------------------------------------------------- verdict
+
+
+def test_a_pick_that_is_better_at_the_end_helps() -> None:
+    found = verdict(SETTLED, (10, 6.5, 4.6, 3.6, 3.5))
+    assert found.answer == "helps"
+    assert found.paragraph.startswith("Aligning blocks.1 to blocks.7 changed the Fréchet distance by -0.5 (95 % inter")
+    assert "from 4 without alignment, after 100 steps from scratch, 3 seeds. The pair helps" in found.paragraph
+    assert "may not last" not in found.paragraph
+
+
+def test_a_lead_over_a_baseline_that_still_improves_is_called_a_lead() -> None:
+    found = verdict((10, 8, 7, 6, 5), (10, 7, 6, 5, 4))
+    assert found.answer == "helps"
+    assert "The baseline still improved by 17% since step 75, so the lead may not last." in found.paragraph
+
+
+def test_a_pick_that_is_worse_when_both_have_levelled_off_hurts() -> None:
+    found = verdict(SETTLED, (10, 7, 6, 5.1, 5.0))
+    assert found.answer == "hurts"
+    assert "the whole interval lies on the side of the loss, and both runs have levelled off" in found.paragraph
+
+
+def test_an_interval_that_includes_zero_is_no_difference() -> None:
+    found = verdict(SETTLED, (10, 6.5, 5.1, 4.1, 4.0))
+    assert found.answer == "no difference found"
+    assert "the interval includes zero, and both runs have levelled off" in found.paragraph
+
+
+@pytest.mark.parametrize("pick", [(10, 9, 8, 7, 6), (10, 8, 7, 6, 5)], ids=["behind", "level"])
+def test_it_is_too_early_while_the_baseline_improves(pick: Any) -> None:
+    found = verdict((10, 8, 7, 6, 5), pick)
+    assert found.answer == "too early to tell"
+    assert "the baseline still improved by 17% since step 75, and alignment can cost quality" in found.paragraph
+
+
+def test_it_is_too_early_while_the_aligned_run_catches_up() -> None:
+    found = verdict(SETTLED, (10, 9, 8, 6, 4.5))
+    assert found.answer == "too early to tell"
+    assert "the aligned run still improved by 25% since step 75" in found.paragraph
+
+
+def test_a_crossover_has_another_answer_before_than_after() -> None:
+    """The course that was measured on digits of handwriting: a loss first, a gain later."""
+    baseline, pick = (16.0, 10.9, 1.85, 0.96, 0.69), (16.0, 14.4, 1.51, 0.73, 0.51)
+    early = replace(PLAN, training=TrainingPlan(steps=25))
+    assert verdict(baseline[:2], pick[:2], plan=early, steps=STEPS[:2]).answer == "too early to tell"
+    assert verdict(baseline, pick).answer == "helps"
+
+
+@pytest.mark.parametrize("pick", [(10, 6, 5, 6.5, 8.5), (10, 6, 5, 7, 9), (10, 6, 5, 7.5, 9.5)])
+def test_a_baseline_that_training_made_worse_is_no_measure(pick: Any) -> None:
+    """Not even for a pick that ends better than it: it is worse than what there was at step 50."""
+    found = verdict((10, 6, 5, 7, 9), pick)
+    assert found.answer == "too early to tell"
+    assert "without alignment the distance was best at step 50 (5) and ended at 9, so there" in found.paragraph
+
+
+def test_a_branch_that_has_not_won_back_its_start_is_no_measure() -> None:
+    found = verdict((0.19, 0.27, 0.25, 0.247, 0.247), (0.19, 0.3, 0.25, 0.248, 0.247))
+    assert found.answer == "too early to tell"
+    assert "best at step 0 (0.19)" in found.paragraph
+
+
+def test_a_pick_better_than_the_baseline_ever_was_helps_even_if_that_got_worse() -> None:
+    assert verdict((10, 6, 5, 7, 9), (10, 6, 5, 4.2, 4)).answer == "helps"
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_runs_that_have_not_begun_to_learn_show_nothing(offset: float) -> None:
+    found = verdict((20.6, 20.55, 20.5, 20.4, 20.3), (20.6, 20.55, 20.5, 20.4 + offset, 20.3 + offset))
+    assert found.answer == "too early to tell"
+    assert "neither run moved by 5% since its start. Run more steps or raise the learning rate." in found.paragraph
+
+
+def test_harm_to_a_checkpoint_that_has_converged_is_seen() -> None:
+    assert verdict((5, 5, 5, 5, 5), (5, 6, 6.5, 6.5, 6.5)).answer == "hurts"
+
+
+def test_one_evaluation_says_how_far_the_baseline_came_from_its_start() -> None:
+    plan = replace(PLAN, num_evaluations=1)
+    assert plan.evaluation_steps == (0, 100)
+    found = verdict((10, 4), (10, 4.5), plan=plan, steps=(0, 100))
+    assert found.answer == "too early to tell"
+    assert "the baseline still improved by 60% since step 0" in found.paragraph
+    assert verdict((10, 4), (10, 3), plan=plan, steps=(0, 100)).answer == "helps"
+
+
+def test_more_frequent_evaluations_do_not_make_a_run_look_settled() -> None:
+    """Every interval gains 2 % and the last quarter 40 %."""
+    steps = tuple(range(101))
+    baseline = 10 * 0.98 ** np.arange(101)
+    found = verdict(baseline, baseline * 1.1, steps=steps)
+    assert found.answer == "too early to tell"
+    assert "improved by 40% since step 75" in found.paragraph
+
+
+def test_equal_differences_have_no_spread_to_judge_by() -> None:
+    table = curves({BASELINE: SETTLED, PICK: SETTLED})
+    base = table[table.arm == BASELINE].value.to_numpy()
+    arms = ARMS[:2]
+    for change, answer in ((-1.0, "too early to tell"), (1.0, "too early to tell"), (0.0, "no difference found")):
+        table.loc[table.arm == PICK, "value"] = base + change
+        found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
+        assert found.answer == answer
+        assert ("every seed gave the same difference" in found.paragraph) == (change != 0)
+
+
+def test_a_perfect_baseline_divides_by_nothing() -> None:
+    table = curves({BASELINE: (10, 0, 0, 0, 0), PICK: (10, 1, 1, 1, 1)})
+    table.loc[(table.arm == BASELINE) & (table.step > 0), "value"] = 0.0
+    assert judge(table, ARMS[:2], PLAN, extractor_name="pixels", start_name="x").answer == "hurts"
+
+
+def test_the_control_does_not_decide() -> None:
+    table = curves({BASELINE: SETTLED, PICK: (10, 7, 6, 5.1, 5.0), CONTROL: (10, 5, 3, 2.1, 2.0)})
+    for order in ((0, 1, 3), (0, 3, 1)):
+        found = judge(table, [ARMS[i] for i in order], PLAN, extractor_name="x", start_name="y")
+        assert found.answer == "hurts"
+        assert [arm.name for arm in found.arms] == [ARMS[i].name for i in order]
+        assert {arm.name: arm.difference for arm in found.arms}[CONTROL] == pytest.approx(-2)
+
+
+def test_without_a_pick_the_heuristic_is_judged_and_named() -> None:
+    arms = arms_for([], LAYERS)
+    table = curves({BASELINE: SETTLED, HEURISTIC: (10, 6, 4, 3.1, 3), CONTROL: SETTLED})
+    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
+    assert found.answer == "helps"
+    assert found.paragraph.startswith("Aligning blocks.2 to blocks.5 changed")
+    assert "No pick was among the arms, so this is the depth heuristic. The pair helps" in found.paragraph
+
+
+def test_arms_of_other_names_are_judged_too() -> None:
+    arms = [Arm("plain", None), Arm("mine", LayerPair("blocks.0", "blocks.9"))]
+    table = curves({"plain": SETTLED, "mine": (10, 6, 4, 3.1, 3)})
+    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
+    assert (found.answer, found.arms[1].student) == ("helps", "blocks.0")
+
+
+def test_the_numbers_of_the_verdict() -> None:
+    table = curves({BASELINE: SETTLED, PICK: (10, 6.5, 4.6, 3.6, 3.5)})
+    found = judge(table, ARMS[:2], PLAN, extractor_name="pixels", start_name="from scratch")
+    last = table[(table.step == 100) & (table.metric == FRECHET)].pivot(index="seed", columns="arm", values="value")
+    test = stats.ttest_1samp(last[PICK] - last[BASELINE], 0).confidence_interval(0.95)
+    baseline, pick = found.arms
+    assert baseline.final == last[BASELINE].tolist()
+    assert (baseline.difference, baseline.low, baseline.high, baseline.weight) == (None, None, None, 0.0)
+    assert (pick.student, pick.teacher, pick.weight) == ("blocks.1", "blocks.7", 0.3)
+    expected = ((last[PICK] - last[BASELINE]).mean(), test.low, test.high)
+    assert (pick.difference, pick.low, pick.high) == pytest.approx(expected, rel=1e-9)
+    # 4.6 at step 50 and 3.6 at step 75: the baseline's 4.0 is reached on the way.
+    assert pick.steps_to_baseline[1] == pytest.approx(50 + 25 * (4.58 - 4.0) / 1.0)
+    record = json.loads(found.to_json())
+    assert record["arms"][1] == json.loads(json.dumps(pick.__dict__))
+    assert {
+        key: record[key] for key in ("metric", "lower_is_better", "steps", "num_seeds", "curves_csv", "extractor")
+    } == {
+        "metric": "Frechet distance",
+        "lower_is_better": True,
+        "steps": 100,
+        "num_seeds": 3,
+        "curves_csv": "confirmation.csv",
+        "extractor": "pixels",
+    }
+
+
+def test_the_order_of_rows_and_of_seeds_does_not_matter() -> None:
+    table = curves({BASELINE: SETTLED, PICK: (10, 6.5, 4.6, 3.6, 3.5)})
+    expected = judge(table, ARMS[:2], PLAN, extractor_name="x", start_name="y")
+    shuffled = table.sample(frac=1, random_state=0)
+    assert judge(shuffled, ARMS[:2], PLAN, extractor_name="x", start_name="y") == expected
+    reversed_seeds = judge(table, ARMS[:2], replace(PLAN, seeds=SEEDS[::-1]), extractor_name="x", start_name="y")
+    assert reversed_seeds.arms[1].final == expected.arms[1].final[::-1]
+    assert reversed_seeds.arms[1].low == pytest.approx(expected.arms[1].low)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t[~((t.arm == PICK) & (t.seed == 1))],
+            "pick, seed 1 has no finite Frechet distance at step 0; repeat",
+        ),
+        (
+            lambda t: t[~((t.arm == BASELINE) & (t.seed == 2) & (t.step == 50))],
+            "no alignment, seed 2 has no finite .* step 50",
+        ),
+        (
+            lambda t: t.assign(value=t.value.where(t.step != 75, np.nan)),
+            "seed 0 has no finite Frechet distance at step 75",
+        ),
+        (
+            lambda t: t.assign(value=t.value.where(t.step != 100, np.inf)),
+            "seed 0 has no finite Frechet distance at step 100",
+        ),
+        (lambda t: t[t.step < 100], r"the curves have steps \[0, 25, 50, 75\] of 100; finish the runs first"),
+        (lambda t: t[t.step == 100], r"the curves have steps \[100\] of 100"),
+        (lambda t: t[t.metric == HELD_OUT], r"the curves have steps \[\] of 100"),
+    ],
+)
+def test_incomplete_curves_give_no_verdict(change: Any, message: str) -> None:
+    table = change(curves({BASELINE: SETTLED, PICK: SETTLED}))
+    with pytest.raises(ValueError, match=message) as error:
+        judge(table, ARMS[:2], PLAN, extractor_name="x", start_name="y")
+    assert "\n" not in str(error.value)
+
+
+BAD_ARMS = [
+    ([], "the first arm must be the one without alignment"),
+    (ARMS[1:], "the first arm must be the one without alignment"),
+    (ARMS[:1], "every arm after the first must align layers or match the steps of one that does, and one must align"),
+    ([ARMS[0], Arm(LEARNING_RATE, None, matched=ARMS[1].pair)], "and one must align; pass arms with a pair"),
+    ([replace(ARMS[0], matched=ARMS[1].pair), ARMS[1]], "the first arm must be the one without alignment"),
+    ([ARMS[0], Arm("other", None)], "every arm after the first must align layers"),
+    (
+        [ARMS[0], ARMS[1], Arm(PICK, ARMS[2].pair)],
+        r"two arms have the same name \(no alignment, pick, pick\); give every",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arms", "message"), BAD_ARMS)
+def test_arms_that_do_not_compare_are_refused(arms: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judge(curves({BASELINE: SETTLED, PICK: SETTLED}), arms, PLAN, extractor_name="x", start_name="y")
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_interval_is_students(n: int, confidence: float) -> None:
+    differences = np.random.default_rng(n).normal(0.3, 1, n)
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(confidence)
+    mean, low, high = paired_interval(differences, confidence=confidence)
+    assert mean == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(
+    ("values", "goal", "expected"),
+    [
+        ((8.0, 4.0, 2.0), 6.0, 5.0),
+        ((8.0, 4.0, 2.0), 4.0, 10.0),
+        ((8.0, 4.0, 2.0), 3.0, 15.0),
+        ((8.0, 4.0, 2.0), 9.0, 0.0),
+        ((8.0, 4.0, 2.0), 1.0, None),
+        ((8.0, 3.0, 5.0), 4.0, 8.0),  # what comes after the first time does not count
+        ((8.0, 8.0, 2.0), 8.0, 0.0),
+    ],
+)
+def test_steps_to_reach(values: Any, goal: float, expected: float | None) -> None:
+    assert steps_to_reach([0.0, 10.0, 20.0], np.array(values), goal) == expected
+
+
+# --------------------------------------------------------------------------------------------------- looks on the way
+
+EIGHT = replace(PLAN, seeds=tuple(range(8)), stop_early=True)
+
+
+def ends(differences: Any, *, base: float = 4.0) -> pd.DataFrame:
+    """Settled curves whose pick differs from no alignment by these in the end, one for each seed."""
+    rows = []
+    for seed, difference in enumerate(differences):
+        for step, value in zip(STEPS, SETTLED, strict=True):
+            level = value / 4 * base
+            rows += [
+                (BASELINE, seed, step, FRECHET, level),
+                (PICK, seed, step, FRECHET, level + difference * (step > 0)),
+            ]
+    return pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
+
+
+def judged(differences: Any, plan: ConfirmationPlan, **options: Any) -> Verdict:
+    return judge(ends(differences), ARMS[:2], plan, extractor_name="pixels", start_name="from scratch", **options)
+
+
+def test_a_clear_difference_stops_and_an_unclear_one_does_not() -> None:
+    clear, unclear = (-0.5, -0.52, -0.48), (-0.5, -0.1, -0.3)
+    assert is_clear(ends(clear), ARMS[:2], EIGHT)
+    assert not is_clear(ends(clear[:2]), ARMS[:2], EIGHT)  # two seeds are no look
+    assert not is_clear(ends(unclear), ARMS[:2], EIGHT)
+    assert not is_clear(ends((-0.5, -0.5, -0.5)), ARMS[:2], EIGHT)  # no spread to judge by
+    found = judged(clear, EIGHT)
+    assert (found.answer, found.num_seeds, found.planned_seeds) == ("helps", 3, 8)
+    told = "at levels that keep the error rate of all looks at 5%, and the difference was clear after 3 of 8."
+    assert told in found.paragraph
+    assert found.error_rate == 0.05
+
+
+def test_a_clear_loss_stops_too_although_the_verdict_is_open() -> None:
+    """More seeds do not tell whether the curves will cross; more steps do."""
+    table = ends((0.5, 0.52, 0.48))
+    table.loc[table["step"] == 75, "value"] *= 2
+    assert is_clear(table, ARMS[:2], EIGHT)
+    found = judge(table, ARMS[:2], EIGHT, extractor_name="x", start_name="y")
+    assert found.answer == "too early to tell"
+
+
+def test_the_interval_and_the_stop_agree() -> None:
+    """The interval has the level of its look, so it excludes zero where the look is beyond it, and nowhere else."""
+    rng, clear = np.random.default_rng(0), 0
+    for _ in range(16):
+        differences = rng.normal(-0.3, 0.1, 4)
+        found = judged(differences, EIGHT) if is_clear(ends(differences), ARMS[:2], EIGHT) else None
+        p = stats.ttest_1samp(differences, 0).pvalue
+        assert (found is not None) == (p <= look_levels(8)[4])
+        clear += found is not None
+        if found is not None:
+            pick = found.arms[1]
+            assert pick.low is not None and pick.high is not None
+            assert pick.low * pick.high > 0
+            expected = stats.ttest_1samp(differences, 0).confidence_interval(1 - look_levels(8)[4])
+            assert (pick.low, pick.high) == pytest.approx((expected.low, expected.high))
+    assert 0 < clear < 16
+
+
+def test_verdicts_of_simulated_confirmations_keep_the_error_rate() -> None:
+    """Over whole confirmations: seeds of no difference are judged one by one until clear or at their end."""
+    rng, found = np.random.default_rng(0), 0
+    plan = replace(PLAN, seeds=(0, 1, 2, 3), stop_early=True)
+    levels, n = look_levels(4), 4000
+    differences = rng.normal(0, 0.1, (n, 4))
+    p = np.stack([stats.ttest_1samp(differences[:, :k], 0, axis=1).pvalue for k in (3, 4)], axis=1)
+    crossing = (p <= [levels[3], levels[4]]).any(1)
+    # The rule of the module on those that cross, and on as many that do not.
+    rows = [*np.flatnonzero(crossing)[:5], *np.flatnonzero(~crossing)[:5]]
+    for row in rows:
+        stopped = is_clear(ends(differences[row, :3]), ARMS[:2], plan)
+        answer = judged(differences[row, : 3 if stopped else 4], plan).answer
+        found += answer in ("helps", "hurts")
+        assert (answer in ("helps", "hurts")) == crossing[row]
+    assert found == 5
+    assert crossing.mean() == pytest.approx(0.05, abs=0.014)
+
+
+def test_a_plan_that_stops_early_needs_a_look() -> None:
+    with pytest.raises(ValueError, match="the curves have 2 of 8 seeds; finish the runs first"):
+        judged((0.1, 0.2), EIGHT)
+
+
+def test_a_verdict_after_more_seeds_counts_the_first_one() -> None:
+    plan = replace(PLAN, seeds=tuple(range(6)))
+    differences = (-0.5, -0.52, -0.48, -0.5, -0.49, -0.51)
+    alone, again = judged(differences, plan), judged(differences, plan, looked={3: 0.05})
+    assert (alone.looks, alone.error_rate) == ({6: 0.05}, 0.05)
+    assert again.looks == {3: 0.05, 6: 0.05}
+    assert 0.08 < again.error_rate < 0.1
+    assert "looked at" not in alone.paragraph
+    assert "looked at after 3 and 6 seeds, with levels that were not planned together: where there" in again.paragraph
+    assert f"one would be found in {again.error_rate:.1%} of cases" in again.paragraph
+    # The same look again is no second one, and planned looks are none either.
+    assert judged(differences, plan, looked={6: 0.05}) == alone
+    clear = judged(differences[:4], EIGHT, looked={3: look_levels(8)[3]})
+    assert clear == judged(differences[:4], EIGHT)
+    mixed = judged(differences[:4], EIGHT, looked={3: 0.05})
+    assert (mixed.looks[3], mixed.looks[4]) == (0.05, look_levels(8)[4])
+    assert "not planned together" in mixed.paragraph
+
+
+# ---------------------------------------------------------------------------------------------------- what else is said
+
+FALL = (10, 6.5, 4.6, 3.6, 3.5)
+
+
+def every(wanted: str, arms: dict[str, Any], **options: Any) -> Verdict:
+    chosen = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, wanted=wanted.split(","))
+    chosen = tuple(replace(arm, learning_rate=2e-4) if arm.matched else arm for arm in chosen)
+    return judge(curves(arms), chosen, PLAN, extractor_name="pixels", start_name="from scratch", **options)
+
+
+def test_a_gain_that_the_learning_rate_gives_too_is_not_the_pairs() -> None:
+    wanted = "none,pick,learning-rate"
+    found = every(wanted, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: FALL})
+    assert found.answer == "helps"
+    assert "(learning rate 0.0002) is +0 (+0 to +0), so the gain may be that of its steps." in found.paragraph
+    assert (found.arms[2].learning_rate, found.arms[2].weight, found.arms[2].student) == (2e-4, 0.0, None)
+    assert found.arms[2].difference is not None
+    found = every(wanted, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: (10, 6, 5, 4.1, 4.05)})
+    assert "so longer or shorter steps are not the reason." in found.paragraph
+    assert found.judged == PICK
+
+
+def test_random_pairs_stand_beside_the_pick_in_their_mean() -> None:
+    drawn = {f"{RANDOM} 1": (10, 6, 5, 4, 3.9), f"{RANDOM} 2": (10, 6, 5, 4, 3.7)}
+    found = every("none,pick,random:2", {BASELINE: SETTLED, PICK: FALL, **drawn})
+    assert "Its difference to the mean of 2 random pairs is -0.3 (" in found.paragraph
+    assert "Of the 4 arms, that arm ended lowest (3.5)." in found.paragraph
+    alone = every("none,random", {BASELINE: SETTLED, f"{RANDOM} 1": FALL})
+    assert alone.judged == "random pair 1"
+    assert "No pick was among the arms, so this is the random pair 1." in alone.paragraph
+
+
+def test_the_first_ranked_pair_is_judged_where_the_selection_advised_against_all() -> None:
+    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, wanted=["none", "pick"], advised=False)
+    table = curves({BASELINE: SETTLED, FIRST: (10, 7, 6, 5.1, 5.0)})
+    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
+    assert found.answer == "hurts"
+    assert "The selection advises against every pair; this is the one that it ranks first." in found.paragraph
+
+
+def test_no_difference_says_what_could_have_been_found() -> None:
+    found = verdict(SETTLED, (10, 6.5, 5.1, 4.1, 4.0))
+    assert found.resolution is not None and found.resolution.spread is not None
+    spread = np.std(JITTER, ddof=1) / np.mean([4 * (1 + move) for move in NOISE])
+    assert found.resolution.spread.share == pytest.approx(spread, rel=1e-9)
+    assert found.resolution.share == pytest.approx(3.264 * spread, rel=1e-3)
+    assert "With the spread that these seeds show, 3 seeds find a difference of 0.057 (1%) with" in found.paragraph
+    assert json.loads(found.to_json())["resolution"]["difference"] == found.resolution.share
+    assert "With the spread" not in verdict(SETTLED, FALL).paragraph
+
+
+def test_the_criterion_that_foretold_the_arms_is_named() -> None:
+    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
+    table = curves({BASELINE: SETTLED, PICK: FALL, HEURISTIC: (10, 6, 5, 4, 3.8), CONTROL: (10, 6, 5, 4.3, 4.2)})
+    rows = [(*pair(arm), "CKA", np.nan, value, False) for arm, value in zip(arms[1:], (0.2, 0.5, 0.9), strict=True)]
+    columns = ["student", "teacher", "criterion", "noise_level", "value", "needs_labels"]
+    evidence = pd.DataFrame(rows, columns=columns)
+    found = judge(table, arms, PLAN, extractor_name="x", start_name="y", evidence=evidence)
+    assert found.order is not None
+    assert (found.order.criteria[0].name, found.order.criteria[0].rank_correlation) == ("CKA", pytest.approx(-1))
+    assert found.paragraph.endswith(found.order.sentence())
+    assert json.loads(found.to_json())["order"]["criteria"][0]["name"] == "CKA"
+    assert judge(table, arms, PLAN, extractor_name="x", start_name="y", evidence=evidence[:0]).order is None
+
+
+def pair(arm: Arm) -> tuple[str, str]:
+    assert arm.pair is not None
+    return arm.pair.student, arm.pair.teacher

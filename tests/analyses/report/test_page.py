@@ -1,0 +1,279 @@
+"""The page of a run: what it says, that it asks the network for nothing, and that no file smuggles anything into it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from figure_tables import BLOCKS, confirmation_table, quality_table, similarity_table
+
+from layerprobe.analyses.figures import image_grid, style
+from layerprobe.analyses.report.page import write_report
+from layerprobe.analyses.selection.ranking import select
+from layerprobe.analyses.tables.csv_files import write_table
+
+LEVELS = (0.1, 0.3)
+EVIL = "<script>alert(1)</script>"
+SECTIONS = ["curves", "heatmap", "similarity", "pairs", "confirmation", "samples", "numbers", "run", "reading"]
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page as a browser sees them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.elements, self.text, self.scripts, self._open = html, [], "", [], ""
+        self.feed(html)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "script":
+            self.scripts[-1] += data
+        elif self._open != "style":
+            self.text += data
+
+    def attributes(self, *names: str) -> list[str]:
+        return [str(value) for _, attrs in self.elements for name, value in attrs.items() if name in names]
+
+
+def verdict(**changes: Any) -> dict[str, Any]:
+    arm = {"weight": 0.3, "final": [1.2, 1.25, 1.3], "steps_to_baseline": [1500.0, 1600.0, None]}
+    arms = [
+        arm | {"name": "no alignment", "student": None, "teacher": None, "difference": None, "low": None, "high": None},
+        arm
+        | {"name": "pick", "student": "blocks.1", "teacher": "blocks.4", "difference": -0.3, "low": -0.4, "high": -0.2},
+    ]
+    record = {
+        "metric": "Frechet distance",
+        "extractor": "a small classifier",
+        "lower_is_better": True,
+        "steps": 2000,
+        "num_seeds": 3,
+        "answer": "helps",
+        "paragraph": "Aligning blocks.1 to blocks.4 pays.",
+        "arms": arms,
+        "curves_csv": "confirmation.csv",
+    }
+    return record | changes
+
+
+def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, label_free: bool = False) -> Path:
+    """A run folder before its confirmation."""
+    similarity = similarity_table(layers, LEVELS)
+    (folder / "features" / "model").mkdir(parents=True)
+    write_table(quality, folder / "quality.csv")
+    write_table(similarity, folder / "similarity.csv")
+    (folder / "selection.json").write_text(select(quality, similarity, layers, label_free=label_free).to_json())
+    manifest = {"model": "SiT 8 x 64", "model_hash": "abc123", "data": {"fit": "f00d"}, "plan": {"layers": layers}}
+    (folder / "features" / "model" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "plan.json").write_text(
+        json.dumps({"checkpoint": "weights.pt", "noise_levels": LEVELS, "data_options": {}})
+    )
+    (folder / "environment.json").write_text(
+        json.dumps({"command": "layerprobe probe weights.pt", "packages": {"torch": "2.13.0"}})
+    )
+    return folder
+
+
+def confirm_run(folder: Path) -> None:
+    write_table(confirmation_table(), folder / "confirmation.csv")
+    (folder / "verdict.json").write_text(json.dumps(verdict()))
+
+
+def probed(num_layers: int = 8) -> pd.DataFrame:
+    return quality_table(BLOCKS[:num_layers], LEVELS, metrics=["probe accuracy"])
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "first run", quality_table(levels=LEVELS), BLOCKS)
+    confirm_run(folder)
+    style.save(image_grid.sample_grid(np.zeros((2, 1, 4, 4)), ["0", "1"]), folder / "figures", "samples")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_page(full_run: Path) -> Page:
+    return Page((full_run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_sections_stand_in_order(full_page: Page) -> None:
+    assert [attrs["id"] for tag, attrs in full_page.elements if tag == "section"] == SECTIONS
+    links = [attrs["href"] for tag, attrs in full_page.elements if tag == "a"]
+    assert links == [f"#{name}" for name in SECTIONS]
+    assert "not run" not in full_page.text.lower()
+
+
+def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path) -> None:
+    chosen = json.loads((full_run / "selection.json").read_text())
+    opening = full_page.text[: full_page.text.index("What each layer knows")]
+    assert "Verdict: helps" in opening
+    assert f"{chosen['pick']['student']} should learn from {chosen['pick']['teacher']}. {chosen['reason']}" in opening
+    assert opening.rstrip().endswith("Aligning blocks.1 to blocks.4 pays.")
+
+
+def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
+    chosen = json.loads((full_run / "selection.json").read_text())
+    assert " ".join(chosen["ranked"][0]["reasons"]) in full_page.text
+    assert "; ".join(chosen["rejected"][0]["reasons"]) in full_page.text
+    for fact in (
+        "abc123",
+        "f00d",
+        "weights.pt",
+        "layerprobe probe weights.pt",
+        "2.13.0",
+        "-0.4 to -0.2",
+        "1,500, 1,600, never",
+    ):
+        assert fact in full_page.text
+    # Two metrics with curves and heatmap, one similarity, two confirmation metrics; drawn samples as a picture.
+    assert sum(tag == "svg" for tag, _ in full_page.elements) == 7
+    pictures = [attrs["src"] for tag, attrs in full_page.elements if tag == "img"]
+    assert (
+        base64.b64decode(pictures[0].removeprefix("data:image/png;base64,"))
+        == (full_run / "figures" / "samples.png").read_bytes()
+    )
+    rows = len(pd.read_csv(full_run / "quality.csv"))
+    table = full_page.html[full_page.html.index('<table id="quality"') :]
+    assert table[: table.index("</table>")].count("<tr>") == rows + 1
+
+
+def test_page_asks_the_network_for_nothing(full_page: Page) -> None:
+    for target in full_page.attributes("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+        assert target.startswith(("#", "data:image/png;base64,"))
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in full_page.elements}
+    assert "http:" not in full_page.html
+    assert "https:" not in full_page.html
+    assert "@import" not in full_page.html
+    assert re.findall(r"url\((?!#)", full_page.html) == []
+
+
+def test_policy_allows_no_script_but_the_own(full_page: Page) -> None:
+    policy = next(
+        attrs["content"] for tag, attrs in full_page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert len(full_page.scripts) == 1
+    own = base64.b64encode(hashlib.sha256(full_page.scripts[0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'"
+
+
+def test_ids_are_unique_and_references_lead_somewhere(full_page: Page) -> None:
+    ids = full_page.attributes("id")
+    assert len(ids) == len(set(ids))
+    references = re.findall(r"url\(#([^)]+)\)", full_page.html)
+    references += [href[1:] for href in full_page.attributes("href") if href.startswith("#")]
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_figures_take_the_colours_of_the_page(full_page: Page) -> None:
+    assert "var(--ink)" in full_page.html
+    assert style.PAPER not in full_page.html.split("</style>")[1]
+
+
+def test_quality_alone_makes_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    write_table(probed(3), folder / "quality.csv")
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert write_report(str(folder)) == folder / "report.html"
+    assert (folder / "report.html").read_text(encoding="utf-8") == html
+    page = Page(html)
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == SECTIONS
+    assert f"Not run: layerprobe select '{folder}'" in page.text
+    assert f"Not run: layerprobe confirm '{folder}'" in page.text
+    assert "Not run: layerprobe sample CHECKPOINT --out" in page.text
+    assert "The run folder has no similarity.csv" in page.text
+    assert "The run folder has no plan.json" in page.text
+    assert "No layer pair has been picked yet." in page.text
+
+
+def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", probed(6), BLOCKS[:6])
+    table = confirmation_table()
+    write_table(table[table["metric"] == "held-out loss"], folder / "confirmation.csv")
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert f"Not finished: layerprobe confirm {folder}" in page.text
+    assert "Pick: held-out loss" in page.text
+    assert "Not confirmed yet" in page.text
+    assert "A pick is a hypothesis" in page.text
+
+
+def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
+    layers = BLOCKS[:2]
+    folder = make_run(
+        tmp_path / "run", quality_table(layers, LEVELS, metrics=["effective rank"]), layers, label_free=True
+    )
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "The data has no labels" in page.text
+    assert "No admissible pair." in page.text[: page.text.index("What each layer knows")]
+
+
+def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
+    layers = [f'{EVIL}"onload="alert(2).{i}' for i in range(4)]
+    table = quality_table(layers, LEVELS, metrics=["probe accuracy"])
+    table["note"] = EVIL
+    folder = make_run(tmp_path / "run <img src=x onerror=alert(3)> & 'co'", table, layers)
+    arms = [verdict()["arms"][1] | {"name": f"arm {EVIL}", "student": EVIL}]
+    (folder / "verdict.json").write_text(
+        json.dumps(verdict(paragraph=EVIL, extractor=EVIL, answer=EVIL, metric=EVIL, arms=arms))
+    )
+    confirmation = confirmation_table()
+    confirmation["metric"] = EVIL
+    write_table(confirmation.replace("pick", f"arm {EVIL}"), folder / "confirmation.csv")
+    (folder / "plan.json").write_text(json.dumps({EVIL: {EVIL: [EVIL, {EVIL: EVIL}]}}))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert len(page.scripts) == 1
+    assert "alert" not in page.scripts[0]
+    assert [tag for tag, _ in page.elements if tag == "img"] == []
+    assert [name for _, attrs in page.elements for name in attrs if name.startswith("on")] == []
+    assert page.text.count(EVIL) > 40  # it is shown, as text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "selection.json",
+            "{",
+            "selection.json cannot be read: this is not a selection .*; delete it or run the command",
+        ),
+        ("selection.json", '{"ranked": []}', "selection.json cannot be read: this is not a selection"),
+        ("verdict.json", "{'a': 1}", "verdict.json cannot be read: Expecting property name .*; delete it or run"),
+        ("plan.json", "[1]", "plan.json cannot be read: it holds list, not an object"),
+        ("similarity.csv", "layer_a,cka\nx,1\n", "similarity.csv cannot be read: .* has no column noise_level_a"),
+        ("quality.csv", "a,b\n1,2\n", "quality.csv cannot be read: .* has no column source"),
+        ("confirmation.csv", "", "confirmation.csv cannot be read: No columns to parse from file"),
+        ("confirmation.csv", "arm,step\npick,1\n", "confirmation.csv cannot be read: it has no column 'seed'"),
+    ],
+)
+def test_damaged_files_are_named_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    write_table(probed(3), tmp_path / "quality.csv")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_folder_without_quality_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no quality.csv; run `layerprobe probe` first"):
+        write_report(tmp_path)

@@ -1,0 +1,95 @@
+"""A network that layerprobe has never seen takes the same path: a convolutional DDPM and its published checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddpm_unet import DDPMUNet
+from places import HELPERS
+
+from layerprobe.backbones.base import Backbone, alignable_layers, layer_shapes, wrap
+from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.data.samples import Splits, Subset, TensorSamples
+from layerprobe.data.sources import load
+from layerprobe.extraction.extract import extract
+from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.noise.keyed import NoiseKey
+
+NETWORK = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
+CONVENTION = {"schedule": "ddpm-linear", "prediction": "eps", "shape": (1, 28, 28)}
+# Mean squared error of the noise on test images by time, from the checkpoints' README.
+EPS_MSE = {10: 0.157, 100: 0.068, 300: 0.033, 500: 0.017, 800: 0.003}
+
+
+def own(checkpoint: Path) -> Backbone:
+    return open_checkpoint(checkpoint, model=NETWORK, layers=["b*"], **CONVENTION)
+
+
+def test_published_error_is_reached(shared_data: Path, shared_checkpoints: Path) -> None:
+    backbone = own(shared_checkpoints / "ddpm_mnist.pt")
+    batch = load(shared_data / "mnist", num_report=128).report.batch(range(128))
+    eps = NoiseKey(0).normal(batch.ids, backbone.shape)
+    for time, published in EPS_MSE.items():
+        level = backbone.schedule.noise_level(torch.full((128,), time))
+        with torch.inference_mode():
+            predicted = backbone.predict(backbone.schedule.corrupt(batch.x, eps, level), level)
+        # 128 images instead of all: a few per cent.
+        assert float(((predicted - eps) ** 2).mean()) == pytest.approx(published, rel=0.12)
+
+
+def test_layers_are_read_in_the_order_in_which_they_run() -> None:
+    backbone = wrap(DDPMUNet(), layers="b*", **CONVENTION)
+    assert layer_shapes(backbone) == {
+        "b1": (784, 10),
+        "b2": (196, 20),
+        "b3": (49, 40),
+        "b_mid": (9, 40),
+        "b4": (49, 20),
+        "b5": (196, 10),
+        "b_out": (784, 10),
+    }
+
+
+def test_features_of_a_wrapped_module(tmp_path: Path) -> None:
+    backbone = wrap(DDPMUNet(), layers=["b_mid", "b2"], **CONVENTION)
+    samples = TensorSamples(torch.rand(9, 1, 28, 28) * 2 - 1)
+    splits = Splits(*(Subset(samples, range(i, i + 3), name=str(i)) for i in (0, 3, 6)))
+    store = extract(backbone, splits, ExtractionPlan(backbone.layers, (0.2, 0.8), pool_cells=2), tmp_path / "store")
+    assert store.layers == ("b2", "b_mid")
+    assert store["b_mid", 0.8].shape == (9, 4 * 40)
+
+
+def test_inspect_from_the_shell(shared_checkpoints: Path) -> None:
+    options = ["--model", NETWORK, "--layers", "b*", "--schedule", "ddpm-linear", "--prediction", "eps"]
+    command = [sys.executable, "-c", "from layerprobe.cli.main import main; main()", "inspect"]
+    arguments = [*command, str(shared_checkpoints / "ddpm_mnist.pt"), *options, "--json"]
+    done = subprocess.run([*arguments, "--shape", "1,28,28"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["parameters"] == 606_852
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "layerprobe: DDPMUNet is not a known family; pass --shape\n"
+
+
+def test_only_layers_of_one_shape_are_put_on_trial() -> None:
+    """Refused, or left out, before any arm is trained."""
+
+    def backbone(*widths: int) -> Backbone:
+        pairs = zip((1, *widths), widths, strict=False)
+        network = torch.nn.Sequential(*(torch.nn.Conv1d(a, b, 1) for a, b in pairs), torch.nn.Conv1d(widths[-1], 1, 1))
+        return wrap(
+            network,
+            layers=[str(i) for i in range(len(widths))],
+            schedule="flow",
+            prediction="velocity",
+            shape=(1, 4),
+            forward=lambda module, x, time, condition: module(x),
+        )
+
+    assert alignable_layers(backbone(16, 32, 32, 16, 32)) == ("1", "2", "4")
+    with pytest.raises(ValueError, match=r"^no two layers of Sequential have tokens of one shape; pass other --layers"):
+        alignable_layers(backbone(8, 16, 32))

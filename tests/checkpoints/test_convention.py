@@ -1,0 +1,203 @@
+"""The convention check finds what a network was trained under, and refuses everything else."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from places import HELPERS
+from torch import Tensor, nn
+
+from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.data.digits import digits
+from layerprobe.data.samples import Samples, TensorSamples
+from layerprobe.data.sources import load
+from layerprobe.noise.predictions import Prediction, target
+from layerprobe.noise.schedules import schedule_from_name
+
+CONVENTIONS: tuple[tuple[str, Prediction], ...] = (
+    ("sit", "velocity"),
+    ("flow", "velocity"),
+    ("flow-1000", "velocity"),
+    ("ddpm-linear", "eps"),
+    ("ddpm-cosine", "eps"),
+    ("ddpm-scaled_linear", "v"),
+    ("ddpm-cosine", "x0"),
+    ("edm", "x0"),
+)
+
+
+class Denoiser(nn.Module):
+    """The least network that can learn: pixels and sinusoids of the time into an MLP, and the input times a gain."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(64 + 64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 64)
+        )
+        self.gain = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * torch.exp(torch.linspace(math.log(100), math.log(1e-3), 32))
+        time = torch.cat([angles.sin(), angles.cos()], 1)
+        out: Tensor = self.layers(torch.cat([x.flatten(1) / (1 + x.flatten(1).std(1, keepdim=True)), time], 1))
+        return out.view_as(x) + self.gain(time).view(-1, 1, 1, 1) * x
+
+
+@functools.cache
+def trained(schedule_name: str, prediction: Prediction, steps: int = 700) -> Backbone:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = wrap(
+            Denoiser(),
+            layers="layers.2",
+            schedule=schedule_name,
+            prediction=prediction,
+            shape=(1, 8, 8),
+            name="denoiser",
+        )
+    x, schedule = data().batch(range(len(data()))).x, backbone.schedule
+    optimizer = torch.optim.Adam(backbone.module.parameters(), 2e-3)
+    for _ in range(steps):
+        batch = x[torch.randint(len(x), (128,), generator=generator)]
+        eps = torch.randn(batch.shape, generator=generator)
+        log_snr = 12 * torch.rand(128, generator=generator, dtype=torch.float64) - 6
+        level = schedule.level_of_log_snr(log_snr).clamp(*schedule.level_range)
+        wanted = target(prediction, schedule, x=batch, eps=eps, level=level)
+        output = backbone.predict(schedule.corrupt(batch, eps, level), level.float())
+        optimizer.zero_grad()
+        (output - wanted).square().mean().backward()
+        optimizer.step()
+    return backbone
+
+
+@functools.cache
+def data() -> Samples:
+    return digits().fit
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), CONVENTIONS)
+def test_the_convention_of_training_is_found_and_every_other_refused(schedule: str, prediction: Prediction) -> None:
+    backbone = trained(schedule, prediction)
+    found = check_convention(backbone, data())
+    assert found.verdict == "fits"
+    assert (found.fits[0].schedule, found.fits[0].prediction) == (schedule, prediction)
+    assert found.message.startswith(f"the weights fit --schedule {schedule} --prediction {prediction}: the error of")
+    for wrong, wrong_prediction in CONVENTIONS:
+        if (wrong, wrong_prediction) != (schedule, prediction):
+            declared = replace(backbone, schedule=schedule_from_name(wrong), prediction=wrong_prediction)
+            refused = check_convention(declared, data())
+            assert refused.verdict == "misfit", (wrong, wrong_prediction)
+            assert f"under --schedule {schedule} --prediction {prediction} 0." in refused.message
+
+
+@pytest.mark.parametrize("path", ["sit-gvp", "sit-vp"])
+def test_sits_curved_paths_are_found_where_the_linear_one_is_declared(path: str) -> None:
+    backbone = trained(path, "velocity")
+    assert check_convention(backbone, data()).verdict == "fits"
+    refused = check_convention(replace(backbone, schedule=schedule_from_name("sit")), data())
+    assert refused.verdict == "misfit"
+    assert f"under --schedule {path} --prediction velocity 0." in refused.message
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_checkpoints_that_nobody_here_trained(name: str, shared_data: Path, shared_checkpoints: Path) -> None:
+    samples = load(shared_data / "mnist", num_fit=100, num_choose=20, num_report=20).fit
+    says = {"layers": "b*", "shape": (1, 28, 28)}
+    model = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
+    path = shared_checkpoints / f"ddpm_{name}.pt"
+    conventions: tuple[tuple[str, Prediction], ...] = (
+        ("ddpm-linear", "eps"),
+        ("ddpm-scaled_linear", "eps"),
+        ("flow", "eps"),
+    )
+    for schedule, prediction in conventions:
+        backbone = open_checkpoint(path, model=model, schedule=schedule, prediction=prediction, **says)
+        found = check_convention(backbone, samples, num_samples=32)
+        right = (schedule, prediction) == ("ddpm-linear", "eps")
+        assert found.verdict == ("fits" if right else "misfit"), (schedule, prediction)
+        assert (found.fits[0].schedule, found.fits[0].prediction) == ("ddpm-linear", "eps")
+
+
+def test_the_embedded_checkpoint_fits_and_its_labels_help() -> None:
+    found = check_convention(open_checkpoint("digits"), data())
+    assert found.verdict == "fits"
+    assert found.notes == ()
+    assert found.condition["true labels"] < found.condition["null"] < found.condition["wrong labels"]
+
+
+def test_labels_that_are_numbered_otherwise_are_noticed() -> None:
+    x = data().batch(range(64))
+    assert x.labels is not None
+    renumbered = TensorSamples(x.x, (x.labels + 3) % 10)
+    found = check_convention(open_checkpoint("digits"), renumbered)
+    assert found.verdict == "fits"  # the null label does not care
+    assert "the classes may be numbered differently" in found.notes[0]
+
+
+@pytest.mark.parametrize("factor", [1 / 0.18215, 0.18215, 0.5])
+def test_a_forgotten_scale_is_named(factor: float) -> None:
+    scaled = TensorSamples(data().batch(range(64)).x * factor)
+    found = check_convention(open_checkpoint("digits"), scaled)
+    assert found.verdict == "misfit"
+    assert f"on data times {1 / factor:.5g}" in found.message
+
+
+def test_a_network_without_training_is_unclear() -> None:
+    backbone = wrap(Denoiser(), layers="layers.2", schedule="flow", prediction="velocity", shape=(1, 8, 8))
+    found = check_convention(backbone, data())
+    assert found.verdict == "unclear"
+    assert found.message.startswith("no known convention makes this network a denoiser of this data")
+    assert len(found.fits) >= 19 + len(SCALES)
+
+
+def test_a_network_of_other_data_is_unclear() -> None:
+    noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).sign()
+    assert check_convention(open_checkpoint("digits"), TensorSamples(noise)).verdict == "unclear"
+
+
+def test_networks_that_cannot_be_asked_otherwise_are_asked_as_declared() -> None:
+    class Table(Denoiser):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, nn.functional.embedding(t, torch.arange(1000.0)[:, None])[:, 0])
+
+    learned = trained("ddpm-linear", "eps")
+    table = Table()
+    table.load_state_dict(learned.module.state_dict())
+    found = check_convention(replace(learned, module=table), data())
+    assert found.verdict == "fits"
+    assert {fit.schedule for fit in found.fits} == {"ddpm-linear", "ddpm-scaled_linear", "ddpm-cosine"}
+
+
+def test_the_linear_denoiser_is_the_best_one() -> None:
+    """For white data of variance 4 and noise of variance 1 the error is 4 / 5, and no factor on x_t does better."""
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(2000, 2, 4, 4, generator=generator) + 10
+    error = float(_wiener_error(_power(x), torch.tensor(1.0)))
+    assert error == pytest.approx(0.8, rel=0.01)
+    noisy = x + torch.randn(x.shape, generator=generator)
+    tried = [float(((a * (noisy - 10) + 10 - x) ** 2).mean()) for a in np.linspace(0.5, 1, 26)]
+    assert min(tried) == pytest.approx(error, rel=0.01)
+
+
+def test_the_network_is_left_as_it_was_and_the_answer_repeats() -> None:
+    backbone = open_checkpoint("digits")
+    backbone.module.train()
+    first, second = (check_convention(backbone, data()) for _ in range(2))
+    assert backbone.module.training
+    assert first.to_dict() == second.to_dict()
+    assert first.to_dict()["log_snr"] == list(LOG_SNRS)
+
+
+def test_too_few_samples() -> None:
+    few = TensorSamples(torch.zeros(7, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"^the convention check needs 8 samples or more, got 7; pass more data$"):
+        check_convention(open_checkpoint("digits"), few)

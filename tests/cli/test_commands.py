@@ -1,0 +1,461 @@
+"""The command line as a shell would use it, in this process where that changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerprobe.checkpoints.opening import embedded_checkpoint
+from layerprobe.cli.main import run
+
+TRAIN = shlex.split(
+    "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
+)
+COUNTS = shlex.split("--num-fit 200 --num-choose 100 --num-report 100 --noise-levels 0.2,0.6")
+
+
+@pytest.fixture
+def refused(cli):
+    """Runs a command that must be refused: exit code 2, one line on standard error, nothing on standard output."""
+
+    def call(*arguments: object, code: int = 2) -> str:
+        exit_code, out, err = cli(*arguments)
+        lines = [line for line in err.splitlines() if not line.startswith(("reading", "measuring", "training"))]
+        assert (exit_code, out) == (code, ""), err
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: a tiny SiT, trained, probed."""
+    folder = tmp_path_factory.mktemp("cli")
+    argv = sys.argv
+    try:
+        sys.argv = ["layerprobe", *TRAIN, "--out", str(folder / "training")]
+        assert run() == 0
+        checkpoint = str(folder / "training" / "model.safetensors")
+        sys.argv = ["layerprobe", "probe", checkpoint, "--data", "digits", "--out", str(folder / "run"), *COUNTS]
+        assert run() == 0
+    finally:
+        sys.argv = argv
+    return folder
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    began = time.perf_counter()
+    code = "import sys; sys.argv = ['layerprobe', '--help']\nfrom layerprobe.cli.main import run\nrun()\n"
+    code += "assert not {'torch', 'pandas', 'sklearn', 'matplotlib', 'datasets', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quickstart" in done.stdout
+    assert time.perf_counter() - began < 10  # 0.3 s on an idle machine; the imports above are what makes it slow
+
+
+def test_run_folder_is_whole(trained: Path) -> None:
+    run_folder = trained / "run"
+    expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]
+    expected += ["selection.json"]
+    expected = ["contribution.csv", "convention.json", *expected, "similarity.csv"]
+    assert sorted(p.name for p in run_folder.iterdir()) == expected
+    figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
+    assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
+    assert {"probe-accuracy-curves", "probe-accuracy-heatmap", "cka"} <= figures
+    quality = pd.read_csv(run_folder / "quality.csv")
+    assert set(quality["source"]) == {"model", "random weights", "raw input"}
+    assert set(quality["noise_level"]) == {0.2, 0.6}
+
+
+def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
+    table = trained / "run" / "quality.csv"
+    shard = trained / "run" / "features" / "model" / "shard-00000.safetensors"
+    before = table.stat().st_mtime_ns, shard.stat().st_mtime_ns
+    checkpoint = trained / "training" / "model.safetensors"
+    code, out, _ = cli("probe", checkpoint, "--data", "digits", "--out", trained / "run", *COUNTS, "--json")
+    assert code == 0
+    assert "pick" in json.loads(out)
+    assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+
+
+def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path, tmp_path: Path, cli, refused) -> None:
+    """The embedded weights as an official file, which cannot say what its time means."""
+    official = tmp_path / "official.safetensors"
+    save_file(load_file(embedded_checkpoint()), official)
+    wrong = ["probe", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--out", tmp_path / "run"]
+    line = refused(*wrong, *COUNTS)
+    assert "the weights do not fit --schedule ddpm-linear --prediction eps" in line
+    assert "under --schedule sit --prediction velocity 0.5" in line
+    assert not (tmp_path / "run").exists()
+
+    code, out, _ = cli("inspect", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--json")
+    assert (code, json.loads(out)["convention"]["verdict"]) == (0, "misfit")
+    code, out, _ = cli("inspect", official, "--family", "sit", "--num-heads", 4, "--data", "digits")
+    assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
+
+    code, out, _ = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
+    assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
+    assert json.loads((tmp_path / "run" / "convention.json").read_text())["verdict"] == "misfit"
+
+
+def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
+    code, out, _ = cli("select", trained / "run", "--label-free", "--json")
+    assert code == 0
+    assert json.loads(out)["label_free"] is True
+    code, out, _ = cli("select", trained / "run", "--min-distance", "3")
+    assert code == 0
+    assert "pick" in out
+    assert ("trust    A pick is a hypothesis" in out) == ("pick     none" not in out)
+    code, out, _ = cli("select", trained / "run", "--max-cka", "-1")
+    assert (code, "pick     none" in out, "above -1" in out) == (0, True, True)
+    for command in ("plot", "report"):
+        code, out, _ = cli(command, trained / "run")
+        assert code == 0
+        assert all(Path(line).is_file() for line in out.splitlines())
+    checkpoint = trained / "training" / "model.safetensors"
+    code, out, _ = cli("sample", checkpoint, "--out", tmp_path / "s", "--num", 4, "--steps", 2)
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["samples.npy", "samples.png", "samples.svg"]
+
+
+def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
+    short = shlex.split("--steps 4 --num-seeds 2 --num-evaluations 2 --num-samples 20")
+    arguments = ["confirm", trained / "run", *short]
+    code, out, _ = cli(*arguments, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["seeds"] == [0, 1]
+    assert not (trained / "run" / "confirmation").exists()
+    code, out, _ = cli(*arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["answer"] in ("helps", "hurts", "no difference found", "too early to tell")
+    verdict = json.loads((trained / "run" / "verdict.json").read_text())
+    assert verdict["arms"][0]["name"] == "no alignment"
+    assert (trained / "run" / "figures" / "confirmation.png").is_file()
+    assert verdict["paragraph"] in (trained / "run" / "report.html").read_text()
+
+
+def test_training_with_the_pick_of_a_run(trained: Path, tmp_path: Path, cli) -> None:
+    code, out, _ = cli(*TRAIN, "--out", tmp_path / "t", "--pair", "1:3", "--json")
+    assert code == 0
+    assert json.loads(out)["pairs"] == ["blocks.1 <- blocks.3"]
+    aligned, plain = (load_file(p / "model.safetensors") for p in (tmp_path / "t", trained / "training"))
+    assert any(not torch.equal(aligned[name], plain[name]) for name in plain)
+
+
+def test_inspect_and_doctor(cli) -> None:
+    code, out, _ = cli("inspect", "digits", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert len(record["layers"]) >= 8
+    assert record["layers"]["blocks.0"] == [16, 64]
+    code, out, _ = cli("doctor", "--json")
+    assert code == 0
+    assert "torch" in json.loads(out)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
+    code, out, _ = cli("probe", "digits", "--data", "digits", "--out", tmp_path / "r", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["samples"] == {"fit": 1000, "choose": 397, "report": 400}
+    assert cli(*TRAIN, "--out", tmp_path / "t", "--dry-run")[0] == 0
+    assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('data = "digits"\nout = "unused"\nsteps = 5\nwidth = 16\nheads = 2\n')
+    assert json.loads(cli("train", "--config", file, "--dry-run", "--json")[1])["steps"] == 5
+    monkeypatch.setenv("LAYERPROBE_TRAIN_STEPS", "6")
+    assert json.loads(cli("train", "--config", file, "--dry-run", "--json")[1])["steps"] == 6
+    assert json.loads(cli("train", "--config", file, "--steps", 7, "--dry-run", "--json")[1])["steps"] == 7
+    (tmp_path / "bad.yaml").write_text("stepz: 5\n")
+    assert "the key 'stepz', which train does not know" in refused("train", "--config", tmp_path / "bad.yaml")
+
+
+# Every option of `train` beside those that say where and how long, none at its default.
+TRAINING = """
+patch-size = 4
+width = 48
+depth = 7
+heads = 3
+path = "vp"
+prediction = "v"
+pair = ["1:4:0.5", "blocks.2:blocks.6"]
+weight = 0.1
+sync-warmup-steps = 3
+sync-decay = "cosine"
+sync-stop-step = 90
+sync_noise_range = "0.2,0.8"
+sync-centred = true
+sync-projector-width = 8
+sync-teacher-decay = 0.9
+sync-noise-gap = 0.1
+label-drop = 0.2
+time-sampling = "logit-normal"
+time-mean = -0.5
+time-std = 1.5
+loss-weighting = "min-snr"
+snr-gamma = 4
+batch-size = 16
+accumulate = 2
+learning-rate = 2e-4
+warmup-steps = 5
+weight-decay = 0.01
+clip-norm = 1
+ema-decay = 0.99
+more-ema-decays = "0.9,0.5"
+precision = "bfloat16"
+compile = true
+checkpoint-every = 7
+keep-last = 3
+log-every = 4
+tracker = ["tensorboard"]
+fsdp = true
+seed = 3
+"""
+
+
+def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from layerprobe.analyses.runs import train as training_runs
+    from layerprobe.cli.main import app
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        training_runs, "train_run", lambda backbone, splits, plan, folder, **rest: given.update(rest, plan=plan)
+    )
+    monkeypatch.setattr("layerprobe.training.trackers.require", lambda names: None)
+    (tmp_path / "train.toml").write_text(TRAINING)
+    told = ["train", "--config", tmp_path / "train.toml", "--data", "digits", "--out", tmp_path / "t", "--steps", 100]
+    code, out, err = cli(*told, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert (record["tokens"], record["path"], record["prediction"]) == ("4 of width 48", "sit-vp", "v")
+    assert record["weights"] == [0.05, 0.1]
+    assert (given["trackers"], given["fsdp"]) == (["tensorboard"], True)
+    plan = dataclasses.asdict(given["plan"])
+    default = dataclasses.asdict(type(given["plan"])(steps=0))
+    same = [name for name in default if plan[name] == default[name]]
+    same += [name for name in default["sync"] if plan["sync"][name] == default["sync"][name]]
+    assert same == []
+    assert plan["sync"]["noise_range"] == (0.2, 0.8)
+    assert plan["more_ema_decays"] == (0.9, 0.5)
+
+    command = typer.main.get_command(app).commands["train"]
+    known = {flag.lstrip("-").replace("-", "_") for option in command.params for flag in option.opts}
+    tested = {line.split(" = ")[0].replace("-", "_") for line in TRAINING.strip().splitlines()}
+    elsewhere = {"data", "out", "steps", "from", "preset", "selection", "sync"}
+    elsewhere |= {"sync_begin", "sync_every", "device", "dry_run", "json", "config"}
+    reading = {flag.lstrip("-").replace("-", "_") for flag in _flags_of_reading(command)}
+    assert known == tested | elsewhere | reading
+
+
+def _flags_of_reading(command) -> set[str]:
+    from layerprobe.cli.options import READING
+
+    return {flag for option in command.params if option.name in READING for flag in option.opts}
+
+
+def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
+    def train(options: str, **code: int) -> str:
+        line = refused(*TRAIN, "--out", tmp_path / "t", *options.split(), **code)
+        assert not (tmp_path / "t").exists()
+        return line
+
+    assert "--pair, --selection and --sync each say what is aligned" in train("--pair 1:3 --sync auto")
+    assert "unknown --sync 'always'" in train("--sync always")
+    assert "--sync-every is about --sync auto" in train("--pair 1:3 --sync-every 5")
+    assert "the first pick at step 1000 is not before the end at step 12" in train("--sync auto")
+    assert "--pair 1:3:half does not end in a number" in train("--pair 1:3:half")
+    assert "is not student:teacher" in train("--pair 1:2:3:4")
+    assert "blocks.9" in train("--pair 1:9")
+    assert "a linear decay ends at the stop step" in train("--pair 1:3 --sync-decay linear")
+    assert "two rising levels in [0, 1], got (0.5,)" in train("--pair 1:3 --sync-noise-range 0.5")
+    assert "--sync-noise-range x is not a list of numbers" in train("--pair 1:3 --sync-noise-range x")
+    assert "noise_gap in [0, 1]" in train("--pair 1:3 --sync-noise-gap 2")
+    assert "unknown time_sampling 'beta'" in train("--time-sampling beta")
+    assert "unknown loss_weighting 'sigma'" in train("--loss-weighting sigma")
+    assert "cannot be cut into 5 equal parts" in train("--accumulate 5")
+    assert "different decays in [0, 1), got 0.9999, 1.5" in train("--more-ema-decays 1.5")
+    assert "unknown path 'cosine'; use linear, gvp, vp" in train("--path cosine")
+    assert "unknown prediction 'noise'" in train("--prediction noise")
+    assert "leave out --path and --prediction with --from" in train("--from digits --path vp")
+    assert "unknown tracker 'mlflow'; use tensorboard, wandb, trackio" in train("--tracker mlflow")
+    assert "one process has nobody to share the weights with" in refused(*TRAIN, "--out", tmp_path / "t", "--fsdp")
+
+
+def test_a_tracker_that_is_not_installed_is_exit_code_3(tmp_path: Path, refused, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    line = refused(*TRAIN, "--out", tmp_path / "t", "--tracker", "trackio", "--dry-run", code=3)
+    assert "the tracker trackio needs a package that is not here" in line
+
+
+def test_the_help_of_train_is_in_parts(cli) -> None:
+    code, out, _ = cli("train", "--help")
+    assert code == 0
+    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
+    assert titles[0] == "Options"
+    assert titles[2:] == ["LayerSync", "What is learned", "The optimizer", "How it runs and what it leaves"]
+
+
+def test_of_two_processes_one_prints(tmp_path: Path) -> None:
+    train = [*TRAIN, "--steps", "2", "--log-every", "1", "--pair", "1:3", "--out", str(tmp_path / "t"), "--json"]
+    code = "from layerprobe.cli.main import main; main()"
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*two, sys.executable, "-c", code, *train], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["processes"], record["checkpoint"]) == (2, str(tmp_path / "t" / "model.safetensors"))
+    assert done.stderr.count("training: 2 of 2") == 1
+    assert (tmp_path / "t" / "curves.png").is_file()
+
+
+def test_progress_on_a_pipe_and_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from layerprobe.cli import output
+
+    now = 100.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with output.progress_bar({"training": 64}) as progress:
+        for step in range(500, 1001, 50):  # a training that goes on from 500 steps
+            progress("training", step, 1000)
+            now += 10.0
+        progress("reading layers", 1, 4000)
+        now += 61
+        progress("reading layers", 50, 4000)  # not a tenth, but a minute has passed
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 500 of 1000 (0 s)",
+        "training: 600 of 1000 (20 s, 320 samples/s, 80 s left)",
+        "training: 700 of 1000 (40 s, 320 samples/s, 60 s left)",
+        "training: 800 of 1000 (60 s, 320 samples/s, 40 s left)",
+        "training: 900 of 1000 (80 s, 320 samples/s, 20 s left)",
+        "training: 1000 of 1000 (100 s, 320 samples/s)",
+        "reading layers: 1 of 4000 (0 s)",
+        "reading layers: 50 of 4000 (61 s, 82 min left)",
+    ]
+
+
+def test_progress_of_a_terminal_shows_samples_per_second(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from layerprobe.cli import output
+
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with output.progress_bar({"training": 64}) as progress:
+        for step in (500, 501, 502, 600):
+            progress("training", step, 600)
+            time.sleep(0.05)
+        output.warn("a service is down")
+    err = capsys.readouterr().err
+    assert "layerprobe: warning: a service is down" in err
+    last = [line for line in err.splitlines() if "600/600" in line][-1]
+    rate = float(re.search(r"([0-9]+) samples/s", last).group(1))
+    assert 64 * 100 / 10 < rate < 64 * 100 / 0.1  # 100 steps in 0.15 s or, on a busy machine, somewhat more
+
+
+class _Payload:
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.place}",)
+
+
+def test_bad_checkpoints_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    def probe(checkpoint: object) -> str:
+        message = refused("probe", checkpoint, "--data", "digits", "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return message
+
+    good = trained / "training" / "model.safetensors"
+    assert "no checkpoint file" in probe(tmp_path / "absent.pt")
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:5000])
+    assert "not a whole safetensors file" in probe(tmp_path / "cut.safetensors")
+    torch.save({"model": _Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
+    assert "holds no weights" in probe(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+    weights = load_file(good)
+    torch.save(weights, tmp_path / "foreign.pt")
+    assert "pass --family" in probe(tmp_path / "foreign.pt")
+    save_file({"a": torch.ones(2)}, tmp_path / "stranger.safetensors")
+    assert "pass --model" in probe(tmp_path / "stranger.safetensors")
+
+
+def test_a_shard_that_is_missing_is_exit_code_3(tmp_path: Path, refused) -> None:
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-00001-of-00002.safetensors" in refused("inspect", tmp_path, code=3)
+
+
+def test_bad_options_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    def probe(*options: object) -> str:
+        return refused("probe", "digits", "--data", "digits", "--out", tmp_path / "run", *options)
+
+    assert "blocks.99 is not in SiT, which has" in probe("--layers", "blocks.99")
+    assert "between 0 (clean) and 1" in probe("--noise-levels", "0.5,1.5")
+    assert "not a list of numbers" in probe("--noise-levels", "low")
+    assert "is not to be had here" in probe("--device", "warp")
+    assert str(tmp_path / "no") in refused("probe", "digits", "--data", tmp_path / "no", "--out", tmp_path / "run")
+    assert "unknown family" in refused("inspect", _foreign(trained, tmp_path), "--family", "gan")
+    assert "comes after teacher" in refused(*TRAIN, "--out", tmp_path / "t", "--pair", "3:1")
+    assert "is not student:teacher" in refused(*TRAIN, "--out", tmp_path / "t", "--pair", "3")
+    assert "holds no run" in refused("confirm", tmp_path)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "t").exists()
+
+
+def _foreign(trained: Path, folder: Path) -> Path:
+    torch.save(load_file(trained / "training" / "model.safetensors"), folder / "foreign.pt")
+    return folder / "foreign.pt"
+
+
+def test_folders_of_other_runs_are_refused(trained: Path, tmp_path: Path, refused) -> None:
+    checkpoint = trained / "training" / "model.safetensors"
+    before = (trained / "run" / "quality.csv").read_bytes()
+    others = [*COUNTS[:-1], "0.3,0.6"]
+    message = refused("probe", checkpoint, "--data", "digits", "--out", trained / "run", *others)
+    assert "results of another run (different: noise_levels)" in message
+    assert (trained / "run" / "quality.csv").read_bytes() == before
+    message = refused(*TRAIN, "--out", trained / "training", "--learning-rate", "0.5")
+    assert "another run (different: plan.learning_rate)" in message
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "is not empty" in refused("probe", checkpoint, "--data", "digits", "--out", tmp_path / "mine", *COUNTS)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_images_are_encoded_once_and_a_dry_run_writes_nothing(
+    tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from PIL import Image
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(in_channels=3, out_channels=3, **blocks, **kinds).save_pretrained(tmp_path / "vae")
+    for i in range(40):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * i, 90, 30)).save(folder / f"{i}.png")
+    train = [*TRAIN[:1], "--data", tmp_path / "images", "--vae", tmp_path / "vae", *TRAIN[3:], "--out", tmp_path / "t"]
+    code, out, _ = cli(*train, "--dry-run")
+    assert (code, "SiT with 6 blocks" in out) == (0, True)
+    assert not (tmp_path / "cache" / "layerprobe").exists()
+    assert cli(*train)[0] == 0
+    assert len(list((tmp_path / "cache" / "layerprobe" / "latents").iterdir())) > 0
+    code, out, _ = cli("inspect", tmp_path / "t" / "model.safetensors", "--json")
+    assert json.loads(out)["shape"] == [4, 8, 8]

@@ -1,0 +1,143 @@
+"""`layerprobe confirm` says what it would do, and what that can tell, before it does it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from layerprobe.analyses.experiments.power import detectable, look_levels
+from layerprobe.analyses.runs.confirm import confirmation_training
+from layerprobe.checkpoints.opening import training_record
+from layerprobe.cli.options import sync_options
+from layerprobe.layersync.options import SyncOptions
+
+LAYERS = [f"blocks.{i}" for i in range(8)]
+
+
+def ranked(student: int, teacher: int) -> dict[str, object]:
+    numbers = dict.fromkeys(("score", "teacher_quality", "student_quality", "gap", "mean_cka"), 0.5)
+    names = {"student": LAYERS[student], "teacher": LAYERS[teacher], "distance": teacher - student}
+    return names | numbers | {"teacher_is_best": True, "gap_is_certain": True, "ties_with_first": False, "reasons": []}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of the embedded model as far as `confirm` reads it before it trains."""
+    run = tmp_path / "run"
+    run.mkdir()
+    plan = {"checkpoint": "digits", "data": "digits", "noise_levels": [0.3]}
+    (run / "plan.json").write_text(json.dumps(plan))
+    criteria = {"metric": "probe accuracy", "split": "choose", "noise_levels": [0.3], "layers": LAYERS}
+    criteria |= {"tail": [], "head": [], "min_distance": 2, "max_cka": 0.98}
+    pairs = [ranked(1, 5), ranked(1, 4)]
+    selection = {
+        "criteria": criteria,
+        "label_free": False,
+        "ranked": pairs,
+        "rejected": [],
+        "layers": [],
+        "warnings": [],
+    }
+    pick = {"student": LAYERS[1], "teacher": LAYERS[5]}
+    (run / "selection.json").write_text(json.dumps({"pick": pick, "reason": "", "status": ""} | selection))
+    return run
+
+
+def scores(folder: Path, **final: tuple[float, ...]) -> None:
+    """What arms that are finished leave behind, by seed."""
+    for arm, values in final.items():
+        for seed, value in enumerate(values):
+            place = folder / f"seed-{seed}" / f"{arm.replace('_', '-')}.json"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(json.dumps({step: {"Frechet distance": value} for step in (0, 90)}))
+
+
+def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["arms"] == [
+        "no alignment",
+        "pick (blocks.1 <- blocks.5)",
+        "depth heuristic (blocks.1 <- blocks.4)",
+        "bad control (blocks.6 <- blocks.7)",
+    ]
+    assert record["resolution"]["difference_in_spreads"] == pytest.approx(detectable(3))
+    assert record["resolution"]["difference"] is None
+    assert "costs at first" in record["cautions"][0]
+    code, out, _ = cli("confirm", folder, "--dry-run", "--arms", "none,pick,random:2,learning-rate", "--spread", "0.05")
+    assert code == 0
+    assert "learning rate (no alignment, steps as long as with blocks.1 <- blocks.5)" in out
+    assert out.count("random pair") == 2
+    assert "With a spread of 5.0% of the distance (as stated) that is 16.3% of the distance." in out
+    assert not (folder / "confirmation").exists()
+
+
+def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--sync-stop-step", "500")
+    assert (code, json.loads(out)["sync_stop_step"]) == (0, 500)
+    training = confirmation_training(folder, steps=1000, sync=sync_options({"sync_stop_step": 500}))
+    assert training.sync == SyncOptions(stop_step=500)
+
+
+def test_from_scratch_the_learning_rate_warms_up_as_the_checkpoint_s_did(folder: Path) -> None:
+    trained = training_record("digits")
+    assert confirmation_training(folder, steps=5000, from_scratch=True).warmup_steps == trained["warmup_steps"] > 0
+    # A branch begins with an empty optimizer, whatever its checkpoint did.
+    assert confirmation_training(folder, steps=5000).warmup_steps == 500 != trained["warmup_steps"]
+    assert confirmation_training(folder, steps=5000, from_scratch=True, warmup_steps=7).warmup_steps == 7
+
+
+def test_only_arms_from_scratch_stand_for_the_whole_training(folder: Path, cli) -> None:
+    trained = training_record("digits")["steps"]
+    steps = ("--steps", trained - 1)
+    _, out, _ = cli("confirm", folder, "--dry-run", "--json", "--from-scratch", *steps)
+    assert f"trained for {trained} steps" in json.loads(out)["cautions"][-1]
+    _, out, _ = cli("confirm", folder, "--dry-run", "--json", *steps)
+    assert json.loads(out)["cautions"] == []
+
+
+def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--stop-early", "--num-seeds", "8")
+    assert code == 0
+    assert json.loads(out)["resolution"]["level"] == look_levels(8)[8]
+
+
+def test_the_spread_is_that_of_the_runs_that_are_there(folder: Path, cli) -> None:
+    ends = {"no_alignment": (2.0, 2.2), "pick": (1.8, 1.9), "bad_control": (9.0, 1.0)}
+    scores(folder / "confirmation", **ends)
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json")
+    own = json.loads(out)["resolution"]
+    assert code == 0
+    # Differences of -0.2 and -0.3; the bad control does not count.
+    assert own["spread"] == pytest.approx(0.1 / 2**0.5 / 2.1)
+    assert own["spread_from"] == "2 seeds of this confirmation, after 90 steps"
+    shutil.move(folder / "confirmation", folder.parent / "pilot" / "confirmation")
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--pilot", folder.parent / "pilot")
+    assert json.loads(out)["resolution"] == own | {"spread_from": "2 seeds of the pilot, after 90 steps"}
+    code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--pilot", folder.parent / "pilot" / "confirmation")
+    assert json.loads(out)["resolution"]["spread"] == own["spread"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--arms none,best", "there is no arm 'best'; pass some of none, pick"),
+        ("--arms pick", "the arms pick lack none"),
+        ("--stop-early", "stopping early takes 4 to 50 seeds (the first look is after 3), got 3"),
+        ("--spread 0.1 --pilot .", "both a spread and a pilot are given; pass one of them"),
+        ("--sync-decay linear", "a linear decay ends at the stop step; pass stop_step"),
+        ("--spread -1", "a spread must lie above 0, got -1.0; pass 0.05 for 5 % of the distance"),
+        ("--pilot nowhere", "nowhere holds no arms of two seeds that differ; pass a confirmed run or an atlas"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(folder: Path, cli, options: str, message: str) -> None:
+    for dry in ([], ["--dry-run"]):
+        code, out, err = cli("confirm", folder, *options.split(), *dry)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+    assert not (folder / "confirmation").exists()

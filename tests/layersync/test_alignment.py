@@ -1,0 +1,167 @@
+"""Cosines and ranks of tokens against formulas written out, and what training must never see: nan, copies, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
+from layerprobe.layersync.alignment import (
+    MOST_TOKENS,
+    Projectors,
+    effective_rank,
+    mean_cosine,
+    token_cosines,
+    tokens_that_count,
+)
+
+COUNTS = torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])
+
+
+def tokens(seed: int, shape: tuple[int, ...] = (3, 4, 8), dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradient(student: Tensor, teacher: Tensor, counts: Tensor | None = None, **options: bool) -> tuple[Tensor, Tensor]:
+    student = student.clone().requires_grad_()
+    value = mean_cosine(student, teacher, counts, **options)
+    value.backward()
+    assert student.grad is not None
+    return value.detach(), student.grad
+
+
+def test_cosines_and_gradient_equal_torchs() -> None:
+    student, teacher = tokens(0).requires_grad_(), tokens(1).requires_grad_()
+    torch.testing.assert_close(token_cosines(student, teacher), F.cosine_similarity(student, teacher, dim=-1))
+    assert torch.autograd.gradcheck(lambda s: token_cosines(s, teacher.detach()), (student,))
+    token_cosines(student, teacher).sum().backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_in_float32_and_keeps_no_copies(dtype: torch.dtype) -> None:
+    student, teacher = 300 * tokens(0, (2, 50, 64), dtype), 300 * tokens(1, (2, 50, 64), dtype)  # squares exceed 65504
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    student.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cosines = token_cosines(student, teacher)
+    torch.testing.assert_close(cosines, F.cosine_similarity(student.float(), teacher.float(), dim=-1))
+    cosines.sum().backward()
+    assert student.grad is not None
+    assert student.grad.dtype == dtype
+    copies = [tensor for tensor in saved if tensor.data_ptr() not in (student.data_ptr(), teacher.data_ptr())]
+    assert max(tensor.numel() for tensor in copies) == 100  # a number a token
+
+
+def test_a_token_without_direction_has_cosine_and_gradient_zero() -> None:
+    student, teacher = tokens(0, dtype=torch.float32), tokens(1, dtype=torch.float32)
+    student[0, 0] = 0
+    teacher[1, 1] = 0
+    _, slope = gradient(student, teacher)
+    assert token_cosines(student, teacher)[0, 0] == token_cosines(student, teacher)[1, 1] == 0
+    assert not slope[0, 0].any()
+    assert not slope[1, 1].any()
+    assert bool(slope.isfinite().all())
+
+
+def test_only_what_counts_counts() -> None:
+    student, teacher = tokens(0), tokens(1)
+    cosines = F.cosine_similarity(student, teacher, dim=-1)
+    value, slope = gradient(student, teacher, COUNTS)
+    # Each sample's mean over its own tokens; the sample without any stays among the three.
+    torch.testing.assert_close(value, (cosines[0, :2].mean() + cosines[2].mean()) / 3)
+    assert not slope[~COUNTS].any()
+    assert slope[COUNTS].any(-1).all()
+    student[~COUNTS], teacher[~COUNTS] = 1e6, -3.0
+    again, same = gradient(student, teacher, COUNTS)
+    assert torch.equal(again, value)
+    assert torch.equal(same, slope)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_batch_in_which_nothing_counts_gives_zero_and_no_gradient(centred: bool) -> None:
+    value, slope = gradient(tokens(0), tokens(1), torch.zeros(3, 4, dtype=torch.bool), centred=centred)
+    assert value == 0
+    assert not slope.any()  # nan is not zero either
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS])
+def test_parts_of_a_batch_average_to_the_whole(counts: Tensor | None) -> None:
+    student, teacher = tokens(0), tokens(1)
+    whole, slope = gradient(student, teacher, counts)
+    parts = [
+        gradient(student[i : i + 1], teacher[i : i + 1], None if counts is None else counts[i : i + 1])
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.stack([value for value, _ in parts]).mean(), whole)
+    torch.testing.assert_close(torch.cat([part for _, part in parts]) / 3, slope)
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS])
+def test_centring_takes_off_what_all_tokens_share(counts: Tensor | None) -> None:
+    student, teacher = tokens(0), tokens(1)
+    value, slope = gradient(student, teacher, counts, centred=True)
+    chosen = torch.ones(3, 4, dtype=torch.bool) if counts is None else counts
+    s, t = student - student[chosen].mean(0), teacher - teacher[chosen].mean(0)
+    torch.testing.assert_close(value, mean_cosine(s, t, counts))
+    far, same = gradient(student + 1000, teacher - 500 * torch.arange(8.0), counts, centred=True)
+    torch.testing.assert_close(far, value)
+    torch.testing.assert_close(same, slope)
+    assert torch.autograd.gradcheck(
+        lambda s: mean_cosine(s, teacher, counts, centred=True), (student.clone().requires_grad_(),)
+    )
+    uncentred = [float(mean_cosine(student + 1000, teacher + 1000, counts)), float((chosen.any(1)).double().mean())]
+    assert uncentred[0] == pytest.approx(uncentred[1], abs=1e-4)  # what centring is for
+
+
+def test_samples_and_mask_both_have_their_say() -> None:
+    x = tokens(0)
+    samples, mask = torch.tensor([True, False, True]), torch.tensor([[True, True, False, False]] * 3)
+    assert tokens_that_count(x, samples=None, mask=None) is None
+    both = tokens_that_count(x, samples=samples, mask=mask)
+    assert both is not None
+    assert both.tolist() == [[True, True, False, False], [False] * 4, [True, True, False, False]]
+    with pytest.raises(ValueError, match=r"^there are \(2,\) noise levels for 3 samples; pass one for each$"):
+        tokens_that_count(x, samples=samples[:2], mask=None)
+    with pytest.raises(
+        ValueError, match=r"^the mask has shape \(3, 3\), the tokens have \(3, 4\); pass a value for each$"
+    ):
+        tokens_that_count(x, samples=None, mask=mask[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (9, 30)])
+def test_effective_rank_is_that_of_the_analyses(shape: tuple[int, int]) -> None:
+    x = tokens(3, shape) * torch.linspace(0.01, 2, shape[1]) + 1000
+    assert effective_rank(x) == pytest.approx(effective_rank_of_features(x.numpy()), rel=1e-6)
+
+
+def test_effective_rank_of_what_has_collapsed() -> None:
+    direction = tokens(0, (8,))
+    assert effective_rank(torch.outer(tokens(1, (50,)), direction)) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(direction.float().expand(50, 8)) == 0
+    assert effective_rank(torch.zeros(50, 8)) == 0
+
+
+def test_effective_rank_of_many_tokens_is_that_of_some_of_them() -> None:
+    x = tokens(0, (3 * MOST_TOKENS, 6), torch.float32) * torch.linspace(0.1, 1, 6)
+    assert effective_rank(x) == effective_rank(x)
+    # A sample of 4096 gives singular values to about 1 / sqrt(2 * 4096).
+    assert effective_rank(x) == pytest.approx(effective_rank_of_features(x.numpy().astype(np.float64)), rel=0.02)
+
+
+def test_each_pair_has_a_head_of_its_own() -> None:
+    projectors = Projectors([(8, 8), (8, 5)], 16)
+    one = tokens(0, dtype=torch.float32)
+    first, second = projectors([one, one])
+    assert first.shape == (3, 4, 8)
+    assert second.shape == (3, 4, 5)
+    linear, _, last = projectors.heads[1]
+    torch.testing.assert_close(second, last(F.silu(linear(one))))

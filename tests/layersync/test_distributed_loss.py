@@ -1,0 +1,187 @@
+"""LayerSync over two processes against the formula on the whole batch in one: DDP, `fully_shard`, accumulation."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from residual_network import WEIGHT, Network, cosines_of, residuals, task
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync.options import SyncOptions
+
+pytestmark = pytest.mark.slow  # two processes that import torch
+
+PAIRS = [("blocks.0", "blocks.2"), ("blocks.1", "blocks.3")]
+X = torch.randn(8, 7, 16, generator=torch.Generator().manual_seed(1))
+LEVELS = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.15, 0.6, 0.3])  # 0.5 to 1 leaves nothing for the second of 4 parts
+RANGE = SyncOptions(noise_range=(0.5, 1.0))
+HEADS = SyncOptions(projector_width=8)
+TEACHER = SyncOptions(teacher_decay=0.5)
+Gradients = dict[str, Tensor]
+
+
+def network() -> Network:
+    """The unused layer of the tests' network would be missed by DDP."""
+    made = Network(reentrant=False)
+    del made.unused
+    return made
+
+
+def rows(rank: int, part: int = 0, parts: int = 1) -> slice:
+    """Of the batch: each process has a half, in one or more parts."""
+    size = len(X) // 2 // parts
+    start = rank * len(X) // 2 + part * size
+    return slice(start, start + size)
+
+
+def full(gradients: dict[str, Tensor | None]) -> Gradients:
+    found = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items() if g is not None}
+    return {name: g.detach().clone() for name, g in found.items()}
+
+
+def of(module: nn.Module) -> Gradients:
+    return full({name.removeprefix("module."): parameter.grad for name, parameter in module.named_parameters()})
+
+
+# --- what each process does
+
+
+def ddp(rank: int) -> Gradients:
+    model = DistributedDataParallel(network())
+    with LayerSync(model, PAIRS, weight=WEIGHT) as sync:
+        (task(model(X[rows(rank)])) + sync.loss()).backward()
+    return of(model)
+
+
+def ddp_accumulating(rank: int) -> Gradients:
+    model = DistributedDataParallel(network())
+    with LayerSync(model, PAIRS, weight=WEIGHT, options=RANGE) as sync:
+        for part in range(2):
+            here = rows(rank, part, 2)
+            model.require_backward_grad_sync = part == 1
+            ((task(model(X[here])) + sync.loss(noise_level=LEVELS[here])) / 2).backward()
+    return of(model)
+
+
+def ddp_projecting(rank: int) -> Gradients:
+    model = DistributedDataParallel(network())
+    sync = LayerSync(model, PAIRS, weight=WEIGHT, options=HEADS)
+    torch.manual_seed(3)
+    sync.prepare(X[:1])
+    assert sync.projectors is not None
+    sync.projectors = DistributedDataParallel(sync.projectors)
+    with sync:
+        (task(model(X[rows(rank)])) + sync.loss()).backward()
+        if rank == 0:
+            assert sync.statistics()["gradient norm blocks.0 <- blocks.2"] > 0  # without waiting for the others
+    return of(model) | of(sync.projectors)
+
+
+def shard(model: Network) -> None:
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def fsdp(rank: int) -> Gradients:
+    model = network()
+    shard(model)
+    with LayerSync(model, PAIRS, weight=WEIGHT, options=RANGE) as sync:
+        here = rows(rank)
+        (task(model(X[here])) + sync.loss(noise_level=LEVELS[here])).backward()
+    return of(model)
+
+
+def fsdp_taught(rank: int) -> Gradients:
+    model = network()
+    sync = LayerSync(model, PAIRS, weight=WEIGHT, options=TEACHER)
+    shard(model)
+    assert isinstance(sync.teacher, Network)
+    shard(sync.teacher)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    sync.update_teacher()
+    with sync:
+        output = model(X[rows(rank)])
+        with sync.teaching() as teacher:
+            teacher(X[rows(rank)])
+        (task(output) + sync.loss()).backward()
+    return of(model)
+
+
+CASES: dict[str, Callable[[int], Gradients]] = {
+    case.__name__: case for case in (ddp, ddp_accumulating, ddp_projecting, fsdp, fsdp_taught)
+}
+
+
+def worker(rank: int, folder: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        try:
+            found[name] = case(rank)
+        except Exception as error:  # the other process must not be left alone; the test tells
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+
+
+# --- what one process does with the whole batch, by the formula
+
+
+def whole_batch(name: str) -> Gradients:
+    model, heads = network(), None
+    if name == "ddp_projecting":
+        sync = LayerSync(model, PAIRS, weight=WEIGHT, options=HEADS)
+        torch.manual_seed(3)
+        sync.prepare(X[:1])
+        heads = sync.projectors
+    taught = model
+    if name == "fsdp_taught":
+        taught = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter, follower in zip(model.parameters(), taught.parameters(), strict=True):
+                parameter += 0.1
+                follower += 0.05
+    counts = ((LEVELS >= 0.5) if name in ("ddp_accumulating", "fsdp") else torch.ones(len(X))).unsqueeze(1)
+    students, teachers = residuals(model, X), residuals(taught, X)
+    loss = task(model.head(students["blocks.3"]))
+    for index, (student, teacher) in enumerate(PAIRS):
+        token = students[student] if heads is None else heads.heads[index](students[student])
+        loss = loss - WEIGHT * (counts * cosines_of(token, teachers[teacher].detach())).mean()
+    loss.backward()
+    return of(model) | ({} if heads is None else of(heads))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_gradients_of_one(results: list[dict[str, Any]], name: str) -> None:
+    wanted = whole_batch(name)
+    for found in results:
+        assert not isinstance(found[name], str), found[name]
+        assert found[name].keys() == wanted.keys()
+        for key, gradient in wanted.items():
+            torch.testing.assert_close(found[name][key], gradient, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,891 @@
+"""LayerSync against its formula written out by hand, in every way that a training loop may run a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from residual_network import WEIGHT, Network, X, cosines_of, residuals, task
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
+from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync.options import SyncOptions
+from layerprobe.layersync.pair import LayerPair, depth_heuristic, layer_of_depth
+
+ONE, TWO = [("blocks.0", "blocks.2")], [("blocks.0", "blocks.2"), ("blocks.1", "blocks.3")]
+
+
+def reference(network: Network, pairs: list[tuple[str, str]], x: Tensor = X) -> tuple[Tensor, list[float]]:
+    """The task's loss plus the regulariser, from the formula: tokens by hand, norms by hand."""
+    tokens, regulariser, cosines = {}, torch.zeros(()), []
+    for i, block in enumerate(network.blocks):
+        x = tokens[f"blocks.{i}"] = x + torch.tanh(x @ block.fc.weight.T + block.fc.bias)
+    for student, teacher in pairs:
+        s, t = tokens[student], tokens[teacher].detach()
+        cosine = ((s * t).sum(-1) / (s.square().sum(-1).sqrt() * t.square().sum(-1).sqrt())).mean()
+        regulariser = regulariser - WEIGHT * cosine
+        cosines.append(float(cosine.detach()))
+    return task(network.head(x)) + regulariser, cosines
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def expected(pairs: list[tuple[str, str]], x: Tensor = X) -> tuple[Tensor, dict[str, Tensor]]:
+    network = Network()
+    loss, _ = reference(network, pairs, x)
+    loss.backward()
+    return loss.detach(), gradients(network)
+
+
+def num_hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def assert_trains_as_expected(
+    network: nn.Module, call: Callable[[Tensor], Tensor], pairs: list[tuple[str, str]] = TWO
+) -> None:
+    """Loss and gradients of one step inside the block equal the formula's."""
+    wanted_loss, wanted = expected(pairs)
+    with LayerSync(network, pairs, weight=WEIGHT) as sync:
+        loss = task(call(X)) + sync.loss()
+        loss.backward()
+    assert_equal_gradients(network, wanted)
+    torch.testing.assert_close(loss.detach(), wanted_loss)
+
+
+def assert_equal_gradients(network: nn.Module, wanted: dict[str, Tensor]) -> None:
+    got = gradients(network)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        # float32: sums over some hundred tokens in another order.
+        torch.testing.assert_close(
+            got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# --- the formula
+
+
+@pytest.mark.parametrize("pairs", [ONE, TWO, [("blocks.0", "blocks.3"), ("blocks.1", "blocks.3")]])
+def test_loss_and_gradients_equal_the_formula(pairs: list[tuple[str, str]]) -> None:
+    network = Network()
+    _, cosines = reference(network, pairs)
+    assert_trains_as_expected(network, network, pairs)
+    with LayerSync(network, pairs, weight=WEIGHT) as sync:
+        network(X)
+        assert sync.loss().item() == pytest.approx(-WEIGHT * sum(cosines), rel=1e-5)
+        assert {str(pair): float(value) for pair, value in sync.cosines.items()} == pytest.approx(
+            {f"{student} <- {teacher}": cosine for (student, teacher), cosine in zip(pairs, cosines, strict=True)}
+        )
+        assert not any(value.requires_grad for value in sync.cosines.values())
+
+
+def test_two_pairs_are_the_sum_of_each() -> None:
+    network, losses = Network(), {}
+    for name, pairs in (("first", TWO[:1]), ("second", TWO[1:]), ("both", TWO)):
+        with LayerSync(network, pairs, weight=WEIGHT) as sync:
+            network(X)
+            losses[name] = sync.loss().item()
+    assert losses["both"] == pytest.approx(losses["first"] + losses["second"], rel=1e-6)
+    assert min(abs(losses["first"]), abs(losses["second"])) > 0.05  # so neither is lost in the sum
+
+
+def test_loss_scales_with_the_weight() -> None:
+    network, losses = Network(), []
+    for weight in (0.0, 0.2, 0.4):
+        with LayerSync(network, ONE, weight=weight) as sync:
+            network(X)
+            losses.append(sync.loss().item())
+    assert losses == pytest.approx([0, losses[2] / 2, losses[2]])
+
+
+def test_teacher_is_not_moved() -> None:
+    network = Network()
+    with LayerSync(network, [("blocks.0", "blocks.2")], weight=1.0) as sync:
+        network(X)
+        sync.loss().backward()
+    moved = {name.partition(".fc")[0] for name in gradients(network)}
+    assert moved == {"blocks.0"}  # not blocks.1 and blocks.2, on which the teacher depends
+
+
+def test_gradient_descent_brings_the_student_to_the_teacher() -> None:
+    network = Network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        seen = []
+        for _ in range(30):
+            network(X)
+            loss = sync.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(float(loss.detach()))
+    assert seen[-1] < seen[0] - 0.02
+    assert seen[-1] > -1
+
+
+def test_maps_and_tuples_are_aligned_per_place() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), WithExtras()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.b(self.a(x))[0]
+            return output
+
+    class WithExtras(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return x.roll(1, 1) + 1, None
+
+    network, x = Maps(), torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    with LayerSync(network, [("a", "b")], weight=1.0) as sync:
+        network(x)
+        loss = sync.loss()
+    student = network.a(x)
+    teacher = student.roll(1, 1) + 1
+    cosine = (student * teacher).sum(1) / (student.norm(dim=1) * teacher.norm(dim=1))
+    torch.testing.assert_close(loss, -cosine.mean())
+
+
+# --- pairs
+
+
+def test_pairs_of_a_layer_with_itself_or_an_earlier_one_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^blocks.3 cannot be its own teacher: a layer aligned to itself learns nothing$"
+    ):
+        LayerPair("blocks.3", "blocks.3")
+    with pytest.raises(ValueError, match=r"^student blocks.10 comes after teacher blocks.9; swap them$"):
+        LayerPair("blocks.10", "blocks.9")  # as numbers, not as text
+    with pytest.raises(ValueError, match="comes after teacher"):
+        LayerSync(Network(), [("blocks.2", "blocks.0")], weight=1.0)
+    assert str(LayerPair("blocks.9", "blocks.10")) == "blocks.9 <- blocks.10"
+    LayerPair("down.3", "up.0")  # names of different places say nothing about their order
+
+
+def test_order_is_that_of_the_forward_pass() -> None:
+    network = Network()
+    with LayerSync(network, [("head", "blocks.3")], weight=1.0) as sync:
+        network(X)
+        with pytest.raises(ValueError, match=r"^student head runs after teacher blocks.3; swap them$"):
+            sync.loss()
+
+
+def test_depths_count_from_one_and_names_from_zero() -> None:
+    assert layer_of_depth(8) == "blocks.7"
+    assert layer_of_depth(1, prefix="layers") == "layers.0"
+    with pytest.raises(ValueError, match=r"^depth counts from 1, got 0; depth 1 is blocks.0$"):
+        layer_of_depth(0)
+
+
+@pytest.mark.parametrize(("depth", "student", "teacher"), [(2, 1, 2), (3, 1, 2), (5, 2, 3), (8, 2, 5), (28, 8, 17)])
+def test_depth_heuristic_is_a_third_and_two_thirds_down(depth: int, student: int, teacher: int) -> None:
+    pair = depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))
+    assert pair == LayerPair(layer_of_depth(student), layer_of_depth(teacher))
+
+
+@pytest.mark.parametrize("depth", range(2, 61))
+def test_depth_heuristic_gives_a_pair_at_every_depth(depth: int) -> None:
+    depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))  # LayerPair itself refuses a wrong one
+
+
+def test_depth_heuristic_needs_two_layers() -> None:
+    with pytest.raises(ValueError, match=r"^a pair needs two layers, got 1$"):
+        depth_heuristic(("blocks.0",))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], r"^no layer pair given; pass at least one \(student, teacher\)$"),
+        ([*ONE, *ONE], "^a layer pair is given twice: blocks.0 <- blocks.2, blocks.0 <- blocks.2$"),
+        ([("blocks.0", "blocks.4")], "^blocks.4 is not in Network, which has blocks.0 to blocks.3, head, unused$"),
+        (("blocks.0", "blocks.2"), r"^'blocks.0' is not a \(student, teacher\) pair; pass a list of pairs"),
+        ([("blocks.0", "blocks.1", "blocks.2")], r"is not a \(student, teacher\) pair"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(pairs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerSync(Network(), pairs, weight=1.0)
+
+
+# --- the forward pass it belongs to
+
+
+def test_every_hook_is_gone_after_the_block() -> None:
+    network = Network()
+    with LayerSync(network, TWO, weight=1.0) as sync:
+        assert num_hooks(network) == 5  # four layers and the network
+        network(X)
+    assert num_hooks(network) == 0
+    network(X)
+    with pytest.raises(ValueError, match="no forward pass with gradients was recorded; call the module inside"):
+        sync.loss()
+
+
+def test_every_hook_is_gone_after_an_exception() -> None:
+    network = Network()
+    with pytest.raises(KeyError, match="mine"), LayerSync(network, TWO, weight=1.0):
+        raise KeyError("mine")
+    assert num_hooks(network) == 0
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), LayerSync(network, ONE, weight=1.0):
+        network(torch.zeros(1, 1, 3))
+    assert num_hooks(network) == 0
+
+
+def test_a_block_can_be_entered_again_but_not_twice_at_once() -> None:
+    network = Network()
+    sync = LayerSync(network, ONE, weight=1.0)
+    for _ in range(2):
+        with sync:
+            network(X)
+            sync.loss()
+            with pytest.raises(ValueError, match=r"^this LayerSync is already active; leave its block first$"):
+                sync.__enter__()
+    assert num_hooks(network) == 0
+
+
+def test_each_pass_gives_its_loss_once() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        network(X)
+        network(2 * X)  # a forward pass whose loss nobody wanted
+        latest = sync.loss().item()
+        with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
+            sync.loss()
+        network(2 * X)
+        assert sync.loss().item() == latest
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_passes_without_gradients_in_between_are_ignored(mode: Callable[[], Any]) -> None:
+    network = Network()
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        with mode():
+            network(3 * X)
+        with pytest.raises(ValueError, match="no forward pass with gradients"):
+            sync.loss()
+        output = network(X)
+        with mode():
+            network(3 * X)
+        loss = task(output) + sync.loss()
+        with mode():
+            network(3 * X)
+        loss.backward()
+    wanted_loss, wanted = expected(TWO)
+    torch.testing.assert_close(loss.detach(), wanted_loss)
+    assert_equal_gradients(network, wanted)
+
+
+def test_gradient_accumulation_sums_the_gradients_of_the_parts() -> None:
+    network = Network()
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        for part in (X[:2], X[2:]):
+            loss = (task(network(part)) + sync.loss()) * len(part) / len(X)
+            loss.backward()
+    assert_equal_gradients(network, expected(TWO)[1])  # all tokens weigh alike, so the parts give the whole
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_backward_before_the_loss_is_asked_for(whole: bool) -> None:
+    network = Network(reentrant=None if whole else False)
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
+        task(output).backward(retain_graph=True)
+        sync.loss().backward()
+    assert_equal_gradients(network, expected(TWO)[1])
+
+
+def test_layers_that_do_not_run_or_run_twice_are_refused() -> None:
+    network = Network()
+    with LayerSync(network, [("blocks.0", "unused")], weight=1.0) as sync:
+        network(X)
+        with pytest.raises(ValueError, match=r"^unused did not run in the forward pass; name a layer that does$"):
+            sync.loss()
+
+    class Twice(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.blocks[0](x))
+
+    twice = Twice()
+    with LayerSync(twice, ONE, weight=1.0) as sync:
+        twice(X)
+        with pytest.raises(
+            ValueError, match=r"^blocks.0 ran 2 times in one forward pass; name a layer that runs once$"
+        ):
+            sync.loss()
+
+
+def test_layers_called_by_themselves_are_not_recorded() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        for _ in range(2):
+            network.blocks[0](X)
+            network.blocks[2](X)
+            with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
+                sync.loss()
+            network(X)
+            sync.loss()
+
+
+def test_calling_forward_itself_is_noticed() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        network.forward(X)
+        with pytest.raises(ValueError, match="no forward pass with gradients was recorded; call the module"):
+            sync.loss()
+
+
+def test_layers_of_other_shapes_are_refused() -> None:
+    network = Network()
+    with LayerSync(network, [("blocks.0", "head")], weight=1.0) as sync:
+        network(X)
+        with pytest.raises(
+            ValueError,
+            match=r"^blocks.0 gives tokens of shape \(7, 16\), head of \(7, 3\); align layers of equal shape$",
+        ):
+            sync.loss()
+
+
+def test_a_frozen_student_is_refused_and_a_frozen_teacher_is_not() -> None:
+    network = Network()
+    network.blocks[0].requires_grad_(False)
+    with LayerSync(network, TWO, weight=1.0) as sync:
+        network(X)
+        with pytest.raises(
+            ValueError, match=r"^blocks.0 carries no gradient \(frozen, or under reentrant checkpointing\)"
+        ):
+            sync.loss()
+    network = Network()
+    network.blocks[2].requires_grad_(False)
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        network(X)
+        sync.loss().backward()
+    assert gradients(network).keys() == {"blocks.0.fc.weight", "blocks.0.fc.bias"}
+
+
+# --- precision, checkpointing, compilation
+
+
+def test_autocast_is_near_float32_and_the_cosine_is_in_float32() -> None:
+    network, wanted = Network(), expected(TWO)[0]
+    with LayerSync(network, TWO, weight=WEIGHT) as sync, torch.autocast("cpu", torch.bfloat16):
+        loss = task(network(X).float()) + sync.loss()
+        assert sync.cosines[LayerPair(*TWO[0])].dtype == torch.float32
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted), abs=0.02)  # 8 significant bits in each product
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(network).values())
+
+
+def test_bfloat16_tokens_are_compared_in_float32() -> None:
+    network = Network().to(torch.bfloat16)
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        network(X.to(torch.bfloat16))
+        outputs = dict(sync._student_pass._outputs)
+        loss = sync.loss()
+    student, teacher = (outputs[name].float() for name in ONE[0])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(
+        loss, -(student * teacher).sum(-1).div(student.norm(dim=-1) * teacher.norm(dim=-1)).mean()
+    )
+
+
+def test_non_reentrant_checkpointing_equals_plain_training() -> None:
+    network = Network(reentrant=False)
+    assert_trains_as_expected(network, network)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_steps_after_a_recomputed_backward_pass_are_clean(whole: bool) -> None:
+    network = Network(reentrant=None if whole else False)
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        for _ in range(3):
+            network.zero_grad()
+            output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
+            loss = task(output) + sync.loss()
+            loss.backward()
+            assert not sync._student_pass._outputs  # what the backward pass runs again is not kept
+            with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
+                sync.loss()
+    assert_equal_gradients(network, expected(TWO)[1])
+
+
+@pytest.mark.parametrize("student", ["blocks.0", "blocks.1"])  # inside a segment, and at its end
+def test_reentrant_checkpointing_is_refused(student: str) -> None:
+    network = Network(reentrant=True)
+    with LayerSync(network, [(student, "blocks.2")], weight=1.0) as sync:
+        network(X.clone().requires_grad_())
+        with pytest.raises(
+            ValueError,
+            match=rf"^{student} carries no gradient .*; train it, or checkpoint with use_reentrant=False$",
+        ):
+            sync.loss()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_far_off_and_empty_tokens_give_finite_gradients(offset: float) -> None:
+    network = Network()
+    with torch.no_grad():
+        network.blocks[0].fc.bias.zero_()
+    x = (X + offset).clone()
+    x[:, 0] = 0  # tanh(0) = 0: the student's token is exactly zero, which has no direction
+    with LayerSync(network, ONE, weight=WEIGHT) as sync:
+        output = network(x)
+        assert not dict(sync._student_pass._outputs)["blocks.0"][:, 0].any()
+        loss = sync.loss() + 0 * output.sum()
+        loss.backward()
+    assert bool(loss.isfinite())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(network).values())
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_in_place(network: Network) -> Callable[[Tensor], Tensor]:
+    network.compile(backend="aot_eager")
+    return network
+
+
+def compiled_around(network: Network) -> Callable[[Tensor], Tensor]:
+    compiled: Callable[[Tensor], Tensor] = torch.compile(network, backend="aot_eager")
+    return compiled
+
+
+def compiled_by_block(network: Network) -> Callable[[Tensor], Tensor]:
+    for block in network.blocks:
+        block.compile(backend="aot_eager")
+    return network
+
+
+# The graphs are what the hooks have to get into, so a backend without code generation will do. Dynamo looks at the
+# gradients of tensors that have none and hides the warning, which it cannot where warnings are errors.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiling", [compiled_in_place, compiled_around, compiled_by_block])
+@pytest.mark.parametrize("run_before", [False, True])
+def test_compiled_equals_eager(compiling: Callable[[Network], Callable[[Tensor], Tensor]], run_before: bool) -> None:
+    network = Network()
+    call = compiling(network)
+    if run_before:  # Graphs without hooks are there when the block begins.
+        call(X)
+    assert_trains_as_expected(network, call)
+    # Neither are the hooks left in graphs when the block is over.
+    network.zero_grad()
+    task(call(X)).backward()
+    plain = Network()
+    task(plain(X)).backward()
+    assert_equal_gradients(network, gradients(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiling", [compiled_in_place, compiled_by_block])
+def test_compiled_training_with_checkpointing_and_evaluation(
+    compiling: Callable[[Network], Callable[[Tensor], Tensor]],
+) -> None:
+    network = Network(reentrant=False)
+    call = compiling(network)
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        for _ in range(2):
+            network.zero_grad()
+            output = call(X)
+            with torch.no_grad():
+                call(3 * X)
+            loss = task(output) + sync.loss()
+            loss.backward()
+            assert not sync._student_pass._outputs
+    assert_equal_gradients(network, expected(TWO)[1])
+
+
+def test_what_is_aligned_is_the_callers_to_say() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0, tokens=lambda output, name: output[:, 1:]) as sync:
+        network(X)
+        aligned = sync.loss()
+    with LayerSync(network, ONE, weight=1.0) as whole:
+        network(X)
+        assert not torch.allclose(aligned, whole.loss())
+    student = network.blocks[0](X)
+    teacher = network.blocks[2](network.blocks[1](student))
+    assert torch.allclose(aligned, -torch.cosine_similarity(student[:, 1:], teacher[:, 1:], dim=-1).mean())
+
+
+def regulariser_of(
+    network: Network, *, pairs: Any = ONE, x: Tensor = X, **call: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Value and gradients of the regulariser alone."""
+    options = call.pop("options")
+    network.zero_grad()
+    with LayerSync(network, pairs, weight=WEIGHT, options=options) as sync:
+        output = network(x)
+        loss = sync.loss(**call)
+        (loss + 0 * output.sum()).backward()
+    return float(loss.detach()), gradients(network)
+
+
+def test_every_pair_has_its_weight() -> None:
+    network = Network()
+    first, second = (regulariser_of(network, pairs=[pair], options=SyncOptions()) for pair in TWO)
+    value, slopes = regulariser_of(network, pairs=TWO, options=SyncOptions(pair_weights=(2.0, -0.5)))
+    assert value == pytest.approx(2 * first[0] - 0.5 * second[0])
+    for name, slope in slopes.items():
+        torch.testing.assert_close(slope, 2 * first[1][name] - 0.5 * second[1][name])
+    with pytest.raises(ValueError, match=r"^1 weights for 2 layer pairs; pass one for each$"):
+        LayerSync(network, TWO, weight=1.0, options=SyncOptions(pair_weights=(1.0,)))
+
+
+def test_schedule_scales_the_loss_and_stops_it() -> None:
+    network, options = Network(), SyncOptions(warmup_steps=1, stop_step=3)
+    full, slopes = regulariser_of(network, options=SyncOptions())
+    half, halves = regulariser_of(network, options=options, step=0)
+    assert half == pytest.approx(full / 2)
+    torch.testing.assert_close(halves["blocks.0.fc.weight"], slopes["blocks.0.fc.weight"] / 2)
+    assert regulariser_of(network, options=options, step=1)[0] == full
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        network(X)
+        loss = sync.loss(step=3)
+        assert loss == 0
+        assert not loss.requires_grad
+        assert float(sync.cosines[LayerPair(*ONE[0])]) == pytest.approx(-full / WEIGHT)  # the log goes on
+        assert sync.statistics()["gradient norm blocks.0 <- blocks.2"] == 0
+        network(X)
+        with pytest.raises(ValueError, match=r"^the weight follows a schedule; pass loss\(step=...\)$"):
+            sync.loss()
+
+
+def test_only_samples_in_the_noise_range_are_aligned() -> None:
+    network, options = Network(), SyncOptions(noise_range=(0.2, 0.8))
+    level = torch.tensor([0.1, 0.2, 0.5, 0.8, 0.81], dtype=torch.float64)
+    found = residuals(network)
+    cosines = cosines_of(found["blocks.0"], found["blocks.2"]).detach()[1:4]
+    value, slopes = regulariser_of(network, options=options, noise_level=level)
+    assert value == pytest.approx(-WEIGHT * float(cosines.sum()) / (5 * 7), rel=1e-5)
+    inside, of_inside = regulariser_of(network, x=X[1:4], options=SyncOptions())
+    assert value == pytest.approx(inside * 3 / 5, rel=1e-5)
+    torch.testing.assert_close(slopes["blocks.0.fc.weight"], of_inside["blocks.0.fc.weight"] * 3 / 5)
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        network(X)
+        sync.loss(noise_level=level)
+        assert float(sync.cosines[LayerPair(*ONE[0])]) == pytest.approx(float(cosines.mean()))
+        network(X)
+        with pytest.raises(
+            ValueError, match=r"^only a range of noise levels is aligned; pass loss\(noise_level=...\)$"
+        ):
+            sync.loss()
+
+
+def test_a_batch_without_a_sample_in_the_range_gives_zero() -> None:
+    network, options = Network(), SyncOptions(noise_range=(0.2, 0.8))
+    value, slopes = regulariser_of(network, options=options, noise_level=torch.full((5,), 0.9))
+    assert value == 0
+    assert not any(slope.any() for slope in slopes.values())  # nan is not zero either
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        network(X)
+        sync.loss(noise_level=torch.zeros(5))
+        assert sync.statistics() == {}
+
+
+@pytest.mark.parametrize("part", [1, 2, 4])
+def test_accumulation_is_exact_with_a_noise_range(part: int) -> None:
+    network, options = Network(), SyncOptions(noise_range=(0.3, 1.0))
+    x, level = torch.cat([X, X + 1])[:8], torch.tensor([0.9, 0.1, 0.1, 0.1, 0.5, 0.2, 0.7, 0.8])
+    _, wanted = regulariser_of(network, x=x, options=options, noise_level=level)
+    network.zero_grad()
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        for start in range(0, 8, part):
+            output = network(x[start : start + part])
+            loss = sync.loss(noise_level=level[start : start + part]) + 0 * output.sum()
+            (loss * part / 8).backward()
+    assert_equal_gradients(network, wanted)
+
+
+def test_padding_never_counts() -> None:
+    network, mask = Network(), torch.arange(7) < torch.tensor([7, 5, 3, 1, 2]).unsqueeze(1)
+    value, slopes = regulariser_of(network, options=SyncOptions(), mask=mask)
+    short = [regulariser_of(network, x=X[i : i + 1, : int(mask[i].sum())], options=SyncOptions()) for i in range(5)]
+    assert value == pytest.approx(sum(loss for loss, _ in short) / 5)
+    torch.testing.assert_close(
+        slopes["blocks.0.fc.weight"], torch.stack([s["blocks.0.fc.weight"] for _, s in short]).mean(0)
+    )
+    padded = torch.where(mask.unsqueeze(-1), X, torch.tensor(50.0))
+    assert regulariser_of(network, x=padded, options=SyncOptions(), mask=mask)[0] == value
+
+
+def test_centred_cosine_is_that_of_centred_tokens() -> None:
+    network = Network()
+    found = residuals(network)
+    s, t = (found[name] - found[name].mean((0, 1)) for name in ONE[0])
+    value, slopes = regulariser_of(network, options=SyncOptions(centred=True))
+    assert value == pytest.approx(-WEIGHT * float(cosines_of(s, t).mean().detach()), rel=1e-5)
+    assert {name.partition(".fc")[0] for name in slopes if slopes[name].any()} == {"blocks.0"}
+
+
+# --- projector
+
+
+def test_projector_stands_between_the_student_and_the_cosine() -> None:
+    network, options = Network(), SyncOptions(projector_width=32)
+    pairs = [*ONE, ("blocks.1", "head")]  # a head also bridges widths
+    sync = LayerSync(network, pairs, weight=WEIGHT, options=options)
+    assert not list(sync.parameters())
+    sync.prepare(X)
+    assert num_hooks(network) == 0
+    heads = sync.projectors.heads
+    with sync:
+        network(X)
+        loss = sync.loss()
+        loss.backward()
+        statistics = sync.statistics()
+    found = residuals(network)
+    found["head"] = network.head(found["blocks.3"])
+    wanted = [cosines_of(head(found[s]), found[t].detach()).mean() for head, (s, t) in zip(heads, pairs, strict=True)]
+    torch.testing.assert_close(loss, -WEIGHT * sum(wanted))
+    got, moved = [p.grad.clone() for p in sync.parameters()], gradients(network)
+    assert moved.keys() == {f"blocks.{i}.fc.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    torch.testing.assert_close(
+        got, list(torch.autograd.grad(-WEIGHT * sum(wanted), list(sync.parameters()), retain_graph=True))
+    )
+    (at_student,) = torch.autograd.grad(-WEIGHT * wanted[0], found["blocks.0"])
+    assert statistics["gradient norm blocks.0 <- blocks.2"] == pytest.approx(float(at_student.norm()), rel=1e-4)
+
+
+def test_projectors_are_made_in_time_or_not_at_all() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=1.0, options=SyncOptions(projector_width=4)) as sync:
+        network(X)
+        with pytest.raises(
+            ValueError, match=r"^the projectors are not made yet; call prepare\(\) before the optimizer"
+        ):
+            sync.loss()
+    with pytest.raises(
+        ValueError, match=r"^there is no projector to prepare; pass SyncOptions\(projector_width=...\)$"
+    ):
+        LayerSync(network, ONE, weight=1.0).prepare(X)
+
+
+# --- a teacher of its own
+
+
+def test_averaged_teacher_gives_the_teachers_tokens() -> None:
+    network, options = Network(), SyncOptions(teacher_decay=0.9)
+    sync, old = LayerSync(network, ONE, weight=WEIGHT, options=options), residuals(Network())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1
+    with sync:
+        network(X)
+        with sync.teaching() as teacher:
+            teacher(X)
+        loss = sync.loss()
+        loss.backward()
+        network(X)
+        with pytest.raises(
+            ValueError, match=r"^the teacher did not run; call it in `with sync.teaching\(\)` before loss\(\)$"
+        ):
+            sync.loss()
+    student = residuals(network)["blocks.0"]
+    torch.testing.assert_close(loss, -WEIGHT * cosines_of(student, old["blocks.2"]).mean())
+    assert not any(p.requires_grad or p.grad is not None for p in sync.teacher.parameters())
+    assert num_hooks(network) == num_hooks(sync.teacher) == 0
+
+
+def test_averaged_teacher_follows_the_network() -> None:
+    network = Network()
+    network.register_buffer("seen", torch.zeros(()))
+    sync = LayerSync(network, ONE, weight=1.0, options=SyncOptions(teacher_decay=0.75))
+    before = network.head.weight.detach().clone()
+    for step in range(1, 3):
+        with torch.no_grad():
+            network.head.weight += 1
+            network.seen += 1
+        sync.update_teacher()
+        wanted = before + sum(0.25 * 0.75 ** (step - k) * k for k in range(1, step + 1))
+        torch.testing.assert_close(sync.teacher.head.weight, wanted)
+    assert sync.teacher.seen == 2
+    with pytest.raises(ValueError, match=r"^there is no teacher to update; pass SyncOptions\(teacher_decay=...\)$"):
+        LayerSync(network, ONE, weight=1.0).update_teacher()
+
+
+@pytest.mark.parametrize("teacher_first", [False, True])
+def test_noise_gap_shows_the_network_itself_other_inputs(teacher_first: bool) -> None:
+    network, options = Network(), SyncOptions(noise_gap=0.2)
+    cleaner = 0.5 * X
+
+    def teach() -> None:
+        with sync.teaching() as teacher:
+            assert teacher is network
+            assert not teacher.training
+            teacher(cleaner)
+        assert network.training
+
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        if teacher_first:
+            teach()
+        network(X)
+        if not teacher_first:
+            teach()
+        loss = sync.loss()
+    s, t = residuals(network)["blocks.0"], residuals(network, cleaner)["blocks.2"]
+    torch.testing.assert_close(loss, -WEIGHT * cosines_of(s, t.detach()).mean())
+
+
+def test_without_options_there_is_no_second_pass_nor_anything_to_keep() -> None:
+    network, passes = Network(), []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        network(X)
+        sync.loss()
+        assert len(passes) == 1
+        with pytest.raises(ValueError, match=r"^the teacher has no pass of its own; pass SyncOptions"), sync.teaching():
+            pass
+    assert sync.teacher is sync.projectors is None
+    assert sync.state_dict() == {}
+
+
+def test_state_is_carried_to_another_process() -> None:
+    options = SyncOptions(projector_width=8, teacher_decay=0.5)
+
+    def made(seed: int) -> LayerSync:
+        sync = LayerSync(Network(seed=seed), ONE, weight=1.0, options=options)
+        torch.manual_seed(seed)
+        sync.prepare(X)
+        return sync
+
+    first, second = made(1), made(2)
+    with first:
+        first.module(X)
+        with first.teaching() as teacher:
+            teacher(X)
+        first.loss()
+        first.statistics()
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert second.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in state.items())
+    plain = LayerSync(Network(), ONE, weight=1.0)
+    with pytest.raises(
+        ValueError,
+        match=r"^the state has projectors and teacher, here there are none; pass the same options, and prepare",
+    ):
+        plain.load_state_dict(state)
+
+
+# --- what is logged
+
+
+def test_statistics_are_those_of_the_loss() -> None:
+    network = Network()
+    with LayerSync(network, TWO, weight=WEIGHT, options=SyncOptions(pair_weights=(1.0, 2.0))) as sync:
+        network(X)
+        sync.loss().backward()
+        numbers = sync.statistics()
+        assert numbers == sync.statistics()  # it takes nothing away
+        network(X)
+        with pytest.raises(ValueError, match=r"^there is no loss to tell of; call statistics\(\) between loss\(\) and"):
+            sync.statistics()
+    found = {name: tokens.detach().requires_grad_() for name, tokens in residuals(network).items()}
+    for (student, teacher), weight in zip(TWO, (WEIGHT, 2 * WEIGHT), strict=True):
+        s, t, pair = found[student], found[teacher].detach(), f"{student} <- {teacher}"
+        cosines = cosines_of(s, t)
+        (slope,) = torch.autograd.grad(weight * cosines.mean(), s)
+        # The part of the teacher's direction across the student's, over the student's length.
+        closed = (weight / 35) * ((1 - cosines**2) / s.square().sum(-1)).sum().sqrt()
+        assert numbers[f"cosine {pair}"] == pytest.approx(float(cosines.mean().detach()))
+        assert numbers[f"gradient norm {pair}"] == pytest.approx(float(slope.norm()), rel=1e-4)
+        assert numbers[f"gradient norm {pair}"] == pytest.approx(float(closed.detach()), rel=1e-4)
+        rank = effective_rank_of_features(s.detach().flatten(0, 1).numpy())
+        assert numbers[f"effective rank {student}"] == pytest.approx(rank, rel=1e-4)
+        assert numbers[f"collapse {student}"] == 0
+    assert len(numbers) == 8
+
+
+def test_collapse_is_told() -> None:
+    network, alarms = Network(), []
+    with LayerSync(network, ONE, weight=1.0) as sync:
+        for spread in (1.0, 1.0, 0.0):  # at last every token is the same
+            network(spread * X + 1)
+            sync.loss()
+            alarms.append(sync.statistics()["collapse blocks.0"])
+    assert alarms == [0, 0, 1]
+
+
+# --- other layouts
+
+
+def test_two_streams_and_sequence_first() -> None:
+    class Streams(nn.Module):
+        """As in MM-DiT: text and image tokens go in and come out of every block, here with the sequence first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Both() for _ in range(3))
+
+        def forward(self, text: Tensor, image: Tensor) -> Tensor:
+            for block in self.blocks:
+                text, image = block(text, image)
+            return image
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+            return text + 1, image + torch.tanh(self.fc(image)) + text.mean(0)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Streams()
+    text, image = X[:, :3].transpose(0, 1), X.transpose(0, 1)
+    mask = torch.arange(7).expand(5, 7) < 4
+    with LayerSync(network, ONE, weight=1.0, tokens=lambda output, name: output[1].transpose(0, 1)) as sync:
+        network(text, image)
+        loss = sync.loss(mask=mask)
+        assert sync.statistics()["effective rank blocks.0"] > 1
+    seen = []
+    for block in network.blocks:
+        text, image = block(text, image)
+        seen.append(image.transpose(0, 1))
+    torch.testing.assert_close(loss, -cosines_of(seen[0], seen[2])[:, :4].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_network_with_a_noise_gap_is_compiled_once() -> None:
+    network, options = Network(), SyncOptions(noise_gap=0.2)
+    network.compile(backend="eager")
+
+    def step() -> Tensor:
+        network(X)
+        with sync.teaching() as teacher:
+            teacher(0.5 * X)
+        loss = sync.loss()
+        sync.statistics()
+        return loss
+
+    with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
+        losses = [step(), step()]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            losses += [step(), step()]
+    s, t = residuals(network)["blocks.0"], residuals(network, 0.5 * X)["blocks.2"]
+    torch.testing.assert_close(losses, 4 * [-WEIGHT * cosines_of(s, t.detach()).mean()])
+
+
+def test_wrappers_are_looked_through() -> None:
+    network = Network()
+    with LayerSync(torch.compile(network, backend="eager"), ONE, weight=1.0) as sync:
+        assert sync.module is network

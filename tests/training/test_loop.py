@@ -1,0 +1,964 @@
+"""Training is what its few lines say, sees the same batches whatever it aligns, and can be killed at any moment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from places import HELPERS
+from safetensors.torch import load_file
+from tiny import SHAPE, tiny_samples, tiny_sit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.checkpoints.opening import open_checkpoint, training_record
+from layerprobe.data.samples import TensorSamples
+from layerprobe.layersync.options import SyncOptions
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.noise.predictions import convert
+from layerprobe.noise.schedules import DDPM, LinearPath, schedule_from_name
+from layerprobe.training import loop
+from layerprobe.training.batches import TrainingBatch, batches
+from layerprobe.training.loop import Decision, train
+from layerprobe.training.losses import HELD_OUT_LEVELS, held_out_loss, loss_weights, prediction_loss
+from layerprobe.training.plan import TrainingPlan
+
+PAIR = LayerPair("blocks.0", "blocks.2")
+PLAN = TrainingPlan(
+    steps=13,
+    batch_size=5,
+    learning_rate=1e-2,
+    warmup_steps=3,
+    weight_decay=0.1,
+    clip_norm=0.5,
+    ema_decay=0.8,
+    label_drop=0.25,
+    seed=3,
+    checkpoint_every=4,
+    log_every=3,
+)
+NUM = 12
+
+
+def model(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(row.pop("samples_per_s") > 0 for row in rows)
+    return rows
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt_at(step: int) -> Callable[[int, int, float], None]:
+    def progress(now: int, steps: int, loss: float) -> None:
+        if now == step:
+            raise Interruption
+
+    return progress
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.fixture
+def batch() -> TrainingBatch:
+    return next(iter(batches(tiny_sit(), tiny_samples(NUM), PLAN)))
+
+
+@pytest.mark.parametrize("data_time", [1, 0])
+def test_the_loss_of_flow_matching(batch: TrainingBatch, data_time: int) -> None:
+    """Official SiT predicts data - noise at a time that is 1 at the data; others noise - data at the noise level."""
+    backbone = tiny_sit(schedule=LinearPath(data_time, 1 - data_time))
+    level = batch.level.float().view(-1, 1, 1, 1)
+    x_t = (1 - level) * batch.x + level * batch.eps
+    wanted, time = (batch.x - batch.eps, 1 - level) if data_time else (batch.eps - batch.x, level)
+    expected = (backbone.module(x_t, time.flatten(), batch.condition) - wanted).square().mean((1, 2, 3))
+    # Rounding of a float32 network; the squared error is of order 1.
+    torch.testing.assert_close(prediction_loss(backbone, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_loss_of_ddpm(batch: TrainingBatch, prediction: Any) -> None:
+    schedule = DDPM.from_name("linear")
+    backbone = tiny_sit(schedule=schedule, prediction=prediction)
+    level = batch.level.view(-1, 1, 1, 1)
+    norm = torch.sqrt(level**2 + (1 - level) ** 2)
+    alpha, sigma = ((1 - level) / norm).float(), (level / norm).float()
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    log_snr = 2 * (torch.log1p(-batch.level) - torch.log(batch.level))
+    time = (torch.log(abar / (1 - abar)) - log_snr[:, None]).abs().argmin(1)
+    wanted = {"eps": batch.eps, "x0": batch.x, "v": alpha * batch.eps - sigma * batch.x}[prediction]
+    output = backbone.module(alpha * batch.x + sigma * batch.eps, time, batch.condition)
+    expected = (output - wanted).square().mean((1, 2, 3))
+    torch.testing.assert_close(prediction_loss(backbone, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction"), [("sit-gvp", "velocity"), ("sit-gvp", "score"), ("sit-vp", "velocity")]
+)
+def test_the_loss_of_sits_curved_paths(batch: TrainingBatch, name: str, prediction: Any) -> None:
+    """Written in SiT's time t, 1 at data: velocity d x_t / dt, and (sigma score + eps)^2."""
+    backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)
+    time = backbone.schedule.native_time(batch.level).requires_grad_()
+    if name == "sit-gvp":
+        alpha, sigma = torch.sin(time * math.pi / 2), torch.cos(time * math.pi / 2)
+    else:
+        alpha = torch.exp(-((1 - time) ** 2) * (20 - 0.1) / 4 - (1 - time) * 0.1 / 2)
+        sigma = torch.sqrt(1 - alpha**2)
+    (alpha_rate,) = torch.autograd.grad(alpha.sum(), time, retain_graph=True)
+    (sigma_rate,) = torch.autograd.grad(sigma.sum(), time)
+    alpha, sigma, alpha_rate, sigma_rate = (
+        c.detach().float().view(-1, 1, 1, 1) for c in (alpha, sigma, alpha_rate, sigma_rate)
+    )
+    output = backbone.module(alpha * batch.x + sigma * batch.eps, time.detach().float(), batch.condition)
+    error = output - (alpha_rate * batch.x + sigma_rate * batch.eps)
+    if prediction == "score":
+        error = sigma * output + batch.eps
+    # The velocity of VP is of order 10: a relative tolerance of float32 through a network.
+    torch.testing.assert_close(prediction_loss(backbone, batch), error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_padding_has_no_part_in_the_loss(batch: TrainingBatch) -> None:
+    backbone, mask = tiny_sit(), torch.ones(5, 4, 4, dtype=torch.bool)
+    mask[:, 2:] = False
+    mask[0] = True
+    losses = prediction_loss(backbone, replace(batch, mask=mask))
+    other = batch.x.masked_fill(~mask.unsqueeze(1), 7.0)
+    assert torch.equal(prediction_loss(backbone, replace(batch, x=other, mask=mask)), losses)
+    torch.testing.assert_close(losses[:1], prediction_loss(backbone, batch)[:1])
+    level = batch.level.float().view(-1, 1, 1, 1)
+    x_t = (1 - level) * batch.x + level * batch.eps
+    output = backbone.module(x_t, 1 - level.flatten(), batch.condition, mask)
+    error = (output - (batch.x - batch.eps)).square()
+    torch.testing.assert_close(losses[1:], error[1:, :, :2].mean((1, 2, 3)))
+
+
+PREDICTED = [
+    ("sit", "velocity"),
+    ("sit", "x0"),
+    ("ddpm-linear", "eps"),
+    ("ddpm-linear", "x0"),
+    ("ddpm-linear", "v"),
+    ("sit-gvp", "velocity"),
+    ("sit-gvp", "score"),
+    ("sit-vp", "eps"),
+]
+
+
+@pytest.mark.parametrize(("name", "prediction"), PREDICTED)
+def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(batch: TrainingBatch, name: str, prediction: Any) -> None:
+    """Hang et al. 2023: min(SNR, gamma) (x0 - predicted x0)^2, the prediction converted by itself."""
+    backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)
+    level = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.9], dtype=torch.float64)
+    batch, schedule = replace(batch, level=level), backbone.schedule
+    x_t = schedule.corrupt(batch.x, batch.eps, level)
+    output = backbone.predict(x_t, level.float(), batch.condition)
+    x0 = convert(output, x_t, level, schedule, source=prediction, to="x0")
+    snr = (schedule.alpha(level) / schedule.sigma(level)) ** 2
+    expected = snr.clamp(max=4.0) * (x0 - batch.x).double().square().mean((1, 2, 3))
+    weights = loss_weights(backbone, level, weighting="min-snr", snr_gamma=4.0)
+    # Converting in float32 costs digits where x_t is nearly noise.
+    torch.testing.assert_close(weights * prediction_loss(backbone, batch).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_min_snr_gives_the_papers_weights() -> None:
+    level = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    snr = ((1 - level) / level) ** 2
+    least = snr.clamp(max=5)
+    for prediction, expected in (("x0", least), ("eps", least / snr), ("v", least / (snr + 1))):
+        backbone = tiny_sit(schedule=DDPM.from_name("cosine"), prediction=prediction)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss_weights(backbone, level, weighting="min-snr"), expected)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_velocity_and_likelihood_weights_are_those_of_sit(prediction: Any) -> None:
+    """In SiT's t on its cosine path: g = alpha' / alpha sigma^2 - sigma sigma', on the squared error of eps."""
+    backbone = tiny_sit(schedule=schedule_from_name("sit-gvp"), prediction=prediction)
+    time = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+    angle = time * math.pi / 2
+    alpha, sigma, rate = torch.sin(angle), torch.cos(angle), math.pi / 2
+    g = rate * torch.cos(angle) / alpha * sigma**2 + sigma * rate * torch.sin(angle)
+    level = backbone.schedule.noise_level(time)
+    for weighting, expected in (("velocity", (g / sigma) ** 2), ("likelihood", g / sigma**2)):
+        torch.testing.assert_close(loss_weights(backbone, level, weighting=weighting), expected)  # type: ignore[arg-type]
+
+
+def test_weights_are_finite_at_the_ends_and_one_where_there_are_none() -> None:
+    ends = torch.tensor([0.0, 1e-3, 1 - 1e-3, 1.0], dtype=torch.float64)
+    for name, prediction in PREDICTED:
+        backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)  # type: ignore[arg-type]
+        assert (loss_weights(backbone, ends, weighting="none") == 1).all()
+        for weighting in ("min-snr", "velocity", "likelihood"):
+            weights = loss_weights(backbone, ends, weighting=weighting)  # type: ignore[arg-type]
+            assert (weights.isfinite() & (weights > 0)).all()
+            assert torch.equal(weights[::3], weights[1:3])
+    same = loss_weights(tiny_sit(), ends, weighting="velocity")
+    torch.testing.assert_close(same, torch.ones_like(same))
+
+
+def test_a_model_without_classes_ignores_labels(batch: TrainingBatch) -> None:
+    backbone = tiny_sit(num_classes=0)
+    torch.testing.assert_close(
+        prediction_loss(backbone, batch), prediction_loss(backbone, replace(batch, condition=None))
+    )
+
+
+def test_held_out_loss_equals_a_plain_loop() -> None:
+    backbone, samples = tiny_sit(), tiny_samples(7, first_id=20)
+    expected = dict.fromkeys(HELD_OUT_LEVELS, 0.0)
+    for level in HELD_OUT_LEVELS:
+        for row in range(7):
+            stream = np.random.Philox(key=np.array([9, 20 + row], np.uint64), counter=np.zeros(4, np.uint64))
+            eps = torch.from_numpy(np.random.Generator(stream).standard_normal(16, np.float32)).view(SHAPE)
+            x_t = (1 - level) * samples.x[row] + level * eps
+            with torch.no_grad():
+                output = backbone.module(x_t[None], torch.tensor([1 - level]), torch.tensor([3]))
+            expected[level] += (output[0] - (samples.x[row] - eps)).square().mean().item() / 7
+    for size in (2, 256):
+        assert held_out_loss(backbone, samples, seed=9, batch_size=size) == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def few_lines(
+    backbone: Backbone, plan: TrainingPlan, pairs_at: Callable[[int], tuple[LayerPair, ...]] | None = None
+) -> dict[str, Tensor]:
+    """The whole recipe by hand, with hooks instead of LayerSync; gives the averaged weights."""
+    module: Any = backbone.module
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, foreach=False
+    )
+    outputs: dict[str, Tensor] = {}
+    for i, block in enumerate(module.blocks):
+        block.register_forward_hook(lambda _, __, out, name=f"blocks.{i}": outputs.update({name: out}))
+    for step, batch in enumerate(batches(tiny_sit(), tiny_samples(NUM), plan)):
+        level = batch.level.float().view(-1, 1, 1, 1)
+        velocity = module((1 - level) * batch.x + level * batch.eps, 1 - level.flatten(), batch.condition)
+        loss = F.mse_loss(velocity, batch.x - batch.eps)
+        for pair in pairs_at(step) if pairs_at else plan.pairs:
+            cosine = F.cosine_similarity(outputs[pair.student], outputs[pair.teacher].detach(), dim=-1)
+            loss = loss - plan.weight * cosine.mean()
+        optimizer.param_groups[0]["lr"] = plan.learning_rate * min(1, (step + 1) / (plan.warmup_steps + 1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in trained.values()))
+        for p in trained.values():
+            p.grad *= min(1, plan.clip_norm / (norm + 1e-6))
+        optimizer.step()
+        decay = min(plan.ema_decay, (step + 2) / (step + 11))
+        for name, p in trained.items():
+            ema[name] = decay * ema[name] + (1 - decay) * p.detach()
+    return ema
+
+
+def test_training_is_bit_equal_to_a_plain_loop(tmp_path: Path) -> None:
+    """The numbers of the first version: nothing that was added since may touch them."""
+    module = tiny_sit().module.train()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1, fused=True)
+    losses = []
+    for step, batch in enumerate(batches(tiny_sit(), tiny_samples(NUM), PLAN)):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 4)
+        level = batch.level.float().view(-1, 1, 1, 1)
+        x_t = (1 - batch.level).float().view(-1, 1, 1, 1) * batch.x + level * batch.eps
+        velocity = -module(x_t, 1 - level.flatten(), batch.condition)
+        loss = ((velocity - (-1 * batch.x + batch.eps)) ** 2).flatten(1).mean(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), 0.5)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        for name, p in trained.items():
+            ema[name].lerp_(p.detach(), 1 - min(0.8, (step + 2) / (step + 11)))
+    told: list[float] = []
+    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path, progress=lambda _, __, loss: told.append(loss))
+    assert told == losses
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], average) for name, average in ema.items())
+
+
+@pytest.mark.parametrize("pairs", [(), (PAIR,), (PAIR, LayerPair("blocks.0", "blocks.1"))], ids=len)
+def test_training_equals_a_few_lines(tmp_path: Path, pairs: tuple[LayerPair, ...]) -> None:
+    plan = replace(PLAN, pairs=pairs)
+    trained = train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+    expected = few_lines(tiny_sit(), plan)
+    for name, tensor in expected.items():
+        found = trained.module.get_parameter(name).detach()
+        if name.endswith("qkv.bias"):  # A softmax ignores the bias of the keys: its gradient is nothing but rounding.
+            found, tensor = found[[*range(16), *range(32, 48)]], tensor[[*range(16), *range(32, 48)]]
+        # Adam divides by the gradient's size, so the rounding of a small gradient grows to 1e-3 of a step of 1e-2.
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=3e-5)
+
+
+def test_alignment_changes_training_through_its_loss_only(tmp_path: Path) -> None:
+    for name, pairs, weight in (("none", (), 0.3), ("without weight", (PAIR,), 0.0), ("aligned", (PAIR,), 0.3)):
+        train(tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=pairs, weight=weight), tmp_path / name)
+    none, same, aligned = (load_file(tmp_path / n / "model.safetensors") for n in ("none", "without weight", "aligned"))
+    assert all(torch.equal(none[name], same[name]) for name in none)
+    assert not torch.equal(none["blocks.0.attn.qkv.weight"], aligned["blocks.0.attn.qkv.weight"])
+    first = [log(tmp_path / name)[0]["loss"] for name in ("none", "without weight")]
+    assert first[0] == first[1]
+
+
+def test_the_start_is_left_alone_and_the_result_is_what_the_file_holds(tmp_path: Path) -> None:
+    backbone = tiny_sit()
+    before = {name: tensor.clone() for name, tensor in backbone.module.state_dict().items()}
+    trained = train(backbone, tiny_samples(NUM), PLAN, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.module.state_dict().items())
+    assert not trained.module.training
+    opened = open_checkpoint(tmp_path / "model.safetensors")
+    for name, tensor in trained.module.state_dict().items():
+        assert torch.equal(tensor, opened.module.state_dict()[name])
+    assert not torch.equal(
+        before["final_layer.linear.weight"], trained.module.state_dict()["final_layer.linear.weight"]
+    )
+    assert (opened.schedule.to_config(), opened.prediction) == (backbone.schedule.to_config(), backbone.prediction)
+
+
+def test_observers_see_the_averaged_model(tmp_path: Path) -> None:
+    backbone, seen = tiny_sit(), {}
+
+    def observe(step: int, observed: Backbone) -> None:
+        assert not observed.module.training
+        seen[step] = observed.module.state_dict()
+
+    trained = train(backbone, tiny_samples(NUM), PLAN, tmp_path, observe=observe, observe_at=(0, 5, 13))
+    assert list(seen) == [0, 5, 13]
+    shorter = train(backbone, tiny_samples(NUM), replace(PLAN, steps=5), tmp_path / "shorter")
+    for name in seen[0]:
+        assert torch.equal(seen[0][name], backbone.module.state_dict()[name])
+        assert torch.equal(seen[5][name], shorter.module.state_dict()[name])
+        assert torch.equal(seen[13][name], trained.module.state_dict()[name])
+
+
+def test_the_log_has_a_row_every_so_many_steps(tmp_path: Path) -> None:
+    told: list[tuple[int, int, float]] = []
+    plan = replace(PLAN, pairs=(PAIR,))
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda *state: told.append(state))
+    assert [(step, steps) for step, steps, _ in told] == [(step, 13) for step in range(1, 14)]
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert [row["loss"] for row in rows] == [told[step - 1][2] for step in (3, 6, 9, 12)]
+    assert all(-1 <= row["cosine blocks.0 <- blocks.2"] <= 1 for row in rows)
+
+
+def test_half_precision_trains_nearly_the_same(tmp_path: Path) -> None:
+    ends = {}
+    for precision in ("float32", "bfloat16"):
+        told: list[float] = []
+        train(
+            tiny_sit(),
+            tiny_samples(NUM),
+            replace(PLAN, precision=precision),
+            tmp_path / precision,
+            progress=lambda _, __, loss, told=told: told.append(loss),
+        )
+        ends[precision] = told
+    assert ends["bfloat16"] != ends["float32"]
+    # bfloat16 keeps 3 digits, and the losses are near 1.
+    np.testing.assert_allclose(ends["bfloat16"], ends["float32"], rtol=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"noise_range": (0.2, 0.7)}], ids=["plain", "range"])
+def test_an_accumulated_step_is_the_step_of_the_whole_batch(tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = replace(PLAN, batch_size=6, pairs=(PAIR,), sync=SyncOptions(**options), loss_weighting="min-snr")
+    losses = {}
+    for parts in (1, 3):
+        told: list[float] = []
+        train(
+            tiny_sit(),
+            tiny_samples(NUM),
+            replace(plan, accumulate=parts),
+            tmp_path / str(parts),
+            progress=lambda _, __, loss, told=told: told.append(loss),
+        )
+        losses[parts] = told
+    # Rounding, which Adam turns into at most 1e-3 of its step of 1e-2 in 13 steps.
+    np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
+    whole, cut = (load_file(tmp_path / str(parts) / "model.safetensors") for parts in (1, 3))
+    for name, tensor in whole.items():
+        if not name.endswith("qkv.bias"):  # see above
+            torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=3e-5)
+
+
+def test_the_loss_is_weighted_sample_by_sample(tmp_path: Path) -> None:
+    plan = replace(PLAN, steps=1, log_every=1, loss_weighting="velocity", time_sampling="logit-normal")
+    backbone = tiny_sit(prediction="x0")
+    train(backbone, tiny_samples(NUM), plan, tmp_path)
+    first = next(iter(batches(backbone, tiny_samples(NUM), plan)))
+    losses = prediction_loss(backbone, first) / first.level.float() ** 2  # velocity = (x_t - x_0) / level
+    assert log(tmp_path)[0]["loss"] == pytest.approx(float(losses.detach().mean()), rel=1e-5)
+
+
+def test_every_average_has_a_file(tmp_path: Path) -> None:
+    backbone, plan = tiny_sit(), replace(PLAN, more_ema_decays=(0.0, 0.5))
+    with pytest.raises(Interruption):
+        train(backbone, tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(6))
+    train(backbone, tiny_samples(NUM), plan, tmp_path)
+    names = {0.8: "model.safetensors", 0.0: "model-ema-0.0.safetensors", 0.5: "model-ema-0.5.safetensors"}
+    assert {place.name for place in tmp_path.glob("*.safetensors")} == {*names.values()}
+    for decay, name in names.items():
+        alone = tmp_path.with_name(f"alone-{decay}")
+        train(backbone, tiny_samples(NUM), replace(PLAN, ema_decay=decay), alone)
+        found, expected = load_file(tmp_path / name), load_file(alone / "model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        opened = open_checkpoint(tmp_path / name)
+        assert torch.equal(opened.module.pos_embed, backbone.module.pos_embed)
+        assert training_record(tmp_path / name)["ema_decay"] == decay
+    last = torch.load(tmp_path / "checkpoints" / "step-0000013.pt")["module"]
+    assert all(torch.equal(load_file(tmp_path / names[0.0])[key], tensor) for key, tensor in last.items())
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 2, 4, 4)], ids=["1-D", "3-D"])
+def test_other_grids_are_trained_alike(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    plan = replace(PLAN, steps=2, pairs=(PAIR,), log_every=1)
+    trained = train(tiny_sit(shape=shape), tiny_samples(NUM, shape=shape), plan, tmp_path)
+    assert trained.shape == shape
+    assert all(math.isfinite(value) for row in log(tmp_path) for value in row.values())
+
+
+def test_padding_has_no_part_in_training(tmp_path: Path) -> None:
+    ends = []
+    for value in (0.0, 5.0):
+        samples = tiny_samples(NUM)
+        mask = torch.ones(NUM, 4, 4, dtype=torch.bool)
+        mask[::2, 2:] = False
+        samples.x = samples.x.masked_fill(~mask.unsqueeze(1), value)
+        samples.mask = mask
+        plan = replace(PLAN, pairs=(PAIR,), steps=4)
+        ends.append(train(tiny_sit(), samples, plan, tmp_path / str(value)).module.state_dict())
+    assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
+
+
+def test_rows_go_to_the_log_at_once_to_the_caller_and_to_the_table(tmp_path: Path) -> None:
+    told: list[tuple[int, dict[str, float]]] = []
+
+    def tell(step: int, row: dict[str, float]) -> None:
+        told.append((step, dict(row)))
+        assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1]) == row
+
+    plan = replace(PLAN, pairs=(PAIR,), checkpoint_every=100)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, log=tell)
+    assert [step for step, _ in told] == [3, 6, 9, 12]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row for _, row in told] == rows
+    table = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert list(table[0])[:5] == ["step", "loss", "grad_norm", "learning_rate", "samples_per_s"]
+    assert [{name: float(value) for name, value in row.items()} for row in table] == rows
+    assert [row["learning_rate"] for row in rows] == [0.0075, 0.01, 0.01, 0.01]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+OTHER = LayerPair("blocks.1", "blocks.2")
+
+
+def deciding(calls: list[int]) -> Callable[[int, Backbone], Decision]:
+    """PAIR after step 4, none after step 9; the evidence is a number of the averaged model."""
+
+    def direct(step: int, averaged: Backbone) -> Decision:
+        calls.append(step)
+        assert not averaged.module.training
+        seen = float(averaged.module.get_parameter("final_layer.linear.weight").detach().sum())
+        return Decision({4: (PAIR,), 9: ()}[step], {"seen": seen, "because": f"step {step}"})
+
+    return direct
+
+
+def test_decided_pairs_are_aligned_from_the_next_step_on(tmp_path: Path) -> None:
+    plan, calls = replace(PLAN, pairs=(OTHER,), log_every=1), []
+    trained = train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, direct=deciding(calls), direct_at=(4, 9))
+    assert calls == [4, 9]
+    expected = few_lines(tiny_sit(), plan, lambda step: (OTHER,) if step < 4 else (PAIR,) if step < 9 else ())
+    for name, tensor in expected.items():
+        if not name.endswith("qkv.bias"):  # see above
+            torch.testing.assert_close(trained.module.get_parameter(name).detach(), tensor, rtol=1e-4, atol=3e-5)
+    columns = [[key for key in row if key.startswith("cosine")] for row in log(tmp_path)]
+    assert columns == [[f"cosine {OTHER}"]] * 4 + [[f"cosine {PAIR}"]] * 5 + [[]] * 4
+    rows = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 9]
+    assert [row["pairs"] for row in rows] == [[["blocks.0", "blocks.2"]], []]
+    assert [row["record"]["because"] for row in rows] == ["step 4", "step 9"]
+
+
+def test_an_interrupted_run_does_not_decide_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+    options = {"direct": deciding(calls), "direct_at": (4, 9)}
+    plan = replace(PLAN, checkpoint_every=100)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "whole", **options)
+    for step in (3, 5, 10):
+        with pytest.raises(Interruption):
+            train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", progress=interrupt_at(step), **options)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", **options)
+    assert calls == [4, 9, 4, 9]
+    assert model(tmp_path / "again") == model(tmp_path / "whole")
+    again, whole = (log(tmp_path / name) for name in ("again", "whole"))
+    assert again == whole
+    assert (tmp_path / "again" / "decisions.jsonl").read_text() == (tmp_path / "whole" / "decisions.jsonl").read_text()
+
+
+def test_a_decision_before_the_first_step_is_the_plan(tmp_path: Path) -> None:
+    def direct(step: int, averaged: Backbone) -> Decision:
+        return Decision((PAIR,), {})
+
+    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / "decided", direct=direct, direct_at=[0])
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=(PAIR,)), tmp_path / "planned")
+    decided, planned = (load_file(tmp_path / name / "model.safetensors") for name in ("decided", "planned"))
+    assert all(torch.equal(decided[name], tensor) for name, tensor in planned.items())
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=(PAIR,)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 11, 13])
+def test_interrupted_by_an_exception_it_ends_bit_equal(tmp_path: Path, whole: Path, step: int) -> None:
+    plan = replace(PLAN, pairs=(PAIR,))
+    with pytest.raises(Interruption):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(step))
+    steps: list[int] = []
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda now, _, __: steps.append(now))
+    assert steps == list(range(step // 4 * 4 + 1, 14)) if step < 13 else steps == []
+    assert model(tmp_path) == model(whole)
+    assert log(tmp_path) == log(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "time"), [("step-0000008.pt", 1), ("step-0000012.pt", 1), ("log.csv", 3), ("model.safetensors", 1)]
+)
+def test_interrupted_while_writing_it_ends_bit_equal(
+    tmp_path: Path, whole: Path, name: str, time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, replaced = replace(PLAN, pairs=(PAIR,)), []
+
+    def interrupted(before: Path, after: Path) -> None:
+        replaced.append(Path(after).name)
+        if replaced.count(name) == time:
+            raise Interruption
+        Path(before).rename(after)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", interrupted)
+        with pytest.raises(Interruption):
+            train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+    assert model(tmp_path) == model(whole)
+    assert log(tmp_path) == log(whole)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"projector_width": 8, "warmup_steps": 2, "decay": "cosine", "stop_step": 8, "noise_range": (0.3, 0.9)},
+        {"teacher_decay": 0.9, "noise_gap": 0.2},
+    ],
+    ids=["projector and schedule", "EMA teacher and noise gap"],
+)
+def test_every_kind_of_alignment_ends_bit_equal(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The state of projectors and teachers is kept too; a decision gives the new pair new ones."""
+    plan = replace(PLAN, pairs=(OTHER,), sync=SyncOptions(**options), checkpoint_every=3, steps=10)
+    given = {"direct": deciding([]), "direct_at": (4,)}
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "whole", **given)
+    for step in (4, 7):
+        with pytest.raises(Interruption):
+            train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", progress=interrupt_at(step), **given)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", **given)
+    assert model(tmp_path / "again") == model(tmp_path / "whole")
+    assert log(tmp_path / "again") == log(tmp_path / "whole")
+    train(tiny_sit(), tiny_samples(NUM), replace(plan, sync=SyncOptions()), tmp_path / "plain", **given)
+    assert model(tmp_path / "plain") != model(tmp_path / "whole")
+
+
+def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path, whole: Path) -> None:
+    plan = replace(PLAN, pairs=(PAIR,), keep_last=2)
+    with pytest.raises(Interruption):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(13))
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    places = sorted((tmp_path / "checkpoints").iterdir())
+    assert [place.name for place in places] == ["step-0000012.pt", "step-0000013.pt"]
+    places[1].write_bytes(places[1].read_bytes()[:-100])
+    steps: list[int] = []
+    with pytest.warns(UserWarning, match=r"step-0000013.pt is damaged; going on from step-0000012.pt"):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda step, *_: steps.append(step))
+    assert steps == [13]
+    assert log(tmp_path) == log(whole)
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert sorted((tmp_path / "checkpoints").iterdir()) == places
+    for place in places:
+        place.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-0000013.pt and all older ones are damaged; delete them to start"):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+
+
+def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) -> None:
+    """It kept one checkpoint, `state.pt`, with one average; its plan knew nothing of what has come since."""
+    plan = replace(PLAN, pairs=(PAIR,))
+    with pytest.raises(Interruption):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(9))
+    content = torch.load(tmp_path / "checkpoints" / "step-0000008.pt")
+    old = {name: content[name] for name in ("step", "module", "optimizer", "log")} | {"ema": content["averages"][0.8]}
+    torch.save(old, tmp_path / "state.pt")
+    shutil.rmtree(tmp_path / "checkpoints")
+    known = set(json.loads((tmp_path / "training.json").read_text())["plan"])
+    assert known == {
+        *("batch_size", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "ema_decay", "label_drop"),
+        *("pairs", "weight", "precision", "compile", "seed"),
+    }
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+    assert model(tmp_path) == model(whole)
+    assert log(tmp_path) == log(whole)
+    assert not (tmp_path / "state.pt").exists()
+
+
+CHILD = """
+import os, random, signal, sys
+from tiny import tiny_samples, tiny_sit
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.training import TrainingPlan, train
+plan = TrainingPlan(
+    steps=120, batch_size=5, learning_rate=1e-2, ema_decay=0.8, seed=3, checkpoint_every=3, log_every=5,
+    pairs=(LayerPair("blocks.0", "blocks.2"),), keep_last=2,
+)
+def run(folder, told=None):
+    train(tiny_sit(), tiny_samples(12), plan, folder, progress=told and (lambda *_: os.write(told, b".")))
+for _ in range(5):
+    ours, told = os.pipe()
+    child = os.fork()  # a process of its own, without the seconds that importing torch takes
+    if child == 0:
+        run(sys.argv[1], told)
+        os._exit(0)
+    os.close(told)
+    for _ in range(random.randint(1, 20)):
+        assert os.read(ours, 1), "it ended by itself"
+    os.kill(child, signal.SIGKILL)  # it goes on until the signal arrives: anywhere, in the middle of a write too
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    os.close(ours)
+run(sys.argv[1])
+run(sys.argv[2])
+"""
+
+
+def test_killed_at_a_random_step_five_times_in_a_row_it_ends_bit_equal(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    folders = tmp_path / "killed", tmp_path / "whole"
+    subprocess.run([sys.executable, "-c", CHILD, *map(str, folders)], env=environment, check=True)
+    assert model(folders[0]) == model(folders[1])
+    assert log(folders[0]) == log(folders[1])
+    assert [place.name for place in sorted((folders[0] / "checkpoints").iterdir())] == [
+        "step-0000117.pt",
+        "step-0000120.pt",
+    ]
+
+
+class Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(16, 16), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.drop(self.layer(x.flatten(1))).view_as(x)
+
+
+def test_a_network_with_random_numbers_of_its_own_ends_bit_equal_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = wrap(Dropout(), layers="layer", schedule="flow", prediction="velocity", shape=SHAPE)
+    state = torch.random.get_rng_state()
+    train(backbone, tiny_samples(NUM), PLAN, tmp_path / "whole")
+    with pytest.raises(Interruption):
+        train(backbone, tiny_samples(NUM), PLAN, tmp_path / "again", progress=interrupt_at(6))
+    train(backbone, tiny_samples(NUM), PLAN, tmp_path / "again")
+    assert model(tmp_path / "again") == model(tmp_path / "whole")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_finished_run_returns_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in stamps) == [
+        "checkpoints",
+        "log.csv",
+        "log.jsonl",
+        "model.safetensors",
+        "training.json",
+    ]
+    monkeypatch.setattr(loop, "_step", None)
+    again = train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
+    for name, tensor in trained.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name])
+
+
+def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
+    for steps in (6, 13):
+        train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=steps), tmp_path / "grown")
+    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / "whole")
+    assert model(tmp_path / "grown") == model(tmp_path / "whole")
+    assert log(tmp_path / "grown") == log(tmp_path / "whole")
+
+
+def test_a_continued_run_never_keeps_the_shorter_runs_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed after its last checkpoint, before its model is written."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise Interruption
+
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=6), tmp_path / "grown")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", killed)
+        with pytest.raises(Interruption):
+            train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / "grown")
+    for name in ("grown", "whole"):
+        train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / name)
+    assert model(tmp_path / "grown") == model(tmp_path / "whole")
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+    before = model(tmp_path)
+    with pytest.raises(ValueError, match="holds 13 steps, more than the 6 wanted; pass more --steps or another --out"):
+        train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=6), tmp_path)
+    assert model(tmp_path) == before
+
+
+def test_no_steps_give_the_start(tmp_path: Path) -> None:
+    backbone = tiny_sit()
+    trained = train(backbone, tiny_samples(NUM), replace(PLAN, steps=0), tmp_path)
+    for name, tensor in backbone.module.state_dict().items():
+        assert torch.equal(tensor, trained.module.state_dict()[name])
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=2), tmp_path)
+    before = contents(tmp_path)
+    others: dict[str, tuple[Backbone, Any, TrainingPlan]] = {
+        "plan.learning_rate": (tiny_sit(), tiny_samples(NUM), replace(PLAN, learning_rate=1e-3)),
+        "plan.pairs, plan.weight": (tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=(PAIR,), weight=0.2)),
+        "plan.seed": (tiny_sit(), tiny_samples(NUM), replace(PLAN, seed=4)),
+        "plan.sync": (tiny_sit(), tiny_samples(NUM), replace(PLAN, sync=SyncOptions(centred=True))),
+        "plan.time_mean, plan.time_sampling": (
+            tiny_sit(),
+            tiny_samples(NUM),
+            replace(PLAN, time_sampling="logit-normal", time_mean=0.5),
+        ),
+        "data": (tiny_sit(), tiny_samples(NUM, seed=1), PLAN),
+        "start": (tiny_sit(seed=1), tiny_samples(NUM), PLAN),
+        "schedule_hash": (tiny_sit(schedule=LinearPath(0, 1)), tiny_samples(NUM), PLAN),
+        "prediction": (tiny_sit(prediction="x0"), tiny_samples(NUM), PLAN),
+    }
+    for different, (backbone, samples, plan) in others.items():
+        with pytest.raises(ValueError, match=rf"holds a training of another run \(different: {different}\); choose"):
+            train(backbone, samples, plan, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_how_long_a_run_is_and_how_often_it_writes_is_not_its_identity() -> None:
+    free = {"steps": 7, "checkpoint_every": 7, "log_every": 7, "accumulate": 5, "keep_last": 7}
+    for name, value in free.items():
+        assert replace(PLAN, **{name: value}).identity() == PLAN.identity()
+    others = {
+        "sync": SyncOptions(centred=True),
+        "time_sampling": "logit-normal",
+        "time_mean": 1.0,
+        "time_std": 2.0,
+        "loss_weighting": "min-snr",
+        "snr_gamma": 1.0,
+        "more_ema_decays": (0.5,),
+    }
+    assert {*PLAN.identity(), *free, *others} == {field.name for field in fields(TrainingPlan)}
+    for name, value in others.items():
+        assert set(replace(PLAN, **{name: value}).identity()) - set(PLAN.identity()) == {name}
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"is not empty and holds other things \(thesis.tex\); choose another --out"):
+        train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_a_damaged_state_is_named(tmp_path: Path, keep: int) -> None:
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=2), tmp_path)
+    place = tmp_path / "checkpoints" / "step-0000002.pt"
+    place.write_bytes(place.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"step-0000002.pt is damaged; delete it to start this run again$"):
+        train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    loss, left = loop.prediction_loss, iter(range(7))
+    train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=4), tmp_path / "four")
+
+    def breaking(*arguments: Any) -> Tensor:
+        return loss(*arguments) * (1 if next(left, None) is not None else value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prediction_loss", breaking)
+        with pytest.raises(
+            ValueError, match=rf"the loss is {value} at step 8; lower the learning rate .*step-0000004.pt is kept in"
+        ) as error:
+            train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / "broken")
+    assert "\n" not in str(error.value)
+    kept, four = (torch.load(tmp_path / n / "checkpoints" / "step-0000004.pt") for n in ("broken", "four"))
+    assert kept["step"] == 4
+    assert all(torch.equal(kept["module"][name], four["module"][name]) for name in four["module"])
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_never_reaches_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, left = loop.prediction_loss, iter(range(7))
+
+    def breaking(backbone: Backbone, batch: TrainingBatch) -> Tensor:
+        values = loss(backbone, batch)
+        if next(left, None) is not None:
+            return values
+        weight = next(p for p in backbone.module.parameters() if p.requires_grad)
+        return values + (weight.sum() * 0).abs().sqrt()  # 0, with the gradient 0 / 0
+
+    monkeypatch.setattr(loop, "prediction_loss", breaking)
+    with pytest.raises(
+        ValueError, match=r"the gradient\'s norm is nan at step 8; lower the learning rate .*step-0000004.pt is kept in"
+    ):
+        train(tiny_sit(), tiny_samples(NUM), replace(PLAN, clip_norm=0.0), tmp_path)
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-0000004.pt"]
+
+
+def test_weights_that_overflow_never_reach_a_checkpoint(tmp_path: Path) -> None:
+    """The gradient is finite, the decayed weight is not."""
+    plan = replace(PLAN, weight_decay=1e25, learning_rate=1e20, checkpoint_every=1)
+    train(tiny_sit(), tiny_samples(NUM), replace(plan, steps=0), tmp_path)
+    with pytest.raises(ValueError, match=r"is not finite at step 1; lower .*step-0000000.pt is kept in"):
+        train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-0000000.pt"]
+
+
+def test_a_training_that_diverges_at_once_says_that_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = loop.prediction_loss
+    monkeypatch.setattr(loop, "prediction_loss", lambda *arguments: loss(*arguments) * math.nan)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1; .* \(there is no checkpoint yet\)$"):
+        train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
+
+
+class FailingSamples(TensorSamples):
+    reads = 0
+
+    def batch(self, indices: Any) -> Any:
+        self.reads += 1
+        if self.reads > 6:
+            raise OSError("the disk is gone")
+        return super().batch(indices)
+
+
+def test_data_that_cannot_be_read_stops_at_its_step_with_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    whole, steps = tiny_samples(NUM), []
+    samples = FailingSamples(whole.x, whole.labels)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(tiny_sit(), samples, PLAN, tmp_path, progress=lambda step, *_: steps.append(step))
+    assert steps == [1, 2, 3, 4]  # 5 of 12 samples a step: the third and the fifth are read in two parts
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    train(tiny_sit(), whole, PLAN, tmp_path)
+    train(tiny_sit(), whole, PLAN, tmp_path.with_name("whole"))
+    assert model(tmp_path) == model(tmp_path.with_name("whole"))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "samples", "message"),
+    [
+        (
+            tiny_sit(),
+            tiny_samples(6, shape=(1, 6, 6)),
+            r"samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\); pass --size",
+        ),
+        (tiny_sit(), tiny_samples(0), "there are no samples to train on"),
+        (tiny_sit(num_classes=5), tiny_samples(6), "knows 5 classes, the data has 3; pass data with the same labels"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, backbone: Backbone, samples: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        train(backbone, samples, PLAN, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"steps": -1}, "need steps >= 0"),
+        ({"learning_rate": 0.0}, "learning_rate > 0"),
+        ({"learning_rate": float("nan")}, "learning_rate > 0"),
+        ({"label_drop": 1.5}, r"label_drop in \[0, 1\]"),
+        ({"ema_decay": 1.0}, r"ema_decay in \[0, 1\); got 13, 0.01, 0.25, 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
+        ({"clip_norm": float("nan")}, "clip_norm must be at least 0, got nan"),
+        ({"weight": float("inf")}, "the weight of the alignment must be finite, got inf"),
+        ({"precision": "bf16"}, "unknown precision 'bf16'; use float32 or bfloat16"),
+        ({"seed": -1}, "seed must be between 0 and"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 2}, "a batch of 5 cannot be cut into 2 equal parts; change accumulate"),
+        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
+        ({"time_sampling": "cosine"}, "unknown time_sampling 'cosine'; use one of uniform, logit-normal"),
+        ({"loss_weighting": "snr"}, "unknown loss_weighting 'snr'; use one of none, min-snr, velocity, likelihood"),
+        ({"time_std": 0.0}, "time_std must be above 0, got 0.0"),
+        ({"time_mean": float("nan")}, "time_mean must be finite, got nan"),
+        ({"snr_gamma": 0.0}, "snr_gamma must be above 0, got 0.0"),
+        ({"more_ema_decays": (1.5,)}, r"averages need different decays in \[0, 1\), got 0.8, 1.5"),
+        ({"more_ema_decays": (0.8,)}, "averages need different decays"),
+    ],
+)
+def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        replace(PLAN, **options)
+    assert "\n" not in str(error.value)
