@@ -15,8 +15,8 @@ import numpy as np
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.digits import digits
 from layerprobe.data.sources import load
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.forward import extract
 
 LEVELS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"
@@ -40,7 +40,7 @@ def ddpm_store(folder: Path, checkpoint: Path, data: Path) -> FeatureStore:
         shape=(1, 28, 28),
         device="cpu",
     )
-    splits = load(data, num_fit=3000, num_choose=1000, num_report=1000, expect_shape=(1, 28, 28))
+    splits = load(data, num_train=3000, num_validation=1000, num_test=1000, expect_shape=(1, 28, 28))
     return extract(backbone, splits, ExtractionPlan(backbone.layers, (0.0, *LEVELS), pool_cells=2), folder)
 
 

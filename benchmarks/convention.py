@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", default="150,600")
     steps = [int(part) for part in parser.parse_args().steps.split(",")]
-    samples, config = digits().fit, SiTConfig((1, 8, 8), 2, 64, 4, 2, num_classes=10)
+    samples, config = digits().train, SiTConfig((1, 8, 8), 2, 64, 4, 2, num_classes=10)
     for name, prediction in CONVENTIONS:
         for count in steps:
             start = new_sit(config, seed=0, schedule=schedule_from_name(name), prediction=prediction)

@@ -22,8 +22,8 @@ from layerprobe.data.samples import Splits
 from layerprobe.data.sources import load
 from layerprobe.data.splits import split
 from layerprobe.extraction.ablation import contribution
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.extraction.forward import extract
 
 SHAPE = (3, 16, 16)
 
@@ -79,12 +79,12 @@ def bare_passes(backbone: Backbone, x: torch.Tensor, noise_levels: tuple[float, 
 
 def skipping(backbone: Backbone, splits: Splits, options: argparse.Namespace) -> None:
     """How many forward passes it costs to skip every block once."""
-    x, noise_levels = splits.report.batch(range(len(splits.report))).x, levels(options.levels)
+    x, noise_levels = splits.test.batch(range(len(splits.test))).x, levels(options.levels)
     passes = []
     for _ in range(options.rounds):
         bare = bare_passes(backbone, x, noise_levels, options.batch_size)
         began = time.perf_counter()
-        contribution(backbone, splits.report, noise_levels, num_samples=len(x), batch_size=options.batch_size)
+        contribution(backbone, splits.test, noise_levels, num_samples=len(x), batch_size=options.batch_size)
         passes.append((time.perf_counter() - began) / bare)
         print(f"{len(backbone.layers)} blocks skipped one by one: {passes[-1]:.2f} forward passes")
     print(f"median {sorted(passes)[len(passes) // 2]:.2f}")
@@ -135,7 +135,7 @@ def sit(*, width: int, depth: int, heads: int, patch: int) -> Backbone:
 def cifar10(source: str, n: int) -> Splits:
     """n images; decoded again at every access, because kept pixels would be counted as memory of extraction."""
     parts = load_images(source, size=SHAPE[1], memory_budget_bytes=0)
-    return split(parts, num_fit=round(0.64 * n), num_choose=round(0.18 * n), num_report=round(0.18 * n))
+    return split(parts, num_train=round(0.64 * n), num_validation=round(0.18 * n), num_test=round(0.18 * n))
 
 
 def levels(n: int) -> tuple[float, ...]:

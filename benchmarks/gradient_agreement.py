@@ -41,7 +41,7 @@ def main() -> None:
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
     reading = {name: value for name, value in reading.items() if value is not None}
     start = atlas_start(options.start, steps=options.steps, from_scratch=True)
-    samples = runs.load_splits(options.data, reading)[0].fit
+    samples = runs.load_splits(options.data, reading)[0].train
     case = read_case(options.atlas, None)
     pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])
     looked_at = drawn(start.backbone, samples)

@@ -32,12 +32,12 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from layerprobe.analyses.measures.linear_probe import LogisticFit, fit_logistic, fit_logistic_map
+from layerprobe.analyses.measures.linear_probes import LogisticFit, fit_logistic, fit_logistic_map
 from layerprobe.backbones.base import wrap
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.sources import load
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.forward import extract
 
 SHARED = Path(__file__).parents[2] / "shared"
 UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"
@@ -61,7 +61,7 @@ def main() -> None:
         print(f"skipped: {options.checkpoint} or {options.data} is not there; pass --checkpoint and --data")
         return
     store = features(options.store, options.checkpoint, options.data)
-    fit = np.flatnonzero(store.splits == "fit")[: options.samples]
+    fit = np.flatnonzero(store.splits == "train")[: options.samples]
     y = store.labels[fit]
     keys = [(layer, level) for layer in store.layers for level in store.noise_levels]
     for form in ("raw", "standardised") if options.form == "both" else (options.form,):
@@ -95,7 +95,7 @@ def features(folder: Path, checkpoint: Path, data: Path) -> FeatureStore:
         shape=(1, 28, 28),
         tokens=pooled,
     )
-    splits = load(data, num_fit=10_000, num_choose=500, num_report=1000, expect_shape=(1, 28, 28))
+    splits = load(data, num_train=10_000, num_validation=500, num_test=1000, expect_shape=(1, 28, 28))
     return extract(backbone, splits, ExtractionPlan(backbone.layers, LEVELS), folder, batch_size=256)
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     # The checkpoint has 8 layers; deeper stacks are the same layers at other noise levels.
     levels = np.linspace(0.1, 0.7, -(-max(options.depths) // 8))
-    tokens = {split: read(split, options.samples, levels) for split in ("fit", "choose", "report")}
+    tokens = {split: read(split, options.samples, levels) for split in ("train", "validation", "test")}
     for depth in options.depths:
         layers = {split: arrays[:depth] for split, arrays in tokens.items()}
         ratios, single = [], []
@@ -40,7 +40,7 @@ def main() -> None:
             ratios.append((whole - middle) / (middle - began))
             single.append((ended - whole) / (middle - began))
             print(
-                f"{depth} layers, {len(layers['fit'][0])} tokens of {layers['fit'][0].shape[1]}: "
+                f"{depth} layers, {len(layers['train'][0])} tokens of {layers['train'][0].shape[1]}: "
                 f"moments {middle - began:.2f} s; ridges {whole - middle:.2f} s, {ended - whole:.2f} s at one penalty"
             )
         error = max(abs(ours[pair] - gap) for pair, gap in theirs.items())
@@ -66,7 +66,7 @@ def read(split: str, num: int, levels: np.ndarray) -> list[np.ndarray]:
 
 
 def from_moments(layers: dict[str, list[np.ndarray]]) -> np.ndarray:
-    moments = TokenMoments([str(i) for i in range(len(layers["fit"]))])
+    moments = TokenMoments([str(i) for i in range(len(layers["train"]))])
     for split, arrays in layers.items():
         moments.update(split, arrays)
     return recoverability(moments, whiten=False).gap
@@ -75,15 +75,15 @@ def from_moments(layers: dict[str, list[np.ndarray]]) -> np.ndarray:
 def pair_by_pair(layers: dict[str, list[np.ndarray]], penalties) -> dict[tuple[int, int], float]:
     wide = {split: [x.astype(np.float64) for x in arrays] for split, arrays in layers.items()}
     gaps = {}
-    for s, t in combinations(range(len(wide["fit"])), 2):
+    for s, t in combinations(range(len(wide["train"])), 2):
         increments = {split: arrays[t] - arrays[s] for split, arrays in wide.items()}
-        student = wide["fit"][s]
+        student = wide["train"][s]
         unit = len(student) * student.var(axis=0).mean()
-        models = [Ridge(alpha=p * unit, solver="cholesky").fit(student, increments["fit"]) for p in penalties]
-        missed = [np.square(increments["choose"] - m.predict(wide["choose"][s])).sum() for m in models]
+        models = [Ridge(alpha=p * unit, solver="cholesky").fit(student, increments["train"]) for p in penalties]
+        missed = [np.square(increments["validation"] - m.predict(wide["validation"][s])).sum() for m in models]
         model = models[int(np.argmin(missed))]
-        left = np.square(increments["report"] - model.predict(wide["report"][s])).sum()
-        gaps[s, t] = left / np.square(increments["report"] - increments["fit"].mean(axis=0)).sum()
+        left = np.square(increments["test"] - model.predict(wide["test"][s])).sum()
+        gaps[s, t] = left / np.square(increments["test"] - increments["train"].mean(axis=0)).sum()
     return gaps
 
 

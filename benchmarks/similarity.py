@@ -38,7 +38,7 @@ def main() -> None:
         arrays = [x[:, np.linspace(0, x.shape[1] - 1, min(options.width, x.shape[1])).astype(int)] for x in arrays]
         print(f"channels thinned to {max(x.shape[1] for x in arrays)}")
     xs: list[Any] = [torch.from_numpy(x).to(options.device) for x in arrays] if options.device != "cpu" else arrays
-    report_accuracy(xs)
+    test_accuracy(xs)
     ours, bare = [], []
     for _ in range(options.rounds):
         bare.append(bare_products(xs))
@@ -58,7 +58,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def report_accuracy(xs: list[Any]) -> None:
+def test_accuracy(xs: list[Any]) -> None:
     exact = cka_matrix(xs, precision="float64").values
     print(
         f"float32 products: largest error of CKA {np.abs(cka_matrix(xs, precision='float32').values - exact).max():.1e}"

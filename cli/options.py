@@ -176,9 +176,11 @@ SYNC = {
 }
 # How many samples a probe uses.
 COUNTS = {
-    "num_fit": Annotated[int | None, typer.Option(help="Samples that fit probes; at most 8000 where not given.")],
-    "num_choose": Annotated[int | None, typer.Option(help="Samples that choose penalties and layers; at most 2000.")],
-    "num_report": Annotated[int | None, typer.Option(help="Samples for the numbers that are shown; at most 5000.")],
+    "num_train": Annotated[int | None, typer.Option(help="Samples that fit probes; at most 8000 where not given.")],
+    "num_validation": Annotated[
+        int | None, typer.Option(help="Samples that choose penalties and layers; at most 2000.")
+    ],
+    "num_test": Annotated[int | None, typer.Option(help="Samples for the numbers that are shown; at most 5000.")],
 }
 
 Data = Annotated[

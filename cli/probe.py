@@ -47,7 +47,7 @@ def probe(
         _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        selection = probe_module.probe(plan, out, device=device, progress=progress, **_manner(extraction))
+        selection = probe_module.probe_run(plan, out, device=device, progress=progress, **_manner(extraction))
     record = {"run": str(out)} | text.selection_record(selection)
     lines = [*text.describe_convention(out), *text.describe_labels(out), *text.describe(selection)]
     emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)

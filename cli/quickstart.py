@@ -22,8 +22,8 @@ def quickstart(
     config: Config = None,
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses.runs import quickstart as quickstart_module
     from layerprobe.analyses.runs import text
+    from layerprobe.analyses.runs.quickstart import quickstart_run
 
     if dry_run:
         record = {
@@ -41,7 +41,7 @@ def quickstart(
         )
         return
     with progress_bar() as progress:
-        selection, verdict = quickstart_module.quickstart(
+        selection, verdict = quickstart_run(
             out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
         )
     pick = selection.pick

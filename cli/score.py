@@ -21,7 +21,7 @@ def score(
     ],
     *,
     data: Annotated[
-        str, typer.Option(help="What to compare with: the report split of a data set as elsewhere, or an .npz or .npy.")
+        str, typer.Option(help="What to compare with: the test split of a data set as elsewhere, or an .npz or .npy.")
     ],
     extractor: Annotated[
         str | None,
@@ -29,8 +29,8 @@ def score(
     ] = None,
     metrics: Annotated[str, typer.Option(help="Comma-separated.")] = "frechet,kernel,precision,recall,density,coverage",
     neighbours: Annotated[int, typer.Option(min=1, help="k of precision, recall, density and coverage.")] = 5,
-    num_report: Annotated[
-        int | None, typer.Option(help="Samples of the report split to compare with; all where not given.")
+    num_test: Annotated[
+        int | None, typer.Option(help="Samples of the test split to compare with; all where not given.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     reading: options.Given,
@@ -53,11 +53,11 @@ def score(
     if out is not None and out.is_file():
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     reading = options.located_vae(reading)
-    generated, splits = score_runs.open_comparison(samples, data, reading, num_report=num_report)
+    generated, splits = score_runs.open_comparison(samples, data, reading, num_test=num_test)
     given = None if extractor is None else open_encoder(extractor, option="--extractor", device=resolve_device(device))
     record = {"samples": str(samples), "data": data, "metrics": names, "neighbours": neighbours, "seed": seed}
     if dry_run:
-        record |= {"num_samples": len(generated), "num_reference": len(splits.report)}
+        record |= {"num_samples": len(generated), "num_reference": len(splits.test)}
         record |= {"extractor": given.name if given else "trained on the data"}
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return

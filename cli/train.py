@@ -87,7 +87,7 @@ def train(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Train a SiT on the fit samples of a data set, with LayerSync where a pair is given; as many processes as started.
+    """Train a SiT on the training samples of a data set, with LayerSync where a pair is given; as many processes as started.
 
     Several processes: `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or srun.
     """
@@ -115,7 +115,7 @@ def train(
         network = options.given(preset=preset, patch_size=patch_size, width=width, depth=depth, heads=heads)
         backbone = training_runs.training_start(
             start,
-            None if start else training_runs.new_config(shape, splits.fit.num_classes, **_sizes(network)),
+            None if start else training_runs.new_config(shape, splits.train.num_classes, **_sizes(network)),
             seed=seed,
             device=device,
             path=path,

@@ -20,9 +20,9 @@ SMALL = {
     "--num": "4",
     "--num-samples": "20",
     "--num-evaluations": "1",
-    "--num-fit": "100",
-    "--num-choose": "30",
-    "--num-report": "16",
+    "--num-train": "100",
+    "--num-validation": "30",
+    "--num-test": "16",
     "--clips": "160",
 }
 

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Arm
-from layerprobe.analyses.experiments.confirm import run_folder, train_arm
+from layerprobe.analyses.experiments.confirmation import run_folder, train_arm
 from layerprobe.analyses.experiments.evaluation import Scorer, Scores, is_padded
 from layerprobe.analyses.experiments.probe_errors import probe_errors
 from layerprobe.analyses.generation.extractors import Extractor, classifier_extractor
@@ -112,7 +112,7 @@ def chart(
 ) -> pd.DataFrame:
     """Trains every pair and no alignment from one start, and tells what each was worth.
 
-    Branches learn from the fit samples and are scored on the report samples. Each keeps its scores in
+    Branches learn from the training samples and are scored on the test samples. Each keeps its scores in
     `seed-S/STUDENT-from-TEACHER.json`, and nothing else once it is finished; work that was interrupted goes on when the
     call is repeated, and pairs and seeds may be added. Several processes share the work as shards in one folder. For
     machines without a common disk, copy the `seed-*` folders together and repeat the call: it then only writes the
@@ -127,7 +127,7 @@ def chart(
         state: A training's state, to go on with its optimizer and averaged weights at `plan.first_step`; the weights
             are then this state's too. Without it every branch begins with an empty optimizer.
         shard: (i, N): this call trains every N-th branch from the i-th on.
-        extractor: For the Fréchet distance; a small classifier trained on the fit samples where not given.
+        extractor: For the Fréchet distance; a small classifier trained on the training samples where not given.
         progress: Called with (what is running, steps done, steps in all) over the branches of this shard.
 
     Returns:
@@ -143,11 +143,11 @@ def chart(
     if len(set(pairs)) < len(pairs):
         raise ValueError("a pair stands twice; pass each once")
     claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="an atlas")
-    extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
+    extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
     mine = [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
-    scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling) if mine else None
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling) if mine else None
     for index, (seed, arm) in enumerate(mine):
         assert scorer is not None
 
@@ -276,7 +276,9 @@ def _train_branch(
     score = partial(branch_scores, scorer=scorer, splits=splits)
     if state is not None:
         _begin(backbone, splits, replace(training, steps=0, pairs=(arm.pair,) if arm.pair else ()), place, state)
-    train_arm(backbone, splits.fit, arm, training, place, score=score, score_at=plan.evaluation_steps, progress=report)
+    train_arm(
+        backbone, splits.train, arm, training, place, score=score, score_at=plan.evaluation_steps, progress=report
+    )
     shutil.rmtree(place)  # dozens of states fill a disk, and nothing continues a branch
 
 
@@ -285,7 +287,7 @@ def _begin(backbone: Backbone, splits: Splits, nothing: TrainingPlan, place: Pat
     if any(content != place / "checkpoints" / "step-0000000.pt" for content in checkpoints(place)):
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    train(backbone, splits.fit, nothing, place)  # no steps: the folder is this branch's from now on
+    train(backbone, splits.train, nothing, place)  # no steps: the folder is this branch's from now on
     shutil.rmtree(place / "checkpoints")
     content = torch.load(state, map_location="cpu", weights_only=True)
     # As runs kept it before there were several averages and decisions: a branch has one of its own, and none of these.
@@ -322,4 +324,4 @@ def _record(
     }
     if plan.from_scratch:  # Once all seeds began with one set of weights: such an atlas is another one.
         record["start"] = {"weights": "fresh ones of each seed"} | network_record(backbone)
-    return record | ({"lengths": "of the real samples"} if is_padded(splits.report) else {})
+    return record | ({"lengths": "of the real samples"} if is_padded(splits.test) else {})

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from layerprobe.analyses.measures.linear_probe import ProbeResult, linear_probe
+from layerprobe.analyses.measures.linear_probes import ProbeResult, linear_probe
 from layerprobe.backbones.base import Backbone
 from layerprobe.data.samples import Splits, Subset
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import SPLITS, ExtractionPlan, FeatureStore
+from layerprobe.extraction.forward import extract
 
 PROBE_ERROR = "probe error"
 BEST_PROBE_ERROR = "probe error of the best layer"
 NOISE_LEVELS = (0.1, 0.3, 0.5)
-NUM_SAMPLES = (2000, 1000, 2000)  # of the fit, choose and report splits
+NUM_SAMPLES = (2000, 1000, 2000)  # of the training, validation and test splits
 
 
 def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
-    """Share of report samples whose class a linear probe of one layer gets wrong, with the null label.
+    """Share of test samples whose class a linear probe of one layer gets wrong, with the null label.
 
     `PROBE_ERROR` is the mean over the layers and the noise levels 0.1, 0.3 and 0.5; `BEST_PROBE_ERROR` is that of the
-    layer and level that read the choose split best, as one picks features for use. The first samples of each split
+    layer and level that read the validation split best, as one picks features for use. The first samples of each split
     count, at most 2000, 1000 and 2000.
 
     Args:
@@ -31,20 +31,20 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
         splits: The data.
 
     Returns:
-        Nothing if the data has no labels, or the fit samples one class only.
+        Nothing if the data has no labels, or the training samples one class only.
     """
     parts = zip(splits.items(), NUM_SAMPLES, strict=True)
     few = Splits(*(Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts))
-    if few.fit.labels is None or len(set(few.fit.labels.tolist())) < 2:
+    if few.train.labels is None or len(set(few.train.labels.tolist())) < 2:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan = ExtractionPlan(layers=backbone.layers, noise_levels=NOISE_LEVELS)
         store = extract(backbone, few, plan, Path(folder) / "features")
         found = [_probe(store, layer, level) for layer in store.layers for level in NOISE_LEVELS]
-    best = max(found, key=lambda probe: probe.choose_accuracy)
+    best = max(found, key=lambda probe: probe.validation_accuracy)
     return {
-        PROBE_ERROR: 1 - float(np.mean([probe.report_accuracy for probe in found])),
-        BEST_PROBE_ERROR: 1 - best.report_accuracy,
+        PROBE_ERROR: 1 - float(np.mean([probe.test_accuracy for probe in found])),
+        BEST_PROBE_ERROR: 1 - best.test_accuracy,
     }
 
 

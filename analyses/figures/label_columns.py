@@ -41,7 +41,7 @@ def knowledge_curves(quality: pd.DataFrame) -> Figure:
 
     One panel a column: a line per noise level for the trained model, dashed for random weights, and left of the first
     layer a diamond for the raw input. Below, one line a column: the accuracy above the higher control, mean over noise
-    levels, on the split "report".
+    levels, on the split "test".
 
     Args:
         quality: Quality table with the probe accuracy of one column or more.

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 QUALITY_COLUMNS = ("source", "layer", "layer_index", "noise_level", "metric", "split", "value", "low", "high")
-SPLITS = ("report", "choose", "fit")
+SPLITS = ("test", "validation", "train")
 
 
 # -------------------------------------------------------------------------------------------------------- layer quality
@@ -94,7 +94,7 @@ def layer_quality_curves(
     Args:
         quality: Quality table, one row per source, layer, noise level, metric and split.
         metric: One of the metrics in the table, for example "probe accuracy".
-        split: Split to show; "report" where the metric has it, else "choose", else "fit".
+        split: Split to show; "test" where the metric has it, else "validation", else "train".
         selection: Whose pick to mark, or None.
 
     Raises:
@@ -184,7 +184,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     Args:
         quality: Quality table.
         metric: One of the metrics in the table.
-        split: Split to show; "report" where the metric has it, else "choose", else "fit".
+        split: Split to show; "test" where the metric has it, else "validation", else "train".
 
     Raises:
         ValueError: If a column, the metric or the split is not in the table.

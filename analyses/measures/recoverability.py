@@ -23,7 +23,7 @@ import numpy as np
 
 from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked
 
-SPLITS = ("fit", "choose", "report")
+SPLITS = ("train", "validation", "test")
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-8, 4))
 
 _MAX_ROWS = 4096  # tokens that are widened to float64 together
@@ -55,7 +55,7 @@ class TokenMoments:
         self._shift: Floats | None = None  # (layers, D): the first token of any split
         self._sums: dict[str, Floats] = {}  # (layers * r,)
         self._products: dict[str, Floats] = {}  # (layers * r, layers * r)
-        self._first: list[Features] = []  # of the fit split, one token (D,) per layer
+        self._first: list[Features] = []  # of the training split, one token (D,) per layer
         self._constant = np.ones(len(layers), np.bool_)
 
     @property
@@ -69,7 +69,7 @@ class TokenMoments:
         """Adds a batch.
 
         Args:
-            split: "fit", "choose" or "report"; a sample belongs to one split only.
+            split: "train", "validation" or "test"; a sample belongs to one split only.
             tokens: One array per layer of the same tokens in the same order, shape (n, T, D) or (N, D).
 
         Raises:
@@ -82,7 +82,7 @@ class TokenMoments:
         if self._shift is None:
             # Any point near the tokens will do: products of what is left of a large offset would drown the rest.
             self._shift = np.stack([x[0].astype(np.float64) for x in flat])
-        if split == "fit":
+        if split == "train":
             self._first = self._first or [x[0].copy() for x in flat]
             self._constant &= [bool((x == first).all()) for x, first in zip(flat, self._first, strict=True)]
         size = len(self.layers) * self.width
@@ -98,15 +98,15 @@ class TokenMoments:
         self.counts[split] += len(flat[0])
 
     def moments(self, split: str) -> tuple[Floats, Floats]:
-        """Mean (layers, r) and second moment about the fit split's mean (layers, r, layers, r) of a split's tokens.
+        """Mean (layers, r) and second moment about the training split's mean (layers, r, layers, r) of a split's tokens.
 
         Raises:
-            ValueError: If the split has no tokens, or the fit split has none.
+            ValueError: If the split has no tokens, or the training split has none.
         """
-        for needed in ("fit", split):
+        for needed in ("train", split):
             if not self.counts[needed]:
                 raise ValueError(f"no tokens of the split {needed!r} were added; add {', '.join(SPLITS)}")
-        centre = self._sums["fit"] / self.counts["fit"]
+        centre = self._sums["train"] / self.counts["train"]
         mean = self._sums[split] / self.counts[split]
         second = self._products[split] / self.counts[split]
         second = second - np.outer(mean, mean) + np.outer(mean - centre, mean - centre)
@@ -115,7 +115,7 @@ class TokenMoments:
 
     @property
     def constant(self) -> tuple[bool, ...]:
-        """For each layer, whether all tokens of the fit split so far are the same."""
+        """For each layer, whether all tokens of the training split so far are the same."""
         return tuple(self._constant.tolist())
 
     def _flat(self, tokens: Sequence[Features]) -> list[Features]:
@@ -148,11 +148,11 @@ class Recoverability:
 
     Attributes:
         layers: Names, in the order in which the layers run.
-        gap: Share of the increment's variance that the ridge misses on the report split, shape (L, L). 0: a linear map
+        gap: Share of the increment's variance that the ridge misses on the test split, shape (L, L). 0: a linear map
             of the student's token gives it all; 1: no better than its mean; above 1: worse.
-        choose_gap: The same on the split that chose the penalty, and may choose layers.
-        increment: Variance of the increment over that of the teacher, on the report split: how much there is to learn.
-        penalty: Ridge penalty that was best on the choose split, in units of the student's mean variance per
+        validation_gap: The same on the split that chose the penalty, and may choose layers.
+        increment: Variance of the increment over that of the teacher, on the test split: how much there is to learn.
+        penalty: Ridge penalty that was best on the validation split, in units of the student's mean variance per
             direction; of equals the largest.
         reasons: Why a pair has no answer, or "", L tuples of L.
         num_tokens: Tokens of each split.
@@ -160,7 +160,7 @@ class Recoverability:
 
     layers: tuple[str, ...]
     gap: Floats = field(repr=False)
-    choose_gap: Floats = field(repr=False)
+    validation_gap: Floats = field(repr=False)
     increment: Floats = field(repr=False)
     penalty: Floats = field(repr=False)
     reasons: tuple[tuple[str, ...], ...] = field(repr=False)
@@ -175,7 +175,7 @@ def recoverability(
     Args:
         statistics: Moments of one noise level or band, with tokens of all three splits.
         penalties: Ridge penalties to choose from, positive, in units of the student's mean variance per direction.
-        whiten: Measure in coordinates where the layers have unit covariance on average on the fit split (each layer
+        whiten: Measure in coordinates where the layers have unit covariance on average on the training split (each layer
             weighs the same), so that every direction counts and a few massive channels do not decide. Otherwise in the
             tokens' own coordinates, where large channels count more, as they do in a cosine.
 
@@ -186,10 +186,10 @@ def recoverability(
         raise ValueError(f"the penalties are {tuple(penalties)}; pass finite numbers above 0")
     moments = {split: statistics.moments(split)[1] for split in SPLITS}
     if whiten:
-        maps = _whitening(moments["fit"])
+        maps = _whitening(moments["train"])
         moments = {split: np.einsum("arbs,rk,sl->akbl", m, maps, maps, optimize=True) for split, m in moments.items()}
     num = len(statistics.layers)
-    gap, choose_gap, increment, penalty = (np.full((num, num), np.nan) for _ in range(4))
+    gap, validation_gap, increment, penalty = (np.full((num, num), np.nan) for _ in range(4))
     reasons = [["" for _ in range(num)] for _ in range(num)]
     for s in range(num):
         student = None if statistics.constant[s] else _Student(moments, s)
@@ -198,15 +198,15 @@ def recoverability(
             if reason or student is None:
                 continue
             candidates = np.sort(np.asarray(penalties, np.float64))[::-1]
-            choose = student.gaps("choose", t, candidates)
+            choose = student.gaps("validation", t, candidates)
             best = int(np.argmin(choose))
-            penalty[s, t], choose_gap[s, t] = candidates[best], choose[best]
-            gap[s, t] = student.gaps("report", t, candidates[best : best + 1])[0]
-            teacher = np.trace(moments["report"][t, :, t])
-            increment[s, t] = student.variance("report", t) / teacher
+            penalty[s, t], validation_gap[s, t] = candidates[best], choose[best]
+            gap[s, t] = student.gaps("test", t, candidates[best : best + 1])[0]
+            teacher = np.trace(moments["test"][t, :, t])
+            increment[s, t] = student.variance("test", t) / teacher
     counts = dict(statistics.counts)
     return Recoverability(
-        statistics.layers, gap, choose_gap, increment, penalty, tuple(tuple(r) for r in reasons), counts
+        statistics.layers, gap, validation_gap, increment, penalty, tuple(tuple(r) for r in reasons), counts
     )
 
 
@@ -216,7 +216,7 @@ def shared_basis(tokens: Sequence[Features], *, rank: int = 128) -> Floats:
     One basis for all layers, every layer weighing the same: a difference of layers is still one after it.
 
     Args:
-        tokens: One array per layer, shape (n, T, D) or (N, D), of samples of the fit split; a few thousand tokens do.
+        tokens: One array per layer, shape (n, T, D) or (N, D), of samples of the training split; a few thousand tokens do.
         rank: Directions to keep; RARE keeps 128.
 
     Raises:
@@ -237,20 +237,20 @@ def missed_by_sample(layers: Sequence[str], tokens: Mapping[str, Sequence[Featur
 
     Args:
         layers: L names.
-        tokens: Of each split, one array (n, T, D) per layer; the report split is judged.
+        tokens: Of each split, one array (n, T, D) per layer; the test split is judged.
 
     Returns:
-        For each student, teacher and sample of the report split the squared error of the ridge regression and the
+        For each student, teacher and sample of the test split the squared error of the ridge regression and the
         square of the increment, both in whitened coordinates, shape (L, L, n); nan where there is no answer.
     """
     moments = TokenMoments(layers)
     for split in SPLITS:
         moments.update(split, tokens[split])
     penalty = recoverability(moments).penalty
-    maps = _whitening(moments.moments("fit")[1])
-    centres = [x.mean((0, 1), dtype=np.float64) for x in tokens["fit"]]
+    maps = _whitening(moments.moments("train")[1])
+    centres = [x.mean((0, 1), dtype=np.float64) for x in tokens["train"]]
     fitted, judged = (
-        [(x - centre) @ maps for x, centre in zip(tokens[split], centres, strict=True)] for split in ("fit", "report")
+        [(x - centre) @ maps for x, centre in zip(tokens[split], centres, strict=True)] for split in ("train", "test")
     )
     num, n = len(layers), len(judged[0])
     missed, increment = np.full((2, num, num, n), np.nan)
@@ -271,19 +271,19 @@ class _Student:
 
     def __init__(self, moments: dict[str, Floats], s: int) -> None:
         self._moments, self._s = moments, s
-        self._variances, self._axes = np.linalg.eigh(moments["fit"][s, :, s])
+        self._variances, self._axes = np.linalg.eigh(moments["train"][s, :, s])
         self._own = {split: self._axes.T @ m[s, :, s] @ self._axes for split, m in moments.items()}
 
     def variance(self, split: str, t: int) -> float:
-        """Of the increment, about its mean on the fit split."""
+        """Of the increment, about its mean on the training split."""
         return float(np.trace(_increment_covariance(self._moments[split], self._s, t)))
 
     def gaps(self, split: str, t: int, penalties: Floats) -> Floats:
         """Share of the increment's variance that is missed, for each penalty.
 
-        With W = (C + penalty)^-1 C_sy of the fit split it is (tr C_yy - 2 tr W^T C_sy + tr W^T C_ss W) / tr C_yy.
+        With W = (C + penalty)^-1 C_sy of the training split it is (tr C_yy - 2 tr W^T C_sy + tr W^T C_ss W) / tr C_yy.
         """
-        fitted, seen = (self._axes.T @ self._cross(part, t) for part in ("fit", split))
+        fitted, seen = (self._axes.T @ self._cross(part, t) for part in ("train", split))
         linear = (fitted * seen).sum(axis=1)
         quadratic = self._own[split] * (fitted @ fitted.T)
         inverse = 1 / (self._variances + penalties[:, None] * self._variances.mean())
@@ -310,7 +310,7 @@ def _objection(moments: dict[str, Floats], constant: Sequence[bool], s: int, t: 
         return "a teacher lies after its student"
     for i, what in ((s, "student"), (t, "teacher")):
         if constant[i]:
-            return f"the tokens of the {what} are all the same on the fit split"
+            return f"the tokens of the {what} are all the same on the training split"
     for split in SPLITS:
         second = moments[split]
         size = np.trace(second[s, :, s]) + np.trace(second[t, :, t])

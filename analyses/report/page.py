@@ -48,8 +48,8 @@ HOW_TO_READ = (
     ("Layer", "Named as in the model and counted from 0, in execution order."),
     (
         "Split",
-        "Probes are fitted on “fit”; penalties, layers and pairs are chosen on “choose”; accuracies are shown "
-        "on “report”, which decided nothing.",
+        "Probes are fitted on “train”; penalties, layers and pairs are chosen on “validation”; accuracies are shown "
+        "on “test”, which decided nothing.",
     ),
     (
         "Probe and kNN accuracy",
@@ -64,7 +64,7 @@ HOW_TO_READ = (
     (
         "Label columns",
         "“Probe accuracy” alone is of the class that a model is conditioned on, “probe accuracy of …” of a further "
-        "column. Samples without a label in it, or of a class that the fit split has not, are left out; the note of "
+        "column. Samples without a label in it, or of a class that the training split has not, are left out; the note of "
         "each number counts them.",
     ),
     ("Effective rank", "How many directions a layer's features use. It needs no labels; more is not always better."),

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from layerprobe.analyses.experiments.arms import Arm, ConfirmationPlan, arms_for
-from layerprobe.analyses.experiments.confirm import confirm, kept_spread
+from layerprobe.analyses.experiments.confirmation import confirm, kept_spread
 from layerprobe.analyses.experiments.power import Resolution, Spread, resolution
 from layerprobe.analyses.experiments.verdict import Verdict
 from layerprobe.analyses.report.page import write_report

@@ -15,13 +15,13 @@ from layerprobe.data.splits import for_probing, take
 def training_splits(
     source: str, shape: tuple[int, ...], options: Mapping[str, Any], *, progress: Progress | None = None
 ) -> Splits:
-    """The data for training: everything that the fit split owns, and the report samples of the probing run."""
+    """The data for training: everything that the training split owns, and the test samples of the probing run."""
     reading, encoding = split_options(options)
     every = {name: value for name, value in reading.items() if not name.startswith("num_")}
     owned = load(source, expect_shape=None if encoding else shape, **every)
-    counts = {name: value for name, value in reading.items() if name in ("num_choose", "num_report")}
+    counts = {name: value for name, value in reading.items() if name in ("num_validation", "num_test")}
     probed = for_probing(take(owned, **counts), given=reading)
-    splits = Splits(owned.fit, probed.choose, probed.report)
+    splits = Splits(owned.train, probed.validation, probed.test)
     return encoded_splits(splits, encoding, shape, progress) if encoding else splits
 
 
@@ -29,7 +29,7 @@ def load_splits(source: str, options: Mapping[str, Any]) -> tuple[Splits, tuple[
     """A data set as it is read, not yet encoded, and the shape (C, *grid) that a model of it takes."""
     reading, encoding = split_options(options)
     splits = load(source, **reading)
-    return splits, latent_shape(splits.fit.shape, encoding["vae"]) if encoding else splits.fit.shape
+    return splits, latent_shape(splits.train.shape, encoding["vae"]) if encoding else splits.train.shape
 
 
 def encoded(splits: Splits, options: Mapping[str, Any], *, progress: Progress | None = None) -> Splits:

@@ -48,11 +48,11 @@ def draw_figures(run: str | Path) -> list[Path]:
 
 
 def _token_maps(store: FeatureStore) -> Any:
-    """Tokens of the first samples of the report split in colours, for the layers whose tokens lie on a grid."""
+    """Tokens of the first samples of the test split in colours, for the layers whose tokens lie on a grid."""
     grids = {layer: grid for layer in store.layers if (grid := store.grid(layer)) is not None}
     maps = {
-        (layer, level): pca_rgb(store.tokens(layer, level, split="report"))
+        (layer, level): pca_rgb(store.tokens(layer, level, split="test"))
         for layer in grids
         for level in store.noise_levels
     }
-    return token_maps(maps, grids, samples=range(min(3, int((store.token_splits == "report").sum()))))
+    return token_maps(maps, grids, samples=range(min(3, int((store.token_splits == "test").sum()))))

@@ -60,16 +60,16 @@ def examine_data(source: str, reading: Mapping[str, Any]) -> tuple[dict[str, Any
     whole = list(_whole(splits))
     item = next((found for found in map(_item_column, whole) if found), None)
     taken = {item: "item", reading.get("label_column"): "label"}
-    taken |= dict.fromkeys((column.name for column in splits.fit.columns), "further labels")
+    taken |= dict.fromkeys((column.name for column in splits.train.columns), "further labels")
     first = next(iter(table.values()), None)
     record: dict[str, Any] = {
         "data": source,
-        "modality": splits.fit.modality,
+        "modality": splits.train.modality,
         "columns": {} if first is None else {name: _column(name, kind, taken) for name, kind in first.features.items()},
         "parts": {name: len(rows) for name, rows in table.items()},
         "bad": {name: said for samples in whole for name, said in _bad(samples).items()},
         "splits": {name: len(samples) for name, samples in splits.items()},
-        "shape": list(splits.fit.shape),
+        "shape": list(splits.train.shape),
         "axes": _axes(whole[0]),
         "lengths": _lengths(whole),
         "classes": _classes(splits),
@@ -77,7 +77,7 @@ def examine_data(source: str, reading: Mapping[str, Any]) -> tuple[dict[str, Any
         "presets": _presets(model_shape),
         "notes": notes,
     }
-    if model_shape != splits.fit.shape:
+    if model_shape != splits.train.shape:
         record["latents"] = list(model_shape)
     return record, splits
 
@@ -103,14 +103,14 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def peek(splits: Splits) -> Figure:
-    """The first samples of the fit split, of as many classes as possible.
+    """The first samples of the training split, of as many classes as possible.
 
     Raises:
         ValueError: If they have no picture.
     """
     from layerprobe.analyses.figures.samples import strip
 
-    samples = splits.fit
+    samples = splits.train
     if samples.modality == "image" and samples.shape[0] not in (1, 3):
         raise ValueError("latents have no picture; leave out --out, or pass the images that they were made of")
     chosen = _one_of_each(samples.labels, len(samples))
@@ -284,7 +284,7 @@ def _length_line(lengths: Mapping[str, Any] | None) -> str:
 
 
 def _class_line(splits: Mapping[str, Mapping[str, int]]) -> str:
-    fit = splits["fit"]
+    fit = splits["train"]
     real = {name: count for name, count in fit.items() if name != "(none)"}
     shown = ", ".join(f"{name} {count}" for name, count in list(fit.items())[:SHOWN])
     more = f", and {len(fit) - SHOWN} more" if len(fit) > SHOWN else ""
@@ -295,7 +295,7 @@ def _class_line(splits: Mapping[str, Mapping[str, int]]) -> str:
         if not count and name != "(none)"
     ]
     spread = " to ".join(map(str, sorted({min(real.values()), max(real.values())})))
-    said = f"{len(real)}, {spread} samples each in fit: {shown}{more}"
+    said = f"{len(real)}, {spread} samples each in train: {shown}{more}"
     return said + (f"; {'; '.join(absent[:3])}" + ("; ..." if len(absent) > 3 else "") if absent else "")
 
 

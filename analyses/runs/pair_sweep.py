@@ -121,7 +121,7 @@ def atlas_run(
     Raises:
         ValueError: If the branches would go on with other data than their training had, or as `chart`.
     """
-    if start.state is not None and start.data != splits.fit.fingerprint:
+    if start.state is not None and start.data != splits.train.fingerprint:
         raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
     atlas = chart(start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress)
     if atlas["benefit"].notna().any() and (atlas["student"] != "").any():

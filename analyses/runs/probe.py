@@ -21,14 +21,7 @@ from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, sto
 from layerprobe.analyses.runs.progress import Progress, named_progress
 from layerprobe.analyses.selection.ranking import Selection, cautions, rank_pairs
 from layerprobe.analyses.tables.csv_files import write_table
-from layerprobe.analyses.tables.evidence import (
-    ScoreKeeper,
-    extract_evidence,
-    pair_evidence,
-    pair_layers,
-    read_evidence,
-    write_evidence,
-)
+from layerprobe.analyses.tables.evidence import ScoreKeeper, pair_evidence, read_evidence, write_evidence
 from layerprobe.analyses.tables.measurements import ANALYSES, PROBE, Analysis
 from layerprobe.analyses.tables.quality import (
     MODEL,
@@ -46,12 +39,13 @@ from layerprobe.data.sources import load
 from layerprobe.data.splits import for_probing
 from layerprobe.extraction.ablation import contribution
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input, raw_pool_cells
-from layerprobe.extraction.extract import extract
+from layerprobe.extraction.evidence import extract_evidence, pair_layers
 from layerprobe.extraction.features import FeatureStore
+from layerprobe.extraction.forward import extract
 from layerprobe.files import claim, write_text
 
 
-def probe(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
+def probe_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
     """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
 
     Interrupted work continues when the call is repeated, and a finished run is only drawn again.
@@ -72,7 +66,7 @@ def probe(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, *
 
 
 def measure_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
-    """What `probe` does before it draws: convention check, features, tables, selection; what is done is kept."""
+    """What `probe_run` does before it draws: convention check, features, tables, selection; what is done is kept."""
     extract_run(plan, run, progress=progress, **options)
     return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
 
@@ -97,14 +91,14 @@ def extract_run(
         progress: Called with (what is running, done, in all).
 
     Raises:
-        ValueError: As `probe` does.
+        ValueError: As `probe_run` does.
     """
     run = Path(run)
     backbone, splits = plan.open(device=device, progress=progress)
     plan.extraction(backbone)  # refuses a bad plan before the folder is made
     _check_frames(plan, splits)
     checked = (run / "convention.json").is_file()
-    convention = None if checked else check_convention(backbone, splits.fit, seed=plan.seed)
+    convention = None if checked else check_convention(backbone, splits.train, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
         raise ValueError(convention.message)
     claim(run, "plan.json", asdict(plan), what="the results")
@@ -116,7 +110,7 @@ def extract_run(
     if not (run / "contribution.csv").is_file():
         skipped = contribution(
             backbone,
-            splits.report,
+            splits.test,
             plan.noise_levels,
             seed=plan.seed,
             batch_size=batch_size,
@@ -137,7 +131,7 @@ def analyze_run(
     Args:
         run: A run folder with features.
         analyses: What to run on every layer and noise level.
-        encoder: An outside encoder to compare all layers with; it sees the clean samples of the choose split.
+        encoder: An outside encoder to compare all layers with; it sees the clean samples of the validation split.
         progress: Called with (what is running, done, in all).
 
     Raises:
@@ -166,10 +160,10 @@ def analyze_run(
 
 
 def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
-    """What an encoder makes of the samples that the store's choose split has, shape (n, D)."""
+    """What an encoder makes of the samples that the store's validation split has, shape (n, D)."""
     reading = split_options(plan.data_options)[0]
-    samples = for_probing(load(plan.data, **reading), given=reading).choose
-    if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "choose"]):
+    samples = for_probing(load(plan.data, **reading), given=reading).validation
+    if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "validation"]):
         raise ValueError(f"{plan.data} no longer has the samples that the features are of; extract them again")
     return all_features(encoder, samples, batch_size=64)
 
@@ -216,7 +210,7 @@ def extract_all(
 
 def _frame_columns(splits: Splits) -> list[str]:
     """The further columns that label every frame."""
-    return [column.name for column in splits.fit.columns if column.labels.ndim > 1]
+    return [column.name for column in splits.train.columns if column.labels.ndim > 1]
 
 
 def _check_frames(plan: RunPlan, splits: Splits) -> None:
@@ -247,7 +241,7 @@ def choose_layers(run: str | Path, **options: Any) -> Selection:
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
-    """What `probe` would do, without doing it; checks checkpoint and data."""
+    """What `probe_run` would do, without doing it; checks checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction(backbone)
     _check_frames(plan, splits)

@@ -17,7 +17,7 @@ from layerprobe.sampling import SamplingPlan
 QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def quickstart(
+def quickstart_run(
     run: str | Path,
     *,
     steps: int = 90,

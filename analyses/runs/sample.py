@@ -62,7 +62,7 @@ def find_meaning(
         ValueError: If the data cannot be read or is of another shape, or there are options for none.
     """
     if data is not None:
-        samples = load(data, **(reading or {}), expect_shape=backbone.shape).fit
+        samples = load(data, **(reading or {}), expect_shape=backbone.shape).train
         return Meaning(rendering_of(samples), samples.class_names)
     if reading:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in reading)

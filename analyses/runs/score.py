@@ -41,37 +41,37 @@ def load_generated(path: str | Path) -> ArraySamples:
 
 
 def open_comparison(
-    samples: str | Path, data: str, reading: Mapping[str, Any], *, num_report: int | None = None
+    samples: str | Path, data: str, reading: Mapping[str, Any], *, num_test: int | None = None
 ) -> tuple[ArraySamples, Splits]:
     """Generated samples, and the data to compare them with, not yet encoded.
 
     Args:
         samples: As in `load_generated`.
-        data: A data set, whose fit split trains an embedded extractor and whose report split is compared with; or a
+        data: A data set, whose training split trains an embedded extractor and whose test split is compared with; or a
             file as in `load_array`, all of which serves for both.
         reading: Options that read a data set.
-        num_report: How much of the report split to compare with; None for all.
+        num_test: How much of the test split to compare with; None for all.
 
     Raises:
         ValueError: If something cannot be read or has no effect, shapes differ, or there are too few samples.
     """
     generated = load_generated(samples)
     if Path(data).suffix in ARRAYS:
-        surplus = [*reading, *(["num_report"] if num_report is not None else [])]
+        surplus = [*reading, *(["num_test"] if num_test is not None else [])]
         if surplus:
             raise ValueError(f"{data} is compared with as it is; leave out --{surplus[0].replace('_', '-')}")
         array = load_array(data)
         splits, shape = Splits(array, array, array), array.shape
     else:
         splits, shape = load_splits(data, reading)
-        # Of the choose split nothing is used, so nothing has to be encoded.
-        splits = take(splits, num_choose=1, num_report=num_report)
+        # Of the validation split nothing is used, so nothing has to be encoded.
+        splits = take(splits, num_validation=1, num_test=num_test)
     if generated.modality == "image" and generated.shape[0] == 3 and shape == (1, *generated.shape[1:]):
         generated = generated.grey()
     if generated.shape != shape:
         seen, wanted = ("x".join(map(str, numbers)) for numbers in (generated.shape, shape))
         raise ValueError(f"samples are {seen} but the data is {wanted}; pass data of the samples' shape")
-    for n, what in ((len(generated), "samples"), (len(splits.report), "samples to compare with")):
+    for n, what in ((len(generated), "samples"), (len(splits.test), "samples to compare with")):
         if n < FEWEST_SAMPLES:
             raise ValueError(f"{n} {what} are too few; pass at least {FEWEST_SAMPLES}")
     return generated, splits
@@ -94,7 +94,7 @@ def score_run(
         generated: The samples to score.
         splits: The data, as `open_comparison` gives it.
         reading: Options that read a data set; they may name an autoencoder.
-        extractor: Of features; an embedded one, trained on the fit split and kept in the user's cache, where not given.
+        extractor: Of features; an embedded one, trained on the training split and kept in the user's cache, where not given.
         metrics: Some of `METRICS`.
         k: Of the neighbourhoods.
         seed: Of the embedded extractor and of the intervals.
@@ -104,11 +104,11 @@ def score_run(
     if extractor is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
         extractor = embedded_extractor(
-            splits.fit, cache, seed=seed, progress=_named(progress, "training the extractor")
+            splits.train, cache, seed=seed, progress=_named(progress, "training the extractor")
         )
     features, reference = (
         all_features(extractor, samples, progress=_named(progress, f"features of {what}"))
-        for samples, what in ((generated, "samples"), (splits.report, "data"))
+        for samples, what in ((generated, "samples"), (splits.test, "data"))
     )
     scores, warnings = score_features(
         features,
@@ -119,7 +119,7 @@ def score_run(
         seed=seed,
         progress=_named(progress, "scores"),
     )
-    return scores, (*range_warnings(generated, splits.report), *warnings)
+    return scores, (*range_warnings(generated, splits.test), *warnings)
 
 
 def range_warnings(generated: ArraySamples, reference: Samples) -> list[str]:

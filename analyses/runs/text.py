@@ -25,13 +25,13 @@ def describe_convention(run: str | Path) -> list[str]:
 def describe_labels(run: str | Path) -> list[str]:
     """What the model knows of each label column, in lines for people; none where there is only the class.
 
-    The highest probe accuracy on the report split, and those of both controls at that noise level.
+    The highest probe accuracy on the test split, and those of both controls at that noise level.
     """
     quality = read_quality(Path(run) / "quality.csv")
     columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
     lines = []
     for column, metric in columns.items() if set(columns) - {CLASS} else ():
-        rows = quality[(quality["metric"] == metric) & (quality["split"] == "report")].dropna(subset="value")
+        rows = quality[(quality["metric"] == metric) & (quality["split"] == "test")].dropna(subset="value")
         of = {source: rows[rows["source"] == source] for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
         if of[MODEL].empty:
             lines.append(f"knows    {column}: nothing could be measured")

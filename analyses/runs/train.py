@@ -146,7 +146,7 @@ def auto_pick(
     given: dict[str, Any] = {
         name: value for name, value in (("warmup_steps", begin), ("every", every)) if value is not None
     }
-    auto = AutoPick(splits.fit, folder, seed=plan.seed, **given)
+    auto = AutoPick(splits.train, folder, seed=plan.seed, **given)
     if not auto.direct_at(plan.steps):
         raise ValueError(
             f"the first pick at step {auto.warmup_steps} is not before the end at step {plan.steps}; "
@@ -173,10 +173,10 @@ def training_forecast(
         "tokens": f"{tokens} of width {width}",
         "path": backbone.schedule.name,
         "prediction": backbone.prediction,
-        "samples": len(splits.fit),
+        "samples": len(splits.train),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
-        "epochs": round(plan.steps * plan.batch_size / len(splits.fit), 2),
+        "epochs": round(plan.steps * plan.batch_size / len(splits.train), 2),
         "pairs": [str(pair) for pair in plan.pairs],
         "weights": [plan.weight * factor for factor in factors],
         "decisions_at": list(auto.direct_at(plan.steps)) if auto else [],
@@ -196,7 +196,7 @@ def train_run(
     warn: Callable[[str], None],
     progress: Progress | None = None,
 ) -> Backbone:
-    """Trains on the fit samples; `held_out.csv` gets the loss on the choose samples, ten times on the way.
+    """Trains on the training samples; `held_out.csv` gets the loss on the validation samples, ten times on the way.
 
     At the end, `curves.png` and `curves.svg` show log and held-out losses. With several processes, all of them call
     this and the first one writes.
@@ -206,17 +206,17 @@ def train_run(
         splits: The data.
         plan: How it is trained.
         folder: Where the run is kept.
-        auto: Decides on the way what is aligned; it gets the fit samples of `splits`.
+        auto: Decides on the way what is aligned; it gets the training samples of `splits`.
         trackers: Services that get every row of the log and the held-out losses too, see `open_trackers`.
         fsdp: Shard the model over the processes.
         warn: Called with one line when a tracker fails.
         progress: Called with ("training", steps done, steps in all).
     """
     folder = Path(folder)
-    held_out = take(splits, num_choose=min(len(splits.choose), 1000)).choose
-    config = {"model": backbone.name, "data": splits.fit.fingerprint, "plan": json.loads(json.dumps(asdict(plan)))}
+    held_out = take(splits, num_validation=min(len(splits.validation), 1000)).validation
+    config = {"model": backbone.name, "data": splits.train.fingerprint, "plan": json.loads(json.dumps(asdict(plan)))}
     name = folder.resolve().name
-    auto = replace(auto, samples=splits.fit) if auto else None  # as latents, where they were encoded meanwhile
+    auto = replace(auto, samples=splits.train) if auto else None  # as latents, where they were encoded meanwhile
     report = None if progress is None else lambda step, total, _: progress("training", step, total)
     with (
         processes() as ranks,
@@ -224,7 +224,7 @@ def train_run(
     ):
         model = train(
             backbone,
-            splits.fit,
+            splits.train,
             plan,
             folder,
             observe=lambda step, model: _examine(step, model, held_out, folder, tracked),

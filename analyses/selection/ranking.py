@@ -394,7 +394,7 @@ def rank_pairs(
     depth = len(means.layers)
     limits = Criteria(
         metric=means.metric,
-        split="fit and choose" if label_free else "choose",
+        split="train and validation" if label_free else "validation",
         noise_levels=means.noise_levels,
         layers=means.layers,
         tail=means.layers[depth - int(exclude_tail * depth + 1e-9) :],

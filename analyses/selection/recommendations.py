@@ -57,14 +57,14 @@ def answers(run: str | Path, selection: Selection) -> list[Answer]:
 def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: bool = False) -> Answer:
     """The layer and the noise level whose features tell most, for use downstream.
 
-    Chosen on the choose split, its accuracy told on the report split. Without labels by noise-LiDAR.
+    Chosen on the validation split, its accuracy told on the test split. Without labels by noise-LiDAR.
     """
     if label_free:
         rows = evidence[(evidence["criterion"] == TEACHER_LIDAR) & evidence["noise_level"].notna()]
         rows = rows.rename(columns={"teacher": "layer"}).drop_duplicates(["layer", "noise_level"])
         metric = NOISE_LIDAR
     else:
-        rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "choose")]
+        rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "validation")]
         metric = PROBE
     rows = rows.dropna(subset="value")
     if rows.empty:
@@ -74,15 +74,15 @@ def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: b
     others = [f"{row.layer} at {row.noise_level:g}" for row in close.itertuples() if row.Index != best.name]
     told = f"{metric} {best['value']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
     if not label_free:
-        told += _on_report(quality, best)
+        told += _on_test(quality, best)
     tied = f"; {_listed(others)} cannot be told from it" if others else ""
     text = f"The richest features are those of {best['layer']} at noise level {best['noise_level']:g}: {told}{tied}."
     layers = tuple(dict.fromkeys([best["layer"], *close["layer"]]))
     return Answer("features", text, layers, float(best["noise_level"]))
 
 
-def _on_report(quality: pd.DataFrame, best: Any) -> str:
-    same = quality[(quality["metric"] == PROBE) & (quality["split"] == "report")]
+def _on_test(quality: pd.DataFrame, best: Any) -> str:
+    same = quality[(quality["metric"] == PROBE) & (quality["split"] == "test")]
     same = same[(same["layer"] == best["layer"]) & (same["noise_level"] == best["noise_level"])]
     return f", {same['value'].item():.3f} on samples that nothing was chosen on" if len(same) == 1 else ""
 

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from layerprobe.analyses.selection.ranking import HYPOTHESIS, RankedPair, Selection, rank_pairs
-from layerprobe.analyses.tables.evidence import extract_evidence, pair_evidence
+from layerprobe.analyses.tables.evidence import pair_evidence
 from layerprobe.backbones.base import Backbone, alignable_layers
 from layerprobe.data.samples import Samples, Splits, Subset
 from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.evidence import extract_evidence
 from layerprobe.extraction.features import ExtractionPlan
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.keyed import NoiseKey
@@ -157,7 +158,9 @@ def look(
     """
     order = NoiseKey(seed, "order").permutation(len(samples))[:num_samples]
     half = len(order) // 2
-    fit, choose = (Subset(samples, rows, name=name) for name, rows in (("fit", order[:half]), ("choose", order[half:])))
+    fit, choose = (
+        Subset(samples, rows, name=name) for name, rows in (("train", order[:half]), ("validation", order[half:]))
+    )
     plan = ExtractionPlan(alignable_layers(model), noise_levels, seed=seed)
     skipped = contribution(
         model, choose, noise_levels, layers=plan.layers, num_samples=SKIPPING_SAMPLES, seed=seed, batch_size=128

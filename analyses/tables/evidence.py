@@ -3,9 +3,9 @@
 Of a run's features `pair_evidence` makes one tidy table, one row per pair, criterion and noise level, and one more for
 the mean over noise levels (noise level nan). Selection, calibration and confirmation read nothing else.
 
-What needs labels comes from the probes of the run, on its choose split. What needs none comes from a few hundred
-samples of the fit and choose splits, two noise draws each, and a few tokens of each: cheap enough to be looked at again
-while a model trains. The report split takes no part, so what is reported of a pick is not inflated by the picking.
+What needs labels comes from the probes of the run, on its validation split. What needs none comes from a few hundred
+samples of the training and validation splits, two noise draws each, and a few tokens of each: cheap enough to be looked at again
+while a model trains. The test split takes no part, so what is reported of a pick is not inflated by the picking.
 
 Intervals are of 95 %, by the jackknife over samples (see `influence`), paired where two layers saw the same samples.
 
@@ -15,7 +15,7 @@ A gap is teacher minus student. Depths are positions among the layers, 0 the fir
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,9 @@ from layerprobe.analyses.tables.measurements import (
     Representation,
 )
 from layerprobe.analyses.tables.quality import MAX_RANK, MODEL
-from layerprobe.backbones.base import Backbone
-from layerprobe.capture import INPUT
-from layerprobe.data.samples import Samples, Splits, Subset
 from layerprobe.extraction.ablation import LOSS_INCREASE, VELOCITY_CHANGE
-from layerprobe.extraction.extract import extract
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.evidence import pair_layers
+from layerprobe.extraction.features import FeatureStore
 from layerprobe.files import write_text
 
 TEACHER_PROBE, PROBE_GAP, KNN_GAP = "teacher probe accuracy", "probe accuracy gap", "knn accuracy gap"
@@ -84,8 +81,6 @@ CRITERIA = (
 )
 NEED_LABELS = (TEACHER_PROBE, PROBE_GAP, KNN_GAP)
 EVIDENCE_COLUMNS = ("student", "teacher", "criterion", "noise_level", "value", "low", "high", "needs_labels", "note")
-
-DRAWS, TOKENS_PER_SAMPLE = 2, 8
 MAX_SAMPLES = 512  # Gram matrices of all layers fit into memory then
 LEAST_SAMPLES = 8
 _MAX_TOKENS = 16  # of a sample, where whole grids were kept
@@ -106,7 +101,7 @@ def pair_evidence(
 
     Args:
         store: Features of the model, such as `extract_evidence` makes them.
-        scores: By sample of the choose split, from `ScoreKeeper`: the intervals of accuracy gaps are paired then.
+        scores: By sample of the validation split, from `ScoreKeeper`: the intervals of accuracy gaps are paired then.
         quality: The quality table, for the contributions and, without `scores`, the accuracies.
 
     Returns:
@@ -148,7 +143,7 @@ def table_evidence(
     Raises:
         ValueError: If a layer or a noise level is missing in a table.
     """
-    split = {PROBE: "choose", RANK: "fit"}[metric]
+    split = {PROBE: "validation", RANK: "train"}[metric]
     model = quality[quality["source"] == MODEL]
     rows = model[(model["metric"] == metric) & (model["split"] == split)]
     if rows.empty:
@@ -163,7 +158,7 @@ def table_evidence(
     pairs = _Pairs(layers, levels, _alike(layers, shapes or dict.fromkeys(layers, ())))
     if not len(pairs.students):
         return pd.DataFrame(columns=list(EVIDENCE_COLUMNS))
-    (rank, *_), notes = _of_table(pairs, model, RANK, "fit")
+    (rank, *_), notes = _of_table(pairs, model, RANK, "train")
     with np.errstate(invalid="ignore"):
         gap = np.log(rank[:, pairs.teachers]) - np.log(rank[:, pairs.students])
     numbers = [pairs.plain(RANK_GAP, gap, [pairs.joined(level) for level in notes])]
@@ -191,57 +186,11 @@ def _of_similarity(pairs: _Pairs, similarity: pd.DataFrame, column: str) -> Floa
     return np.array([[known[a, b, level] for a, b in names] for level in pairs.levels], np.float64)
 
 
-def pair_layers(layers: Sequence[str]) -> tuple[str, ...]:
-    """The layers that pairs are made of, in their order: each place in the network once.
-
-    What goes into a block is what the block before it gives, and a part of a block lies inside it: names like
-    `blocks.3:input` and `blocks.3.attn` beside `blocks.3` would count one place twice, and every distance with it.
-    """
-    outputs = [name for name in layers if not name.endswith(INPUT)] or list(layers)
-    return tuple(name for name in outputs if not any(name.startswith(f"{other}.") for other in outputs))
-
-
-def extract_evidence(
-    backbone: Backbone,
-    splits: Splits,
-    plan: ExtractionPlan,
-    folder: str | Path,
-    *,
-    num_samples: int = 384,
-    batch_size: int = 128,
-) -> FeatureStore:
-    """The small extraction that evidence is made of: few samples, two noise draws, a few tokens of each.
-
-    Args:
-        backbone: The model.
-        splits: The data; half of the samples are from the fit split, half from the choose split.
-        plan: Layers, noise levels, condition, precision and seed are taken from it.
-        folder: Where the store is, or is to be.
-        num_samples: How many, at most.
-        batch_size: Rows per forward pass.
-    """
-    half = num_samples // 2
-    few = Splits(_first(splits.fit, half), _first(splits.choose, num_samples - half), _first(splits.report, 0))
-    small = replace(
-        plan,
-        layers=pair_layers(plan.layers),
-        draws=max(DRAWS, plan.draws),
-        pool_cells=1,
-        token_samples=num_samples,
-        tokens_per_sample=TOKENS_PER_SAMPLE,
-    )
-    return extract(backbone, few, small, folder, batch_size=batch_size)
-
-
-def _first(samples: Samples, count: int) -> Subset:
-    return Subset(samples, range(min(count, len(samples))), name="evidence")
-
-
 class ScoreKeeper:
     """Keeps what the probes and neighbours of a store get right by sample, which the quality table only averages.
 
     Attributes:
-        scores: By metric, layer and noise level, on the choose split, arrays (n,).
+        scores: By metric, layer and noise level, on the validation split, arrays (n,).
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -257,7 +206,7 @@ class ScoreKeeper:
                 self.scores |= {
                     (m.metric, representation.layer, representation.noise_level): m.scores
                     for m in found
-                    if m.metric in (PROBE, KNN) and m.split == "choose" and m.scores is not None
+                    if m.metric in (PROBE, KNN) and m.split == "validation" and m.scores is not None
                 }
             return found
 
@@ -488,11 +437,11 @@ def _looked_at(store: FeatureStore, layers: Sequence[str], level: float) -> _Lev
 
 
 def _chosen_rows(store: FeatureStore) -> NDArray[np.intp]:
-    """Samples of the choose split, then of the fit split, at most `MAX_SAMPLES`."""
-    rows = np.concatenate([np.flatnonzero(store.splits == split) for split in ("choose", "fit")])[:MAX_SAMPLES]
+    """Samples of the validation split, then of the training split, at most `MAX_SAMPLES`."""
+    rows = np.concatenate([np.flatnonzero(store.splits == split) for split in ("validation", "train")])[:MAX_SAMPLES]
     if len(rows) < LEAST_SAMPLES:
         raise ValueError(
-            f"{len(rows)} samples in the fit and choose splits say nothing; extract {LEAST_SAMPLES} or more"
+            f"{len(rows)} samples in the training and validation splits say nothing; extract {LEAST_SAMPLES} or more"
         )
     return rows
 
@@ -537,13 +486,13 @@ def _averaged(draws: Sequence[Estimate], alive: Sequence[int], num: int) -> Esti
 def _looked_at_tokens(
     store: FeatureStore, layers: Sequence[str], alive: Sequence[int], level: float
 ) -> dict[str, Estimate]:
-    """Spatial contrast (L,), cosine and recoverability gap (L, L), of the tokens of the choose split.
+    """Spatial contrast (L,), cosine and recoverability gap (L, L), of the tokens of the validation split.
 
-    The ridge regressions are fitted on three quarters of the fit split; the rest of it chooses their penalties.
+    The ridge regressions are fitted on three quarters of the training split; the rest of it chooses their penalties.
     """
     num = len(layers)
-    parts = {split: {i: _tokens(store, layers[i], level, split) for i in alive} for split in ("fit", "choose")}
-    judged = parts["choose"]
+    parts = {split: {i: _tokens(store, layers[i], level, split) for i in alive} for split in ("train", "validation")}
+    judged = parts["validation"]
     n = len(next(iter(judged.values())))
     contrast = [mean_estimate(_contrast(judged[i])) for i in alive]
     cosine, gap = (Estimate(np.full((num, num), np.nan), np.full((num, num, n), np.nan)) for _ in range(2))
@@ -554,7 +503,9 @@ def _looked_at_tokens(
                 if found is not None:
                     cosine.value[s, t], cosine.influence[s, t] = found.value, found.influence
         where = np.ix_(group, group)
-        shares = _gaps([layers[i] for i in group], [[parts[split][i] for i in group] for split in ("fit", "choose")])
+        shares = _gaps(
+            [layers[i] for i in group], [[parts[split][i] for i in group] for split in ("train", "validation")]
+        )
         gap.value[where], gap.influence[where] = shares.value, shares.influence
     return {"contrast": _scattered(contrast, alive, num, n), COSINE: cosine, RECOVERABILITY: gap}
 
@@ -589,14 +540,14 @@ def _cosine(student: Features, teacher: Features) -> Floats:
 
 
 def _gaps(layers: Sequence[str], tokens: Sequence[Sequence[Features]]) -> Estimate:
-    """Recoverability gap of all pairs of layers, from the tokens of the fit and of the choose split."""
+    """Recoverability gap of all pairs of layers, from the tokens of the fit and of the validation split."""
     fit, choose = ([x.reshape(len(x), -1, x.shape[-1]) for x in part] for part in tokens)
     if fit[0].shape[2] > MAX_RANK:
         basis = shared_basis(fit, rank=min(MAX_RANK, _MAX_COLUMNS // len(layers)))
         fit, choose = ([x @ basis for x in part] for part in (fit, choose))
     most = 3 * len(fit[0]) // 4
     missed, increment = missed_by_sample(
-        layers, {"fit": [x[:most] for x in fit], "choose": [x[most:] for x in fit], "report": choose}
+        layers, {"train": [x[:most] for x in fit], "validation": [x[most:] for x in fit], "test": choose}
     )
     return ratio_estimate(missed, increment)
 
@@ -616,7 +567,7 @@ def _accuracies(pairs: _Pairs, scores: Scores, quality: pd.DataFrame) -> list[pd
             ends, notes = _ends(estimate.value, estimate.half_width), nothing
             numbers.append(pairs.numbers(gap, pairs.gap(estimate), notes))
         else:
-            ends, notes = _of_table(pairs, quality, metric, "choose")
+            ends, notes = _of_table(pairs, quality, metric, "validation")
             numbers.append(_unpaired_gap(pairs, gap, ends, notes))
         if metric == PROBE:
             numbers.insert(0, pairs.by_layer(TEACHER_PROBE, ends, pairs.teachers, notes))
@@ -629,7 +580,7 @@ def _contributions(pairs: _Pairs, quality: pd.DataFrame) -> list[pd.DataFrame]:
         (VELOCITY_CHANGE, STUDENT_CONTRIBUTION, TEACHER_CONTRIBUTION),
         (LOSS_INCREASE, STUDENT_NEED, TEACHER_NEED),
     ):
-        ends, notes = _of_table(pairs, quality, metric, "report")
+        ends, notes = _of_table(pairs, quality, metric, "test")
         numbers.append(pairs.by_layer(student, ends, pairs.students, notes))
         numbers.append(pairs.by_layer(teacher, ends, pairs.teachers, notes))
     return [pairs.rows(of) for of in numbers]

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerprobe.analyses.measures.arrays import Features, Floats, unusable
-from layerprobe.analyses.measures.dense_probe import dense_probe
+from layerprobe.analyses.measures.dense_probes import dense_probe
 from layerprobe.analyses.measures.knn import knn_accuracy
-from layerprobe.analyses.measures.linear_probe import INVERSE_PENALTIES, ProbeResult, linear_probe
+from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES, ProbeResult, linear_probe
 from layerprobe.analyses.measures.spatial import spatial_structure
 from layerprobe.analyses.measures.spectrum import lidar, spectrum
 from layerprobe.data.samples import MISSING
@@ -67,7 +67,7 @@ class Representation:
     @cached_property
     def reason(self) -> str:
         """Why nothing can be said of it, or ""."""
-        fit = self.store.splits == "fit"
+        fit = self.store.splits == "train"
         return next((why for x in self.draws if (why := unusable(x) or unusable(x[fit]))), "")
 
     def part(self, x: NDArray[Any], split: str) -> NDArray[Any]:
@@ -107,14 +107,14 @@ def probes(representation: Representation) -> list[Measurement]:
     if representation.reason:
         return [
             Measurement(metric, split, np.nan, representation.reason)
-            for split in ("choose", "report")
+            for split in ("validation", "test")
             for metric in metrics
         ]
     results, note = _probed(representation, labels)
     found = []
     for split, correct, scores in (
-        ("choose", [r.choose_correct for r in results], [r.choose for r in results]),
-        ("report", [r.report_correct for r in results], [r.report for r in results]),
+        ("validation", [r.validation_correct for r in results], [r.validation for r in results]),
+        ("test", [r.test_correct for r in results], [r.test for r in results]),
     ):
         found += [
             _mean_of(PROBE, split, correct, note),
@@ -127,19 +127,19 @@ def probes(representation: Representation) -> list[Measurement]:
 def column_probes(representation: Representation) -> list[Measurement]:
     """Accuracy of a linear probe of every further label column.
 
-    Samples without a label, or of a class that the fit split has not, are left out of the score; the note counts them.
+    Samples without a label, or of a class that the training split has not, are left out of the score; the note counts them.
     """
     found: list[Measurement] = []
     for name, labels in representation.store.columns.items():
         if labels.ndim > 1:
             continue
         if representation.reason:
-            found += [Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("choose", "report")]
+            found += [Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("validation", "test")]
             continue
-        known = known_labels(labels, representation.part(labels, "fit"))
+        known = known_labels(labels, representation.part(labels, "train"))
         results, note = _probed(representation, labels, known)
-        for split in ("choose", "report"):
-            correct = [r.choose_correct if split == "choose" else r.report_correct for r in results]
+        for split in ("validation", "test"):
+            correct = [r.validation_correct if split == "validation" else r.test_correct for r in results]
             counts = _left_out(representation.part(labels, split), representation.part(known, split))
             found.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
     return found
@@ -164,9 +164,9 @@ def _frames_probed(representation: Representation, name: str, labels: NDArray[np
     if grid is None or representation.reason:
         missing = "its tokens are on no grid" if len(store.token_rows) else "no tokens were kept; pass --token-samples"
         reason = representation.reason or missing
-        return [Measurement(probe_of(name), split, np.nan, reason) for split in ("choose", "report")]
+        return [Measurement(probe_of(name), split, np.nan, reason) for split in ("validation", "test")]
     kept = {split: labels[store.token_rows][store.token_splits == split] for split in SPLITS}
-    known = {split: np.where(known_labels(y, kept["fit"]), y, MISSING) for split, y in kept.items()}
+    known = {split: np.where(known_labels(y, kept["train"]), y, MISSING) for split, y in kept.items()}
     axis = store.manifest["columns"][name]["axis"]
     results = [
         dense_probe(
@@ -182,8 +182,8 @@ def _frames_probed(representation: Representation, name: str, labels: NDArray[np
     ]
     penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
     found = []
-    for split in ("choose", "report"):
-        scores = [r.choose if split == "choose" else r.report for r in results]
+    for split in ("validation", "test"):
+        scores = [r.validation if split == "validation" else r.test for r in results]
         right = [s.confusions.trace(axis1=1, axis2=2) / np.maximum(s.confusions.sum((1, 2)), 1) for s in scores]
         some = (known[split] != MISSING).any(axis=1)
         note = f"C={penalties}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
@@ -240,7 +240,7 @@ def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
     missing = int((labels == MISSING).sum())
     unseen = len(known) - int(known.sum()) - missing
     reasons = [f"{missing} without a label"] * bool(missing)
-    reasons += [f"{unseen} of a class that the fit split has not"] * bool(unseen)
+    reasons += [f"{unseen} of a class that the training split has not"] * bool(unseen)
     return f"; left out of {len(known)}: {', '.join(reasons)}" if reasons else ""
 
 
@@ -250,24 +250,24 @@ def neighbours(representation: Representation) -> list[Measurement]:
     if labels is None:
         return []
     if representation.reason:
-        return [Measurement(KNN, split, np.nan, representation.reason) for split in ("choose", "report")]
-    part, bank_y = representation.part, representation.part(labels, "fit")
+        return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
+    part, bank_y = representation.part, representation.part(labels, "train")
     k = min(NUM_NEIGHBOURS, len(bank_y))
     found = []
-    for split in ("choose", "report"):
+    for split in ("validation", "test"):
         query_y = part(labels, split)
         correct = [
-            knn_accuracy(part(x, "fit"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
+            knn_accuracy(part(x, "train"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
         ]
         found.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
     return found
 
 
 def spectra(representation: Representation) -> list[Measurement]:
-    """Ranks, power law and anisotropy of the features of the fit split; LiDAR where there are several noise draws."""
+    """Ranks, power law and anisotropy of the features of the training split; LiDAR where there are several noise draws."""
     if representation.reason:
-        return [Measurement(RANK, "fit", np.nan, representation.reason)]
-    parts = [representation.part(x, "fit") for x in representation.draws]
+        return [Measurement(RANK, "train", np.nan, representation.reason)]
+    parts = [representation.part(x, "train") for x in representation.draws]
     found = [spectrum(x) for x in parts]
     most = f"at most {min(parts[0].shape[0] - 1, parts[0].shape[1])}"
     laws = [s.power_law for s in found]
@@ -282,16 +282,16 @@ def spectra(representation: Representation) -> list[Measurement]:
     if len(parts) > 1:
         ranked = lidar(np.stack(parts, axis=1))
         numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws")
-    return [Measurement(metric, "fit", float(value), note) for metric, (value, note) in numbers.items()]
+    return [Measurement(metric, "train", float(value), note) for metric, (value, note) in numbers.items()]
 
 
 def spatial(representation: Representation) -> list[Measurement]:
-    """Spatial structure of the kept tokens of the report split, for stores that have any and none of padding."""
+    """Spatial structure of the kept tokens of the test split, for stores that have any and none of padding."""
     store, layer = representation.store, representation.layer
     grid = store.grid(layer) if len(store.token_rows) and not store.tokens_padded else None
     if grid is None or int(np.prod(grid)) == 1:
         return []
-    tokens = [store.tokens(layer, representation.noise_level, draw=d, split="report") for d in range(store.draws)]
+    tokens = [store.tokens(layer, representation.noise_level, draw=d, split="test") for d in range(store.draws)]
     found = [spatial_structure(x, grid, centre=True) for x in tokens]
     reason = next((s.reason for s in found if s.reason), "")
     note = reason or f"centred, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
@@ -299,7 +299,7 @@ def spatial(representation: Representation) -> list[Measurement]:
         "local contrast (LDS)": [s.lds for s in found],
         "spatial contrast (RMSC)": [s.rmsc for s in found],
     }
-    return [_mean_of(metric, "report", values, note) for metric, values in scores.items()]
+    return [_mean_of(metric, "test", values, note) for metric, values in scores.items()]
 
 
 ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbours, spectra, spatial)

@@ -1,6 +1,6 @@
 """Feature stores in, two tidy tables out: what each layer knows, and how similar the layers are.
 
-Probes and neighbours learn on the split "fit"; "choose" chooses penalties and layers; "report" is only scored.
+Probes and neighbours learn on the split "train"; "validation" chooses penalties and layers; "test" is only scored.
 Accuracies are fractions in [0, 1].
 """
 
@@ -44,7 +44,7 @@ QUALITY_COLUMNS = (
     "high",
     "note",
 )
-RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "choose_gap", "increment", "note")
+RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "validation_gap", "increment", "note")
 MAX_RANK = 128  # of the tokens of a layer, so that the moments of many layers fit into memory
 
 Progress = Callable[[int, int], None]
@@ -73,7 +73,7 @@ def measure(
         The quality table, one row per source, layer, noise level, metric and split; `low` and `high` are the 95 %
         bootstrap interval over the samples that were scored, nan for what is no mean over samples. A value that does
         not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbours
-        and CKNNA on the choose split between all layers and noise levels of the source "model", in both orders and
+        and CKNNA on the validation split between all layers and noise levels of the source "model", in both orders and
         with themselves.
 
     Raises:
@@ -112,7 +112,7 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
 
     Args:
         store: The model's.
-        features: Of the samples of the choose split, in the store's order, shape (n, D).
+        features: Of the samples of the validation split, in the store's order, shape (n, D).
         name: Of the encoder.
     """
     keys = representations(store)
@@ -120,7 +120,18 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
     values = np.mean([result.values[:, 0] for result in draws], axis=0)
     reasons = [own or draws[0].other_reasons[0] for own in draws[0].reasons]
     rows = [
-        (MODEL, layer, store.layers.index(layer), level, f"CKA with {name}", "choose", value, np.nan, np.nan, reason)
+        (
+            MODEL,
+            layer,
+            store.layers.index(layer),
+            level,
+            f"CKA with {name}",
+            "validation",
+            value,
+            np.nan,
+            np.nan,
+            reason,
+        )
         for (layer, level), value, reason in zip(keys, values, reasons, strict=True)
     ]
     return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
@@ -134,19 +145,19 @@ def recoverability_table(store: FeatureStore) -> pd.DataFrame:
 
     Returns:
         Nothing where tokens may stand for padding; else one row per noise level, student and later teacher: `gap` on
-        the report split, `choose_gap` on the choose split, `increment` (its variance over the teacher's) and `note`,
+        the test split, `validation_gap` on the validation split, `increment` (its variance over the teacher's) and `note`,
         why there is no answer.
     """
     if store.tokens_padded:
         return pd.DataFrame(columns=list(RECOVERABILITY_COLUMNS))
-    shapes = {layer: store.tokens(layer, store.noise_levels[0], split="fit").shape[1:] for layer in store.layers}
+    shapes = {layer: store.tokens(layer, store.noise_levels[0], split="train").shape[1:] for layer in store.layers}
     commonest = max(shapes.values(), key=list(shapes.values()).count)
     layers = [layer for layer, shape in shapes.items() if shape == commonest]
     rows: list[tuple[Any, ...]] = []
     for level in store.noise_levels if len(layers) > 1 else ():
         found = recoverability(_token_moments(store, layers, level))
         rows += [
-            (level, layers[s], layers[t], found.gap[s, t], found.choose_gap[s, t], found.increment[s, t], reason)
+            (level, layers[s], layers[t], found.gap[s, t], found.validation_gap[s, t], found.increment[s, t], reason)
             for s, reasons in enumerate(found.reasons)
             for t, reason in enumerate(reasons)
             if t > s
@@ -158,7 +169,7 @@ def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> 
     def tokens(split: str, draw: int) -> list[NDArray[np.float32]]:
         return [store.tokens(layer, level, draw=draw, split=split) for layer in layers]
 
-    first = tokens("fit", 0)
+    first = tokens("train", 0)
     basis = shared_basis(first, rank=MAX_RANK) if first[0].shape[2] > MAX_RANK else None
     moments = TokenMoments(layers, basis=basis)
     for split in SPLITS:
@@ -219,12 +230,12 @@ def read_quality(path: str | Path) -> pd.DataFrame:
 
 
 def _check(source: str, store: FeatureStore) -> None:
-    for split in ("fit", "choose", "report"):
+    for split in ("train", "validation", "test"):
         if not (store.splits == split).any():
             raise ValueError(f"the store of {source!r} has no samples in the split {split!r}; extract all three splits")
     labels = store.labels
-    if labels is not None and len(np.unique(labels[store.splits == "fit"])) < 2:
-        raise ValueError(f"the fit split of {source!r} has one class only; a probe needs two or more")
+    if labels is not None and len(np.unique(labels[store.splits == "train"])) < 2:
+        raise ValueError(f"the training split of {source!r} has one class only; a probe needs two or more")
     for name, column in store.columns.items():
         # Labels of frames are probed on the kept tokens.
         rows, splits = (slice(None), store.splits) if column.ndim == 1 else (store.token_rows, store.token_splits)

@@ -27,7 +27,7 @@ def read_similarity(path: str | Path) -> pd.DataFrame:
 
 
 class ChooseSplit(Sequence[Any]):
-    """The representations of the choose split, read from disk as they are taken: memory stays at one of them."""
+    """The representations of the validation split, read from disk as they are taken: memory stays at one of them."""
 
     def __init__(self, store: FeatureStore, draw: int) -> None:
         self.store, self.draw = store, draw
@@ -37,7 +37,7 @@ class ChooseSplit(Sequence[Any]):
         return len(self.keys)
 
     def __getitem__(self, m: Any) -> Any:
-        return self.store.features(*self.keys[m], draw=self.draw, split="choose")
+        return self.store.features(*self.keys[m], draw=self.draw, split="validation")
 
 
 def representations(store: FeatureStore) -> list[tuple[str, float]]:
@@ -49,7 +49,7 @@ def similarities(
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
     """Similarities of all representations, averaged over draws, and why some have none."""
     keys = representations(store)
-    k = min(NUM_NEIGHBOURS, int((store.splits == "choose").sum()) - 1)
+    k = min(NUM_NEIGHBOURS, int((store.splits == "validation").sum()) - 1)
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):

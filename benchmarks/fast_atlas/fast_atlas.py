@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, Arm
-from layerprobe.analyses.experiments.confirm import run_folder
+from layerprobe.analyses.experiments.confirmation import run_folder
 from layerprobe.analyses.experiments.evaluation import Scorer
 from layerprobe.analyses.experiments.pair_sweep import AtlasPlan, all_pairs, branch_scores, table
 from layerprobe.analyses.generation.extractors import classifier_extractor
@@ -72,7 +72,7 @@ def main() -> None:
         weight=options.weight,
     )
     torch.set_num_threads(1)
-    trainer = Trainer(start.backbone, splits.fit, start.plan.training)
+    trainer = Trainer(start.backbone, splits.train, start.plan.training)
     if options.check:
         check(trainer)
     else:
@@ -345,8 +345,8 @@ def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shar
     training = plan.training.identity() | {"steps": plan.training.steps, "seed": None}
     data = {name: samples.fingerprint for name, samples in splits.items()}
     claim(folder, "atlas.json", {"training": training, "data": data} | network_record(start.backbone), what="an atlas")
-    extractor = classifier_extractor(splits.fit, folder / "extractor.safetensors")
-    scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    extractor = classifier_extractor(splits.train, folder / "extractor.safetensors")
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
     known: dict[int, Steps] = {}
     last = None
     for seed, arm in every[number - 1 :: count]:

@@ -45,7 +45,7 @@ def flow_matching_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 def digits() -> Tensor:
     """Embedded images, shape (n, 1, 8, 8)."""
-    samples = load("digits").fit
+    samples = load("digits").train
     return samples.batch(range(len(samples))).x
 
 

@@ -7,11 +7,11 @@ import torch
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.data.splits import keyed_order
 
-_NUM_FIT, _NUM_CHOOSE = 1000, 397  # and 400 to report
+_NUM_TRAIN, _NUM_VALIDATION = 1000, 397  # and 400 for the test split
 
 
 def digits() -> Splits:
-    """1000 samples to fit, 397 to choose and 400 to report; always the same, with every class in proportion.
+    """1000 samples for training, 397 for validation and 400 for testing; always the same, with every class in proportion.
 
     x has shape (B, 1, 8, 8), ink is 1 and paper is -1; ids are the rows in scikit-learn.
 
@@ -24,7 +24,7 @@ def digits() -> Splits:
     samples = TensorSamples(x, torch.from_numpy(labels), class_names=tuple("0123456789"))
     order = keyed_order(samples, seed=0)
     return Splits(
-        Subset(samples, order[:_NUM_FIT], name="fit"),
-        Subset(samples, order[_NUM_FIT : _NUM_FIT + _NUM_CHOOSE], name="choose"),
-        Subset(samples, order[_NUM_FIT + _NUM_CHOOSE :], name="report"),
+        Subset(samples, order[:_NUM_TRAIN], name="train"),
+        Subset(samples, order[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION], name="validation"),
+        Subset(samples, order[_NUM_TRAIN + _NUM_VALIDATION :], name="test"),
     )

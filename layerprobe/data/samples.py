@@ -198,13 +198,13 @@ def joined(batches: Sequence[Batch]) -> Batch:
 class Splits:
     """Disjoint samples: to fit probes, to choose penalties and layers, and to report the numbers that are shown."""
 
-    fit: Samples
-    choose: Samples
-    report: Samples
+    train: Samples
+    validation: Samples
+    test: Samples
 
     def items(self) -> list[tuple[str, Samples]]:
         """The three splits with their names, in this order."""
-        return [("fit", self.fit), ("choose", self.choose), ("report", self.report)]
+        return [("train", self.train), ("validation", self.validation), ("test", self.test)]
 
 
 def pixels_to_float(pixels: Tensor) -> Tensor:

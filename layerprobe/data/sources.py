@@ -32,9 +32,9 @@ def load(
     source: str | Path,
     *,
     latent_scale: float | None = None,
-    num_fit: int | None = None,
-    num_choose: int | None = None,
-    num_report: int | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    num_test: int | None = None,
     seed: int = 0,
     expect_shape: tuple[int, ...] | None = None,
     require_labels: bool = False,
@@ -46,9 +46,9 @@ def load(
         source: "digits" for the embedded scans (a folder of that name is "./digits"), a folder of latents (see
             `load_latents`), or what `load_images`, `load_audio`, `load_motion` or `load_video` takes.
         latent_scale: As in `load_latents`, for a folder of latents.
-        num_fit: As in `splits.split`, like the next two.
-        num_choose: Samples to choose penalties and layers with.
-        num_report: Samples for the numbers that are shown.
+        num_train: As in `splits.split`, like the next two.
+        num_validation: Samples to choose penalties and layers with.
+        num_test: Samples for the numbers that are shown.
         seed: Decides which sample falls to which split, except for the digits, whose splits are fixed.
         expect_shape: Shape (C, H, W) that the model takes.
         require_labels: Refuse unlabelled data.
@@ -58,14 +58,14 @@ def load(
     Raises:
         ValueError: If the data cannot be read or divided, or is not what was expected.
     """
-    counts = {"num_fit": num_fit, "num_choose": num_choose, "num_report": num_report}
+    counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
     options = {name: value for name, value in options.items() if value is not None}
     if source == "digits":
         given = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
         if given:
             raise ValueError(f"the embedded digits are 1x8x8 and labelled as they are; leave out {' '.join(given)}")
         embedded = digits()
-        _check_shape(embedded.fit, expect_shape, source)
+        _check_shape(embedded.train, expect_shape, source)
         return take(embedded, **counts)
     if latent_format(source) is not None:
         if given := _flags(options):
@@ -165,7 +165,7 @@ def encode_splits(
     Raises:
         ValueError: If images, autoencoder and model do not fit together.
     """
-    shape = latent_shape(splits.fit.shape, vae)
+    shape = latent_shape(splits.train.shape, vae)
     if expect_shape is not None and shape != tuple(expect_shape):
         made, wanted = ("x".join(map(str, numbers)) for numbers in (shape, expect_shape))
         raise ValueError(f"{vae} makes latents of {made} but the model takes {wanted}; pass --size, or another --vae")

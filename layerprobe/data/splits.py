@@ -18,32 +18,32 @@ from torch import Tensor
 from layerprobe.data.samples import MISSING, Samples, Splits, Subset
 
 # What probing reads at most unless told otherwise: more changes no conclusion and takes proportionally longer.
-PROBING_COUNTS = {"fit": 8000, "choose": 2000, "report": 5000}
+PROBING_COUNTS = {"train": 8000, "validation": 2000, "test": 5000}
 _REPORT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def split(
     sources: Samples | Mapping[str, Samples],
     *,
-    num_fit: int | None = None,
-    num_choose: int | None = None,
-    num_report: int | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    num_test: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Divides a data set into disjoint samples to fit, to choose and to report.
+    """Divides a data set into disjoint training, validation and test splits.
 
     With a "train" part and a "test" (else "validation") part, fit and choose own 80 % and 20 % of the former and report
     owns the latter. A single part, or "train" alone, is divided 60/20/20. Classes keep their proportions everywhere.
 
     Args:
         sources: The parts of a data set by name, or a single part.
-        num_fit: Samples to take of those that fit owns, at least one per class; None for all of them.
-        num_choose: Likewise.
-        num_report: Likewise.
+        num_train: Samples to take of those that fit owns, at least one per class; None for all of them.
+        num_validation: Likewise.
+        num_test: Likewise.
         seed: Decides who owns which sample.
 
     Raises:
-        ValueError: If more is asked for than there is, the fit split lacks a class, a class has fewer than two samples,
+        ValueError: If more is asked for than there is, the training split lacks a class, a class has fewer than two samples,
             or the parts do not belong together.
     """
     train, held_out = _parts({"all": sources} if isinstance(sources, Samples) else sources)
@@ -51,36 +51,38 @@ def split(
     order = keyed_order(train, seed=seed)
     if held_out is None:
         ends = [round(0.6 * len(train)), round(0.8 * len(train))]
-        report = Subset(train, order[ends[1] :], name="report")
+        report = Subset(train, order[ends[1] :], name="test")
     else:
         _check_related(train, held_out)
         ends = [round(0.8 * len(train)), len(train)]
-        report = Subset(held_out, keyed_order(held_out, seed=seed), name="report")
+        report = Subset(held_out, keyed_order(held_out, seed=seed), name="test")
     owned = Splits(
-        Subset(train, order[: ends[0]], name="fit"), Subset(train, order[ends[0] : ends[1]], name="choose"), report
+        Subset(train, order[: ends[0]], name="train"),
+        Subset(train, order[ends[0] : ends[1]], name="validation"),
+        report,
     )
     if not all(len(samples) for _, samples in owned.items()):
         raise ValueError(f"{len(train)} samples are too few for three splits; pass at least 5")
-    return take(owned, num_fit=num_fit, num_choose=num_choose, num_report=num_report)
+    return take(owned, num_train=num_train, num_validation=num_validation, num_test=num_test)
 
 
 def take(
-    splits: Splits, *, num_fit: int | None = None, num_choose: int | None = None, num_report: int | None = None
+    splits: Splits, *, num_train: int | None = None, num_validation: int | None = None, num_test: int | None = None
 ) -> Splits:
     """The first samples of each split; None takes them all.
 
     Raises:
-        ValueError: If more is asked for than there is, or the fit split then lacks a class.
+        ValueError: If more is asked for than there is, or the training split then lacks a class.
     """
-    counts = {"fit": num_fit, "choose": num_choose, "report": num_report}
+    counts = {"train": num_train, "validation": num_validation, "test": num_test}
     taken = Splits(**{name: _first(samples, counts[name], name) for name, samples in splits.items()})
-    fit = taken.fit
+    fit = taken.train
     if fit.labels is not None:
         missing = [c for c, count in enumerate(_class_sizes(fit)) if count == 0]
         if missing:
             raise ValueError(
-                f"the fit split of {len(fit)} samples lacks {len(missing)} of {fit.num_classes} classes "
-                f"(first: {_class_name(fit, missing[0])}); pass a larger --num-fit"
+                f"the training split of {len(fit)} samples lacks {len(missing)} of {fit.num_classes} classes "
+                f"(first: {_class_name(fit, missing[0])}); pass a larger --num-train"
             )
     ids = torch.cat([samples.ids for _, samples in taken.items()])
     num_twice = len(ids) - len(set(ids.tolist()))
@@ -90,7 +92,7 @@ def take(
 
 
 def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
-    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_fit, num_choose, num_report).
+    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_train, num_validation, num_test).
 
     Splits are stratified by the class alone, so a class of a further column may be absent from one.
 
@@ -109,17 +111,17 @@ def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
     return taken
 
 
-def known_labels(labels: NDArray[np.int64], fit_labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which labels of a further column a probe can get right: those whose class the fit split has.
+def known_labels(labels: NDArray[np.int64], train_labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which labels of a further column a probe can get right: those whose class the training split has.
 
     Args:
         labels: Any shape.
-        fit_labels: Those of the fit split.
+        train_labels: Those of the training split.
 
     Returns:
         As `labels`.
     """
-    known: NDArray[np.bool_] = (labels != MISSING) & np.isin(labels, fit_labels)
+    known: NDArray[np.bool_] = (labels != MISSING) & np.isin(labels, train_labels)
     return known
 
 
@@ -128,16 +130,18 @@ def check_probed(name: str, labels: Mapping[str, NDArray[np.int64]]) -> None:
 
     Args:
         name: Of the column.
-        labels: Of the samples of "fit", "choose" and "report".
+        labels: Of the samples of "train", "validation" and "test".
     """
-    remedy = f"pass a larger --num-fit, or leave {name!r} out of --probe-labels"
-    num_classes = len(np.unique(labels["fit"][labels["fit"] != MISSING]))
+    remedy = f"pass a larger --num-train, or leave {name!r} out of --probe-labels"
+    num_classes = len(np.unique(labels["train"][labels["train"] != MISSING]))
     if num_classes < 2:
         seen = "one class" if num_classes else "no label"
-        raise ValueError(f"{name!r} has {seen} in the fit split, and a probe needs two classes; {remedy}")
+        raise ValueError(f"{name!r} has {seen} in the training split, and a probe needs two classes; {remedy}")
     for split, those in labels.items():
-        if not known_labels(those, labels["fit"]).any():
-            raise ValueError(f"no label of {name!r} in the {split} split has a class that the fit split has; {remedy}")
+        if not known_labels(those, labels["train"]).any():
+            raise ValueError(
+                f"no label of {name!r} in the {split} split has a class that the training split has; {remedy}"
+            )
 
 
 def keyed_order(samples: Samples, *, seed: int) -> Tensor:

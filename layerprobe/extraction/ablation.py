@@ -51,7 +51,7 @@ class Contribution:
     loss_increase: Scores
     reasons: Mapping[str, str]
 
-    def rows(self, *, source: str = "model", split: str = "report", seed: int = 0) -> list[dict[str, Any]]:
+    def rows(self, *, source: str = "model", split: str = "test", seed: int = 0) -> list[dict[str, Any]]:
         """Rows of the quality table: means over the samples, with their 95 % bootstrap interval.
 
         Args:

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from layerprobe.files import claim, whole
 
-SPLITS = ("fit", "choose", "report")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FeatureStore:
         draws: Noise draws per sample and level.
         ids: Shape (n,), int64.
         labels: Shape (n,), int64, or None.
-        splits: Shape (n,), strings among "fit", "choose", "report".
+        splits: Shape (n,), strings among "train", "validation", "test".
         columns: Further labels by the name of their column, shape (n,), or (n, frames) where every frame has one,
             int64, `data.base.MISSING` where there is none; `class_names` in the manifest says what they stand for.
         manifest: Plan, model and data that the numbers come from.

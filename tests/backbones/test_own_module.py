@@ -16,8 +16,8 @@ from layerprobe.backbones.base import Backbone, alignable_layers, layer_shapes, 
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.data.sources import load
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.extraction.forward import extract
 from layerprobe.noise.keyed import NoiseKey
 
 NETWORK = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
@@ -32,7 +32,7 @@ def own(checkpoint: Path) -> Backbone:
 
 def test_published_error_is_reached(shared_data: Path, shared_checkpoints: Path) -> None:
     backbone = own(shared_checkpoints / "ddpm_mnist.pt")
-    batch = load(shared_data / "mnist", num_report=128).report.batch(range(128))
+    batch = load(shared_data / "mnist", num_test=128).test.batch(range(128))
     eps = NoiseKey(0).normal(batch.ids, backbone.shape)
     for time, published in EPS_MSE.items():
         level = backbone.schedule.noise_level(torch.full((128,), time))

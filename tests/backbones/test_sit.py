@@ -33,8 +33,8 @@ from layerprobe.backbones.sit import (
 )
 from layerprobe.capture import capture
 from layerprobe.data.samples import Splits, Subset, TensorSamples
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.extraction.forward import extract
 from layerprobe.noise.schedules import LinearPath, schedule_from_name
 
 SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)
@@ -546,7 +546,7 @@ def test_tokens_of_unequal_patches_are_pooled_on_their_own_grid(tmp_path: Path) 
     wanted = torch.cat([tokens[:3, :, :7].mean((1, 2)), tokens[3:].mean((1, 2))])
     # Without the mask's grid, tokens of padding would count: far from rounding.
     assert float((wanted - tokens.mean((1, 2))).abs().max()) > 0.01
-    found = torch.from_numpy(store.features("blocks.1", 0.0, split="fit"))
+    found = torch.from_numpy(store.features("blocks.1", 0.0, split="train"))
     torch.testing.assert_close(found, wanted[[0, 3]], rtol=1e-4, atol=1e-5)
 
     whole = Splits(*(TensorSamples(part, ids=torch.arange(2) + 2 * i) for i, part in enumerate(x.split(2))))

@@ -81,7 +81,7 @@ def trained(schedule_name: str, prediction: Prediction, steps: int = 700) -> Bac
 
 @functools.cache
 def data() -> Samples:
-    return digits().fit
+    return digits().train
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), CONVENTIONS)
@@ -110,7 +110,7 @@ def test_sits_curved_paths_are_found_where_the_linear_one_is_declared(path: str)
 
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
 def test_checkpoints_that_nobody_here_trained(name: str, shared_data: Path, shared_checkpoints: Path) -> None:
-    samples = load(shared_data / "mnist", num_fit=100, num_choose=20, num_report=20).fit
+    samples = load(shared_data / "mnist", num_train=100, num_validation=20, num_test=20).train
     says = {"layers": "b*", "shape": (1, 28, 28)}
     model = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
     path = shared_checkpoints / f"ddpm_{name}.pt"

@@ -23,7 +23,7 @@ from layerprobe.cli.main import run
 TRAIN = shlex.split(
     "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
 )
-COUNTS = shlex.split("--num-fit 200 --num-choose 100 --num-report 100 --noise-levels 0.2,0.6")
+COUNTS = shlex.split("--num-train 200 --num-validation 100 --num-test 100 --noise-levels 0.2,0.6")
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_inspect_and_doctor(cli) -> None:
 def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
     code, out, _ = cli("probe", "digits", "--data", "digits", "--out", tmp_path / "r", "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["samples"] == {"fit": 1000, "choose": 397, "report": 400}
+    assert json.loads(out)["samples"] == {"train": 1000, "validation": 397, "test": 400}
     assert cli(*TRAIN, "--out", tmp_path / "t", "--dry-run")[0] == 0
     assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
     assert list(tmp_path.iterdir()) == []

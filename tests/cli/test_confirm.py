@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     run.mkdir()
     plan = {"checkpoint": "digits", "data": "digits", "noise_levels": [0.3]}
     (run / "plan.json").write_text(json.dumps(plan))
-    criteria = {"metric": "probe accuracy", "split": "choose", "noise_levels": [0.3], "layers": LAYERS}
+    criteria = {"metric": "probe accuracy", "split": "validation", "noise_levels": [0.3], "layers": LAYERS}
     criteria |= {"tail": [], "head": [], "min_distance": 2, "max_cka": 0.98}
     pairs = [ranked(1, 5), ranked(1, 4)]
     selection = {

@@ -23,8 +23,8 @@ from tiny import SHAPE, tiny_sit
 
 from layerprobe.analyses.figures import style as plots
 from layerprobe.analyses.figures.label_columns import knowledge_curves
-from layerprobe.analyses.measures.dense_probe import dense_probe
-from layerprobe.analyses.measures.linear_probe import linear_probe
+from layerprobe.analyses.measures.dense_probes import dense_probe
+from layerprobe.analyses.measures.linear_probes import linear_probe
 from layerprobe.analyses.report.page import write_report
 from layerprobe.analyses.runs import figures, probe
 from layerprobe.analyses.runs import folder as folder_module
@@ -39,7 +39,6 @@ from layerprobe.data.samples import MISSING, LabelColumn, Subset
 from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.splits import for_probing, split
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, raw_input, raw_pool_cells
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import (
     SPLITS,
     ExtractionPlan,
@@ -50,6 +49,7 @@ from layerprobe.extraction.features import (
     token_path,
     write_tensors,
 )
+from layerprobe.extraction.forward import extract
 
 Array = NDArray[Any]
 
@@ -107,7 +107,7 @@ def test_further_columns_change_neither_class_nor_split_nor_fingerprint(tmp_path
         rows = with_columns.ids.tolist()
         assert named(column(with_columns, "who")) == [["ann", "eve", "joe", None][row % 4] for row in rows]
         assert named(column(with_columns, "style")) == [str(row) for row in rows]
-    assert column(probed.fit, "who").class_names == ("ann", "eve", "joe")
+    assert column(probed.train, "who").class_names == ("ann", "eve", "joe")
 
 
 def test_an_item_that_is_left_out_takes_its_label_with_it(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_column_must_leave_something_to_fit_to_choose_and_to_score() -> None:
     good = splits([0, 1, 0, 1, -1, 0], [2, 2, 2, 2, 2, 0], [-1, 1, -1, -1, -1, -1])
     assert for_probing(good, given={}) is not None
     one_class = splits([1, 1, -1, 1, -1, 1], [0] * 6, [0] * 6)
-    with pytest.raises(ValueError, match="'who' has one class in the fit split, and a probe needs two"):
+    with pytest.raises(ValueError, match="'who' has one class in the training split, and a probe needs two"):
         for_probing(one_class, given={})
     unseen = splits([0, 1, 0, 1, 0, 1], [0] * 6, [2, -1, 2, -1, 2, -1])
-    with pytest.raises(ValueError, match="no label of 'who' in the report split has a class that the fit split has"):
+    with pytest.raises(ValueError, match="no label of 'who' in the test split has a class that the training split has"):
         for_probing(unseen, given={})
 
 
@@ -261,8 +261,8 @@ class TestStore:
     def test_every_split_has_the_same_columns(self, tmp_path: Path) -> None:
         splits = self.splits()
         bare = TensorSamples(torch.zeros(3, *SHAPE), torch.arange(3), ids=torch.arange(90, 93))
-        with pytest.raises(ValueError, match="the fit and the report samples have other further label columns"):
-            extract(tiny_sit(), Splits(splits.fit, splits.choose, bare), self.PLAN, tmp_path)
+        with pytest.raises(ValueError, match="the fit and the test samples have other further label columns"):
+            extract(tiny_sit(), Splits(splits.train, splits.validation, bare), self.PLAN, tmp_path)
 
 
 NUM, LAYERS, LEVELS = 240, ("blocks.0", "blocks.1"), (0.1, 0.5)
@@ -301,7 +301,7 @@ class TestTable:
     def test_each_layer_is_asked_for_each_column(self, tmp_path: Path) -> None:
         quality, _ = measure({"model": planted(tmp_path)})
         told = {
-            (metric, layer): one(quality, metric=metric, layer=layer, noise_level=0.1, split="report").value
+            (metric, layer): one(quality, metric=metric, layer=layer, noise_level=0.1, split="test").value
             for metric in ("probe accuracy", "probe accuracy of who")
             for layer in LAYERS
         }
@@ -313,21 +313,23 @@ class TestTable:
         rng = np.random.default_rng(3)
         who = rng.integers(0, 2, NUM)
         who[rng.permutation(NUM)[:40]] = MISSING
-        who[[170, 180, 200]] = 2  # nobody whom the fit split knows
+        who[[170, 180, 200]] = 2  # nobody whom the training split knows
         store = planted(tmp_path, who=who)
         quality, _ = measure({"model": store})
         known = (who == 0) | (who == 1)
         x = store["blocks.0", 0.5]
-        parts = [(x[rows], who[rows]) for s in ("fit", "choose", "report") for rows in [known & (store.splits == s)]]
+        parts = [
+            (x[rows], who[rows]) for s in ("train", "validation", "test") for rows in [known & (store.splits == s)]
+        ]
         expected = linear_probe(*(array for part in parts for array in part))
-        found = one(quality, metric="probe accuracy of who", layer="blocks.0", noise_level=0.5, split="report")
-        assert found.value == expected.report_accuracy
+        found = one(quality, metric="probe accuracy of who", layer="blocks.0", noise_level=0.5, split="test")
+        assert found.value == expected.test_accuracy
         assert found.low < found.value < found.high
         missing = int((who[160:] == MISSING).sum())
-        assert f"left out of 80: {missing} without a label, 3 of a class that the fit split has not" in found.note
-        chosen = one(quality, metric="probe accuracy of who", layer="blocks.0", noise_level=0.5, split="choose")
-        assert chosen.value == expected.choose_accuracy
-        assert "fit split has not" not in chosen.note
+        assert f"left out of 80: {missing} without a label, 3 of a class that the training split has not" in found.note
+        chosen = one(quality, metric="probe accuracy of who", layer="blocks.0", noise_level=0.5, split="validation")
+        assert chosen.value == expected.validation_accuracy
+        assert "training split has not" not in chosen.note
 
     def test_all_labels_known_are_no_caution(self, tmp_path: Path) -> None:
         quality, _ = measure({"model": planted(tmp_path)})
@@ -341,7 +343,9 @@ class TestTable:
 
     def test_a_column_without_anything_to_score_is_refused(self, tmp_path: Path) -> None:
         who = np.where(np.arange(NUM) < 80, np.arange(NUM) % 2, 2)
-        with pytest.raises(ValueError, match="no label of 'who' in the choose split has a class that the fit split"):
+        with pytest.raises(
+            ValueError, match="no label of 'who' in the validation split has a class that the training split"
+        ):
             measure({"model": planted(tmp_path, who=who)})
 
 
@@ -365,10 +369,7 @@ class TestFigure:
         for metric, found in gains.items():
             for layer in (f"blocks.{i}" for i in range(8)):
                 at = [
-                    {
-                        s: one(table, metric=metric, split="report", noise_level=p, source=s, layer=q).value
-                        for s, q in of
-                    }
+                    {s: one(table, metric=metric, split="test", noise_level=p, source=s, layer=q).value for s, q in of}
                     for p in (0.1, 0.3, 0.5)
                     for of in [(("model", layer), ("random weights", layer), ("raw input", "input"))]
                 ]
@@ -472,7 +473,7 @@ class TestFrames:
         x[:, 0] += sign
         labels = (sign > 0).astype(np.int64) if told == "sign" else rng.integers(0, 2, (n, frames))
         labels[::3, 0] = MISSING
-        labels[80:, 1] = 2  # of a class that the fit split has not
+        labels[80:, 1] = 2  # of a class that the training split has not
         phase = LabelColumn("phase", torch.from_numpy(labels), ("down", "up", "gone"))
         every = TensorSamples(torch.from_numpy(x).float(), torch.arange(n) % 3, modality="motion", columns=(phase,))
         return Splits(*(Subset(every, range(i, i + 30), name=str(i)) for i in (0, 30, 60)))
@@ -484,7 +485,7 @@ class TestFrames:
             stores = probe.extract_all(tiny_sit(shape=(2, 8)), self.splits(told), plan, tmp_path / told)
             quality, _ = measure(stores, analyses=(frame_probes,))
             assert set(quality["source"]) == {"model", "random weights", "raw input"}
-            found[told] = rows_of(quality, metric="probe accuracy of phase", split="report").set_index("source")
+            found[told] = rows_of(quality, metric="probe accuracy of phase", split="test").set_index("source")
         assert found["sign"].loc["raw input", "value"] > 0.95
         assert float(found["sign"].loc["model", "value"].max()) > 0.7
         assert found["nothing"]["value"].max() < 0.65
@@ -497,17 +498,17 @@ class TestFrames:
         kept = {split: store.columns["phase"][store.splits == split][:25] for split in SPLITS}
         known = {split: np.where(labels == 2, MISSING, labels) for split, labels in kept.items()}
         tokens = {split: store.tokens("blocks.1", 0.1, split=split) for split in SPLITS}
-        result = dense_probe(tokens, known, (4,), ignore=MISSING).report
+        result = dense_probe(tokens, known, (4,), ignore=MISSING).test
         shares = [np.trace(c) / c.sum() for c in result.confusions]
-        row = one(quality, metric="probe accuracy of phase", split="report")
+        row = one(quality, metric="probe accuracy of phase", split="test")
         assert row.value == pytest.approx(np.mean(shares), abs=1e-12)
-        unlabelled, unseen = int((kept["report"] == MISSING).sum()), int((kept["report"] == 2).sum())
+        unlabelled, unseen = int((kept["test"] == MISSING).sum()), int((kept["test"] == 2).sum())
         assert min(unlabelled, unseen) > 0
-        counts = f"left out of 200: {unlabelled} without a label, {unseen} of a class that the fit split has not"
+        counts = f"left out of 200: {unlabelled} without a label, {unseen} of a class that the training split has not"
         assert row.note.endswith(counts)
 
     def test_padding_never_counts(self, tmp_path: Path) -> None:
-        whole = self.splits().fit.samples
+        whole = self.splits().train.samples
         lengths = torch.arange(90) % 3 * 2 + 4
         mask = torch.arange(8) < lengths[:, None]
         phase = whole.columns[0]
@@ -561,7 +562,7 @@ class TestFrames:
 
 def digits_in_rows(path: Path) -> Path:
     """Some of the embedded digits as grey images, with two further columns."""
-    samples = digits().fit
+    samples = digits().train
     batch = samples.batch(range(120))
     assert batch.labels is not None
     images = ((batch.x[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
@@ -596,9 +597,9 @@ def test_one_run_tells_what_every_layer_knows_of_every_column(
     probe.analyze_run(run)
     quality = pd.read_csv(run / "quality.csv")
     for name in ("round", "who"):
-        rows = rows_of(quality, metric=f"probe accuracy of {name}", split="report")
+        rows = rows_of(quality, metric=f"probe accuracy of {name}", split="test")
         assert set(rows["source"]) == {"model", "random weights", "raw input"}
-    assert one(quality, metric="probe accuracy of round", source="model", layer="blocks.4", split="report").value > 0.7
+    assert one(quality, metric="probe accuracy of round", source="model", layer="blocks.4", split="test").value > 0.7
     lines = text_module.describe_labels(run)
     assert [re.split(r"[ :]+", line)[1] for line in lines if line.startswith("knows")] == ["class", "round", "who"]
     assert all(re.search(r"random weights 0\.\d\d, raw input 0\.\d\d", line) for line in lines if "knows" in line)

@@ -205,7 +205,7 @@ def test_latents_divide_and_travel_to_other_processes(tmp_path: Path, write: Cal
     splits = split(pickle.loads(pickle.dumps(samples)))
     ids = torch.cat([part.ids for _, part in splits.items()])
     assert sorted(ids.tolist()) == list(range(30))
-    assert torch.equal(splits.report.batch([2]).x, samples.batch([int(splits.report.ids[2])]).x)
+    assert torch.equal(splits.test.batch([2]).x, samples.batch([int(splits.test.ids[2])]).x)
     assert len(samples.batch([]).x) == 0
     assert samples.batch([-1]).ids.tolist() == [29]
 
@@ -603,10 +603,10 @@ def test_an_autoencoder_that_gives_nan_is_refused(tmp_path: Path, vae_folders: d
 @every_format
 def test_a_folder_of_latents_is_data_like_any_other(tmp_path: Path, write: Callable[[Path, Tensor], Path]) -> None:
     folder = write(tmp_path, numbers(30, *SHAPE))
-    splits = load(folder, expect_shape=SHAPE, num_fit=6, latent_scale=2, require_labels=True)
-    assert len(splits.fit) == 6
+    splits = load(folder, expect_shape=SHAPE, num_train=6, latent_scale=2, require_labels=True)
+    assert len(splits.train) == 6
     samples = load_latents(folder, scale=2)
-    assert torch.equal(everything(splits.report).x, samples.batch(splits.report.ids.tolist()).x)
+    assert torch.equal(everything(splits.test).x, samples.batch(splits.test.ids.tolist()).x)
     with pytest.raises(ValueError, match="latents are 4x3x2 but the model takes 4x8x8; pass those that it was trained"):
         load(folder, expect_shape=(4, 8, 8))
     with pytest.raises(ValueError, match="holds latents, which are read as they are; leave out --size --channels"):
@@ -615,7 +615,7 @@ def test_a_folder_of_latents_is_data_like_any_other(tmp_path: Path, write: Calla
 
 def test_latents_that_must_have_labels(tmp_path: Path) -> None:
     write_repa(tmp_path, numbers(9, *SHAPE), numbers(9, *SHAPE), labels=False)
-    assert load(tmp_path).fit.labels is None
+    assert load(tmp_path).train.labels is None
     with pytest.raises(ValueError, match="has no labels; write them where"):
         load(tmp_path, require_labels=True)
 

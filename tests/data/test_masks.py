@@ -18,8 +18,8 @@ from layerprobe.checkpoints.convention import check_convention
 from layerprobe.data.samples import Batch, Splits, Subset, TensorSamples, joined
 from layerprobe.extraction.ablation import contribution
 from layerprobe.extraction.controls import raw_input
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import SPLITS, ExtractionPlan
+from layerprobe.extraction.forward import extract
 from layerprobe.extraction.tokens import pool_tokens
 from layerprobe.noise.keyed import NoiseKey
 from layerprobe.sampling import guided
@@ -133,7 +133,7 @@ def test_extracted_features_know_nothing_of_the_padding(tmp_path: Path) -> None:
     stores = [extract(backbone, splits_of(fill), plan, tmp_path / str(fill), batch_size=7) for fill in (0.0, 9.0)]
     assert stores[0].features("blocks.1", 0.7).tolist() == stores[1].features("blocks.1", 0.7).tolist()
     # Each row is what the sample gives by itself.
-    sample = splits_of(0.0).fit.batch([3])
+    sample = splits_of(0.0).train.batch([3])
     alone = Splits(*(TensorSamples(sample.x, sample.labels, ids=sample.ids + i, mask=sample.mask) for i in range(3)))
     single = extract(backbone, alone, plan, tmp_path / "alone")
     torch.testing.assert_close(
@@ -147,8 +147,8 @@ def test_extracted_features_know_nothing_of_the_padding(tmp_path: Path) -> None:
 def test_the_raw_input_control_sees_no_noise_in_the_padding(tmp_path: Path) -> None:
     reader = raw_input(tiny_sit(shape=(2, 8)))
     store = extract(reader, splits_of(5.0), ExtractionPlan(layers=("input",), noise_levels=(0.5,)), tmp_path)
-    features = torch.from_numpy(store.features("input", 0.5, split="fit")).view(8, 2, 8)
-    mask = splits_of(0.0).fit.batch(range(8)).real
+    features = torch.from_numpy(store.features("input", 0.5, split="train")).view(8, 2, 8)
+    mask = splits_of(0.0).train.batch(range(8)).real
     assert torch.equal(features != 0, mask.unsqueeze(1).expand(8, 2, 8))
 
 
@@ -185,9 +185,9 @@ def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_pat
 
 def test_contribution_and_convention_do_not_see_the_padding() -> None:
     backbone = tiny_sit(shape=(2, 8))
-    found = [contribution(backbone, splits_of(fill).report, (0.3, 0.8)).velocity_change for fill in (0.0, 7.0)]
+    found = [contribution(backbone, splits_of(fill).test, (0.3, 0.8)).velocity_change for fill in (0.0, 7.0)]
     assert found[0].tolist() == found[1].tolist()
-    scores = [check_convention(backbone, splits_of(fill).fit).declared.score for fill in (0.0, 7.0)]
+    scores = [check_convention(backbone, splits_of(fill).train).declared.score for fill in (0.0, 7.0)]
     assert scores[0] == scores[1]
 
 

@@ -171,9 +171,9 @@ class TestMotion:
 
     def test_real_motion(self, shared_data: Path) -> None:
         splits = load(shared_data / "motion", split="test", length=64)
-        assert splits.fit.modality == "motion"
-        assert splits.fit.shape == (66, 64)
-        assert splits.fit.num_classes == 10
+        assert splits.train.modality == "motion"
+        assert splits.train.shape == (66, 64)
+        assert splits.train.num_classes == 10
 
 
 BVH = """HIERARCHY
@@ -323,8 +323,8 @@ class TestAudio:
 
     def test_real_digits(self, shared_data: Path) -> None:
         splits = load(shared_data / "spoken-digits", split="test", length=48, label_column="speaker")
-        assert splits.fit.shape == (1, 32, 48)
-        assert splits.fit.num_classes == 6
+        assert splits.train.shape == (1, 32, 48)
+        assert splits.train.num_classes == 6
 
 
 def clip_of(colours: list[int], edge: int = 8) -> list[bytes]:
@@ -380,7 +380,7 @@ class TestVideo:
         )
         with pytest.raises(ValueError, match="holds video; pass --size"):
             load(tmp_path / "clips.parquet")
-        assert load(tmp_path / "clips.parquet", size=4).fit.shape == (3, 2, 4, 4)
+        assert load(tmp_path / "clips.parquet", size=4).train.shape == (3, 2, 4, 4)
 
 
 def test_options_of_another_modality_are_refused(tmp_path: Path) -> None:

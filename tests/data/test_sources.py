@@ -169,13 +169,13 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
 def test_digits_never_change() -> None:
     # Stored features of the digits are recognised by this; a change makes every one of them stale.
-    assert digits().fit.fingerprint == "26297147c4b7a81af3fe71e722df37d0/fit-95a012b0"
-    assert digits().report.ids[:5].tolist() == digits().report.ids[:5].tolist()
+    assert digits().train.fingerprint == "26297147c4b7a81af3fe71e722df37d0/fit-95a012b0"
+    assert digits().test.ids[:5].tolist() == digits().test.ids[:5].tolist()
 
 
 def test_fewer_digits_are_the_first_of_each_split() -> None:
-    few, every = load("digits", num_fit=50, num_choose=20, num_report=30), digits()
-    assert few.fit.ids.tolist() == every.fit.ids[:50].tolist()
+    few, every = load("digits", num_train=50, num_validation=20, num_test=30), digits()
+    assert few.train.ids.tolist() == every.train.ids[:50].tolist()
     assert [len(samples) for _, samples in few.items()] == [50, 20, 30]
 
 
@@ -186,9 +186,11 @@ def test_digits_take_no_options_for_images() -> None:
         load("digits", size=16, label_column="label")
     with pytest.raises(ValueError, match="8x8 with 1 channel but the model takes 3x32x32; pass other data"):
         load("digits", expect_shape=(3, 32, 32))
-    with pytest.raises(ValueError, match="--num-fit asks for 1001 samples but that split owns 1000; pass at most 1000"):
-        load("digits", num_fit=1001)
-    assert load("digits", expect_shape=(1, 8, 8), require_labels=True).fit.num_classes == 10
+    with pytest.raises(
+        ValueError, match="--num-train asks for 1001 samples but that split owns 1000; pass at most 1000"
+    ):
+        load("digits", num_train=1001)
+    assert load("digits", expect_shape=(1, 8, 8), require_labels=True).train.num_classes == 10
 
 
 # Every kind of source
@@ -311,7 +313,7 @@ def test_nothing_is_written_beside_the_data_and_nothing_printed(
     capfd.readouterr()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for folder in ("p", "f", "s"):
-        load(tmp_path / folder, num_fit=2).fit.batch([0])
+        load(tmp_path / folder, num_train=2).train.batch([0])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
@@ -603,10 +605,10 @@ def test_parts_must_agree_on_the_classes(tmp_path: Path) -> None:
 def test_single_part_is_divided_60_20_20() -> None:
     splits = split(labelled([50, 30, 20]))
     ids = all_ids(splits)
-    assert {name: len(part) for name, part in ids.items()} == {"fit": 60, "choose": 20, "report": 20}
+    assert {name: len(part) for name, part in ids.items()} == {"train": 60, "validation": 20, "test": 20}
     assert set.union(*ids.values()) == set(range(100))
     for samples, counts in zip(
-        (splits.fit, splits.choose, splits.report), ([30, 18, 12], [10, 6, 4], [10, 6, 4]), strict=True
+        (splits.train, splits.validation, splits.test), ([30, 18, 12], [10, 6, 4], [10, 6, 4]), strict=True
     ):
         assert samples.labels is not None
         assert (samples.labels.bincount(minlength=3) - torch.tensor(counts)).abs().max() <= 1
@@ -620,16 +622,16 @@ def test_report_comes_from_the_test_part() -> None:
         ({"train": train, "val": validation}, validation),
     ):
         splits = split(parts)
-        assert set(splits.report.ids.tolist()) == set(held_out.ids.tolist())
-        assert len(splits.fit) == 80
-        assert set(splits.fit.ids.tolist()) | set(splits.choose.ids.tolist()) == set(train.ids.tolist())
-    assert len(split({"train": train, "other": test}).report) == 20  # of train
+        assert set(splits.test.ids.tolist()) == set(held_out.ids.tolist())
+        assert len(splits.train) == 80
+        assert set(splits.train.ids.tolist()) | set(splits.validation.ids.tolist()) == set(train.ids.tolist())
+    assert len(split({"train": train, "other": test}).test) == 20  # of train
 
 
 def test_probing_takes_no_more_than_it_needs_unless_told() -> None:
     owned = split({"train": labelled([30_000, 20_000]), "test": labelled([6000, 4000], first=10**9)})
     assert [len(samples) for _, samples in owned.items()] == [40_000, 10_000, 10_000]
-    assert len(for_probing(take(owned, num_fit=9000), given={"num_fit": 9000}).fit) == 9000
+    assert len(for_probing(take(owned, num_train=9000), given={"num_train": 9000}).train) == 9000
     splits = for_probing(owned, given={})
     assert [len(samples) for _, samples in splits.items()] == [8000, 2000, 5000]
     assert [samples.labels.bincount().tolist() for _, samples in splits.items() if samples.labels is not None] == [
@@ -642,20 +644,20 @@ def test_probing_takes_no_more_than_it_needs_unless_told() -> None:
 def test_same_sample_stays_on_its_side_whatever_the_counts() -> None:
     data = labelled([40, 60])
     every = all_ids(split(data))
-    for num_fit, num_choose, num_report in ((10, 5, 5), (60, 20, 20), (33, 7, 19)):
-        some = all_ids(split(data, num_fit=num_fit, num_choose=num_choose, num_report=num_report))
+    for num_train, num_validation, num_test in ((10, 5, 5), (60, 20, 20), (33, 7, 19)):
+        some = all_ids(split(data, num_train=num_train, num_validation=num_validation, num_test=num_test))
         assert all(some[name] <= every[name] for name in every)
-        assert [len(part) for part in some.values()] == [num_fit, num_choose, num_report]
+        assert [len(part) for part in some.values()] == [num_train, num_validation, num_test]
         assert sum(map(len, some.values())) == len(set.union(*some.values()))
 
 
 def test_splits_depend_on_ids_and_seed_and_not_on_the_order() -> None:
     data = labelled([40, 60])
     shuffled = Subset(data, torch.randperm(100, generator=torch.Generator().manual_seed(0)), name="shuffled")
-    first, again, other = split(data, num_fit=20), split(shuffled, num_fit=20), split(data, num_fit=20, seed=1)
+    first, again, other = split(data, num_train=20), split(shuffled, num_train=20), split(data, num_train=20, seed=1)
     for (_, a), (_, b), (_, c) in zip(first.items(), again.items(), other.items(), strict=True):
         assert a.ids.tolist() == b.ids.tolist() != c.ids.tolist()
-    assert first.fit.fingerprint == split(data, num_fit=20).fit.fingerprint != other.fit.fingerprint
+    assert first.train.fingerprint == split(data, num_train=20).train.fingerprint != other.train.fingerprint
 
 
 def test_order_is_that_of_splitmix64() -> None:
@@ -688,16 +690,16 @@ def test_order_is_uniform() -> None:
 
 def test_every_beginning_holds_every_class() -> None:
     data = labelled([20] * 50)
-    splits = split(data, num_fit=50, num_choose=50, num_report=100)
-    assert splits.fit.labels is not None
-    assert splits.report.labels is not None
-    assert splits.fit.labels.bincount().tolist() == [1] * 50
-    assert splits.report.labels.bincount(minlength=50).tolist() == [2] * 50
+    splits = split(data, num_train=50, num_validation=50, num_test=100)
+    assert splits.train.labels is not None
+    assert splits.test.labels is not None
+    assert splits.train.labels.bincount().tolist() == [1] * 50
+    assert splits.test.labels.bincount(minlength=50).tolist() == [2] * 50
 
 
 def test_impossible_splits_are_refused() -> None:
     data, unlabelled = labelled([40, 60]), TensorSamples(torch.zeros(4, 1, 2, 2), ids=torch.arange(10**9, 10**9 + 4))
-    for name, most in (("fit", 60), ("choose", 20), ("report", 20)):
+    for name, most in (("train", 60), ("validation", 20), ("test", 20)):
         with pytest.raises(
             ValueError, match=f"--num-{name} asks for {most + 1} samples but that split owns {most}; pass at"
         ):
@@ -705,9 +707,9 @@ def test_impossible_splits_are_refused() -> None:
         with pytest.raises(ValueError, match=f"--num-{name} is 0; pass at least 1"):
             split(data, **{f"num_{name}": 0})
     with pytest.raises(
-        ValueError, match=r"fit split of 3 samples lacks 7 of 10 classes \(first: .\); pass a larger --num-fit"
+        ValueError, match=r"training split of 3 samples lacks 7 of 10 classes \(first: .\); pass a larger --num-train"
     ):
-        split(labelled([10] * 10), num_fit=3)
+        split(labelled([10] * 10), num_train=3)
     with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: 0\); leave them out"):
         split(labelled([1, 30, 1]))
     named = TensorSamples(torch.zeros(9, 1, 2, 2), torch.tensor([0] * 8 + [1]), class_names=("cat", "dog", "emu"))
@@ -722,7 +724,7 @@ def test_impossible_splits_are_refused() -> None:
     with pytest.raises(ValueError, match="the data has the parts nothing"):
         split({})
     with pytest.raises(ValueError, match="20 sample ids stand twice; give every sample an id of its own"):
-        split({"train": data, "test": Subset(split(data).fit, range(20), name="leak")})
+        split({"train": data, "test": Subset(split(data).train, range(20), name="leak")})
     with pytest.raises(ValueError, match="only train has labels; pass --split train"):
         split({"train": data, "test": unlabelled})
     with pytest.raises(ValueError, match=r"train has 2 classes and test has 3, or their names differ"):
@@ -746,12 +748,14 @@ def test_five_samples_are_enough_and_taking_all_is_the_same() -> None:
 def test_load_divides_what_it_reads(tmp_path: Path) -> None:
     images = noise(20)
     write_folder(tmp_path, images)
-    splits = load(tmp_path, num_fit=6, seed=5, expect_shape=(3, 8, 8), require_labels=True)
+    splits = load(tmp_path, num_train=6, seed=5, expect_shape=(3, 8, 8), require_labels=True)
     assert [len(samples) for _, samples in splits.items()] == [6, 4, 4]
     by_row = expected([images[i] for i in (*range(0, 20, 2), *range(1, 20, 2))])
     for _, samples in splits.items():
         assert torch.equal(pixels(samples), by_row[samples.ids])
-    assert all_ids(load(tmp_path, num_fit=6, seed=5)) == all_ids(splits) != all_ids(load(tmp_path, num_fit=6, seed=6))
+    assert (
+        all_ids(load(tmp_path, num_train=6, seed=5)) == all_ids(splits) != all_ids(load(tmp_path, num_train=6, seed=6))
+    )
 
 
 def test_load_tells_what_the_model_takes(tmp_path: Path) -> None:
@@ -766,12 +770,12 @@ def test_load_tells_what_the_model_takes(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             load(path, expect_shape=shape)
-    assert load(path, size=32, channels=3, expect_shape=(3, 32, 32)).fit.shape == (3, 32, 32)
+    assert load(path, size=32, channels=3, expect_shape=(3, 32, 32)).train.shape == (3, 32, 32)
     with pytest.raises(
         ValueError, match=r"x.parquet has no labels; pass --label-column, or put the items in one folder"
     ):
         load(path, require_labels=True)
-    assert load(path).fit.batch([0]).labels is None
+    assert load(path).train.batch([0]).labels is None
 
 
 def test_importing_the_package_imports_no_data_library() -> None:
@@ -784,21 +788,21 @@ def test_importing_the_package_imports_no_data_library() -> None:
 
 
 def test_real_cifar10(shared_data: Path) -> None:
-    splits = load(shared_data / "cifar10", split="test", size=16, num_fit=100, num_choose=50, num_report=50)
-    assert splits.fit.shape == (3, 16, 16)
-    assert splits.fit.class_names[:2] == ("airplane", "automobile")
+    splits = load(shared_data / "cifar10", split="test", size=16, num_train=100, num_validation=50, num_test=50)
+    assert splits.train.shape == (3, 16, 16)
+    assert splits.train.class_names[:2] == ("airplane", "automobile")
     rows = datasets.load_dataset("parquet", data_files=str(shared_data / "cifar10" / "test.parquet"), split="train")
-    row = int(splits.report.ids[0]) - first_id("test")
+    row = int(splits.test.ids[0]) - first_id("test")
     image = rows[row]["image"].resize((16, 16), Image.Resampling.BICUBIC)
-    assert torch.equal(pixels(Subset(splits.report, [0], name="first")), expected([image]))
-    assert splits.report.labels is not None
-    assert splits.report.labels[0] == rows[row]["label"]
-    assert splits.report.labels.bincount().tolist() == [5] * 10
+    assert torch.equal(pixels(Subset(splits.test, [0], name="first")), expected([image]))
+    assert splits.test.labels is not None
+    assert splits.test.labels[0] == rows[row]["label"]
+    assert splits.test.labels.bincount().tolist() == [5] * 10
 
 
 def test_real_mnist(shared_data: Path) -> None:
-    splits = load(shared_data / "mnist", split="test", num_fit=100, num_choose=50, num_report=50)
-    assert splits.fit.shape == (1, 28, 28)
-    batch = splits.fit.batch(range(100))
+    splits = load(shared_data / "mnist", split="test", num_train=100, num_validation=50, num_test=50)
+    assert splits.train.shape == (1, 28, 28)
+    batch = splits.train.batch(range(100))
     assert batch.x.min() == -1
     assert batch.x[:, :, 0].max() == -1  # paper at the border

@@ -347,7 +347,7 @@ def test_rows_fit_the_quality_table_and_their_intervals_hold_the_mean() -> None:
     from layerprobe.analyses.tables.quality import QUALITY_COLUMNS
 
     found = contribution(tiny_sit(), tiny_samples(12), LEVELS)
-    rows = found.rows(source="other", split="choose")
+    rows = found.rows(source="other", split="validation")
     assert all(tuple(row) == QUALITY_COLUMNS for row in rows)
     assert len(rows) == 2 * 3 * 2
     for row in rows:
@@ -356,7 +356,7 @@ def test_rows_fit_the_quality_table_and_their_intervals_hold_the_mean() -> None:
         scores = {VELOCITY_CHANGE: found.velocity_change, LOSS_INCREASE: found.loss_increase}[row["metric"]][i, j]
         assert row["value"] == pytest.approx(scores.mean())
         assert scores.min() < row["low"] < row["value"] < row["high"] < scores.max()
-        assert (row["source"], row["split"], row["note"]) == ("other", "choose", "")
+        assert (row["source"], row["split"], row["note"]) == ("other", "validation", "")
     assert found.rows(seed=3) == found.rows(seed=3) != found.rows(seed=4)
 
 

@@ -62,7 +62,7 @@ def test_a_store_gives_back_what_was_written(tmp_path: Path) -> None:
 def test_splits_labels_and_ids_belong_to_the_rows(tmp_path: Path) -> None:
     whole = written(tmp_path)
     store = FeatureStore.open(str(tmp_path))
-    assert store.splits.tolist() == ["fit"] * 4 + ["choose"] + ["report"] * 3
+    assert store.splits.tolist() == ["train"] * 4 + ["validation"] + ["test"] * 3
     assert store.ids.tolist() == list(range(100, 108))
     assert store.labels is not None
     assert store.labels.tolist() == [0, 1] * 4
@@ -87,7 +87,7 @@ def test_what_was_not_extracted_is_refused(tmp_path: Path, layer: str, level: fl
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
-    with pytest.raises(KeyError, match="no split 'test'; use one of fit, choose, report"):
+    with pytest.raises(KeyError, match="no split 'holdout'; use one of train, validation, test"):
         FeatureStore.open(tmp_path).features("early", 0.1, split="test")
 
 
@@ -137,11 +137,11 @@ def test_tokens_come_back_with_the_samples_they_belong_to(tmp_path: Path) -> Non
     assert store.token_ids.tolist() == [100, 101, 104, 105, 106]
     assert store.token_labels is not None
     assert store.token_labels.tolist() == [0, 1, 0, 1, 0]
-    assert store.token_splits.tolist() == ["fit", "fit", "choose", "report", "report"]
+    assert store.token_splits.tolist() == ["train", "train", "validation", "test", "test"]
     for layer, tokens in whole.items():
         np.testing.assert_array_equal(store.tokens(layer, 0.1), tokens[0, 0])
         np.testing.assert_array_equal(store.tokens(layer, 1.0, draw=1), tokens[2, 1])
-        np.testing.assert_array_equal(store.tokens(layer, 0.5, draw=1, split="report"), tokens[1, 1, 3:])
+        np.testing.assert_array_equal(store.tokens(layer, 0.5, draw=1, split="test"), tokens[1, 1, 3:])
     assert store.tokens("late", 0.1).dtype == np.float32
     assert (store.grid("late"), store.grid("early")) == ((2, 3), None)
 

@@ -27,9 +27,9 @@ def quality_table(
     for level in levels:
         drop = level - levels[0]
         for metric in metrics:
-            scale, splits = (100, ("fit",)) if metric == "effective rank" else (1, ("choose", "report"))
+            scale, splits = (100, ("train",)) if metric == "effective rank" else (1, ("validation", "test"))
             for split in splits:
-                shift = 0.01 if split == "choose" else 0.0
+                shift = 0.01 if split == "validation" else 0.0
                 for i, layer in enumerate(layers):
                     model = (0.97 - 0.5 * drop - 0.3 * abs(i - best) / len(layers)) * scale - shift
                     random = (0.6 - 0.4 * drop - 0.05 * i / len(layers)) * scale

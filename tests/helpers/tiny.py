@@ -55,7 +55,7 @@ def tiny_splits(n: int = 20, **options: object) -> Splits:
     half, most = n // 2, 3 * n // 4
     parts = (range(half), range(half, most), range(most, n))
     return Splits(
-        *(Subset(samples, rows, name=name) for name, rows in zip(("fit", "choose", "report"), parts, strict=True))
+        *(Subset(samples, rows, name=name) for name, rows in zip(("train", "validation", "test"), parts, strict=True))
     )
 
 

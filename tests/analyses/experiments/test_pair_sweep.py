@@ -83,18 +83,18 @@ def test_every_pair_and_no_alignment_is_there_once_a_seed(whole: Path) -> None:
 
 def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path: Path) -> None:
     splits = tiny_splits(24)
-    model = train(tiny_sit(), splits.fit, replace(TRAINING, seed=4, pairs=(PAIRS[1],)), tmp_path / "own")
+    model = train(tiny_sit(), splits.train, replace(TRAINING, seed=4, pairs=(PAIRS[1],)), tmp_path / "own")
     atlas = read_atlas(whole / "atlas.csv")
     rows = atlas[(atlas["student"] == "blocks.0") & (atlas["teacher"] == "blocks.2") & (atlas["seed"] == 4)]
     found = rows.set_index("metric")["value"]
-    losses = held_out_loss(model, splits.report)
+    losses = held_out_loss(model, splits.test)
     assert found[f"{HELD_OUT} at noise level 0.7"] == pytest.approx(losses[0.7], rel=1e-12)
     assert found[HELD_OUT] == pytest.approx(np.mean(list(losses.values())), rel=1e-12)
     errors = probe_scores.probe_errors(model, splits)
     assert set(errors) == {probe_scores.PROBE_ERROR, probe_scores.BEST_PROBE_ERROR}
     assert {name: found[name] for name in errors} == pytest.approx(errors, rel=1e-12)
     x = sample(model, range(9), labels=torch.tensor([0] * 3 + [1] * 3 + [2] * 3), plan=PLAN.sampling)
-    real = splits.report.batch(range(len(splits.report))).x
+    real = splits.test.batch(range(len(splits.test))).x
     expected = frechet_distance(gaussian(sample_features(PIXELS, x)), gaussian(real.flatten(1).numpy()))
     assert found[FRECHET] == pytest.approx(expected, rel=1e-12)
 
@@ -125,7 +125,7 @@ def test_shards_together_are_the_whole_and_may_be_on_other_machines(
     draw(tmp_path / "b", shard=(2, 2))
     for path in (tmp_path / "b").glob("seed-*/*.json"):
         (tmp_path / "a" / path.relative_to(tmp_path / "b")).write_bytes(path.read_bytes())
-    monkeypatch.setattr("layerprobe.analyses.experiments.confirm.train", None)
+    monkeypatch.setattr("layerprobe.analyses.experiments.confirmation.train", None)
     draw(tmp_path / "a")
     assert (tmp_path / "a" / "atlas.csv").read_bytes() == (whole / "atlas.csv").read_bytes()
 
@@ -204,7 +204,7 @@ def test_an_impossible_plan_is_refused(fields: dict[str, Any], message: str) -> 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("warm") / "warm"
-    train(tiny_sit(), tiny_splits(24).fit, replace(TRAINING, steps=3, seed=3), folder)
+    train(tiny_sit(), tiny_splits(24).train, replace(TRAINING, steps=3, seed=3), folder)
     return folder
 
 
@@ -213,9 +213,9 @@ def test_without_a_pair_a_branch_of_a_training_is_that_training_gone_on(warm: Pa
     plan = replace(PLAN, training=replace(TRAINING, steps=7), first_step=3, seeds=(3,), num_evaluations=2)
     atlas = draw(tmp_path / "a", PAIRS[:1], plan, state=checkpoints(warm)[-1])
     assert sorted(set(atlas["step"])) == [5, 7]
-    model = train(tiny_sit(), tiny_splits(24).fit, replace(TRAINING, steps=7, seed=3), tmp_path / "through")
+    model = train(tiny_sit(), tiny_splits(24).train, replace(TRAINING, steps=7, seed=3), tmp_path / "through")
     row = atlas[(atlas["student"] == "") & (atlas["step"] == 7)].set_index("metric")["value"]
-    expected = np.mean(list(held_out_loss(model, tiny_splits(24).report).values()))
+    expected = np.mean(list(held_out_loss(model, tiny_splits(24).test).values()))
     assert row[HELD_OUT] == pytest.approx(expected, rel=1e-12)
     aligned = atlas[(atlas["student"] != "") & (atlas["step"] == 7)].set_index("metric")["value"]
     assert aligned[HELD_OUT] != row[HELD_OUT]
@@ -225,7 +225,12 @@ def test_what_the_training_decided_is_not_what_its_branches_align(tmp_path: Path
     decided = Decision((PAIRS[1],), {})
     splits = tiny_splits(24)
     train(
-        tiny_sit(), splits.fit, replace(TRAINING, steps=3), tmp_path / "warm", direct=lambda *_: decided, direct_at=[1]
+        tiny_sit(),
+        splits.train,
+        replace(TRAINING, steps=3),
+        tmp_path / "warm",
+        direct=lambda *_: decided,
+        direct_at=[1],
     )
     logs: list[str] = []
 
@@ -268,9 +273,9 @@ def test_from_scratch_every_seed_has_weights_of_its_own(tmp_path: Path) -> None:
     atlas = draw(tmp_path / "atlas", PAIRS[:1], replace(PLAN, from_scratch=True)).set_index(["student", "metric"])
     for seed in PLAN.seeds:
         start = new_sit(tiny_sit().module.config, seed=seed)
-        model = train(start, splits.fit, replace(TRAINING, seed=seed), tmp_path / f"own-{seed}")
+        model = train(start, splits.train, replace(TRAINING, seed=seed), tmp_path / f"own-{seed}")
         found = atlas[atlas["seed"] == seed].loc[("", f"{HELD_OUT} at noise level 0.7"), "value"]
-        assert found == pytest.approx(held_out_loss(model, splits.report)[0.7], rel=1e-12)
+        assert found == pytest.approx(held_out_loss(model, splits.test)[0.7], rel=1e-12)
     with pytest.raises(ValueError, match=r"holds an atlas of another run \(different: start\)"):
         draw(tmp_path / "atlas", PAIRS[:1], PLAN)
     other = new_sit(replace(tiny_sit().module.config, num_heads=4), seed=0)

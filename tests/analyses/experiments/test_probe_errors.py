@@ -11,27 +11,28 @@ from sklearn.preprocessing import StandardScaler
 from tiny import tiny_sit, tiny_splits
 
 from layerprobe.analyses.experiments import probe_errors as probe_scores
-from layerprobe.analyses.measures.linear_probe import INVERSE_PENALTIES
+from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES
 from layerprobe.data.samples import Splits, Subset
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.extraction.forward import extract
 
 
 def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:
     backbone = tiny_sit()
     store = extract(backbone, splits, ExtractionPlan(backbone.layers, (0.1, 0.3, 0.5), condition="null"), folder)
     assert store.labels is not None
-    y = {split: store.labels[store.splits == split] for split in ("fit", "choose", "report")}
+    y = {split: store.labels[store.splits == split] for split in ("train", "validation", "test")}
     found = []
     for layer in store.layers:
         for level in store.noise_levels:
-            scale = StandardScaler().fit(store.features(layer, level, split="fit"))
+            scale = StandardScaler().fit(store.features(layer, level, split="train"))
             x = {split: scale.transform(store.features(layer, level, split=split).astype(float)) for split in y}
             fits = [
-                LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(x["fit"], y["fit"]) for c in INVERSE_PENALTIES
+                LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(x["train"], y["train"])
+                for c in INVERSE_PENALTIES
             ]
-            chosen = max(fits, key=lambda fit: fit.score(x["choose"], y["choose"]))
-            found.append((chosen.score(x["choose"], y["choose"]), chosen.score(x["report"], y["report"])))
+            chosen = max(fits, key=lambda fit: fit.score(x["validation"], y["validation"]))
+            found.append((chosen.score(x["validation"], y["validation"]), chosen.score(x["test"], y["test"])))
     best = max(found, key=lambda pair: pair[0])
     return {
         probe_scores.PROBE_ERROR: 1 - float(np.mean([report for _, report in found])),
@@ -49,7 +50,7 @@ def test_they_are_those_of_scikit_learn(tmp_path: Path) -> None:
 def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = tiny_splits(240)
     monkeypatch.setattr(probe_scores, "NUM_SAMPLES", (60, 30, 40))
-    counts = {"fit": 60, "choose": 30, "report": 40}
+    counts = {"train": 60, "validation": 30, "test": 40}
     few = Splits(*(Subset(samples, range(counts[name]), name=name) for name, samples in splits.items()))
     assert probe_scores.probe_errors(tiny_sit(), splits) == pytest.approx(
         by_scikit_learn(few, tmp_path / "features"), abs=1e-12
@@ -62,6 +63,6 @@ def test_no_labels_no_errors() -> None:
 
 def test_one_class_has_nothing_to_tell() -> None:
     splits = tiny_splits(24)
-    assert splits.fit.labels is not None
-    splits.fit.labels.zero_()
+    assert splits.train.labels is not None
+    splits.train.labels.zero_()
     assert probe_scores.probe_errors(tiny_sit(), splits) == {}

@@ -48,7 +48,7 @@ def panel(figure: Figure, start: str) -> Axes:
 
 
 def values_of(table: pd.DataFrame, source: str, level: float, metric: str = "probe accuracy") -> Any:
-    split = "fit" if metric == "effective rank" else "report"
+    split = "train" if metric == "effective rank" else "test"
     wanted = {"source": source, "noise_level": level, "metric": metric, "split": split}
     return table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
 
@@ -93,7 +93,7 @@ def test_panels_hold_the_numbers_of_the_table() -> None:
     overview = panel(figure, "Trained model")
     for level, line in zip(LEVELS, (line for line in overview.lines if len(line.get_ydata()) > 1), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), values_of(table, "model", level)["value"])
-    assert overview.get_ylabel() == "Probe accuracy\n(fraction of the report split)"
+    assert overview.get_ylabel() == "Probe accuracy\n(fraction of the test split)"
     assert overview.get_xlabel() == "layer (blocks.*)"
     assert [text.get_text() for text in overview.get_legend().get_texts()] == ["0.1", "0.3", "0.5"]
 
@@ -142,10 +142,12 @@ def test_controls_are_optional() -> None:
 
 def test_split_is_the_report_split_where_there_is_one() -> None:
     table = quality_table()
-    for split, expected in ((None, "report"), ("choose", "choose")):
+    for split, expected in ((None, "test"), ("validation", "validation")):
         label = quality.layer_quality_curves(table, "probe accuracy", split=split).axes[0].get_ylabel()
         assert label.endswith(f"(fraction of the {expected} split)")
-    assert quality.layer_quality_curves(table, "effective rank").axes[0].get_ylabel() == "Effective rank\n(fit split)"
+    assert (
+        quality.layer_quality_curves(table, "effective rank").axes[0].get_ylabel() == "Effective rank\n(training split)"
+    )
 
 
 def test_pick_is_marked_and_named() -> None:
@@ -319,8 +321,8 @@ def test_samples_are_the_pixels() -> None:
             r"metric 'FID' is not in the quality table, which has .*; pass",
         ),
         (
-            lambda: quality.layer_quality_curves(quality_table(), "effective rank", split="report"),
-            "no values on split 'report', only on fit",
+            lambda: quality.layer_quality_curves(quality_table(), "effective rank", split="test"),
+            "no values on split 'test', only on fit",
         ),
         (
             lambda: quality.quality_heatmap(quality_table().drop(columns="low"), "probe accuracy"),

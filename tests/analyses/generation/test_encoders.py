@@ -86,7 +86,7 @@ def test_a_function_of_the_users_is_compared_with_every_layer(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"mine.py:number is no function; name one from samples"):
         open_encoder(f"{tmp_path / 'mine.py'}:number")
     encoder = open_encoder(f"{tmp_path / 'mine.py'}:flat")
-    counts = {"num_fit": 60, "num_choose": 50, "num_report": 30}
+    counts = {"num_train": 60, "num_validation": 50, "num_test": 30}
     plan = folder.RunPlan("digits", "digits", (0.1, 0.9), {"layers": ["blocks.0", "blocks.6"]}, counts)
     probe.extract_run(plan, tmp_path / "run")
     probe.analyze_run(tmp_path / "run", analyses=[spectra], encoder=encoder)
@@ -94,10 +94,10 @@ def test_a_function_of_the_users_is_compared_with_every_layer(tmp_path: Path) ->
     rows = table[table["metric"] == "CKA with flat"].set_index(["layer", "noise_level"])["value"]
     assert len(rows) == 4
     store = FeatureStore.open(tmp_path / "run" / "features" / "model")
-    split = digits().choose
+    split = digits().validation
     position = {int(i): row for row, i in enumerate(split.ids)}
-    x: Tensor = split.batch([position[int(i)] for i in store.ids[store.splits == "choose"]]).x
-    wanted = linear_cka(store.features("blocks.6", 0.1, split="choose"), np.asarray(x.flatten(1)))
+    x: Tensor = split.batch([position[int(i)] for i in store.ids[store.splits == "validation"]]).x
+    wanted = linear_cka(store.features("blocks.6", 0.1, split="validation"), np.asarray(x.flatten(1)))
     assert rows["blocks.6", 0.1] == pytest.approx(wanted, abs=1e-6)
     assert rows["blocks.0", 0.1] > rows["blocks.0", 0.9]
 

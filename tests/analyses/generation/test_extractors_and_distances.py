@@ -291,9 +291,9 @@ def test_the_embedded_extractor_keeps_each_training(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def of_digits() -> tuple[Extractor, NDArray[np.float32], NDArray[np.int64]]:
     splits = digits()
-    extractor = classifier_extractor(splits.fit)
-    assert splits.report.labels is not None
-    return extractor, all_features(extractor, splits.report), splits.report.labels.numpy()
+    extractor = classifier_extractor(splits.train)
+    assert splits.test.labels is not None
+    return extractor, all_features(extractor, splits.test), splits.test.labels.numpy()
 
 
 @pytest.mark.slow  # 600 steps of training, 5 to 15 s
@@ -308,7 +308,7 @@ def test_the_classifier_of_digits_knows_unseen_digits(of_digits: Any) -> None:
 @pytest.mark.slow
 def test_the_distance_of_digits_grows_with_their_noise(of_digits: Any) -> None:
     extractor, real, _ = of_digits
-    x = digits().choose.batch(range(397)).x
+    x = digits().validation.batch(range(397)).x
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape, generator=generator)
     distances = [distance(real, sample_features(extractor, x + amount * noise)) for amount in (0.0, 0.2, 0.4, 0.8)]

@@ -313,7 +313,7 @@ def refused(cli):
 
 
 def digits_npz(path: Path) -> None:
-    x = digits().choose.batch(range(100)).x.numpy()
+    x = digits().validation.batch(range(100)).x.numpy()
     np.savez(path, ((x + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
@@ -336,7 +336,7 @@ def test_the_command_prints_and_writes_its_table(tmp_path: Path, cli) -> None:
     assert json.loads(out) == record
     expected, _ = score_features(
         load_array(tmp_path / "x.npz").batch(range(100)).x.flatten(1)[:, 20:30].numpy(),
-        digits().report.batch(range(400)).x.flatten(1)[:, 20:30].numpy(),
+        digits().test.batch(range(400)).x.flatten(1)[:, 20:30].numpy(),
         extractor="flat",
     )
     assert [row["value"] for row in record["scores"]] == [score.value for score in expected]
@@ -345,12 +345,12 @@ def test_the_command_prints_and_writes_its_table(tmp_path: Path, cli) -> None:
 def test_metrics_neighbours_and_counts_are_passed_on(tmp_path: Path, cli) -> None:
     digits_npz(tmp_path / "x.npz")
     command = ["score", "x.npz", "--data", "digits", "--extractor", "mine.py:flat", "--json"]
-    code, out, _ = cli(*command, "--metrics", "recall, precision", "--neighbours", 3, "--num-report", 100)
+    code, out, _ = cli(*command, "--metrics", "recall, precision", "--neighbours", 3, "--num-test", 100)
     rows = json.loads(out)["scores"]
     assert code == 0
     assert [(row["metric"], row["num_reference"]) for row in rows] == [("precision", 100), ("recall", 100)]
     x = load_array(tmp_path / "x.npz").batch(range(100)).x.flatten(1)[:, 20:30].numpy()
-    expected = plain(x, digits().report.batch(range(100)).x.flatten(1)[:, 20:30].numpy(), 3)
+    expected = plain(x, digits().test.batch(range(100)).x.flatten(1)[:, 20:30].numpy(), 3)
     assert [row["value"] for row in rows] == [expected.precision, expected.recall]
 
 
@@ -369,7 +369,7 @@ def test_the_embedded_extractor_is_trained_once_and_named(tmp_path: Path, cli, m
 
 
 def test_an_archive_of_grey_images_is_scored_as_grey(tmp_path: Path) -> None:
-    grey = (digits().choose.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    grey = (digits().validation.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
     np.savez(tmp_path / "grey.npz", arr_0=np.repeat(grey, 3, axis=-1))
     generated, _ = open_comparison(tmp_path / "grey.npz", "digits", {})
     assert generated.shape == (1, 8, 8)
@@ -413,7 +413,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, cli, refused) -> No
 
 
 def write_bad(folder: Path) -> None:
-    x = digits().choose.batch(range(60)).x.numpy()
+    x = digits().validation.batch(range(60)).x.numpy()
     broken = x.copy()
     broken[7, 0, 0, 0] = np.nan
     np.save(folder / "real.npy", x)
@@ -480,10 +480,10 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
     line = refused(*score, "--extractor", "mine.py:images")
     assert "images gives shape (100, 1, 8, 8) for 100 samples; it must give features (B, D)" in line
     assert "k is 91 for 90 and 360 samples" in refused(*score, *flat, "--neighbours", 91)
-    assert "10 samples to compare with are too few" in refused(*score, *flat, "--num-report", 10)
+    assert "10 samples to compare with are too few" in refused(*score, *flat, "--num-test", 10)
     against = ["score", "x.npz", "--data", "x.npz", *flat]
     assert "x.npz is compared with as it is; leave out --size" in refused(*against, "--size", 8)
-    assert "leave out --num-report" in refused(*against, "--num-report", 30)
+    assert "leave out --num-test" in refused(*against, "--num-test", 30)
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -498,8 +498,8 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
     ],
 )
 def test_samples_of_another_scale_are_told(change: Any, told: bool, tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", change(digits().choose.batch(range(100)).x.numpy()))
-    warnings = score_runs.range_warnings(load_array(tmp_path / "x.npy"), digits().report)
+    np.save(tmp_path / "x.npy", change(digits().validation.batch(range(100)).x.numpy()))
+    warnings = score_runs.range_warnings(load_array(tmp_path / "x.npy"), digits().test)
     assert [warning.startswith("samples run from") for warning in warnings] == [True] * told
 
 
@@ -508,12 +508,12 @@ def test_samples_of_another_scale_are_told(change: Any, told: bool, tmp_path: Pa
 
 @pytest.mark.slow  # 300 steps of training, 15 to 30 s
 def test_faults_of_real_images_show_in_the_score_that_is_made_for_them(shared_data: Path) -> None:
-    splits = load(shared_data / "mnist", num_fit=2000, num_choose=600, num_report=600, size=14)
-    extractor = classifier_extractor(splits.fit)
-    batch = splits.choose.batch(range(600))
+    splits = load(shared_data / "mnist", num_train=2000, num_validation=600, num_test=600, size=14)
+    extractor = classifier_extractor(splits.train)
+    batch = splits.validation.batch(range(600))
     assert batch.labels is not None
     noise = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(0))
-    reference = sample_features(extractor, splits.report.batch(range(600)).x)
+    reference = sample_features(extractor, splits.test.batch(range(600)).x)
     good, dropped, noisy = (
         scored(sample_features(extractor, x), reference)
         for x in (batch.x, batch.x[batch.labels < 5], batch.x + 0.6 * noise)

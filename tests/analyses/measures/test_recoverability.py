@@ -23,7 +23,7 @@ from layerprobe.analyses.measures.recoverability import (
 
 Array = NDArray[Any]
 Layers = dict[str, list[Array]]  # per split, one array (n, D) per layer
-SIZES = {"fit": 400, "choose": 150, "report": 200}
+SIZES = {"train": 400, "validation": 150, "test": 200}
 
 
 def network(
@@ -47,7 +47,7 @@ def measured(layers: Layers, *, batch: int | None = None, **options: Any) -> Rec
 
 
 def moments(layers: Layers, *, batch: int | None = None, basis: Array | None = None) -> TokenMoments:
-    collected = TokenMoments([f"blocks.{i}" for i in range(len(layers["fit"]))], basis=basis)
+    collected = TokenMoments([f"blocks.{i}" for i in range(len(layers["train"]))], basis=basis)
     for split, arrays in layers.items():
         for start in range(0, len(arrays[0]), batch or len(arrays[0])):
             collected.update(split, [x[start : start + (batch or len(x))] for x in arrays])
@@ -55,18 +55,18 @@ def moments(layers: Layers, *, batch: int | None = None, basis: Array | None = N
 
 
 def explicit(layers: Layers, s: int, t: int, penalties: Sequence[float]) -> tuple[float, float, float]:
-    """Gap, gap on the choose split and penalty of one pair, by scikit-learn."""
+    """Gap, gap on the validation split and penalty of one pair, by scikit-learn."""
     increments = {split: arrays[t] - arrays[s] for split, arrays in layers.items()}
-    x = layers["fit"][s]
+    x = layers["train"][s]
     unit = len(x) * np.cov(x.T, bias=True).trace() / x.shape[1]
 
     def gap(model: Ridge, split: str) -> float:
         missed = increments[split] - model.predict(layers[split][s])
-        return float(np.square(missed).sum() / np.square(increments[split] - increments["fit"].mean(axis=0)).sum())
+        return float(np.square(missed).sum() / np.square(increments[split] - increments["train"].mean(axis=0)).sum())
 
-    models = {p: Ridge(alpha=p * unit, solver="svd").fit(x, increments["fit"]) for p in penalties}
-    best = min(penalties, key=lambda p: gap(models[p], "choose"))
-    return gap(models[best], "report"), gap(models[best], "choose"), best
+    models = {p: Ridge(alpha=p * unit, solver="svd").fit(x, increments["train"]) for p in penalties}
+    best = min(penalties, key=lambda p: gap(models[p], "validation"))
+    return gap(models[best], "test"), gap(models[best], "validation"), best
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -75,17 +75,17 @@ def test_every_pair_equals_an_explicit_ridge(offset: float) -> None:
     found = measured(layers, whiten=False)
     for s in range(4):
         for t in range(s + 1, 4):
-            gap, choose_gap, penalty = explicit(layers, s, t, PENALTIES)
+            gap, validation_gap, penalty = explicit(layers, s, t, PENALTIES)
             # The explicit products of an offset of 1e4 are good to 1e-8.
             assert found.gap[s, t] == pytest.approx(gap, rel=1e-8)
-            assert found.choose_gap[s, t] == pytest.approx(choose_gap, rel=1e-8)
+            assert found.validation_gap[s, t] == pytest.approx(validation_gap, rel=1e-8)
             assert found.penalty[s, t] == pytest.approx(penalty)
     assert found.num_tokens == SIZES
 
 
 def test_whitened_gaps_equal_an_explicit_ridge_on_whitened_tokens() -> None:
     layers = network()
-    covariances = [np.cov(x.T, bias=True) for x in layers["fit"]]
+    covariances = [np.cov(x.T, bias=True) for x in layers["train"]]
     pooled = np.mean([c / np.trace(c) for c in covariances], axis=0)
     whitening = np.linalg.cholesky(np.linalg.inv(pooled))  # any root: gaps do not depend on rotation
     whitened = {split: [x @ whitening for x in arrays] for split, arrays in layers.items()}
@@ -95,7 +95,7 @@ def test_whitened_gaps_equal_an_explicit_ridge_on_whitened_tokens() -> None:
 
 
 def test_few_tokens_choose_a_strong_penalty_and_still_equal_the_explicit_ridge() -> None:
-    layers = network(width=30, sizes={"fit": 20, "choose": 15, "report": 15})
+    layers = network(width=30, sizes={"train": 20, "validation": 15, "test": 15})
     found = measured(layers, whiten=False)
     gap, _, penalty = explicit(layers, 0, 2, PENALTIES)
     assert found.gap[0, 2] == pytest.approx(gap, rel=1e-6)
@@ -106,7 +106,7 @@ def test_few_tokens_choose_a_strong_penalty_and_still_equal_the_explicit_ridge()
 @given(batch=st.integers(1, 500), seed=st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
 def test_streaming_equals_batch(batch: int, seed: int) -> None:
-    layers = network(3, sizes={"fit": 90, "choose": 40, "report": 50}, seed=seed)
+    layers = network(3, sizes={"train": 90, "validation": 40, "test": 50}, seed=seed)
     whole, streamed = measured(layers), measured(layers, batch=batch)
     np.testing.assert_allclose(streamed.gap, whole.gap, rtol=1e-9)
     np.testing.assert_array_equal(streamed.penalty, whole.penalty)
@@ -134,7 +134,7 @@ def test_a_linear_teacher_is_recovered_and_an_independent_increment_is_not(white
     rng = np.random.default_rng(1)
     layers: Layers = {}
     step = rng.normal(size=(5, 5))
-    for split, n in {"fit": 4000, "choose": 1000, "report": 1000}.items():
+    for split, n in {"train": 4000, "validation": 1000, "test": 1000}.items():
         student = rng.normal(size=(n, 5)) + 3
         linear = student @ step + 7
         layers[split] = [student, linear, student + rng.normal(size=(n, 5))]
@@ -146,7 +146,7 @@ def test_a_linear_teacher_is_recovered_and_an_independent_increment_is_not(white
 def test_the_gap_is_the_share_that_was_planted() -> None:
     rng = np.random.default_rng(2)
     layers: Layers = {}
-    for split, n in {"fit": 8000, "choose": 2000, "report": 4000}.items():
+    for split, n in {"train": 8000, "validation": 2000, "test": 4000}.items():
         student = rng.normal(size=(n, 4))
         layers[split] = [student, student + 3 * student[:, ::-1] + np.sqrt(3) * rng.normal(size=(n, 4))]
     # The increment's variance is 9 recoverable parts and 3 others.
@@ -157,7 +157,7 @@ def test_the_gap_is_the_share_that_was_planted() -> None:
 def test_overfitting_shows() -> None:
     """With as many channels as tokens a ridge fits everything; on new samples it predicts nothing."""
     rng = np.random.default_rng(3)
-    sizes = {"fit": 60, "choose": 60, "report": 2000}
+    sizes = {"train": 60, "validation": 60, "test": 2000}
     layers = {split: [rng.normal(size=(n, 50)) for _ in range(2)] for split, n in sizes.items()}
     layers = {split: [a, a + b] for split, (a, b) in layers.items()}
     assert measured(layers).gap[0, 1] > 0.95
@@ -174,15 +174,15 @@ def test_a_duplicated_layer_has_no_increment() -> None:
     assert found.gap[0, 2] == pytest.approx(found.gap[1, 2], rel=1e-9)
 
 
-@pytest.mark.parametrize("splits", [SPLITS, ("fit",)])
+@pytest.mark.parametrize("splits", [SPLITS, ("train",)])
 def test_a_constant_layer_spoils_its_own_pairs_only(splits: Sequence[str]) -> None:
     layers = network(4)
     whole = {split: [arrays[0], arrays[2], arrays[3]] for split, arrays in layers.items()}
     for split in splits:
         layers[split][1] = np.full_like(layers[split][1], 0.1)
     found, expected = measured(layers), measured(whole)
-    assert found.reasons[0][1] == "the tokens of the teacher are all the same on the fit split"
-    assert found.reasons[1][2] == "the tokens of the student are all the same on the fit split"
+    assert found.reasons[0][1] == "the tokens of the teacher are all the same on the training split"
+    assert found.reasons[1][2] == "the tokens of the student are all the same on the training split"
     assert np.isnan(found.gap[0, 1])
     assert np.isnan(found.gap[1, 2])
     np.testing.assert_allclose(found.gap[[0, 0, 2], [2, 3, 3]], expected.gap[[0, 0, 1], [1, 2, 2]], rtol=1e-9)
@@ -218,7 +218,7 @@ def test_two_huge_channels_do_not_decide_when_whitened() -> None:
     """Two of six channels add what is recoverable, the others what is not; the two are a thousand times larger."""
     rng = np.random.default_rng(4)
     layers: Layers = {}
-    for split, n in {"fit": 4000, "choose": 1000, "report": 1000}.items():
+    for split, n in {"train": 4000, "validation": 1000, "test": 1000}.items():
         student, own = rng.normal(size=(n, 6)), rng.normal(size=(n, 6))
         step = np.where(np.arange(6) < 2, student[:, ::-1], own)
         layers[split] = [x * np.array([1000, 1000, 1, 1, 1, 1]) for x in (student, student + step)]
@@ -236,7 +236,7 @@ def test_directions_without_variance_are_left_out() -> None:
 
 def test_a_basis_of_full_rank_changes_nothing() -> None:
     layers = network(width=8)
-    basis = shared_basis(layers["fit"], rank=128)
+    basis = shared_basis(layers["train"], rank=128)
     assert basis.shape == (8, 8)
     for whiten in (True, False):
         expected = measured(layers, whiten=whiten).gap
@@ -246,7 +246,7 @@ def test_a_basis_of_full_rank_changes_nothing() -> None:
 
 def test_a_basis_keeps_the_directions_that_vary_most() -> None:
     layers = network(width=8)  # channel i has a standard deviation of about i + 1
-    basis = shared_basis(layers["fit"], rank=3)
+    basis = shared_basis(layers["train"], rank=3)
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-12)
     kept = np.square(basis).sum(axis=1)
     assert kept[5:].min() > 0.85
@@ -264,19 +264,19 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="the layers are a, a"):
         TokenMoments(["a", "a"])
     collected = TokenMoments(["a", "b"])
-    with pytest.raises(ValueError, match="unknown split 'test'; use one of fit, choose, report"):
+    with pytest.raises(ValueError, match="unknown split 'holdout'; use one of train, validation, test"):
         collected.update("test", [x, x])
     with pytest.raises(ValueError, match="1 arrays for 2 layers"):
-        collected.update("fit", [x])
+        collected.update("train", [x])
     with pytest.raises(ValueError, match=r"tokens of b have shape \(4, 2\), those before \(4, 3\); an increment needs"):
-        collected.update("fit", [x, x[:, :2]])
+        collected.update("train", [x, x[:, :2]])
     with pytest.raises(ValueError, match="tokens of b hold 12 values that are nan or inf"):
-        collected.update("fit", [x, x * np.nan])
-    collected.update("fit", [x, x])
-    with pytest.raises(ValueError, match="no tokens of the split 'choose' were added; add fit, choose, report"):
+        collected.update("train", [x, x * np.nan])
+    collected.update("train", [x, x])
+    with pytest.raises(ValueError, match="no tokens of the split 'validation' were added; add train, validation, test"):
         recoverability(collected)
     with pytest.raises(ValueError, match="the basis is for width 5, the tokens have 3"):
-        TokenMoments(["a", "b"], basis=np.eye(5)).update("fit", [x, x])
+        TokenMoments(["a", "b"], basis=np.eye(5)).update("train", [x, x])
     for penalties in ([], [0.0], [np.nan]):
         with pytest.raises(ValueError, match="pass finite numbers above 0"):
             recoverability(collected, penalties=penalties)
@@ -286,7 +286,7 @@ def test_moments_that_would_fill_the_memory_are_refused() -> None:
     collected = TokenMoments([f"blocks.{i}" for i in range(28)])
     message = r"28 layers of width 1152 need 25 GB of moments; pass basis=shared_basis\(tokens, rank=128\)"
     with pytest.raises(ValueError, match=message):
-        collected.update("fit", [np.ones((2, 1152), np.float32)] * 28)
+        collected.update("train", [np.ones((2, 1152), np.float32)] * 28)
     with pytest.raises(ValueError, match="layers have widths 3 and 2; pass the layers of one stage"):
         shared_basis([np.ones((4, 3)), np.ones((4, 2))])
 
@@ -296,6 +296,6 @@ def test_a_refused_batch_leaves_the_moments_as_they_were() -> None:
     collected = moments(layers)
     before = recoverability(collected).gap
     with pytest.raises(ValueError, match="nan or inf"):
-        collected.update("report", [np.full((3, 6), np.inf)] * 2)
+        collected.update("test", [np.full((3, 6), np.inf)] * 2)
     np.testing.assert_array_equal(recoverability(collected).gap, before)
     assert collected.counts == {split: SIZES[split] for split in SPLITS}

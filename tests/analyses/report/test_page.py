@@ -81,7 +81,7 @@ def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, label_fr
     write_table(quality, folder / "quality.csv")
     write_table(similarity, folder / "similarity.csv")
     (folder / "selection.json").write_text(select(quality, similarity, layers, label_free=label_free).to_json())
-    manifest = {"model": "SiT 8 x 64", "model_hash": "abc123", "data": {"fit": "f00d"}, "plan": {"layers": layers}}
+    manifest = {"model": "SiT 8 x 64", "model_hash": "abc123", "data": {"train": "f00d"}, "plan": {"layers": layers}}
     (folder / "features" / "model" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "plan.json").write_text(
         json.dumps({"checkpoint": "weights.pt", "noise_levels": LEVELS, "data_options": {}})

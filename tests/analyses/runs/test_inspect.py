@@ -86,8 +86,8 @@ class TestWhatIsFound:
         record, text = inspected("digits", "--out", tmp_path / "p")
         assert cli("inspect", "--data", "digits") == (0, f"{text}\n", "")
         assert (record["modality"], record["shape"]) == ("image", [1, 8, 8])
-        assert sum(record["classes"]["label"]["fit"].values()) == record["splits"]["fit"]
-        assert set(record["classes"]["label"]["fit"]) == set("0123456789")
+        assert sum(record["classes"]["label"]["train"].values()) == record["splits"]["train"]
+        assert set(record["classes"]["label"]["train"]) == set("0123456789")
         assert "patches of 1" in text
         with Image.open(tmp_path / "p" / "peek.png") as picture:
             assert min(picture.size) > 100
@@ -139,7 +139,7 @@ class TestWhatIsFound:
         assert record["lengths"]["unit"] == "columns of 16 ms"
         assert (record["lengths"]["shortest"], record["lengths"]["longest"]) == (11, 21)
         assert record["columns"]["file"]["taken_as"] == "item"
-        assert set(record["classes"]["label"]["fit"]) == {"high", "low"}
+        assert set(record["classes"]["label"]["train"]) == {"high", "low"}
         waves, _ = inspected(tmp_path / "d", "--audio-form", "waveform", "--hop", 80)
         assert (waves["axes"], waves["shape"], waves["lengths"]["unit"]) == (
             "samples x frames",
@@ -239,7 +239,7 @@ class TestSources:
             assert (record["parts"], record["shape"]) == ({"train": count}, [1, 8, 8])
             assert (record["columns"]["png"]["taken_as"], record["columns"]["cls"]["taken_as"]) == ("item", "label")
             assert set(record["classes"]) == {"label"}
-        assert set(load(tmp_path / "d").fit.labels.tolist()) == {0, 1}
+        assert set(load(tmp_path / "d").train.labels.tolist()) == {0, 1}
 
     def test_webdataset_of_sound(self, inspected, tmp_path: Path) -> None:
         pytest.importorskip("soundfile")
@@ -249,7 +249,7 @@ class TestSources:
         self.shard(tmp_path / "s.tar", records)
         assert guess_modality(tmp_path / "s.tar") == "audio"
         record, _ = inspected(tmp_path / "s.tar")
-        assert (record["modality"], record["splits"]) == ("audio", {"fit": 6, "choose": 2, "report": 2})
+        assert (record["modality"], record["splits"]) == ("audio", {"train": 6, "validation": 2, "test": 2})
 
     def test_webdataset_of_motion(self, inspected, tmp_path: Path) -> None:
         records = {}

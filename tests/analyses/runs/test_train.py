@@ -25,7 +25,7 @@ PAIR = (LayerPair("blocks.1", "blocks.4"),)
 
 @pytest.fixture(scope="module")
 def digits():
-    return take(runs.load_splits("digits", {})[0], num_fit=120, num_choose=40)
+    return take(runs.load_splits("digits", {})[0], num_train=120, num_validation=40)
 
 
 def _start(**options):
@@ -109,7 +109,7 @@ def test_the_forecast_counts_what_is_trained(digits) -> None:
     sizes = {name: tensor.numel() for name, tensor in backbone.module.named_parameters() if tensor.requires_grad}
     assert forecast["parameters"] == sum(sizes.values())
     assert forecast["tokens"] == "16 of width 16"
-    assert forecast["epochs"] == round(20 * 16 / len(digits.fit), 2)
+    assert forecast["epochs"] == round(20 * 16 / len(digits.train), 2)
     assert (forecast["pairs"], forecast["weights"]) == (["blocks.1 <- blocks.4", "blocks.2 <- blocks.5"], [0.3, 0.15])
     assert forecast["processes"] == 2
 

@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 import torch
 
-from layerprobe.analyses.measures.linear_probe import linear_probe
+from layerprobe.analyses.measures.linear_probes import linear_probe
 from layerprobe.analyses.selection.ranking import Selection, rank_pairs
-from layerprobe.analyses.tables.evidence import PROBE_GAP, TEACHER_NEED, extract_evidence, pair_evidence
+from layerprobe.analyses.tables.evidence import PROBE_GAP, TEACHER_NEED, pair_evidence
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.samples import Splits
 from layerprobe.data.sources import load
 from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.evidence import extract_evidence
 from layerprobe.extraction.features import ExtractionPlan
 
 LEVELS = (0.1, 0.4)
@@ -63,27 +64,27 @@ def untouched(network: Any) -> None:
 
 @pytest.fixture(scope="module")
 def splits() -> Splits:
-    return load("digits", num_fit=200, num_choose=100, num_report=64)
+    return load("digits", num_train=200, num_validation=100, num_test=64)
 
 
 def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> pd.DataFrame:
-    """With labels: probes of the small extraction, scored on the choose split."""
+    """With labels: probes of the small extraction, scored on the validation split."""
     whole = open_checkpoint("digits", device="cpu")
     network = copy.deepcopy(whole.module)
     plant(network)
     backbone = replace(whole, module=network)
-    skipped = contribution(backbone, splits.report, LEVELS, num_samples=64)
+    skipped = contribution(backbone, splits.test, LEVELS, num_samples=64)
     plan = ExtractionPlan(backbone.layers, LEVELS)
     store = extract_evidence(backbone, splits, plan, folder / "store", num_samples=200)
     assert store.labels is not None
-    fit, choose = (store.splits == name for name in ("fit", "choose"))
+    fit, choose = (store.splits == name for name in ("train", "validation"))
     scores = {}
     for layer in store.layers:
         for level in LEVELS:
             x, y = store[layer, level], store.labels
             parts = (x[fit], y[fit], x[choose], y[choose], x[choose], y[choose])
             probed = linear_probe(*parts, inverse_penalties=(0.1,))
-            scores["probe accuracy", layer, level] = probed.choose_correct.astype(np.float64)
+            scores["probe accuracy", layer, level] = probed.validation_correct.astype(np.float64)
             scores["knn accuracy", layer, level] = scores["probe accuracy", layer, level]
     return pair_evidence(store, scores=scores, quality=pd.DataFrame(skipped.rows()))
 

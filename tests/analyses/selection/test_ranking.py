@@ -46,7 +46,7 @@ def quality_table(
     *,
     half_width: float = 0.01,
     metric: str = "probe accuracy",
-    split: str = "choose",
+    split: str = "validation",
     source: str = "model",
 ) -> pd.DataFrame:
     """The curve at both noise levels, lower at the noisier one, which does not change its mean."""
@@ -157,7 +157,7 @@ def test_criteria_of_eight_blocks() -> None:
     assert criteria.max_cka == 0.9
     assert criteria.min_distance == 2
     assert criteria.noise_levels == LEVELS
-    assert (criteria.metric, criteria.split) == ("probe accuracy", "choose")
+    assert (criteria.metric, criteria.split) == ("probe accuracy", "validation")
 
 
 def test_criteria_of_twentyeight_blocks_admit_the_published_pair() -> None:
@@ -214,7 +214,7 @@ def test_ties_and_uncertain_gaps_are_flagged() -> None:
 
 def test_only_the_choose_split_and_the_model_decide() -> None:
     others = [
-        quality_table(CURVE[::-1], split="report"),
+        quality_table(CURVE[::-1], split="test"),
         quality_table(CURVE[::-1], source="random weights"),
         quality_table(CURVE[::-1], metric="knn accuracy"),
     ]
@@ -239,7 +239,7 @@ def test_probes_that_did_not_converge_are_a_warning() -> None:
 
 
 def test_without_labels_and_noise_draws_the_effective_rank_decides_and_the_result_says_so() -> None:
-    ranks = quality_table([10 * q for q in CURVE], metric="effective rank", split="fit")
+    ranks = quality_table([10 * q for q in CURVE], metric="effective rank", split="train")
     # Ten times the rank at one level must not make that level count ten times.
     ranks.loc[ranks["noise_level"] == 0.1, "value"] *= 10
     ranks[["low", "high"]] = np.nan
@@ -350,9 +350,11 @@ def test_rows_in_any_order_give_the_same_selection() -> None:
 
 def test_refuses_bad_input() -> None:
     quality, similarity = quality_table(CURVE), similarity_table()
-    with pytest.raises(ValueError, match="no effective rank of the model on the split 'fit'"):
+    with pytest.raises(ValueError, match="no effective rank of the model on the split 'train'"):
         select(quality, similarity, EIGHT, label_free=True)
-    with pytest.raises(ValueError, match="no probe accuracy of the model on the split 'choose'; select without labels"):
+    with pytest.raises(
+        ValueError, match="no probe accuracy of the model on the split 'validation'; select without labels"
+    ):
         select(quality[quality["metric"] == "knn accuracy"], similarity, EIGHT)
     with pytest.raises(ValueError, match=r"no probe accuracy of blocks\.9 at noise level 0\.1"):
         select(quality, similarity, (*EIGHT, "blocks.9"))

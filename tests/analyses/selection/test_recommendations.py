@@ -18,10 +18,10 @@ LEVELS = (0.1, 0.5)
 def quality(
     values: dict[tuple[int, float], float], *, half: float = 0.01, metric: str = "probe accuracy"
 ) -> pd.DataFrame:
-    """Accuracies on the choose split, 0.1 less on the report split."""
+    """Accuracies on the validation split, 0.1 less on the test split."""
     rows: list[Any] = []
     for (i, level), value in values.items():
-        for split, here in (("choose", value), ("report", value - 0.1)):
+        for split, here in (("validation", value), ("test", value - 0.1)):
             rows.append(("model", LAYERS[i], i, level, metric, split, here, here - half, here + half, ""))
     return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
 
@@ -74,7 +74,7 @@ def test_an_outside_encoder_is_aligned_at_repa_s_depth() -> None:
         answer = for_encoder(nothing, [f"blocks.{i}" for i in range(depth)])
         assert answer.layers == (f"blocks.{published - 1}",)
     measured = quality({(0, 0.1): 0.25, (0, 0.5): 0.35}, metric="CKA with dinov2")
-    measured = measured[measured["split"] == "choose"]
+    measured = measured[measured["split"] == "validation"]
     assert "Its mean CKA with dinov2 is 0.300." in for_encoder(measured, LAYERS).text
     assert for_encoder(nothing, LAYERS[:1]).layers == ()
 

@@ -24,9 +24,7 @@ from layerprobe.analyses.tables.evidence import (
     EVIDENCE_COLUMNS,
     NEED_LABELS,
     ScoreKeeper,
-    extract_evidence,
     pair_evidence,
-    pair_layers,
     read_evidence,
     write_evidence,
 )
@@ -34,8 +32,9 @@ from layerprobe.analyses.tables.measurements import Representation, neighbours, 
 from layerprobe.analyses.tables.quality import measure
 from layerprobe.data.samples import Splits, TensorSamples
 from layerprobe.extraction.ablation import contribution
-from layerprobe.extraction.extract import extract
+from layerprobe.extraction.evidence import extract_evidence, pair_layers
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.forward import extract
 
 LEVELS = (0.2, 0.6)
 LAYERS = tuple(f"blocks.{i}" for i in range(4))
@@ -76,7 +75,7 @@ def row(table: pd.DataFrame, criterion: str, level: float | None = None, pair: t
 def samples_of(store: FeatureStore, layer: str, level: float) -> Any:
     """Choose, then fit, under both draws: (n, 2, D)."""
     draws = np.stack([store.features(layer, level, draw=d) for d in range(2)], axis=1)
-    return np.concatenate([draws[store.splits == split] for split in ("choose", "fit")])
+    return np.concatenate([draws[store.splits == split] for split in ("validation", "train")])
 
 
 def test_every_pair_has_every_criterion_at_every_level_once(table: pd.DataFrame) -> None:
@@ -109,7 +108,7 @@ def test_the_values_are_those_of_the_analyses(store: FeatureStore, table: pd.Dat
         e.CKNNA: np.mean([cknna(of_draw).values[0, 1] for of_draw in graphs]),
     }
     tokens = {
-        (layer, draw): store.tokens(layer, level, draw=draw, split="choose").astype(np.float64)
+        (layer, draw): store.tokens(layer, level, draw=draw, split="validation").astype(np.float64)
         for layer in PAIR
         for draw in range(2)
     }
@@ -126,13 +125,13 @@ def test_the_values_are_those_of_the_analyses(store: FeatureStore, table: pd.Dat
 
 
 def test_the_recoverability_gap_is_that_of_the_choose_split(store: FeatureStore, table: pd.DataFrame) -> None:
-    """Three quarters of the fit split fit, the rest of it chooses the penalty; all draws count."""
+    """Three quarters of the training split fit, the rest of it chooses the penalty; all draws count."""
     moments = TokenMoments(LAYERS)
-    cut = 3 * int((store.token_splits == "fit").sum()) // 4
+    cut = 3 * int((store.token_splits == "train").sum()) // 4
     for split, part, rows in (
-        ("fit", "fit", slice(0, cut)),
-        ("choose", "fit", slice(cut, None)),
-        ("report", "choose", ...),
+        ("train", "train", slice(0, cut)),
+        ("validation", "train", slice(cut, None)),
+        ("test", "validation", ...),
     ):
         for draw in range(2):
             moments.update(split, [store.tokens(layer, 0.2, draw=draw, split=part)[rows] for layer in LAYERS])
@@ -149,7 +148,7 @@ def test_the_mean_over_levels_is_the_mean_and_is_surer_than_its_parts(table: pd.
 
 
 def test_the_report_split_takes_no_part(splits: Splits, table: pd.DataFrame, tmp_path: Path) -> None:
-    other = Splits(splits.fit, splits.choose, tiny_samples(30, shape=SHAPE, first_id=1000, seed=5))
+    other = Splits(splits.train, splits.validation, tiny_samples(30, shape=SHAPE, first_id=1000, seed=5))
     again = pair_evidence(extract_evidence(model(), other, plan(), tmp_path / "store"))
     pd.testing.assert_frame_equal(table, again)
 
@@ -167,7 +166,7 @@ def labelled(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def accuracy(quality: pd.DataFrame, metric: str, layer: str, level: float) -> float:
-    rows = quality[(quality["metric"] == metric) & (quality["split"] == "choose") & (quality["layer"] == layer)]
+    rows = quality[(quality["metric"] == metric) & (quality["split"] == "validation") & (quality["layer"] == layer)]
     return float(rows[rows["noise_level"] == level]["value"].item())
 
 
@@ -223,7 +222,7 @@ def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labelled: Any, tm
 
 
 def test_contributions_come_from_the_table_by_layer(store: FeatureStore, splits: Splits) -> None:
-    skipped = contribution(model(), splits.report, LEVELS, num_samples=20)
+    skipped = contribution(model(), splits.test, LEVELS, num_samples=20)
     table = pair_evidence(store, quality=pd.DataFrame(skipped.rows()))
     for criterion, scores, layer in (
         (e.STUDENT_CONTRIBUTION, skipped.velocity_change, 1),
@@ -240,7 +239,7 @@ def test_contributions_come_from_the_table_by_layer(store: FeatureStore, splits:
 
 
 def test_one_draw_and_no_tokens_leave_criteria_out_and_say_so(splits: Splits, tmp_path: Path) -> None:
-    """As a run of an earlier version has them, with its report split and its pooled cells."""
+    """As a run of an earlier version has them, with its test split and its pooled cells."""
     table = pair_evidence(extract(model(), splits, plan(pool_cells=2), tmp_path / "store"))
     for criterion in (e.TEACHER_LIDAR, e.LIDAR_GAP):
         assert np.isnan(row(table, criterion).value)
@@ -294,7 +293,9 @@ def test_layers_of_unequal_shape_are_no_pair(store: FeatureStore, table: pd.Data
 
 
 def test_too_few_samples_say_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="7 samples in the fit and choose splits say nothing; extract 8 or more"):
+    with pytest.raises(
+        ValueError, match="7 samples in the training and validation splits say nothing; extract 8 or more"
+    ):
         pair_evidence(extract_evidence(model(), tiny_splits(10, shape=SHAPE), plan(), tmp_path / "store"))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from layerprobe.analyses.measures.cka import linear_cka
 from layerprobe.analyses.measures.knn import knn_accuracy
-from layerprobe.analyses.measures.linear_probe import linear_probe
+from layerprobe.analyses.measures.linear_probes import linear_probe
 from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbour_graph
 from layerprobe.analyses.measures.spectrum import effective_rank, lidar, spectrum
 from layerprobe.analyses.tables import measurements as measurements_module
@@ -83,7 +83,7 @@ def test_tables_hold_every_row_once_and_the_agreed_columns(tmp_path: Path) -> No
     indices = quality[quality["source"] == "model"].groupby("layer")["layer_index"].first()
     assert indices.to_dict() == {"blocks.0": 0, "blocks.1": 1, "blocks.2": 2}
     assert len(similarity) == (3 * 2) ** 2
-    assert SPLITS == ("fit", "choose", "report")
+    assert SPLITS == ("train", "validation", "test")
 
 
 def test_values_are_those_of_the_analyses(tmp_path: Path) -> None:
@@ -95,23 +95,23 @@ def test_values_are_those_of_the_analyses(tmp_path: Path) -> None:
     probe = linear_probe(x[fit], y[fit], x[choose], y[choose], x[report], y[report])
     knn = knn_accuracy(x[fit], y[fit], x[report], y[report], k=10)
     at: dict[str, Any] = {"layer": "blocks.1", "noise_level": 0.5}
-    assert value(quality, metric="probe accuracy", split="choose", **at) == probe.choose_accuracy
-    assert value(quality, metric="probe accuracy", split="report", **at) == probe.report_accuracy
-    assert value(quality, metric="knn accuracy", split="report", **at) == knn.accuracy
-    assert value(quality, metric="effective rank", split="fit", **at) == effective_rank(x[fit])
+    assert value(quality, metric="probe accuracy", split="validation", **at) == probe.validation_accuracy
+    assert value(quality, metric="probe accuracy", split="test", **at) == probe.test_accuracy
+    assert value(quality, metric="knn accuracy", split="test", **at) == knn.accuracy
+    assert value(quality, metric="effective rank", split="train", **at) == effective_rank(x[fit])
     pair = similarity[
         (similarity["layer_a"] == "blocks.1")
         & (similarity["noise_level_a"] == 0.5)
         & (similarity["layer_b"] == "blocks.0")
         & (similarity["noise_level_b"] == 0.0)
     ]
-    expected = linear_cka(x[choose], store.features("blocks.0", 0.0, split="choose"))
+    expected = linear_cka(x[choose], store.features("blocks.0", 0.0, split="validation"))
     assert pair["cka"].item() == pytest.approx(expected, abs=1e-6)
-    graphs = [neighbour_graph(z, k=10) for z in (x[choose], store.features("blocks.0", 0.0, split="choose"))]
+    graphs = [neighbour_graph(z, k=10) for z in (x[choose], store.features("blocks.0", 0.0, split="validation"))]
     assert pair["mutual_knn"].item() == pytest.approx(mutual_knn(graphs).values[0, 1])
     assert pair["cknna"].item() == pytest.approx(cknna(graphs).values[0, 1])
     assert value(quality, metric="participation ratio", **at) == spectrum(x[fit]).participation_ratio
-    assert value(quality, metric="balanced probe accuracy", split="report", **at) == probe.report.balanced_accuracy
+    assert value(quality, metric="balanced probe accuracy", split="test", **at) == probe.test.balanced_accuracy
     note = quality[(quality["layer"] == "blocks.1") & (quality["metric"] == "probe accuracy")]["note"].iloc[0]
     assert note.startswith("C=")
     assert "gradient norm" in note
@@ -120,7 +120,7 @@ def test_values_are_those_of_the_analyses(tmp_path: Path) -> None:
 def test_finds_the_layer_with_the_planted_labels(tmp_path: Path) -> None:
     quality, _ = measure({"model": make_store(tmp_path / "model")})
     for metric in ("probe accuracy", "knn accuracy"):
-        rows = quality[(quality["metric"] == metric) & (quality["split"] == "report") & (quality["noise_level"] == 0.0)]
+        rows = quality[(quality["metric"] == metric) & (quality["split"] == "test") & (quality["noise_level"] == 0.0)]
         assert rows.set_index("layer")["value"].idxmax() == "blocks.1"
 
 
@@ -142,12 +142,15 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
     assert not np.array_equal(*draws)
     probes = [linear_probe(x[fit], y[fit], x[choose], y[choose], x[report], y[report]) for x in draws]
     at: dict[str, Any] = {"layer": "blocks.2", "noise_level": 0.5}
-    expected = np.mean([p.report_accuracy for p in probes])
-    assert value(quality, metric="probe accuracy", split="report", **at) == pytest.approx(expected)
+    expected = np.mean([p.test_accuracy for p in probes])
+    assert value(quality, metric="probe accuracy", split="test", **at) == pytest.approx(expected)
     expected = np.mean([effective_rank(x[fit]) for x in draws])
     assert value(quality, metric="effective rank", **at) == pytest.approx(expected)
     expected = np.mean(
-        [linear_cka(x[choose], store.features("blocks.0", 0.0, draw=d, split="choose")) for d, x in enumerate(draws)]
+        [
+            linear_cka(x[choose], store.features("blocks.0", 0.0, draw=d, split="validation"))
+            for d, x in enumerate(draws)
+        ]
     )
     rows = similarity.set_index(["layer_a", "noise_level_a", "layer_b", "noise_level_b"])["cka"]
     assert rows["blocks.2", 0.5, "blocks.0", 0.0] == pytest.approx(expected)
@@ -196,13 +199,13 @@ def test_unusable_features_are_nan_with_a_reason_and_leave_the_rest_alone(
 
 def test_an_analysis_of_ones_own_adds_its_rows(tmp_path: Path) -> None:
     def largest(representation: Representation) -> list[Measurement]:
-        x = representation.part(representation.draws[0], "report")
-        return [Measurement("largest", "report", float(x.max()), "mine", x.max(axis=1))]
+        x = representation.part(representation.draws[0], "test")
+        return [Measurement("largest", "test", float(x.max()), "mine", x.max(axis=1))]
 
     store = make_store(tmp_path / "model")
     quality, _ = measure({"model": store}, analyses=[largest])
     assert set(quality["metric"]) == {"largest"}
-    x = store.features("blocks.1", 0.5, split="report")
+    x = store.features("blocks.1", 0.5, split="test")
     assert value(quality, layer="blocks.1", noise_level=0.5) == x.max()
     assert quality[["low", "high"]].notna().all(axis=None)
 
@@ -289,11 +292,11 @@ def test_tables_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_refuses_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'model' has no samples in the split 'report'"):
+    with pytest.raises(ValueError, match="'model' has no samples in the split 'test'"):
         measure({"model": make_store(tmp_path / "two", splits=np.arange(NUM) // 75)})
     store = make_store(tmp_path / "one")
     store.labels = np.zeros(NUM, np.int64)
-    with pytest.raises(ValueError, match="the fit split of 'model' has one class only"):
+    with pytest.raises(ValueError, match="the training split of 'model' has one class only"):
         measure({"model": store})
     write_table(pd.DataFrame({"layer": ["a"]}), tmp_path / "other.csv")
     with pytest.raises(ValueError, match=r"other\.csv has no column source"):

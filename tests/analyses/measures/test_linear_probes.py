@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from layerprobe.analyses.measures import linear_probe as linear_probe_module
-from layerprobe.analyses.measures.linear_probe import (
+from layerprobe.analyses.measures import linear_probes as linear_probe_module
+from layerprobe.analyses.measures.linear_probes import (
     LogisticFit,
     control_probe,
     fit_logistic,
@@ -362,8 +362,8 @@ def test_probe_without_standardising_equals_scikit_learn_on_raw_features() -> No
         x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:], inverse_penalties=(0.05,), standardise=False
     )
     reference = sklearn_fit(x[:200], y[:200], 0.05)
-    np.testing.assert_array_equal(result.report_correct, reference.predict(x[250:]) == y[250:])
-    assert result.report.accuracy == result.report_accuracy
+    np.testing.assert_array_equal(result.test_correct, reference.predict(x[250:]) == y[250:])
+    assert result.test.accuracy == result.test_accuracy
 
 
 def test_selectivity_tells_content_from_capacity() -> None:
@@ -371,23 +371,23 @@ def test_selectivity_tells_content_from_capacity() -> None:
     splits = (x[:300], y[:300], x[300:600], y[300:600], x[600:], y[600:])
     probe = linear_probe(*splits)
     controls = [control_probe(*splits, seed=seed) for seed in (0, 0, 1)]
-    assert controls[0].report_accuracy == controls[1].report_accuracy
-    assert not np.array_equal(controls[0].report_correct, controls[2].report_correct)
+    assert controls[0].test_accuracy == controls[1].test_accuracy
+    assert not np.array_equal(controls[0].test_correct, controls[2].test_correct)
     for control in controls:
-        assert probe.report_accuracy - control.report_accuracy > 0.5
-        assert abs(control.report_accuracy - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 300)
+        assert probe.test_accuracy - control.test_accuracy > 0.5
+        assert abs(control.test_accuracy - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 300)
 
 
 def test_probe_finds_planted_labels_and_no_shuffled_ones() -> None:
     x, y, _ = clouds(9, n=600, distance=3.0)
     splits = [x[:300], y[:300], x[300:450], y[300:450], x[450:], y[450:]]
     found = linear_probe(*splits)
-    assert found.report_accuracy > 0.9
+    assert found.test_accuracy > 0.9
     assert found.converged
     shuffled = np.random.default_rng(0).permutation(y)
     chance = linear_probe(x[:300], shuffled[:300], x[300:450], shuffled[300:450], x[450:], shuffled[450:])
     # Four classes, 150 samples: three standard errors about one quarter.
-    assert abs(chance.report_accuracy - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 150)
+    assert abs(chance.test_accuracy - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 150)
 
 
 def test_probe_equals_the_same_steps_in_scikit_learn() -> None:
@@ -399,10 +399,10 @@ def test_probe_equals_the_same_steps_in_scikit_learn() -> None:
     references = {c: sklearn_fit(scaled[:500], y[:500], c) for c in (1e-3, 0.1)}
     best = max(references, key=lambda c: references[c].score(scaled[500:700], y[500:700]))
     assert result.inverse_penalty == best
-    np.testing.assert_array_equal(result.choose_correct, references[best].predict(scaled[500:700]) == y[500:700])
-    np.testing.assert_array_equal(result.report_correct, references[best].predict(scaled[700:]) == y[700:])
-    assert result.choose_accuracy == result.choose_correct.mean()
-    assert result.report_accuracy == result.report_correct.mean()
+    np.testing.assert_array_equal(result.validation_correct, references[best].predict(scaled[500:700]) == y[500:700])
+    np.testing.assert_array_equal(result.test_correct, references[best].predict(scaled[700:]) == y[700:])
+    assert result.validation_accuracy == result.validation_correct.mean()
+    assert result.test_accuracy == result.test_correct.mean()
 
 
 def test_probe_does_not_depend_on_the_scale_of_each_feature() -> None:
@@ -411,14 +411,14 @@ def test_probe_does_not_depend_on_the_scale_of_each_feature() -> None:
     plain = linear_probe(x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:])
     scaled = x * factors
     other = linear_probe(scaled[:200], y[:200], scaled[200:250], y[200:250], scaled[250:], y[250:])
-    np.testing.assert_array_equal(plain.report_correct, other.report_correct)
+    np.testing.assert_array_equal(plain.test_correct, other.test_correct)
     assert plain.inverse_penalty == other.inverse_penalty
 
 
 def test_of_equally_good_penalties_the_strongest_is_taken() -> None:
     x, y, _ = clouds(11, n=120, distance=50.0)
     result = linear_probe(x[:60], y[:60], x[60:90], y[60:90], x[90:], y[90:], inverse_penalties=(10.0, 1.0))
-    assert result.choose_accuracy == 1.0
+    assert result.validation_accuracy == 1.0
     assert result.inverse_penalty == 1.0
 
 
@@ -426,7 +426,7 @@ def test_a_class_that_the_fit_split_lacks_is_an_error() -> None:
     x, y, _ = clouds(12, n=100, distance=50.0)
     unseen = np.full(20, 99)
     result = linear_probe(x[:60], y[:60], x[60:80], unseen, x[80:], y[80:])
-    assert result.choose_accuracy == 0.0
+    assert result.validation_accuracy == 0.0
 
 
 def test_refuses_bad_input() -> None:
@@ -441,7 +441,7 @@ def test_refuses_bad_input() -> None:
         fit_logistic(np.where(np.arange(360).reshape(30, 12) == 7, np.nan, x), y)
     with pytest.raises(ValueError, match=r"shape \(30,\) cannot be analysed"):
         fit_logistic(x[:, 0], y)
-    with pytest.raises(ValueError, match="the report split has 11 features, the fit split 12"):
+    with pytest.raises(ValueError, match="the test split has 11 features, the training split 12"):
         linear_probe(x, y, x, y, x[:, :11], y)
     with pytest.raises(ValueError, match=r"class weights are \[0.0, 1.0, 1.0, 1.0\]"):
         fit_logistic(x, y, class_weight={0: 0.0})

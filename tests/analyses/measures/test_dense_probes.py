@@ -14,13 +14,13 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from layerprobe.analyses.measures.dense_probe import SegmentationScore, area_shares, dense_probe, interpolated
+from layerprobe.analyses.measures.dense_probes import SegmentationScore, area_shares, dense_probe, interpolated
 from layerprobe.backbones.sit import SiTConfig, new_sit
 from layerprobe.capture import capture
 
 Array = NDArray[Any]
 Split = dict[str, Array]
-SIZES = {"fit": 30, "choose": 10, "report": 12}
+SIZES = {"train": 30, "validation": 10, "test": 12}
 VOID = 11
 
 
@@ -117,29 +117,29 @@ def test_planted_labels_are_found_and_shuffled_ones_are_not(grid: tuple[int, ...
     tokens, labels = planted(grid, size)
     found = dense_probe(tokens, labels, grid, inverse_penalties=(0.1, 1.0))
     assert found.converged
-    assert found.report.mean_iou == pytest.approx(found.ceiling.mean_iou, abs=0.08)
+    assert found.test.mean_iou == pytest.approx(found.ceiling.mean_iou, abs=0.08)
     if grid == size:
         assert found.ceiling.mean_iou == 1.0
-        assert found.report.mean_iou > 0.98
+        assert found.test.mean_iou > 0.98
     rng = np.random.default_rng(3)
     shuffled = {split: x[rng.permutation(len(x))] for split, x in tokens.items()}
     chance = dense_probe(shuffled, labels, grid, inverse_penalties=(0.1,))
-    assert chance.report.pixel_accuracy < 0.45
-    assert chance.report.mean_iou < 0.3
+    assert chance.test.pixel_accuracy < 0.45
+    assert chance.test.mean_iou < 0.3
 
 
 def test_labels_per_frame_equal_a_probe_of_frames_by_scikit_learn() -> None:
     """On a grid as fine as the labels nothing is interpolated: audio and motion with a label per frame."""
     tokens, labels = planted((16,), (16,), noise=3.0)
     found = dense_probe(tokens, labels, (16,), inverse_penalties=(1.0,))
-    fit = tokens["fit"].reshape(-1, 6)
+    fit = tokens["train"].reshape(-1, 6)
     mean, scale = fit.mean(axis=0), fit.std(axis=0)
     reference = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
-    reference.fit((fit - mean) / scale, labels["fit"].ravel())
-    predicted = reference.predict((tokens["report"].reshape(-1, 6) - mean) / scale).reshape(12, 16)
+    reference.fit((fit - mean) / scale, labels["train"].ravel())
+    predicted = reference.predict((tokens["test"].reshape(-1, 6) - mean) / scale).reshape(12, 16)
     for i in range(12):
-        expected = confusion_matrix(labels["report"][i], predicted[i], labels=range(3))
-        np.testing.assert_array_equal(found.report.confusions[i], expected)
+        expected = confusion_matrix(labels["test"][i], predicted[i], labels=range(3))
+        np.testing.assert_array_equal(found.test.confusions[i], expected)
 
 
 def test_ignored_pixels_are_neither_learnt_nor_scored() -> None:
@@ -149,26 +149,28 @@ def test_ignored_pixels_are_neither_learnt_nor_scored() -> None:
     for y in masked.values():
         y[:, :2] = VOID  # the first row of tokens
     found = dense_probe(tokens, masked, (4, 4), ignore=VOID, inverse_penalties=(0.1,))
-    assert found.report.classes.tolist() == [0, 1, 2]
-    assert found.report.confusions.sum() == 12 * 8 * 6
-    assert found.report.mean_iou == pytest.approx(expected.report.mean_iou, abs=0.05)
+    assert found.test.classes.tolist() == [0, 1, 2]
+    assert found.test.confusions.sum() == 12 * 8 * 6
+    assert found.test.mean_iou == pytest.approx(expected.test.mean_iou, abs=0.05)
 
 
 def test_a_class_that_was_not_learnt_is_never_predicted_and_counts_as_missed() -> None:
     tokens, labels = planted((4, 4), (8, 8))
-    labels["report"][0, :2, :2] = 7
+    labels["test"][0, :2, :2] = 7
     found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,))
-    assert found.report.classes.tolist() == [0, 1, 2, 7]
-    assert found.report.confusions[..., 3].sum() == 0
-    assert found.report.iou[3] == 0.0
-    assert np.isnan(found.choose.iou[3])
+    assert found.test.classes.tolist() == [0, 1, 2, 7]
+    assert found.test.confusions[..., 3].sum() == 0
+    assert found.test.iou[3] == 0.0
+    assert np.isnan(found.validation.iou[3])
 
 
 def test_the_penalty_is_the_best_on_the_choose_split() -> None:
-    tokens, labels = planted((4, 4), (4, 4), noise=6.0, sizes={"fit": 3, "choose": 20, "report": 5})
-    scores = {c: dense_probe(tokens, labels, (4, 4), inverse_penalties=(c,)).choose.mean_iou for c in (1e-3, 1e-1, 1e2)}
+    tokens, labels = planted((4, 4), (4, 4), noise=6.0, sizes={"train": 3, "validation": 20, "test": 5})
+    scores = {
+        c: dense_probe(tokens, labels, (4, 4), inverse_penalties=(c,)).validation.mean_iou for c in (1e-3, 1e-1, 1e2)
+    }
     found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(1e2, 1e-1, 1e-3))
-    assert found.choose.mean_iou == max(scores.values())
+    assert found.validation.mean_iou == max(scores.values())
     assert scores[found.inverse_penalty] == max(scores.values())
 
 
@@ -176,37 +178,37 @@ def test_offsets_scales_and_constant_channels_change_nothing() -> None:
     tokens, labels = planted((4, 4), (8, 8), noise=2.0)
     # Multiples of 1/64 survive an offset of 1e4 in float32 exactly.
     tokens = {split: np.round(x * 64) / 64 for split, x in tokens.items()}
-    expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).report.confusions
+    expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
     factors = np.array([1000.0, 1000, 1, 1, 1, 1])
     for moved in (
         {split: (x + 1e4).astype(np.float32) for split, x in tokens.items()},
         {split: x * factors for split, x in tokens.items()},
         {split: np.concatenate([x, np.full_like(x[..., :1], 0.1)], axis=2) for split, x in tokens.items()},
     ):
-        found = dense_probe(moved, labels, (4, 4), inverse_penalties=(0.1,)).report.confusions
+        found = dense_probe(moved, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
         np.testing.assert_array_equal(found, expected)
 
 
 def test_many_samples_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, labels = planted((4, 4), (8, 8))
-    expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).report.confusions
-    monkeypatch.setattr("layerprobe.analyses.measures.dense_probe._BATCH", 5)
-    found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).report.confusions
+    expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
+    monkeypatch.setattr("layerprobe.analyses.measures.dense_probes._BATCH", 5)
+    found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
     np.testing.assert_array_equal(found, expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    tokens, labels = planted((4, 4), (8, 8), sizes={"fit": 3, "choose": 2, "report": 2})
-    with pytest.raises(ValueError, match="no tokens or labels of the split 'report'"):
-        dense_probe({k: v for k, v in tokens.items() if k != "report"}, labels, (4, 4))
-    with pytest.raises(ValueError, match=r"tokens of the fit split have shape \(3, 16, 6\), the grid \(5, 4\)"):
+    tokens, labels = planted((4, 4), (8, 8), sizes={"train": 3, "validation": 2, "test": 2})
+    with pytest.raises(ValueError, match="no tokens or labels of the split 'test'"):
+        dense_probe({k: v for k, v in tokens.items() if k != "test"}, labels, (4, 4))
+    with pytest.raises(ValueError, match=r"tokens of the training split have shape \(3, 16, 6\), the grid \(5, 4\)"):
         dense_probe(tokens, labels, (5, 4))
-    with pytest.raises(ValueError, match=r"labels of the choose split have shape \(2, 8\) for 2 samples on a grid"):
-        dense_probe(tokens, labels | {"choose": labels["choose"][:, 0]}, (4, 4))
+    with pytest.raises(ValueError, match=r"labels of the validation split have shape \(2, 8\) for 2 samples on a grid"):
+        dense_probe(tokens, labels | {"validation": labels["validation"][:, 0]}, (4, 4))
     with pytest.raises(ValueError, match="two classes or more"):
         dense_probe(tokens, {split: np.zeros_like(y) for split, y in labels.items()}, (4, 4))
-    tokens["report"][0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="tokens of the report split hold 1 values"):
+    tokens["test"][0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="tokens of the test split hold 1 values"):
         dense_probe(tokens, labels, (4, 4))
 
 
@@ -228,22 +230,20 @@ def test_street_scenes_are_read_from_raw_patches(shared_data: Path) -> None:
     """Even untrained tokens know sky from road; the masks line up with the image, or they would not."""
     backbone = new_sit(SiTConfig((3, 72, 96), 8, 32, 2, 2), seed=0)
     tokens, labels = {}, {}
-    for split, name, num in (("fit", "train", 60), ("choose", "val", 20), ("report", "test", 20)):
+    for split, name, num in (("train", "train", 60), ("validation", "val", 20), ("test", "test", 20)):
         x, labels[split] = street_scenes(shared_data / "camvid" / f"{name}.parquet", num)
         with torch.inference_mode(), capture(backbone.module, ["blocks.1"]) as outputs:
             backbone.predict(x, torch.full((num,), 0.05))
         tokens[split] = outputs["blocks.1"].numpy()
     found = dense_probe(tokens, labels, (9, 12), ignore=VOID, inverse_penalties=(1e-2,))
     assert found.converged
-    assert found.report.classes.tolist() == list(range(11))
-    sky, road = found.report.iou[[0, 3]]
+    assert found.test.classes.tolist() == list(range(11))
+    sky, road = found.test.iou[[0, 3]]
     assert sky > 0.5
     assert road > 0.5
-    majority = found.report.confusions.sum(axis=(0, 2)).max() / found.report.confusions.sum()
-    assert found.report.pixel_accuracy > majority + 0.2
-    assert found.report.mean_iou < found.ceiling.mean_iou < 1
+    majority = found.test.confusions.sum(axis=(0, 2)).max() / found.test.confusions.sum()
+    assert found.test.pixel_accuracy > majority + 0.2
+    assert found.test.mean_iou < found.ceiling.mean_iou < 1
     mirrored = {split: y[:, ::-1] for split, y in labels.items()}
-    wrong = dense_probe(
-        tokens, labels | {"report": mirrored["report"]}, (9, 12), ignore=VOID, inverse_penalties=(1e-2,)
-    )
-    assert wrong.report.mean_iou < found.report.mean_iou / 2
+    wrong = dense_probe(tokens, labels | {"test": mirrored["test"]}, (9, 12), ignore=VOID, inverse_penalties=(1e-2,))
+    assert wrong.test.mean_iou < found.test.mean_iou / 2

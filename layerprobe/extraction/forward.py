@@ -86,7 +86,7 @@ def extract(
 
 
 class _Table:
-    """The three splits as one run of samples: fit, then choose, then report."""
+    """The three splits as one run of samples: training, then validation, then test."""
 
     def __init__(self, splits: Splits) -> None:
         self._parts: list[Samples] = [samples for _, samples in splits.items()]
@@ -128,13 +128,13 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
                 f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; "
                 "pass --size or other data"
             )
-        if (samples.labels is None) != (splits.fit.labels is None):
+        if (samples.labels is None) != (splits.train.labels is None):
             raise ValueError(f"only one of the fit and the {name} samples has labels; label both or none")
-        if [column.name for column in samples.columns] != [column.name for column in splits.fit.columns]:
+        if [column.name for column in samples.columns] != [column.name for column in splits.train.columns]:
             raise ValueError(f"the fit and the {name} samples have other further label columns; label all alike")
-    if plan.condition == "label" and not 0 < splits.fit.num_classes <= backbone.num_classes:
+    if plan.condition == "label" and not 0 < splits.train.num_classes <= backbone.num_classes:
         raise ValueError(
-            f"the data has {splits.fit.num_classes} classes, {backbone.name} {backbone.num_classes}; "
+            f"the data has {splits.train.num_classes} classes, {backbone.name} {backbone.num_classes}; "
             "use the null condition"
         )
     # Fused attention can turn a NaN into a finite number, so features would not tell.
@@ -142,7 +142,7 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
     if bad:
         raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
     whole_grids = plan.token_samples and not plan.tokens_per_sample
-    if whole_grids and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.fit.columns):
+    if whole_grids and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.train.columns):
         raise ValueError(
             "whole grids of tokens are kept of samples of one length only, or for labels of frames; leave out "
             "--token-samples, or cut the samples"
@@ -178,19 +178,19 @@ def _manifest(
         "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
         "prediction": backbone.prediction,
         "data": {name: samples.fingerprint for name, samples in splits.items()},
-        "class_names": list(splits.fit.class_names),
+        "class_names": list(splits.train.class_names),
         "layer_shapes": {name: list(shape) for name, shape in shapes.items()},
         "num_samples": n,
         "num_shards": -(-n // plan.shard_size),
     }
-    if splits.fit.columns:  # a store without them is on disk what it was before there were any
+    if splits.train.columns:  # a store without them is on disk what it was before there were any
         manifest["columns"] = {
             column.name: {
                 "class_names": list(column.class_names),
                 "labels_hash": content_hash(labels)[:16],
                 "axis": column.axis,
             }
-            for column, labels in zip(splits.fit.columns, _Table(splits).further().values(), strict=True)
+            for column, labels in zip(splits.train.columns, _Table(splits).further().values(), strict=True)
         }
     if not plan.token_samples:
         return manifest

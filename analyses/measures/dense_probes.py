@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked
-from layerprobe.analyses.measures.linear_probe import INVERSE_PENALTIES, LogisticFit, fit_logistic_path
+from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES, LogisticFit, fit_logistic_path
 
 Labels = NDArray[Any]
 
@@ -65,17 +65,17 @@ class DenseProbeResult:
     """What a linear classifier finds in each token.
 
     Attributes:
-        choose: Score on the split that chose the penalty (and chooses layers).
-        report: Score on the split that nothing was chosen on.
-        ceiling: Score on the report split of the tokens' own majority labels, interpolated in the same way: what the
+        validation: Score on the split that chose the penalty (and chooses layers).
+        test: Score on the split that nothing was chosen on.
+        ceiling: Score on the test split of the tokens' own majority labels, interpolated in the same way: what the
             grid allows at best, roughly.
-        inverse_penalty: The C of the best mIoU on the choose split; of equals the smallest.
+        inverse_penalty: The C of the best mIoU on the validation split; of equals the smallest.
         gradient_norm: Of the chosen fit.
         converged: Whether the chosen fit converged.
     """
 
-    choose: SegmentationScore
-    report: SegmentationScore
+    validation: SegmentationScore
+    test: SegmentationScore
     ceiling: SegmentationScore
     inverse_penalty: float
     gradient_norm: float
@@ -92,12 +92,12 @@ def dense_probe(
 ) -> DenseProbeResult:
     """How well a linear classifier reads the label of every pixel from its token.
 
-    As in `linear_probe`, each channel is divided by its standard deviation on the fit split, one classifier per
-    penalty is fitted there, the choose split picks one and the report split is only scored. Tokens without a label
+    As in `linear_probe`, each channel is divided by its standard deviation on the training split, one classifier per
+    penalty is fitted there, the validation split picks one and the test split is only scored. Tokens without a label
     are left out of the fit.
 
     Args:
-        tokens: For each of "fit", "choose" and "report", shape (n, T, D), any float dtype; computed in float64.
+        tokens: For each of "train", "validation" and "test", shape (n, T, D), any float dtype; computed in float64.
         labels: For each split, integers of shape (n, *size); size has as many axes as the grid.
         grid: Cells along each axis, of product T.
         ignore: A label that is not scored, such as 11, the void of CamVid.
@@ -107,14 +107,14 @@ def dense_probe(
         ValueError: If a split is missing, arrays do not fit together, tokens are not finite, or fewer than two classes
             are left to learn.
     """
-    for split in ("fit", "choose", "report"):
+    for split in ("train", "validation", "test"):
         _check(split, tokens, labels, grid)
     classes = _classes(labels.values(), ignore)
-    shares = area_shares(labels["fit"], classes, grid).reshape(-1, len(classes))
+    shares = area_shares(labels["train"], classes, grid).reshape(-1, len(classes))
     seen = shares.any(axis=1)
-    fit_x = tokens["fit"].reshape(-1, tokens["fit"].shape[2])
-    mean, scale = _standardisation(fit_x)
-    x = (fit_x[seen] - mean) / scale
+    train_x = tokens["train"].reshape(-1, tokens["train"].shape[2])
+    mean, scale = _standardisation(train_x)
+    x = (train_x[seen] - mean) / scale
     fits = fit_logistic_path(x, classes[shares[seen].argmax(axis=1)], sorted(inverse_penalties))
 
     def score(fit: LogisticFit, split: str) -> SegmentationScore:
@@ -124,12 +124,12 @@ def dense_probe(
 
         return _scored(logits, labels[split], classes, grid)
 
-    chosen = [score(fit, "choose") for fit in fits]
+    chosen = [score(fit, "validation") for fit in fits]
     best = int(np.argmax([result.mean_iou for result in chosen]))
     return DenseProbeResult(
-        choose=chosen[best],
-        report=score(fits[best], "report"),
-        ceiling=_ceiling(labels["report"], classes, grid),
+        validation=chosen[best],
+        test=score(fits[best], "test"),
+        ceiling=_ceiling(labels["test"], classes, grid),
         inverse_penalty=fits[best].inverse_penalty,
         gradient_norm=fits[best].gradient_norm,
         converged=fits[best].converged,
@@ -168,7 +168,7 @@ def interpolated(values: Floats, size: Sequence[int]) -> Floats:
 
 def _check(split: str, tokens: Mapping[str, Features], labels: Mapping[str, Labels], grid: Sequence[int]) -> None:
     if split not in tokens or split not in labels:
-        raise ValueError(f"no tokens or labels of the split {split!r}; pass fit, choose and report")
+        raise ValueError(f"no tokens or labels of the split {split!r}; pass train, validation and test")
     x, y = tokens[split], labels[split]
     if x.ndim != 3 or x.shape[1] != np.prod(grid):
         raise ValueError(f"tokens of the {split} split have shape {x.shape}, the grid {tuple(grid)}; pass (n, T, D)")
@@ -191,7 +191,7 @@ def _standardisation(x: Features) -> tuple[Floats, Floats]:
 
 
 def _on_all_classes(logits: Floats, known: NDArray[Any], classes: NDArray[Any]) -> Floats:
-    """Logits of the classes that the fit split has, among all; the others are never the largest."""
+    """Logits of the classes that the training split has, among all; the others are never the largest."""
     wide = np.full((*logits.shape[:-1], len(classes)), logits.min() - 1)
     wide[..., np.searchsorted(classes, known)] = logits
     return wide

@@ -52,7 +52,7 @@ def confirm(
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
 
-    Arms learn from the fit samples. Fréchet distance and held-out loss are measured against the report samples, which
+    Arms learn from the training samples. Fréchet distance and held-out loss are measured against the test samples, which
     no arm has seen. A plan that stops early ends after the first look at which the difference is clear.
 
     Args:
@@ -62,7 +62,7 @@ def confirm(
         plan: Seeds, steps, evaluations.
         folder: Gets one training run per arm and seed, `confirmation.csv` and `verdict.json`.
         start_name: "from scratch", or which checkpoint; goes into the verdict.
-        extractor: For the Fréchet distance; a small classifier trained on the fit samples where not given.
+        extractor: For the Fréchet distance; a small classifier trained on the training samples where not given.
         evidence: What was measured of the pairs beforehand; the verdict says which criterion foretold the arms' order.
         progress: Called with (what is running, steps done, steps in all) over all arms.
 
@@ -74,18 +74,18 @@ def confirm(
     record = {
         "plan": plan.record(_kept_record(folder).get("plan", {})),
         "start": start_name,
-        "data": splits.report.fingerprint,
+        "data": splits.test.fingerprint,
         "extractor": extractor.name if extractor else None,
     }
-    if is_padded(splits.report):  # Earlier versions drew samples without padding.
+    if is_padded(splits.test):  # Earlier versions drew samples without padding.
         record["lengths"] = "of the real samples"
     claim(folder, "confirmation.json", record, what="a confirmation")
-    extractor = extractor or classifier_extractor(splits.fit, folder / "extractor.safetensors")
-    scorer = Scorer(splits.report, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
     training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
     # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
     first = start(plan.seeds[0])
-    arms = [_matched(arm, first, splits.fit, plan.training, folder) for arm in arms]
+    arms = [_matched(arm, first, splits.train, plan.training, folder) for arm in arms]
     starts = zip(plan.seeds, chain([first], (start(seed) for seed in plan.seeds[1:])), strict=True)
     runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
     total = len(plan.seeds) * len(arms) * plan.training.steps
@@ -100,7 +100,7 @@ def confirm(
 
         scores = train_arm(
             backbone,
-            splits.fit,
+            splits.train,
             arm,
             replace(training, seed=seed),
             run_folder(folder, arm, seed),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
-from layerprobe.analyses.experiments import confirm as confirm_module
+from layerprobe.analyses.experiments import confirmation as confirm_module
 from layerprobe.analyses.experiments import evaluation
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
@@ -28,7 +28,7 @@ from layerprobe.analyses.experiments.arms import (
     ConfirmationPlan,
     arms_for,
 )
-from layerprobe.analyses.experiments.confirm import confirm, earlier_looks, kept_spread, step_length
+from layerprobe.analyses.experiments.confirmation import confirm, earlier_looks, kept_spread, step_length
 from layerprobe.analyses.experiments.evaluation import Scorer
 from layerprobe.analyses.experiments.verdict import Verdict
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian
@@ -83,14 +83,14 @@ def test_the_curves_are_what_separate_runs_score(whole: Path) -> None:
     assert sorted(set(table.step)) == [0, 2, 5]
     splits, arm = tiny_splits(24), TINY_ARMS[1]
     plan = replace(TINY.training, seed=4, pairs=(arm.pair,))
-    model = train(start(4), splits.fit, plan, whole.parent / "separate")
+    model = train(start(4), splits.train, plan, whole.parent / "separate")
     row = table[(table.arm == PICK) & (table.seed == 4) & (table.step == 5)].set_index("metric").value
-    assert row[HELD_OUT] == pytest.approx(np.mean(list(held_out_loss(model, splits.report).values())), rel=1e-12)
-    labels = splits.report.labels
+    assert row[HELD_OUT] == pytest.approx(np.mean(list(held_out_loss(model, splits.test).values())), rel=1e-12)
+    labels = splits.test.labels
     assert labels is not None
     assert labels.bincount().tolist() == [2, 2, 2]
     x = sample(model, range(9), labels=torch.tensor([0] * 3 + [1] * 3 + [2] * 3), plan=TINY.sampling)
-    real = splits.report.batch(range(len(splits.report))).x
+    real = splits.test.batch(range(len(splits.test))).x
     expected = frechet_distance(gaussian(sample_features(PIXELS, x)), gaussian(real.flatten(1).numpy()))
     assert row[FRECHET] == pytest.approx(expected, rel=1e-12)
 
@@ -293,7 +293,7 @@ def test_without_an_extractor_a_classifier_is_trained_and_kept(tmp_path: Path, m
 
 def test_held_out_samples_are_not_trained_on(whole: Path) -> None:
     other = tiny_samples(6, first_id=900, seed=5)
-    splits = replace(tiny_splits(24), report=other)
+    splits = replace(tiny_splits(24), test=other)
     run(whole.parent / "other", splits=splits, arms=TINY_ARMS[:2])
     for arm in ("no-alignment", "pick"):
         models = [
@@ -361,7 +361,7 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, whole: Path) -> 
 
 def test_steps_are_as_long_as_the_weights_move(tmp_path: Path) -> None:
     """Against one plain step of AdamW, whose first step moves every weight by the learning rate."""
-    backbone, samples = tiny_sit(), tiny_splits(24).fit
+    backbone, samples = tiny_sit(), tiny_splits(24).train
     once = replace(TINY.training, steps=1)
     weights = sum(p.numel() for p in backbone.module.parameters() if p.requires_grad)
     assert step_length(backbone, samples, once) == pytest.approx(1e-2 * weights**0.5, rel=0.02)
@@ -392,9 +392,9 @@ def test_the_control_of_the_learning_rate_moves_as_far_as_the_pick(
     assert abs(rate / 1e-3 - 1) > 0.01
     assert [arm.learning_rate for arm in found.arms[:2]] == [1e-3, 1e-3]
     splits = tiny_splits(24)
-    aligned = step_length(start(3), splits.fit, replace(plan.training, pairs=(arms[1].pair,)))
-    matched = step_length(start(3), splits.fit, replace(plan.training, learning_rate=rate))
-    unmatched = step_length(start(3), splits.fit, plan.training)
+    aligned = step_length(start(3), splits.train, replace(plan.training, pairs=(arms[1].pair,)))
+    matched = step_length(start(3), splits.train, replace(plan.training, learning_rate=rate))
+    unmatched = step_length(start(3), splits.train, plan.training)
     assert abs(matched - aligned) < abs(unmatched - aligned) / 5
     records = [
         json.loads((tmp_path / "seed-4" / name / "training.json").read_text()) for name in ("pick", "learning-rate")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.data.samples import Splits, Subset
-from layerprobe.extraction import extract as extract_module
+from layerprobe.extraction import forward as extract_module
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input
-from layerprobe.extraction.extract import extract
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.forward import extract
 from layerprobe.extraction.tokens import pool_tokens, token_grid
 from layerprobe.noise.schedules import DDPM, EDM, LinearPath, NoiseSchedule
 
@@ -119,7 +119,7 @@ def test_the_store_says_which_row_is_which(tmp_path: Path) -> None:
     _, labels, ids = everything(splits)
     assert store.labels is not None
     assert (store.ids.tolist(), store.labels.tolist()) == (ids, labels.tolist())
-    assert store.splits.tolist() == ["fit"] * 10 + ["choose"] * 5 + ["report"] * 5
+    assert store.splits.tolist() == ["train"] * 10 + ["validation"] * 5 + ["test"] * 5
 
 
 def test_any_batch_size_gives_the_same_features(tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         # Time 1 is noise here: the same weights and the name "linear", but another model.
         "schedule_hash": (tiny_sit(schedule=LinearPath(0, 1)), splits, PLAN),
         "prediction": (tiny_sit(prediction="eps"), splits, PLAN),
-        "data.choose, data.fit, data.report": (backbone, tiny_splits(seed=1), PLAN),
+        "data.validation, data.train, data.test": (backbone, tiny_splits(seed=1), PLAN),
         "plan.seed, plan_hash": (backbone, splits, replace(PLAN, seed=6)),
     }
     for different, (model, data, plan) in others.items():
@@ -557,7 +557,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     splits = tiny_splits(20, first_id=100)
-    splits.choose.samples.x[12, 0, 1, 1] = value  # type: ignore[attr-defined]
+    splits.validation.samples.x[12, 0, 1, 1] = value  # type: ignore[attr-defined]
     with pytest.raises(
         ValueError, match="sample 112 holds values that are not finite; remove it from the data"
     ) as error:
@@ -600,13 +600,13 @@ def test_a_level_without_an_end_is_refused_before_anything_is_written(tmp_path: 
     ("change", "message"),
     [
         (
-            {"fit": tiny_samples(4, shape=(1, 6, 6), first_id=50)},
-            r"fit samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\)",
+            {"train": tiny_samples(4, shape=(1, 6, 6), first_id=50)},
+            r"training samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\)",
         ),
-        ({"report": tiny_samples(4, first_id=2)}, "two samples have the same id, so they would see the same noise"),
+        ({"test": tiny_samples(4, first_id=2)}, "two samples have the same id, so they would see the same noise"),
         (
-            {"choose": tiny_samples(4, first_id=50, labelled=False)},
-            "only one of the fit and the choose samples has labels",
+            {"validation": tiny_samples(4, first_id=50, labelled=False)},
+            "only one of the fit and the validation samples has labels",
         ),
     ],
 )

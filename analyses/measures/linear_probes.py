@@ -102,36 +102,36 @@ class ProbeResult:
     """What a linear probe finds in one representation.
 
     Attributes:
-        choose_accuracy: Fraction correct on the split that chose the penalty (and chooses layers).
-        report_accuracy: Fraction correct on the split that nothing was chosen on.
-        choose_correct: Per sample, shape (n_choose,), bool.
-        report_correct: Per sample, shape (n_report,), bool.
-        choose: Per-class and balanced accuracy, top-5 and calibration on the choose split.
-        report: The same on the report split.
-        inverse_penalty: The C that was best on the choose split; of equals the smallest, which is the strongest
+        validation_accuracy: Fraction correct on the split that chose the penalty (and chooses layers).
+        test_accuracy: Fraction correct on the split that nothing was chosen on.
+        validation_correct: Per sample, shape (n_validation,), bool.
+        test_correct: Per sample, shape (n_test,), bool.
+        validation: Per-class and balanced accuracy, top-5 and calibration on the validation split.
+        test: The same on the test split.
+        inverse_penalty: The C that was best on the validation split; of equals the smallest, which is the strongest
             penalty.
         gradient_norm: Of the chosen fit.
         converged: Whether the chosen fit converged.
     """
 
-    choose_accuracy: float
-    report_accuracy: float
-    choose_correct: NDArray[np.bool_]
-    report_correct: NDArray[np.bool_]
-    choose: Scores
-    report: Scores
+    validation_accuracy: float
+    test_accuracy: float
+    validation_correct: NDArray[np.bool_]
+    test_correct: NDArray[np.bool_]
+    validation: Scores
+    test: Scores
     inverse_penalty: float
     gradient_norm: float
     converged: bool
 
 
 def linear_probe(
-    fit_x: Features,
-    fit_y: NDArray[Any],
-    choose_x: Features,
-    choose_y: NDArray[Any],
-    report_x: Features,
-    report_y: NDArray[Any],
+    train_x: Features,
+    train_y: NDArray[Any],
+    validation_x: Features,
+    validation_y: NDArray[Any],
+    test_x: Features,
+    test_y: NDArray[Any],
     *,
     inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
     standardise: bool = True,
@@ -140,18 +140,18 @@ def linear_probe(
 ) -> ProbeResult:
     """How well a linear classifier reads the labels from features.
 
-    One classifier per penalty is fitted on the fit split, the best on the choose split is kept, and the report split
+    One classifier per penalty is fitted on the training split, the best on the validation split is kept, and the test split
     is only scored.
 
     Args:
-        fit_x: Features, shape (n_fit, D), any float dtype; computed in float64.
-        fit_y: Labels, shape (n_fit,).
-        choose_x: Shape (n_choose, D).
-        choose_y: Shape (n_choose,). A label that the fit split has not counts as an error.
-        report_x: Shape (n_report, D).
-        report_y: Shape (n_report,).
+        train_x: Features, shape (n_train, D), any float dtype; computed in float64.
+        train_y: Labels, shape (n_train,).
+        validation_x: Shape (n_validation, D).
+        validation_y: Shape (n_validation,). A label that the training split has not counts as an error.
+        test_x: Shape (n_test, D).
+        test_y: Shape (n_test,).
         inverse_penalties: Values of C to choose from.
-        standardise: Divide each feature by its standard deviation on the fit split (constant ones are left alone).
+        standardise: Divide each feature by its standard deviation on the training split (constant ones are left alone).
             Without it the same C is a strong penalty for a layer with small activations and a weak one for a layer
             with large activations.
         class_weight: As in `fit_logistic`.
@@ -159,28 +159,30 @@ def linear_probe(
 
     Raises:
         ValueError: If a split's features and labels disagree, the splits differ in D, features are not finite, the
-            fit split has one class, or a penalty is not positive.
+            training split has one class, or a penalty is not positive.
     """
-    splits = {"fit": (fit_x, fit_y), "choose": (choose_x, choose_y), "report": (report_x, report_y)}
+    splits = {"train": (train_x, train_y), "validation": (validation_x, validation_y), "test": (test_x, test_y)}
     for split, (x, y) in splits.items():
         _check_pair(x, y, split)
-        if x.shape[1] != fit_x.shape[1]:
-            widths = f"{x.shape[1]} features, the fit split {fit_x.shape[1]}"
+        if x.shape[1] != train_x.shape[1]:
+            widths = f"{x.shape[1]} features, the training split {train_x.shape[1]}"
             raise ValueError(f"the {split} split has {widths}; pass the same layer")
-    mean, scale = _standardisation(fit_x) if standardise else (np.zeros(fit_x.shape[1]), np.ones(fit_x.shape[1]))
+    mean, scale = _standardisation(train_x) if standardise else (np.zeros(train_x.shape[1]), np.ones(train_x.shape[1]))
     scaled = {split: (x - mean) / scale for split, (x, _) in splits.items()}
-    fits = fit_logistic_path(scaled["fit"], fit_y, sorted(inverse_penalties), class_weight=class_weight, device=device)
-    correct = [fit.predict(scaled["choose"]) == choose_y for fit in fits]
+    fits = fit_logistic_path(
+        scaled["train"], train_y, sorted(inverse_penalties), class_weight=class_weight, device=device
+    )
+    correct = [fit.predict(scaled["validation"]) == validation_y for fit in fits]
     best = int(np.argmax([c.mean() for c in correct]))
     chosen = fits[best]
-    report_correct = chosen.predict(scaled["report"]) == report_y
+    test_correct = chosen.predict(scaled["test"]) == test_y
     return ProbeResult(
-        choose_accuracy=float(correct[best].mean()),
-        report_accuracy=float(report_correct.mean()),
-        choose_correct=correct[best],
-        report_correct=report_correct,
-        choose=classification_scores(chosen.log_probabilities(scaled["choose"]), chosen.classes, choose_y),
-        report=classification_scores(chosen.log_probabilities(scaled["report"]), chosen.classes, report_y),
+        validation_accuracy=float(correct[best].mean()),
+        test_accuracy=float(test_correct.mean()),
+        validation_correct=correct[best],
+        test_correct=test_correct,
+        validation=classification_scores(chosen.log_probabilities(scaled["validation"]), chosen.classes, validation_y),
+        test=classification_scores(chosen.log_probabilities(scaled["test"]), chosen.classes, test_y),
         inverse_penalty=chosen.inverse_penalty,
         gradient_norm=chosen.gradient_norm,
         converged=chosen.converged,
@@ -243,7 +245,7 @@ def fit_logistic_path(
     device: str = "cpu",
 ) -> tuple[LogisticFit, ...]:
     """`fit_logistic` for several penalties, in the order given, each started from where the stronger ones point."""
-    _check_pair(x, y, "fit")
+    _check_pair(x, y, "train")
     _check_penalties(inverse_penalties)
     classes, targets = np.unique(y, return_inverse=True)
     if len(classes) < 2:
@@ -326,7 +328,7 @@ def fit_multilabel_path(
         ValueError: If x and y disagree, y holds anything but 0 and 1, or a label is on all samples or on none.
     """
     _check_penalties(inverse_penalties)
-    checked(x, "features of the fit split")
+    checked(x, "features of the training split")
     y = np.asarray(y)
     if y.ndim != 2 or len(y) != len(x) or not np.isin(y, (0, 1)).all():
         raise ValueError(f"{len(x)} samples but labels of shape {y.shape}; pass 0 or 1 per sample and label, (n, L)")
@@ -345,12 +347,12 @@ def fit_multilabel_path(
 
 
 def control_probe(
-    fit_x: Features,
-    fit_y: NDArray[Any],
-    choose_x: Features,
-    choose_y: NDArray[Any],
-    report_x: Features,
-    report_y: NDArray[Any],
+    train_x: Features,
+    train_y: NDArray[Any],
+    validation_x: Features,
+    validation_y: NDArray[Any],
+    test_x: Features,
+    test_y: NDArray[Any],
     *,
     seed: int,
     **options: Any,
@@ -362,10 +364,10 @@ def control_probe(
 
     Source: after Hewitt and Liang 2019 (arXiv:1909.03368), whose control gives each word type a random label.
     """
-    labels = (fit_y, choose_y, report_y)
+    labels = (train_y, validation_y, test_y)
     permuted = np.random.default_rng(seed).permutation(np.concatenate(labels))
-    fit, choose, report = np.split(permuted, np.cumsum([len(y) for y in labels])[:-1])
-    return linear_probe(fit_x, fit, choose_x, choose, report_x, report, **options)
+    train, validation, test = np.split(permuted, np.cumsum([len(y) for y in labels])[:-1])
+    return linear_probe(train_x, train, validation_x, validation, test_x, test, **options)
 
 
 def _check_pair(x: Features, y: NDArray[Any], split: str) -> None:
@@ -433,10 +435,10 @@ def _path(
         start = _start(problem, known, math.log(c))
         point, passes, converged = _solved(problem, start, curvature, tolerance, max_passes)
         known = [*known[-2:], (math.log(c), point)]
-        fit_weights = point.theta[:, :-1] @ data.axes.T
+        train_weights = point.theta[:, :-1] @ data.axes.T
         fits[c] = LogisticFit(
-            weights=fit_weights.cpu().numpy(),
-            bias=(point.theta[:, -1] - fit_weights @ data.mean).cpu().numpy(),
+            weights=train_weights.cpu().numpy(),
+            bias=(point.theta[:, -1] - train_weights @ data.mean).cpu().numpy(),
             classes=classes,
             inverse_penalty=float(c),
             objective=point.objective,
