@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import LayerPair
 
 FEWEST_ARMS = 3
 MOST_ORDERS = 5000

@@ -23,12 +23,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import SiTConfig, new_sit
-from layerprobe.layersync.loss import LayerSync
-from layerprobe.layersync.pair import depth_heuristic
-from layerprobe.training.batches import TrainingBatch
-from layerprobe.training.losses import prediction_loss
+from layerprobe.backbones import Backbone, SiTConfig, new_sit
+from layerprobe.layersync import LayerSync, depth_heuristic
+from layerprobe.training import TrainingBatch, prediction_loss
 
 Step = Callable[[], None]
 

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.digits import digits
-from layerprobe.data.sources import load
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
-from layerprobe.extraction.forward import extract
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import digits, load
+from layerprobe.extraction import ExtractionPlan, FeatureStore, extract
 
 LEVELS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"

@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-from layerprobe.backbones.sit import SiTConfig, new_sit
-from layerprobe.checkpoints.convention import check_convention
-from layerprobe.data.digits import digits
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import schedule_from_name
-from layerprobe.training.loop import train
-from layerprobe.training.plan import TrainingPlan
+from layerprobe.backbones import SiTConfig, new_sit
+from layerprobe.checkpoints import check_convention
+from layerprobe.data import digits
+from layerprobe.noise import Prediction, schedule_from_name
+from layerprobe.training import TrainingPlan, train
 
 CONVENTIONS: tuple[tuple[str, Prediction], ...] = (
     ("sit", "velocity"),

@@ -13,17 +13,11 @@ from pathlib import Path
 
 import torch
 
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import SiTConfig, new_sit
+from layerprobe.backbones import Backbone, SiTConfig, new_sit
 from layerprobe.capture import capture
-from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.images import load_images
-from layerprobe.data.samples import Splits
-from layerprobe.data.sources import load
-from layerprobe.data.splits import split
-from layerprobe.extraction.ablation import contribution
-from layerprobe.extraction.features import ExtractionPlan
-from layerprobe.extraction.forward import extract
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import Splits, load, load_images, split
+from layerprobe.extraction import ExtractionPlan, contribution, extract
 
 SHAPE = (3, 16, 16)
 

@@ -20,17 +20,12 @@ import torch
 from cases import rank_correlation, read_case
 from torch import Tensor
 
-from layerprobe.analyses.runs import data as runs
-from layerprobe.analyses.runs.pair_sweep import atlas_start, wanted_pairs
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import fresh_sit
+from layerprobe.analyses.runs import atlas_start, load_splits, wanted_pairs
+from layerprobe.backbones import Backbone, fresh_sit
 from layerprobe.capture import capture
-from layerprobe.data.samples import Samples
-from layerprobe.layersync.alignment import mean_cosine
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.training.batches import TrainingBatch
-from layerprobe.training.loop import train
-from layerprobe.training.losses import prediction_loss
+from layerprobe.data import Samples
+from layerprobe.layersync import LayerPair, mean_cosine
+from layerprobe.training import TrainingBatch, prediction_loss, train
 
 STEPS = (50, 100, 250, 500, 1000, 2000, 4000, 8000)
 BATCHES, BATCH_SIZE = 8, 256
@@ -41,7 +36,7 @@ def main() -> None:
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
     reading = {name: value for name, value in reading.items() if value is not None}
     start = atlas_start(options.start, steps=options.steps, from_scratch=True)
-    samples = runs.load_splits(options.data, reading)[0].train
+    samples = load_splits(options.data, reading)[0].train
     case = read_case(options.atlas, None)
     pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])
     looked_at = drawn(start.backbone, samples)

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from checkpoint_features import add_arguments, representations
 
-from layerprobe.analyses.measures.knn import knn_accuracy
-from layerprobe.analyses.measures.neighbor_graphs import cknna, cycle_knn, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures import cknna, cycle_knn, knn_accuracy, mutual_knn, neighbour_graph
 
 MEASURES = {"mutual_knn": mutual_knn, "cknna": cknna, "cycle_knn": cycle_knn}
 

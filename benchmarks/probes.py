@@ -32,12 +32,11 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from layerprobe.analyses.measures.linear_probes import LogisticFit, fit_logistic, fit_logistic_map
-from layerprobe.backbones.base import wrap
-from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.sources import load
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
-from layerprobe.extraction.forward import extract
+from layerprobe.analyses.measures import LogisticFit, fit_logistic, fit_logistic_map
+from layerprobe.backbones import wrap
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import load
+from layerprobe.extraction import ExtractionPlan, FeatureStore, extract
 
 SHARED = Path(__file__).parents[2] / "shared"
 UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"

@@ -82,7 +82,7 @@ def written(folder: Path, name: str, layers: int) -> Path:
 
 
 def measured(how: str, path: str) -> dict[str, float]:
-    from layerprobe.checkpoints.weight_sets import read_weights
+    from layerprobe.checkpoints import read_weights
 
     torch.ones(8).sum()
     Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 
-from layerprobe.analyses.measures.recoverability import PENALTIES, TokenMoments, recoverability
+from layerprobe.analyses.measures import PENALTIES, TokenMoments, recoverability
 from layerprobe.capture import capture
-from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.sources import load
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import load
+from layerprobe.noise import NoiseKey
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from checkpoint_features import add_arguments, representations
 from torch import nn
 
-from layerprobe.analyses.measures.cka import cka_matrix
+from layerprobe.analyses.measures import cka_matrix
 
 
 def main() -> None:

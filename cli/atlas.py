@@ -45,11 +45,10 @@ def atlas(
     config: options.Config = None,
 ) -> None:
     """Train every layer pair and no alignment from one start, and say what each was worth."""
-    from layerprobe.analyses.experiments.power import too_short
-    from layerprobe.analyses.runs import data as runs
-    from layerprobe.analyses.runs import pair_sweep as atlas_runs
+    from layerprobe.analyses.experiments import too_short
+    from layerprobe.analyses.runs import atlas_run, atlas_start, describe_atlas, encoded, load_splits, wanted_pairs
 
-    begin = atlas_runs.atlas_start(
+    begin = atlas_start(
         start,
         steps=steps,
         from_scratch=from_scratch,
@@ -61,7 +60,7 @@ def atlas(
         **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )
     cautions = too_short(steps, trained_steps=begin.trained_steps)
-    wanted = atlas_runs.wanted_pairs(begin.backbone, options.layer_pairs(pair or []))
+    wanted = wanted_pairs(begin.backbone, options.layer_pairs(pair or []))
     branches, part = (len(wanted) + 1) * num_seeds, _part(shard)
     record = {
         "model": begin.backbone.name,
@@ -82,9 +81,9 @@ def atlas(
         typer.echo(line, err=True)
     reading = options.located_vae(reading)
     with progress_bar() as progress:
-        splits = runs.encoded(runs.load_splits(data, reading)[0], reading, progress=progress)
-        found = atlas_runs.atlas_run(begin, splits, wanted, out, shard=part, progress=progress)
-    lines = [*atlas_runs.describe_atlas(found, branches), str(out / "atlas.csv")]
+        splits = encoded(load_splits(data, reading)[0], reading, progress=progress)
+        found = atlas_run(begin, splits, wanted, out, shard=part, progress=progress)
+    lines = [*describe_atlas(found, branches), str(out / "atlas.csv")]
     emit(record | {"table": str(out / "atlas.csv")}, lines, as_json=as_json)
 
 

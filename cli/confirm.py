@@ -47,10 +47,16 @@ def confirm(
     config: options.Config = None,
 ) -> None:
     """Train with and without the pick, seed by seed, and say whether it helps."""
-    from layerprobe.analyses.experiments.power import too_short
-    from layerprobe.analyses.runs import confirm as runs
+    from layerprobe.analyses.experiments import too_short
+    from layerprobe.analyses.runs import (
+        arm_names,
+        confirm_run,
+        confirmation_resolution,
+        confirmation_training,
+        trained_steps,
+    )
 
-    training = runs.confirmation_training(
+    training = confirmation_training(
         run,
         steps=steps,
         from_scratch=from_scratch,
@@ -59,11 +65,9 @@ def confirm(
     )
     seeds = tuple(range(seed, seed + num_seeds))
     wanted = None if arms is None else options.names(arms)
-    planned = runs.arm_names(run, wanted, seed=seed)
-    resolution = runs.confirmation_resolution(
-        run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot
-    )
-    cautions = too_short(steps, trained_steps=runs.trained_steps(run) if from_scratch else None)
+    planned = arm_names(run, wanted, seed=seed)
+    resolution = confirmation_resolution(run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot)
+    cautions = too_short(steps, trained_steps=trained_steps(run) if from_scratch else None)
     beforehand = [*resolution.sentences(), *cautions]
     if dry_run:
         record = {
@@ -80,7 +84,7 @@ def confirm(
     for line in beforehand:
         typer.echo(line, err=True)
     with progress_bar() as progress:
-        verdict = runs.confirm_run(
+        verdict = confirm_run(
             run,
             training,
             seeds=seeds,

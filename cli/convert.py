@@ -22,7 +22,7 @@ def convert(
     config: options.Config = None,
 ) -> None:
     """Write the weights of any checkpoint as safetensors, without running what the file says."""
-    from layerprobe.checkpoints.conversion import convert
+    from layerprobe.checkpoints import convert
 
     record = convert(source, out, weights=weights, dry_run=dry_run)
     others = ", ".join(record["containers"][1:])

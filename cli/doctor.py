@@ -8,7 +8,7 @@ from layerprobe.cli.output import emit
 
 def doctor(as_json: options.Json = False, config: options.Config = None) -> None:
     """Say which versions and devices there are, and check that the embedded model runs."""
-    from layerprobe.analyses.runs import doctor as runs
+    from layerprobe.analyses.runs import examine_machine
 
-    record = runs.examine_machine()
+    record = examine_machine()
     emit(record, [f"{key:<24} {value}" for key, value in record.items()], as_json=as_json)

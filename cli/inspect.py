@@ -52,7 +52,7 @@ def inspect(
 def _checkpoint(
     checkpoint: str, given: dict[str, Any], data: str | None, reading: options.Given
 ) -> tuple[dict[str, Any], list[str]]:
-    from layerprobe.checkpoints.opening import describe_checkpoint
+    from layerprobe.checkpoints import describe_checkpoint
 
     record = describe_checkpoint(checkpoint, **given)
     lines = [f"{key:<14} {value}" for key, value in record.items() if key not in ("layers", "training") and value != []]
@@ -60,8 +60,7 @@ def _checkpoint(
     lines += [f"{name:<24} {tokens} x {width}" for name, (tokens, width) in record["layers"].items()]
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
     if data is not None:
-        from layerprobe.analyses.runs.convention import examine_convention
-        from layerprobe.analyses.runs.folder import RunPlan
+        from layerprobe.analyses.runs import RunPlan, examine_convention
 
         check = examine_convention(RunPlan(checkpoint, data, (), given, options.located_vae(reading)))
         record["convention"] = check.to_dict()
@@ -70,14 +69,14 @@ def _checkpoint(
 
 
 def _data(data: str, reading: options.Given, out: Path | None) -> tuple[dict[str, Any], list[str]]:
-    from layerprobe.analyses.runs import inspect as data_report
+    from layerprobe.analyses.runs import examine_data, lines_of, peek
 
-    record, splits = data_report.examine_data(data, reading)
-    lines = data_report.lines_of(record)
+    record, splits = examine_data(data, reading)
+    lines = lines_of(record)
     if out is not None:
-        from layerprobe.analyses.figures import style as plots
+        from layerprobe.analyses.figures import save_figure
 
-        plots.save(data_report.peek(splits), out, "peek")
+        save_figure(peek(splits), out, "peek")
         record["peek"] = str(out / "peek.png")
         lines.append(record["peek"])
     return record, lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from layerprobe.layersync.options import SyncOptions
+    from layerprobe.layersync import SyncOptions
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -287,7 +287,7 @@ def checkpoint_options(opening: Given) -> Given:
 
 def sync_options(given: Given, factors: tuple[float, ...] = ()) -> SyncOptions:
     """What was given of `SYNC`, with a factor for each pair."""
-    from layerprobe.layersync.options import SyncOptions
+    from layerprobe.layersync import SyncOptions
 
     values = {name.removeprefix("sync_"): value for name, value in given.items()}
     if "noise_range" in values:

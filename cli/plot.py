@@ -8,7 +8,7 @@ from layerprobe.cli.output import emit
 
 def plot(run: options.Run, as_json: options.Json = False, config: options.Config = None) -> None:
     """Draw every figure of a run as PNG and SVG."""
-    from layerprobe.analyses.runs import figures as runs
+    from layerprobe.analyses.runs import draw_figures
 
-    paths = [str(path) for path in runs.draw_figures(run)]
+    paths = [str(path) for path in draw_figures(run)]
     emit({"figures": paths}, paths, as_json=as_json)

@@ -11,7 +11,7 @@ from layerprobe.cli import options
 from layerprobe.cli.output import emit, progress_bar
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.runs.folder import RunPlan
+    from layerprobe.analyses.runs import RunPlan
 
 Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
 EVERYTHING: dict[str, Any] = {
@@ -39,17 +39,22 @@ def probe(
     config: options.Config = None,
 ) -> None:
     """Measure every layer at every noise level, pick student and teacher, draw figures and a report."""
-    from layerprobe.analyses.runs import probe as probe_module
-    from layerprobe.analyses.runs import text
+    from layerprobe.analyses.runs import (
+        describe_convention,
+        describe_labels,
+        describe_selection,
+        probe_run,
+        selection_record,
+    )
 
     plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
     if dry_run:
         _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        selection = probe_module.probe_run(plan, out, device=device, progress=progress, **_manner(extraction))
-    record = {"run": str(out)} | text.selection_record(selection)
-    lines = [*text.describe_convention(out), *text.describe_labels(out), *text.describe(selection)]
+        selection = probe_run(plan, out, device=device, progress=progress, **_manner(extraction))
+    record = {"run": str(out)} | selection_record(selection)
+    lines = [*describe_convention(out), *describe_labels(out), *describe_selection(selection)]
     emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)
 
 
@@ -70,16 +75,18 @@ def extract(
     config: options.Config = None,
 ) -> None:
     """Only read the layers, on a machine with the model; `analyze` goes on with the run folder anywhere."""
-    from layerprobe.analyses.runs import probe as probe_module
-    from layerprobe.analyses.runs import text
+    from layerprobe.analyses.runs import (
+        describe_convention,
+        extract_run,
+    )
 
     plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
     if dry_run:
         _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        probe_module.extract_run(plan, out, device=device, progress=progress, **_manner(extraction))
-    emit({"run": str(out)}, [*text.describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
+        extract_run(plan, out, device=device, progress=progress, **_manner(extraction))
+    emit({"run": str(out)}, [*describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
 
 
 def analyze(
@@ -96,11 +103,16 @@ def analyze(
     config: options.Config = None,
 ) -> None:
     """Measure the features of a run anew, pick, draw and report."""
-    from layerprobe.analyses.report.page import write_report
-    from layerprobe.analyses.runs import figures, text
-    from layerprobe.analyses.runs import probe as probe_module
-    from layerprobe.analyses.tables.measurements import ANALYSES
-    from layerprobe.checkpoints.user_models import import_object
+    from layerprobe.analyses.report import write_report
+    from layerprobe.analyses.runs import (
+        analyze_run,
+        describe_labels,
+        describe_selection,
+        draw_figures,
+        selection_record,
+    )
+    from layerprobe.analyses.tables import ANALYSES
+    from layerprobe.checkpoints import import_object
 
     own = [import_object(spec, "--analysis") for spec in analysis or []]
     for spec, found in zip(analysis or [], own, strict=True):
@@ -108,22 +120,22 @@ def analyze(
             raise ValueError(f"--analysis {spec} is no function; name one that takes a Representation")
     outside = None
     if encoder is not None:
-        from layerprobe.analyses.generation.encoders import open_encoder
+        from layerprobe.analyses.generation import open_encoder
 
         outside = open_encoder(encoder)
     with progress_bar() as progress:
-        selection = probe_module.analyze_run(run, analyses=(*ANALYSES, *own), encoder=outside, progress=progress)
-    figures.draw_figures(run)
+        selection = analyze_run(run, analyses=(*ANALYSES, *own), encoder=outside, progress=progress)
+    draw_figures(run)
     write_report(run)
-    record = {"run": str(run)} | text.selection_record(selection)
-    lines = [*text.describe_labels(run), *text.describe(selection), f"report   {run / 'report.html'}"]
+    record = {"run": str(run)} | selection_record(selection)
+    lines = [*describe_labels(run), *describe_selection(selection), f"report   {run / 'report.html'}"]
     emit(record, lines, as_json=as_json)
 
 
 def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:
-    from layerprobe.analyses.runs import probe as probe_module
+    from layerprobe.analyses.runs import forecast
 
-    record = probe_module.forecast(plan, device=device)
+    record = forecast(plan, device=device)
     emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
 
 
@@ -140,7 +152,7 @@ def _plan(
     reading: options.Given,
     seed: int,
 ) -> RunPlan:
-    from layerprobe.analyses.runs.folder import RunPlan
+    from layerprobe.analyses.runs import RunPlan
 
     return RunPlan(
         checkpoint=options.locate(checkpoint),

@@ -22,8 +22,7 @@ def quickstart(
     config: Config = None,
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses.runs import text
-    from layerprobe.analyses.runs.quickstart import quickstart_run
+    from layerprobe.analyses.runs import describe_selection, quickstart_run
 
     if dry_run:
         record = {
@@ -52,7 +51,7 @@ def quickstart(
         "paragraph": verdict.paragraph,
     }
     lines = [
-        *text.describe(selection),
+        *describe_selection(selection),
         f"verdict  {verdict.answer}",
         verdict.paragraph,
         f"report   {out / 'report.html'}",

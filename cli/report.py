@@ -8,7 +8,7 @@ from layerprobe.cli.output import emit
 
 def report(run: options.Run, as_json: options.Json = False, config: options.Config = None) -> None:
     """Write report.html, one self-contained page."""
-    from layerprobe.analyses.report.page import write_report
+    from layerprobe.analyses.report import write_report
 
     path = str(write_report(run))
     emit({"report": path}, [path], as_json=as_json)

@@ -57,10 +57,10 @@ def sample(
     config: options.Config = None,
 ) -> None:
     """Draw samples, one class after another where the model knows classes; several processes share an npz."""
-    from layerprobe.analyses.runs.sample import draw_archive, draw_samples, find_meaning
-    from layerprobe.checkpoints.opening import open_checkpoint
+    from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning
+    from layerprobe.checkpoints import open_checkpoint
     from layerprobe.sampling import SamplingPlan
-    from layerprobe.training.distributed import processes
+    from layerprobe.training import processes
 
     if file_format not in ("png", "npz"):
         raise ValueError(f"unknown format {file_format!r}; use png or npz")

@@ -43,17 +43,16 @@ def score(
     """Score samples against real data in the features of a named extractor, with intervals and warnings."""
     from dataclasses import asdict
 
-    from layerprobe.analyses.generation.encoders import open_encoder
-    from layerprobe.analyses.generation.scores import check_metrics
-    from layerprobe.analyses.runs import score as score_runs
-    from layerprobe.checkpoints.opening import resolve_device
+    from layerprobe.analyses.generation import check_metrics, open_encoder
+    from layerprobe.analyses.runs import describe_scores, open_comparison, score_run, write_scores
+    from layerprobe.checkpoints import resolve_device
 
     names = options.names(metrics)
     check_metrics(names)
     if out is not None and out.is_file():
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     reading = options.located_vae(reading)
-    generated, splits = score_runs.open_comparison(samples, data, reading, num_test=num_test)
+    generated, splits = open_comparison(samples, data, reading, num_test=num_test)
     given = None if extractor is None else open_encoder(extractor, option="--extractor", device=resolve_device(device))
     record = {"samples": str(samples), "data": data, "metrics": names, "neighbours": neighbours, "seed": seed}
     if dry_run:
@@ -62,10 +61,10 @@ def score(
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
     with progress_bar() as progress:
-        scores, warnings = score_runs.score_run(
+        scores, warnings = score_run(
             generated, splits, reading, extractor=given, metrics=names, k=neighbours, seed=seed, progress=progress
         )
     record |= {"extractor": scores[0].extractor, "scores": [asdict(s) for s in scores], "warnings": list(warnings)}
     if out is not None:
-        score_runs.write_scores(out, scores, record)
-    emit(record, score_runs.describe(scores, warnings), as_json=as_json)
+        write_scores(out, scores, record)
+    emit(record, describe_scores(scores, warnings), as_json=as_json)

@@ -27,8 +27,8 @@ def select(
     config: options.Config = None,
 ) -> None:
     """Rank the layer pairs of a run again, with reasons, write selection.json, and name layers for other uses."""
-    from layerprobe.analyses.runs import probe, text
-    from layerprobe.analyses.selection.recommendations import answers
+    from layerprobe.analyses.runs import choose_layers, describe_selection, selection_record
+    from layerprobe.analyses.selection import answers
 
     chosen = options.given(
         criteria=options.names(criteria) if criteria else None,
@@ -37,8 +37,8 @@ def select(
         min_distance=min_distance,
         max_cka=max_cka,
     )
-    selection = probe.choose_layers(run, **chosen)
+    selection = choose_layers(run, **chosen)
     found = answers(run, selection)
-    lines = [*text.describe(selection, num_pairs=10), *(f"{answer.question:<8} {answer.text}" for answer in found)]
-    record = {"run": str(run)} | text.selection_record(selection) | {"answers": [answer.to_dict() for answer in found]}
+    lines = [*describe_selection(selection, num_pairs=10), *(f"{answer.question:<8} {answer.text}" for answer in found)]
+    record = {"run": str(run)} | selection_record(selection) | {"answers": [answer.to_dict() for answer in found]}
     emit(record, lines, as_json=as_json)

@@ -14,7 +14,7 @@ from layerprobe.cli.options import ALIGNMENT, flag
 from layerprobe.cli.output import Progress, emit, progress_bar, warn
 
 if TYPE_CHECKING:
-    from layerprobe.layersync.pair import LayerPair
+    from layerprobe.layersync import LayerPair
 
 
 MODEL = "The network, where it does not come from a checkpoint"
@@ -91,11 +91,18 @@ def train(
 
     Several processes: `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or srun.
     """
-    from layerprobe.analyses.runs import data as runs
-    from layerprobe.analyses.runs import train as training_runs
-    from layerprobe.training.distributed import processes
-    from layerprobe.training.plan import TrainingPlan
-    from layerprobe.training.trackers import require
+    from layerprobe.analyses.runs import (
+        auto_pick,
+        encoded_once,
+        load_splits,
+        narrowness,
+        new_config,
+        picked_pairs,
+        train_run,
+        training_forecast,
+        training_start,
+    )
+    from layerprobe.training import TrainingPlan, processes, require
 
     # Everything that may fail is inside: of several processes, one says what is wrong.
     with processes() as ranks:
@@ -103,7 +110,7 @@ def train(
         _one_choice(pair=pair, selection=selection, sync=sync, **{"sync-begin": sync_begin, "sync-every": sync_every})
         plan = TrainingPlan(
             steps=steps,
-            pairs=pairs or training_runs.picked_pairs(selection),
+            pairs=pairs or picked_pairs(selection),
             weight=weight,
             sync=options.sync_options(sync_options, factors),
             seed=seed,
@@ -111,29 +118,29 @@ def train(
         )
         require(tracker or [])
         reading = options.located_vae(reading)
-        splits, shape = runs.load_splits(data, reading)
+        splits, shape = load_splits(data, reading)
         network = options.given(preset=preset, patch_size=patch_size, width=width, depth=depth, heads=heads)
-        backbone = training_runs.training_start(
+        backbone = training_start(
             start,
-            None if start else training_runs.new_config(shape, splits.train.num_classes, **_sizes(network)),
+            None if start else new_config(shape, splits.train.num_classes, **_sizes(network)),
             seed=seed,
             device=device,
             path=path,
             prediction=prediction,  # type: ignore[arg-type]
         )
-        auto = training_runs.auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
-        record = training_runs.training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
+        auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
+        record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
-        if ranks.is_first and (narrowness := training_runs.narrowness(backbone)):
-            warn(narrowness)
+        if ranks.is_first and (warning := narrowness(backbone)):
+            warn(warning)
         lines = [f"{key}: {value}" for key, value in record.items()]
         if not dry_run:
             bars: AbstractContextManager[Progress | None] = nullcontext()
             if ranks.is_first:
                 bars = progress_bar({"training": plan.batch_size})
             with bars as progress:
-                splits = training_runs.encoded_once(splits, reading, ranks, progress=progress)
-                training_runs.train_run(
+                splits = encoded_once(splits, reading, ranks, progress=progress)
+                train_run(
                     backbone,
                     splits,
                     plan,
@@ -162,7 +169,7 @@ def _one_choice(*, pair: object, selection: object, sync: str | None, **details:
 
 def _weighted_pairs(texts: Sequence[str]) -> tuple[tuple[LayerPair, ...], tuple[float, ...]]:
     """ "2:5:0.5" -> the pair and its factor; no factors where all are 1."""
-    from layerprobe.layersync.pair import LayerPair
+    from layerprobe.layersync import LayerPair
 
     pairs: list[LayerPair] = []
     factors: list[float] = []

@@ -15,11 +15,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.predictions import END
-from layerprobe.noise.schedules import NoiseSchedule
+from layerprobe.noise import END, NoiseKey, NoiseSchedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]

@@ -23,10 +23,10 @@ from itertools import combinations
 from typing import Any
 
 from layerprobe.analyses.experiments.power import LEVEL, look_levels
-from layerprobe.layersync.pair import LayerPair, depth_heuristic
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.layersync import LayerPair, depth_heuristic
+from layerprobe.noise import NoiseKey
 from layerprobe.sampling import SamplingPlan
-from layerprobe.training.plan import TrainingPlan
+from layerprobe.training import TrainingPlan
 
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
 BASELINE, PICK, RUNNER_UP, HEURISTIC = "no alignment", "pick", "runner-up", "depth heuristic"

@@ -25,12 +25,11 @@ from layerprobe.analyses.experiments.arms import Arm as Arm
 from layerprobe.analyses.experiments.evaluation import Scorer, Scores, is_padded
 from layerprobe.analyses.experiments.power import LEVEL, Spread
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
-from layerprobe.analyses.generation.extractors import Extractor, classifier_extractor
-from layerprobe.backbones.base import Backbone
-from layerprobe.data.samples import Samples, Splits
+from layerprobe.analyses.generation import Extractor, classifier_extractor
+from layerprobe.backbones import Backbone
+from layerprobe.data import Samples, Splits
 from layerprobe.files import claim, write_text
-from layerprobe.training.loop import train
-from layerprobe.training.plan import TrainingPlan
+from layerprobe.training import TrainingPlan, train
 
 # Steps whose mean length is measured: enough for AdamW's running means to show how well gradients agree.
 MEASURED_STEPS = 50

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from layerprobe.analyses.experiments.arms import FRECHET as FRECHET
 from layerprobe.analyses.experiments.arms import HELD_OUT as HELD_OUT
-from layerprobe.analyses.generation.distances import frechet_distance, gaussian
-from layerprobe.analyses.generation.extractors import Extractor, all_features, sample_features
-from layerprobe.backbones.base import Backbone
-from layerprobe.data.samples import Samples, Subset
+from layerprobe.analyses.generation import Extractor, all_features, frechet_distance, gaussian, sample_features
+from layerprobe.backbones import Backbone
+from layerprobe.data import Samples, Subset
 from layerprobe.sampling import SamplingPlan, sample
-from layerprobe.training.losses import held_out_loss
+from layerprobe.training import held_out_loss
 
 HELD_OUT_SAMPLES = 1000
 Scores = dict[int, dict[str, float]]  # metrics by step

@@ -30,17 +30,14 @@ from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Ar
 from layerprobe.analyses.experiments.confirmation import run_folder, train_arm
 from layerprobe.analyses.experiments.evaluation import Scorer, Scores, is_padded
 from layerprobe.analyses.experiments.probe_errors import probe_errors
-from layerprobe.analyses.generation.extractors import Extractor, classifier_extractor
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import fresh_sit, network_record
-from layerprobe.checkpoints.saving import weights_hash
-from layerprobe.data.samples import Splits
+from layerprobe.analyses.generation import Extractor, classifier_extractor
+from layerprobe.backbones import Backbone, fresh_sit, network_record
+from layerprobe.checkpoints import weights_hash
+from layerprobe.data import Splits
 from layerprobe.files import claim, whole, write_text
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import LayerPair
 from layerprobe.sampling import SamplingPlan
-from layerprobe.training.loop import train
-from layerprobe.training.plan import TrainingPlan
-from layerprobe.training.state import checkpoints
+from layerprobe.training import TrainingPlan, checkpoints, train
 
 COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
 

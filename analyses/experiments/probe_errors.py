@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from layerprobe.analyses.measures.linear_probes import ProbeResult, linear_probe
-from layerprobe.backbones.base import Backbone
-from layerprobe.data.samples import Splits, Subset
-from layerprobe.extraction.features import SPLITS, ExtractionPlan, FeatureStore
-from layerprobe.extraction.forward import extract
+from layerprobe.analyses.measures import ProbeResult, linear_probe
+from layerprobe.backbones import Backbone
+from layerprobe.data import Splits, Subset
+from layerprobe.extraction import SPLITS, ExtractionPlan, FeatureStore, extract
 
 PROBE_ERROR = "probe error"
 BEST_PROBE_ERROR = "probe error of the best layer"

@@ -1,1 +1,5 @@
 """All figures. The only room that imports matplotlib."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

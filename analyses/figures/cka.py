@@ -28,8 +28,8 @@ from layerprobe.analyses.figures.style import (
 )
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.selection.ranking import Selection
-    from layerprobe.layersync.pair import LayerPair
+    from layerprobe.analyses.selection import Selection
+    from layerprobe.layersync import LayerPair
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka")
 

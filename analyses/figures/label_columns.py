@@ -27,7 +27,7 @@ from layerprobe.analyses.figures.style import (
     widen_range,
     wrap_title,
 )
-from layerprobe.analyses.tables.measurements import PROBE, probed_column
+from layerprobe.analyses.tables import PROBE, probed_column
 
 CLASS = "class"  # what a model is conditioned on; its column has no name in the tables
 # Okabe and Ito 2008, without those that mark student and teacher.

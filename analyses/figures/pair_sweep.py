@@ -10,8 +10,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
-from layerprobe.analyses.experiments.pair_sweep import benefits
+from layerprobe.analyses.experiments import FRECHET, HELD_OUT, benefits
 from layerprobe.analyses.figures.style import (
     WIDTH_IN,
     annotate_cells,
@@ -24,7 +23,7 @@ from layerprobe.analyses.figures.style import (
     styled,
     wrap_title,
 )
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import LayerPair
 
 
 @styled()

@@ -41,8 +41,8 @@ from layerprobe.analyses.figures.style import (
 )
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.selection.ranking import Selection
-    from layerprobe.layersync.pair import LayerPair
+    from layerprobe.analyses.selection import Selection
+    from layerprobe.layersync import LayerPair
 
 
 QUALITY_COLUMNS = ("source", "layer", "layer_index", "noise_level", "metric", "split", "value", "low", "high")

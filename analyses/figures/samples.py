@@ -22,9 +22,7 @@ from torch import Tensor
 
 from layerprobe.analyses.figures.image_grid import sample_grid
 from layerprobe.analyses.figures.style import GREY, INK, WIDTH_IN, styled
-from layerprobe.data.rendering import Rendering
-from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.skeleton import Skeleton, leftwards
+from layerprobe.data import AudioDecoder, Rendering, Skeleton, leftwards
 from layerprobe.files import whole
 
 if TYPE_CHECKING:

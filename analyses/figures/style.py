@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.selection.ranking import Selection
-    from layerprobe.layersync.pair import LayerPair
+    from layerprobe.analyses.selection import Selection
+    from layerprobe.layersync import LayerPair
 
 
 INK, PAPER = "#1b1f24", "#fffefd"
@@ -129,7 +129,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Map
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
-def save(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
+def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
     """Write `name.png` (150 dpi) and `name.svg` (text as text, heatmaps as pixels), the same bytes every time.
 
     Args:

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from layerprobe.analyses.figures.style import MISSING, WIDTH_IN, label_layers, short_names, styled, wrap_title
-from layerprobe.analyses.measures.pca_maps import RgbMap
+from layerprobe.analyses.measures import RgbMap
 
 _HALF_CELL = 0.47  # of a column or row; the rest is the gap between maps
 _SAMPLE_GAP = 0.35  # rows between samples

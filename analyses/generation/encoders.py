@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerprobe.analyses.generation.extractors import Extractor
-from layerprobe.checkpoints.user_models import import_object
+from layerprobe.checkpoints import import_object
 from layerprobe.files import MissingWeights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe.analyses.generation.distances import row_blocks
-from layerprobe.data.samples import Samples, content_hash
+from layerprobe.data import Samples, content_hash
 from layerprobe.files import whole
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise import NoiseKey
 
 FEATURE_WIDTH = 64
 

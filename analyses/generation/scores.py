@@ -21,9 +21,7 @@ from scipy import stats
 from torch import Tensor
 
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian, kernel_distance, leave_out_gaussians
-from layerprobe.analyses.measures.arrays import Features, Floats
-from layerprobe.analyses.measures.knn import TILE_BYTES, nearest
-from layerprobe.analyses.measures.tensors import as_tensor, centred, centring
+from layerprobe.analyses.measures import TILE_BYTES, Features, Floats, as_tensor, centred, centring, nearest
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")

@@ -1,1 +1,5 @@
 """Pure mathematics on arrays: probes, neighbors, similarities and spectra. Imports nothing else of layerprobe."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

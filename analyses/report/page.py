@@ -17,19 +17,29 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from layerprobe.analyses.figures import cka, style
-from layerprobe.analyses.figures.confirmation import CONFIRMATION_COLUMNS, confirmation_curves
-from layerprobe.analyses.figures.label_columns import knowledge_curves
-from layerprobe.analyses.figures.quality import layer_quality_curves, metric_panels, quality_heatmap
-from layerprobe.analyses.selection.ranking import HYPOTHESIS, Selection
-from layerprobe.analyses.tables.measurements import PROBE, headlines, probed_column
-from layerprobe.analyses.tables.quality import MODEL, read_quality
-from layerprobe.analyses.tables.similarity import read_similarity
+from layerprobe.analyses.figures import (
+    CONFIRMATION_COLUMNS,
+    INK,
+    PAPER,
+    capital,
+    cka_heatmap,
+    confirmation_curves,
+    knowledge_curves,
+    layer_quality_curves,
+    metric_panels,
+    quality_heatmap,
+    to_svg,
+)
+from layerprobe.analyses.selection import HYPOTHESIS, Selection
+from layerprobe.analyses.tables import MODEL, PROBE, headlines, probed_column, read_quality, read_similarity
 from layerprobe.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 T = TypeVar("T")
@@ -269,7 +279,7 @@ def _similarity(run: _Run) -> str:
         return _missing("The run folder has no <code>similarity.csv</code>; <code>layerprobe probe</code> writes it.")
     model = run.quality[run.quality["source"] == MODEL].sort_values("layer_index", kind="stable")
     layers = list(dict.fromkeys(model["layer"]))
-    return _figure(cka.cka_heatmap(run.similarity, selection=run.selection, layers=layers), "similarity")
+    return _figure(cka_heatmap(run.similarity, selection=run.selection, layers=layers), "similarity")
 
 
 def _pairs(run: _Run) -> str:
@@ -426,10 +436,10 @@ def _how_to_read() -> str:
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _figure(figure: style.Figure, name: str) -> str:
+def _figure(figure: Figure, name: str) -> str:
     """A figure as inline SVG in the colours of the page."""
     title = " ".join(figure.get_suptitle().split())
-    svg = style.to_svg(figure)
+    svg = to_svg(figure)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(
@@ -440,7 +450,7 @@ def _figure(figure: style.Figure, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'xlink:href="(#?)', lambda m: f'href="#{prefix}-' if m[1] else 'href="', svg)
-    svg = svg.replace(style.INK, "var(--ink)").replace(style.PAPER, "var(--paper)")
+    svg = svg.replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
     return f"<figure>{svg}</figure>"
 
 
@@ -467,7 +477,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, name: str = "
 
 
 def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{escape(style.capital(summary))}</summary>{body}</details>"
+    return f"<details><summary>{escape(capital(summary))}</summary>{body}</details>"
 
 
 def _missing(text: str) -> str:

@@ -9,21 +9,27 @@ from typing import Any
 
 import pandas as pd
 
-from layerprobe.analyses.experiments.arms import Arm, ConfirmationPlan, arms_for
-from layerprobe.analyses.experiments.confirmation import confirm, kept_spread
-from layerprobe.analyses.experiments.power import Resolution, Spread, resolution
-from layerprobe.analyses.experiments.verdict import Verdict
-from layerprobe.analyses.report.page import write_report
+from layerprobe.analyses.experiments import (
+    Arm,
+    ConfirmationPlan,
+    Resolution,
+    Spread,
+    Verdict,
+    arms_for,
+    confirm,
+    kept_spread,
+    resolution,
+)
+from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.data import training_splits
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import read_plan, read_selection
 from layerprobe.analyses.runs.progress import Progress
-from layerprobe.analyses.selection.ranking import Selection
-from layerprobe.backbones.base import alignable_layers
-from layerprobe.backbones.sit import fresh_sit
-from layerprobe.checkpoints.opening import open_checkpoint, training_record
+from layerprobe.analyses.selection import Selection
+from layerprobe.backbones import alignable_layers, fresh_sit
+from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.sampling import SamplingPlan
-from layerprobe.training.plan import TrainingPlan
+from layerprobe.training import TrainingPlan
 
 
 def confirm_run(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from layerprobe.analyses.runs.data import encoded_splits, split_options
 from layerprobe.analyses.runs.folder import RunPlan
-from layerprobe.checkpoints.convention import ConventionCheck, check_convention
-from layerprobe.data.samples import Samples, Splits, Subset
+from layerprobe.checkpoints import ConventionCheck, check_convention
+from layerprobe.data import Samples, Splits, Subset
 
 
 def examine_convention(plan: RunPlan, *, num_samples: int = 64, device: str = "auto") -> ConventionCheck:

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerprobe.analyses.runs.progress import Progress, named_progress
-from layerprobe.data.latents.vae import latent_shape
-from layerprobe.data.samples import Splits
-from layerprobe.data.sources import encode_splits, load
-from layerprobe.data.splits import for_probing, take
+from layerprobe.data import Splits, encode_splits, for_probing, latent_shape, load, take
 
 
 def training_splits(

@@ -10,8 +10,8 @@ import torch
 
 from layerprobe import __version__
 from layerprobe.analyses.runs.folder import PACKAGES
-from layerprobe.backbones.base import layer_shapes
-from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.backbones import layer_shapes
+from layerprobe.checkpoints import open_checkpoint
 
 
 def examine_machine() -> dict[str, Any]:

@@ -9,15 +9,20 @@ from typing import Any
 
 import pandas as pd
 
-from layerprobe.analyses.figures import cka, confirmation, style
-from layerprobe.analyses.figures.label_columns import knowledge_curves
-from layerprobe.analyses.figures.quality import layer_quality_curves, metric_panels, quality_heatmap
-from layerprobe.analyses.figures.token_maps import token_maps
-from layerprobe.analyses.measures.pca_maps import pca_rgb
+from layerprobe.analyses.figures import (
+    cka_heatmap,
+    confirmation_curves,
+    knowledge_curves,
+    layer_quality_curves,
+    metric_panels,
+    quality_heatmap,
+    save_figure,
+    token_maps,
+)
+from layerprobe.analyses.measures import pca_rgb
 from layerprobe.analyses.runs.folder import read_selection, read_tables, store_folder
-from layerprobe.analyses.tables.measurements import headlines, probed_column
-from layerprobe.analyses.tables.quality import MODEL
-from layerprobe.extraction.features import FeatureStore
+from layerprobe.analyses.tables import MODEL, headlines, probed_column
+from layerprobe.extraction import FeatureStore
 
 
 def draw_figures(run: str | Path) -> list[Path]:
@@ -36,15 +41,15 @@ def draw_figures(run: str | Path) -> list[Path]:
         figures[f"{name}-heatmap"] = quality_heatmap(quality, metric)
     if more := [metric for metric in metrics if metric not in shown]:
         figures["more-measures"] = metric_panels(quality, more, selection=selection)
-    figures["cka"] = cka.cka_heatmap(similarity, selection=selection)
+    figures["cka"] = cka_heatmap(similarity, selection=selection)
     store = FeatureStore.open(store_folder(run, MODEL))
     if len(store.token_rows) and not store.tokens_padded:
         figures["token-maps"] = _token_maps(store)
     if (run / "verdict.json").is_file():
         curves = pd.read_csv(run / "confirmation.csv")
         verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
-        figures["confirmation"] = confirmation.confirmation_curves(curves, verdict)
-    return [path for name, figure in figures.items() for path in style.save(figure, run / "figures", name)]
+        figures["confirmation"] = confirmation_curves(curves, verdict)
+    return [path for name, figure in figures.items() for path in save_figure(figure, run / "figures", name)]
 
 
 def _token_maps(store: FeatureStore) -> Any:

@@ -18,15 +18,12 @@ import torch
 from layerprobe import __version__
 from layerprobe.analyses.runs.data import encoded_splits, split_options
 from layerprobe.analyses.runs.progress import Progress
-from layerprobe.analyses.selection.ranking import Selection
-from layerprobe.analyses.tables.quality import read_quality
-from layerprobe.analyses.tables.similarity import read_similarity
-from layerprobe.backbones.base import Backbone
-from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.samples import Splits
-from layerprobe.data.sources import load
-from layerprobe.data.splits import for_probing
-from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.analyses.selection import Selection
+from layerprobe.analyses.tables import read_quality, read_similarity
+from layerprobe.backbones import Backbone
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import Splits, for_probing, load
+from layerprobe.extraction import ExtractionPlan
 from layerprobe.files import write_text
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from layerprobe.analyses.runs import data as runs
-from layerprobe.backbones.sit import SMALL_PRESETS, SiTConfig
-from layerprobe.data import tables
-from layerprobe.data.images import ImageSamples
-from layerprobe.data.latents.layouts import latent_format
-from layerprobe.data.rendering import rendering_of
-from layerprobe.data.samples import MISSING, Samples, Splits, Subset
-from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.items import MediaSamples
-from layerprobe.data.sources import guess_modality, read_table
+from layerprobe.backbones import SMALL_PRESETS, SiTConfig
+from layerprobe.data import (
+    FILE,
+    MISSING,
+    AudioDecoder,
+    ImageSamples,
+    MediaSamples,
+    Samples,
+    Splits,
+    Subset,
+    guess_modality,
+    label_column,
+    latent_format,
+    read_columns,
+    read_table,
+    rendering_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,7 +116,7 @@ def peek(splits: Splits) -> Figure:
     Raises:
         ValueError: If they have no picture.
     """
-    from layerprobe.analyses.figures.samples import strip
+    from layerprobe.analyses.figures import strip
 
     samples = splits.train
     if samples.modality == "image" and samples.shape[0] not in (1, 3):
@@ -125,7 +133,7 @@ def _completed(source: str, given: Mapping[str, Any], notes: list[str]) -> tuple
     table = read_table(source, reading["modality"], split=reading.get("split"))
     reading.setdefault("skip_bad", sum(map(len, table.values())))
     try:
-        label = tables.label_column(table, reading.get("label_column"))
+        label = label_column(table, reading.get("label_column"))
     except ValueError as error:
         if "label_column" in given:
             raise
@@ -144,7 +152,7 @@ def _class_columns(table: Mapping[str, Dataset], *, without: str | None) -> list
     found = []
     for name, kind in rows.features.items():
         # What begins with two underscores is webdataset's own.
-        if name in (without, tables.FILE) or name.startswith("__") or "," in name or not _is_discrete(kind):
+        if name in (without, FILE) or name.startswith("__") or "," in name or not _is_discrete(kind):
             continue
         if 2 <= len(rows.unique(name)) <= min(MOST_CLASSES, len(rows) // 2) and _are_labels(table, name):
             found.append(name)
@@ -160,7 +168,7 @@ def _is_discrete(kind: Any) -> bool:
 
 def _are_labels(table: Mapping[str, Dataset], name: str) -> bool:
     try:
-        return bool(tables.read_columns(table, [name]))
+        return bool(read_columns(table, [name]))
     except ValueError:
         return False
 

@@ -9,18 +9,22 @@ from typing import Any
 
 import pandas as pd
 
-from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
-from layerprobe.analyses.experiments.pair_sweep import AtlasPlan, Progress, all_pairs, benefits, chart
-from layerprobe.analyses.experiments.probe_errors import PROBE_ERROR
-from layerprobe.analyses.figures import style as plots
-from layerprobe.analyses.figures.pair_sweep import atlas_heatmap
-from layerprobe.backbones.base import Backbone, alignable_layers
-from layerprobe.backbones.sit import fresh_sit
-from layerprobe.checkpoints.opening import open_checkpoint, training_record
-from layerprobe.data.samples import Splits
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.training.plan import TrainingPlan
-from layerprobe.training.state import checkpoints
+from layerprobe.analyses.experiments import (
+    FRECHET,
+    HELD_OUT,
+    PROBE_ERROR,
+    AtlasPlan,
+    Progress,
+    all_pairs,
+    benefits,
+    chart,
+)
+from layerprobe.analyses.figures import atlas_heatmap, save_figure
+from layerprobe.backbones import Backbone, alignable_layers, fresh_sit
+from layerprobe.checkpoints import open_checkpoint, training_record
+from layerprobe.data import Splits
+from layerprobe.layersync import LayerPair
+from layerprobe.training import TrainingPlan, checkpoints
 
 # Of the training that made the checkpoint, what its branches do differently.
 _OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays", "keep_last")
@@ -127,7 +131,7 @@ def atlas_run(
     if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
         shown = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(atlas) else (FRECHET, HELD_OUT)
         figure = atlas_heatmap(atlas, alignable_layers(start.backbone), metrics=shown)
-        plots.save(figure, Path(folder) / "figures", "atlas")
+        save_figure(figure, Path(folder) / "figures", "atlas")
     return atlas
 
 

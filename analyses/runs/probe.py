@@ -13,35 +13,44 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.analyses.generation.extractors import Extractor, all_features
-from layerprobe.analyses.report.page import write_report
+from layerprobe.analyses.generation import Extractor, all_features
+from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.data import split_options
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, store_folder, write_environment
 from layerprobe.analyses.runs.progress import Progress, named_progress
-from layerprobe.analyses.selection.ranking import Selection, cautions, rank_pairs
-from layerprobe.analyses.tables.csv_files import write_table
-from layerprobe.analyses.tables.evidence import ScoreKeeper, pair_evidence, read_evidence, write_evidence
-from layerprobe.analyses.tables.measurements import ANALYSES, PROBE, Analysis
-from layerprobe.analyses.tables.quality import (
+from layerprobe.analyses.selection import Selection, cautions, rank_pairs
+from layerprobe.analyses.tables import (
+    ANALYSES,
     MODEL,
+    PROBE,
     RANDOM_WEIGHTS,
     RAW_INPUT,
+    Analysis,
+    ScoreKeeper,
     encoder_rows,
     measure,
+    pair_evidence,
+    read_evidence,
     read_quality,
     recoverability_table,
+    write_evidence,
+    write_table,
 )
-from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.checkpoints.convention import check_convention
-from layerprobe.data.samples import Splits
-from layerprobe.data.sources import load
-from layerprobe.data.splits import for_probing
-from layerprobe.extraction.ablation import contribution
-from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input, raw_pool_cells
-from layerprobe.extraction.evidence import extract_evidence, pair_layers
-from layerprobe.extraction.features import FeatureStore
-from layerprobe.extraction.forward import extract
+from layerprobe.backbones import Backbone, layer_shapes
+from layerprobe.checkpoints import check_convention
+from layerprobe.data import Splits, for_probing, load
+from layerprobe.extraction import (
+    RAW_INPUT_WIDTH,
+    FeatureStore,
+    contribution,
+    extract,
+    extract_evidence,
+    pair_layers,
+    random_weights,
+    raw_input,
+    raw_pool_cells,
+)
 from layerprobe.files import claim, write_text
 
 

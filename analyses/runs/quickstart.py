@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerprobe.analyses.experiments.verdict import Verdict
+from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.runs.confirm import confirm_run, confirmation_training
 from layerprobe.analyses.runs.folder import RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.runs.progress import Progress
 from layerprobe.analyses.runs.sample import draw_samples
-from layerprobe.analyses.selection.ranking import Selection
-from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.analyses.selection import Selection
+from layerprobe.checkpoints import open_checkpoint
 from layerprobe.sampling import SamplingPlan
 
 QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)

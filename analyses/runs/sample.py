@@ -15,19 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.figures import image_grid, style
-from layerprobe.analyses.figures.samples import film, strip
-from layerprobe.backbones.base import Backbone
-from layerprobe.checkpoints.opening import training_record
-from layerprobe.checkpoints.saving import weights_hash
-from layerprobe.data.latents.vae import decode
-from layerprobe.data.rendering import Rendering, rendering_of
-from layerprobe.data.samples import content_hash
-from layerprobe.data.sequences.audio import write_wav
-from layerprobe.data.sources import load
+from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
+from layerprobe.backbones import Backbone
+from layerprobe.checkpoints import training_record, weights_hash
+from layerprobe.data import Rendering, content_hash, decode, load, rendering_of, write_wav
 from layerprobe.files import claim, whole
 from layerprobe.sampling import SamplingPlan, sample
-from layerprobe.training.distributed import processes
+from layerprobe.training import processes
 
 PART = 256  # samples in a file that an interruption leaves; the same for any batch size and number of processes
 SHOWN = 20  # samples in a figure or film, where they are no images
@@ -169,11 +163,11 @@ def _draw(
     if labels is not None:
         titles = [names[label] if names else str(label) for label in labels.tolist()]
     if rendering is None:
-        figure = image_grid.sample_grid(x.numpy(), None if labels is None else titles, columns=columns)
-        return style.save(figure, folder, "samples")[0]
+        figure = sample_grid(x.numpy(), None if labels is None else titles, columns=columns)
+        return save_figure(figure, folder, "samples")[0]
     first = slice(SHOWN)
     shown = None if mask is None else mask[first]
-    place = style.save(strip(x[first], rendering, titles[first], mask=shown), folder, "samples")[0]
+    place = save_figure(strip(x[first], rendering, titles[first], mask=shown), folder, "samples")[0]
     if rendering.modality == "video" or rendering.skeleton is not None:
         film(x[first], rendering, titles[first], place.with_suffix(".gif"), mask=shown)
     if rendering.audio is not None:

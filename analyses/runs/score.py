@@ -11,13 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from layerprobe.analyses.generation.extractors import Extractor, all_features, embedded_extractor
-from layerprobe.analyses.generation.scores import FEWEST_SAMPLES, METRICS, Score, score_features
+from layerprobe.analyses.generation import (
+    FEWEST_SAMPLES,
+    METRICS,
+    Extractor,
+    Score,
+    all_features,
+    embedded_extractor,
+    score_features,
+)
 from layerprobe.analyses.runs.data import encoded, load_splits
 from layerprobe.analyses.runs.progress import Progress
-from layerprobe.data.arrays import ArraySamples, load_array
-from layerprobe.data.samples import Samples, Splits
-from layerprobe.data.splits import take
+from layerprobe.data import ArraySamples, Samples, Splits, load_array, take
 from layerprobe.files import write_text
 
 ARRAYS = (".npz", ".npy")
@@ -144,7 +149,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[st
     write_text(folder / "scores.json", json.dumps(record, indent=1))
 
 
-def describe(scores: Sequence[Score], warnings: Sequence[str]) -> list[str]:
+def describe_scores(scores: Sequence[Score], warnings: Sequence[str]) -> list[str]:
     """Scores as lines of a table."""
     rows = [("score", "value", "95 % interval", "better", "samples", "reference")]
     rows += [

@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from layerprobe.analyses.figures.label_columns import CLASS
-from layerprobe.analyses.selection.ranking import HYPOTHESIS, Selection
-from layerprobe.analyses.tables.measurements import PROBE, probed_column
-from layerprobe.analyses.tables.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT, read_quality
+from layerprobe.analyses.figures import CLASS
+from layerprobe.analyses.selection import HYPOTHESIS, Selection
+from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
 
 
 def describe_convention(run: str | Path) -> list[str]:
@@ -54,7 +53,7 @@ def _is_probe(metric: str) -> bool:
     return metric == PROBE or probed_column(metric) != ""
 
 
-def describe(selection: Selection, *, num_pairs: int = 3) -> list[str]:
+def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]:
     """A selection in lines for people."""
     pick = selection.pick
     lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]

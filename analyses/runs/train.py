@@ -15,23 +15,16 @@ import pandas as pd
 from layerprobe.analyses.runs import data as runs
 from layerprobe.analyses.runs.folder import read_selection
 from layerprobe.analyses.runs.progress import Progress
-from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.sit import SiT, SiTConfig, new_sit
-from layerprobe.checkpoints.opening import open_checkpoint, resolve_device
-from layerprobe.data.samples import Samples, Splits
-from layerprobe.data.splits import take
+from layerprobe.backbones import Backbone, SiT, SiTConfig, layer_shapes, new_sit
+from layerprobe.checkpoints import open_checkpoint, resolve_device
+from layerprobe.data import Samples, Splits, take
 from layerprobe.files import write_text
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import schedule_from_name
-from layerprobe.training.distributed import Ranks, processes
-from layerprobe.training.loop import train
-from layerprobe.training.losses import held_out_loss
-from layerprobe.training.plan import TrainingPlan
-from layerprobe.training.trackers import Trackers, open_trackers
+from layerprobe.layersync import LayerPair
+from layerprobe.noise import Prediction, schedule_from_name
+from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.selection.while_training import AutoPick
+    from layerprobe.analyses.selection import AutoPick
 
 # The paths of SiT, from data to noise, by the schedules that follow them.
 PATHS = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
@@ -141,7 +134,7 @@ def auto_pick(
     Raises:
         ValueError: If it would never decide.
     """
-    from layerprobe.analyses.selection.while_training import AutoPick
+    from layerprobe.analyses.selection import AutoPick
 
     given: dict[str, Any] = {
         name: value for name, value in (("warmup_steps", begin), ("every", every)) if value is not None
@@ -267,11 +260,10 @@ def _examine(step: int, model: Backbone, held_out: Samples, folder: Path, tracke
 
 def _draw(folder: Path) -> None:
     """Draws the curves, unless they are there and nothing was trained since."""
-    from layerprobe.analyses.figures import style as plots
-    from layerprobe.analyses.figures import training as training_plots
+    from layerprobe.analyses.figures import save_figure, training_curves
 
     log, figure = folder / "log.csv", folder / "curves.png"
     drawn = figure.is_file() and figure.stat().st_mtime_ns > log.stat().st_mtime_ns
     table = pd.read_csv(log)
     if not drawn and len(table):
-        plots.save(training_plots.training_curves(table, pd.read_csv(folder / "held_out.csv")), folder, "curves")
+        save_figure(training_curves(table, pd.read_csv(folder / "held_out.csv")), folder, "curves")

@@ -1,1 +1,5 @@
 """From evidence to a ranked list of layer pairs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

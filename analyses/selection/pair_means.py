@@ -10,18 +10,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.jackknife import Z95
-from layerprobe.analyses.tables.evidence import (
+from layerprobe.analyses.measures import Z95, Floats
+from layerprobe.analyses.tables import (
     LIDAR_GAP,
+    PROBE,
     PROBE_GAP,
+    RANK,
     RANK_GAP,
     STUDENT_DEPTH,
     TEACHER_DEPTH,
     TEACHER_LIDAR,
     TEACHER_PROBE,
 )
-from layerprobe.analyses.tables.measurements import PROBE, RANK
 
 NOISE_LIDAR = "noise-LiDAR"
 DRAWS = 400  # of the criteria within their intervals

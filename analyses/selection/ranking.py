@@ -47,24 +47,26 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from layerprobe.analyses.measures.arrays import Floats
+from layerprobe.analyses.measures import Floats
 from layerprobe.analyses.selection.pair_means import PairMeans, standard_ranks, standardised
-from layerprobe.analyses.tables.evidence import (
+from layerprobe.analyses.tables import (
     CKA,
     CKNNA,
     CRITERIA,
     LIDAR_GAP,
+    MODEL,
     NEED_LABELS,
+    PROBE,
+    RANDOM_WEIGHTS,
+    RANK,
     RANK_GAP,
+    RAW_INPUT,
     RECOVERABILITY,
     STUDENT_DEPTH,
     TEACHER_NEED,
     table_evidence,
 )
-from layerprobe.analyses.tables.measurements import PROBE, RANK
-from layerprobe.analyses.tables.quality import MODEL, RANDOM_WEIGHTS, RAW_INPUT
-from layerprobe.layersync.loss import WEIGHT
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import WEIGHT, LayerPair
 
 HYPOTHESIS = (
     "A pick is a hypothesis; the confirmation run is the verdict. On trial in six small networks the picks of this "

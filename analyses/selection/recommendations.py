@@ -11,10 +11,16 @@ import pandas as pd
 
 from layerprobe.analyses.selection.pair_means import NOISE_LIDAR
 from layerprobe.analyses.selection.ranking import Selection
-from layerprobe.analyses.tables.evidence import STUDENT_NEED, TEACHER_LIDAR, TEACHER_NEED, read_evidence
-from layerprobe.analyses.tables.measurements import PROBE
-from layerprobe.analyses.tables.quality import MODEL, read_quality
-from layerprobe.layersync.pair import depth_heuristic
+from layerprobe.analyses.tables import (
+    MODEL,
+    PROBE,
+    STUDENT_NEED,
+    TEACHER_LIDAR,
+    TEACHER_NEED,
+    read_evidence,
+    read_quality,
+)
+from layerprobe.layersync import depth_heuristic
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from layerprobe.analyses.selection.ranking import HYPOTHESIS, RankedPair, Selection, rank_pairs
-from layerprobe.analyses.tables.evidence import pair_evidence
-from layerprobe.backbones.base import Backbone, alignable_layers
-from layerprobe.data.samples import Samples, Splits, Subset
-from layerprobe.extraction.ablation import contribution
-from layerprobe.extraction.evidence import extract_evidence
-from layerprobe.extraction.features import ExtractionPlan
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.training.loop import Decision
+from layerprobe.analyses.tables import pair_evidence
+from layerprobe.backbones import Backbone, alignable_layers
+from layerprobe.data import Samples, Splits, Subset
+from layerprobe.extraction import ExtractionPlan, contribution, extract_evidence
+from layerprobe.layersync import LayerPair
+from layerprobe.noise import NoiseKey
+from layerprobe.training import Decision
 
 LEAST_SAMPLES = 24
 SKIPPING_SAMPLES = 64  # that layers are skipped for

@@ -1,1 +1,5 @@
 """From representations to tables: quality of layers, similarity and evidence of pairs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

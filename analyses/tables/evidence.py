@@ -23,20 +23,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features, Floats
-from layerprobe.analyses.measures.jackknife import (
+from layerprobe.analyses.measures import (
     Estimate,
+    Features,
+    Floats,
     cka_estimates,
     cknna_estimates,
     effective_rank_estimate,
     lidar_estimate,
     mean_estimate,
+    missed_by_sample,
+    neighbour_graph,
     ratio_estimate,
+    shared_basis,
+    spatial_contrast,
     stacked,
 )
-from layerprobe.analyses.measures.neighbor_graphs import neighbour_graph
-from layerprobe.analyses.measures.recoverability import missed_by_sample, shared_basis
-from layerprobe.analyses.measures.spatial import spatial_contrast
 from layerprobe.analyses.tables.measurements import (
     KNN,
     NUM_NEIGHBOURS,
@@ -47,9 +49,7 @@ from layerprobe.analyses.tables.measurements import (
     Representation,
 )
 from layerprobe.analyses.tables.quality import MAX_RANK, MODEL
-from layerprobe.extraction.ablation import LOSS_INCREASE, VELOCITY_CHANGE
-from layerprobe.extraction.evidence import pair_layers
-from layerprobe.extraction.features import FeatureStore
+from layerprobe.extraction import LOSS_INCREASE, VELOCITY_CHANGE, FeatureStore, pair_layers
 from layerprobe.files import write_text
 
 TEACHER_PROBE, PROBE_GAP, KNN_GAP = "teacher probe accuracy", "probe accuracy gap", "knn accuracy gap"

@@ -14,15 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features, Floats, unusable
-from layerprobe.analyses.measures.dense_probes import dense_probe
-from layerprobe.analyses.measures.knn import knn_accuracy
-from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES, ProbeResult, linear_probe
-from layerprobe.analyses.measures.spatial import spatial_structure
-from layerprobe.analyses.measures.spectrum import lidar, spectrum
-from layerprobe.data.samples import MISSING
-from layerprobe.data.splits import known_labels
-from layerprobe.extraction.features import SPLITS, FeatureStore
+from layerprobe.analyses.measures import (
+    INVERSE_PENALTIES,
+    Features,
+    Floats,
+    ProbeResult,
+    dense_probe,
+    knn_accuracy,
+    lidar,
+    linear_probe,
+    spatial_structure,
+    spectrum,
+    unusable,
+)
+from layerprobe.data import MISSING, known_labels
+from layerprobe.extraction import SPLITS, FeatureStore
 
 PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
 _PROBE_OF = f"{PROBE} of "

@@ -15,10 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.cka import cka_matrix
-from layerprobe.analyses.measures.parallel import in_parallel
-from layerprobe.analyses.measures.recoverability import TokenMoments, recoverability, shared_basis
+from layerprobe.analyses.measures import Floats, TokenMoments, cka_matrix, in_parallel, recoverability, shared_basis
 from layerprobe.analyses.tables.csv_files import read_table
 from layerprobe.analyses.tables.measurements import ANALYSES, RANK, Analysis, Measurement, Representation
 from layerprobe.analyses.tables.similarity import (
@@ -28,8 +25,8 @@ from layerprobe.analyses.tables.similarity import (
     similarities,
     similarity_table,
 )
-from layerprobe.data.splits import check_probed
-from layerprobe.extraction.features import SPLITS, FeatureStore
+from layerprobe.data import check_probed
+from layerprobe.extraction import SPLITS, FeatureStore
 
 MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
 QUALITY_COLUMNS = (

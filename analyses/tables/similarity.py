@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.cka import cka_matrix
-from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbour_graph
-from layerprobe.analyses.measures.parallel import in_parallel
+from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel, mutual_knn, neighbour_graph
 from layerprobe.analyses.tables.csv_files import read_table
 from layerprobe.analyses.tables.measurements import NUM_NEIGHBOURS
-from layerprobe.extraction.features import FeatureStore
+from layerprobe.extraction import FeatureStore
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
 

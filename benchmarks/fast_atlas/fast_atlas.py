@@ -32,25 +32,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, Arm
-from layerprobe.analyses.experiments.confirmation import run_folder
-from layerprobe.analyses.experiments.evaluation import Scorer
-from layerprobe.analyses.experiments.pair_sweep import AtlasPlan, all_pairs, branch_scores, table
-from layerprobe.analyses.generation.extractors import classifier_extractor
-from layerprobe.analyses.runs import data as runs
-from layerprobe.analyses.runs.pair_sweep import AtlasStart, atlas_start
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import SiT, SiTConfig, fresh_sit, network_record
+from layerprobe.analyses.experiments import (
+    BASELINE,
+    FRECHET,
+    Arm,
+    AtlasPlan,
+    Scorer,
+    all_pairs,
+    branch_scores,
+    run_folder,
+    table,
+)
+from layerprobe.analyses.generation import classifier_extractor
+from layerprobe.analyses.runs import AtlasStart, atlas_start, load_splits
+from layerprobe.backbones import Backbone, SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.capture import real_tokens
-from layerprobe.data.samples import Samples, Splits
+from layerprobe.data import Samples, Splits
 from layerprobe.files import claim, write_text
-from layerprobe.layersync.loss import LayerSync
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.schedules import LinearPath
-from layerprobe.training.batches import TrainingBatch, noise_levels
-from layerprobe.training.losses import prediction_loss
-from layerprobe.training.plan import TrainingPlan
+from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.noise import LinearPath, NoiseKey
+from layerprobe.training import TrainingBatch, TrainingPlan, noise_levels, prediction_loss
 
 Array = NDArray[Any]
 AHEAD = 500  # steps whose batches are made at a time
@@ -61,7 +62,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-s
 def main() -> None:
     options = parsed()
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
-    splits = runs.load_splits(options.data, {name: value for name, value in reading.items() if value is not None})[0]
+    splits = load_splits(options.data, {name: value for name, value in reading.items() if value is not None})[0]
     start = atlas_start(
         options.start,
         steps=options.steps,

@@ -34,11 +34,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from layerprobe.analyses.experiments.arms import FRECHET
-from layerprobe.analyses.experiments.pair_sweep import read_atlas
-from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.tables.evidence import DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, read_evidence
-from layerprobe.layersync.pair import LayerPair, depth_heuristic
+from layerprobe.analyses.experiments import FRECHET, read_atlas
+from layerprobe.analyses.measures import Floats
+from layerprobe.analyses.tables import DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, read_evidence
+from layerprobe.layersync import LayerPair, depth_heuristic
 
 DEPTHS = (STUDENT_DEPTH, TEACHER_DEPTH, DISTANCE)
 CONFIDENCE = 0.95

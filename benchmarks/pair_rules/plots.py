@@ -13,9 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rules import Prediction, judged
 
-from layerprobe.analyses.figures.confirmation import ARM_COLOURS
-from layerprobe.analyses.figures.style import GREY, INK, PAPER, SPARE_COLOURS, WIDTH_IN, capital, styled, wrap_title
-from layerprobe.layersync.pair import LayerPair, depth_heuristic
+from layerprobe.analyses.figures import (
+    ARM_COLOURS,
+    GREY,
+    INK,
+    PAPER,
+    SPARE_COLOURS,
+    WIDTH_IN,
+    capital,
+    styled,
+    wrap_title,
+)
+from layerprobe.layersync import LayerPair, depth_heuristic
 
 MARKERS = "osD^vPX*"
 COLOURS = (ARM_COLOURS["pick"], ARM_COLOURS["depth heuristic"], ARM_COLOURS["runner-up"], *SPARE_COLOURS[:2])

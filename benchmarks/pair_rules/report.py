@@ -48,11 +48,10 @@ from rules import (
 )
 from scipy import stats
 
-from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
-from layerprobe.analyses.experiments.pair_sweep import read_atlas
-from layerprobe.analyses.figures.style import save
-from layerprobe.analyses.selection.ranking import RULE
-from layerprobe.analyses.tables.evidence import CKA, RECOVERABILITY
+from layerprobe.analyses.experiments import FRECHET, HELD_OUT, read_atlas
+from layerprobe.analyses.figures import save
+from layerprobe.analyses.selection import RULE
+from layerprobe.analyses.tables import CKA, RECOVERABILITY
 
 CHOSEN = "chosen among these"
 

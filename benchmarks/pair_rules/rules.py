@@ -22,10 +22,8 @@ from cases import CONFIDENCE, Case, by_model, rank_correlation, worth
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.jackknife import Z95
-from layerprobe.analyses.selection.pair_means import standard_ranks
-from layerprobe.analyses.selection.ranking import Calibration, Rule, rank_pairs
+from layerprobe.analyses.measures import Z95, Floats
+from layerprobe.analyses.selection import Calibration, Rule, rank_pairs, standard_ranks
 
 # ---------------------------------------------------------------------------------------------------------------- rules
 

@@ -47,11 +47,10 @@ from rules import (
 )
 from scipy import stats
 
-from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
-from layerprobe.analyses.experiments.pair_sweep import COLUMNS
-from layerprobe.analyses.selection.ranking import RULE, Calibration, Rule, rank_pairs
-from layerprobe.analyses.tables.evidence import CKA, EVIDENCE_COLUMNS, PROBE_GAP, TEACHER_PROBE
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.analyses.experiments import COLUMNS, FRECHET, HELD_OUT
+from layerprobe.analyses.selection import RULE, Calibration, Rule, rank_pairs
+from layerprobe.analyses.tables import CKA, EVIDENCE_COLUMNS, PROBE_GAP, TEACHER_PROBE
+from layerprobe.layersync import LayerPair
 
 Floats = NDArray[np.float64]
 DOCS = Path(__file__).parents[1] / "docs" / "atlas"

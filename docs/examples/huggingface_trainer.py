@@ -8,7 +8,7 @@ from plain_loop import Denoiser, digits, flow_matching_loss
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync import LayerSync
 
 
 class AlignedTrainer(Trainer):

@@ -11,7 +11,7 @@ from plain_loop import PAIRS, Denoiser, digits, flow_matching_loss
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync import LayerSync
 
 
 class Model(lightning.LightningModule):

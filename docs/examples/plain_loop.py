@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprobe.data.sources import load
-from layerprobe.layersync.loss import LayerSync
+from layerprobe.data import load
+from layerprobe.layersync import LayerSync
 
 PAIRS = [("blocks.1", "blocks.4")]  # (student, teacher), named as in the module
 ACCUMULATE = 2

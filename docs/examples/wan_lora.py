@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprobe.layersync.loss import LayerSync
+from layerprobe.layersync import LayerSync
 
 PAIRS = [("blocks.8", "blocks.16")]
 SHIFT = 5.0  # Wan's flow shift: more of the high noise levels

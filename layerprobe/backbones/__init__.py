@@ -1,1 +1,5 @@
 """Backbones: one adapter per model family, all speaking the same noise axis and velocity convention."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

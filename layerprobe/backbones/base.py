@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture import as_tokens, capture, match_layers
-from layerprobe.noise.predictions import PREDICTIONS, Prediction, convert
-from layerprobe.noise.schedules import NoiseSchedule, schedule_from_name
+from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
 
 Forward = Callable[..., Tensor]
 

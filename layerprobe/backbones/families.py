@@ -24,8 +24,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.lightningdit import LightningDiT, lightningdit_backbone
 from layerprobe.backbones.mdm import build_mdm, recognise_mdm
 from layerprobe.backbones.sit import SiT, sit_backbone
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import GVP, VP, NoiseSchedule, schedule_from_name
+from layerprobe.noise import GVP, VP, NoiseSchedule, Prediction, schedule_from_name
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 SD_LATENTS = "latents of Stable Diffusion's VAE x 0.18215"

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from layerprobe.backbones import sit
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import LinearPath, NoiseSchedule
+from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
 # Of the sizes that SiT has not: width and heads of the models of 1.0 and 1.6 billion weights.
 WIDE_HEADS = {1536: 24, 1792: 28}

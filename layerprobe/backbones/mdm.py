@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.capture import as_tokens
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import DDPM, NoiseSchedule, schedule_from_name
+from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 
 # The official code has no option for the heads, and none for the frames of its data sets beyond these.
 NUM_HEADS = 4

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.capture import real_tokens
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import LinearPath, NoiseSchedule
+from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
 # name: (depth, hidden size, heads); Table 1 of DiT.
 PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.data.samples import Batch, Samples
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.predictions import Prediction, convert
-from layerprobe.noise.schedules import DDPM_BETAS, schedule_from_name
+from layerprobe.data import Batch, Samples
+from layerprobe.noise import DDPM_BETAS, NoiseKey, Prediction, convert, schedule_from_name
 
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
 # What the field trains, by the names of the command line.

@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.diffusers.opening import is_diffusers, open_diffusers
-from layerprobe.backbones.families import FAMILIES, build, recognise
-from layerprobe.backbones.sit import SiT, SiTConfig, sit_backbone
+from layerprobe.backbones import (
+    FAMILIES,
+    Backbone,
+    SiT,
+    SiTConfig,
+    build,
+    is_diffusers,
+    layer_shapes,
+    open_diffusers,
+    recognise,
+    sit_backbone,
+)
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import first_line, refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import NoiseSchedule, schedule_from_config
+from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 
 EMBEDDED = "digits"
 # What may be said of each kind of checkpoint besides its path; all else would have no effect.

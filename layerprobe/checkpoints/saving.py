@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.sit import SiT
+from layerprobe.backbones import Backbone, SiT
 from layerprobe.checkpoints.formats import METADATA_KEY
 
 

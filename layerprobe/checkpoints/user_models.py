@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones import Backbone, wrap
 from layerprobe.capture import match_layers
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import NoiseSchedule
+from layerprobe.noise import NoiseSchedule, Prediction
 
 
 def import_object(spec: str, option: str) -> Any:

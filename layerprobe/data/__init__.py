@@ -1,8 +1,5 @@
 """Data sets as Samples: tensors in about [-1, 1], labels where known, and an id that never changes."""
 
-from __future__ import annotations
+import lazy_loader
 
-from layerprobe.data.samples import Batch, Samples, Splits, Subset, TensorSamples
-from layerprobe.data.sources import load
-
-__all__ = ["Batch", "Samples", "Splits", "Subset", "TensorSamples", "load"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -22,7 +22,7 @@ from layerprobe.data.sequences.motion import MotionDecoder
 from layerprobe.data.sequences.skeleton import MAX_CLIPS, Skeleton, find_skeleton
 from layerprobe.data.sequences.video import VideoDecoder
 from layerprobe.files import needed
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise import NoiseKey
 
 Positions = NDArray[np.float64]
 

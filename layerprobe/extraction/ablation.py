@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating, find_layer
-from layerprobe.data.samples import Samples
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.predictions import target
+from layerprobe.data import Samples
+from layerprobe.noise import NoiseKey, target
 
 VELOCITY_CHANGE, LOSS_INCREASE = "velocity change when skipped", "loss increase when skipped"
 

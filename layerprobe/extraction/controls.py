@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones import Backbone, wrap
 
 # Raw inputs wider than this are averaged over neighbouring pixels, so that the control stays cheap on large inputs.
 RAW_INPUT_WIDTH = 1024

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT
-from layerprobe.data.samples import Samples, Splits, Subset
+from layerprobe.data import Samples, Splits, Subset
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
 from layerprobe.extraction.forward import extract
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe import __version__
-from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.capture import capture, evaluating, real_tokens
-from layerprobe.checkpoints.saving import weights_hash
-from layerprobe.data.samples import Batch, Samples, Splits, content_hash, joined
+from layerprobe.checkpoints import weights_hash
+from layerprobe.data import Batch, Samples, Splits, content_hash, joined
 from layerprobe.extraction.features import (
     SPLITS,
     ExtractionPlan,
@@ -32,7 +32,7 @@ from layerprobe.extraction.features import (
     write_tensors,
 )
 from layerprobe.extraction.tokens import pool_tokens, token_grid
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise import NoiseKey
 
 Progress = Callable[[int, int], None]
 

@@ -1,1 +1,5 @@
 """The regularizer that lets a layer of a network learn from a later one."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

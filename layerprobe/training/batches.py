@@ -17,10 +17,9 @@ import torch
 from scipy.special import expit, ndtri
 from torch import Tensor
 
-from layerprobe.backbones.base import Backbone
-from layerprobe.data.samples import Batch, Samples
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.predictions import time_range
+from layerprobe.backbones import Backbone
+from layerprobe.data import Batch, Samples
+from layerprobe.noise import NoiseKey, time_range
 
 if TYPE_CHECKING:
     from layerprobe.training.plan import TrainingPlan

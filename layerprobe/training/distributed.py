@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating
 
 T = TypeVar("T")

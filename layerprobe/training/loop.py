@@ -21,16 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.capture import evaluating, real_tokens
-from layerprobe.checkpoints.opening import training_record
-from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
-from layerprobe.data.rendering import rendering_of
-from layerprobe.data.samples import Samples, content_hash
-from layerprobe.extraction.tokens import token_grid
+from layerprobe.checkpoints import save_checkpoint, training_record, weights_hash
+from layerprobe.data import Samples, content_hash, rendering_of
+from layerprobe.extraction import token_grid
 from layerprobe.files import claim
-from layerprobe.layersync.loss import LayerSync
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
 from layerprobe.training.distributed import (
     Ranks,

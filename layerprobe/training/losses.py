@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerprobe.backbones.base import Backbone
+from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.data.samples import Batch, Samples
-from layerprobe.noise.keyed import NoiseKey
-from layerprobe.noise.predictions import END, error_weight, target
+from layerprobe.data import Batch, Samples
+from layerprobe.noise import END, NoiseKey, error_weight, target
 from layerprobe.training.batches import TrainingBatch
 from layerprobe.training.plan import LossWeighting
 

@@ -7,9 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from layerprobe.layersync.loss import WEIGHT
-from layerprobe.layersync.options import SyncOptions
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
 
 TimeSampling = Literal["uniform", "logit-normal"]
 LossWeighting = Literal["none", "min-snr", "velocity", "likelihood"]

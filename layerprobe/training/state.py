@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.files import whole, write_text
-from layerprobe.layersync.loss import LayerSync
-from layerprobe.layersync.pair import LayerPair
+from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.training.distributed import Ranks, gathered, local, placed
 
 

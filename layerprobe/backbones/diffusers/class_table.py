@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture import as_tokens
-from layerprobe.noise.predictions import Prediction
+from layerprobe.noise import Prediction
 
 Config = Any
 Shape = tuple[int, ...]

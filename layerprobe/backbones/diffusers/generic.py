@@ -14,7 +14,7 @@ from layerprobe.backbones.diffusers.class_table import Config, Family, Shape, Te
 from layerprobe.backbones.diffusers.folders import first_line
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.capture import as_tokens
-from layerprobe.noise.schedules import NoiseSchedule
+from layerprobe.noise import NoiseSchedule
 
 # --- Classes without an entry of their own
 

@@ -26,8 +26,7 @@ from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
 from layerprobe.backbones.diffusers.weights import load_denoiser
 from layerprobe.capture import match_layers
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import NoiseSchedule
+from layerprobe.noise import NoiseSchedule, Prediction
 
 MAX_VALUES = 2**31  # beyond it a configuration is damaged, or wants to exhaust the machine
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from layerprobe.backbones.diffusers.class_table import Family
 from layerprobe.backbones.diffusers.folders import MAX_STEPS, ModelFolder, exported_class, first_line, read_json
 from layerprobe.backbones.diffusers.weights import quiet_libraries
-from layerprobe.noise.predictions import Prediction
-from layerprobe.noise.schedules import DDPM, EDM, LinearPath, NoiseSchedule, schedule_from_name
+from layerprobe.noise import DDPM, EDM, LinearPath, NoiseSchedule, Prediction, schedule_from_name
 
 PREDICTION_TYPES: dict[str, Prediction] = {
     "epsilon": "eps",

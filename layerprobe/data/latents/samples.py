@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise import NoiseKey
 
 Format = Literal["vae-sd", "lightningdit", "fast-dit"]
 # What Stable Diffusion's autoencoder is scaled by, which REPA's training does on the fly and fast-DiT's did on disk.

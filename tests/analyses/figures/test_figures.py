@@ -358,7 +358,7 @@ def test_samples_are_the_pixels() -> None:
         (lambda: image_grid.sample_grid(np.full((2, 1, 8, 8), np.nan)), "2 of 2 samples contain nan"),
         (lambda: image_grid.sample_grid(np.zeros((2, 1, 8, 8)), ["a"]), "2 samples but 1 labels"),
         (lambda: image_grid.sample_grid(np.zeros((2, 1, 8, 8)), columns=0), "columns is 0"),
-        (lambda: style.save(Figure(), "unused", "../elsewhere"), "not a plain file name"),
+        (lambda: style.save_figure(Figure(), "unused", "../elsewhere"), "not a plain file name"),
     ],
 )
 def test_errors_are_one_line_with_a_cure(call: Any, message: str) -> None:
@@ -373,10 +373,10 @@ def test_errors_are_one_line_with_a_cure(call: Any, message: str) -> None:
 def test_files_are_the_same_bytes_whatever_the_caller_has_set(tmp_path: Path) -> None:
     table = similarity_table(BLOCKS[:3], (0.1, 0.3))  # without care, the layout of this figure moves with every drawing
     first = cka.cka_heatmap(table)
-    paths = style.save(first, tmp_path / "new" / "folder", "cka")
+    paths = style.save_figure(first, tmp_path / "new" / "folder", "cka")
     before = [path.read_bytes() for path in paths]
     assert [path.name for path in paths] == ["cka.png", "cka.svg"]
-    assert [path.read_bytes() for path in style.save(first, tmp_path, "again")] == before
+    assert [path.read_bytes() for path in style.save_figure(first, tmp_path, "again")] == before
     with mpl.rc_context({"font.size": 30, "svg.fonttype": "path", "savefig.dpi": 30, "xtick.direction": "in"}):
         settings = dict(mpl.rcParams)
         assert style.to_svg(cka.cka_heatmap(table)).encode() == before[1]
@@ -387,7 +387,7 @@ def test_files_are_the_same_bytes_whatever_the_caller_has_set(tmp_path: Path) ->
 
 
 def test_svg_has_text_as_text_cells_as_pixels_and_no_date(tmp_path: Path) -> None:
-    _, path = style.save(cka.cka_heatmap(similarity_table()), tmp_path, "cka")
+    _, path = style.save_figure(cka.cka_heatmap(similarity_table()), tmp_path, "cka")
     svg = path.read_text(encoding="utf-8")
     assert re.search(r"<text [^>]*>All 24 representations</text>", svg)
     assert svg.count("<image") >= 2

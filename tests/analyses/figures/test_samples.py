@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from layerprobe.analyses.figures.samples import FILM_COLUMNS, FILM_SIDE, FRAMES, POSES, SIDE_COLOURS, film, strip
-from layerprobe.analyses.figures.style import save
+from layerprobe.analyses.figures.style import save_figure
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
 from layerprobe.data.sequences.items import Normalisation
@@ -91,7 +91,7 @@ def test_only_what_is_real_is_drawn(tmp_path: Path) -> None:
     np.testing.assert_array_equal(poses(cut), poses(whole))
     assert cut.axes[0].get_title(loc="left") == "a (12 frames)"
     assert strip(x, replace(rendering, rate=10.0), ["a"], mask=mask).axes[0].get_title(loc="left") == "a (1.2 s)"
-    png, svg = save(cut, tmp_path, "walk")
+    png, svg = save_figure(cut, tmp_path, "walk")
     assert png.stat().st_size > 5000
     assert "a (12 frames)" in svg.read_text()
 

@@ -105,7 +105,7 @@ def probed(num_layers: int = 8) -> pd.DataFrame:
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "first run", quality_table(levels=LEVELS), BLOCKS)
     confirm_run(folder)
-    style.save(image_grid.sample_grid(np.zeros((2, 1, 4, 4)), ["0", "1"]), folder / "figures", "samples")
+    style.save_figure(image_grid.sample_grid(np.zeros((2, 1, 4, 4)), ["0", "1"]), folder / "figures", "samples")
     write_report(folder)
     return folder
 

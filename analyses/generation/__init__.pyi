@@ -1,0 +1,13 @@
+from .distances import frechet_distance as frechet_distance
+from .distances import gaussian as gaussian
+from .encoders import open_encoder as open_encoder
+from .extractors import Extractor as Extractor
+from .extractors import all_features as all_features
+from .extractors import classifier_extractor as classifier_extractor
+from .extractors import embedded_extractor as embedded_extractor
+from .extractors import sample_features as sample_features
+from .scores import FEWEST_SAMPLES as FEWEST_SAMPLES
+from .scores import METRICS as METRICS
+from .scores import Score as Score
+from .scores import check_metrics as check_metrics
+from .scores import score_features as score_features

@@ -1,0 +1,10 @@
+from .pair_means import standard_ranks as standard_ranks
+from .ranking import HYPOTHESIS as HYPOTHESIS
+from .ranking import RULE as RULE
+from .ranking import Calibration as Calibration
+from .ranking import Rule as Rule
+from .ranking import Selection as Selection
+from .ranking import cautions as cautions
+from .ranking import rank_pairs as rank_pairs
+from .recommendations import answers as answers
+from .while_training import AutoPick as AutoPick

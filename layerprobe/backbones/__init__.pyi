@@ -1,0 +1,16 @@
+from .base import Backbone as Backbone
+from .base import alignable_layers as alignable_layers
+from .base import layer_shapes as layer_shapes
+from .base import wrap as wrap
+from .diffusers.opening import is_diffusers as is_diffusers
+from .diffusers.opening import open_diffusers as open_diffusers
+from .families import FAMILIES as FAMILIES
+from .families import build as build
+from .families import recognise as recognise
+from .sit import SMALL_PRESETS as SMALL_PRESETS
+from .sit import SiT as SiT
+from .sit import SiTConfig as SiTConfig
+from .sit import fresh_sit as fresh_sit
+from .sit import network_record as network_record
+from .sit import new_sit as new_sit
+from .sit import sit_backbone as sit_backbone

@@ -1,0 +1,11 @@
+from .convention import ConventionCheck as ConventionCheck
+from .convention import check_convention as check_convention
+from .conversion import convert as convert
+from .opening import describe_checkpoint as describe_checkpoint
+from .opening import open_checkpoint as open_checkpoint
+from .opening import resolve_device as resolve_device
+from .opening import training_record as training_record
+from .saving import save_checkpoint as save_checkpoint
+from .saving import weights_hash as weights_hash
+from .user_models import import_object as import_object
+from .weight_sets import read_weights as read_weights

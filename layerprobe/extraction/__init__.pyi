@@ -1,0 +1,14 @@
+from .ablation import LOSS_INCREASE as LOSS_INCREASE
+from .ablation import VELOCITY_CHANGE as VELOCITY_CHANGE
+from .ablation import contribution as contribution
+from .controls import RAW_INPUT_WIDTH as RAW_INPUT_WIDTH
+from .controls import random_weights as random_weights
+from .controls import raw_input as raw_input
+from .controls import raw_pool_cells as raw_pool_cells
+from .evidence import extract_evidence as extract_evidence
+from .evidence import pair_layers as pair_layers
+from .features import SPLITS as SPLITS
+from .features import ExtractionPlan as ExtractionPlan
+from .features import FeatureStore as FeatureStore
+from .forward import extract as extract
+from .tokens import token_grid as token_grid

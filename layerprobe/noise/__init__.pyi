@@ -1,0 +1,17 @@
+from .keyed import NoiseKey as NoiseKey
+from .predictions import END as END
+from .predictions import PREDICTIONS as PREDICTIONS
+from .predictions import Prediction as Prediction
+from .predictions import convert as convert
+from .predictions import error_weight as error_weight
+from .predictions import target as target
+from .predictions import time_range as time_range
+from .schedules import DDPM as DDPM
+from .schedules import DDPM_BETAS as DDPM_BETAS
+from .schedules import EDM as EDM
+from .schedules import GVP as GVP
+from .schedules import VP as VP
+from .schedules import LinearPath as LinearPath
+from .schedules import NoiseSchedule as NoiseSchedule
+from .schedules import schedule_from_config as schedule_from_config
+from .schedules import schedule_from_name as schedule_from_name
