@@ -22,7 +22,7 @@ UNET = Path(__file__).parents[1] / "tests" / "ddpm_unet.py"
 
 def digits_store(folder: Path) -> FeatureStore:
     """8 blocks at 6 noise levels, 2 x 2 cells of 64 channels; 1797 samples with 3 noise draws each."""
-    # No level 0: there all draws are the same, and exact duplicates have neighbours in no particular order.
+    # No level 0: there all draws are the same, and exact duplicates have neighbors in no particular order.
     backbone = open_checkpoint("digits", device="cpu")
     return extract(backbone, digits(), ExtractionPlan(backbone.layers, LEVELS, draws=3, pool_cells=2), folder)
 
@@ -44,7 +44,7 @@ def ddpm_store(folder: Path, checkpoint: Path, data: Path) -> FeatureStore:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="a feature store; without it the digits checkpoint is read")
-    parser.add_argument("--standardise", action="store_true", help="every channel to mean 0 and variance 1")
+    parser.add_argument("--standardize", action="store_true", help="every channel to mean 0 and variance 1")
 
 
 def representations(options: argparse.Namespace, num: int, n: int) -> list[np.ndarray]:
@@ -55,11 +55,11 @@ def representations(options: argparse.Namespace, num: int, n: int) -> list[np.nd
         xs = []
         for layer, level in keys[:num]:
             x = np.concatenate([store.features(layer, level, draw=draw) for draw in range(store.draws)])[:n]
-            xs.append((x - x.mean(0)) / np.maximum(x.std(0), 1e-12) if options.standardise else x)
+            xs.append((x - x.mean(0)) / np.maximum(x.std(0), 1e-12) if options.standardize else x)
     print(
         f"{len(xs)} representations of {store.manifest['model']}, "
         f"{len(xs[0])} samples, {min(x.shape[1] for x in xs)} to {max(x.shape[1] for x in xs)} wide, "
-        f"{'standardised' if options.standardise else 'raw'}"
+        f"{'standardized' if options.standardize else 'raw'}"
     )
     return xs
 

@@ -1,6 +1,6 @@
 """A map of linear probes, 48 representations x 10 penalties, against scikit-learn at the same optimum.
 
-python benchmarks/probes.py STORE [--checkpoint C --data D]   # the map, raw and standardised
+python benchmarks/probes.py STORE [--checkpoint C --data D]   # the map, raw and standardized
 python benchmarks/probes.py STORE --single                    # one problem at a time, 110 to 10 000 samples
 
 STORE is a folder for the features of a checkpoint, made at the first call: six stages of a DDPM on MNIST at eight
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--checkpoint", type=Path, default=SHARED / "checkpoints" / "ddpm_mnist.pt")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "mnist")
-    parser.add_argument("--form", choices=("raw", "standardised", "both"), default="both")
+    parser.add_argument("--form", choices=("raw", "standardized", "both"), default="both")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--single", action="store_true")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
     fit = np.flatnonzero(store.splits == "train")[: options.samples]
     y = store.labels[fit]
     keys = [(layer, level) for layer in store.layers for level in store.noise_levels]
-    for form in ("raw", "standardised") if options.form == "both" else (options.form,):
+    for form in ("raw", "standardized") if options.form == "both" else (options.form,):
         xs = [prepared(store.features(*key)[fit], form) for key in keys]
         widths = f"{min(x.shape[1] for x in xs)} to {max(x.shape[1] for x in xs)} wide"
         print(f"\n{form}: {len(xs)} representations, {len(y)} samples, {widths}, {os.cpu_count()} cores", flush=True)

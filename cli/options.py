@@ -102,7 +102,7 @@ OPENING = {
 # How a data set is read.
 READING = {
     "size": Annotated[int | None, typer.Option(help="Resize images to this many pixels square.")],
-    "channels": Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour).")],
+    "channels": Annotated[int | None, typer.Option(help="1 (gray) or 3 (color).")],
     "split": Annotated[str | None, typer.Option(help="The only part of the data to read.")],
     "image_column": Annotated[str | None, typer.Option(help="Where the images are.")],
     "modality": Annotated[str | None, typer.Option(help="image, audio, motion or video, where unclear.")],
@@ -160,8 +160,8 @@ SYNC = {
     "sync_noise_range": Annotated[
         str | None, flag(ALIGNMENT, "Noise levels of the samples that are aligned: 0.2,0.8.")
     ],
-    "sync_centred": (
-        Annotated[bool, flag(ALIGNMENT, "Subtract the mean token before the cosine.", "--sync-centred")],
+    "sync_centered": (
+        Annotated[bool, flag(ALIGNMENT, "Subtract the mean token before the cosine.", "--sync-centered")],
         False,
     ),
     "sync_projector_width": Annotated[

@@ -28,7 +28,7 @@ def score(
         typer.Option(help="A transformers folder, a TorchScript file or file.py:function; else one is trained here."),
     ] = None,
     metrics: Annotated[str, typer.Option(help="Comma-separated.")] = "frechet,kernel,precision,recall,density,coverage",
-    neighbours: Annotated[int, typer.Option(min=1, help="k of precision, recall, density and coverage.")] = 5,
+    neighbors: Annotated[int, typer.Option(min=1, help="k of precision, recall, density and coverage.")] = 5,
     num_test: Annotated[
         int | None, typer.Option(help="Samples of the test split to compare with; all where not given.")
     ] = None,
@@ -54,7 +54,7 @@ def score(
     reading = options.located_vae(reading)
     generated, splits = open_comparison(samples, data, reading, num_test=num_test)
     given = None if extractor is None else open_encoder(extractor, option="--extractor", device=resolve_device(device))
-    record = {"samples": str(samples), "data": data, "metrics": names, "neighbours": neighbours, "seed": seed}
+    record = {"samples": str(samples), "data": data, "metrics": names, "neighbors": neighbors, "seed": seed}
     if dry_run:
         record |= {"num_samples": len(generated), "num_reference": len(splits.test)}
         record |= {"extractor": given.name if given else "trained on the data"}
@@ -62,7 +62,7 @@ def score(
         return
     with progress_bar() as progress:
         scores, warnings = score_run(
-            generated, splits, reading, extractor=given, metrics=names, k=neighbours, seed=seed, progress=progress
+            generated, splits, reading, extractor=given, metrics=names, k=neighbors, seed=seed, progress=progress
         )
     record |= {"extractor": scores[0].extractor, "scores": [asdict(s) for s in scores], "warnings": list(warnings)}
     if out is not None:

@@ -1,7 +1,7 @@
 """Reading what layers compute, without touching the network.
 
 A layer is named as in the module, `blocks.3.attn`, and stands for what it gives out; `blocks.3.attn:input` is what goes
-into it, which for a pre-normalised block is the normed and modulated stream.
+into it, which for a pre-normalized block is the normed and modulated stream.
 """
 
 from __future__ import annotations

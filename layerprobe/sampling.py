@@ -266,7 +266,7 @@ def integrate_adaptively(
 ) -> Tensor:
     """Integrates dy = velocity dlevel by dopri5 with steps that each sample chooses for itself.
 
-    One step for the whole batch would make a sample depend on its neighbours. So every sample has its own noise level
+    One step for the whole batch would make a sample depend on its neighbors. So every sample has its own noise level
     and its own step, and leaves the batch when it has arrived; the last step is the Euler step of `integrate`.
     `filled`, shape (B,), is the share of each sample that is no padding, in which there is no error to speak of.
 

@@ -92,7 +92,7 @@ def test_wan_lora_trains_and_saves_nothing_but_the_adapter(tmp_path: Path, capsy
 
 
 def test_wan_lora_gradients_reach_the_student_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    """The regulariser by itself: blocks up to the student are pulled, those after it, so the teacher, are not."""
+    """The regularizer by itself: blocks up to the student are pulled, those after it, so the teacher, are not."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from layerprobe.layersync.loss import LayerSync

@@ -26,12 +26,12 @@ def test_text_is_written_and_replaced(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == ["a.json"]
 
 
-def test_a_file_may_be_read_by_those_who_may_read_its_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "neighbour").touch()
+def test_a_file_may_be_read_by_those_who_may_read_its_neighbors(tmp_path: Path) -> None:
+    (tmp_path / "neighbor").touch()
     with whole(tmp_path / "a") as partial:
         partial.write_text("x")
         partial.chmod(0o600)  # as safetensors does
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "neighbor").stat().st_mode
 
 
 def test_two_processes_may_write_one_file(tmp_path: Path) -> None:

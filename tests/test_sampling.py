@@ -123,7 +123,7 @@ def test_dopri5_keeps_to_its_tolerance(name: str) -> None:
 
 
 def test_dopri5_takes_steps_for_each_sample_by_itself() -> None:
-    """A sample that needs thousands of steps leaves its neighbours' bits and number of steps as they were."""
+    """A sample that needs thousands of steps leaves its neighbors' bits and number of steps as they were."""
     asked: dict[int, int] = {}
 
     def velocity(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
@@ -248,18 +248,18 @@ def test_samples_follow_the_exact_flow_in_every_convention(
 # --- the SDE
 
 COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
-CENTRE = torch.tensor([0.7, -0.4], dtype=torch.float64)
+CENTER = torch.tensor([0.7, -0.4], dtype=torch.float64)
 
 
 def correlated_backbone(schedule: NoiseSchedule) -> Backbone:
-    """The perfect network for two channels from N(CENTRE, COVARIANCE) at every pixel."""
+    """The perfect network for two channels from N(CENTER, COVARIANCE) at every pixel."""
 
     def forward(module: nn.Module, x_t: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         at = schedule.noise_level(time.double())[0]
         alpha, sigma = schedule.alpha(at), schedule.sigma(at)
         of_x_t = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
-        missed = of_x_t @ (x_t.double().flatten(2) - alpha * CENTRE[:, None])
-        return (CENTRE[:, None] + alpha * COVARIANCE @ missed).view_as(x_t).to(x_t.dtype)
+        missed = of_x_t @ (x_t.double().flatten(2) - alpha * CENTER[:, None])
+        return (CENTER[:, None] + alpha * COVARIANCE @ missed).view_as(x_t).to(x_t.dtype)
 
     return wrap(
         nn.Sequential(nn.Identity()), layers="0", schedule=schedule, prediction="x0", shape=(2, 8, 8), forward=forward
@@ -281,7 +281,7 @@ def test_the_sde_gives_the_mean_and_covariance_of_the_data(name: str, options: d
     )
     x = sample(correlated_backbone(SCHEDULES[name]), range(60), plan=plan).double().permute(1, 0, 2, 3).flatten(1)
     # Four standard errors of 3840 pairs, and a few per cent for 100 steps.
-    torch.testing.assert_close(x.mean(1), CENTRE, rtol=0, atol=0.03 + 4 * math.sqrt(0.5 / 3840))
+    torch.testing.assert_close(x.mean(1), CENTER, rtol=0, atol=0.03 + 4 * math.sqrt(0.5 / 3840))
     torch.testing.assert_close(torch.cov(x), COVARIANCE, rtol=0, atol=0.02 + 4 * 0.5 * math.sqrt(2 / 3840))
 
 

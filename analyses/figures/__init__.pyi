@@ -1,5 +1,5 @@
 from .cka import cka_heatmap as cka_heatmap
-from .confirmation import ARM_COLOURS as ARM_COLOURS
+from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import CONFIRMATION_COLUMNS as CONFIRMATION_COLUMNS
 from .confirmation import confirmation_curves as confirmation_curves
 from .image_grid import sample_grid as sample_grid
@@ -11,10 +11,10 @@ from .quality import metric_panels as metric_panels
 from .quality import quality_heatmap as quality_heatmap
 from .samples import film as film
 from .samples import strip as strip
-from .style import GREY as GREY
+from .style import GRAY as GRAY
 from .style import INK as INK
 from .style import PAPER as PAPER
-from .style import SPARE_COLOURS as SPARE_COLOURS
+from .style import SPARE_COLORS as SPARE_COLORS
 from .style import WIDTH_IN as WIDTH_IN
 from .style import capital as capital
 from .style import save_figure as save_figure

@@ -115,14 +115,14 @@ def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], sid
     for i in range(1, len(levels)):
         axes.axhline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
         axes.axvline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
-    centres = [(i + 0.5) * len(names) - 0.5 for i in range(len(levels))]
+    centers = [(i + 0.5) * len(names) - 0.5 for i in range(len(levels))]
     for side in (axes.secondary_xaxis("top"), axes.secondary_yaxis("right")):
         side.tick_params(length=0)
         side.spines[:].set_visible(False)
     side_x, side_y = axes.child_axes
-    side_x.set_xticks(centres, [f"{level:g}" for level in levels])
+    side_x.set_xticks(centers, [f"{level:g}" for level in levels])
     side_x.set_xlabel("noise level")
-    side_y.set_yticks(centres, [f"{level:g}" for level in levels])
+    side_y.set_yticks(centers, [f"{level:g}" for level in levels])
     side_y.set_ylabel("noise level")
 
 

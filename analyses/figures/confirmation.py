@@ -14,9 +14,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy import stats
 
 from layerprobe.analyses.figures.style import (
-    GREY,
+    GRAY,
     INK,
-    SPARE_COLOURS,
+    SPARE_COLORS,
     WIDTH_IN,
     Array,
     capital,
@@ -29,7 +29,7 @@ from layerprobe.analyses.figures.style import (
 )
 
 # Okabe and Ito 2008; the baseline takes the ink, so that it is black on white and white on black.
-ARM_COLOURS = {
+ARM_COLORS = {
     "no alignment": INK,
     "pick": "#0072b2",
     "first-ranked pair": "#0072b2",
@@ -99,23 +99,23 @@ def confirmation_curves(
         )
     figure = Figure(figsize=(WIDTH_IN, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1], width_ratios=[1.35, 1])
-    colours = _arm_colours(runs)
-    _draw_runs(figure.add_subplot(grid[0, :]), runs, metric, colours, _better(metric, verdict))
-    _draw_difference_over_steps(figure.add_subplot(grid[1, 0]), runs, colours)
+    colors = _arm_colors(runs)
+    _draw_runs(figure.add_subplot(grid[0, :]), runs, metric, colors, _better(metric, verdict))
+    _draw_difference_over_steps(figure.add_subplot(grid[1, 0]), runs, colors)
     told = verdict if metric == verdict.get("metric") else {}
     finals, hidden = _final_differences(runs, told), _too_small_to_find(runs, told)
-    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colours, hidden)
+    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colors, hidden)
     figure.suptitle(wrap_title(_confirmation_title(runs, finals, metric, verdict)), x=0.008, ha="left")
     return figure
 
 
-def _arm_colours(arms: Mapping[str, Any]) -> dict[str, str]:
-    taken = {ARM_COLOURS[arm] for arm in arms if arm in ARM_COLOURS}
-    spare = iter([colour for colour in SPARE_COLOURS if colour not in taken] * (1 + len(arms)))
-    return {arm: ARM_COLOURS.get(arm) or next(spare) for arm in arms}
+def _arm_colors(arms: Mapping[str, Any]) -> dict[str, str]:
+    taken = {ARM_COLORS[arm] for arm in arms if arm in ARM_COLORS}
+    spare = iter([color for color in SPARE_COLORS if color not in taken] * (1 + len(arms)))
+    return {arm: ARM_COLORS.get(arm) or next(spare) for arm in arms}
 
 
-def _draw_runs(axes: Axes, runs: Runs, metric: str, colours: Mapping[str, str], better: str) -> None:
+def _draw_runs(axes: Axes, runs: Runs, metric: str, colors: Mapping[str, str], better: str) -> None:
     values = np.concatenate([run.to_numpy(dtype=np.float64).ravel() for run in runs.values()])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 8 * values.min():
@@ -126,20 +126,20 @@ def _draw_runs(axes: Axes, runs: Runs, metric: str, colours: Mapping[str, str], 
     ends = {}
     for arm, run in runs.items():
         mean = run.mean(axis=1)
-        axes.plot(run.index, run.to_numpy(), color=colours[arm], linewidth=0.7, alpha=0.55)
-        axes.plot(mean.index, mean.to_numpy(), color=colours[arm], linewidth=2.4)
+        axes.plot(run.index, run.to_numpy(), color=colors[arm], linewidth=0.7, alpha=0.55)
+        axes.plot(mean.index, mean.to_numpy(), color=colors[arm], linewidth=2.4)
         ends[arm] = (float(mean.index[-1]), float(mean.iloc[-1]))
     final = runs["no alignment"].mean(axis=1).iloc[-1]
-    axes.axhline(final, color=GREY, linestyle=":", linewidth=1.2)
+    axes.axhline(final, color=GRAY, linestyle=":", linewidth=1.2)
     axes.set_title("Thin lines are seeds, thick lines their mean; dotted: where training without alignment ends")
     axes.set_xlabel("training step")
     axes.set_ylabel(capital(metric) + better)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.01)
-    label_ends(axes, ends, colours)
+    label_ends(axes, ends, colors)
 
 
-def _draw_difference_over_steps(axes: Axes, runs: Runs, colours: Mapping[str, str]) -> None:
+def _draw_difference_over_steps(axes: Axes, runs: Runs, colors: Mapping[str, str]) -> None:
     baseline = runs["no alignment"]
     axes.axhline(0, color=INK, linewidth=1.2)
     seeds = 0
@@ -151,8 +151,8 @@ def _draw_difference_over_steps(axes: Axes, runs: Runs, colours: Mapping[str, st
             continue
         middle, low, high = _t_interval(percent.to_numpy(dtype=np.float64))
         seeds = max(seeds, percent.shape[1])
-        axes.fill_between(percent.index, low, high, color=colours[arm], alpha=0.18, linewidth=0)
-        axes.plot(percent.index, middle, color=colours[arm], linewidth=2.0)
+        axes.fill_between(percent.index, low, high, color=colors[arm], alpha=0.18, linewidth=0)
+        axes.plot(percent.index, middle, color=colors[arm], linewidth=2.0)
     band = "band: 95 % t interval" if seeds > 1 else "one seed: no interval"
     axes.set_title(f"Paired difference to no alignment ({band})")
     axes.set_xlabel("training step")
@@ -187,16 +187,16 @@ def _draw_final_differences(
     runs: Runs,
     finals: Mapping[str, _Final],
     metric: str,
-    colours: Mapping[str, str],
+    colors: Mapping[str, str],
     hidden: float | None,
 ) -> None:
     axes.axvline(0, color=INK, linewidth=1.2)
     names = []
     for y, (arm, final) in enumerate(finals.items()):
         seeds_y = np.full(len(final.seeds), y - 0.2)
-        axes.plot(final.seeds, seeds_y, "o", color=colours[arm], alpha=0.55, markersize=4, markeredgewidth=0)
-        axes.plot([final.low, final.high], [y, y], color=colours[arm], linewidth=2.4)
-        axes.plot(final.middle, y, "o", color=colours[arm], markersize=8)
+        axes.plot(final.seeds, seeds_y, "o", color=colors[arm], alpha=0.55, markersize=4, markeredgewidth=0)
+        axes.plot([final.low, final.high], [y, y], color=colors[arm], linewidth=2.4)
+        axes.plot(final.middle, y, "o", color=colors[arm], markersize=8)
         names.append(f"{arm}\n{final.text}")
     axes.set_yticks(range(len(finals)), names)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -208,9 +208,9 @@ def _draw_final_differences(
     axes.set_xlabel(f"{capital(metric)} minus that of no alignment")
     if hidden is not None:
         shown = axes.get_xlim()  # a band wider than the panel must not shrink what is in it
-        axes.axvspan(-hidden, hidden, color=GREY, alpha=0.15, linewidth=0, zorder=0)
+        axes.axvspan(-hidden, hidden, color=GRAY, alpha=0.15, linewidth=0, zorder=0)
         axes.set_xlim(shown)
-        axes.set_xlabel(f"{axes.get_xlabel()}\n(grey: smaller than these seeds find in four of five cases)")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n(gray: smaller than these seeds find in four of five cases)")
 
 
 def _confirmation_title(

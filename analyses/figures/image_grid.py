@@ -19,7 +19,7 @@ def sample_grid(x: ArrayLike, labels: Sequence[object] | None = None, *, columns
     """Images side by side, enlarged without smoothing.
 
     Args:
-        x: Shape (n, C, H, W) with C 1 (grey) or 3 (RGB), values in [-1, 1]; values outside are clipped.
+        x: Shape (n, C, H, W) with C 1 (gray) or 3 (RGB), values in [-1, 1]; values outside are clipped.
         labels: One text per image, written above it, or None.
         columns: Images in a row, at least 1.
 

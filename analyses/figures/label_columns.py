@@ -31,7 +31,7 @@ from layerprobe.analyses.tables import PROBE, probed_column
 
 CLASS = "class"  # what a model is conditioned on; its column has no name in the tables
 # Okabe and Ito 2008, without those that mark student and teacher.
-COLUMN_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#a6761d", "#7a828c")
+COLUMN_COLORS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#a6761d", "#7a828c")
 _ACROSS = 4
 
 
@@ -57,12 +57,12 @@ def knowledge_curves(quality: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 2.9 * rows + 3.4), layout="constrained")
     grid = figure.add_gridspec(rows + 1, across)
     first = next(iter(found.values()))
-    colours = level_colors(len(first.levels))
+    colors = level_colors(len(first.levels))
     shared: Axes | None = None
     for place, (name, curves) in enumerate(found.items()):
         axes = figure.add_subplot(grid[divmod(place, _ACROSS)], sharey=shared)
         shared = shared or axes
-        _draw_column(axes, name, curves, colours, WIDTH_IN / across - 0.7)
+        _draw_column(axes, name, curves, colors, WIDTH_IN / across - 0.7)
         axes.tick_params(labelleft=place % _ACROSS == 0)
         if place % _ACROSS == 0:
             axes.set_ylabel(f"{capital(PROBE)}\n({curves.unit})")
@@ -71,21 +71,21 @@ def knowledge_curves(quality: pd.DataFrame) -> Figure:
     gains = {name: values[:, 0] for name, values in above.items()}
     _draw_gains(figure.add_subplot(grid[rows, :]), above, first.layers)
     figure.suptitle(wrap_title(_title(gains, first.layers)), x=0.008, ha="left")
-    figure.legend(handles=_legend(first, colours), loc="outside lower left", ncols=9, columnspacing=1.6)
+    figure.legend(handles=_legend(first, colors), loc="outside lower left", ncols=9, columnspacing=1.6)
     return figure
 
 
-def _draw_column(axes: Axes, name: str, curves: QualityCurves, colours: Sequence[Any], width_in: float) -> None:
+def _draw_column(axes: Axes, name: str, curves: QualityCurves, colors: Sequence[Any], width_in: float) -> None:
     x = np.arange(len(curves.layers))
-    for level, colour in enumerate(colours):
-        axes.plot(x, curves.random[level, :, 0], color=colour, linewidth=0.9, linestyle="--")
-        axes.plot(x, curves.model[level, :, 0], color=colour, linewidth=1.8, marker=".", markersize=4)
-        axes.plot(-1, curves.raw[level, 0, 0], "D", color=colour, markersize=4.5)
+    for level, color in enumerate(colors):
+        axes.plot(x, curves.random[level, :, 0], color=color, linewidth=0.9, linestyle="--")
+        axes.plot(x, curves.model[level, :, 0], color=color, linewidth=1.8, marker=".", markersize=4)
+        axes.plot(-1, curves.raw[level, 0, 0], "D", color=color, markersize=4.5)
     title = f"{capital(name)}\n"
     values = curves.model[..., 0]
     if np.isfinite(values).any():
         at, layer = (int(i) for i in np.unravel_index(int(np.nanargmax(values)), values.shape))
-        axes.plot(x[layer], values[at, layer], "o", color=colours[at], markeredgecolor=PAPER, markersize=8)
+        axes.plot(x[layer], values[at, layer], "o", color=colors[at], markeredgecolor=PAPER, markersize=8)
         short = short_names(curves.layers)[0][layer]
         title += f"highest: layer {short} at noise level {curves.levels[at]:g} ({curves.text(values[at, layer])})"
     else:
@@ -97,18 +97,18 @@ def _draw_column(axes: Axes, name: str, curves: QualityCurves, colours: Sequence
 
 
 def _draw_gains(axes: Axes, above: Mapping[str, Array], layers: Sequence[str]) -> None:
-    colours = dict(zip(above, COLUMN_COLOURS * (1 + len(above)), strict=False))
+    colors = dict(zip(above, COLUMN_COLORS * (1 + len(above)), strict=False))
     axes.axhline(0, color=INK, linewidth=1.2)
     for name, (gain, low, high) in ((name, values.T) for name, values in above.items()):
-        axes.fill_between(range(len(layers)), low, high, color=colours[name], alpha=0.15, linewidth=0)
-        axes.plot(range(len(layers)), gain, color=colours[name], linewidth=2.0, marker=".", markersize=5)
+        axes.fill_between(range(len(layers)), low, high, color=colors[name], alpha=0.15, linewidth=0)
+        axes.plot(range(len(layers)), gain, color=colors[name], linewidth=2.0, marker=".", markersize=5)
         if np.isfinite(gain).any():
             best = int(np.nanargmax(gain))
-            axes.plot(best, gain[best], "o", color=colours[name], markeredgecolor=PAPER, markersize=9)
+            axes.plot(best, gain[best], "o", color=colors[name], markeredgecolor=PAPER, markersize=9)
     widen_range(axes, np.concatenate([*(values.ravel() for values in above.values()), np.zeros(1)]))
     axes.set_xlim(-0.3, len(layers) - 0.7)
     last = len(layers) - 1.0
-    label_ends(axes, {name: (last, float(values[-1, 0])) for name, values in above.items()}, colours)
+    label_ends(axes, {name: (last, float(values[-1, 0])) for name, values in above.items()}, colors)
     band = "band: 95 % interval of the trained model's accuracy"
     axes.set_title(f"Accuracy above the higher control, mean over noise levels ({band}); large dot: the highest layer")
     axes.set_ylabel("accuracy above\nthe higher control")
@@ -127,10 +127,10 @@ def _all_values(curves: QualityCurves) -> Array:
     return np.concatenate([block[..., 0].ravel() for block in (curves.model, curves.random, curves.raw)])
 
 
-def _legend(curves: QualityCurves, colours: Sequence[Any]) -> list[Any]:
+def _legend(curves: QualityCurves, colors: Sequence[Any]) -> list[Any]:
     handles = [
-        Line2D([], [], color=colour, linewidth=1.8, label=f"noise level {level:g}")
-        for level, colour in zip(curves.levels, colours, strict=True)
+        Line2D([], [], color=color, linewidth=1.8, label=f"noise level {level:g}")
+        for level, color in zip(curves.levels, colors, strict=True)
     ]
     handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle="--", label="random weights"))
     return [*handles, Line2D([], [], color=INK, linestyle="", marker="D", markersize=4.5, label="raw input")]

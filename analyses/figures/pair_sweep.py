@@ -1,4 +1,4 @@
-"""The figure of a pair atlas: students as rows, teachers as columns, colour for what the pair was worth."""
+"""The figure of a pair atlas: students as rows, teachers as columns, color for what the pair was worth."""
 
 from __future__ import annotations
 

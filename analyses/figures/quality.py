@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from layerprobe.analyses.figures.style import (
-    GREY,
+    GRAY,
     INK,
     PAPER,
     STUDENT,
@@ -111,15 +111,15 @@ def layer_quality_curves(
     names_in = (1 + overview) * 0.08 * max(longest - 4, 0)  # they stand upright
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 1.3 + names_in), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    colours = level_colors(num_levels)
+    colors = level_colors(num_levels)
     if overview:
-        _draw_overview(figure.add_subplot(grid[0, :]), curves, colours, pair)
+        _draw_overview(figure.add_subplot(grid[0, :]), curves, colors, pair)
     panels: list[Axes] = []
     for i in range(num_levels):
         row, column = divmod(i, columns)
         axes = figure.add_subplot(grid[row + overview, column])
         panels.append(axes)
-        _draw_level(axes, curves, i, colours[i], pair)
+        _draw_level(axes, curves, i, colors[i], pair)
         lowest = i + columns >= num_levels
         label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
         if lowest:
@@ -130,7 +130,7 @@ def layer_quality_curves(
     if not overview:
         _name_pair(panels[0], curves.layers, pair)
     figure.suptitle(wrap_title(_curves_title(curves)), x=0.008, ha="left")
-    figure.legend(handles=_level_legend(curves, colours, pair), loc="outside lower left", ncols=8, columnspacing=1.6)
+    figure.legend(handles=_level_legend(curves, colors, pair), loc="outside lower left", ncols=8, columnspacing=1.6)
     return figure
 
 
@@ -156,9 +156,9 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
     handles: dict[str, Any] = {}
     for axes, curves in zip(grid, found, strict=False):
         x = np.arange(len(curves.layers))
-        for i, (level, colour) in enumerate(zip(curves.levels, level_colors(len(curves.levels)), strict=True)):
-            (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=colour, linewidth=1.6)
-            axes.plot(x, curves.random[i, :, 0], color=colour, linewidth=0.9, linestyle="--")
+        for i, (level, color) in enumerate(zip(curves.levels, level_colors(len(curves.levels)), strict=True)):
+            (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=color, linewidth=1.6)
+            axes.plot(x, curves.random[i, :, 0], color=color, linewidth=0.9, linestyle="--")
         axes.set_title(f"{capital(curves.metric)} ({curves.unit})", fontsize=8.5)
         _mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
         label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
@@ -243,7 +243,7 @@ def quality_curves(quality: pd.DataFrame, metric: str, split: str | None) -> Qua
     rows = rows[rows["split"] == split]
     model = rows[rows["source"] == "model"]
     if model.empty:
-        raise ValueError(f"the quality table has only controls for {metric!r}; analyse the model itself first")
+        raise ValueError(f"the quality table has only controls for {metric!r}; analyze the model itself first")
     order = model.sort_values("layer_index", kind="stable")["layer"].astype(str)
     layers, levels = tuple(dict.fromkeys(order)), tuple(sorted(map(float, model["noise_level"].unique())))
     raw = rows[rows["source"] == "raw input"]
@@ -265,13 +265,13 @@ def _cube(rows: pd.DataFrame, layers: Sequence[str], levels: Sequence[float]) ->
     return mean.reindex(index).to_numpy(dtype=np.float64).reshape(len(levels), len(layers), 3)
 
 
-def _draw_overview(axes: Axes, curves: QualityCurves, colours: Sequence[Any], pair: LayerPair | None) -> None:
+def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[Any], pair: LayerPair | None) -> None:
     x = np.arange(len(curves.layers))
-    for level, values, colour in zip(curves.levels, curves.model[..., 0], colours, strict=True):
-        axes.plot(x, values, color=colour, label=f"{level:g}", marker=point_marker(values), markersize=3)
+    for level, values, color in zip(curves.levels, curves.model[..., 0], colors, strict=True):
+        axes.plot(x, values, color=color, label=f"{level:g}", marker=point_marker(values), markersize=3)
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
-            axes.plot(x[best], values[best], "o", color=colour, markeredgecolor=PAPER, markersize=8)
+            axes.plot(x[best], values[best], "o", color=color, markeredgecolor=PAPER, markersize=8)
     widen_range(axes, curves.model[..., 0])
     axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
     axes.set_xlim(-0.6, len(x) - 0.4)
@@ -283,21 +283,21 @@ def _draw_overview(axes: Axes, curves: QualityCurves, colours: Sequence[Any], pa
     axes.set_xlabel(short_names(curves.layers)[1])
 
 
-def _draw_level(axes: Axes, curves: QualityCurves, level: int, colour: Any, pair: LayerPair | None) -> None:
+def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: Any, pair: LayerPair | None) -> None:
     x = np.arange(len(curves.layers))
     model, random, raw = curves.model[level], curves.random[level], curves.raw[level, 0]
-    axes.fill_between(x, random[:, 1], random[:, 2], color=GREY, alpha=0.2, linewidth=0)
-    axes.plot(x, random[:, 0], "--", color=GREY, linewidth=1.3, marker=point_marker(random[:, 0]), markersize=3)
+    axes.fill_between(x, random[:, 1], random[:, 2], color=GRAY, alpha=0.2, linewidth=0)
+    axes.plot(x, random[:, 0], "--", color=GRAY, linewidth=1.3, marker=point_marker(random[:, 0]), markersize=3)
     if np.isfinite(raw[0]):
         axes.axhline(raw[0], color=INK, linestyle=":", linewidth=1.3)
-    axes.fill_between(x, model[:, 1], model[:, 2], color=colour, alpha=0.25, linewidth=0)
-    axes.plot(x, model[:, 0], color=colour, linewidth=1.8, marker=point_marker(model[:, 0]), markersize=3)
+    axes.fill_between(x, model[:, 1], model[:, 2], color=color, alpha=0.25, linewidth=0)
+    axes.plot(x, model[:, 0], color=color, linewidth=1.8, marker=point_marker(model[:, 0]), markersize=3)
     missing = x[np.isnan(model[:, 0])]
-    axes.plot(missing, np.full(len(missing), 0.04), "x", color=GREY, markersize=5, transform=axes.get_xaxis_transform())
+    axes.plot(missing, np.full(len(missing), 0.04), "x", color=GRAY, markersize=5, transform=axes.get_xaxis_transform())
     title = f"Noise level {curves.levels[level]:g}\n"
     if np.isfinite(model[:, 0]).any():
         best = int(np.nanargmax(model[:, 0]))
-        axes.plot(x[best], model[best, 0], "o", color=colour, markeredgecolor=PAPER, markersize=7)
+        axes.plot(x[best], model[best, 0], "o", color=color, markeredgecolor=PAPER, markersize=7)
         title += f"highest: {short_names(curves.layers)[0][best]} ({curves.text(model[best, 0])})"
     else:
         title += "nothing measured"
@@ -314,7 +314,7 @@ def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> Non
 
 
 def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
-    """Write the roles above the frame, pointing away from each other so that neighbours do not collide."""
+    """Write the roles above the frame, pointing away from each other so that neighbors do not collide."""
     if pair is None:
         return
     short = short_names(layers)[0]
@@ -336,17 +336,17 @@ def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> Non
     axes.set_title(axes.get_title(loc="left"), pad=18)
 
 
-def _level_legend(curves: QualityCurves, colours: Sequence[Any], pair: LayerPair | None) -> list[Any]:
-    colour = colours[0]
-    handles: list[Any] = [Line2D([], [], color=colour, linewidth=1.8, label="trained model")]
+def _level_legend(curves: QualityCurves, colors: Sequence[Any], pair: LayerPair | None) -> list[Any]:
+    color = colors[0]
+    handles: list[Any] = [Line2D([], [], color=color, linewidth=1.8, label="trained model")]
     if np.isfinite(curves.model[..., 1:]).any():
-        handles.append(Patch(facecolor=colour, alpha=0.25, label="95 % bootstrap interval"))
+        handles.append(Patch(facecolor=color, alpha=0.25, label="95 % bootstrap interval"))
     if np.isfinite(curves.random[..., 0]).any():
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label="random weights"))
+        handles.append(Line2D([], [], color=GRAY, linestyle="--", label="random weights"))
     if np.isfinite(curves.raw[..., 0]).any():
         handles.append(Line2D([], [], color=INK, linestyle=":", label="raw input"))
     if np.isnan(curves.model[..., 0]).any():
-        handles.append(Line2D([], [], color=GREY, linestyle="", marker="x", label="not measured"))
+        handles.append(Line2D([], [], color=GRAY, linestyle="", marker="x", label="not measured"))
     if pair is not None:
         handles.append(Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2, label="student"))
         handles.append(Line2D([], [], color=TEACHER, linewidth=1.2, label="teacher"))

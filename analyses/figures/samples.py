@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses.figures.image_grid import sample_grid
-from layerprobe.analyses.figures.style import GREY, INK, WIDTH_IN, styled
+from layerprobe.analyses.figures.style import GRAY, INK, WIDTH_IN, styled
 from layerprobe.data import AudioDecoder, Rendering, Skeleton, leftwards
 from layerprobe.files import whole
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 # Okabe and Ito 2008: limbs of either side, and the trunk between them.
-SIDE_COLOURS = {1: "#d55e00", -1: "#0072b2", 0: INK}
+SIDE_COLORS = {1: "#d55e00", -1: "#0072b2", 0: INK}
 POSES, FRAMES = 10, 8  # in a film strip
 DECIBELS = 60.0  # below the loudest place of a recording nothing is told apart
 # Seen from the side one arm hides the other, and from the front a step is hidden: between them nothing is.
 VIEW_DEGREES = 40.0
 FILM_RATE = {"motion": 30.0, "video": 8.0}  # frames per second, where the data says nothing
-MAX_FILM_RATE, FILM_COLOURS = 15, 64  # more make large files
+MAX_FILM_RATE, FILM_COLORS = 15, 64  # more make large files
 FILM_SIDE, FILM_TITLE, FILM_COLUMNS = 128, 16, 5  # pixels of a sample in a film and of its title; samples in a row
 
 
@@ -84,7 +84,7 @@ def film(
     pages = [_page([frames[min(t, len(frames) - 1)] for frames in shown], titles) for t in range(max(lengths))]
     rate = rendering.rate or FILM_RATE[rendering.modality]
     stride = -(-int(rate) // MAX_FILM_RATE)
-    pages = [page.quantize(FILM_COLOURS) for page in pages[::stride]]
+    pages = [page.quantize(FILM_COLORS) for page in pages[::stride]]
     pause = round(100 * stride / rate) * 10  # GIF counts in hundredths of a second
     with whole(Path(path)) as partial:
         pages[0].save(
@@ -163,7 +163,7 @@ def _movements(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: 
         gap = 0.7 * tall
         for place, pose in enumerate(clip[_even(len(clip), POSES)]):
             _draw_pose(axes, pose + np.array([place * gap, 0.0]), skeleton, tall)
-        axes.axhline(low, color=GREY, linewidth=0.8, zorder=0)
+        axes.axhline(low, color=GRAY, linewidth=0.8, zorder=0)
         axes.set(xlim=(-0.6 * gap, (POSES - 0.4) * gap), ylim=(low - 0.06 * tall, high + 0.1 * tall), aspect="equal")
         axes.set_axis_off()
         axes.set_title(f"{titles[i]} ({_duration(lengths[i], rendering)})")
@@ -201,7 +201,7 @@ def _draw_pose(axes: Axes, pose: Floats, skeleton: Skeleton, tall: float) -> Non
     bones = sorted(skeleton.bones, key=lambda bone: -_side(bone, skeleton))
     lines = LineCollection(
         [pose[list(bone)] for bone in bones],
-        colors=[SIDE_COLOURS[_side(bone, skeleton)] for bone in bones],
+        colors=[SIDE_COLORS[_side(bone, skeleton)] for bone in bones],
         linewidths=1.6,
         capstyle="round",
     )
@@ -245,10 +245,10 @@ def _painted_poses(x: Tensor, rendering: Rendering, length: int) -> list[Image]:
         image = Image.new("RGB", (side, side), "white")
         pen = ImageDraw.Draw(image)
         at = np.stack([side / 2 + unit * pose[:, 0], 0.95 * side - unit * (pose[:, 1] - low)], axis=-1)
-        pen.line([(0, 0.95 * side), (side, 0.95 * side)], fill=GREY, width=2)
+        pen.line([(0, 0.95 * side), (side, 0.95 * side)], fill=GRAY, width=2)
         for bone in sorted(skeleton.bones, key=lambda bone: -_side(bone, skeleton)):
             ends = [(float(at[joint, 0]), float(at[joint, 1])) for joint in bone]
-            pen.line(ends, fill=SIDE_COLOURS[_side(bone, skeleton)], width=6)
+            pen.line(ends, fill=SIDE_COLORS[_side(bone, skeleton)], width=6)
         if skeleton.head is not None:
             pen.circle(tuple(at[skeleton.head].tolist()), 0.055 * unit * (high - low), fill=INK)
         frames.append(image.resize((FILM_SIDE, FILM_SIDE), Image.Resampling.LANCZOS))

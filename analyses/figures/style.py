@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 INK, PAPER = "#1b1f24", "#fffefd"
 MISSING = "#c9ced6"
-GREY = "#7a828c"
-STUDENT, TEACHER = "#d55e00", "#cc79a7"  # neither is a colour of viridis
+GRAY = "#7a828c"
+STUDENT, TEACHER = "#d55e00", "#cc79a7"  # neither is a color of viridis
 WIDTH_IN = 11.0
 RASTER_DPI = 150
-SPARE_COLOURS = ("#cc79a7", "#56b4e9", "#009e73", "#f0e442")
+SPARE_COLORS = ("#cc79a7", "#56b4e9", "#009e73", "#f0e442")
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
@@ -51,7 +51,7 @@ STYLE: dict[str, Any] = {
     "figure.titleweight": "bold",
     "font.size": 9,
     "grid.alpha": 0.25,
-    "grid.color": GREY,
+    "grid.color": GRAY,
     "grid.linewidth": 0.6,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
@@ -98,7 +98,7 @@ def capital(text: str) -> str:
     return named if named != text else text[:1].upper() + text[1:]
 
 
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
     """Names beside the line ends, moved apart where they would overlap, with a leader to the line."""
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
@@ -113,10 +113,10 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Map
             textcoords="axes fraction",
             va="center",
             color=INK,
-            # To the text's left edge, so that no leader runs through a neighbour's name.
+            # To the text's left edge, so that no leader runs through a neighbor's name.
             arrowprops={
                 "arrowstyle": "-",
-                "color": colours[arm],
+                "color": colors[arm],
                 "linewidth": 1.6,
                 "shrinkA": 1,
                 "shrinkB": 0,
@@ -241,18 +241,18 @@ def draw_matrix(
 def annotate_cells(
     axes: Axes, values: Array, image: ScalarMappable, text: Callable[[float], str], *, size: float
 ) -> None:
-    """Write every value into its cell, black or white as the cell's colour asks."""
-    colours = image.to_rgba(values)
-    dark = colours[..., :3] @ (0.299, 0.587, 0.114) < 0.5
+    """Write every value into its cell, black or white as the cell's color asks."""
+    colors = image.to_rgba(values)
+    dark = colors[..., :3] @ (0.299, 0.587, 0.114) < 0.5
     for (row, column), value in np.ndenumerate(values):
         known = bool(np.isfinite(value))
-        colour = "#ffffff" if known and dark[row, column] else "#000000"
-        cell = axes.text(column, row, text(float(value)) if known else "–", fontsize=size, color=colour)
+        color = "#ffffff" if known and dark[row, column] else "#000000"
+        cell = axes.text(column, row, text(float(value)) if known else "–", fontsize=size, color=color)
         cell.set(ha="center", va="center", in_layout=False)  # hundreds of them would slow the layout down
 
 
-def cell_box(x: int, y: int, colour: str, width: float = 2.4) -> Rectangle:
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=3, clip_on=False)
+def cell_box(x: int, y: int, color: str, width: float = 2.4) -> Rectangle:
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width, zorder=3, clip_on=False)
 
 
 def value_range(values: Array) -> Normalize:
@@ -268,7 +268,7 @@ def level_colors(count: int) -> list[Any]:
 
 
 def point_marker(values: Array) -> str:
-    """Show points where there are few, or where a gap leaves one without a neighbour to draw a line to."""
+    """Show points where there are few, or where a gap leaves one without a neighbor to draw a line to."""
     finite = np.isfinite(values)
     alone = finite & ~np.roll(finite, 1) & ~np.roll(finite, -1)
     return "." if len(values) <= 12 or alone.any() else ""
@@ -282,7 +282,7 @@ def widen_range(axes: Axes, values: Array, headroom: float = 0.06) -> None:
 
 
 def _spread(targets: Array, *, gap: float) -> Array:
-    """Ascending positions at least `gap` apart, as near to ascending targets as moving neighbours together allows."""
+    """Ascending positions at least `gap` apart, as near to ascending targets as moving neighbors together allows."""
     placed = targets.copy()
     for _ in range(100):
         for i in range(1, len(placed)):

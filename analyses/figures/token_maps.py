@@ -30,12 +30,12 @@ def token_maps(
 ) -> Figure:
     """What each layer's tokens look like at each noise level, as in the figures of LayerSync and REPA.
 
-    Every cell has its own three components, so colours compare within a cell and between samples, not between cells.
+    Every cell has its own three components, so colors compare within a cell and between samples, not between cells.
     Sequences (one grid axis) are drawn as stripes from left to right, video (three axes) as frames side by side.
 
     Args:
-        maps: For each (layer, noise level) the colours of the same samples' tokens, from `maps.pca_rgb`; a cell without
-            a map or without colours stays grey.
+        maps: For each (layer, noise level) the colors of the same samples' tokens, from `maps.pca_rgb`; a cell without
+            a map or without colors stays gray.
         grids: For each layer the cells along each axis, one to three of them; layers may differ.
         samples: Which samples to show, as indices into the maps.
         inputs: For each noise level what the network saw, images (n, 1 or 3, height, width) in [-1, 1], drawn as a
@@ -88,7 +88,7 @@ def _title(maps: Mapping[tuple[str, float], RgbMap], layers: Sequence[str], leve
     shares = [100 * found.explained.sum() for found in maps.values() if not found.reason]
     held = f"{min(shares):.0f} to {max(shares):.0f} % of the variance" if shares else "nothing"
     counts = (_count(num, "sample"), _count(len(layers), "layer"), _count(len(levels), "noise level"))
-    return f"Tokens of {counts[0]} in {counts[1]} at {counts[2]}; the three colours of a cell hold {held}"
+    return f"Tokens of {counts[0]} in {counts[1]} at {counts[2]}; the three colors of a cell hold {held}"
 
 
 def _count(number: int, noun: str) -> str:

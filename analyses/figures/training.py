@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from layerprobe.analyses.figures.style import (
-    GREY,
+    GRAY,
     INK,
-    SPARE_COLOURS,
+    SPARE_COLORS,
     WIDTH_IN,
     label_ends,
     level_colors,
@@ -61,7 +61,7 @@ def training_curves(log: pd.DataFrame, held_out: pd.DataFrame) -> Figure:
 def _draw_loss(axes: Axes, log: pd.DataFrame) -> None:
     window = max(1, len(log) // 30)
     if window > 1:
-        axes.plot(log["step"], log["loss"], color=GREY, linewidth=0.7, alpha=0.7)
+        axes.plot(log["step"], log["loss"], color=GRAY, linewidth=0.7, alpha=0.7)
     axes.plot(log["step"], log["loss"].rolling(window, min_periods=1).mean(), color=INK, linewidth=2.2)
     # The first rows are far above the rest and would press it flat.
     axes.set_yscale("log")
@@ -73,30 +73,30 @@ def _draw_loss(axes: Axes, log: pd.DataFrame) -> None:
 
 
 def _draw_levels(axes: Axes, held_out: pd.DataFrame) -> None:
-    colours = dict(zip(map(str, held_out.columns), level_colors(held_out.shape[1]), strict=True))
+    colors = dict(zip(map(str, held_out.columns), level_colors(held_out.shape[1]), strict=True))
     ends = {}
     for level, losses in held_out.items():
-        axes.plot(losses.index, losses, color=colours[str(level)], linewidth=1.8, marker=".")
+        axes.plot(losses.index, losses, color=colors[str(level)], linewidth=1.8, marker=".")
         ends[str(level)] = (float(losses.index[-1]), float(losses.iloc[-1]))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("loss (squared error)")
     axes.set_title("Unseen samples with the null label, averaged weights, by noise level")
-    label_ends(axes, ends, colours)
+    label_ends(axes, ends, colors)
 
 
 def _draw_cosines(axes: Axes, cosines: pd.DataFrame) -> None:
-    spare = [SPARE_COLOURS[i % len(SPARE_COLOURS)] for i in range(cosines.shape[1])]
-    colours = dict(zip((str(name).removeprefix(COSINE) for name in cosines), spare, strict=True))
+    spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(cosines.shape[1])]
+    colors = dict(zip((str(name).removeprefix(COSINE) for name in cosines), spare, strict=True))
     ends = {}
-    for pair, colour in colours.items():
+    for pair, color in colors.items():
         values = cosines[COSINE + pair].dropna()
-        axes.plot(values.index, values, color=colour, linewidth=1.8)
+        axes.plot(values.index, values, color=color, linewidth=1.8)
         ends[pair] = (float(values.index[-1]), float(values.iloc[-1]))
     axes.set_ylabel("cosine (1: same direction)")
     axes.set_title("Tokens of each student with those of its teacher, in the training batches")
-    label_ends(axes, ends, colours)
+    label_ends(axes, ends, colors)
 
 
 def _title(held_out: pd.DataFrame, cosines: pd.DataFrame) -> str:

@@ -58,14 +58,14 @@ def leave_out_gaussians(features: NDArray[np.floating], groups: NDArray[np.integ
         features: Shape (n, D).
         groups: The group of each sample, shape (n,); none empty.
     """
-    # Centred first: differences of raw second moments lose the digits that a large mean takes.
-    centre = features.mean(0, dtype=np.float64)
-    parts = (features[groups == group] - centre for group in range(int(groups.max()) + 1))
+    # Centered first: differences of raw second moments lose the digits that a large mean takes.
+    center = features.mean(0, dtype=np.float64)
+    parts = (features[groups == group] - center for group in range(int(groups.max()) + 1))
     counts, sums, moments = (np.stack(z) for z in zip(*((len(p), p.sum(0), p.T @ p) for p in parts), strict=True))
     ns, means = counts.sum() - counts, (sums.sum(0) - sums) / (counts.sum() - counts)[:, None]
     squares = moments.sum(0)
     return [
-        Gaussian(centre + mean, (squares - moment - n * np.outer(mean, mean)) / (n - 1), int(n))
+        Gaussian(center + mean, (squares - moment - n * np.outer(mean, mean)) / (n - 1), int(n))
         for n, mean, moment in zip(ns, means, moments, strict=True)
     ]
 

@@ -42,7 +42,7 @@ def open_encoder(spec: str | Path, *, option: str = "--encoder", device: torch.d
 
     Args:
         spec: A folder of an image model that transformers saved, such as DINOv2, MAE or CLIP's image half: images are
-            resized and normalised as its configuration says, and its patch tokens averaged. Or a TorchScript file, or
+            resized and normalized as its configuration says, and its patch tokens averaged. Or a TorchScript file, or
             "file.py:function" or "package.module:function", a function from samples (B, C, *grid), about in [-1, 1],
             to features (B, D).
         option: What the caller calls it, for errors.

@@ -1,4 +1,4 @@
-"""Scores of generated samples against real ones: distances and neighbourhoods in the features of a named extractor.
+"""Scores of generated samples against real ones: distances and neighborhoods in the features of a named extractor.
 
 Every score comes with a 95 % interval that covers the draw of both sets. Samples are divided at random into ten
 groups; the kernel distance is measured group by group, all else with one group left out at a time (the jackknife).
@@ -21,11 +21,11 @@ from scipy import stats
 from torch import Tensor
 
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian, kernel_distance, leave_out_gaussians
-from layerprobe.analyses.measures import TILE_BYTES, Features, Floats, as_tensor, centred, centring, nearest
+from layerprobe.analyses.measures import TILE_BYTES, Features, Floats, as_tensor, centered, centering, nearest
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")
-NEIGHBOURHOODS = METRICS[2:]
+NEIGHBORHOODS = METRICS[2:]
 GROUPS = 10
 FEWEST_SAMPLES = 2 * GROUPS
 KERNEL_SUBSET = 1000
@@ -63,8 +63,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Neighbourhoods:
-    """How generated samples lie among real ones, by balls that reach to the k-th neighbour of a sample in its own set.
+class Neighborhoods:
+    """How generated samples lie among real ones, by balls that reach to the k-th neighbor of a sample in its own set.
 
     Attributes:
         precision: Fraction of generated samples in a ball of some real one.
@@ -96,7 +96,7 @@ def score_features(
         reference: Of real samples, shape (m, D), m at least 20.
         extractor: The name of what made the features.
         metrics: Some of `METRICS`.
-        k: Of the neighbourhoods.
+        k: Of the neighborhoods.
         seed: Divides samples into groups.
         progress: Called with (steps done, steps in all).
 
@@ -107,7 +107,7 @@ def score_features(
     _check(features, reference, metrics, k)
     rng = np.random.default_rng(seed)
     groups = [rng.permutation(len(z)) % GROUPS for z in (features, reference)]
-    wanted = [name for name in NEIGHBOURHOODS if name in metrics]
+    wanted = [name for name in NEIGHBORHOODS if name in metrics]
     report = _Steps(progress, ("frechet" in metrics) + ("kernel" in metrics) + bool(wanted) * (GROUPS + 1))
     found: list[_Found] = []
     warnings: tuple[str, ...] = ()
@@ -119,9 +119,9 @@ def score_features(
         found.append(_kernel_score(features, reference, rng))
         report()
     if wanted:
-        found += _neighbourhood_scores(features, reference, groups, k, wanted, report)
+        found += _neighborhood_scores(features, reference, groups, k, wanted, report)
     sizes = (len(features), len(reference), extractor)
-    return tuple(Score(*f, "higher" if f[0] in NEIGHBOURHOODS else "lower", *sizes) for f in found), warnings
+    return tuple(Score(*f, "higher" if f[0] in NEIGHBORHOODS else "lower", *sizes) for f in found), warnings
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
         raise ValueError(f"there is no score {unknown[0] if unknown else ''!r}; pass some of {', '.join(METRICS)}")
 
 
-def neighbourhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: int = TILE_BYTES) -> Neighbourhoods:
+def neighborhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: int = TILE_BYTES) -> Neighborhoods:
     """Precision, recall, density and coverage; exact, and unchanged by rotation, shift and scale of all features.
 
     A ball holds its surface, so duplicates are in each other's balls.
@@ -160,7 +160,7 @@ def neighbourhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: 
     Args:
         x: Features of generated samples, shape (n, D).
         reference: Features of real samples, shape (m, D).
-        k: Which neighbour a ball reaches to, in [1, min(n, m) - 1].
+        k: Which neighbor a ball reaches to, in [1, min(n, m) - 1].
         tile_bytes: Memory beside copies of the features in float64 and float32.
 
     Raises:
@@ -169,13 +169,13 @@ def neighbourhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: 
     Source: precision and recall of Kynkäänniemi et al. 2019 (arXiv:1904.06991); density and coverage of Naeem et al.
         2020 (arXiv:2002.09797).
     """
-    _check_neighbours(k, len(x), len(reference))
+    _check_neighbors(k, len(x), len(reference))
     fakes, reals = as_tensor(x), as_tensor(reference)
-    known = centring(reals)
+    known = centering(reals)
     scale = known.square_norms.mean().sqrt()
     scale = torch.where(scale > 0, scale, 1)
     fake_radii, real_radii = (
-        _square_radii(z, centred(z, known.mean, torch.float64) / scale, k, tile_bytes) for z in (fakes, reals)
+        _square_radii(z, centered(z, known.mean, torch.float64) / scale, k, tile_bytes) for z in (fakes, reals)
     )
     around = torch.zeros(len(fakes), dtype=torch.long)  # real balls around each generated sample
     covered, recalled = (torch.zeros(len(reals), dtype=torch.bool) for _ in range(2))
@@ -187,7 +187,7 @@ def neighbourhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: 
         around[part] = in_real.sum(1)
         covered |= in_real.any(0)
         recalled |= in_fake.any(0)
-    return Neighbourhoods(
+    return Neighborhoods(
         precision=float((around > 0).double().mean()),
         recall=float(recalled.double().mean()),
         density=float(around.double().mean()) / k,
@@ -198,7 +198,7 @@ def neighbourhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: 
 class _Pairs:
     """Which square distances are within limits: by float32 products where these decide, else one by one.
 
-    Float32 sees samples centred and of order 1; what decides are float64 differences of the samples as they are.
+    Float32 sees samples centered and of order 1; what decides are float64 differences of the samples as they are.
     """
 
     def __init__(self, bank: Tensor, mean: Tensor, scale: Tensor) -> None:
@@ -217,7 +217,7 @@ class _Pairs:
         return [self._settled(x, distances, slack, limit) for limit in limits]
 
     def _narrow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = centred(x, self._mean, torch.float64) / self._scale
+        wide = centered(x, self._mean, torch.float64) / self._scale
         return wide.float(), wide.square().sum(1).float()
 
     def _settled(self, x: Tensor, distances: Tensor, slack: Tensor, limit: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class _Pairs:
 
 
 def _square_radii(x: Tensor, z: Tensor, k: int, tile_bytes: int) -> Tensor:
-    """Square distances to the k-th nearest other sample, shape (n,), of x; z is x centred and scaled."""
+    """Square distances to the k-th nearest other sample, shape (n,), of x; z is x centered and scaled."""
     positions, _ = nearest(z, None, k=k, score="distance", tile_bytes=tile_bytes)
     rows = max(1, tile_bytes // (32 * x.shape[1]))
     farthest = torch.from_numpy(positions[:, -1])
@@ -277,7 +277,7 @@ def _kernel_score(x: Features, y: Features, rng: np.random.Generator) -> _Found:
     return KERNEL, float(value), float(value - half), float(value + half)
 
 
-def _neighbourhood_scores(
+def _neighborhood_scores(
     x: Features,
     y: Features,
     groups: Sequence[NDArray[Any]],
@@ -287,7 +287,7 @@ def _neighbourhood_scores(
 ) -> list[_Found]:
     every = []
     for group in range(-1, GROUPS):  # first of all samples
-        every.append(neighbourhoods(x[groups[0] != group], y[groups[1] != group], k=k))
+        every.append(neighborhoods(x[groups[0] != group], y[groups[1] != group], k=k))
         report()
     found = []
     for name in wanted:
@@ -317,11 +317,11 @@ def _check(features: Features, reference: Features, metrics: Sequence[str], k: i
             raise ValueError(f"features of {what} are not finite; the samples or the extractor have diverged")
     if features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of width {features.shape[1]} and {reference.shape[1]} do not compare")
-    if set(metrics) & set(NEIGHBOURHOODS):
+    if set(metrics) & set(NEIGHBORHOODS):
         left = [len(z) - -(-len(z) // GROUPS) for z in (features, reference)]
-        _check_neighbours(k, *left)
+        _check_neighbors(k, *left)
 
 
-def _check_neighbours(k: int, n: int, m: int) -> None:
+def _check_neighbors(k: int, n: int, m: int) -> None:
     if not 1 <= k < min(n, m):
         raise ValueError(f"k is {k} for {n} and {m} samples; pass k between 1 and {min(n, m) - 1}")

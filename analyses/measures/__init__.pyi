@@ -24,7 +24,7 @@ from .linear_probes import linear_probe as linear_probe
 from .neighbor_graphs import cknna as cknna
 from .neighbor_graphs import cycle_knn as cycle_knn
 from .neighbor_graphs import mutual_knn as mutual_knn
-from .neighbor_graphs import neighbour_graph as neighbour_graph
+from .neighbor_graphs import neighbor_graph as neighbor_graph
 from .parallel import in_parallel as in_parallel
 from .pca_maps import RgbMap as RgbMap
 from .pca_maps import pca_rgb as pca_rgb
@@ -38,5 +38,5 @@ from .spatial import spatial_structure as spatial_structure
 from .spectrum import lidar as lidar
 from .spectrum import spectrum as spectrum
 from .tensors import as_tensor as as_tensor
-from .tensors import centred as centred
-from .tensors import centring as centring
+from .tensors import centered as centered
+from .tensors import centering as centering

@@ -1,4 +1,4 @@
-"""What every analysis does to its features first: check them, then centre them in float64.
+"""What every analysis does to its features first: check them, then center them in float64.
 
 Features are arrays of shape (n, D): one row per sample, one column per channel.
 """
@@ -21,14 +21,14 @@ def checked(x: Features, name: str = "features") -> Features:
         ValueError: If `x` is not of shape (n, D) with n, D >= 1, or holds nan or inf.
     """
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name} of shape {x.shape} cannot be analysed; pass samples by channels, (n, D)")
+        raise ValueError(f"{name} of shape {x.shape} cannot be analyzed; pass samples by channels, (n, D)")
     if not np.isfinite(x).all():
         broken = np.count_nonzero(~np.isfinite(x))
         raise ValueError(f"{name} hold {broken} values that are nan or inf; extract them again in float32")
     return x
 
 
-def centred(x: Features) -> Floats:
+def centered(x: Features) -> Floats:
     """`x` minus its mean over samples, shape (n, D), in float64.
 
     Residual streams drift to a large mean, and float32 loses everything but that mean in a product.

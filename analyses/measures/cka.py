@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centred, centring, num_samples
+from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centered, centering, num_samples
 
 Kernel = Literal["linear", "rbf"]
 Estimator = Literal["debiased", "biased"]
@@ -75,7 +75,7 @@ def cka_matrix(
     Linear CKA takes whichever of two exact ways has fewer multiplications, with W the sum of all widths: inner
     products of Gram matrices, n^2 (W + M^2), or norms of cross-covariances, n W^2; symmetry halves both.
 
-    Products are in float32 where float64 would take more than about a second. The features are centred first, as
+    Products are in float32 where float64 would take more than about a second. The features are centered first, as
     accurately as in float64, the sums of a product run over 8192 terms at most, and everything after the products is
     in float64; on features of trained networks the result is within 1e-7 of float64. Where debiasing would cancel a
     digit or more (more channels than samples, or a few samples that outweigh all others) products are in float64.
@@ -134,7 +134,7 @@ def procrustes_matrix(
 ) -> PairMatrix:
     """Procrustes distance of all pairs of representations: what the best rotation leaves, in [0, 2].
 
-    Of centred features of unit Frobenius norm, ||X||^2 + ||Y||^2 - 2 ||X^T Y||_*. 0 means equal up to rotation,
+    Of centered features of unit Frobenius norm, ||X||^2 + ||Y||^2 - 2 ||X^T Y||_*. 0 means equal up to rotation,
     isotropic scale and translation, 2 that no direction of one goes with any of the other. Like biased CKA it calls
     unrelated features similar unless samples outnumber channels by far. In float64, about 10 D^3 for every pair.
 
@@ -229,7 +229,7 @@ _Sums = tuple[Tensor, Tensor]  # unbiased HSICs times their weights, shape (M, M
 
 def _add(sums: _Sums | None, batch: Sequence[Tensor]) -> _Sums:
     """These sums and those of one more batch."""
-    grams = torch.stack([_centred_gram(x) for x in batch])
+    grams = torch.stack([_centered_gram(x) for x in batch])
     known = grams.diagonal(dim1=1, dim2=2), grams.new_zeros(grams.shape[:2])
     flat = grams.flatten(1)
     inner = flat @ flat.T
@@ -241,8 +241,8 @@ def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(first, second, strict=True)]
 
 
-def _centred_gram(x: Tensor) -> Tensor:
-    x = centred(x, centring(x).mean, torch.float64)
+def _centered_gram(x: Tensor) -> Tensor:
+    x = centered(x, centering(x).mean, torch.float64)
     return x @ x.T
 
 
@@ -266,7 +266,7 @@ class _Side:
         widths: D_m.
         reasons: Why a representation has no similarity, or "".
         diagonals: Square norms of the samples as `taker` gives them, shape (M, n), float64.
-        row_sums: Of the Gram matrices, shape (M, n), float64; 0 for the linear kernel of centred features.
+        row_sums: Of the Gram matrices, shape (M, n), float64; 0 for the linear kernel of centered features.
         exponents: -1 / (2 s^2) of the RBF kernel, shape (M, 1, 1), or None for the linear one.
     """
 
@@ -283,7 +283,7 @@ class _Side:
             if len(x) != n:
                 seen = f"representation {m} {which}has {len(x)} samples, the first has {n}"
                 raise ValueError(f"{seen}; pass the same samples in the same order")
-            known = centring(x)
+            known = centering(x)
             mean_square = float(known.square_norms.mean())
             reason = known.reason
             if not reason and not 0 < mean_square < math.inf:
@@ -326,7 +326,7 @@ class _Side:
                 self.exponents[m] = -1 / (2 * bandwidth**2 * median)
 
     def taker(self, dtype: torch.dtype, room: float) -> Take:
-        """A function from positions to centred features of mean square norm 1; kept if all fit into `room` bytes."""
+        """A function from positions to centered features of mean square norm 1; kept if all fit into `room` bytes."""
         take = partial(self._take, dtype=dtype)
         if self.n * sum(self.widths) * dtype.itemsize > room:
             return take
@@ -336,7 +336,7 @@ class _Side:
         x = as_tensor(self.representations[m])
         if self.reasons[m]:
             return torch.zeros_like(x, dtype=dtype)
-        return centred(x, self._means[m], dtype).mul_(self._scales[m])
+        return centered(x, self._means[m], dtype).mul_(self._scales[m])
 
 
 _Grams = tuple[Tensor, Tensor]  # what debiasing must know of Gram matrices: diagonals and row sums, shape (M, n)

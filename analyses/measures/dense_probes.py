@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked
+from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked
 from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES, LogisticFit, fit_logistic_path
 
 Labels = NDArray[Any]
@@ -113,7 +113,7 @@ def dense_probe(
     shares = area_shares(labels["train"], classes, grid).reshape(-1, len(classes))
     seen = shares.any(axis=1)
     train_x = tokens["train"].reshape(-1, tokens["train"].shape[2])
-    mean, scale = _standardisation(train_x)
+    mean, scale = _standardization(train_x)
     x = (train_x[seen] - mean) / scale
     fits = fit_logistic_path(x, classes[shares[seen].argmax(axis=1)], sorted(inverse_penalties))
 
@@ -155,7 +155,7 @@ def area_shares(labels: Labels, classes: NDArray[Any], grid: Sequence[int]) -> F
 def interpolated(values: Floats, size: Sequence[int]) -> Floats:
     """Values on a grid, linearly interpolated along every axis to another size, shape (n, *size, K).
 
-    Pixel centres are half a pixel from the border, and the outermost values are held: what torch calls "bilinear" with
+    Pixel centers are half a pixel from the border, and the outermost values are held: what torch calls "bilinear" with
     align_corners False, for any number of axes.
 
     Args:
@@ -183,8 +183,8 @@ def _classes(labels: Any, ignore: int | None) -> NDArray[Any]:
     return found if ignore is None else found[found != ignore]
 
 
-def _standardisation(x: Features) -> tuple[Floats, Floats]:
-    scale = np.sqrt(np.square(centred(x)).mean(axis=0))
+def _standardization(x: Features) -> tuple[Floats, Floats]:
+    scale = np.sqrt(np.square(centered(x)).mean(axis=0))
     # Not `scale == 0`: the standard deviation of equal numbers is rounding error.
     scale[(x == x[:1]).all(axis=0)] = 1.0
     return x.mean(axis=0, dtype=np.float64), scale

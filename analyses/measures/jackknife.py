@@ -7,7 +7,7 @@ in both. A sample brings the noise it was given along, so resampling samples res
 
 This is the infinitesimal jackknife (for CKA and CKNNA the jackknife that leaves one sample out, in closed form); the
 bootstrap would need hundreds of decompositions where one is enough, and it puts samples in twice, which ranks and
-nearest neighbours notice. The intervals cover which samples were looked at, not which ones a probe was fitted on.
+nearest neighbors notice. The intervals cover which samples were looked at, not which ones a probe was fitted on.
 
 Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 11 and 21.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred
-from layerprobe.analyses.measures.neighbor_graphs import NeighbourGraph, SparseGraph, shared_entries
+from layerprobe.analyses.measures.arrays import Features, Floats, centered
+from layerprobe.analyses.measures.neighbor_graphs import NeighborGraph, SparseGraph, shared_entries
 from layerprobe.analyses.measures.spectrum import EPSILON
 
 Z95 = 1.959963985  # of the normal distribution
@@ -88,7 +88,7 @@ def effective_rank_estimate(x: Features) -> Estimate:
 
     An eigenvalue of the covariance moves by `(u x_i)^2 - eigenvalue` with the weight of sample i.
     """
-    wide = centred(x / np.float64(np.abs(x).max()))
+    wide = centered(x / np.float64(np.abs(x).max()))
     variances, axes = np.linalg.eigh(wide.T @ wide / len(wide))
     kept = variances > _NEGLIGIBLE * variances[-1]
     roots = np.sqrt(variances[kept])
@@ -103,7 +103,7 @@ def lidar_estimate(x: Features, *, ridge: float = 1e-4) -> Estimate:
     1 where nothing is left: there is no direction in which samples differ more than noise moves them.
     """
     n, draws, width = x.shape
-    wide = centred(x.reshape(-1, width) / np.float64(np.abs(x).max())).reshape(x.shape)
+    wide = centered(x.reshape(-1, width) / np.float64(np.abs(x).max())).reshape(x.shape)
     means = wide.mean(axis=1)
     inner = wide - means[:, None]
     flat = inner.reshape(-1, width)
@@ -144,11 +144,11 @@ def cka_estimates(xs: Sequence[Features]) -> Estimate:
     return _jackknifed(_correlation(hsic[:, :, None])[:, :, 0], _correlation(without))
 
 
-def cknna_estimates(graphs: Sequence[NeighbourGraph]) -> Estimate:
-    """CKNNA of all pairs of M neighbour graphs of the same n samples, shape (M, M), as `neighbours.cknna` has it.
+def cknna_estimates(graphs: Sequence[NeighborGraph]) -> Estimate:
+    """CKNNA of all pairs of M neighbor graphs of the same n samples, shape (M, M), as `neighbors.cknna` has it.
 
-    Where two samples are neighbours of each other, both of them count it. So a sample is left out of the rows alone
-    (who still has it as a neighbour finds another one instead), and the influences are those times the root of 2: each
+    Where two samples are neighbors of each other, both of them count it. So a sample is left out of the rows alone
+    (who still has it as a neighbor finds another one instead), and the influences are those times the root of 2: each
     of the pairs that they sum over stands in two of them.
     """
     sides = [SparseGraph(graph) for graph in graphs]
@@ -156,7 +156,7 @@ def cknna_estimates(graphs: Sequence[NeighbourGraph]) -> Estimate:
     hsic, without = np.empty((num, num)), np.empty((num, num, n))
     for a, left in enumerate(sides):
         for b, right in enumerate(sides[a:], a):
-            inner, columns, rows = _common_neighbours(left, right)
+            inner, columns, rows = _common_neighbors(left, right)
             totals, linked = columns.sum() * rows, columns * rows
             hsic[a, b] = hsic[b, a] = _unbiased(inner.sum(), totals.sum(), linked.sum(), n)
             share = _unbiased(inner, totals + columns * rows.sum(), linked, n)
@@ -165,8 +165,8 @@ def cknna_estimates(graphs: Sequence[NeighbourGraph]) -> Estimate:
     return Estimate(found.value, np.sqrt(2) * found.influence)
 
 
-def _common_neighbours(left: SparseGraph, right: SparseGraph) -> tuple[Floats, Floats, Floats]:
-    """By sample: products of the similarities to common neighbours, column sums of one and row sums of the other."""
+def _common_neighbors(left: SparseGraph, right: SparseGraph) -> tuple[Floats, Floats, Floats]:
+    """By sample: products of the similarities to common neighbors, column sums of one and row sums of the other."""
     n, in_left, in_right = left.n, shared_entries(left, right), shared_entries(right, left)
     inner = _summed(in_left // left.k, left.returned[in_left] * right.returned[in_right], n)
     columns = _summed(left.columns[in_left], left.similarities[in_left], n)
@@ -179,8 +179,8 @@ def _summed(places: Any, values: Floats, n: int) -> Floats:
 
 
 def _gram(x: Features) -> Floats:
-    """Of centred features of mean square norm 1, its diagonal set to 0."""
-    wide = centred(x / np.float64(np.abs(x).max() or 1))
+    """Of centered features of mean square norm 1, its diagonal set to 0."""
+    wide = centered(x / np.float64(np.abs(x).max() or 1))
     gram = wide @ wide.T
     scale = np.trace(gram) / len(gram)
     np.fill_diagonal(gram, 0)
@@ -207,7 +207,7 @@ def _jackknifed(value: Floats, without: Floats) -> Estimate:
 
 
 def _exponential_entropy(values: Floats, epsilon: float = 0.0) -> tuple[float, Floats]:
-    """Exponential of the entropy of the normalised values, and its derivative by each value that is not 0."""
+    """Exponential of the entropy of the normalized values, and its derivative by each value that is not 0."""
     p = values / values.sum()
     some = p[p + epsilon > 0] + epsilon
     rank = float(np.exp(-(some * np.log(some)).sum()))

@@ -1,9 +1,9 @@
-"""Nearest neighbours: how well the labels of a sample's neighbours in feature space predict its own.
+"""Nearest neighbors: how well the labels of a sample's neighbors in feature space predict its own.
 
-It needs no optimisation, so it is the check that a probe's ranking of layers is not the solver's.
+It needs no optimization, so it is the check that a probe's ranking of layers is not the solver's.
 
-Candidates come from float32 products and are ranked by float64 ones; where rounding could have kept a true neighbour
-from the candidates, they are looked for again in float64. So the neighbours are those of float64, and of samples at
+Candidates come from float32 products and are ranked by float64 ones; where rounding could have kept a true neighbor
+from the candidates, they are looked for again in float64. So the neighbors are those of float64, and of samples at
 the same distance the one that stands first in the bank is nearer.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.tensors import Representation, as_tensor, centred, centring
+from layerprobe.analyses.measures.tensors import Representation, as_tensor, centered, centering
 
 Metric = Literal["cosine", "euclidean"]
 Score = Literal["inner product", "distance"]
@@ -30,12 +30,12 @@ _SPARE = 16
 
 @dataclass(frozen=True, eq=False)
 class KnnResult:
-    """What the nearest neighbours predict.
+    """What the nearest neighbors predict.
 
     Attributes:
         accuracy: Fraction correct.
         correct: Per sample, shape (n_query,), bool.
-        k: Number of neighbours.
+        k: Number of neighbors.
         metric: "cosine" or "euclidean".
     """
 
@@ -56,14 +56,14 @@ def knn_accuracy(
     temperature: float | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> KnnResult:
-    """Accuracy of the vote of the k nearest neighbours.
+    """Accuracy of the vote of the k nearest neighbors.
 
-    Without a temperature every neighbour has one vote; of equally common labels the smallest wins, as in
-    `sklearn.neighbors.KNeighborsClassifier`. With one, a neighbour has exp(cosine / temperature) votes, as in DINO
+    Without a temperature every neighbor has one vote; of equally common labels the smallest wins, as in
+    `sklearn.neighbors.KNeighborsClassifier`. With one, a neighbor has exp(cosine / temperature) votes, as in DINO
     (0.07 and k = 20 there), which is exp(-d^2 / (2 temperature)) of the distance d of two unit vectors; for "euclidean"
     it is the same of distances in units of the bank's root mean square distance from its mean.
 
-    Features are centred on the mean of the bank before cosines are taken: all samples share most of a residual
+    Features are centered on the mean of the bank before cosines are taken: all samples share most of a residual
     stream, and cosines of the raw features are all close to 1. Euclidean distances do not change by it, but keep
     their digits.
 
@@ -72,7 +72,7 @@ def knn_accuracy(
         bank_y: Their labels, shape (n_bank,).
         query_x: Features to classify, shape (n_query, D).
         query_y: Their labels, shape (n_query,).
-        k: Number of neighbours.
+        k: Number of neighbors.
         metric: "cosine" or "euclidean".
         temperature: Of the votes; positive.
         tile_bytes: Memory beside the features in float64 and float32; a tile has at least one query.
@@ -111,19 +111,19 @@ def unit_rows(x: Tensor) -> Tensor:
 def nearest(
     bank: Tensor, queries: Tensor | None, *, k: int, score: Score, tile_bytes: int = TILE_BYTES
 ) -> tuple[NDArray[np.intp], Floats]:
-    """The k nearest neighbours of every query, nearest first.
+    """The k nearest neighbors of every query, nearest first.
 
     Args:
         bank: Shape (n_bank, D), float64.
-        queries: Shape (n_query, D), float64; None for the bank itself, whose samples are then no neighbours of their
+        queries: Shape (n_query, D), float64; None for the bank itself, whose samples are then no neighbors of their
             own.
-        k: Number of neighbours.
-        score: What orders the neighbours: the largest inner product or the smallest euclidean distance.
+        k: Number of neighbors.
+        score: What orders the neighbors: the largest inner product or the smallest euclidean distance.
         tile_bytes: Memory beside two copies of the features.
 
     Returns:
         Positions in the bank and scores, both of shape (n_query, k). A score is the inner product, for "distance" less
-        half the neighbour's square norm, which is half the square distance but for the sign and the query's own norm.
+        half the neighbor's square norm, which is half the square distance but for the sign and the query's own norm.
     """
     search = _Search(bank, score, k, own=queries is None)
     queries = bank if queries is None else queries
@@ -135,7 +135,7 @@ def nearest(
 
 
 class _Search:
-    """Nearest neighbours in one bank.
+    """Nearest neighbors in one bank.
 
     Products give every sample an upper bound of its score, rounding included. The samples with the largest bounds are
     scored one by one; if the k-th best of them beats the bounds of all others, it is settled.
@@ -156,7 +156,7 @@ class _Search:
             found = self._by_products(queries[open_rows], places[open_rows], torch.float64)
             positions[open_rows], scores[open_rows], settled[open_rows] = found
         everything = torch.arange(len(self.bank), device=queries.device)
-        # What is left has more samples at the distance of the k-th neighbour than there are candidates.
+        # What is left has more samples at the distance of the k-th neighbor than there are candidates.
         for row in torch.nonzero(~settled).flatten().tolist():
             row = slice(row, row + 1)
             positions[row], scores[row] = self._ranked(queries[row], places[row], everything[None])
@@ -211,8 +211,8 @@ def _prepared(bank: Tensor, queries: Tensor, metric: Metric) -> tuple[Tensor, Te
     For "cosine" samples get unit norm (one at the mean stays 0: it has cosine 0 with all), for "euclidean" the bank
     gets mean square norm 1.
     """
-    known = centring(bank)
-    bank, queries = (centred(x, known.mean, torch.float64) for x in (bank, queries))
+    known = centering(bank)
+    bank, queries = (centered(x, known.mean, torch.float64) for x in (bank, queries))
     if metric == "cosine":
         return unit_rows(bank), unit_rows(queries)
     scale = known.square_norms.mean().sqrt()

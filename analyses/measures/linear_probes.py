@@ -1,6 +1,6 @@
 """Linear probes: multinomial logistic regression at its true optimum.
 
-The objective is scikit-learn's, per sample: `mean cross-entropy + ||W||^2 / (2 C n)`, with the bias unpenalised.
+The objective is scikit-learn's, per sample: `mean cross-entropy + ||W||^2 / (2 C n)`, with the bias unpenalized.
 Default solvers stop early on the ill-conditioned features of networks, and a curve over layers then shows
 conditioning instead of content. So every fit comes with its gradient norm, and says so when it did not converge.
 
@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked
+from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked
 from layerprobe.analyses.measures.classification import Scores, classification_scores
-from layerprobe.analyses.measures.logistic.bfgs import Curvature, minimise
+from layerprobe.analyses.measures.logistic.bfgs import Curvature, minimize
 from layerprobe.analyses.measures.logistic.newton import damped_newton, newton_cg
 from layerprobe.analyses.measures.logistic.problem import (
     Decomposition,
@@ -46,7 +46,7 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 Solver = Callable[[Problem, Point, float, int], tuple[Point, int, bool]]
 
 _FEW_SAMPLES = 1000  # up to which Newton's method by conjugate gradients is the fastest
-_FEW_UNKNOWNS = 300  # for which the Hessian may be factorised, where samples lie awkwardly
+_FEW_UNKNOWNS = 300  # for which the Hessian may be factorized, where samples lie awkwardly
 _SMALL = 1_000_000  # entries of features; below it several threads only get in each other's way
 
 
@@ -60,7 +60,7 @@ class LogisticFit:
         classes: The K labels in ascending order, shape (K,).
         inverse_penalty: C; smaller is stronger.
         objective: Mean cross-entropy plus penalty, in nats.
-        gradient_norm: Of the objective in (weights, bias) of the centred features, without preconditioning, in
+        gradient_norm: Of the objective in (weights, bias) of the centered features, without preconditioning, in
             float64: the certificate.
         gap: At most this fraction of the objective lies above the minimum, by the curvature that the penalty gives the
             weights: the squared gradient norm times `C n / (2 objective)`, with the features in units of their root
@@ -93,8 +93,8 @@ class LogisticFit:
         """Of each class, in nats, shape (n, K)."""
         logits = self.logits(x)
         logits -= logits.max(axis=1, keepdims=True)
-        normalised: Floats = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return normalised
+        normalized: Floats = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return normalized
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def linear_probe(
     test_y: NDArray[Any],
     *,
     inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
-    standardise: bool = True,
+    standardize: bool = True,
     class_weight: ClassWeight = None,
     device: str = "cpu",
 ) -> ProbeResult:
@@ -151,7 +151,7 @@ def linear_probe(
         test_x: Shape (n_test, D).
         test_y: Shape (n_test,).
         inverse_penalties: Values of C to choose from.
-        standardise: Divide each feature by its standard deviation on the training split (constant ones are left alone).
+        standardize: Divide each feature by its standard deviation on the training split (constant ones are left alone).
             Without it the same C is a strong penalty for a layer with small activations and a weak one for a layer
             with large activations.
         class_weight: As in `fit_logistic`.
@@ -167,7 +167,7 @@ def linear_probe(
         if x.shape[1] != train_x.shape[1]:
             widths = f"{x.shape[1]} features, the training split {train_x.shape[1]}"
             raise ValueError(f"the {split} split has {widths}; pass the same layer")
-    mean, scale = _standardisation(train_x) if standardise else (np.zeros(train_x.shape[1]), np.ones(train_x.shape[1]))
+    mean, scale = _standardization(train_x) if standardize else (np.zeros(train_x.shape[1]), np.ones(train_x.shape[1]))
     scaled = {split: (x - mean) / scale for split, (x, _) in splits.items()}
     fits = fit_logistic_path(
         scaled["train"], train_y, sorted(inverse_penalties), class_weight=class_weight, device=device
@@ -212,7 +212,7 @@ def fit_logistic(
         class_weight: What each sample of a class counts: "balanced" for `n / (K n_k)`, or a number per label (1 where
             none is given). The mean in the objective and n in the penalty become weighted, as in scikit-learn.
         tolerance: The fit has converged when the gradient norm is below `tolerance` times the root mean square norm
-            of the centred samples (1 appended for the bias) *and* `gap <= tolerance / 10`. The second matters for
+            of the centered samples (1 appended for the bias) *and* `gap <= tolerance / 10`. The second matters for
             separable data under a weak penalty.
         max_passes: Where to give up; the fit then says that it did not converge.
         device: Where it is computed; a GPU needs float64.
@@ -394,9 +394,9 @@ def _class_weights(class_weight: ClassWeight, classes: NDArray[Any], targets: ND
     return weights
 
 
-def _standardisation(x: Features) -> tuple[Floats, Floats]:
+def _standardization(x: Features) -> tuple[Floats, Floats]:
     mean = x.mean(axis=0, dtype=np.float64)
-    scale = np.sqrt(np.square(centred(x)).mean(axis=0))
+    scale = np.sqrt(np.square(centered(x)).mean(axis=0))
     # Not `scale == 0`: the standard deviation of equal numbers is rounding error, and dividing by it would make
     # features of it.
     scale[(x == x[:1]).all(axis=0)] = 1.0
@@ -465,7 +465,7 @@ def _solved(
 def _solvers(problem: Problem, curvature: Curvature) -> list[Solver]:
     solvers: list[Solver] = [newton_cg]
     if len(problem.share) > _FEW_SAMPLES:
-        solvers.insert(0, partial(minimise, curvature=curvature))
+        solvers.insert(0, partial(minimize, curvature=curvature))
     if problem.num_classes * len(problem.data.exact) <= _FEW_UNKNOWNS:
         solvers.append(damped_newton)
     return solvers

@@ -1,7 +1,7 @@
-"""Whether two representations agree on who is whose neighbour: mutual-kNN, cycle-kNN and CKNNA for all pairs.
+"""Whether two representations agree on who is whose neighbor: mutual-kNN, cycle-kNN and CKNNA for all pairs.
 
-Neighbours are searched for once per representation, never per pair; the comparisons then only look at the n k
-neighbours, so all pairs take M^2 n k steps and not M^2 n^2.
+Neighbors are searched for once per representation, never per pair; the comparisons then only look at the n k
+neighbors, so all pairs take M^2 n k steps and not M^2 n^2.
 
 Source: Huh et al. 2024, "The Platonic Representation Hypothesis" (arXiv:2405.07987), whose definitions these are.
 """
@@ -20,19 +20,19 @@ from scipy.sparse import csr_array
 
 from layerprobe.analyses.measures.arrays import Floats
 from layerprobe.analyses.measures.knn import TILE_BYTES, nearest, unit_rows
-from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centred, centring
+from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centered, centering
 
 Kernel = Literal["cosine", "linear"]
 
 
 @dataclass(frozen=True, eq=False)
-class NeighbourGraph:
-    """The nearest neighbours of every sample among the others.
+class NeighborGraph:
+    """The nearest neighbors of every sample among the others.
 
     Attributes:
         positions: Nearest first, shape (n, k).
-        similarities: Of sample and neighbour, shape (n, k).
-        reason: Why there are no meaningful neighbours, or "".
+        similarities: Of sample and neighbor, shape (n, k).
+        reason: Why there are no meaningful neighbors, or "".
     """
 
     positions: NDArray[np.intp]
@@ -40,18 +40,18 @@ class NeighbourGraph:
     reason: str
 
 
-def neighbour_graph(
-    x: Representation, *, k: int = 10, kernel: Kernel = "cosine", centre: bool = True, tile_bytes: int = TILE_BYTES
-) -> NeighbourGraph:
+def neighbor_graph(
+    x: Representation, *, k: int = 10, kernel: Kernel = "cosine", center: bool = True, tile_bytes: int = TILE_BYTES
+) -> NeighborGraph:
     """The k samples with the largest inner product with each sample, itself excepted, exact to float64.
 
     Of equally similar samples the first is nearer, so duplicates have an order of their own in shuffled data.
 
     Args:
         x: Features, array or tensor of shape (n, D), any dtype.
-        k: Number of neighbours, in [1, n - 1].
+        k: Number of neighbors, in [1, n - 1].
         kernel: "cosine" divides every sample by its norm, "linear" takes it as it is, up to a common factor.
-        centre: Subtract the mean over samples first. The paper does in its definition, its code does not; for that
+        center: Subtract the mean over samples first. The paper does in its definition, its code does not; for that
             choose False.
         tile_bytes: Memory beside three copies of the features in float64.
 
@@ -64,16 +64,16 @@ def neighbour_graph(
         raise ValueError(f"k is {k} for {n} samples; pass k between 1 and {n - 1}")
     if kernel not in ("cosine", "linear"):
         raise ValueError(f"kernel {kernel!r} is not known; use 'cosine' or 'linear'")
-    known = centring(features)
+    known = centering(features)
     if known.reason:
-        return NeighbourGraph(np.zeros((n, k), np.intp), np.full((n, k), np.nan), known.reason)
-    z = centred(features, known.mean if centre else torch.zeros_like(known.mean), torch.float64)
+        return NeighborGraph(np.zeros((n, k), np.intp), np.full((n, k), np.nan), known.reason)
+    z = centered(features, known.mean if center else torch.zeros_like(known.mean), torch.float64)
     z = unit_rows(z) if kernel == "cosine" else z / z.square().sum(1).mean().sqrt()
-    return NeighbourGraph(*nearest(z, None, k=k, score="inner product", tile_bytes=tile_bytes), "")
+    return NeighborGraph(*nearest(z, None, k=k, score="inner product", tile_bytes=tile_bytes), "")
 
 
-def mutual_knn(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None = None) -> PairMatrix:
-    """The share of neighbours that two representations have in common, averaged over samples; in [0, 1].
+def mutual_knn(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
+    """The share of neighbors that two representations have in common, averaged over samples; in [0, 1].
 
     Unrelated representations share k / (n - 1) on average.
 
@@ -88,8 +88,8 @@ def mutual_knn(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None
     return _matrix(_compared(left, right, _common_share), left, right)
 
 
-def cycle_knn(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None = None) -> PairMatrix:
-    """The share of samples that, in representation a, are a neighbour of one of their neighbours in b; in [0, 1].
+def cycle_knn(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
+    """The share of samples that, in representation a, are a neighbor of one of their neighbors in b; in [0, 1].
 
     Row a, column b; not symmetric. Arguments and errors as for `mutual_knn`.
     """
@@ -97,8 +97,8 @@ def cycle_knn(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None 
     return _matrix(_compared(left, right, _returning_share), left, right)
 
 
-def cknna(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None = None) -> PairMatrix:
-    """Centred kernel nearest-neighbour alignment: debiased CKA of kernels that keep common neighbours only.
+def cknna(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
+    """Centered kernel nearest-neighbor alignment: debiased CKA of kernels that keep common neighbors only.
 
     With k = n - 1 and the linear kernel it is debiased linear CKA. As in the authors' code the masked kernels are not
     made symmetric, so the values are not quite symmetric either. nan where the alignment of a representation with
@@ -122,9 +122,9 @@ def cknna(xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None = No
 
 
 class SparseGraph:
-    """A graph as matrices of shape (n, n) that hold something at (sample, neighbour) and nothing elsewhere."""
+    """A graph as matrices of shape (n, n) that hold something at (sample, neighbor) and nothing elsewhere."""
 
-    def __init__(self, graph: NeighbourGraph) -> None:
+    def __init__(self, graph: NeighborGraph) -> None:
         self.reason = graph.reason
         order = np.argsort(graph.positions, axis=1)
         self.n, self.k = graph.positions.shape
@@ -138,7 +138,7 @@ class SparseGraph:
 
     @cached_property
     def back(self) -> Any:
-        """1 at (neighbour, sample)."""
+        """1 at (neighbor, sample)."""
         return self.marks.T.tocsr()
 
     @cached_property
@@ -148,7 +148,7 @@ class SparseGraph:
 
     @cached_property
     def returned(self) -> Floats:
-        """The similarities, where the sample is a neighbour of its neighbour too, else 0; shape (n k,)."""
+        """The similarities, where the sample is a neighbor of its neighbor too, else 0; shape (n k,)."""
         kept = np.zeros(self.n * self.k)
         where = self.numbers.multiply(self.back).data.astype(np.intp) - 1
         kept[where] = self.similarities[where]
@@ -156,7 +156,7 @@ class SparseGraph:
 
 
 def _sides(
-    xs: Sequence[NeighbourGraph], ys: Sequence[NeighbourGraph] | None
+    xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None
 ) -> tuple[list[SparseGraph], list[SparseGraph]]:
     if not xs:
         raise ValueError("no graph was given; pass at least one")
@@ -193,9 +193,9 @@ def _returning_share(a: SparseGraph, b: SparseGraph) -> float:
 
 
 def _alignment(a: SparseGraph, b: SparseGraph) -> float:
-    """Unbiased HSIC of the two kernels on common neighbours, but for a factor of n.
+    """Unbiased HSIC of the two kernels on common neighbors, but for a factor of n.
 
-    Song et al. 2012, eq. 5, for K and L with entries at common neighbours only: <K, L^T>, the sums of both, and the
+    Song et al. 2012, eq. 5, for K and L with entries at common neighbors only: <K, L^T>, the sums of both, and the
     columns of K against the rows of L.
     """
     n = a.n
@@ -207,6 +207,6 @@ def _alignment(a: SparseGraph, b: SparseGraph) -> float:
 
 
 def shared_entries(a: SparseGraph, b: SparseGraph) -> NDArray[np.intp]:
-    """Which of a's neighbours, counted sample by sample, are b's too."""
+    """Which of a's neighbors, counted sample by sample, are b's too."""
     entries: NDArray[np.intp] = a.numbers.multiply(b.marks).data.astype(np.intp) - 1
     return entries

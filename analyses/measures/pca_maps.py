@@ -1,6 +1,6 @@
 """PCA-to-RGB maps: a layer's tokens as a picture, as in the figures of LayerSync, REPA and DINOv2.
 
-Colours are relative: within one map equal colours mean similar tokens; between layers or noise levels only the shapes
+Colors are relative: within one map equal colors mean similar tokens; between layers or noise levels only the shapes
 compare.
 """
 
@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked, unusable
+from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked, unusable
 
 PERCENTILES = (1.0, 99.0)
 
 
 @dataclass(frozen=True, eq=False)
 class RgbMap:
-    """The first three principal components of one layer's tokens as colours.
+    """The first three principal components of one layer's tokens as colors.
 
     Attributes:
         rgb: Shape (n, T, 3), float32 in [0, 1]; nan without an answer.
         explained: Share of the variance that each component holds, shape (3,), descending, in [0, 1].
-        reason: Why there are no colours, or "".
+        reason: Why there are no colors, or "".
     """
 
     rgb: NDArray[np.float32] = field(repr=False)
@@ -33,10 +33,10 @@ class RgbMap:
 
 
 def pca_rgb(tokens: Features) -> RgbMap:
-    """Colours for tokens: red, green and blue are the first three principal components over all tokens of all samples.
+    """Colors for tokens: red, green and blue are the first three principal components over all tokens of all samples.
 
     Each component runs from its 1st to its 99th percentile and is clipped beyond, so that a few outliers do not turn
-    the rest grey. Its sign is such that the rarer side is bright (positive third moment), which keeps small objects
+    the rest gray. Its sign is such that the rarer side is bright (positive third moment), which keeps small objects
     bright in every layer. Components that hold nothing are a flat 0.5.
 
     Args:
@@ -65,7 +65,7 @@ def pca_rgb(tokens: Features) -> RgbMap:
 
 def _principal_components(x: Features) -> tuple[Floats, Floats]:
     """Scores on three principal axes, shape (N, 3), and the shares of variance (3,); missing axes are zero."""
-    wide: NDArray[Any] = centred(x / np.float64(np.abs(x).max()))
+    wide: NDArray[Any] = centered(x / np.float64(np.abs(x).max()))
     variances, axes = np.linalg.eigh(wide.T @ wide)
     variances = np.maximum(variances[::-1], 0)
     found = min(3, len(variances))

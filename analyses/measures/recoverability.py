@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked
+from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked
 
 SPLITS = ("train", "validation", "test")
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-8, 4))
@@ -106,10 +106,10 @@ class TokenMoments:
         for needed in ("train", split):
             if not self.counts[needed]:
                 raise ValueError(f"no tokens of the split {needed!r} were added; add {', '.join(SPLITS)}")
-        centre = self._sums["train"] / self.counts["train"]
+        center = self._sums["train"] / self.counts["train"]
         mean = self._sums[split] / self.counts[split]
         second = self._products[split] / self.counts[split]
-        second = second - np.outer(mean, mean) + np.outer(mean - centre, mean - centre)
+        second = second - np.outer(mean, mean) + np.outer(mean - center, mean - center)
         shape = (len(self.layers), self.width)
         return mean.reshape(shape), second.reshape(shape * 2)
 
@@ -224,7 +224,7 @@ def shared_basis(tokens: Sequence[Features], *, rank: int = 128) -> Floats:
     """
     total = np.zeros((1, 1))
     for x in tokens:
-        wide = centred(checked(x.reshape(-1, x.shape[-1]), "tokens"))
+        wide = centered(checked(x.reshape(-1, x.shape[-1]), "tokens"))
         if len(total) > 1 and len(total) != wide.shape[1]:
             raise ValueError(f"layers have widths {len(total)} and {wide.shape[1]}; pass the layers of one stage")
         total = total + _unit_trace(wide.T @ wide)
@@ -248,9 +248,9 @@ def missed_by_sample(layers: Sequence[str], tokens: Mapping[str, Sequence[Featur
         moments.update(split, tokens[split])
     penalty = recoverability(moments).penalty
     maps = _whitening(moments.moments("train")[1])
-    centres = [x.mean((0, 1), dtype=np.float64) for x in tokens["train"]]
+    centers = [x.mean((0, 1), dtype=np.float64) for x in tokens["train"]]
     fitted, judged = (
-        [(x - centre) @ maps for x, centre in zip(tokens[split], centres, strict=True)] for split in ("train", "test")
+        [(x - center) @ maps for x, center in zip(tokens[split], centers, strict=True)] for split in ("train", "test")
     )
     num, n = len(layers), len(judged[0])
     missed, increment = np.full((2, num, num, n), np.nan)

@@ -44,9 +44,9 @@ class SpatialStructure:
 
     @property
     def lds(self) -> Floats:
-        """Local against distant similarity, shape (n,): mean cosine of neighbours minus that of distant pairs.
+        """Local against distant similarity, shape (n,): mean cosine of neighbors minus that of distant pairs.
 
-        Neighbours share an edge (4 in two dimensions); distant pairs are `far_distance` or more cells apart.
+        Neighbors share an edge (4 in two dimensions); distant pairs are `far_distance` or more cells apart.
         """
         far = self.pair_counts[self.far_distance :]
         if not (len(far) and far.any() and self.pair_counts[1]):
@@ -71,7 +71,7 @@ class SpatialStructure:
 
 
 def spatial_structure(
-    tokens: Features, grid: Sequence[int], *, positions: Sequence[int] | None = None, centre: bool = False
+    tokens: Features, grid: Sequence[int], *, positions: Sequence[int] | None = None, center: bool = False
 ) -> SpatialStructure:
     """Correlogram, LDS, CDS and RMSC of every sample.
 
@@ -83,7 +83,7 @@ def spatial_structure(
         tokens: Shape (n, T, D), any float dtype; computed in float64, T^2 D per sample.
         grid: Cells along each axis, of product T.
         positions: Which cells the tokens come from, where only some were kept: T indices into the flattened grid.
-        centre: Take the mean over all samples and tokens away first. A large common part makes all cosines nearly 1
+        center: Take the mean over all samples and tokens away first. A large common part makes all cosines nearly 1
             and differences between layers a matter of that part; without it the scores are as published.
 
     Raises:
@@ -97,7 +97,7 @@ def spatial_structure(
     rmsc = np.full(len(tokens), np.nan)
     if reason:
         return SpatialStructure(correlogram, _pairs(counts), rmsc, far, reason)
-    mean = _mean(tokens) if centre else np.zeros(tokens.shape[2])
+    mean = _mean(tokens) if center else np.zeros(tokens.shape[2])
     broken = 0
     for i, sample in enumerate(tokens):
         units = _units(sample, mean)
@@ -113,7 +113,7 @@ def spatial_structure(
 
 
 def spatial_contrast(tokens: Features) -> Floats:
-    """RMSC of every sample, centred, shape (n,), as `spatial_structure(tokens, grid, centre=True).rmsc` has it.
+    """RMSC of every sample, centered, shape (n,), as `spatial_structure(tokens, grid, center=True).rmsc` has it.
 
     It needs no grid, so some of a sample's tokens will do. nan for samples with a token that is the zero vector.
 
@@ -130,9 +130,9 @@ def spatial_contrast(tokens: Features) -> Floats:
 def semantic_similarity(
     tokens: Features, grid: Sequence[int], masks: NDArray[np.bool_], *, positions: Sequence[int] | None = None
 ) -> Floats:
-    """SRSS, semantic-region self-similarity: an object's tokens against their neighbours in it and the far background.
+    """SRSS, semantic-region self-similarity: an object's tokens against their neighbors in it and the far background.
 
-    For every token inside the mask: its mean cosine with neighbours inside minus that with tokens outside at
+    For every token inside the mask: its mean cosine with neighbors inside minus that with tokens outside at
     `far_distance(grid)` or more cells; averaged over the tokens that have both.
 
     Args:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features, Floats, centred, checked, unusable
+from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked, unusable
 
-EPSILON = 1e-7  # of RankMe and of LiDAR, added to every normalised value, as in both papers
+EPSILON = 1e-7  # of RankMe and of LiDAR, added to every normalized value, as in both papers
 POWER_LAW_RANKS = (11, 100)
 
 
@@ -41,22 +41,22 @@ class Spectrum:
     """The singular values of one representation, and what follows from them; every number is nan where there are none.
 
     Attributes:
-        singular_values: Of the centred features, shape (min(n, D),), in descending order, in units of the features.
-        uncentred: Singular values of the features as they are, shape (min(n, D),), in descending order.
+        singular_values: Of the centered features, shape (min(n, D),), in descending order, in units of the features.
+        uncentered: Singular values of the features as they are, shape (min(n, D),), in descending order.
         mean_cosine: See `anisotropy`.
         num_samples: n.
         reason: Why there are no singular values, or "".
     """
 
     singular_values: Floats = field(repr=False)
-    uncentred: Floats = field(repr=False)
+    uncentered: Floats = field(repr=False)
     mean_cosine: float
     num_samples: int
     reason: str
 
     @property
     def effective_rank(self) -> float:
-        """Exponential of the entropy of the normalised singular values; at least 1, at most min(n - 1, D).
+        """Exponential of the entropy of the normalized singular values; at least 1, at most min(n - 1, D).
 
         It counts directions, whatever they carry: noise that passes through a layer raises it too.
 
@@ -66,14 +66,14 @@ class Spectrum:
 
     @property
     def rank_me(self) -> float:
-        """RankMe: the same of the features as they are, with `EPSILON` added to every normalised singular value.
+        """RankMe: the same of the features as they are, with `EPSILON` added to every normalized singular value.
 
-        Not centred, as published: a large mean counts as one direction that dominates all others and hides them, so
+        Not centered, as published: a large mean counts as one direction that dominates all others and hides them, so
         compare it with `effective_rank` before reading anything into it.
 
         Source: Garrido et al. 2023 (arXiv:2210.02885), eq. 1.
         """
-        return np.nan if self.reason else _exponential_entropy(self.uncentred, epsilon=EPSILON)
+        return np.nan if self.reason else _exponential_entropy(self.uncentered, epsilon=EPSILON)
 
     @property
     def participation_ratio(self) -> float:
@@ -127,8 +127,8 @@ def spectrum(x: Features) -> Spectrum:
     wide = x.astype(np.float64) / scale
     cosine = _mean_cosine(wide)
     mean = wide.mean(axis=0) * np.sqrt(len(x))
-    values, uncentred = _singular_values(centred(wide), mean)
-    return Spectrum(values * scale, uncentred * scale, cosine, len(x), "")
+    values, uncentered = _singular_values(centered(wide), mean)
+    return Spectrum(values * scale, uncentered * scale, cosine, len(x), "")
 
 
 def effective_rank(x: Features) -> float:
@@ -251,22 +251,22 @@ def lidar(x: Features, *, ridge: float = 1e-4) -> Lidar:
     checked(x.reshape(-1, width))
     if (x == x[:, :1]).all():
         return Lidar(np.empty(0), draws, "the features are the same for all draws of a sample")
-    wide = centred(x.reshape(-1, width) / np.float64(np.abs(x).max())).reshape(x.shape)
+    wide = centered(x.reshape(-1, width) / np.float64(np.abs(x).max())).reshape(x.shape)
     means = wide.mean(axis=1)
     inner = (wide - means[:, None]).reshape(-1, width)
     variances, axes = np.linalg.eigh(inner.T @ inner / (n * (draws - 1)))
     variances = np.maximum(variances, 0)
     moved = variances[variances > 1e-12 * variances[-1]]
     whitened = means @ (axes / np.sqrt(variances + ridge * np.median(moved)))
-    eigenvalues = np.square(np.linalg.svd(centred(whitened), compute_uv=False)) / (n - 1)
+    eigenvalues = np.square(np.linalg.svd(centered(whitened), compute_uv=False)) / (n - 1)
     return Lidar(eigenvalues[: min(n - 1, width)], draws, "")
 
 
 def _singular_values(x: Floats, mean: Floats) -> tuple[Floats, Floats]:
-    """Singular values of centred features, and of the features with their mean.
+    """Singular values of centered features, and of the features with their mean.
 
     Args:
-        x: Centred features, shape (n, D).
+        x: Centered features, shape (n, D).
         mean: The mean times the root of n, shape (D,): as one more row, it makes the Gram matrix that of the features.
     """
     # Not through the covariance, whose square roots know the small values only to 1e-8 of the largest.
@@ -278,8 +278,8 @@ def _singular_values(x: Floats, mean: Floats) -> tuple[Floats, Floats]:
         triangle = with_mean[:, :-1]
     size = min(x.shape)
     values: Floats = np.linalg.svd(triangle, compute_uv=False)[:size]
-    uncentred: Floats = np.linalg.svd(with_mean, compute_uv=False)[:size]
-    return values, uncentred
+    uncentered: Floats = np.linalg.svd(with_mean, compute_uv=False)[:size]
+    return values, uncentered
 
 
 def _mean_cosine(x: Floats) -> float:

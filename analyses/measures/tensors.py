@@ -1,4 +1,4 @@
-"""What the comparisons of many representations share: arrays or tensors in, centred tensors out.
+"""What the comparisons of many representations share: arrays or tensors in, centered tensors out.
 
 A representation is a NumPy array or a torch tensor of shape (n, D). Work happens where a tensor lies, so features on a
 GPU are compared there; results are NumPy arrays either way.
@@ -36,12 +36,12 @@ class PairMatrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Centring:
-    """What has to be known about a representation before it is centred in single precision.
+class Centering:
+    """What has to be known about a representation before it is centered in single precision.
 
     Attributes:
         mean: Over samples, shape (D,), float64.
-        square_norms: Of the centred samples, shape (n,), float64.
+        square_norms: Of the centered samples, shape (n,), float64.
         reason: Why samples cannot be compared in this representation, or "".
     """
 
@@ -79,7 +79,7 @@ def num_samples(representations: Sequence[Representation], least: int, why: str)
     return n
 
 
-def centring(x: Tensor) -> Centring:
+def centering(x: Tensor) -> Centering:
     """Mean and spread of a representation, in float64."""
     wide = x.double()
     mean = wide.mean(0)
@@ -87,10 +87,10 @@ def centring(x: Tensor) -> Centring:
     # The first mean is rounded at the size of the offset, the second at the size of the spread.
     rest = wide.mean(0)
     wide -= rest
-    return Centring(mean + rest, wide.square_().sum(1), _unusable(x))
+    return Centering(mean + rest, wide.square_().sum(1), _unusable(x))
 
 
-def centred(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+def centered(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     """`x - mean`, shape (n, D), in float32 or float64, right to the last digits whatever the offset.
 
     Residual streams drift to a large mean. Subtracting its float32 part is exact there, and what float32 could not

@@ -63,12 +63,12 @@ HOW_TO_READ = (
     ),
     (
         "Probe and kNN accuracy",
-        "The share of samples whose class a linear classifier, or a vote of near neighbours, reads from a layer. Bands "
+        "The share of samples whose class a linear classifier, or a vote of near neighbors, reads from a layer. Bands "
         "are 95 % bootstrap intervals over samples: layers whose bands overlap widely are not known to differ.",
     ),
     (
         "Controls",
-        "The same network with random weights, and the raw noisy input without a network. What a layer has learnt is "
+        "The same network with random weights, and the raw noisy input without a network. What a layer has learned is "
         "its distance to the higher of the two.",
     ),
     (
@@ -437,7 +437,7 @@ def _how_to_read() -> str:
 
 
 def _figure(figure: Figure, name: str) -> str:
-    """A figure as inline SVG in the colours of the page."""
+    """A figure as inline SVG in the colors of the page."""
     title = " ".join(figure.get_suptitle().split())
     svg = to_svg(figure)
     svg = svg[svg.index("<svg") :]

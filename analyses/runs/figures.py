@@ -53,7 +53,7 @@ def draw_figures(run: str | Path) -> list[Path]:
 
 
 def _token_maps(store: FeatureStore) -> Any:
-    """Tokens of the first samples of the test split in colours, for the layers whose tokens lie on a grid."""
+    """Tokens of the first samples of the test split in colors, for the layers whose tokens lie on a grid."""
     grids = {layer: grid for layer in store.layers if (grid := store.grid(layer)) is not None}
     maps = {
         (layer, level): pca_rgb(store.tokens(layer, level, split="test"))

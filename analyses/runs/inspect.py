@@ -81,7 +81,7 @@ def examine_data(source: str, reading: Mapping[str, Any]) -> tuple[dict[str, Any
         "axes": _axes(whole[0]),
         "lengths": _lengths(whole),
         "classes": _classes(splits),
-        "normalisation": _normalisation(whole[0]),
+        "normalization": _normalization(whole[0]),
         "presets": _presets(model_shape),
         "notes": notes,
     }
@@ -103,7 +103,7 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
     told["latents"] = _times(record.get("latents", ()))
     told["lengths"] = _length_line(record["lengths"])
     told |= {f"classes of {name}": _class_line(counts) for name, counts in record["classes"].items()}
-    told["values"] = _value_line(record["normalisation"], record["modality"])
+    told["values"] = _value_line(record["normalization"], record["modality"])
     told |= {f"--preset {name}": said for name, said in record["presets"].items()}
     told["cannot be read"] = _bad_line(record["bad"]) if record["bad"] else "nothing" * bool(record["parts"])
     width = max(map(len, told)) + 2
@@ -258,8 +258,8 @@ def _counts(labels: Tensor, class_names: Sequence[str]) -> dict[str, int]:
     return dict(zip(class_names, counts, strict=True)) | ({"(none)": missing} if missing else {})
 
 
-def _normalisation(samples: Samples) -> dict[str, list[float]] | None:
-    statistics = samples.normalisation if isinstance(samples, MediaSamples) else None
+def _normalization(samples: Samples) -> dict[str, list[float]] | None:
+    statistics = samples.normalization if isinstance(samples, MediaSamples) else None
     return None if statistics is None else statistics.to_dict()
 
 
@@ -307,10 +307,10 @@ def _class_line(splits: Mapping[str, Mapping[str, int]]) -> str:
     return said + (f"; {'; '.join(absent[:3])}" + ("; ..." if len(absent) > 3 else "") if absent else "")
 
 
-def _value_line(normalisation: Mapping[str, Sequence[float]] | None, modality: str) -> str:
-    if normalisation is None:
+def _value_line(normalization: Mapping[str, Sequence[float]] | None, modality: str) -> str:
+    if normalization is None:
         return "pixels, as -1 to 1" if modality in ("image", "video") else ""
-    spans = {name: " to ".join(f"{x:.3g}" for x in sorted({min(of), max(of)})) for name, of in normalisation.items()}
+    spans = {name: " to ".join(f"{x:.3g}" for x in sorted({min(of), max(of)})) for name, of in normalization.items()}
     return f"mean {spans['mean']} and standard deviation {spans['std']} per channel become 0 and 1"
 
 

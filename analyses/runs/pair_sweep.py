@@ -94,7 +94,7 @@ def atlas_start(
     plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
     backbone = open_checkpoint(checkpoint, device=device)
     if from_scratch:
-        fresh_sit(backbone, seeds[0])  # what cannot be initialised is refused before data is read
+        fresh_sit(backbone, seeds[0])  # what cannot be initialized is refused before data is read
     return AtlasStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)
 
 

@@ -198,7 +198,7 @@ def draw_archive(
 ) -> Path:
     """Draws samples into `samples.npz`, in the format that ADM's evaluation and its kin read.
 
-    `arr_0` holds the images, shape (num, H, W, 3), uint8, grey ones three times over; where the model knows classes,
+    `arr_0` holds the images, shape (num, H, W, 3), uint8, gray ones three times over; where the model knows classes,
     `arr_1` holds the labels, class after class. Image i is the same for any batch size and number of processes up to
     rounding. Every process of torchrun or srun draws every so-manieth part; finished parts outlive an interruption, and
     a finished archive is not made again. Memory holds one part, whatever `num`.

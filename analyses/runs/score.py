@@ -72,7 +72,7 @@ def open_comparison(
         # Of the validation split nothing is used, so nothing has to be encoded.
         splits = take(splits, num_validation=1, num_test=num_test)
     if generated.modality == "image" and generated.shape[0] == 3 and shape == (1, *generated.shape[1:]):
-        generated = generated.grey()
+        generated = generated.gray()
     if generated.shape != shape:
         seen, wanted = ("x".join(map(str, numbers)) for numbers in (generated.shape, shape))
         raise ValueError(f"samples are {seen} but the data is {wanted}; pass data of the samples' shape")
@@ -101,7 +101,7 @@ def score_run(
         reading: Options that read a data set; they may name an autoencoder.
         extractor: Of features; an embedded one, trained on the training split and kept in the user's cache, where not given.
         metrics: Some of `METRICS`.
-        k: Of the neighbourhoods.
+        k: Of the neighborhoods.
         seed: Of the embedded extractor and of the intervals.
         progress: Called with (what is running, steps done, steps in all).
     """

@@ -168,10 +168,10 @@ def standard_ranks(values: Floats) -> Floats:
     """Ranks along the last axis, of mean 0 and variance 1, ties shared; 0 where there is no value or all are equal."""
     # What differs by rounding error only is equal.
     size = np.nanmax(np.abs(values), initial=np.finfo(np.float64).tiny)
-    return standardised(stats.rankdata(np.round(values / size, 9), axis=-1, nan_policy="omit"))
+    return standardized(stats.rankdata(np.round(values / size, 9), axis=-1, nan_policy="omit"))
 
 
-def standardised(values: Floats) -> Floats:
+def standardized(values: Floats) -> Floats:
     """Values along the last axis at mean 0 and variance 1; 0 where there is none or all are equal."""
     known = np.isfinite(values)
     count = np.maximum(known.sum(-1, keepdims=True), 1)

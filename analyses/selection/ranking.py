@@ -48,7 +48,7 @@ import numpy as np
 import pandas as pd
 
 from layerprobe.analyses.measures import Floats
-from layerprobe.analyses.selection.pair_means import PairMeans, standard_ranks, standardised
+from layerprobe.analyses.selection.pair_means import PairMeans, standard_ranks, standardized
 from layerprobe.analyses.tables import (
     CKA,
     CKNNA,
@@ -569,8 +569,8 @@ def _ranked(
     size = parts.sum(0).std() or 1.0
     ranks = standard_ranks(np.stack([means.drawn(name, seed=i) for i, name in enumerate(names)], axis=1))
     # As they might be: what the rule says of criteria drawn from within their intervals, shape (draws, P).
-    drawn = standardised(np.tensordot(ranks, weights, axes=(1, 0)))
-    scores = standardised(parts.sum(0))
+    drawn = standardized(np.tensordot(ranks, weights, axes=(1, 0)))
+    scores = standardized(parts.sum(0))
     # Stable: of equal scores the earlier student comes first, then the earlier teacher.
     order = sorted((means.place(pair) for pair in admissible), key=lambda i: -scores[i])
     ties = _ties(order, scores, drawn, rule.calibration)

@@ -33,7 +33,7 @@ from layerprobe.analyses.measures import (
     lidar_estimate,
     mean_estimate,
     missed_by_sample,
-    neighbour_graph,
+    neighbor_graph,
     ratio_estimate,
     shared_basis,
     spatial_contrast,
@@ -41,7 +41,7 @@ from layerprobe.analyses.measures import (
 )
 from layerprobe.analyses.tables.measurements import (
     KNN,
-    NUM_NEIGHBOURS,
+    NUM_NEIGHBORS,
     PROBE,
     RANK,
     Analysis,
@@ -187,7 +187,7 @@ def _of_similarity(pairs: _Pairs, similarity: pd.DataFrame, column: str) -> Floa
 
 
 class ScoreKeeper:
-    """Keeps what the probes and neighbours of a store get right by sample, which the quality table only averages.
+    """Keeps what the probes and neighbors of a store get right by sample, which the quality table only averages.
 
     Attributes:
         scores: By metric, layer and noise level, on the validation split, arrays (n,).
@@ -426,8 +426,8 @@ def _looked_at(store: FeatureStore, layers: Sequence[str], level: float) -> _Lev
     if store.draws > 1:
         by_layer["lidar"] = _scattered([lidar_estimate(x) for x in small], alive, num, len(rows))
     by_pair[CKA] = _averaged([cka_estimates([x[:, d] for x in usable]) for d in range(store.draws)], alive, num)
-    k = min(NUM_NEIGHBOURS, len(rows) - 1)
-    graphs = [[neighbour_graph(x[:, d], k=k) for x in usable] for d in range(store.draws)]
+    k = min(NUM_NEIGHBORS, len(rows) - 1)
+    graphs = [[neighbor_graph(x[:, d], k=k) for x in usable] for d in range(store.draws)]
     by_pair[CKNNA] = _averaged([cknna_estimates(of_draw) for of_draw in graphs], alive, num)
     if len(store.token_rows):
         of_tokens = _looked_at_tokens(store, layers, alive, level)

@@ -32,11 +32,11 @@ from layerprobe.extraction import SPLITS, FeatureStore
 
 PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
 _PROBE_OF = f"{PROBE} of "
-NUM_NEIGHBOURS = 10
+NUM_NEIGHBORS = 10
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
-    """What is shown first and in most detail of these: probes of every label column, neighbours, rank."""
+    """What is shown first and in most detail of these: probes of every label column, neighbors, rank."""
     known = list(dict.fromkeys(metrics))
     return [m for m in (PROBE, *filter(probed_column, known), KNN, RANK) if m in known]
 
@@ -155,7 +155,7 @@ def frame_probes(representation: Representation) -> list[Measurement]:
     """Accuracy of a linear probe of every column that labels frames, which reads them from the kept tokens.
 
     Tokens are averaged over the other axes of their grid. An accuracy is the mean over samples of the share of their
-    labelled frames that are right.
+    labeled frames that are right.
     """
     found = []
     for name, labels in representation.store.columns.items():
@@ -206,7 +206,7 @@ def _along(tokens: Features, grid: tuple[int, ...], axis: int) -> Features:
 
 
 def _held(tokens: Features, labels: NDArray[np.int64]) -> Features:
-    """Tokens (n, T, D) with all behind the last labelled frame replaced by that frame's: logits are interpolated.
+    """Tokens (n, T, D) with all behind the last labeled frame replaced by that frame's: logits are interpolated.
 
     Behind it may be padding. Labels have shape (n, frames).
     """
@@ -250,15 +250,15 @@ def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
     return f"; left out of {len(known)}: {', '.join(reasons)}" if reasons else ""
 
 
-def neighbours(representation: Representation) -> list[Measurement]:
-    """Accuracy of nearest neighbours, for representations with labels."""
+def neighbors(representation: Representation) -> list[Measurement]:
+    """Accuracy of nearest neighbors, for representations with labels."""
     labels = representation.store.labels
     if labels is None:
         return []
     if representation.reason:
         return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
     part, bank_y = representation.part, representation.part(labels, "train")
-    k = min(NUM_NEIGHBOURS, len(bank_y))
+    k = min(NUM_NEIGHBORS, len(bank_y))
     found = []
     for split in ("validation", "test"):
         query_y = part(labels, split)
@@ -280,10 +280,10 @@ def spectra(representation: Representation) -> list[Measurement]:
     ranks = f"ranks {laws[0].first_rank} to {laws[0].last_rank}, R^2 {np.mean([law.r_squared for law in laws]):.2f}"
     numbers: dict[str, tuple[Any, str]] = {
         RANK: (np.mean([s.effective_rank for s in found]), most),
-        "RankMe": (np.mean([s.rank_me for s in found]), "not centred"),
+        "RankMe": (np.mean([s.rank_me for s in found]), "not centered"),
         "participation ratio": (np.mean([s.participation_ratio for s in found]), most),
         "spectrum exponent": (np.mean([law.exponent for law in laws]), ranks),
-        "anisotropy": (np.mean([s.anisotropy for s in found]), "not centred"),
+        "anisotropy": (np.mean([s.anisotropy for s in found]), "not centered"),
     }
     if len(parts) > 1:
         ranked = lidar(np.stack(parts, axis=1))
@@ -298,9 +298,9 @@ def spatial(representation: Representation) -> list[Measurement]:
     if grid is None or int(np.prod(grid)) == 1:
         return []
     tokens = [store.tokens(layer, representation.noise_level, draw=d, split="test") for d in range(store.draws)]
-    found = [spatial_structure(x, grid, centre=True) for x in tokens]
+    found = [spatial_structure(x, grid, center=True) for x in tokens]
     reason = next((s.reason for s in found if s.reason), "")
-    note = reason or f"centred, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
+    note = reason or f"centered, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
     scores = {
         "local contrast (LDS)": [s.lds for s in found],
         "spatial contrast (RMSC)": [s.rmsc for s in found],
@@ -308,7 +308,7 @@ def spatial(representation: Representation) -> list[Measurement]:
     return [_mean_of(metric, "test", values, note) for metric, values in scores.items()]
 
 
-ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbours, spectra, spatial)
+ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors, spectra, spatial)
 
 
 def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:

@@ -1,6 +1,6 @@
 """Feature stores in, two tidy tables out: what each layer knows, and how similar the layers are.
 
-Probes and neighbours learn on the split "train"; "validation" chooses penalties and layers; "test" is only scored.
+Probes and neighbors learn on the split "train"; "validation" chooses penalties and layers; "test" is only scored.
 Accuracies are fractions in [0, 1].
 """
 
@@ -56,9 +56,9 @@ def measure(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
 
-    With several noise draws every draw is analysed alone and the results are averaged: accuracies per sample, ranks
+    With several noise draws every draw is analyzed alone and the results are averaged: accuracies per sample, ranks
     and similarities as numbers. Stores without labels get no accuracies. Memory holds as many representations as torch
-    may use threads, and the neighbours of all.
+    may use threads, and the neighbors of all.
 
     Args:
         stores: One store per source: "model", and the controls "random weights" and "raw input".
@@ -69,7 +69,7 @@ def measure(
     Returns:
         The quality table, one row per source, layer, noise level, metric and split; `low` and `high` are the 95 %
         bootstrap interval over the samples that were scored, nan for what is no mean over samples. A value that does
-        not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbours
+        not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbors
         and CKNNA on the validation split between all layers and noise levels of the source "model", in both orders and
         with themselves.
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel, mutual_knn, neighbor_graph
 from layerprobe.analyses.tables.csv_files import read_table
-from layerprobe.analyses.tables.measurements import NUM_NEIGHBOURS
+from layerprobe.analyses.tables.measurements import NUM_NEIGHBORS
 from layerprobe.extraction import FeatureStore
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
@@ -46,13 +46,13 @@ def similarities(
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
     """Similarities of all representations, averaged over draws, and why some have none."""
     keys = representations(store)
-    k = min(NUM_NEIGHBOURS, int((store.splits == "validation").sum()) - 1)
+    k = min(NUM_NEIGHBORS, int((store.splits == "validation").sum()) - 1)
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):
         features = ChooseSplit(store, draw)
         result = cka_matrix(features)
-        graphs = in_parallel(partial(neighbour_graph, k=k), features)
+        graphs = in_parallel(partial(neighbor_graph, k=k), features)
         found = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
         for name, values in found.items():
             total[name] += values / store.draws

@@ -312,7 +312,7 @@ def refuse_others(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> N
     shape = config and not config.qk_norm and not config.learn_sigma and config.mlp_ratio == 4 and config.depth <= 32
     if not (plain and path and shape and samples.labels is not None):
         raise ValueError(
-            "sit.c trains plain SiTs of at most 32 blocks on labelled samples, by the velocity on the linear path, "
+            "sit.c trains plain SiTs of at most 32 blocks on labeled samples, by the velocity on the linear path, "
             f"with {', '.join(fields)} at their defaults; use `layerprobe atlas --from-scratch` for {backbone.name}"
         )
 

@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from rules import Prediction, judged
 
 from layerprobe.analyses.figures import (
-    ARM_COLOURS,
-    GREY,
+    ARM_COLORS,
+    GRAY,
     INK,
     PAPER,
-    SPARE_COLOURS,
+    SPARE_COLORS,
     WIDTH_IN,
     capital,
     styled,
@@ -27,7 +27,7 @@ from layerprobe.analyses.figures import (
 from layerprobe.layersync import LayerPair, depth_heuristic
 
 MARKERS = "osD^vPX*"
-COLOURS = (ARM_COLOURS["pick"], ARM_COLOURS["depth heuristic"], ARM_COLOURS["runner-up"], *SPARE_COLOURS[:2])
+COLORS = (ARM_COLORS["pick"], ARM_COLORS["depth heuristic"], ARM_COLORS["runner-up"], *SPARE_COLORS[:2])
 
 
 @styled()
@@ -55,13 +55,13 @@ def criteria_figure(cases: Sequence[Case]) -> Figure:
         _correlation_panel(axes, table, order, names)
         for case in (case for case in cases if case.metric == metric):
             top = ceiling(case).of_mean
-            axes.vlines([-top, top], -0.6, len(order) - 0.4, colors=_colour(names, case.name), ls=":", lw=1)
+            axes.vlines([-top, top], -0.6, len(order) - 0.4, colors=_color(names, case.name), ls=":", lw=1)
         axes.set(
             xlim=(-1.05, 1.05), ylim=(-0.6, len(order) - 0.4), xlabel=f"rank correlation with the gain in {metric}"
         )
         axes.set_title(_best(pooled(table), metric))
     all_axes[0].set_yticks(range(len(order)), [f"{name} *" if name in starred else name for name in order])
-    handles = [Line2D([], [], ls="", marker=_marker(names, name), c=_colour(names, name), label=name) for name in names]
+    handles = [Line2D([], [], ls="", marker=_marker(names, name), c=_color(names, name), label=name) for name in names]
     handles.append(Line2D([], [], color=INK, lw=4, alpha=0.35, label="mean over models, 95 %"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     figure.suptitle("What tells before training what a pair is worth? (* needs labels)", x=0.008, ha="left")
@@ -73,10 +73,10 @@ def _correlation_panel(axes: Axes, table: pd.DataFrame, order: Sequence[str], na
     offsets = np.linspace(0.27, -0.27, len(names)) if len(names) > 1 else np.zeros(1)
     for row in table.to_dict("records"):
         y = order.index(row["criterion"]) + offsets[names.index(row["atlas"])]
-        colour = _colour(names, row["atlas"])
-        axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=0.7, alpha=0.5)
-        filled = colour if row["significant"] else PAPER
-        axes.plot(row["rho"], y, _marker(names, row["atlas"]), color=colour, mfc=filled, ms=5)
+        color = _color(names, row["atlas"])
+        axes.plot([row["low"], row["high"]], [y, y], color=color, lw=0.7, alpha=0.5)
+        filled = color if row["significant"] else PAPER
+        axes.plot(row["rho"], y, _marker(names, row["atlas"]), color=color, mfc=filled, ms=5)
     for row in pooled(table).reset_index().to_dict("records"):
         y = order.index(row["criterion"])
         axes.plot([row["low"], row["high"]], [y, y], color=INK, lw=7, alpha=0.22, solid_capstyle="butt", zorder=0)
@@ -115,16 +115,16 @@ def picks_figure(predictions: Sequence[Prediction]) -> Figure:
     all_axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     for axes, (name, case) in zip(all_axes, cases.items(), strict=True):
         value, own = worth(case), table[table["atlas"] == name]
-        axes.axvspan(-196 * value.error, 196 * value.error, color=GREY, alpha=0.15, lw=0)
+        axes.axvspan(-196 * value.error, 196 * value.error, color=GRAY, alpha=0.15, lw=0)
         axes.axvline(0, color=INK, lw=0.8)
         axes.axvline(100 * value.best, color=INK, lw=1.4)
         axes.axvline(100 * value.best_elsewhere, color=INK, lw=1.2, ls="--")
-        axes.plot(100 * value.random, rows.index("mean random pair"), "s", color=GREY)
-        axes.plot(100 * value.heuristic, rows.index("depth heuristic"), "s", color=ARM_COLOURS["depth heuristic"])
+        axes.plot(100 * value.random, rows.index("mean random pair"), "s", color=GRAY)
+        axes.plot(100 * value.heuristic, rows.index("depth heuristic"), "s", color=ARM_COLORS["depth heuristic"])
         for row in own.to_dict("records"):
             at = 0.0 if np.isnan(row["gain"]) else 100 * row["gain"]  # all pairs are refused
-            fill = PAPER if row["none"] else ARM_COLOURS["pick"]
-            axes.plot(at, rows.index(row["rule"]), "o", color=ARM_COLOURS["pick"], mfc=fill)
+            fill = PAPER if row["none"] else ARM_COLORS["pick"]
+            axes.plot(at, rows.index(row["rule"]), "o", color=ARM_COLORS["pick"], mfc=fill)
         pays = "" if value.pays else ": nothing to gain beyond the noise"
         axes.set_title(textwrap.fill(f"{name}{pays}", max(16, 110 // len(cases))))
         axes.set_xlabel("gain of the pick (%)")
@@ -132,8 +132,8 @@ def picks_figure(predictions: Sequence[Prediction]) -> Figure:
     handles = [
         Line2D([], [], color=INK, lw=1.4, label="best pair, by luck and merit"),
         Line2D([], [], color=INK, lw=1.2, ls="--", label="best pair of the other seeds"),
-        Line2D([], [], color=GREY, lw=7, alpha=0.3, label="not told from no alignment (95 %)"),
-        Line2D([], [], ls="", marker="o", color=ARM_COLOURS["pick"], mfc=PAPER, label="the rule says none"),
+        Line2D([], [], color=GRAY, lw=7, alpha=0.3, label="not told from no alignment (95 %)"),
+        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=PAPER, label="the rule says none"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     metric = predictions[0].case.metric
@@ -173,10 +173,10 @@ def expectations_figure(predictions: Sequence[Prediction]) -> Figure:
         told = f"rank correlation {rho:+.2f}" if np.isfinite(rho) else "all pairs score the same"
         axes.set_title(f"{one.case.name}\n{told}")
     handles = [
-        Line2D([], [], ls="", marker="o", color=ARM_COLOURS["pick"], ms=8, label="pick"),
-        Line2D([], [], ls="", marker="o", color=ARM_COLOURS["pick"], mfc=PAPER, label="tie with the pick"),
-        Line2D([], [], ls="", marker="o", color=GREY, label="other pair"),
-        Line2D([], [], ls="", marker="s", color=ARM_COLOURS["depth heuristic"], label="depth heuristic"),
+        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], ms=8, label="pick"),
+        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=PAPER, label="tie with the pick"),
+        Line2D([], [], ls="", marker="o", color=GRAY, label="other pair"),
+        Line2D([], [], ls="", marker="s", color=ARM_COLORS["depth heuristic"], label="depth heuristic"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     title = f"{capital(predictions[0].case.metric)}: what {next(iter(rules))} expected of models it had not seen"
@@ -186,17 +186,17 @@ def expectations_figure(predictions: Sequence[Prediction]) -> Figure:
 
 def _expectation_panel(axes: Axes, one: Prediction) -> None:
     x, y, case = 100 * one.expected, 100 * one.case.gain, one.case
-    colour, pick = ARM_COLOURS["pick"], one.pick
+    color, pick = ARM_COLORS["pick"], one.pick
     others = ~one.ties & (np.arange(len(x)) != pick)
     if pick is None:
         return
     axes.axhline(0, color=INK, lw=0.8)
-    axes.plot(x[others], y[others], "o", color=GREY, ms=5)
-    axes.plot(x[one.ties], y[one.ties], "o", color=colour, mfc=PAPER, ms=5)
-    axes.plot(x[pick], y[pick], "o", color=colour, ms=8)
+    axes.plot(x[others], y[others], "o", color=GRAY, ms=5)
+    axes.plot(x[one.ties], y[one.ties], "o", color=color, mfc=PAPER, ms=5)
+    axes.plot(x[pick], y[pick], "o", color=color, ms=8)
     heuristic = depth_heuristic(case.layers)
     for index in (i for i, pair in enumerate(case.pairs) if pair == heuristic):
-        axes.plot(x[index], y[index], "s", color=ARM_COLOURS["depth heuristic"], ms=5)
+        axes.plot(x[index], y[index], "s", color=ARM_COLORS["depth heuristic"], ms=5)
     for index in {pick, int(y.argmax())}:
         axes.annotate(_short(case.pairs[index]), (x[index], y[index]), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="expected gain (%)", ylabel="gain (%)")
@@ -213,8 +213,8 @@ def _by_metric(cases: Sequence[Case]) -> dict[str, list[Case]]:
     return groups
 
 
-def _colour(names: Sequence[str], name: str) -> str:
-    return COLOURS[names.index(name) % len(COLOURS)]
+def _color(names: Sequence[str], name: str) -> str:
+    return COLORS[names.index(name) % len(COLORS)]
 
 
 def _marker(names: Sequence[str], name: str) -> str:

@@ -300,9 +300,9 @@ def _unit(values: Floats) -> Floats:
     """At mean 0 and variance 1; 0 where all are equal, nan where there is no value."""
     if not np.isfinite(values).any():
         return values
-    centred: Floats = values - np.nanmean(values)
+    centered: Floats = values - np.nanmean(values)
     size = np.nanstd(values)
-    return centred / size if size > 0 else centred
+    return centered / size if size > 0 else centered
 
 
 def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) -> list[Prediction]:

@@ -264,9 +264,9 @@ def test_intervals_hold_where_gains_follow_layers_and_a_bootstrap_over_pairs_doe
         ours += found.low <= 0 <= found.high
         drawn = rng.integers(0, len(x), (100, len(x)))
         ranks = [stats.rankdata(v[drawn], axis=1) for v in (x, y)]
-        centred = [v - v.mean(axis=1, keepdims=True) for v in ranks]
-        scale = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
-        low, high = np.quantile((centred[0] * centred[1]).sum(axis=1) / scale, [0.025, 0.975])
+        centered = [v - v.mean(axis=1, keepdims=True) for v in ranks]
+        scale = np.sqrt((centered[0] ** 2).sum(axis=1) * (centered[1] ** 2).sum(axis=1))
+        low, high = np.quantile((centered[0] * centered[1]).sum(axis=1) / scale, [0.025, 0.975])
         plain += low <= 0 <= high
     assert ours / 150 >= 0.90
     assert plain / 150 <= 0.80

@@ -1,4 +1,4 @@
-"""Labelled video out of MNIST: one handwritten digit a clip, moving in one of eight directions.
+"""Labeled video out of MNIST: one handwritten digit a clip, moving in one of eight directions.
 
     python moving_digits.py MNIST moving-digits --clips 4000
 

@@ -3,7 +3,7 @@
 A narrow Wan with random weights and random latents stand in, so that it runs anywhere:
 
 - the model: `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`, which has 30 blocks;
-- the latents: your videos through the pipeline's VAE, normalised as the pipeline does;
+- the latents: your videos through the pipeline's VAE, normalized as the pipeline does;
 - the text: your captions through its text encoder.
 
 Source of pair and weight: the LoRA code of LayerSync (arXiv:2510.12581), there without stop-gradient.

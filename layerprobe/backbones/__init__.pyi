@@ -6,7 +6,7 @@ from .diffusers.opening import is_diffusers as is_diffusers
 from .diffusers.opening import open_diffusers as open_diffusers
 from .families import FAMILIES as FAMILIES
 from .families import build as build
-from .families import recognise as recognise
+from .families import recognize as recognize
 from .sit import SMALL_PRESETS as SMALL_PRESETS
 from .sit import SiT as SiT
 from .sit import SiTConfig as SiTConfig

@@ -22,7 +22,7 @@ from torch import Tensor
 from layerprobe.backbones import lightningdit, sit
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.lightningdit import LightningDiT, lightningdit_backbone
-from layerprobe.backbones.mdm import build_mdm, recognise_mdm
+from layerprobe.backbones.mdm import build_mdm, recognize_mdm
 from layerprobe.backbones.sit import SiT, sit_backbone
 from layerprobe.noise import GVP, VP, NoiseSchedule, Prediction, schedule_from_name
 
@@ -88,12 +88,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             mark="transport",
             latents="latents of the VA-VAE, (z - mean) / std by channel with the statistics of latents_stats.pt",
         ),
-        "mdm": Family("MDM", "ddpm-cosine", "x0", latents="motions, normalised as in the training data's code"),
+        "mdm": Family("MDM", "ddpm-cosine", "x0", latents="motions, normalized as in the training data's code"),
     }
 )
 
 
-def recognise(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUMENTS) -> tuple[str, ...]:
+def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUMENTS) -> tuple[str, ...]:
     """The families that a file can be of: none for unknown networks, several where the user must say.
 
     Args:
@@ -101,7 +101,7 @@ def recognise(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUME
         args: Training arguments saved with them, such as `{"model": "SiT-XL/2", "path_type": "Linear"}`; for
             LightningDiT its configuration.
     """
-    if recognise_mdm(tensors):
+    if recognize_mdm(tensors):
         return ("mdm",)
     patch, last = tensors.get("x_embedder.proj.weight"), tensors.get("final_layer.linear.weight")
     if patch is None or last is None:
@@ -142,7 +142,7 @@ def build(
         family: One of `FAMILIES`.
         tensors: The file's tensors by name, without what wrappers of the network add to it. Only names and shapes are
             looked at.
-        args: Training arguments saved with them, see `recognise`.
+        args: Training arguments saved with them, see `recognize`.
         num_heads: Needed where neither the width nor a tensor tells it.
         shape: Shape (C, *grid) of one input; needed where the grid is not square.
         num_classes: Checked against the file, which tells it.
@@ -156,7 +156,7 @@ def build(
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
     if family == "mdm":
-        if not recognise_mdm(tensors):
+        if not recognize_mdm(tensors):
             raise ValueError(
                 "this is no MDM: it has no input_process, output_process and embed_timestep; use its own file"
             )

@@ -217,7 +217,7 @@ def lightningdit_backbone(
         prediction=prediction,
         shape=trunk.shape,
         num_classes=trunk.num_classes,
-        forward=sit.labelled,
+        forward=sit.labeled,
         name=name or f"LightningDiT with {trunk.depth} blocks of width {trunk.hidden_size}, patch {trunk.patch_name}",
     )
 

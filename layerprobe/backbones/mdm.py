@@ -183,7 +183,7 @@ def frame_tokens(output: Any, name: str) -> Tensor:
     return as_tokens(output, name).transpose(0, 1) if sequence_first else as_tokens(output, name)
 
 
-def recognise_mdm(tensors: Mapping[str, Tensor]) -> bool:
+def recognize_mdm(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are the weights of an MDM, of any of its variants."""
     return tensors.keys() >= set(_TELLING)
 

@@ -45,7 +45,7 @@ class SiTConfig:
         num_classes: 0 for an unconditional model.
         mlp_ratio: Width of the MLP over the width of a token.
         learn_sigma: The official models give 2 C channels, the second half unused; ours give C.
-        qk_norm: Queries and keys are normalised within each head, as REPA and SRA can.
+        qk_norm: Queries and keys are normalized within each head, as REPA and SRA can.
 
     Raises:
         ValueError: If these make no network.
@@ -187,7 +187,7 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         out_channels = channels * 2 if config.learn_sigma else channels
         self.final_layer = FinalLayer(width, math.prod(config.patch) * out_channels)
-        self._initialise()
+        self._initialize()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The prediction, like x.
@@ -210,7 +210,7 @@ class SiT(nn.Module):
         output = unpatchify(self.final_layer(tokens, c), config=self.config)
         return output if mask is None else output.masked_fill(~mask.unsqueeze(1), 0.0)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -373,7 +373,7 @@ def sit_backbone(
         prediction=prediction,
         shape=module.config.shape,
         num_classes=module.config.num_classes,
-        forward=labelled,
+        forward=labeled,
         name=name or module.config.name,
         takes_mask=True,
         token_grid=module.config.grid,
@@ -393,10 +393,10 @@ def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
     """The same SiT, behind the same convention and on the same device, with fresh weights.
 
     Raises:
-        ValueError: If it is no SiT: layerprobe does not know how other networks are initialised.
+        ValueError: If it is no SiT: layerprobe does not know how other networks are initialized.
     """
     if not isinstance(backbone.module, SiT):
-        raise ValueError(f"{backbone.name} cannot be initialised afresh; leave out --from-scratch")
+        raise ValueError(f"{backbone.name} cannot be initialized afresh; leave out --from-scratch")
     new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
     new.module.to(backbone.device)
     return new
@@ -409,7 +409,7 @@ def network_record(backbone: Backbone) -> dict[str, Any]:
     return {"network": backbone.module.config.to_dict(), "path": path, "prediction": backbone.prediction}
 
 
-def labelled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
+def labeled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
     """Calls a network that always takes labels, and a mask where there is one."""
     if condition is None:  # An unconditional one still has the row for "no label".
         condition = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
@@ -424,7 +424,7 @@ def config_from_state_dict(
 
     Args:
         state_dict: Tensors by name; those of other names are not looked at.
-        num_heads: Needed where the width is not one of the presets and no normalised queries tell a head's width:
+        num_heads: Needed where the width is not one of the presets and no normalized queries tell a head's width:
             heads leave no other trace in the shapes.
         shape: Shape (C, *grid) of one input, needed where the grid is not square.
 
@@ -493,5 +493,5 @@ _TELLING = {
     "final_layer.linear.weight": (2,),
     "y_embedder.embedding_table.weight": (2,),
     "blocks.0.mlp.fc1.weight": (2,),
-    _HEAD_NORM: (1,),  # Where queries and keys are normalised.
+    _HEAD_NORM: (1,),  # Where queries and keys are normalized.
 }

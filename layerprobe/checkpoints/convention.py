@@ -260,8 +260,8 @@ def _errors(
 
 def _power(x: Tensor) -> Tensor:
     """Power spectrum of the data around its mean, shape (C, *grid), float64."""
-    centred = x.double() - x.double().mean(0)
-    spectrum = torch.fft.fftn(centred, dim=tuple(range(2, x.ndim)), norm="ortho")
+    centered = x.double() - x.double().mean(0)
+    spectrum = torch.fft.fftn(centered, dim=tuple(range(2, x.ndim)), norm="ortho")
     power: Tensor = spectrum.abs().square().mean(0) * len(x) / (len(x) - 1)
     return power
 

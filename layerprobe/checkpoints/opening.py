@@ -2,7 +2,7 @@
 
 layerprobe's own checkpoints are safetensors files whose header carries a JSON record: family, configuration,
 schedule, prediction, classes and how it was trained. Folders of diffusers say what they are too. Other people's files
-are recognised by the names and shapes of their tensors; what these leave open, the user has to tell.
+are recognized by the names and shapes of their tensors; what these leave open, the user has to tell.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layerprobe.backbones import (
     is_diffusers,
     layer_shapes,
     open_diffusers,
-    recognise,
+    recognize,
     sit_backbone,
 )
 from layerprobe.checkpoints.saving import weights_hash
@@ -208,8 +208,8 @@ def _family_backbone(
 ) -> tuple[Backbone, dict[str, Any]]:
     """A published network with its weights, and what there is to say of it."""
     args = read.args | _arguments_beside(path)
-    tensors = _without_common_prefix(read.tensors, lambda tensors: bool(recognise(tensors, args)))
-    possible = recognise(tensors, args)
+    tensors = _without_common_prefix(read.tensors, lambda tensors: bool(recognize(tensors, args)))
+    possible = recognize(tensors, args)
     if not possible:
         names = ", ".join(list(read.tensors)[:3])
         raise ValueError(
@@ -261,10 +261,10 @@ def _fitting(tensor: Tensor, wanted: Tensor, name: str, path: Path, module: nn.M
     if tensor.shape != wanted.shape:
         shapes = f"has shape {tuple(tensor.shape)}, the network {tuple(wanted.shape)}"
         raise ValueError(f"{what} {shapes}; pass the network that it was saved from")
-    # Eight-bit numbers are quantised, whatever torch calls them, and mean nothing without their scales.
+    # Eight-bit numbers are quantized, whatever torch calls them, and mean nothing without their scales.
     if tensor.is_floating_point() != wanted.is_floating_point() or (wanted.itemsize > 1 and tensor.itemsize == 1):
         raise ValueError(
-            f"{what} is of type {tensor.dtype}, the network's {wanted.dtype}; convert or dequantise it first"
+            f"{what} is of type {tensor.dtype}, the network's {wanted.dtype}; convert or dequantize it first"
         )
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ValueError(f"{path} holds values that are not finite in {name}; use an earlier checkpoint")

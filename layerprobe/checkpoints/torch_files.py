@@ -289,7 +289,7 @@ def _storage_identity(identity: Any) -> tuple[torch.dtype, str, int]:
     if view and view[0] is not None:
         raise Refused("was saved by a PyTorch before 0.4; save it again with a newer one")
     if kind.name not in _STORAGE_DTYPES:
-        raise Refused(f"holds tensors in a {printable(kind.name)}, which are no plain numbers; save them dequantised")
+        raise Refused(f"holds tensors in a {printable(kind.name)}, which are no plain numbers; save them dequantized")
     (length,) = _natural([length])
     return _STORAGE_DTYPES[kind.name], str(key), length
 

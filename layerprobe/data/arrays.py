@@ -28,7 +28,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 class ArraySamples(Samples):
-    """Unlabelled samples of an array that may lie on disk.
+    """Unlabeled samples of an array that may lie on disk.
 
     Args:
         array: Shape (n, H, W, C) and uint8, or (n, C, *grid) and floating point.
@@ -54,16 +54,16 @@ class ArraySamples(Samples):
     def __len__(self) -> int:
         return len(self._array)
 
-    def grey(self) -> ArraySamples:
-        """The samples with one channel, where an `.npz` holds grey images three times over, as ADM's format wants it.
+    def gray(self) -> ArraySamples:
+        """The samples with one channel, where an `.npz` holds gray images three times over, as ADM's format wants it.
 
         Raises:
-            ValueError: If a sample is in colour.
+            ValueError: If a sample is in color.
         """
         one = self._array[..., :1] if self._array.dtype == np.uint8 else self._array[:, :1]
         for start in range(0, len(self), 4096):
             if (self._array[start : start + 4096] != one[start : start + 4096]).any():
-                raise ValueError(f"{self._source} holds colour images but the data is grey; pass --channels 3")
+                raise ValueError(f"{self._source} holds color images but the data is gray; pass --channels 3")
         return ArraySamples(one, source=self._source)
 
     def batch(self, indices: Sequence[int]) -> Batch:

@@ -2,8 +2,8 @@
 
 A value p in 0 ... 255 stands for p / 127.5 - 1. Channels come first, rows from top to bottom.
 
-Grey images have 1 channel and colour images 3. A palette counts as colour; transparent pixels are laid over white; the
-orientation in EXIF is applied; of several frames the first is taken. More than 8 bits per pixel of grey are refused,
+Gray images have 1 channel and color images 3. A palette counts as color; transparent pixels are laid over white; the
+orientation in EXIF is applied; of several frames the first is taken. More than 8 bits per pixel of gray are refused,
 because they have no agreed range.
 """
 
@@ -58,12 +58,12 @@ def load_images(
     Args:
         source: A .parquet or .arrow file; a folder of them, of image files (a folder per class) or from `save_to_disk`;
             or "owner/name" on the Hugging Face Hub, the only case that uses the network.
-        size: Side of the square in pixels. The largest centred square is resized to it, bicubic with antialiasing. None
+        size: Side of the square in pixels. The largest centered square is resized to it, bicubic with antialiasing. None
             keeps the images as they are.
         channels: 1 or 3; None keeps what the images have.
         split: The only part to read.
         image_column: Where the images are; found by type and name where not given.
-        label_column: Where the labels are; see `tables.label_column`. Without one the samples are unlabelled.
+        label_column: Where the labels are; see `tables.label_column`. Without one the samples are unlabeled.
         probe_labels: Further label columns, see `tables.further_columns`.
         skip_bad: So many images of each part may be unreadable and are left out. All are then decoded once beforehand:
             a damaged one may have a sound header.
@@ -76,7 +76,7 @@ def load_images(
     if size is not None and size < 1:
         raise ValueError(f"--size is {size}; pass a positive number of pixels")
     if channels not in (None, 1, 3):
-        raise ValueError(f"--channels is {channels}; pass 1 (grey) or 3 (colour)")
+        raise ValueError(f"--channels is {channels}; pass 1 (gray) or 3 (color)")
     if skip_bad < 0:
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
     parts = _read(source, split)
@@ -285,7 +285,7 @@ def _open(encoded: bytes) -> Image:
     except UnidentifiedImageError:  # whose message names an object in memory
         raise ValueError(f"it is no {', '.join(_FORMATS)} image") from None
     if image.mode not in _MODE_CHANNELS:
-        raise ValueError(f"its pixels are {image.mode}, not 8-bit grey or colour")
+        raise ValueError(f"its pixels are {image.mode}, not 8-bit gray or color")
     return image
 
 
@@ -327,7 +327,7 @@ def _common_shape(
     if channels is None:
         kinds, counts = np.unique(shapes[:, 0], return_counts=True)
         if len(kinds) > 1:
-            seen = f"{counts[0]} images are grey and {counts[1]} are in colour"
+            seen = f"{counts[0]} images are gray and {counts[1]} are in color"
             raise ValueError(f"{seen}; pass --channels 1 or --channels 3")
         channels = int(kinds[0])
     if size is not None:

@@ -1,6 +1,6 @@
 """How samples of a model become what people look at and hear: recordings, moving bodies, clips.
 
-A model sees normalised values on a grid of fixed size. Their rendering is what undoes that, kept with the model: it needs no
+A model sees normalized values on a grid of fixed size. Their rendering is what undoes that, kept with the model: it needs no
 data to be looked at.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerprobe.data.samples import Samples, Subset
 from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.items import Decoder, MediaSamples, Normalisation, file_bytes
+from layerprobe.data.sequences.items import Decoder, MediaSamples, Normalization, file_bytes
 from layerprobe.data.sequences.motion import MotionDecoder
 from layerprobe.data.sequences.skeleton import MAX_CLIPS, Skeleton, find_skeleton
 from layerprobe.data.sequences.video import VideoDecoder
@@ -36,7 +36,7 @@ class Rendering:
     Attributes:
         modality: "audio", "motion" or "video".
         time_axis: Which axis of (C, *grid) is that of time.
-        normalisation: What the values were divided by; None where they are pixels in [-1, 1].
+        normalization: What the values were divided by; None where they are pixels in [-1, 1].
         lengths: Where samples are padded, quantiles of their lengths at even steps from 0 to 1: a row for each class,
             or one for all. Empty where every sample fills its grid.
         rate: Steps of time per second, where the data says.
@@ -47,7 +47,7 @@ class Rendering:
 
     modality: str
     time_axis: int
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     lengths: tuple[tuple[int, ...], ...] = ()
     rate: float | None = None
     audio: AudioDecoder | None = None
@@ -57,7 +57,7 @@ class Rendering:
     def values(self, x: Tensor, length: int) -> Tensor:
         """A sample (C, *grid) in the units of the data and without its padding."""
         real = x.narrow(self.time_axis, 0, length)
-        return real if self.normalisation is None else self.normalisation.invert(real)
+        return real if self.normalization is None else self.normalization.invert(real)
 
     def positions(self, x: Tensor, length: int) -> Positions:
         """Positions of the joints, shape (length, joints, 3), of a motion with a skeleton."""
@@ -100,7 +100,7 @@ class Rendering:
         return {
             "modality": self.modality,
             "time_axis": self.time_axis,
-            "normalisation": None if self.normalisation is None else self.normalisation.to_dict(),
+            "normalization": None if self.normalization is None else self.normalization.to_dict(),
             "lengths": [list(row) for row in self.lengths],
             "rate": self.rate,
             "audio": None if self.audio is None else asdict(self.audio),
@@ -114,7 +114,7 @@ class Rendering:
         return cls(
             record["modality"],
             record["time_axis"],
-            None if record["normalisation"] is None else Normalisation.from_dict(record["normalisation"]),
+            None if record["normalization"] is None else Normalization.from_dict(record["normalization"]),
             tuple(tuple(row) for row in record["lengths"]),
             record["rate"],
             None if record["audio"] is None else AudioDecoder(**record["audio"]),
@@ -139,7 +139,7 @@ def rendering_of(samples: Samples) -> Rendering | None:
     return Rendering(
         decoder.modality,
         axis,
-        samples.normalisation,
+        samples.normalization,
         _quantiles(items.shapes[:, axis], shape[axis], samples.labels, samples.num_classes),
         _rate(decoder, items.undecoded(0)),
         decoder if isinstance(decoder, AudioDecoder) else None,

@@ -21,7 +21,7 @@ class Batch:
 
     Attributes:
         x: Shape (B, C, *grid), float32.
-        labels: Shape (B,), int64, or None for unlabelled data.
+        labels: Shape (B,), int64, or None for unlabeled data.
         ids: Shape (B,), int64.
         mask: Shape (B, *grid), bool: where a sample is real, and not padding up to the common shape, which is 0 in x.
             None where every sample fills its grid.
@@ -78,10 +78,10 @@ class Samples(ABC):
     Attributes:
         shape: Shape (C, *grid) of one sample.
         modality: "image", "audio", "motion" or "video".
-        num_classes: 0 for unlabelled data.
+        num_classes: 0 for unlabeled data.
         class_names: One name per class, or empty.
         fingerprint: Changes whenever the content does; further label columns, which no model sees, do not count.
-        labels: Shape (n,), int64, in [0, num_classes), or None for unlabelled data. In memory, unlike the samples.
+        labels: Shape (n,), int64, in [0, num_classes), or None for unlabeled data. In memory, unlike the samples.
         ids: Shape (n,), int64; in memory too.
         columns: Further labels, for probes.
     """
@@ -257,5 +257,5 @@ def _num_classes(labels: Tensor, class_names: tuple[str, ...]) -> int:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (class_names and high >= len(class_names)):
         allowed = f"0 to {len(class_names) - 1}" if class_names else "0 and up"
-        raise ValueError(f"labels run from {low} to {high}; pass {allowed}, and None for unlabelled data")
+        raise ValueError(f"labels run from {low} to {high}; pass {allowed}, and None for unlabeled data")
     return len(class_names) or high + 1

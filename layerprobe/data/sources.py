@@ -51,7 +51,7 @@ def load(
         num_test: Samples for the numbers that are shown.
         seed: Decides which sample falls to which split, except for the digits, whose splits are fixed.
         expect_shape: Shape (C, H, W) that the model takes.
-        require_labels: Refuse unlabelled data.
+        require_labels: Refuse unlabeled data.
         options: Of the loader of the data's modality; `modality` itself where the data leaves it open. None counts as
             not given.
 
@@ -63,7 +63,7 @@ def load(
     if source == "digits":
         given = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
         if given:
-            raise ValueError(f"the embedded digits are 1x8x8 and labelled as they are; leave out {' '.join(given)}")
+            raise ValueError(f"the embedded digits are 1x8x8 and labeled as they are; leave out {' '.join(given)}")
         embedded = digits()
         _check_shape(embedded.train, expect_shape, source)
         return take(embedded, **counts)

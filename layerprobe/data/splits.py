@@ -202,8 +202,8 @@ def _check_related(train: Samples, held_out: Samples) -> None:
     if train.shape != held_out.shape:
         raise ValueError(f"train has shape {train.shape} but test has {held_out.shape}; pass parts of one data set")
     if (train.labels is None) != (held_out.labels is None):
-        labelled = "test" if train.labels is None else "train"
-        raise ValueError(f"only {labelled} has labels; pass --split {labelled} to divide it, or label both")
+        labeled = "test" if train.labels is None else "train"
+        raise ValueError(f"only {labeled} has labels; pass --split {labeled} to divide it, or label both")
     if (train.num_classes, train.class_names) != (held_out.num_classes, held_out.class_names):
         raise ValueError(
             f"train has {train.num_classes} classes and test has {held_out.num_classes}, or their names differ; "

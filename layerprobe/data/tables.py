@@ -104,12 +104,12 @@ def read_items(source: str | Path, *, suffixes: Collection[str], split: str | No
     parts = {name: found[name] for name in found if split in (None, name)}
     holders = {file.parent for part in parts.values() for file in part}
     classes = holders - {root} - {root / word for word in _PART_WORDS}
-    labelled = classes == holders and len({folder.name for folder in classes}) > 1
+    labeled = classes == holders and len({folder.name for folder in classes}) > 1
     known = _metadata(root, set(files))
     columns = dict.fromkeys(column for cells in known.values() for column in cells)
     rows: dict[str, Dataset] = {}
     for name, part in parts.items():
-        labels = {"label": [file.parent.name for file in part]} if labelled else {}
+        labels = {"label": [file.parent.name for file in part]} if labeled else {}
         further = {column: [known.get(file, {}).get(column) for file in part] for column in columns}
         rows[name] = Dataset.from_dict({**labels, **further, FILE: [str(file) for file in part]})
     return rows
@@ -203,7 +203,7 @@ def label_column(parts: Mapping[str, Dataset], given: str | None) -> str | None:
 
 
 def read_labels(parts: Mapping[str, Dataset], column: str | None) -> tuple[dict[str, Tensor | None], tuple[str, ...]]:
-    """Labels of every part, shape (n,), int64, and the class names; None and no names for unlabelled data.
+    """Labels of every part, shape (n,), int64, and the class names; None and no names for unlabeled data.
 
     The classes are those of a ClassLabel column. Other integers and strings are numbered in sorted order over all
     parts, so integers 0 ... K-1 stay as they are.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layerprobe.backbones import Backbone, wrap
 
-# Raw inputs wider than this are averaged over neighbouring pixels, so that the control stays cheap on large inputs.
+# Raw inputs wider than this are averaged over neighboring pixels, so that the control stays cheap on large inputs.
 RAW_INPUT_WIDTH = 1024
 
 
@@ -21,7 +21,7 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
     """A control: the same network, with the entries of every trained tensor shuffled.
 
     Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in
-    nothing else; a fresh initialisation would make every adaLN-Zero block an identity.
+    nothing else; a fresh initialization would make every adaLN-Zero block an identity.
     """
     module = copy.deepcopy(backbone.module)
     generator = torch.Generator().manual_seed(seed)

@@ -109,7 +109,7 @@ class FeatureStore:
         columns: Further labels by the name of their column, shape (n,), or (n, frames) where every frame has one,
             int64, `data.base.MISSING` where there is none; `class_names` in the manifest says what they stand for.
         manifest: Plan, model and data that the numbers come from.
-        tokens_padded: Whether kept tokens may stand for padding, which only probes of labelled frames can tell.
+        tokens_padded: Whether kept tokens may stand for padding, which only probes of labeled frames can tell.
         token_rows: Which of the n samples have their tokens kept, shape (n_kept,), ascending; empty without tokens.
         token_ids: Their ids, shape (n_kept,).
         token_labels: Their labels, shape (n_kept,), or None.

@@ -1,4 +1,4 @@
-"""What the LayerSync regulariser computes from tokens (B, T, D), and how it is told that they collapse."""
+"""What the LayerSync regularizer computes from tokens (B, T, D), and how it is told that they collapse."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SHORTEST = 1e-8
 MOST_TOKENS = 4096
 
 
-def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, *, centred: bool = False) -> Tensor:
+def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, *, centered: bool = False) -> Tensor:
     """The mean over the batch of each sample's mean cosine, a scalar; gradients go to the student alone.
 
     A sample in which nothing counts adds 0 and stays in the denominator, so that equal parts of a batch, computed one
-    by one or by several processes, average to the whole. (Centring is the exception: each part has its own mean.)
+    by one or by several processes, average to the whole. (Centering is the exception: each part has its own mean.)
 
     Args:
         student: Tokens, shape (B, T, D).
         teacher: Tokens of the same shape; another dtype will do.
         counts: Which tokens count, shape (B, T), bool; None counts all.
-        centred: Subtract each channel's mean over the tokens that count first.
+        centered: Subtract each channel's mean over the tokens that count first.
     """
-    if centred:
-        student, teacher = _centred(student, counts), _centred(teacher.detach(), counts)
+    if centered:
+        student, teacher = _centered(student, counts), _centered(teacher.detach(), counts)
     cosines = token_cosines(student, teacher)
     if counts is None:
         return cosines.mean()
@@ -96,7 +96,7 @@ def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | 
 
 
 def effective_rank(tokens: Tensor) -> float:
-    """How many directions tokens (n, D) take: exponential of the entropy of their normalised singular values, centred.
+    """How many directions tokens (n, D) take: exponential of the entropy of their normalized singular values, centered.
 
     At least 1, at most min(n - 1, D); 0 where all tokens are equal. Of more than `MOST_TOKENS` tokens that many are
     drawn, always the same ones. Computed in float64.
@@ -147,7 +147,7 @@ def _inverse_norm(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return norm.reciprocal().masked_fill(norm < SHORTEST, 0.0)
 
 
-def _centred(tokens: Tensor, counts: Tensor | None) -> Tensor:
+def _centered(tokens: Tensor, counts: Tensor | None) -> Tensor:
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if counts is None:
         return tokens - tokens.mean((0, 1))

@@ -1,6 +1,6 @@
 """LayerSync: a strong layer of a network teaches a weaker one of the same network.
 
-The regulariser is `- weight * mean over batch and tokens of cos(student token, stop-gradient of the teacher token)`,
+The regularizer is `- weight * mean over batch and tokens of cos(student token, stop-gradient of the teacher token)`,
 summed over the pairs, on the raw outputs of the layers in the forward pass that training does anyway: no second pass,
 no projector, no other network. `SyncOptions` has what else can be done, for comparison.
 
@@ -154,7 +154,7 @@ class LayerSync:
         self._latest = ()
 
     def loss(self, step: int | None = None, noise_level: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """The regulariser of the latest forward pass, a scalar; `cosines` then holds each pair's mean cosine, detached.
+        """The regularizer of the latest forward pass, a scalar; `cosines` then holds each pair's mean cosine, detached.
 
         Samples outside the noise range and masked tokens add nothing, and no gradient. See `mean_cosine` for the mean:
         parts of a batch, of equal size, average to the whole.
@@ -189,7 +189,7 @@ class LayerSync:
         """What to log of the latest loss, until the next forward pass begins; it takes longer than the loss itself.
 
         For every pair in which something counted: "cosine ..." and "gradient norm ...", of the gradient that the
-        regulariser has at the student's tokens, weights included. For every such student: "effective rank ..." of its
+        regularizer has at the student's tokens, weights included. For every such student: "effective rank ..." of its
         tokens, and "collapse ...", 1 if that is below a quarter of the highest that was seen, else 0. With several
         processes they are those of this one's part of the batch.
 
@@ -323,7 +323,7 @@ class LayerSync:
                 f"{term.pair.student} gives tokens of shape {tuple(compared.shape[1:])}, "
                 f"{term.pair.teacher} of {tuple(term.teacher.shape[1:])}; align layers of equal shape"
             )
-        return mean_cosine(compared, term.teacher, term.counts, centred=self.options.centred)
+        return mean_cosine(compared, term.teacher, term.counts, centered=self.options.centered)
 
     def _gradient_norms(self) -> list[float]:
         # A wrapper for several processes would wait for the others.

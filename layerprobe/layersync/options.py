@@ -23,7 +23,7 @@ class SyncOptions:
         decay: How it falls from there to 0 at `stop_step`.
         stop_step: From this step on nothing is aligned.
         noise_range: Noise levels, both ends included, of the samples that are aligned.
-        centred: Subtract each channel's mean over batch and tokens before the cosine.
+        centered: Subtract each channel's mean over batch and tokens before the cosine.
         projector_width: Hidden width of an MLP between the student and the cosine; 0 is none.
         teacher_decay: Of a moving average of the network's weights that gives the teacher's tokens in a second forward
             pass; 0 takes them from the pass that is there.
@@ -38,7 +38,7 @@ class SyncOptions:
     decay: Literal["constant", "linear", "cosine"] = "constant"
     stop_step: int | None = None
     noise_range: tuple[float, float] = (0.0, 1.0)
-    centred: bool = False
+    centered: bool = False
     projector_width: int = 0
     teacher_decay: float = 0.0
     noise_gap: float = 0.0

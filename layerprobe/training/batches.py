@@ -37,7 +37,7 @@ class TrainingBatch:
         x: Shape (B, C, *grid).
         eps: The noise, like x.
         level: Noise levels, shape (B,), float64.
-        condition: Labels, dropped ones replaced by the null label, shape (B,); None for unlabelled samples.
+        condition: Labels, dropped ones replaced by the null label, shape (B,); None for unlabeled samples.
         mask: As in `Batch`, shape (B, *grid), or None.
         teacher_draw: Uniform numbers for the teacher's noise levels, shape (B,); None without a noise gap.
     """
@@ -101,7 +101,7 @@ def noise_levels(uniform: Tensor, backbone: Backbone, plan: TrainingPlan) -> Ten
     """
     time = uniform
     if plan.time_sampling == "logit-normal":
-        # scipy gives an element the same bits wherever it stands in the batch; vectorised functions may not.
+        # scipy gives an element the same bits wherever it stands in the batch; vectorized functions may not.
         time = torch.from_numpy(expit(plan.time_mean + plan.time_std * ndtri(uniform.numpy())))
     low, high = time_range(backbone.prediction, backbone.schedule)
     return backbone.schedule.level_at(low + (high - low) * time)

@@ -29,7 +29,7 @@ class TrainingState:
     Attributes:
         module: The network in training.
         averages: By decay, the averaged weights by name; the first is the one that is observed.
-        optimizer: Its first group holds the network's parameters, a second one those of the regulariser, if it has any.
+        optimizer: Its first group holds the network's parameters, a second one those of the regularizer, if it has any.
         step: Steps done.
         log: The rows of the log.
         decisions: The rows of `decisions.jsonl`.
@@ -47,7 +47,7 @@ class TrainingState:
     token_grid: tuple[int, ...] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer changes, the regulariser's own parameters included."""
+        """What the optimizer changes, the regularizer's own parameters included."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def average(self) -> None:

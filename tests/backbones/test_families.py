@@ -18,7 +18,7 @@ from plain_sit import official_shapes, plain_sit
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.families import FAMILIES, Opened, _convention, build, recognise
+from layerprobe.backbones.families import FAMILIES, Opened, _convention, build, recognize
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.capture import capture
 from layerprobe.noise.predictions import convert
@@ -90,22 +90,22 @@ def filled(opened: Opened) -> Backbone:
 def test_names_and_shapes_tell_the_family_as_far_as_they_can(
     tensors: dict[str, Tensor], families: tuple[str, ...]
 ) -> None:
-    assert recognise(tensors) == families
+    assert recognize(tensors) == families
 
 
 @pytest.mark.parametrize("family", ARGS)
 def test_training_arguments_tell_families_apart_that_names_do_not(family: str) -> None:
-    assert recognise(state(sigma=family not in ("repa", "sra")), ARGS[family]) == (family,)
+    assert recognize(state(sigma=family not in ("repa", "sra")), ARGS[family]) == (family,)
 
 
 def test_arguments_of_a_script_like_repas_leave_its_time_direction_only() -> None:
-    assert recognise(state(), {"model": "SiT-B/2", "path_type": "linear"}) == ("repa", "sra")
-    assert recognise(state(), {"lr": 1e-4}) == ONCE
+    assert recognize(state(), {"model": "SiT-B/2", "path_type": "linear"}) == ("repa", "sra")
+    assert recognize(state(), {"lr": 1e-4}) == ONCE
 
 
 def test_names_win_over_arguments_that_contradict_them() -> None:
-    assert recognise(file_of("repa"), ARGS["sra"]) == ("repa",)
-    assert recognise(state(sigma=True), ARGS["repa"]) == TWICE
+    assert recognize(file_of("repa"), ARGS["sra"]) == ("repa",)
+    assert recognize(state(sigma=True), ARGS["repa"]) == TWICE
 
 
 # --- what it becomes
@@ -174,7 +174,7 @@ def test_repas_early_names_are_those_of_the_later_blocks() -> None:
         index, _, rest = rest.partition(".")
         early[f"decoder_blocks.{int(index) - 3}.{rest}" if part == "blocks" and int(index) >= 3 else name] = tensor
     assert "decoder_blocks.0.attn.qkv.weight" in early
-    assert recognise(early) == ("repa",)
+    assert recognize(early) == ("repa",)
     opened = build("repa", early, num_heads=4)
     assert {name: id(tensor) for name, tensor in opened.tensors.items()} == {
         name: id(tensor) for name, tensor in tensors.items() if name != HEAD["repa"]
@@ -185,7 +185,7 @@ def test_repas_early_names_are_those_of_the_later_blocks() -> None:
 
 def test_repa_with_twice_the_channels_gives_the_first_half() -> None:
     tensors = state(sigma=True, extra={HEAD["repa"]: (7, 32)})
-    assert recognise(tensors) == ("repa",)
+    assert recognize(tensors) == ("repa",)
     backbone = filled(build("repa", tensors, num_heads=4))
     assert backbone(torch.zeros(1, 3, 8, 8), torch.tensor([0.5])).shape == (1, 3, 8, 8)
 
@@ -214,7 +214,7 @@ def test_a_file_as_the_training_scripts_write_it(tmp_path: Path) -> None:
     torch.save({"model": {}, "ema": tensors, "opt": {}, "args": args}, tmp_path / "0100000.pt")
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(tmp_path / "0100000.pt", weights_only=True, mmap=True)
-    found = recognise(content["ema"], vars(content["args"]))
+    found = recognize(content["ema"], vars(content["args"]))
     assert found == ("layersync",)
     backbone = filled(build(*found, content["ema"], args=vars(content["args"]), num_heads=4))
     assert backbone.name == "LayerSync with 4 blocks of width 32, patch 2"
@@ -253,7 +253,7 @@ def test_curved_paths_open_with_their_own_time_and_output(family: str, path: str
     """At the mixture of t = 0.3 the network is told its time, and its output is its own velocity, noise or score."""
     tensors = file_of(family)
     args = ARGS[family] | {"path_type": path, "prediction": "v" if family == "repa" else prediction}
-    assert recognise(tensors, args) == (family,)
+    assert recognize(tensors, args) == (family,)
     backbone = filled(build(family, tensors, args=args, num_heads=4))
     alpha, sigma, alpha_rate, sigma_rate = sit_path(path, 0.3)
     x_t, label = torch.randn(2, 3, 8, 8), torch.tensor([1, 3])
@@ -339,7 +339,7 @@ TELLING = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tensors_of_any_shape_get_an_answer_or_a_value_error(name: str, shape: tuple[int, ...]) -> None:
     tensors = state() | {name: torch.zeros(shape)}
-    assert set(recognise(tensors)) <= set(FAMILIES)
+    assert set(recognize(tensors)) <= set(FAMILIES)
     for family in FAMILIES:
         with contextlib.suppress(ValueError):
             build(family, tensors, num_heads=4)

@@ -28,7 +28,7 @@ PUBLISHED = LightningDiTConfig(TRUNK)
 PLAIN = LightningDiTConfig(replace(TRUNK, mlp_ratio=4.0), rotary=False, rms_norm=False, gated_mlp=False, shift=False)
 CONFIGS = {
     "published": PUBLISHED,
-    "patch 2, normalised queries": replace(PUBLISHED, trunk=replace(TRUNK, patch_size=2, qk_norm=True)),
+    "patch 2, normalized queries": replace(PUBLISHED, trunk=replace(TRUNK, patch_size=2, qk_norm=True)),
     "unequal axes": replace(PUBLISHED, trunk=replace(TRUNK, shape=(3, 6, 2))),
     "LayerNorm of queries": replace(PUBLISHED, rms_norm=False, trunk=replace(TRUNK, qk_norm=True)),
     "nothing but what SiT has not": PLAIN,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone, layer_shapes
-from layerprobe.backbones.mdm import build_mdm, recognise_mdm
+from layerprobe.backbones.mdm import build_mdm, recognize_mdm
 from layerprobe.capture import capture
 from layerprobe.noise.schedules import DDPM, schedule_from_name
 
@@ -196,9 +196,9 @@ def test_a_frame_stays_at_its_place() -> None:
 
 
 def test_it_is_known_by_its_names() -> None:
-    assert recognise_mdm(state_dict())
-    assert recognise_mdm({n: t for n, t in state_dict().items() if not n.startswith("seqTransEncoder")})
-    assert not recognise_mdm({"x_embedder.proj.weight": torch.zeros(1)})
+    assert recognize_mdm(state_dict())
+    assert recognize_mdm({n: t for n, t in state_dict().items() if not n.startswith("seqTransEncoder")})
+    assert not recognize_mdm({"x_embedder.proj.weight": torch.zeros(1)})
 
 
 def test_the_text_encoder_in_the_file_is_named_as_unused() -> None:

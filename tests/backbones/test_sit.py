@@ -86,7 +86,7 @@ def test_shapes_on_every_grid(grid: tuple[int, ...], patch: int | tuple[int, ...
         replace(SMALL, qk_norm=True),
         replace(SMALL, patch_size=(1, 4)),
     ],
-    ids=["small", "learned sigma", "normalised queries", "patches of 1x4"],
+    ids=["small", "learned sigma", "normalized queries", "patches of 1x4"],
 )
 @pytest.mark.parametrize("time_scale", [1.0, 999.0])
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_unpatchify_is_the_inverse_of_the_patches_order(grid: tuple[int, ...], p
         module.x_embedder.proj.weight.copy_(kernel)
         tokens = module.x_embedder(x)[:, :, : len(places) * 2]
     assert torch.equal(unpatchify(tokens, config=config), x)
-    # The first token is the patch at the origin, the second its neighbour along the last axis.
+    # The first token is the patch at the origin, the second its neighbor along the last axis.
     assert tokens[0, 0, 0] == x.flatten()[0]
     assert tokens[0, 1, 0] == x[(0, 0, *[0] * (len(grid) - 1), edges[-1])]
 
@@ -322,7 +322,7 @@ def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
         config_from_state_dict(tensors, num_heads=0)
 
 
-def test_normalised_queries_tell_the_number_of_heads() -> None:
+def test_normalized_queries_tell_the_number_of_heads() -> None:
     tensors = SiT(replace(SMALL, qk_norm=True)).state_dict()
     assert config_from_state_dict(tensors).num_heads == 4
     with pytest.raises(ValueError, match=r"^blocks.0.attn.q_norm.weight tells that there are 4 heads, not 2; leave"):

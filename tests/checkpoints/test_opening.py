@@ -368,7 +368,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
         ),
         (
             lambda tensors: tensors.update({"blocks.0.mlp.fc2.bias": torch.zeros(8, dtype=torch.int8)}),
-            r"does not fit SiT: blocks.0.mlp.fc2.bias is of type torch.int8, .*; convert or dequantise it first",
+            r"does not fit SiT: blocks.0.mlp.fc2.bias is of type torch.int8, .*; convert or dequantize it first",
         ),
         (
             lambda tensors: tensors.update({"blocks.0.mlp.fc2.bias": torch.zeros(9)}),
@@ -796,7 +796,7 @@ def test_a_diffusers_folder_opens_by_its_path(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_mdm_is_recognised_and_reads_the_settings_beside_it(tmp_path: Path) -> None:
+def test_mdm_is_recognized_and_reads_the_settings_beside_it(tmp_path: Path) -> None:
     made = MDM(MDMConfig((6, 10), hidden_size=8, depth=2, num_heads=2, mlp_size=16, num_actions=3, num_positions=1000))
     torch.save(made.state_dict(), tmp_path / "model000100.pt")
     settings = {"num_heads": 2, "noise_schedule": "cosine", "diffusion_steps": 1000, "dataset": "humanact12"}
@@ -835,5 +835,5 @@ def test_factories_with_a_mistake_are_refused_in_one_line(tmp_path: Path) -> Non
 def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
     tensors = weights() | {"pos_embed": weights()["pos_embed"].to(torch.float8_e4m3fn)}
     torch.save(tensors, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"is of type torch.float8_e4m3fn, .*; convert or dequantise it first"):
+    with pytest.raises(ValueError, match=r"is of type torch.float8_e4m3fn, .*; convert or dequantize it first"):
         open_tiny(tmp_path / "model.pt")

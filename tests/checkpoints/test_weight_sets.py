@@ -453,7 +453,7 @@ def test_averaged_parameters_in_a_list_get_the_names_of_the_network(tmp_path: Pa
 
 
 def test_averaged_parameters_in_a_list_are_not_guessed(tmp_path: Path) -> None:
-    """Batch normalisation has four vectors of one length, two of them parameters: the list fits in several ways."""
+    """Batch normalization has four vectors of one length, two of them parameters: the list fits in several ways."""
     state = dict(tiny_net().state_dict())
     shadow = [2 * parameter.detach() for parameter in tiny_net().parameters()]
     found = saved(tmp_path, {"model": state, "ema": {"shadow_params": shadow}})
@@ -483,7 +483,7 @@ def test_our_own_record_is_read_and_our_networks_are_left_whole(tmp_path: Path) 
 # --- what stands beside
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = "red"
 
 
@@ -493,12 +493,12 @@ class AttributeDict(dict[str, Any]):
 
 def test_settings_of_the_training_become_plain(tmp_path: Path) -> None:
     settings = argparse.Namespace(
-        lr=1e-4, out=pathlib.PurePosixPath("runs/a"), colour=Colour.RED, scale=np.float64(0.18215), betas=(0.9, 0.99)
+        lr=1e-4, out=pathlib.PurePosixPath("runs/a"), color=Color.RED, scale=np.float64(0.18215), betas=(0.9, 0.99)
     )
     content = {"ema": network(), "args": settings, "epoch": 7, "config": AttributeDict(depth=4, big=10**9999)}
     found = saved(tmp_path, content)
     assert found.args["lr"] == 1e-4 and found.args["betas"] == [0.9, 0.99] and found.args["epoch"] == 7
-    assert found.args["out"] == "runs/a" and found.args["colour"] == "red" and found.args["scale"] == 0.18215
+    assert found.args["out"] == "runs/a" and found.args["color"] == "red" and found.args["scale"] == 0.18215
     assert found.args["depth"] == 4 and found.args["big"] == "<a number of 33216 bits>"
     assert any("PurePosixPath" in name for name in found.foreign) and any("scalar" in name for name in found.foreign)
     assert "argparse.Namespace" not in found.foreign
@@ -735,10 +735,10 @@ def test_archives_that_are_code_or_compressed_are_refused(tmp_path: Path) -> Non
         read_weights(tmp_path / "d.pt")
 
 
-def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     raw = b"(U\x07storagectorch\nQInt8Storage\nU\x010U\x03cpuK\x01tQ."
     (tmp_path / "c.pt").write_bytes(as_zip(b"\x80\x02" + raw))
-    with pytest.raises(ValueError, match=r"holds tensors in a torch.QInt8Storage, .*; save them dequantised$"):
+    with pytest.raises(ValueError, match=r"holds tensors in a torch.QInt8Storage, .*; save them dequantized$"):
         read_weights(tmp_path / "c.pt")
 
 

@@ -153,7 +153,7 @@ def test_labels_that_are_no_classes_are_refused() -> None:
         TensorSamples(torch.zeros(3, *SHAPE), columns=(LabelColumn("who", torch.tensor([0, 1]), ("a", "b")),))
 
 
-def labelled(n: int, who: list[int], names: tuple[str, ...] = ("ann", "eve", "joe"), first: int = 0) -> TensorSamples:
+def labeled(n: int, who: list[int], names: tuple[str, ...] = ("ann", "eve", "joe"), first: int = 0) -> TensorSamples:
     x = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(first)) - 0.5
     columns = (LabelColumn("who", torch.tensor(who), names),)
     return TensorSamples(x, torch.arange(n) % 3, ids=torch.arange(first, first + n), columns=columns)
@@ -161,7 +161,7 @@ def labelled(n: int, who: list[int], names: tuple[str, ...] = ("ann", "eve", "jo
 
 def test_a_column_must_leave_something_to_fit_to_choose_and_to_score() -> None:
     def splits(*who: list[int]) -> Splits:
-        return Splits(*(labelled(6, labels, first=10 * i) for i, labels in enumerate(who)))
+        return Splits(*(labeled(6, labels, first=10 * i) for i, labels in enumerate(who)))
 
     good = splits([0, 1, 0, 1, -1, 0], [2, 2, 2, 2, 2, 0], [-1, 1, -1, -1, -1, -1])
     assert for_probing(good, given={}) is not None
@@ -174,7 +174,7 @@ def test_a_column_must_leave_something_to_fit_to_choose_and_to_score() -> None:
 
 
 def test_parts_with_other_columns_do_not_belong_together() -> None:
-    train, test = labelled(12, [0, 1] * 6), labelled(6, [0, 1] * 3, names=("ann", "eve"), first=50)
+    train, test = labeled(12, [0, 1] * 6), labeled(6, [0, 1] * 3, names=("ann", "eve"), first=50)
     with pytest.raises(ValueError, match="train and test have other further label columns or classes"):
         split({"train": train, "test": test})
 
@@ -235,7 +235,7 @@ class TestStore:
     PLAN = ExtractionPlan(("blocks.0", "blocks.1"), (0.3,), shard_size=5)
 
     def splits(self, who: list[int] | None = None) -> Splits:
-        samples = labelled(12, who or [0, 1, 2, -1] * 3)
+        samples = labeled(12, who or [0, 1, 2, -1] * 3)
         parts = (range(6), range(6, 9), range(9, 12))
         return Splits(*(Subset(samples, rows, name=str(i)) for i, rows in enumerate(parts)))
 
@@ -244,7 +244,7 @@ class TestStore:
         store = FeatureStore.open(tmp_path / "a")
         assert store.columns["who"].tolist() == [0, 1, 2, -1] * 3
         assert store.manifest["columns"]["who"]["class_names"] == ["ann", "eve", "joe"]
-        samples = labelled(12, [0] * 12)
+        samples = labeled(12, [0] * 12)
         without = TensorSamples(samples.x, samples.labels, ids=samples.ids)
         plain = Splits(*(Subset(without, rows, name="x") for rows in (range(6), range(6, 9), range(9, 12))))
         other = extract(tiny_sit(), plain, self.PLAN, tmp_path / "b")
@@ -272,9 +272,9 @@ def planted(folder: Path, *, who: Array | None = None, flat: bool = False, seed:
     """The first layer tells who speaks, the second the class; each is blind to the other."""
     rng = np.random.default_rng(seed)
     labels, speaker = rng.integers(0, 3, NUM), np.random.default_rng(9).integers(0, 3, NUM)
-    centres = 3 * rng.normal(size=(3, 5))
+    centers = 3 * rng.normal(size=(3, 5))
     tensors = {
-        layer: np.stack([centres[told][None] * (1 - level) + rng.normal(size=(1, NUM, 5)) for level in LEVELS])
+        layer: np.stack([centers[told][None] * (1 - level) + rng.normal(size=(1, NUM, 5)) for level in LEVELS])
         for layer, told in zip(LAYERS, (speaker, labels), strict=True)
     }
     if flat:
@@ -420,8 +420,8 @@ class TestFrames:
             parts = load_motion(path, probe_labels="phase", length=4, stride=stride, up_axis=None)
             (samples,) = parts.values()
             batch = samples.batch(range(5))
-            assert samples.normalisation is not None
-            frames = [samples.normalisation.invert(x)[0].round().long() % 100 for x in batch.x]
+            assert samples.normalization is not None
+            frames = [samples.normalization.invert(x)[0].round().long() % 100 for x in batch.x]
             phase = column(samples, "phase")
             assert phase.labels.shape == (5, 4)
             told = [
@@ -502,9 +502,9 @@ class TestFrames:
         shares = [np.trace(c) / c.sum() for c in result.confusions]
         row = one(quality, metric="probe accuracy of phase", split="test")
         assert row.value == pytest.approx(np.mean(shares), abs=1e-12)
-        unlabelled, unseen = int((kept["test"] == MISSING).sum()), int((kept["test"] == 2).sum())
-        assert min(unlabelled, unseen) > 0
-        counts = f"left out of 200: {unlabelled} without a label, {unseen} of a class that the training split has not"
+        unlabeled, unseen = int((kept["test"] == MISSING).sum()), int((kept["test"] == 2).sum())
+        assert min(unlabeled, unseen) > 0
+        counts = f"left out of 200: {unlabeled} without a label, {unseen} of a class that the training split has not"
         assert row.note.endswith(counts)
 
     def test_padding_never_counts(self, tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ class TestFrames:
 
 
 def digits_in_rows(path: Path) -> Path:
-    """Some of the embedded digits as grey images, with two further columns."""
+    """Some of the embedded digits as gray images, with two further columns."""
     samples = digits().train
     batch = samples.batch(range(120))
     assert batch.labels is not None

@@ -105,14 +105,14 @@ def test_the_posterior_noise_is_not_the_noise_of_probing(tmp_path: Path) -> None
     assert not torch.allclose(everything(samples).x, NoiseKey(0).normal(samples.ids, SHAPE))
 
 
-def test_unlabelled_repa_latents(tmp_path: Path) -> None:
+def test_unlabeled_repa_latents(tmp_path: Path) -> None:
     samples = load_latents(write_repa(tmp_path, numbers(3, *SHAPE), torch.zeros(3, *SHAPE), labels=False))
     assert samples.labels is everything(samples).labels is None
     assert samples.num_classes == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lightningdit_latents_are_normalised_over_all_shards(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_lightningdit_latents_are_normalized_over_all_shards(tmp_path: Path, dtype: torch.dtype) -> None:
     z = (numbers(10, *SHAPE) * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1) + 7).to(dtype)
     folder = write_lightningdit(tmp_path, z, [4, 1, 5])
     assert latent_format(folder) == "lightningdit"

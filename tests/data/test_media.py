@@ -20,7 +20,7 @@ from layerprobe.data import tables
 from layerprobe.data.sequences import audio
 from layerprobe.data.sequences.audio import AudioDecoder, load_audio, mel_filters, write_wav
 from layerprobe.data.sequences.bvh import bvh_positions
-from layerprobe.data.sequences.items import MediaSamples, Normalisation, load_media
+from layerprobe.data.sequences.items import MediaSamples, Normalization, load_media
 from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.sequences.video import load_video
 from layerprobe.data.sources import guess_modality, load
@@ -51,9 +51,9 @@ def only(parts: dict[str, Any]) -> MediaSamples:
 
 
 def values(samples: MediaSamples, index: int) -> Tensor:
-    """The real part of a sample, with its normalisation undone."""
+    """The real part of a sample, with its normalization undone."""
     batch = samples.batch([index])
-    x = batch.x[0] if samples.normalisation is None else samples.normalisation.invert(batch.x[0])
+    x = batch.x[0] if samples.normalization is None else samples.normalization.invert(batch.x[0])
     edges = [
         int(batch.real[0].any(tuple(a for a in range(x.ndim - 1) if a != axis)).sum()) for axis in range(x.ndim - 1)
     ]
@@ -81,9 +81,9 @@ class TestMotion:
             # Six digits of a float32 near 1000.
             np.testing.assert_allclose(values(samples, i).T.numpy(), clips[f"walk/{i}"], atol=1e-3)
         stacked = np.concatenate(list(clips.values()))
-        assert samples.normalisation is not None
-        np.testing.assert_allclose(samples.normalisation.mean, stacked.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(samples.normalisation.std, stacked.std(0), rtol=1e-5)
+        assert samples.normalization is not None
+        np.testing.assert_allclose(samples.normalization.mean, stacked.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(samples.normalization.std, stacked.std(0), rtol=1e-5)
 
     def test_long_clips_keep_their_middle_and_the_stride_counts_first(self, tmp_path: Path) -> None:
         ramp = np.arange(40.0)[:, None].repeat(2, axis=1)
@@ -117,7 +117,7 @@ class TestMotion:
         train, test = parts["train"], parts["test"]
         assert isinstance(train, MediaSamples)
         assert isinstance(test, MediaSamples)
-        assert test.normalisation is train.normalisation
+        assert test.normalization is train.normalization
 
     def test_a_joint_that_never_moves_keeps_its_unit(self, tmp_path: Path) -> None:
         clip = np.random.default_rng(0).normal(size=(6, 2))
@@ -327,11 +327,11 @@ class TestAudio:
         assert splits.train.num_classes == 6
 
 
-def clip_of(colours: list[int], edge: int = 8) -> list[bytes]:
+def clip_of(colors: list[int], edge: int = 8) -> list[bytes]:
     frames = []
-    for colour in colours:
+    for color in colors:
         file = io.BytesIO()
-        Image.new("RGB", (edge, edge), (colour, 0, 255 - colour)).save(file, "PNG")
+        Image.new("RGB", (edge, edge), (color, 0, 255 - color)).save(file, "PNG")
         frames.append(file.getvalue())
     return frames
 
@@ -409,8 +409,8 @@ def test_a_missing_package_is_not_the_items_fault(tmp_path: Path, monkeypatch: p
         load_media(parts, "file", AudioDecoder(RATE), skip_bad=1)
 
 
-def test_normalisation_comes_back_from_json() -> None:
-    once = Normalisation(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]))
-    again = Normalisation.from_dict(once.to_dict())
+def test_normalization_comes_back_from_json() -> None:
+    once = Normalization(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]))
+    again = Normalization.from_dict(once.to_dict())
     x = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(again.invert(once.apply(x)), x)

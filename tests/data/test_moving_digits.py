@@ -1,4 +1,4 @@
-"""The script that makes labelled video does what its page says, and `layerprobe` reads what it writes."""
+"""The script that makes labeled video does what its page says, and `layerprobe` reads what it writes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> di
     return runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_labelled_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labeled_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = make(tmp_path, monkeypatch, clips=160)
     source = tmp_path / "out"
     assert guess_modality(source) == "video"

@@ -14,7 +14,7 @@ from torch import Tensor
 from layerprobe.data.rendering import Rendering, rendering_of
 from layerprobe.data.samples import Subset, TensorSamples
 from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.items import MediaSamples, Normalisation
+from layerprobe.data.sequences.items import MediaSamples, Normalization
 from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.sequences.skeleton import Skeleton, find_skeleton
 
@@ -103,7 +103,7 @@ def test_positions_come_back_from_what_the_model_sees(tmp_path: Path, root: int 
 
 def test_limbs_about_a_root_do_not_vary_with_the_place(tmp_path: Path) -> None:
     saved_walks(tmp_path)
-    spread = [rendering_of(load_motion(tmp_path, root_joint=root)["train"]).normalisation.std for root in (None, 0)]  # type: ignore[union-attr]
+    spread = [rendering_of(load_motion(tmp_path, root_joint=root)["train"]).normalization.std for root in (None, 0)]  # type: ignore[union-attr]
     ahead = torch.arange(5, 48, 3)  # of every joint but the pelvis
     assert float(spread[1][ahead].mean()) < 0.5 * float(spread[0][ahead].mean())
     assert torch.equal(spread[0][:3], spread[1][:3])
@@ -180,7 +180,7 @@ def test_lengths_and_masks_are_the_same_thing(shape: tuple[int, ...], axis: int)
 def test_forms_of_every_modality_are_json() -> None:
     forms = [
         Rendering(
-            "audio", 2, Normalisation(torch.tensor([1.5]), torch.tensor([2.0])), ((1, 2),), 62.5, AudioDecoder(8000)
+            "audio", 2, Normalization(torch.tensor([1.5]), torch.tensor([2.0])), ((1, 2),), 62.5, AudioDecoder(8000)
         ),
         Rendering("motion", 1, skeleton=Skeleton(((0, 1),), (0, 0), (0.0, 0.0, 1.0), None), root=(0, 2)),
         Rendering("video", 1, rate=10.0),

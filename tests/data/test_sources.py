@@ -74,7 +74,7 @@ def expected(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2))
 
 
-def labelled(counts: list[int], *, first: int = 0) -> TensorSamples:
+def labeled(counts: list[int], *, first: int = 0) -> TensorSamples:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     n = len(labels)
     return TensorSamples(torch.zeros(n, 1, 2, 2), labels, ids=torch.arange(first, first + n))
@@ -168,7 +168,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
 
 def test_digits_never_change() -> None:
-    # Stored features of the digits are recognised by this; a change makes every one of them stale.
+    # Stored features of the digits are recognized by this; a change makes every one of them stale.
     assert digits().train.fingerprint == "26297147c4b7a81af3fe71e722df37d0/fit-95a012b0"
     assert digits().test.ids[:5].tolist() == digits().test.ids[:5].tolist()
 
@@ -181,7 +181,7 @@ def test_fewer_digits_are_the_first_of_each_split() -> None:
 
 def test_digits_take_no_options_for_images() -> None:
     with pytest.raises(
-        ValueError, match="embedded digits are 1x8x8 and labelled as they are; leave out --size --label-co"
+        ValueError, match="embedded digits are 1x8x8 and labeled as they are; leave out --size --label-co"
     ):
         load("digits", size=16, label_column="label")
     with pytest.raises(ValueError, match="8x8 with 1 channel but the model takes 3x32x32; pass other data"):
@@ -359,15 +359,15 @@ def test_unreadable_sources_are_one_line(
 
 
 def test_every_8_bit_mode_reads_as_pillow_shows_it(tmp_path: Path) -> None:
-    colour, grey = noise(1, size=(9, 6))[0], noise(1, size=(9, 6), mode="L")[0]
+    color, gray = noise(1, size=(9, 6))[0], noise(1, size=(9, 6), mode="L")[0]
     cases = {
-        "palette": (encode(colour.quantize(16)), colour.quantize(16).convert("RGB")),
-        "bits": (encode(grey.convert("1")), grey.convert("1").convert("L")),
-        "cmyk": (encode(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
-        "opaque": (encode(colour.convert("RGBA")), colour),
-        "grey and alpha": (encode(grey.convert("LA")), grey),
-        "lossless webp": (encode(colour, "WEBP", lossless=True), colour),
-        "bmp": (encode(colour, "BMP"), colour),
+        "palette": (encode(color.quantize(16)), color.quantize(16).convert("RGB")),
+        "bits": (encode(gray.convert("1")), gray.convert("1").convert("L")),
+        "cmyk": (encode(color.convert("CMYK"), "TIFF"), color.convert("CMYK").convert("RGB")),
+        "opaque": (encode(color.convert("RGBA")), color),
+        "gray and alpha": (encode(gray.convert("LA")), gray),
+        "lossless webp": (encode(color, "WEBP", lossless=True), color),
+        "bmp": (encode(color, "BMP"), color),
     }
     for name, (encoded, image) in cases.items():
         samples = load_images(write_parquet(tmp_path / name / "x.parquet", [encoded]))["train"]
@@ -396,17 +396,17 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert torch.equal(pixels(samples), expected([turned]))
 
 
-def test_grey_and_colour_convert_when_asked(tmp_path: Path) -> None:
-    grey, colour = noise(2, mode="L"), noise(3)
-    path = write_parquet(tmp_path / "x.parquet", [encode(image) for image in grey + colour])
-    with pytest.raises(ValueError, match="2 images are grey and 3 are in colour; pass --channels 1 or --channels 3"):
+def test_gray_and_color_convert_when_asked(tmp_path: Path) -> None:
+    gray, color = noise(2, mode="L"), noise(3)
+    path = write_parquet(tmp_path / "x.parquet", [encode(image) for image in gray + color])
+    with pytest.raises(ValueError, match="2 images are gray and 3 are in color; pass --channels 1 or --channels 3"):
         load_images(path)
     for channels, mode in ((1, "L"), (3, "RGB")):
         samples = load_images(path, channels=channels)["train"]
-        assert torch.equal(pixels(samples), expected([image.convert(mode) for image in grey + colour]))
+        assert torch.equal(pixels(samples), expected([image.convert(mode) for image in gray + color]))
 
 
-def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
+def test_size_crops_the_center_and_resizes(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 30)[None, :].repeat(10, 0)
     images = [Image.fromarray(ramp.astype(np.uint8)), Image.fromarray(ramp.T.astype(np.uint8))]
     path = write_parquet(tmp_path / "x.parquet", [encode(image) for image in images])
@@ -477,7 +477,7 @@ def test_damaged_items_are_named(tmp_path: Path) -> None:
         b"no image": r"image 1 of train \(1.png\) cannot be read: it is no JPEG, PNG, .* image; mend or remove it",
         b"": r"image 1 of train \(1.png\) cannot be read: it is no JPEG",
         good[:20]: r"image 1 of train \(1.png\) cannot be read: ",
-        sixteen: r"image 1 of train \(1.png\) cannot be read: its pixels are I;16, not 8-bit grey or colour",
+        sixteen: r"image 1 of train \(1.png\) cannot be read: its pixels are I;16, not 8-bit gray or color",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n": "it is no JPEG",
     }.items():
         path = write_parquet(tmp_path / str(len(item)) / "x.parquet", [good, item])
@@ -603,7 +603,7 @@ def test_parts_must_agree_on_the_classes(tmp_path: Path) -> None:
 
 
 def test_single_part_is_divided_60_20_20() -> None:
-    splits = split(labelled([50, 30, 20]))
+    splits = split(labeled([50, 30, 20]))
     ids = all_ids(splits)
     assert {name: len(part) for name, part in ids.items()} == {"train": 60, "validation": 20, "test": 20}
     assert set.union(*ids.values()) == set(range(100))
@@ -615,7 +615,7 @@ def test_single_part_is_divided_60_20_20() -> None:
 
 
 def test_report_comes_from_the_test_part() -> None:
-    train, test, validation = labelled([50, 50]), labelled([30, 30], first=10**9), labelled([9, 9], first=2 * 10**9)
+    train, test, validation = labeled([50, 50]), labeled([30, 30], first=10**9), labeled([9, 9], first=2 * 10**9)
     for parts, held_out in (
         ({"train": train, "test": test}, test),
         ({"validation": validation, "train": train, "test": test}, test),
@@ -629,7 +629,7 @@ def test_report_comes_from_the_test_part() -> None:
 
 
 def test_probing_takes_no_more_than_it_needs_unless_told() -> None:
-    owned = split({"train": labelled([30_000, 20_000]), "test": labelled([6000, 4000], first=10**9)})
+    owned = split({"train": labeled([30_000, 20_000]), "test": labeled([6000, 4000], first=10**9)})
     assert [len(samples) for _, samples in owned.items()] == [40_000, 10_000, 10_000]
     assert len(for_probing(take(owned, num_train=9000), given={"num_train": 9000}).train) == 9000
     splits = for_probing(owned, given={})
@@ -642,7 +642,7 @@ def test_probing_takes_no_more_than_it_needs_unless_told() -> None:
 
 
 def test_same_sample_stays_on_its_side_whatever_the_counts() -> None:
-    data = labelled([40, 60])
+    data = labeled([40, 60])
     every = all_ids(split(data))
     for num_train, num_validation, num_test in ((10, 5, 5), (60, 20, 20), (33, 7, 19)):
         some = all_ids(split(data, num_train=num_train, num_validation=num_validation, num_test=num_test))
@@ -652,7 +652,7 @@ def test_same_sample_stays_on_its_side_whatever_the_counts() -> None:
 
 
 def test_splits_depend_on_ids_and_seed_and_not_on_the_order() -> None:
-    data = labelled([40, 60])
+    data = labeled([40, 60])
     shuffled = Subset(data, torch.randperm(100, generator=torch.Generator().manual_seed(0)), name="shuffled")
     first, again, other = split(data, num_train=20), split(shuffled, num_train=20), split(data, num_train=20, seed=1)
     for (_, a), (_, b), (_, c) in zip(first.items(), again.items(), other.items(), strict=True):
@@ -677,19 +677,19 @@ def test_order_is_that_of_splitmix64() -> None:
 
 
 def test_order_is_uniform() -> None:
-    unlabelled = TensorSamples(torch.zeros(20_000, 1, 1, 1))
-    order = keyed_order(unlabelled, seed=3).double()
+    unlabeled = TensorSamples(torch.zeros(20_000, 1, 1, 1))
+    order = keyed_order(unlabeled, seed=3).double()
     assert sorted(order.tolist()) == list(range(20_000))
     # Correlations of permutations have standard deviation 1/sqrt(n) = 0.007: four of them.
     for lag in (1, 2, 7):
         assert abs(torch.corrcoef(torch.stack([order[:-lag], order[lag:]]))[0, 1]) < 0.03
     assert abs(torch.corrcoef(torch.stack([order, torch.arange(20_000).double()]))[0, 1]) < 0.03
-    other = keyed_order(unlabelled, seed=4).double()
+    other = keyed_order(unlabeled, seed=4).double()
     assert abs(torch.corrcoef(torch.stack([order, other]))[0, 1]) < 0.03
 
 
 def test_every_beginning_holds_every_class() -> None:
-    data = labelled([20] * 50)
+    data = labeled([20] * 50)
     splits = split(data, num_train=50, num_validation=50, num_test=100)
     assert splits.train.labels is not None
     assert splits.test.labels is not None
@@ -698,7 +698,7 @@ def test_every_beginning_holds_every_class() -> None:
 
 
 def test_impossible_splits_are_refused() -> None:
-    data, unlabelled = labelled([40, 60]), TensorSamples(torch.zeros(4, 1, 2, 2), ids=torch.arange(10**9, 10**9 + 4))
+    data, unlabeled = labeled([40, 60]), TensorSamples(torch.zeros(4, 1, 2, 2), ids=torch.arange(10**9, 10**9 + 4))
     for name, most in (("train", 60), ("validation", 20), ("test", 20)):
         with pytest.raises(
             ValueError, match=f"--num-{name} asks for {most + 1} samples but that split owns {most}; pass at"
@@ -709,9 +709,9 @@ def test_impossible_splits_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"training split of 3 samples lacks 7 of 10 classes \(first: .\); pass a larger --num-train"
     ):
-        split(labelled([10] * 10), num_train=3)
+        split(labeled([10] * 10), num_train=3)
     with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: 0\); leave them out"):
-        split(labelled([1, 30, 1]))
+        split(labeled([1, 30, 1]))
     named = TensorSamples(torch.zeros(9, 1, 2, 2), torch.tensor([0] * 8 + [1]), class_names=("cat", "dog", "emu"))
     with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: dog\)"):
         split(named)
@@ -726,9 +726,9 @@ def test_impossible_splits_are_refused() -> None:
     with pytest.raises(ValueError, match="20 sample ids stand twice; give every sample an id of its own"):
         split({"train": data, "test": Subset(split(data).train, range(20), name="leak")})
     with pytest.raises(ValueError, match="only train has labels; pass --split train"):
-        split({"train": data, "test": unlabelled})
+        split({"train": data, "test": unlabeled})
     with pytest.raises(ValueError, match=r"train has 2 classes and test has 3, or their names differ"):
-        split({"train": data, "test": labelled([2, 2, 2], first=10**9)})
+        split({"train": data, "test": labeled([2, 2, 2], first=10**9)})
     with pytest.raises(ValueError, match=r"train has shape \(1, 2, 2\) but test has \(1, 4, 4\)"):
         split({"train": data, "test": TensorSamples(torch.zeros(4, 1, 4, 4), ids=torch.arange(10**9, 10**9 + 4))})
     for seed in (-1, 2**63):

@@ -291,7 +291,7 @@ def test_layers_are_found_by_name_and_others_named_in_the_error() -> None:
 
 
 class Attending(nn.Module):
-    """A pre-normalised block that calls its attention by keyword."""
+    """A pre-normalized block that calls its attention by keyword."""
 
     def __init__(self) -> None:
         super().__init__()

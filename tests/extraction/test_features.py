@@ -29,7 +29,7 @@ NUM = sum(SIZES)
 PLAN = ExtractionPlan(("blocks.0",), (0.1, 0.5))
 
 
-def written(folder: Path, *, labelled: bool = True) -> dict[str, NDArray[np.float32]]:
+def written(folder: Path, *, labeled: bool = True) -> dict[str, NDArray[np.float32]]:
     """Writes a store of two shards; gives the features as one array (levels, draws, n, D) per layer."""
     rng = np.random.default_rng(0)
     whole = {
@@ -37,7 +37,7 @@ def written(folder: Path, *, labelled: bool = True) -> dict[str, NDArray[np.floa
     }
     plan = {"layers": LAYERS, "noise_levels": LEVELS, "draws": DRAWS}
     samples = {"ids": np.arange(NUM) + 100, "splits": np.repeat([0, 1, 2], [4, 1, 3])}
-    if labelled:
+    if labeled:
         samples["labels"] = np.arange(NUM) % 2
     begin_store(folder, {"plan": plan, "num_shards": len(SIZES)}, samples)
     start = 0
@@ -70,8 +70,8 @@ def test_splits_labels_and_ids_belong_to_the_rows(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store.features("early", 0.5, draw=1, split=split), whole["early"][1, 1, rows])
 
 
-def test_unlabelled_samples_have_no_labels(tmp_path: Path) -> None:
-    written(tmp_path, labelled=False)
+def test_unlabeled_samples_have_no_labels(tmp_path: Path) -> None:
+    written(tmp_path, labeled=False)
     assert FeatureStore.open(tmp_path).labels is None
 
 

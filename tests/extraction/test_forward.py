@@ -108,9 +108,9 @@ def test_the_label_is_read_only_when_asked_for(tmp_path: Path) -> None:
     null = extract(backbone, splits, PLAN, tmp_path / "null")
     gap = np.abs(null["blocks.0", 0.2] - with_labels["blocks.0", 0.2, 0])
     assert gap.max() > 100 * ROUNDING["atol"]  # so the comparison above tells the two apart
-    unlabelled = extract(backbone, tiny_splits(12, labelled=False), PLAN, tmp_path / "unlabelled")
-    np.testing.assert_array_equal(unlabelled["blocks.2", 0.7], null["blocks.2", 0.7])
-    assert unlabelled.labels is None
+    unlabeled = extract(backbone, tiny_splits(12, labeled=False), PLAN, tmp_path / "unlabeled")
+    np.testing.assert_array_equal(unlabeled["blocks.2", 0.7], null["blocks.2", 0.7])
+    assert unlabeled.labels is None
 
 
 def test_the_store_says_which_row_is_which(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_raw_input_is_x_t(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store["input", 0.25], (0.75 * x + 0.25 * noise).flatten(1).numpy())
 
 
-def test_a_wide_raw_input_is_averaged_over_neighbours(tmp_path: Path) -> None:
+def test_a_wide_raw_input_is_averaged_over_neighbors(tmp_path: Path) -> None:
     shape = (3, 64, 32)
     splits = tiny_splits(4, shape=shape)
     backbone = wrap(nn.Sequential(nn.Identity()), layers="0", schedule="sit", prediction="velocity", shape=shape)
@@ -193,7 +193,7 @@ def test_pooling_has_no_more_cells_than_tokens_and_keeps_single_tokens() -> None
 
 
 def test_pooling_is_done_in_float32() -> None:
-    tokens = torch.tensor([1.0, 1 + 2**-7]).bfloat16().view(1, 2, 1)  # neighbours: bfloat16 has nothing between them
+    tokens = torch.tensor([1.0, 1 + 2**-7]).bfloat16().view(1, 2, 1)  # neighbors: bfloat16 has nothing between them
     assert pool_tokens(tokens, 1, (2,)).item() == 1 + 2**-8
 
 
@@ -605,7 +605,7 @@ def test_a_level_without_an_end_is_refused_before_anything_is_written(tmp_path: 
         ),
         ({"test": tiny_samples(4, first_id=2)}, "two samples have the same id, so they would see the same noise"),
         (
-            {"validation": tiny_samples(4, first_id=50, labelled=False)},
+            {"validation": tiny_samples(4, first_id=50, labeled=False)},
             "only one of the fit and the validation samples has labels",
         ),
     ],
@@ -617,10 +617,10 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("num_classes", "labelled"), [(2, True), (0, True), (3, False)])
-def test_labels_that_the_model_or_the_data_lacks_are_refused(tmp_path: Path, num_classes: int, labelled: bool) -> None:
-    backbone, splits = tiny_sit(num_classes=num_classes), tiny_splits(labelled=labelled)
-    message = rf"the data has {3 * labelled} classes, .* {num_classes}; use the null condition"
+@pytest.mark.parametrize(("num_classes", "labeled"), [(2, True), (0, True), (3, False)])
+def test_labels_that_the_model_or_the_data_lacks_are_refused(tmp_path: Path, num_classes: int, labeled: bool) -> None:
+    backbone, splits = tiny_sit(num_classes=num_classes), tiny_splits(labeled=labeled)
+    message = rf"the data has {3 * labeled} classes, .* {num_classes}; use the null condition"
     with pytest.raises(ValueError, match=message):
         extract(backbone, splits, replace(PLAN, condition="label"), tmp_path)
     extract(backbone, splits, PLAN, tmp_path)

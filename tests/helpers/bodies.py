@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# name: parent and offset in metres; x is left, y is up, z is ahead. Left arm and leg end in 1, right ones in 2.
+# name: parent and offset in meters; x is left, y is up, z is ahead. Left arm and leg end in 1, right ones in 2.
 BODY = {
     "pelvis": ("", (0.0, 0.9, 0.0)),
     "chest": ("pelvis", (0.0, 0.45, 0.02)),

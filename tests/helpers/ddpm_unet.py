@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    def __init__(self, channels: int, size: int, out: int, *, normalise: bool) -> None:
+    def __init__(self, channels: int, size: int, out: int, *, normalize: bool) -> None:
         super().__init__()
         self.ln = nn.LayerNorm((channels, size, size))
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ln(x) if self.normalise else x
+        x = self.ln(x) if self.normalize else x
         return nn.functional.silu(self.conv2(nn.functional.silu(self.conv1(x))))
 
 
 def stage(size: int, widths: tuple[int, int, int, int], *, last_norm: bool = True) -> nn.Sequential:
     return nn.Sequential(
-        *(Block(a, size, b, normalise=last_norm or i < 2) for i, (a, b) in enumerate(pairwise(widths)))
+        *(Block(a, size, b, normalize=last_norm or i < 2) for i, (a, b) in enumerate(pairwise(widths)))
     )
 
 
@@ -32,7 +32,7 @@ def time_vector(width: int) -> nn.Sequential:
 
 
 class DDPMUNet(nn.Module):
-    """Grey 28x28 images and integer times (B,) in, eps out."""
+    """Gray 28x28 images and integer times (B,) in, eps out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ class Case:
             model = getattr(diffusers, self.name)(**self.config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # Tables that start at zero, or uninitialised, would hide what they do; so would small norms.
+                # Tables that start at zero, or uninitialized, would hide what they do; so would small norms.
                 scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
                 middle = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
                 parameter.copy_(middle + scale * torch.randn(parameter.shape))

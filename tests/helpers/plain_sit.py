@@ -17,7 +17,7 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    def normalised(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def normalized(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
         return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -49,11 +49,11 @@ def plain_sit(weights: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tenso
     for i in range(config.depth):
         name = f"blocks.{i}"
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", c).chunk(6, -1)
-        tokens = tokens + gate1[:, None] * attend(f"{name}.attn", normalised(tokens, shift1, scale1))
-        hidden = F.gelu(linear(f"{name}.mlp.fc1", normalised(tokens, shift2, scale2)), approximate="tanh")
+        tokens = tokens + gate1[:, None] * attend(f"{name}.attn", normalized(tokens, shift1, scale1))
+        hidden = F.gelu(linear(f"{name}.mlp.fc1", normalized(tokens, shift2, scale2)), approximate="tanh")
         tokens = tokens + gate2[:, None] * linear(f"{name}.mlp.fc2", hidden)
         seen.append(tokens)
-    out = linear("final_layer.linear", normalised(tokens, *linear("final_layer.adaLN_modulation.1", c).chunk(2, -1)))
+    out = linear("final_layer.linear", normalized(tokens, *linear("final_layer.adaLN_modulation.1", c).chunk(2, -1)))
     image = torch.empty(len(x), out.shape[-1] // (p * q), rows * p, columns * q)
     for i in range(rows):
         for j in range(columns):

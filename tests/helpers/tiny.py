@@ -39,14 +39,14 @@ def tiny_sit(
 
 
 def tiny_samples(
-    n: int = 12, *, shape: tuple[int, ...] = SHAPE, labelled: bool = True, first_id: int = 0, seed: int = 0
+    n: int = 12, *, shape: tuple[int, ...] = SHAPE, labeled: bool = True, first_id: int = 0, seed: int = 0
 ) -> TensorSamples:
     """n samples in [-1, 1] of three classes that differ in their mean."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
     x = torch.rand(n, *shape, generator=generator) - 0.5 + (labels.view(-1, *[1] * len(shape)) - 1) / 2
     ids = torch.arange(first_id, first_id + n)
-    return TensorSamples(x, labels if labelled else None, ids=ids)
+    return TensorSamples(x, labels if labeled else None, ids=ids)
 
 
 def tiny_splits(n: int = 20, **options: object) -> Splits:

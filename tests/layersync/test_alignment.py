@@ -86,9 +86,9 @@ def test_only_what_counts_counts() -> None:
     assert torch.equal(same, slope)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_a_batch_in_which_nothing_counts_gives_zero_and_no_gradient(centred: bool) -> None:
-    value, slope = gradient(tokens(0), tokens(1), torch.zeros(3, 4, dtype=torch.bool), centred=centred)
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_batch_in_which_nothing_counts_gives_zero_and_no_gradient(centered: bool) -> None:
+    value, slope = gradient(tokens(0), tokens(1), torch.zeros(3, 4, dtype=torch.bool), centered=centered)
     assert value == 0
     assert not slope.any()  # nan is not zero either
 
@@ -106,20 +106,20 @@ def test_parts_of_a_batch_average_to_the_whole(counts: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("counts", [None, COUNTS])
-def test_centring_takes_off_what_all_tokens_share(counts: Tensor | None) -> None:
+def test_centering_takes_off_what_all_tokens_share(counts: Tensor | None) -> None:
     student, teacher = tokens(0), tokens(1)
-    value, slope = gradient(student, teacher, counts, centred=True)
+    value, slope = gradient(student, teacher, counts, centered=True)
     chosen = torch.ones(3, 4, dtype=torch.bool) if counts is None else counts
     s, t = student - student[chosen].mean(0), teacher - teacher[chosen].mean(0)
     torch.testing.assert_close(value, mean_cosine(s, t, counts))
-    far, same = gradient(student + 1000, teacher - 500 * torch.arange(8.0), counts, centred=True)
+    far, same = gradient(student + 1000, teacher - 500 * torch.arange(8.0), counts, centered=True)
     torch.testing.assert_close(far, value)
     torch.testing.assert_close(same, slope)
     assert torch.autograd.gradcheck(
-        lambda s: mean_cosine(s, teacher, counts, centred=True), (student.clone().requires_grad_(),)
+        lambda s: mean_cosine(s, teacher, counts, centered=True), (student.clone().requires_grad_(),)
     )
-    uncentred = [float(mean_cosine(student + 1000, teacher + 1000, counts)), float((chosen.any(1)).double().mean())]
-    assert uncentred[0] == pytest.approx(uncentred[1], abs=1e-4)  # what centring is for
+    uncentered = [float(mean_cosine(student + 1000, teacher + 1000, counts)), float((chosen.any(1)).double().mean())]
+    assert uncentered[0] == pytest.approx(uncentered[1], abs=1e-4)  # what centering is for
 
 
 def test_samples_and_mask_both_have_their_say() -> None:

@@ -20,16 +20,16 @@ ONE, TWO = [("blocks.0", "blocks.2")], [("blocks.0", "blocks.2"), ("blocks.1", "
 
 
 def reference(network: Network, pairs: list[tuple[str, str]], x: Tensor = X) -> tuple[Tensor, list[float]]:
-    """The task's loss plus the regulariser, from the formula: tokens by hand, norms by hand."""
-    tokens, regulariser, cosines = {}, torch.zeros(()), []
+    """The task's loss plus the regularizer, from the formula: tokens by hand, norms by hand."""
+    tokens, regularizer, cosines = {}, torch.zeros(()), []
     for i, block in enumerate(network.blocks):
         x = tokens[f"blocks.{i}"] = x + torch.tanh(x @ block.fc.weight.T + block.fc.bias)
     for student, teacher in pairs:
         s, t = tokens[student], tokens[teacher].detach()
         cosine = ((s * t).sum(-1) / (s.square().sum(-1).sqrt() * t.square().sum(-1).sqrt())).mean()
-        regulariser = regulariser - WEIGHT * cosine
+        regularizer = regularizer - WEIGHT * cosine
         cosines.append(float(cosine.detach()))
-    return task(network.head(x)) + regulariser, cosines
+    return task(network.head(x)) + regularizer, cosines
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
@@ -523,10 +523,10 @@ def test_what_is_aligned_is_the_callers_to_say() -> None:
     assert torch.allclose(aligned, -torch.cosine_similarity(student[:, 1:], teacher[:, 1:], dim=-1).mean())
 
 
-def regulariser_of(
+def regularizer_of(
     network: Network, *, pairs: Any = ONE, x: Tensor = X, **call: Any
 ) -> tuple[float, dict[str, Tensor]]:
-    """Value and gradients of the regulariser alone."""
+    """Value and gradients of the regularizer alone."""
     options = call.pop("options")
     network.zero_grad()
     with LayerSync(network, pairs, weight=WEIGHT, options=options) as sync:
@@ -538,8 +538,8 @@ def regulariser_of(
 
 def test_every_pair_has_its_weight() -> None:
     network = Network()
-    first, second = (regulariser_of(network, pairs=[pair], options=SyncOptions()) for pair in TWO)
-    value, slopes = regulariser_of(network, pairs=TWO, options=SyncOptions(pair_weights=(2.0, -0.5)))
+    first, second = (regularizer_of(network, pairs=[pair], options=SyncOptions()) for pair in TWO)
+    value, slopes = regularizer_of(network, pairs=TWO, options=SyncOptions(pair_weights=(2.0, -0.5)))
     assert value == pytest.approx(2 * first[0] - 0.5 * second[0])
     for name, slope in slopes.items():
         torch.testing.assert_close(slope, 2 * first[1][name] - 0.5 * second[1][name])
@@ -549,11 +549,11 @@ def test_every_pair_has_its_weight() -> None:
 
 def test_schedule_scales_the_loss_and_stops_it() -> None:
     network, options = Network(), SyncOptions(warmup_steps=1, stop_step=3)
-    full, slopes = regulariser_of(network, options=SyncOptions())
-    half, halves = regulariser_of(network, options=options, step=0)
+    full, slopes = regularizer_of(network, options=SyncOptions())
+    half, halves = regularizer_of(network, options=options, step=0)
     assert half == pytest.approx(full / 2)
     torch.testing.assert_close(halves["blocks.0.fc.weight"], slopes["blocks.0.fc.weight"] / 2)
-    assert regulariser_of(network, options=options, step=1)[0] == full
+    assert regularizer_of(network, options=options, step=1)[0] == full
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
         network(X)
         loss = sync.loss(step=3)
@@ -571,9 +571,9 @@ def test_only_samples_in_the_noise_range_are_aligned() -> None:
     level = torch.tensor([0.1, 0.2, 0.5, 0.8, 0.81], dtype=torch.float64)
     found = residuals(network)
     cosines = cosines_of(found["blocks.0"], found["blocks.2"]).detach()[1:4]
-    value, slopes = regulariser_of(network, options=options, noise_level=level)
+    value, slopes = regularizer_of(network, options=options, noise_level=level)
     assert value == pytest.approx(-WEIGHT * float(cosines.sum()) / (5 * 7), rel=1e-5)
-    inside, of_inside = regulariser_of(network, x=X[1:4], options=SyncOptions())
+    inside, of_inside = regularizer_of(network, x=X[1:4], options=SyncOptions())
     assert value == pytest.approx(inside * 3 / 5, rel=1e-5)
     torch.testing.assert_close(slopes["blocks.0.fc.weight"], of_inside["blocks.0.fc.weight"] * 3 / 5)
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
@@ -589,7 +589,7 @@ def test_only_samples_in_the_noise_range_are_aligned() -> None:
 
 def test_a_batch_without_a_sample_in_the_range_gives_zero() -> None:
     network, options = Network(), SyncOptions(noise_range=(0.2, 0.8))
-    value, slopes = regulariser_of(network, options=options, noise_level=torch.full((5,), 0.9))
+    value, slopes = regularizer_of(network, options=options, noise_level=torch.full((5,), 0.9))
     assert value == 0
     assert not any(slope.any() for slope in slopes.values())  # nan is not zero either
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
@@ -602,7 +602,7 @@ def test_a_batch_without_a_sample_in_the_range_gives_zero() -> None:
 def test_accumulation_is_exact_with_a_noise_range(part: int) -> None:
     network, options = Network(), SyncOptions(noise_range=(0.3, 1.0))
     x, level = torch.cat([X, X + 1])[:8], torch.tensor([0.9, 0.1, 0.1, 0.1, 0.5, 0.2, 0.7, 0.8])
-    _, wanted = regulariser_of(network, x=x, options=options, noise_level=level)
+    _, wanted = regularizer_of(network, x=x, options=options, noise_level=level)
     network.zero_grad()
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
         for start in range(0, 8, part):
@@ -614,21 +614,21 @@ def test_accumulation_is_exact_with_a_noise_range(part: int) -> None:
 
 def test_padding_never_counts() -> None:
     network, mask = Network(), torch.arange(7) < torch.tensor([7, 5, 3, 1, 2]).unsqueeze(1)
-    value, slopes = regulariser_of(network, options=SyncOptions(), mask=mask)
-    short = [regulariser_of(network, x=X[i : i + 1, : int(mask[i].sum())], options=SyncOptions()) for i in range(5)]
+    value, slopes = regularizer_of(network, options=SyncOptions(), mask=mask)
+    short = [regularizer_of(network, x=X[i : i + 1, : int(mask[i].sum())], options=SyncOptions()) for i in range(5)]
     assert value == pytest.approx(sum(loss for loss, _ in short) / 5)
     torch.testing.assert_close(
         slopes["blocks.0.fc.weight"], torch.stack([s["blocks.0.fc.weight"] for _, s in short]).mean(0)
     )
     padded = torch.where(mask.unsqueeze(-1), X, torch.tensor(50.0))
-    assert regulariser_of(network, x=padded, options=SyncOptions(), mask=mask)[0] == value
+    assert regularizer_of(network, x=padded, options=SyncOptions(), mask=mask)[0] == value
 
 
-def test_centred_cosine_is_that_of_centred_tokens() -> None:
+def test_centered_cosine_is_that_of_centered_tokens() -> None:
     network = Network()
     found = residuals(network)
     s, t = (found[name] - found[name].mean((0, 1)) for name in ONE[0])
-    value, slopes = regulariser_of(network, options=SyncOptions(centred=True))
+    value, slopes = regularizer_of(network, options=SyncOptions(centered=True))
     assert value == pytest.approx(-WEIGHT * float(cosines_of(s, t).mean().detach()), rel=1e-5)
     assert {name.partition(".fc")[0] for name in slopes if slopes[name].any()} == {"blocks.0"}
 

@@ -16,7 +16,7 @@ from layerprobe.layersync.options import SyncOptions
 def test_the_defaults_are_the_papers() -> None:
     options = SyncOptions()
     assert not (
-        options.scheduled or options.ranged or options.second_pass or options.centred or options.projector_width
+        options.scheduled or options.ranged or options.second_pass or options.centered or options.projector_width
     )
     assert [options.factor(step) for step in (0, 1, 10**6)] == [1, 1, 1]
 

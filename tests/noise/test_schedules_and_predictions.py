@@ -213,7 +213,7 @@ def test_native_time_and_noise_level_are_inverse(name: str) -> None:
     if schedule.integer_time:
         times = torch.arange(1000)
         assert torch.equal(schedule.native_time(schedule.noise_level(times)), times)
-        # Rounding to a time moves the level by no more than the gap between neighbouring times.
+        # Rounding to a time moves the level by no more than the gap between neighboring times.
         at = LEVELS[(schedule.level_range[0] < LEVELS) & (schedule.level_range[1] > LEVELS)]
         there_and_back = schedule.noise_level(schedule.native_time(at))
         assert float((there_and_back - at).abs().max()) <= float(schedule.noise_level(times).diff().max())
@@ -535,7 +535,7 @@ def test_noise_of_a_sample_is_the_same_bits_in_any_batch() -> None:
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=6), st.integers(0, 2**63 - 1))
-def test_noise_does_not_depend_on_its_neighbours(ids: list[int], seed: int) -> None:
+def test_noise_does_not_depend_on_its_neighbors(ids: list[int], seed: int) -> None:
     key, batch = NoiseKey(seed), torch.tensor(ids)
     first = key.normal(batch, (4,))
     assert torch.equal(first[-1:], key.normal(batch[-1:], (4,)))
@@ -547,15 +547,15 @@ def test_seeds_purposes_samples_and_draws_have_streams_of_their_own() -> None:
     ids = torch.tensor([0, 1, 2, 2**40, -1])
     rows = torch.cat([key.normal(ids, (8,), draw=draw) for key in keys for draw in (0, 1, 7)])
     assert len(rows.unique(dim=0)) == len(rows)
-    # Not only unequal but unrelated: neighbouring keys, ids and draws have no correlation.
-    neighbours: list[tuple[int, Purpose, int, int]] = [
+    # Not only unequal but unrelated: neighboring keys, ids and draws have no correlation.
+    neighbors: list[tuple[int, Purpose, int, int]] = [
         (0, "noise", 0, 0),
         (1, "noise", 0, 0),
         (0, "level", 0, 0),
         (0, "noise", 1, 0),
         (0, "noise", 0, 1),
     ]
-    long = [NoiseKey(s, purpose).normal(torch.tensor([i]), (20_000,), draw=d)[0] for s, purpose, i, d in neighbours]
+    long = [NoiseKey(s, purpose).normal(torch.tensor([i]), (20_000,), draw=d)[0] for s, purpose, i, d in neighbors]
     correlation = torch.corrcoef(torch.stack(long)) - torch.eye(5)
     # Five standard errors of a correlation of 20 000 independent pairs.
     assert float(correlation.abs().max()) < 5 / math.sqrt(20_000)

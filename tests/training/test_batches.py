@@ -96,8 +96,8 @@ def test_labels_are_dropped_at_the_rate_asked_for() -> None:
         assert ((only.condition == 3) == seen).all()
 
 
-def test_unlabelled_samples_have_no_condition() -> None:
-    assert all(batch.condition is None for batch in batches(tiny_sit(), tiny_samples(NUM, labelled=False), PLAN))
+def test_unlabeled_samples_have_no_condition() -> None:
+    assert all(batch.condition is None for batch in batches(tiny_sit(), tiny_samples(NUM, labeled=False), PLAN))
 
 
 def test_two_processes_take_every_other_position() -> None:
@@ -121,7 +121,7 @@ def test_a_batch_is_split_into_equal_parts_in_order() -> None:
 
 
 def test_masks_come_along_over_the_end_of_an_epoch() -> None:
-    samples = tiny_samples(NUM, labelled=False)
+    samples = tiny_samples(NUM, labeled=False)
     mask = torch.ones(NUM, *SHAPE[1:], dtype=torch.bool)
     mask[:, 2:] = torch.arange(NUM).view(-1, 1, 1) % 2 == 0
     samples.mask = mask

@@ -775,7 +775,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         "plan.learning_rate": (tiny_sit(), tiny_samples(NUM), replace(PLAN, learning_rate=1e-3)),
         "plan.pairs, plan.weight": (tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=(PAIR,), weight=0.2)),
         "plan.seed": (tiny_sit(), tiny_samples(NUM), replace(PLAN, seed=4)),
-        "plan.sync": (tiny_sit(), tiny_samples(NUM), replace(PLAN, sync=SyncOptions(centred=True))),
+        "plan.sync": (tiny_sit(), tiny_samples(NUM), replace(PLAN, sync=SyncOptions(centered=True))),
         "plan.time_mean, plan.time_sampling": (
             tiny_sit(),
             tiny_samples(NUM),
@@ -797,7 +797,7 @@ def test_how_long_a_run_is_and_how_often_it_writes_is_not_its_identity() -> None
     for name, value in free.items():
         assert replace(PLAN, **{name: value}).identity() == PLAN.identity()
     others = {
-        "sync": SyncOptions(centred=True),
+        "sync": SyncOptions(centered=True),
         "time_sampling": "logit-normal",
         "time_mean": 1.0,
         "time_std": 2.0,

@@ -1,4 +1,4 @@
-"""Limited-memory BFGS for many samples, preconditioned by a factorised Hessian where one pays."""
+"""Limited-memory BFGS for many samples, preconditioned by a factorized Hessian where one pays."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from layerprobe.analyses.measures.logistic.problem import (
     product,
 )
 
-_MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # of a factorised Hessian
+_MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25  # of a factorized Hessian
 _SAMPLES_PER_UNKNOWN, _FEW_TERMS = 20, 10_000  # of its sum
-_WEAK = 0.1  # an axis of less curvature, in penalties, needs no factorised Hessian
+_WEAK = 0.1  # an axis of less curvature, in penalties, needs no factorized Hessian
 _MEMORY = 20  # steps that are remembered
 _FRESH = math.log(10)  # what the gap falls by, per iteration, with a fresh Hessian
 _WINDOW = 3  # iterations that tell how fast it falls
 
 
-def minimise(
+def minimize(
     problem: Problem, point: Point, tolerance: float, max_passes: int, *, curvature: Curvature
 ) -> tuple[Point, int, bool]:
     """Limited-memory BFGS with the preconditioner as its first guess of the inverse Hessian.
@@ -135,7 +135,7 @@ def _price(problem: Problem) -> float:
 
 
 def _head(problem: Problem, curvature: Tensor) -> int:
-    """How many of the last axes, the bias included, the factorised Hessian is for."""
+    """How many of the last axes, the bias included, the factorized Hessian is for."""
     needed = int((curvature[:-1] > _WEAK * problem.penalty).sum()) + 1
     return max(1, min(needed, _MAX_UNKNOWNS // (problem.num_classes - 1)))
 
@@ -157,7 +157,7 @@ def _close(problem: Problem, probabilities: Tensor) -> Callable[[Tensor], Tensor
     doubt = (probabilities * (1 - probabilities)) @ problem.share.float()
     diagonal = doubt[:, None] * problem.data.variances.float()
     head = _head(problem, diagonal.mean(0))
-    ahead = _factorised(_hessian(problem, probabilities, head), problem.penalty)
+    ahead = _factorized(_hessian(problem, probabilities, head), problem.penalty)
     tail = diagonal[:, :-head] + problem.penalty
 
     def apply(residual: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ def _kronecker(problem: Problem, probabilities: Tensor) -> Callable[[Tensor], Te
     _, axes = torch.linalg.eigh(((features * spread) @ features.T).double())
     weighted = probabilities * share
     _, contrasts = torch.linalg.eigh((torch.diag(weighted.sum(1)) - weighted @ probabilities.T).double())
-    penalised = (problem.penalty * (1 - axes[-1].square())).float()
+    penalized = (problem.penalty * (1 - axes[-1].square())).float()
     axes, contrasts = axes.float(), contrasts.float()
     variances = (contrasts.T.square() @ probabilities - (contrasts.T @ probabilities).square()).clamp_min(0) * share
-    diagonal = variances @ (axes.T @ features).square().T + penalised
+    diagonal = variances @ (axes.T @ features).square().T + penalized
     diagonal += 1e-9 * diagonal.max()
     return lambda residual: contrasts @ ((contrasts.T @ residual @ axes) / diagonal) @ axes.T
 
@@ -215,7 +215,7 @@ def _hessian(problem: Problem, probabilities: Tensor, head: int) -> Tensor:
     return hessian
 
 
-def _factorised(hessian: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+def _factorized(hessian: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
     """Solves with the Hessian, of which the lower half is given and overwritten."""
     k, width = hessian.shape[:2]
     features = torch.arange(width - 1, device=hessian.device)

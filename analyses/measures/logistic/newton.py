@@ -1,4 +1,4 @@
-"""Newton's method: by conjugate gradients for few samples, factorised for what other solvers leave undone."""
+"""Newton's method: by conjugate gradients for few samples, factorized for what other solvers leave undone."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Patience:
 
 def decomposed(x: Tensor) -> Decomposition:
     """Features of shape (n, D), of any float dtype and far from zero maybe, on their principal axes."""
-    wide, mean = _centred(x)
+    wide, mean = _centered(x)
     basis = None
     if wide.shape[0] < wide.shape[1]:  # The optimum lies in the span of the samples.
         basis, triangle = torch.linalg.qr(wide.T)
@@ -92,11 +92,11 @@ def decomposed(x: Tensor) -> Decomposition:
 
 def undecomposed(x: Tensor) -> Decomposition:
     """The same on the features' own axes, which takes less time."""
-    wide, mean = _centred(x)
+    wide, mean = _centered(x)
     return _in_units(wide.T, wide.square().mean(0), torch.eye(wide.shape[1], dtype=wide.dtype, device=x.device), mean)
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.double()
     mean = wide.mean(0)
     wide = wide - mean

@@ -73,7 +73,7 @@ def is_repository(name: str) -> bool:
 def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
     folder = Path(path) if Path(path).is_dir() else _snapshot(str(path), subfolder)
     if subfolder is None and not (folder / "model_index.json").is_file() and folder.name:
-        # A component inside its pipeline: the neighbours tell schedule and text.
+        # A component inside its pipeline: the neighbors tell schedule and text.
         parent = folder.resolve().parent
         if (parent / "model_index.json").is_file() and folder.name in read_json(parent / "model_index.json"):
             folder, subfolder = parent, folder.resolve().name

@@ -30,7 +30,7 @@ FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as s
 def load_denoiser(place: ModelFolder) -> nn.Module:
     known = _model_class(place)
     options = weight_files(place.model)
-    _refuse_quantised(place.model)
+    _refuse_quantized(place.model)
     try:
         with quiet_libraries():
             module, info = known.from_pretrained(
@@ -54,7 +54,7 @@ def load_denoiser(place: ModelFolder) -> nn.Module:
     return opened
 
 
-def _refuse_quantised(folder: Path) -> None:
+def _refuse_quantized(folder: Path) -> None:
     """Eight-bit weights would be taken for numbers; a damaged file is left to the loading."""
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as weights:

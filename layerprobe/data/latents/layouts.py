@@ -57,7 +57,7 @@ def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 
     Args:
         source: A folder for which `latent_format` is not None. For `vae-sd` also the folder around it. `latents_flip`
             in LightningDiT's shards, which training takes half of the time, is left alone.
-        scale: The factor of z, after the normalisation if there is one; None for the one in the table above. Given,
+        scale: The factor of z, after the normalization if there is one; None for the one in the table above. Given,
             `lightningdit` latents without statistics are taken as they are.
         seed: Of the draws from the posterior.
 
@@ -107,7 +107,7 @@ def _load_moments(folder: Path, scale: float, seed: int) -> Samples:
 def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
     """The labels of these files; None where the file says that there are none."""
     if not path.is_file():
-        raise ValueError(f'the labels file {path} is missing; copy it, or write {{"labels": null}} for unlabelled data')
+        raise ValueError(f'the labels file {path} is missing; copy it, or write {{"labels": null}} for unlabeled data')
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["labels"]
         table = None if entries is None else {str(name): label for name, label in entries}
@@ -130,7 +130,7 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
             labels.append(file.get_tensor("labels").long().flatten())
     if scale is None and not stats.is_file():
         raise ValueError(
-            f"{stats} is missing, so the latents cannot be normalised; copy it from where the model was trained, or "
+            f"{stats} is missing, so the latents cannot be normalized; copy it from where the model was trained, or "
             "pass --latent-scale for a model trained without it"
         )
     mean, deviation = _read_stats(stats, rows.shape[0]) if stats.is_file() else (torch.zeros(()), torch.ones(()))

@@ -27,7 +27,7 @@ from layerprobe.files import needed
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COLUMNS = ("audio", "sound", "wav", "file")
-# Below the quantisation of 16 bits in any band; the logarithm needs a floor.
+# Below the quantization of 16 bits in any band; the logarithm needs a floor.
 FLOOR = 1e-5
 
 Form = Literal["log-mel", "waveform"]
@@ -81,7 +81,7 @@ class AudioDecoder(Decoder):
         return (mel_filters(self.rate, self.window, self.mels) @ power).clamp(min=FLOOR**2).log().unsqueeze(0) / 2
 
     def waveform(self, values: Tensor, *, iterations: int = 60) -> Tensor:
-        """A recording that looks like these values (before normalisation), shape (samples,).
+        """A recording that looks like these values (before normalization), shape (samples,).
 
         Args:
             values: As the decoder gives them.

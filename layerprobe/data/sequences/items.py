@@ -1,7 +1,7 @@
 """What audio, motion and video have in common: items of unequal length, decoded one by one, as samples of one shape.
 
 An item becomes (C, *grid) with one axis of time. Samples longer than the wanted length are cut to their middle, shorter
-ones are padded behind their end and masked. Values are normalised by the statistics of the training part, which the
+ones are padded behind their end and masked. Values are normalized by the statistics of the training part, which the
 samples carry, so that what a model makes can be turned back.
 """
 
@@ -35,13 +35,13 @@ class Decoder(ABC):
     Attributes:
         modality: "audio", "motion" or "video".
         time_axis: Which axis of (C, *grid) may differ in length.
-        normalised: Whether values are brought to mean 0 and standard deviation 1 per channel.
+        normalized: Whether values are brought to mean 0 and standard deviation 1 per channel.
         row_format: How `datasets` gives the items: None as Python objects, "numpy" as arrays.
     """
 
     modality: str
     time_axis: int = 1
-    normalised: bool = True
+    normalized: bool = True
     row_format: str | None = None
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Decoder(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Normalisation:
+class Normalization:
     """Mean and standard deviation per channel, shape (C,) each: x = (value - mean) / std."""
 
     mean: Tensor
@@ -73,7 +73,7 @@ class Normalisation:
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Sequence[float]]) -> Normalisation:
+    def from_dict(cls, record: Mapping[str, Sequence[float]]) -> Normalization:
         """What `to_dict` gave."""
         return cls(torch.tensor(record["mean"]), torch.tensor(record["std"]))
 
@@ -81,7 +81,7 @@ class Normalisation:
 class MediaSamples(Samples):
     """Items of one part of a data set; see `load_media`."""
 
-    normalisation: Normalisation | None
+    normalization: Normalization | None
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class MediaSamples(Samples):
         *,
         labels: Tensor | None,
         class_names: tuple[str, ...],
-        normalisation: Normalisation | None,
+        normalization: Normalization | None,
         first_id: int,
         columns: tuple[LabelColumn, ...] = (),
     ) -> None:
@@ -98,8 +98,8 @@ class MediaSamples(Samples):
         self.columns = columns
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
         self.ids = first_id + items.rows_kept
-        self.normalisation = normalisation
-        statistics = None if normalisation is None else (normalisation.mean, normalisation.std)
+        self.normalization = normalization
+        statistics = None if normalization is None else (normalization.mean, normalization.std)
         self.fingerprint = content_hash(
             "media, version 1", items.content, repr(items.decoder), shape, labels, class_names, first_id, statistics
         )
@@ -117,7 +117,7 @@ class MediaSamples(Samples):
         for row, (place, real) in enumerate(zip(x, mask, strict=True)):
             values = _middle(self.items[int(index[row])], self.shape, self.items.decoder.time_axis)
             inside = tuple(slice(edge) for edge in values.shape)
-            place[inside] = values if self.normalisation is None else self.normalisation.apply(values)
+            place[inside] = values if self.normalization is None else self.normalization.apply(values)
             real[inside[1:]] = True
         labels = None if self.labels is None else self.labels[index]
         return Batch(x, labels, self.ids[index], mask if self._padded else None)
@@ -246,7 +246,7 @@ def load_media(
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
         memory_budget_bytes -= items[name].num_bytes
     shape = _common_shape(items, decoder.time_axis, length)
-    statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalised else None
+    statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalized else None
     samples: dict[str, Samples] = {}
     for name, part in items.items():
         own = labels[name]
@@ -255,7 +255,7 @@ def load_media(
             shape,
             labels=None if own is None else own[part.rows_kept],
             class_names=class_names,
-            normalisation=statistics,
+            normalization=statistics,
             first_id=tables.first_id(name),
             columns=(
                 *(column.at(part.rows_kept) for column in columns[name]),
@@ -362,7 +362,7 @@ def _frame_labels(items: Items, column: str, rows: Sequence[Tensor], shape: tupl
     return labels
 
 
-def _statistics(items: Items) -> Normalisation:
+def _statistics(items: Items) -> Normalization:
     """Over all values of a channel; a channel that never changes keeps its unit."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     # Two passes: float32 squares lose the variance of channels with a large mean.
@@ -374,7 +374,7 @@ def _statistics(items: Items) -> Normalisation:
         squares = squares + (items[index].double().flatten(1) - mean.unsqueeze(1)).square().sum(1)
     std = (squares / count).sqrt()
     flat = std <= 1e-6 * mean.abs().clamp(min=1e-12)
-    return Normalisation(mean.float(), std.masked_fill(flat, 1.0).float())
+    return Normalization(mean.float(), std.masked_fill(flat, 1.0).float())
 
 
 def _columns(statistic: Tensor, values: Tensor) -> Tensor:

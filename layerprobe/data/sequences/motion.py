@@ -38,8 +38,8 @@ class MotionDecoder(Decoder):
     Attributes:
         stride: Every stride-th frame is kept.
         up_axis: 0, 1 or 2: the axis that is not of the floor; None leaves positions where they are.
-        root: The joint that the others are relative to in every frame, or None. Bodies cross a room of metres while
-            limbs move by centimetres, and a channel that holds both is learned to a share of the metres.
+        root: The joint that the others are relative to in every frame, or None. Bodies cross a room of meters while
+            limbs move by centimeters, and a channel that holds both is learned to a share of the meters.
     """
 
     stride: int = 1

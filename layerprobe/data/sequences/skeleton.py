@@ -135,18 +135,18 @@ def _up(clips: Sequence[Floats], joints: list[int]) -> Floats:
 
 def _mirrored_limbs(lengths: Mapping[Edge, float]) -> list[tuple[Limb, Limb]]:
     """Pairs of limbs alike that begin at one joint, seen from where most joints belong to such limbs."""
-    neighbours: dict[int, dict[int, float]] = {}
+    neighbors: dict[int, dict[int, float]] = {}
     for (a, b), length in lengths.items():
-        neighbours.setdefault(a, {})[b] = length
-        neighbours.setdefault(b, {})[a] = length
+        neighbors.setdefault(a, {})[b] = length
+        neighbors.setdefault(b, {})[a] = length
 
     def limb(joint: int, parent: int, depth: int = 0) -> list[tuple[int, float, int]]:
         """Depth, length and end of every bone from the parent onwards, sorted."""
-        further = [bone for other in neighbours[joint] if other != parent for bone in limb(other, joint, depth + 1)]
-        return sorted([(depth, neighbours[joint][parent], joint), *further])
+        further = [bone for other in neighbors[joint] if other != parent for bone in limb(other, joint, depth + 1)]
+        return sorted([(depth, neighbors[joint][parent], joint), *further])
 
     def pairs_from(joint: int, parent: int | None) -> list[tuple[Limb, Limb]]:
-        limbs = [limb(other, joint) for other in neighbours[joint] if other != parent]
+        limbs = [limb(other, joint) for other in neighbors[joint] if other != parent]
         alike = [(a, b) for a, b in itertools.combinations(limbs, 2) if _alike(a, b)]
         if len(alike) > 1:  # Fingers or the like, of which none mirrors another.
             alike = []
@@ -155,7 +155,7 @@ def _mirrored_limbs(lengths: Mapping[Edge, float]) -> list[tuple[Limb, Limb]]:
         children = [bones[0][2] for bones in limbs]
         return found + [pair for child in children if child not in taken for pair in pairs_from(child, joint)]
 
-    return max((pairs_from(joint, None) for joint in neighbours), key=lambda found: sum(len(a) for a, _ in found))
+    return max((pairs_from(joint, None) for joint in neighbors), key=lambda found: sum(len(a) for a, _ in found))
 
 
 def _alike(a: Sequence[tuple[int, float, int]], b: Sequence[tuple[int, float, int]]) -> bool:

@@ -31,7 +31,7 @@ class VideoDecoder(Decoder):
     """Clips as (C, frames, size, size).
 
     Attributes:
-        size: Side of the square in pixels; the largest centred square of a frame is resized to it.
+        size: Side of the square in pixels; the largest centered square of a frame is resized to it.
         channels: 1 or 3.
         stride: Every stride-th frame is kept.
     """
@@ -40,7 +40,7 @@ class VideoDecoder(Decoder):
     channels: Literal[1, 3] = 3
     stride: int = 1
     modality = "video"
-    normalised = False
+    normalized = False
 
     def __call__(self, item: Any) -> Tensor:
         """Shape (channels, frames, size, size)."""

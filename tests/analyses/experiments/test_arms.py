@@ -151,8 +151,8 @@ def test_a_plan_stays_the_same_as_fields_come_in() -> None:
         del old["training"][field]
     assert PLAN.record(old) == old
     assert replace(PLAN, stop_early=True, seeds=(5, 6, 7, 8)).record(old) == old
-    centred = replace(PLAN, training=replace(PLAN.training, sync=SyncOptions(centred=True)))
-    assert centred.record(old)["training"]["sync"] == asdict(SyncOptions(centred=True))
+    centered = replace(PLAN, training=replace(PLAN.training, sync=SyncOptions(centered=True)))
+    assert centered.record(old)["training"]["sync"] == asdict(SyncOptions(centered=True))
     assert replace(PLAN, num_samples=7).record(old) != old
 
 

@@ -216,7 +216,7 @@ def test_data_without_labels_are_sampled_without_labels(tmp_path: Path) -> None:
         seen.append(x)
         return x.flatten(1)
 
-    run(tmp_path, splits=tiny_splits(24, labelled=False), extractor=Extractor("seen", features), arms=TINY_ARMS[:2])
+    run(tmp_path, splits=tiny_splits(24, labeled=False), extractor=Extractor("seen", features), arms=TINY_ARMS[:2])
     # The first features are of the real samples, the second of what the first arm draws before training.
     assert torch.equal(seen[1], sample(start(3), range(9), plan=TINY.sampling))
 
@@ -228,12 +228,12 @@ def test_classes_are_drawn_as_often_as_they_are_real() -> None:
     assert labels[evaluation._rows_like(samples, 80)].bincount().tolist() == [40, 20, 20]
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_padded_samples_are_drawn_as_long_as_real_ones(labelled: bool) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_padded_samples_are_drawn_as_long_as_real_ones(labeled: bool) -> None:
     """Each class keeps its own lengths: here class 1 is four frames long or five, all others fill their eight."""
     lengths = torch.tensor([8, 4, 8, 8, 5, 8] * 2)
     mask = torch.arange(8) < lengths.unsqueeze(1)
-    whole = tiny_samples(12, shape=(1, 8), labelled=labelled)
+    whole = tiny_samples(12, shape=(1, 8), labeled=labeled)
     samples = TensorSamples(whole.x, whole.labels, mask=mask)
     seen: list[torch.Tensor] = []
 
@@ -247,11 +247,11 @@ def test_padded_samples_are_drawn_as_long_as_real_ones(labelled: bool) -> None:
     drawn = seen[1]
     found = (drawn != 0).flatten(1).sum(1)
     assert sorted(found.tolist()) == sorted(lengths.tolist() * 2)
-    if labelled:
+    if labeled:
         assert sorted(found[8:16].tolist()) == [4, 4, 4, 4, 5, 5, 5, 5]
     else:
         assert found.tolist() == lengths.tolist() * 2
-    labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 8) if labelled else None
+    labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 8) if labeled else None
     real = torch.arange(8) < found.unsqueeze(1)
     assert torch.equal(drawn, sample(model, range(24), labels=labels, plan=TINY.sampling, mask=real))
 

@@ -58,7 +58,7 @@ def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_labels_no_errors() -> None:
-    assert probe_scores.probe_errors(tiny_sit(num_classes=0), tiny_splits(24, labelled=False)) == {}
+    assert probe_scores.probe_errors(tiny_sit(num_classes=0), tiny_splits(24, labeled=False)) == {}
 
 
 def test_one_class_has_nothing_to_tell() -> None:

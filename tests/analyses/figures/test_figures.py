@@ -303,11 +303,11 @@ def test_samples_are_the_pixels() -> None:
     assert [axes.get_title() for axes in shown] == ["7", "1", "2", "3", "4"]
     for axes, image in zip(shown, x, strict=True):
         pixels = np.asarray(axes.images[0].get_array())
-        grey = (np.clip(image[0], -1, 1) + 1) / 2
-        np.testing.assert_allclose(pixels, np.stack([grey] * 3, axis=-1), atol=1e-6)  # float32
+        gray = (np.clip(image[0], -1, 1) + 1) / 2
+        np.testing.assert_allclose(pixels, np.stack([gray] * 3, axis=-1), atol=1e-6)  # float32
         assert axes.images[0].get_interpolation() == "none"
-    colour = image_grid.sample_grid(np.zeros((1, 3, 4, 4)))
-    assert title_of(colour) == "1 sample, 4 x 4 pixels"
+    color = image_grid.sample_grid(np.zeros((1, 3, 4, 4)))
+    assert title_of(color) == "1 sample, 4 x 4 pixels"
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -330,7 +330,7 @@ def test_samples_are_the_pixels() -> None:
         ),
         (
             lambda: quality.quality_heatmap(quality_table().query("source != 'model'"), "probe accuracy"),
-            "only controls for 'probe accuracy'; analyse the model",
+            "only controls for 'probe accuracy'; analyze the model",
         ),
         (
             lambda: quality.layer_quality_curves(

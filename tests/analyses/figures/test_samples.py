@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from layerprobe.analyses.figures.samples import FILM_COLUMNS, FILM_SIDE, FRAMES, POSES, SIDE_COLOURS, film, strip
+from layerprobe.analyses.figures.samples import FILM_COLUMNS, FILM_SIDE, FRAMES, POSES, SIDE_COLORS, film, strip
 from layerprobe.analyses.figures.style import save_figure
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.items import Normalisation
+from layerprobe.data.sequences.items import Normalization
 from layerprobe.data.sequences.skeleton import find_skeleton
 
 VIDEO = Rendering("video", 1, rate=5.0)
@@ -75,11 +75,11 @@ def test_bodies_walk_upright_to_the_right() -> None:
     assert (np.sign(ahead[wide]) == np.sign(np.array(seen)[wide])).all()
 
 
-def test_left_and_right_have_colours_that_everybody_tells_apart() -> None:
+def test_left_and_right_have_colors_that_everybody_tells_apart() -> None:
     x, rendering = moved([walk(25)])
-    colours = strip(x, rendering, ["walk"]).axes[0].collections[0].get_colors()
-    assert {tuple(np.round(colour[:3] * 255).astype(int)) for colour in colours} == {
-        tuple(int(value[i : i + 2], 16) for i in (1, 3, 5)) for value in SIDE_COLOURS.values()
+    colors = strip(x, rendering, ["walk"]).axes[0].collections[0].get_colors()
+    assert {tuple(np.round(color[:3] * 255).astype(int)) for color in colors} == {
+        tuple(int(value[i : i + 2], 16) for i in (1, 3, 5)) for value in SIDE_COLORS.values()
     }
 
 
@@ -121,7 +121,7 @@ def test_a_tone_is_bright_at_its_frequency_and_lasts_as_long_as_it_sounds() -> N
     values = decoder.log_mel(tone(1000, 0.4))
     x = torch.zeros(1, 1, 32, 40)
     x[0, ..., : values.shape[2]] = (values + 3) / 2
-    rendering = replace(AUDIO, normalisation=Normalisation(torch.tensor([-3.0]), torch.tensor([2.0])))
+    rendering = replace(AUDIO, normalization=Normalization(torch.tensor([-3.0]), torch.tensor([2.0])))
     mask = rendering.mask(torch.tensor([values.shape[2]]), (1, 32, 40))
     axes = strip(x, rendering, ["beep"], mask=mask).axes[0]
     picture = axes.images[0]

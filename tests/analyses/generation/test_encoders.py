@@ -47,8 +47,8 @@ def test_a_folder_of_transformers_gives_the_mean_of_its_patch_tokens(dinov2: Pat
     with torch.inference_mode():
         wanted = model(pixel_values=normal).last_hidden_state[:, 1:].mean(1)
         assert torch.allclose(encoder.features(x), wanted, atol=1e-5)
-        grey = x[:, :1]
-        assert torch.allclose(encoder.features(grey), encoder.features(grey.repeat(1, 3, 1, 1)), atol=1e-6)
+        gray = x[:, :1]
+        assert torch.allclose(encoder.features(gray), encoder.features(gray.repeat(1, 3, 1, 1)), atol=1e-6)
         (dinov2 / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
         wanted = model(pixel_values=2 * pixels - 1).last_hidden_state[:, 1:].mean(1)
         assert torch.allclose(open_encoder(dinov2).features(x), wanted, atol=1e-5)

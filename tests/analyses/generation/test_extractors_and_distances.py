@@ -46,7 +46,7 @@ def textbook(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def by_factors(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """tr (S_x S_y)^(1/2) is the nuclear norm of X Y^T for centred, scaled X and Y: no root of a singular matrix."""
+    """tr (S_x S_y)^(1/2) is the nuclear norm of X Y^T for centered, scaled X and Y: no root of a singular matrix."""
     cx, cy = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
     trace = (cx**2).sum() + (cy**2).sum() - 2 * np.linalg.svd(cx @ cy.T, compute_uv=False).sum()
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + trace)
@@ -260,7 +260,7 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_labels_the_name_says_that_the_network_is_random() -> None:
-    samples = tiny_samples(400, labelled=False)
+    samples = tiny_samples(400, labeled=False)
     extractor = classifier_extractor(samples)
     assert extractor.name == "64 features of a random network (no labels)"
     generator = torch.Generator().manual_seed(0)
@@ -276,7 +276,7 @@ def test_the_embedded_extractor_keeps_each_training(tmp_path: Path) -> None:
         patch.setitem(classifier_extractor.__kwdefaults__, "steps", 2)
         made = [
             embedded_extractor(samples, tmp_path, seed=seed, progress=lambda *at: steps.append(at))
-            for samples in (tiny_samples(20), tiny_samples(20, labelled=False))
+            for samples in (tiny_samples(20), tiny_samples(20, labeled=False))
             for seed in (0, 1)
         ]
         assert len(list(tmp_path.iterdir())) == 4
@@ -299,9 +299,9 @@ def of_digits() -> tuple[Extractor, NDArray[np.float32], NDArray[np.int64]]:
 @pytest.mark.slow  # 600 steps of training, 5 to 15 s
 def test_the_classifier_of_digits_knows_unseen_digits(of_digits: Any) -> None:
     _, features, labels = of_digits
-    # Nearest class centre in feature space, fitted on one half and read on the other: chance is 0.1.
-    centres = np.stack([features[:200][labels[:200] == digit].mean(0) for digit in range(10)])
-    nearest = ((features[200:, None] - centres) ** 2).sum(2).argmin(1)
+    # Nearest class center in feature space, fitted on one half and read on the other: chance is 0.1.
+    centers = np.stack([features[:200][labels[:200] == digit].mean(0) for digit in range(10)])
+    nearest = ((features[200:, None] - centers) ** 2).sum(2).argmin(1)
     assert (nearest == labels[200:]).mean() > 0.95
 
 

@@ -25,10 +25,10 @@ from layerprobe.analyses.generation.scores import (
     GROUPS,
     KERNEL,
     METRICS,
-    Neighbourhoods,
+    Neighborhoods,
     Score,
     jackknife,
-    neighbourhoods,
+    neighborhoods,
     score_features,
 )
 from layerprobe.analyses.runs import score as score_runs
@@ -38,12 +38,12 @@ from layerprobe.data.digits import digits
 from layerprobe.data.sources import load
 
 
-def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighbourhoods:
+def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighborhoods:
     """The definitions, from all distances at once."""
     own_real, own_fake, across = cdist(reference, reference), cdist(x, x), cdist(reference, x)
     real, fake = (np.sort(own, axis=1)[:, k] for own in (own_real, own_fake))
     in_real = across <= real[:, None]
-    return Neighbourhoods(
+    return Neighborhoods(
         precision=in_real.any(0).mean(),
         recall=(across <= fake[None, :]).any(1).mean(),
         density=in_real.sum() / (k * len(x)),
@@ -51,10 +51,10 @@ def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighbourhoods:
     )
 
 
-def clusters(n: int, centres: int, seed: int, *, spread: float = 0.5, width: int = 6) -> NDArray[np.float64]:
-    """n samples around the first `centres` of six far points."""
+def clusters(n: int, centers: int, seed: int, *, spread: float = 0.5, width: int = 6) -> NDArray[np.float64]:
+    """n samples around the first `centers` of six far points."""
     rng = np.random.default_rng(seed)
-    means = 8 * np.eye(6, width)[rng.integers(centres, size=n)]
+    means = 8 * np.eye(6, width)[rng.integers(centers, size=n)]
     return means + spread * rng.normal(size=(n, width))
 
 
@@ -67,44 +67,44 @@ def scored(x: NDArray[Any], reference: NDArray[Any], **options: Any) -> dict[str
 
 
 @pytest.mark.parametrize(("n", "m", "width", "k"), [(60, 90, 8, 5), (120, 50, 2, 1), (40, 40, 200, 3)])
-def test_neighbourhoods_equal_their_definitions(n: int, m: int, width: int, k: int) -> None:
+def test_neighborhoods_equal_their_definitions(n: int, m: int, width: int, k: int) -> None:
     rng = np.random.default_rng(0)
     x, reference = 0.9 * rng.normal(size=(n, width)) + 1000.1, rng.normal(size=(m, width)) + 1000
     expected = plain(x, reference, k)
     assert expected.recall > 0
     for size in (1, 4096, 2**24):  # one sample at a time, some, all
-        assert neighbourhoods(x, reference, k=k, tile_bytes=size) == expected
+        assert neighborhoods(x, reference, k=k, tile_bytes=size) == expected
 
 
 def test_ties_and_duplicates_count_as_inside() -> None:
     rng = np.random.default_rng(0)
     x, reference = (rng.integers(0, 3, size=(n, 3)).astype(np.float64) for n in (90, 70))
-    assert neighbourhoods(x, reference) == plain(x, reference, 5)
+    assert neighborhoods(x, reference) == plain(x, reference, 5)
     same = np.ones((30, 4), np.float32)
-    assert neighbourhoods(same, same) == Neighbourhoods(1.0, 1.0, 6.0, 1.0)
-    apart = neighbourhoods(same + np.float32(1e-6), same)  # radii are 0: the next float is outside
+    assert neighborhoods(same, same) == Neighborhoods(1.0, 1.0, 6.0, 1.0)
+    apart = neighborhoods(same + np.float32(1e-6), same)  # radii are 0: the next float is outside
     assert (apart.precision, apart.coverage) == (0.0, 0.0)
 
 
-def test_neighbourhoods_decide_what_float32_cannot() -> None:
+def test_neighborhoods_decide_what_float32_cannot() -> None:
     """Distances that differ in the tenth digit from the radius, and a sample too large for float32."""
     reference = np.zeros((3, 2))
     reference[:, 0] = [0.0, 1.0, 2.0]
     inside, outside = (np.array([[3.0 + step, 0.0], [9.0, 0.0]]) for step in (-1e-10, 1e-10))
-    assert neighbourhoods(inside, reference, k=1).precision == 0.5
-    assert neighbourhoods(outside, reference, k=1).precision == 0.0
+    assert neighborhoods(inside, reference, k=1).precision == 0.5
+    assert neighborhoods(outside, reference, k=1).precision == 0.0
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 30, 3))
     x[0] = 1e30
-    assert neighbourhoods(x, y, k=3) == plain(x, y, 3)
+    assert neighborhoods(x, y, k=3) == plain(x, y, 3)
 
 
-def test_neighbourhoods_do_not_change_with_scale_rotation_and_shift() -> None:
+def test_neighborhoods_do_not_change_with_scale_rotation_and_shift() -> None:
     x, reference = clusters(90, 4, 0), clusters(80, 6, 1)
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(6, 6)))[0]
-    expected = neighbourhoods(x, reference)
+    expected = neighborhoods(x, reference)
     for change in (lambda z: 1e-12 * z, lambda z: 1e12 * z, lambda z: z @ turn, lambda z: z + 1000):
-        assert neighbourhoods(change(x), change(reference)) == expected
+        assert neighborhoods(change(x), change(reference)) == expected
     # The Fréchet distance goes with the square of the scale; the kernel distance has a scale of its own.
     options = {"metrics": ("frechet", "kernel")}
     one, ten = scored(x, reference, **options), scored(10 * x, 10 * reference, **options)
@@ -342,10 +342,10 @@ def test_the_command_prints_and_writes_its_table(tmp_path: Path, cli) -> None:
     assert [row["value"] for row in record["scores"]] == [score.value for score in expected]
 
 
-def test_metrics_neighbours_and_counts_are_passed_on(tmp_path: Path, cli) -> None:
+def test_metrics_neighbors_and_counts_are_passed_on(tmp_path: Path, cli) -> None:
     digits_npz(tmp_path / "x.npz")
     command = ["score", "x.npz", "--data", "digits", "--extractor", "mine.py:flat", "--json"]
-    code, out, _ = cli(*command, "--metrics", "recall, precision", "--neighbours", 3, "--num-test", 100)
+    code, out, _ = cli(*command, "--metrics", "recall, precision", "--neighbors", 3, "--num-test", 100)
     rows = json.loads(out)["scores"]
     assert code == 0
     assert [(row["metric"], row["num_reference"]) for row in rows] == [("precision", 100), ("recall", 100)]
@@ -368,16 +368,16 @@ def test_the_embedded_extractor_is_trained_once_and_named(tmp_path: Path, cli, m
     assert "training" not in err
 
 
-def test_an_archive_of_grey_images_is_scored_as_grey(tmp_path: Path) -> None:
-    grey = (digits().validation.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
-    np.savez(tmp_path / "grey.npz", arr_0=np.repeat(grey, 3, axis=-1))
-    generated, _ = open_comparison(tmp_path / "grey.npz", "digits", {})
+def test_an_archive_of_gray_images_is_scored_as_gray(tmp_path: Path) -> None:
+    gray = (digits().validation.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    np.savez(tmp_path / "gray.npz", arr_0=np.repeat(gray, 3, axis=-1))
+    generated, _ = open_comparison(tmp_path / "gray.npz", "digits", {})
     assert generated.shape == (1, 8, 8)
-    np.testing.assert_array_equal(generated.batch([3]).x[0, 0], grey[3, ..., 0].astype(np.float32) / 127.5 - 1)
-    tinted = np.repeat(grey, 3, axis=-1)
+    np.testing.assert_array_equal(generated.batch([3]).x[0, 0], gray[3, ..., 0].astype(np.float32) / 127.5 - 1)
+    tinted = np.repeat(gray, 3, axis=-1)
     tinted[7, 0, 0, 0] += 1
     np.savez(tmp_path / "tinted.npz", arr_0=tinted)
-    with pytest.raises(ValueError, match=r"tinted.npz holds colour images but the data is grey; pass --channels 3"):
+    with pytest.raises(ValueError, match=r"tinted.npz holds color images but the data is gray; pass --channels 3"):
         open_comparison(tmp_path / "tinted.npz", "digits", {})
 
 
@@ -479,7 +479,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
     assert "--extractor mine.py:none cannot be imported" in refused(*score, "--extractor", "mine.py:none")
     line = refused(*score, "--extractor", "mine.py:images")
     assert "images gives shape (100, 1, 8, 8) for 100 samples; it must give features (B, D)" in line
-    assert "k is 91 for 90 and 360 samples" in refused(*score, *flat, "--neighbours", 91)
+    assert "k is 91 for 90 and 360 samples" in refused(*score, *flat, "--neighbors", 91)
     assert "10 samples to compare with are too few" in refused(*score, *flat, "--num-test", 10)
     against = ["score", "x.npz", "--data", "x.npz", *flat]
     assert "x.npz is compared with as it is; leave out --size" in refused(*against, "--size", 8)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layerprobe.analyses.measures.arrays import centred, checked, unusable
+from layerprobe.analyses.measures.arrays import centered, checked, unusable
 
 
-def test_centring_loses_nothing_to_a_large_offset() -> None:
+def test_centering_loses_nothing_to_a_large_offset() -> None:
     x = np.random.default_rng(0).integers(-5, 6, size=(1001, 3)).astype(np.float64)
     # Integers survive the offset exactly. One subtraction of the mean would leave 1e-6 of it in every column.
-    moved = centred(x + 1e10)
+    moved = centered(x + 1e10)
     np.testing.assert_allclose(moved.mean(axis=0), 0, atol=1e-14)
     np.testing.assert_allclose(moved, x - x.mean(axis=0), atol=1e-12)
 
 
-def test_centring_leaves_its_argument_alone() -> None:
+def test_centering_leaves_its_argument_alone() -> None:
     x = np.arange(6.0).reshape(3, 2)
-    centred(x)
+    centered(x)
     np.testing.assert_array_equal(x, np.arange(6.0).reshape(3, 2))
 
 
@@ -28,8 +28,8 @@ def test_says_why_features_are_unusable() -> None:
     assert unusable(np.array([[1.0, np.nan]])) == "the features hold nan or inf"
 
 
-def test_refuses_what_cannot_be_analysed() -> None:
-    with pytest.raises(ValueError, match=r"weights of shape \(0, 3\) cannot be analysed"):
+def test_refuses_what_cannot_be_analyzed() -> None:
+    with pytest.raises(ValueError, match=r"weights of shape \(0, 3\) cannot be analyzed"):
         checked(np.zeros((0, 3)), "weights")
     with pytest.raises(ValueError, match="features hold 2 values that are nan or inf"):
         checked(np.array([[1.0, np.nan, -np.inf]]))

@@ -14,13 +14,13 @@ from scipy.linalg import orthogonal_procrustes
 
 from layerprobe.analyses.measures import cka as similarity
 from layerprobe.analyses.measures.cka import CkaSums, cka_matrix, linear_cka, procrustes_matrix
-from layerprobe.analyses.measures.tensors import centred
+from layerprobe.analyses.measures.tensors import centered
 
 Array = NDArray[Any]
 
 
 def plain_unbiased(k: Array, other: Array) -> float:
-    """Song et al. 2012, eq. 5, in full matrices; not centred, which the formula does not need."""
+    """Song et al. 2012, eq. 5, in full matrices; not centered, which the formula does not need."""
     n = len(k)
     k, other = (gram - np.diag(np.diag(gram)) for gram in (k, other))
     one = np.ones(n)
@@ -61,7 +61,7 @@ def test_equals_the_plain_formula_for_every_pair() -> None:
     representations = related(0)
     result = cka_matrix(representations)
     expected = [[plain_cka(x, y) for y in representations] for x in representations]
-    # The plain formula is not centred and loses some digits on the shifted representation.
+    # The plain formula is not centered and loses some digits on the shifted representation.
     np.testing.assert_allclose(result.values, expected, atol=1e-10)
     assert result.reasons == ("",) * 5
 
@@ -205,11 +205,11 @@ def test_an_offset_of_1e4_in_float32_changes_nothing(seed: int) -> None:
     assert linear_cka(offset, offset) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_centring_in_float32_keeps_the_digits_of_the_spread() -> None:
+def test_centering_in_float32_keeps_the_digits_of_the_spread() -> None:
     x = torch.from_numpy((np.random.default_rng(0).normal(size=(50, 3)) + 1e4).astype(np.float32))
     exact = x.double() - x.double().mean(0)
     # 1e4 has a resolution of 1e-3 in float32, and so has its mean.
-    torch.testing.assert_close(centred(x, x.double().mean(0), torch.float32).double(), exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(centered(x, x.double().mean(0), torch.float32).double(), exact, atol=1e-6, rtol=0)
 
 
 def test_unrelated_features_have_none_on_average() -> None:

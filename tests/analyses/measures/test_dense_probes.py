@@ -142,7 +142,7 @@ def test_labels_per_frame_equal_a_probe_of_frames_by_scikit_learn() -> None:
         np.testing.assert_array_equal(found.test.confusions[i], expected)
 
 
-def test_ignored_pixels_are_neither_learnt_nor_scored() -> None:
+def test_ignored_pixels_are_neither_learned_nor_scored() -> None:
     tokens, labels = planted((4, 4), (8, 8))
     expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,))
     masked = {split: y.copy() for split, y in labels.items()}
@@ -154,7 +154,7 @@ def test_ignored_pixels_are_neither_learnt_nor_scored() -> None:
     assert found.test.mean_iou == pytest.approx(expected.test.mean_iou, abs=0.05)
 
 
-def test_a_class_that_was_not_learnt_is_never_predicted_and_counts_as_missed() -> None:
+def test_a_class_that_was_not_learned_is_never_predicted_and_counts_as_missed() -> None:
     tokens, labels = planted((4, 4), (8, 8))
     labels["test"][0, :2, :2] = 7
     found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,))

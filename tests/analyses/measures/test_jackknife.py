@@ -22,7 +22,7 @@ from layerprobe.analyses.measures.jackknife import (
     ratio_estimate,
     stacked,
 )
-from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbour_graph
+from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbor_graph
 from layerprobe.analyses.measures.spectrum import effective_rank, lidar
 
 
@@ -55,7 +55,7 @@ def test_estimates_are_what_the_analyses_say(offset: float) -> None:
     exact = 1e-9 if offset == 0 else 1e-6  # digits that an offset of a thousand leaves
     found = cka_estimates([x[:, 0], y[:, 0], z[:, 0]]).value
     np.testing.assert_allclose(found, cka_matrix([x[:, 0], y[:, 0], z[:, 0]]).values, atol=exact)
-    graphs = [neighbour_graph(a[:, 0], k=7) for a in (x, y, z)]
+    graphs = [neighbor_graph(a[:, 0], k=7) for a in (x, y, z)]
     np.testing.assert_allclose(np.triu(cknna_estimates(graphs).value), np.triu(cknna(graphs).values), atol=1e-12)
     for a in (x, y, z):
         assert effective_rank_estimate(a[:, 0]).value == pytest.approx(effective_rank(a[:, 0]), abs=exact)
@@ -127,14 +127,14 @@ def _directions(x: Any) -> float:
 
 
 def test_the_interval_of_similarities_is_the_spread_over_new_samples() -> None:
-    """Not the bootstrap's: a sample that is drawn twice is its own nearest neighbour."""
+    """Not the bootstrap's: a sample that is drawn twice is its own nearest neighbor."""
 
     def of(arrays: Any) -> list[float]:
-        graphs = [neighbour_graph(a[:, 0], k=10) for a in arrays]
+        graphs = [neighbor_graph(a[:, 0], k=10) for a in arrays]
         return [cka_matrix([a[:, 0] for a in arrays]).values[0, 2], cknna(graphs).values[0, 2]]
 
     arrays = layers(150, 1000)
-    graphs = [neighbour_graph(a[:, 0], k=10) for a in arrays]
+    graphs = [neighbor_graph(a[:, 0], k=10) for a in arrays]
     found = [cka_estimates([a[:, 0] for a in arrays])[0, 2], cknna_estimates(graphs)[0, 2]]
     # 80 repeats know a spread to 8 %, the intervals vary from sample to sample too.
     np.testing.assert_allclose([e.half_width for e in found], Z95 * spread(of, 150, repeats=80), rtol=0.3)

@@ -1,4 +1,4 @@
-"""Nearest neighbours against scikit-learn."""
+"""Nearest neighbors against scikit-learn."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_equals_scikit_learn_on_real_digits() -> None:
     reference = KNeighborsClassifier(10).fit(x[:1000], y[:1000])
     result = knn_accuracy(x[:1000], y[:1000], x[1000:], y[1000:], metric="euclidean")
     # Pixel values are integers, so some distances are equal, and only there the two may differ in their tenth
-    # neighbour.
+    # neighbor.
     assert np.mean(result.correct != (reference.predict(x[1000:]) == y[1000:])) < 0.01
     assert result.accuracy > 0.9
 
@@ -66,14 +66,14 @@ def found(bank: Array, queries: Array | None, k: int, score: Score, **options: i
 
 @pytest.mark.parametrize("score", ["inner product", "distance"])
 @pytest.mark.parametrize("k", [1, 7, 199])
-def test_neighbours_equal_a_plain_search(score: Score, k: int) -> None:
+def test_neighbors_equal_a_plain_search(score: Score, k: int) -> None:
     bank, queries = samples(2)[0], samples(3)[0]
     np.testing.assert_array_equal(found(bank, queries, k, score), plain_nearest(bank, queries, k, score))
     np.testing.assert_array_equal(found(bank, None, k, score), plain_nearest(bank, bank, k, score, own=True))
 
 
-def test_neighbours_that_float32_cannot_tell_apart_are_told_apart() -> None:
-    # 100 neighbours around one query whose distances differ in the tenth digit, in random order: float32 sees one.
+def test_neighbors_that_float32_cannot_tell_apart_are_told_apart() -> None:
+    # 100 neighbors around one query whose distances differ in the tenth digit, in random order: float32 sees one.
     rng = np.random.default_rng(0)
     bank = np.concatenate([np.ones((100, 4)) * (1 + 1e-10 * rng.permutation(100))[:, None], rng.normal(size=(50, 4))])
     queries = np.full((3, 4), 2.0)
@@ -109,7 +109,7 @@ def test_tiles_change_nothing(rows: int) -> None:
     np.testing.assert_array_equal(tiled.correct, whole.correct)
 
 
-def test_of_equally_distant_neighbours_the_first_counts() -> None:
+def test_of_equally_distant_neighbors_the_first_counts() -> None:
     bank, query = np.array([[0.0], [4.0], [0.0], [4.0], [4.0]]), np.array([[3.0]])
     assert found(bank, query, 2, "distance").tolist() == [[1, 3]]
     assert found(bank, query, 4, "distance").tolist() == [[1, 3, 4, 0]]
@@ -190,7 +190,7 @@ def test_weighted_votes_are_dinos(temperature: float) -> None:
 
 def test_weighted_euclidean_votes_do_not_depend_on_the_scale_and_are_cosines_on_the_sphere() -> None:
     rng = np.random.default_rng(0)
-    # Pairs of opposite points: their mean is the centre of the sphere.
+    # Pairs of opposite points: their mean is the center of the sphere.
     half, y = rng.normal(size=(100, 4)), rng.integers(0, 3, 200)
     bank = np.concatenate([half, -half]) / np.tile(np.linalg.norm(half, axis=1, keepdims=True), (2, 1))
     queries, targets = bank[:50] + 1e-3, rng.integers(0, 3, 50)

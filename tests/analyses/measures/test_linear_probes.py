@@ -37,14 +37,14 @@ def clouds(
     width: int = 12,
     num_classes: int = 4,
     distance: float = 1.5,
-    centres: Array | None = None,
+    centers: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gaussian classes on ill-conditioned axes: features, labels, class centres."""
+    """Gaussian classes on ill-conditioned axes: features, labels, class centers."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(num_classes, width)) * distance if centres is None else centres
+    centers = rng.normal(size=(num_classes, width)) * distance if centers is None else centers
     y = rng.integers(0, num_classes, n)
-    x = (rng.normal(size=(n, width)) + centres[y]) * np.arange(1, width + 1) ** -1.5
-    return x, y, centres
+    x = (rng.normal(size=(n, width)) + centers[y]) * np.arange(1, width + 1) ** -1.5
+    return x, y, centers
 
 
 def objective(x: Array, y: Array, weights: Array, bias: Array, inverse_penalty: float) -> float:
@@ -168,7 +168,7 @@ def test_gradient_norm_is_the_one_of_the_plain_formula() -> None:
 
 def test_what_one_solver_leaves_the_next_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, _ = clouds(5, n=1200)
-    monkeypatch.setattr(linear_probe_module, "minimise", lambda problem, point, *given, **named: (point, 1, False))
+    monkeypatch.setattr(linear_probe_module, "minimize", lambda problem, point, *given, **named: (point, 1, False))
     assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
     monkeypatch.setattr(linear_probe_module, "newton_cg", lambda problem, point, *given: (point, 1, False))
     assert_same_optimum(fit_logistic(x, y), x, y, sklearn_fit(x, y, 1.0))
@@ -356,10 +356,10 @@ def test_order_of_samples_changes_nothing_that_matters() -> None:
     np.testing.assert_array_equal(shuffled.predict(x), fit.predict(x))
 
 
-def test_probe_without_standardising_equals_scikit_learn_on_raw_features() -> None:
+def test_probe_without_standardizing_equals_scikit_learn_on_raw_features() -> None:
     x, y, _ = clouds(18)
     result = linear_probe(
-        x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:], inverse_penalties=(0.05,), standardise=False
+        x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:], inverse_penalties=(0.05,), standardize=False
     )
     reference = sklearn_fit(x[:200], y[:200], 0.05)
     np.testing.assert_array_equal(result.test_correct, reference.predict(x[250:]) == y[250:])
@@ -439,7 +439,7 @@ def test_refuses_bad_input() -> None:
         fit_logistic(x, y, inverse_penalty=0.0)
     with pytest.raises(ValueError, match="1 values that are nan or inf"):
         fit_logistic(np.where(np.arange(360).reshape(30, 12) == 7, np.nan, x), y)
-    with pytest.raises(ValueError, match=r"shape \(30,\) cannot be analysed"):
+    with pytest.raises(ValueError, match=r"shape \(30,\) cannot be analyzed"):
         fit_logistic(x[:, 0], y)
     with pytest.raises(ValueError, match="the test split has 11 features, the training split 12"):
         linear_probe(x, y, x, y, x[:, :11], y)

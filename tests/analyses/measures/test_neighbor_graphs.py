@@ -1,4 +1,4 @@
-"""Agreement of neighbourhoods against plain loops and full matrices."""
+"""Agreement of neighborhoods against plain loops and full matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from layerprobe.analyses.measures.cka import cka_matrix
-from layerprobe.analyses.measures.neighbor_graphs import NeighbourGraph, cknna, cycle_knn, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures.neighbor_graphs import NeighborGraph, cknna, cycle_knn, mutual_knn, neighbor_graph
 from layerprobe.analyses.measures.tensors import PairMatrix
 
 Array = NDArray[Any]
@@ -28,12 +28,12 @@ def related(seed: int, n: int = 60) -> list[Array]:
     return [base + 2, mixed * 1e-3, np.tanh(mixed), rng.normal(size=(n, 30)) * 1e5]
 
 
-def graphs(xs: list[Array], **options: Any) -> list[NeighbourGraph]:
-    return [neighbour_graph(x, **options) for x in xs]
+def graphs(xs: list[Array], **options: Any) -> list[NeighborGraph]:
+    return [neighbor_graph(x, **options) for x in xs]
 
 
-def plain_kernel(x: Array, kernel: str = "cosine", *, centre: bool = True) -> Array:
-    z = x - x.mean(axis=0) if centre else x
+def plain_kernel(x: Array, kernel: str = "cosine", *, center: bool = True) -> Array:
+    z = x - x.mean(axis=0) if center else x
     if kernel == "cosine":
         z = z / np.linalg.norm(z, axis=1, keepdims=True)
     return z @ z.T
@@ -54,9 +54,9 @@ def plain_hsic(a: Array, b: Array) -> float:
     return float(total - 2 / (n - 2) * (a @ b).sum()) / (n * (n - 3))
 
 
-def plain(measure: Measure, x: Array, y: Array, k: int, kernel: str = "cosine", *, centre: bool = True) -> float:
+def plain(measure: Measure, x: Array, y: Array, k: int, kernel: str = "cosine", *, center: bool = True) -> float:
     """Huh et al. 2024, their definitions with full matrices."""
-    gram_x, gram_y = plain_kernel(x, kernel, centre=centre), plain_kernel(y, kernel, centre=centre)
+    gram_x, gram_y = plain_kernel(x, kernel, center=center), plain_kernel(y, kernel, center=center)
     in_x, in_y = plain_mask(gram_x, k), plain_mask(gram_y, k)
     if measure is mutual_knn:
         return float((in_x & in_y).sum() / (k * len(x)))
@@ -68,19 +68,19 @@ def plain(measure: Measure, x: Array, y: Array, k: int, kernel: str = "cosine", 
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize(("kernel", "centre"), [("cosine", True), ("cosine", False), ("linear", True)])
+@pytest.mark.parametrize(("kernel", "center"), [("cosine", True), ("cosine", False), ("linear", True)])
 @pytest.mark.parametrize("k", [3, 10])
-def test_equals_the_plain_definition_for_every_pair(measure: Measure, kernel: Any, centre: bool, k: int) -> None:
+def test_equals_the_plain_definition_for_every_pair(measure: Measure, kernel: Any, center: bool, k: int) -> None:
     xs = related(0)
-    result = measure(graphs(xs, k=k, kernel=kernel, centre=centre))
-    expected = [[plain(measure, x, y, k, kernel, centre=centre) for y in xs] for x in xs]
+    result = measure(graphs(xs, k=k, kernel=kernel, center=center))
+    expected = [[plain(measure, x, y, k, kernel, center=center) for y in xs] for x in xs]
     np.testing.assert_allclose(result.values, expected, atol=1e-10)
     assert result.reasons == result.other_reasons == ("",) * 4
     np.testing.assert_allclose(np.diag(mutual_knn(graphs(xs, k=k)).values), 1.0)
 
 
 @pytest.mark.parametrize("n", [4, 7, 40])
-def test_cknna_of_all_neighbours_is_debiased_cka(n: int) -> None:
+def test_cknna_of_all_neighbors_is_debiased_cka(n: int) -> None:
     xs = [x[:n] for x in related(1)]
     result = cknna(graphs(xs, k=n - 1, kernel="linear"))
     np.testing.assert_allclose(result.values, cka_matrix(xs).values, atol=1e-9)
@@ -134,26 +134,26 @@ def test_a_constant_or_broken_representation_is_nan_with_a_reason_and_leaves_the
     assert result.reasons[0] == result.reasons[2] == ""
 
 
-def test_duplicated_samples_are_each_others_neighbours() -> None:
+def test_duplicated_samples_are_each_others_neighbors() -> None:
     x = related(5)[0]
-    graph = neighbour_graph(np.repeat(x, 3, axis=0), k=2)
+    graph = neighbor_graph(np.repeat(x, 3, axis=0), k=2)
     # The two copies of each sample, in order, never the sample itself.
     expected = [[j for j in range(i - i % 3, i - i % 3 + 3) if j != i] for i in range(180)]
     np.testing.assert_array_equal(graph.positions, expected)
     np.testing.assert_allclose(graph.similarities, 1.0)
 
 
-def test_shuffled_samples_share_neighbours_by_chance_only() -> None:
+def test_shuffled_samples_share_neighbors_by_chance_only() -> None:
     x = np.random.default_rng(0).normal(size=(500, 5))
     pair = graphs([x, x[np.random.default_rng(1).permutation(500)]], k=10)
-    # Chance is 10 / 499; 5000 neighbours make its standard error about 0.002.
+    # Chance is 10 / 499; 5000 neighbors make its standard error about 0.002.
     assert mutual_knn(pair).values[0, 1] == pytest.approx(10 / 499, abs=0.008)
     assert abs(cknna(pair).values[0, 1]) < 0.05
 
 
 def test_tiles_and_tensors_change_nothing() -> None:
     x = related(6)[1]
-    whole, tiled, tensor = neighbour_graph(x), neighbour_graph(x, tile_bytes=1), neighbour_graph(torch.from_numpy(x))
+    whole, tiled, tensor = neighbor_graph(x), neighbor_graph(x, tile_bytes=1), neighbor_graph(torch.from_numpy(x))
     for other in (tiled, tensor):
         np.testing.assert_array_equal(other.positions, whole.positions)
         np.testing.assert_allclose(other.similarities, whole.similarities, atol=1e-15)
@@ -170,10 +170,10 @@ def test_an_alignment_of_0_with_itself_is_nan_with_a_reason() -> None:
 def test_refuses_bad_input() -> None:
     xs = related(8)
     with pytest.raises(ValueError, match="k is 60 for 60 samples; pass k between 1 and 59"):
-        neighbour_graph(xs[0], k=60)
+        neighbor_graph(xs[0], k=60)
     kernel: Any = "rbf"
     with pytest.raises(ValueError, match="kernel 'rbf' is not known"):
-        neighbour_graph(xs[0], kernel=kernel)
+        neighbor_graph(xs[0], kernel=kernel)
     with pytest.raises(ValueError, match="no graph was given"):
         mutual_knn([])
     with pytest.raises(ValueError, match=r"graphs of \(n, k\) = \[\(60, 4\), \(60, 5\)\] cannot be compared"):

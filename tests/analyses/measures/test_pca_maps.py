@@ -1,4 +1,4 @@
-"""Colours against scikit-learn's components and planted regions; the figure's cells against the maps."""
+"""Colors against scikit-learn's components and planted regions; the figure's cells against the maps."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def layer(n: int = 6, tokens: int = 50, width: int = 12, seed: int = 0) -> Array
     return np.random.default_rng(seed).exponential(size=(n, tokens, width)) * np.arange(1, width + 1)
 
 
-def test_colours_are_the_first_three_components() -> None:
+def test_colors_are_the_first_three_components() -> None:
     x = layer()
     pca = PCA(3).fit(x.reshape(-1, 12))
     found = pca_rgb(x)
     assert found.explained == pytest.approx(pca.explained_variance_ratio_, rel=1e-10)
-    for colour, scores in zip(found.rgb.reshape(-1, 3).T, pca.transform(x.reshape(-1, 12)).T, strict=True):
+    for color, scores in zip(found.rgb.reshape(-1, 3).T, pca.transform(x.reshape(-1, 12)).T, strict=True):
         low, high = np.percentile(scores, [1, 99])
         expected = np.clip((scores - low) / (high - low), 0, 1)
         flipped = np.clip((high - scores) / (high - low), 0, 1)
-        assert min(np.abs(colour - expected).max(), np.abs(colour - flipped).max()) < 1e-6
+        assert min(np.abs(color - expected).max(), np.abs(color - flipped).max()) < 1e-6
     assert found.rgb.dtype == np.float32
     assert (found.rgb.min(), found.rgb.max()) == (0, 1)
 
@@ -47,7 +47,7 @@ def test_the_rarer_side_is_bright(seed: int) -> None:
     assert red[:, :4].min() > red[:, 4:].max() + 0.5
 
 
-def test_planted_regions_have_colours_of_their_own() -> None:
+def test_planted_regions_have_colors_of_their_own() -> None:
     rng = np.random.default_rng(1)
     region = rng.integers(0, 4, size=(5, 64))
     x = rng.normal(size=(4, 16))[region] * 5 + rng.normal(size=(5, 64, 16)) * 0.2
@@ -58,7 +58,7 @@ def test_planted_regions_have_colours_of_their_own() -> None:
     assert between > 5 * within
 
 
-def test_neither_offset_nor_scale_nor_rotation_changes_the_colours() -> None:
+def test_neither_offset_nor_scale_nor_rotation_changes_the_colors() -> None:
     # Multiples of 1/64 survive an offset of 1e4 in float32 exactly.
     x = np.round(layer() * 64) / 64
     rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))[0]
@@ -67,7 +67,7 @@ def test_neither_offset_nor_scale_nor_rotation_changes_the_colours() -> None:
         np.testing.assert_allclose(pca_rgb(moved).rgb, expected, atol=1e-5)
 
 
-def test_outliers_do_not_turn_the_rest_grey() -> None:
+def test_outliers_do_not_turn_the_rest_gray() -> None:
     x = layer(20)
     clean = pca_rgb(x).rgb
     x[0, 0] *= 100
@@ -92,7 +92,7 @@ def test_one_token_in_many_that_differs_is_seen() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
-def test_a_constant_layer_has_no_colours(value: float) -> None:
+def test_a_constant_layer_has_no_colors(value: float) -> None:
     found = pca_rgb(np.full((2, 9, 4), value, np.float32))
     assert found.reason == "all tokens are the same"
     assert np.isnan(found.rgb).all()
@@ -138,7 +138,7 @@ def test_layers_are_columns_and_levels_rows_for_each_sample() -> None:
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
     assert figure.axes[0].get_xlabel() == "layer (blocks.*)"
     shares = [100 * found.explained.sum() for found in maps.values()]
-    expected = f"the three colours of a cell hold {min(shares):.0f} to {max(shares):.0f} % of the variance"
+    expected = f"the three colors of a cell hold {min(shares):.0f} to {max(shares):.0f} % of the variance"
     title = " ".join(figure.get_suptitle().split())
     assert title == f"Tokens of 2 samples in 3 layers at 2 noise levels; {expected}"
 
@@ -163,11 +163,11 @@ def test_sequences_are_stripes_and_video_frames_stand_side_by_side() -> None:
     np.testing.assert_array_equal(frames[:, 2:4], video.rgb[0].reshape(3, 2, 2, 3)[1])
 
 
-def test_cells_without_colours_are_grey() -> None:
+def test_cells_without_colors_are_gray() -> None:
     maps = {("a", 0.1): pca_rgb(layer(1, 4)), ("b", 0.1): pca_rgb(np.ones((1, 4, 3))), ("a", 0.5): pca_rgb(layer(1, 4))}
     figure = token_maps(maps, {"a": (2, 2), "b": (2, 2)}, samples=[0])
-    grey = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
-    assert [(round(p.get_x() + 0.47), round(p.get_y() + 0.47)) for p in grey] == [(1, 0), (1, 1)]
+    gray = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert [(round(p.get_x() + 0.47), round(p.get_y() + 0.47)) for p in gray] == [(1, 0), (1, 1)]
     assert set(cells(figure)) == {(0, 0.0), (0, 1.0)}
 
 

@@ -103,13 +103,13 @@ def test_scale_does_not_matter(factor: float) -> None:
         np.testing.assert_allclose(getattr(scaled, name), getattr(found, name), rtol=1e-10)
 
 
-def test_a_large_common_part_hides_structure_and_centring_brings_it_back() -> None:
+def test_a_large_common_part_hides_structure_and_centering_brings_it_back() -> None:
     # Multiples of 1/64 survive an offset of 1e4 in float32 exactly.
     tokens = np.round(field((8, 8), n=40, width=16, smooth=1.5) * 64) / 64
     moved = (tokens + 1e4).astype(np.float32)
     assert 0 < spatial_structure(moved, (8, 8)).lds.mean() < 1e-6
-    expected = spatial_structure(tokens, (8, 8), centre=True)
-    found = spatial_structure(moved, (8, 8), centre=True)
+    expected = spatial_structure(tokens, (8, 8), center=True)
+    found = spatial_structure(moved, (8, 8), center=True)
     np.testing.assert_allclose(found.lds, expected.lds, rtol=1e-8)
     assert found.lds.mean() > 0.3
 

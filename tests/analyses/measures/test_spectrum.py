@@ -18,10 +18,10 @@ NUMBERS = ("effective_rank", "rank_me", "participation_ratio", "anisotropy")
 
 
 def with_spectrum(values: Array, *, n: int, width: int, seed: int = 0) -> Array:
-    """Centred features (n, width) with these singular values."""
+    """Centered features (n, width) with these singular values."""
     rng = np.random.default_rng(seed)
     num = len(values)
-    # Orthonormal columns that are orthogonal to the ones vector, so that centring leaves them as they are.
+    # Orthonormal columns that are orthogonal to the ones vector, so that centering leaves them as they are.
     left = np.linalg.qr(np.concatenate([np.ones((n, 1)), rng.normal(size=(n, num))], axis=1))[0][:, 1:]
     right = np.linalg.qr(rng.normal(size=(width, num)))[0]
     return (left * values) @ right.T
@@ -51,14 +51,14 @@ def test_equals_the_formulas_for_a_known_spectrum() -> None:
     assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
     assert found.participation_ratio == pytest.approx((16 + 4 + 1 + 1) ** 2 / (256 + 16 + 1 + 1), rel=1e-9)
     np.testing.assert_allclose(found.singular_values[:4], values, rtol=1e-9)
-    assert found.singular_values.shape == found.uncentred.shape == (6,)
+    assert found.singular_values.shape == found.uncentered.shape == (6,)
 
 
 @pytest.mark.parametrize(("n", "width"), [(40, 9), (9, 40), (10, 10), (9, 10), (2, 5)])
 def test_both_decompositions_are_those_of_numpy(n: int, width: int) -> None:
     x = np.random.default_rng(1).normal(size=(n, width)) + 3.0
     found = spectrum(x)
-    np.testing.assert_allclose(found.uncentred, np.linalg.svd(x, compute_uv=False), rtol=1e-10)
+    np.testing.assert_allclose(found.uncentered, np.linalg.svd(x, compute_uv=False), rtol=1e-10)
     expected = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
     np.testing.assert_allclose(found.singular_values, expected, atol=1e-12 * expected[0])
 
@@ -250,7 +250,7 @@ def draws(signal: Array, *, num: int, noise: float = 1.0, seed: int = 0) -> Arra
 
 @pytest.mark.parametrize("shape", [(40, 3, 8), (12, 6, 30)])
 def test_lidar_is_the_published_formula(shape: tuple[int, int, int]) -> None:
-    """The generalised eigenvalues of the two covariances, with scipy, and a ridge in the same units."""
+    """The generalized eigenvalues of the two covariances, with scipy, and a ridge in the same units."""
     n, num, width = shape
     x = draws(np.random.default_rng(11).normal(size=(n, width)) * np.arange(1, width + 1), num=num)
     means = x.mean(axis=1)

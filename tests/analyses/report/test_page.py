@@ -184,7 +184,7 @@ def test_ids_are_unique_and_references_lead_somewhere(full_page: Page) -> None:
     assert set(references) <= set(ids)
 
 
-def test_figures_take_the_colours_of_the_page(full_page: Page) -> None:
+def test_figures_take_the_colors_of_the_page(full_page: Page) -> None:
     assert "var(--ink)" in full_page.html
     assert style.PAPER not in full_page.html.split("</style>")[1]
 

@@ -126,7 +126,7 @@ class TestWhatIsFound:
         assert sum(map(sum, (split.values() for split in record["classes"]["label"].values()))) == 20
         assert "median 8; as 8, 10 are cut and 10 padded (12% of all is padding)" in text
         assert text.endswith("cannot be read    nothing")
-        assert len(record["normalisation"]["mean"]) == 6
+        assert len(record["normalization"]["mean"]) == 6
 
     def test_audio(self, inspected, tmp_path: Path) -> None:
         pytest.importorskip("soundfile")
@@ -205,7 +205,7 @@ class TestWhatIsFound:
         assert record["bad"] == {"item 2 of train": "it holds NaN or infinite values"}
         assert "1, pass --skip-bad 1 to leave them out: item 2 of train: it holds NaN" in text
 
-    def test_unlabelled_data_and_a_class_that_a_split_lacks(self, inspected, tmp_path: Path) -> None:
+    def test_unlabeled_data_and_a_class_that_a_split_lacks(self, inspected, tmp_path: Path) -> None:
         Dataset.from_dict({"motion": clips([4] * 10)}).to_parquet(tmp_path / "m.parquet")
         record, text = inspected(tmp_path / "m.parquet")
         assert record["classes"] == {}

@@ -26,7 +26,7 @@ from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
-from layerprobe.data.sequences.items import Normalisation
+from layerprobe.data.sequences.items import Normalization
 from layerprobe.sampling import SamplingPlan, sample
 
 PLAN = SamplingPlan(steps=2, seed=1)
@@ -75,10 +75,10 @@ def test_pixels_are_rounded_and_clipped_as_sit_stores_them() -> None:
     values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
     stored = pixels(values.view(7, 1, 1, 1))[:, 0, 0]
     assert stored[:, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
-    assert (stored[:, :1] == stored).all()  # grey three times over
-    colours = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
-    assert pixels(colours).shape == (1, 2, 4, 3)
-    assert pixels(colours)[0, 1, 2].tolist() == [0, 128, 255]
+    assert (stored[:, :1] == stored).all()  # gray three times over
+    colors = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
+    assert pixels(colors).shape == (1, 2, 4, 3)
+    assert pixels(colors)[0, 1, 2].tolist() == [0, 128, 255]
 
 
 def test_an_interruption_keeps_the_finished_parts(tmp_path: Path, drawn: list[int]) -> None:
@@ -278,7 +278,7 @@ def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: A
 def test_recordings_can_be_heard(tmp_path: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
     decoder = AudioDecoder(8000, "waveform", hop=16)
-    rendering = Rendering("audio", 1, Normalisation(torch.zeros(16), torch.full((16,), 0.1)), audio=decoder)
+    rendering = Rendering("audio", 1, Normalization(torch.zeros(16), torch.full((16,), 0.1)), audio=decoder)
     backbone = tiny_sit(shape=(16, 8))
     meaning = Meaning(rendering, ("zero", "one", "a/b"))
     draw_samples(backbone, tmp_path, num=3, plan=PLAN, keep=True, meaning=meaning, length=6)

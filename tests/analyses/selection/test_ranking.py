@@ -484,7 +484,7 @@ def test_of_pairs_that_cannot_be_told_apart_the_surest_is_picked_and_the_others_
 
 
 def test_the_interval_of_a_score_is_what_the_rule_says_of_criteria_within_theirs() -> None:
-    """By force: redraw every number, then rank and standardise anew."""
+    """By force: redraw every number, then rank and standardize anew."""
     width = {e.CKA: 0.05, e.PROBE_GAP: 0.05}
     found = next(p for p in rank_pairs(planted(width=width)).ranked if p.pair == names(2, 4))
     generator = np.random.default_rng(9)

@@ -166,8 +166,8 @@ def test_a_look_depends_on_weights_samples_and_seed_and_never_on_labels() -> Non
     found = look(model(), samples, num_samples=48, noise_levels=(0.2,))
     assert {LayerPair(*names) for names in zip(found["student"], found["teacher"], strict=True)} == set(PAIRS)
     assert not found["needs_labels"].any()
-    unlabelled = tiny_samples(60, shape=SHAPE, labelled=False)
-    pd.testing.assert_frame_equal(look(model(), unlabelled, num_samples=48, noise_levels=(0.2,)), found)
+    unlabeled = tiny_samples(60, shape=SHAPE, labeled=False)
+    pd.testing.assert_frame_equal(look(model(), unlabeled, num_samples=48, noise_levels=(0.2,)), found)
     for other in (
         look(model(1), samples, num_samples=48, noise_levels=(0.2,)),
         look(model(), samples, num_samples=48, seed=1, noise_levels=(0.2,)),

@@ -14,7 +14,7 @@ from tiny import tiny_samples, tiny_sit, tiny_splits
 
 from layerprobe.analyses.measures.cka import cka_matrix
 from layerprobe.analyses.measures.jackknife import Z95
-from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbour_graph
+from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbor_graph
 from layerprobe.analyses.measures.recoverability import TokenMoments, recoverability
 from layerprobe.analyses.measures.spatial import spatial_structure
 from layerprobe.analyses.measures.spectrum import effective_rank, lidar
@@ -28,7 +28,7 @@ from layerprobe.analyses.tables.evidence import (
     read_evidence,
     write_evidence,
 )
-from layerprobe.analyses.tables.measurements import Representation, neighbours, probes
+from layerprobe.analyses.tables.measurements import Representation, neighbors, probes
 from layerprobe.analyses.tables.quality import measure
 from layerprobe.data.samples import Splits, TensorSamples
 from layerprobe.extraction.ablation import contribution
@@ -99,7 +99,7 @@ def test_the_values_are_those_of_the_analyses(store: FeatureStore, table: pd.Dat
     student, teacher = (samples_of(store, layer, level) for layer in PAIR)
     ranks = [[lidar(x).debiased_rank, effective_rank(x[:, 0])] for x in (student, teacher)]
     ckas = [cka_matrix([student[:, d], teacher[:, d]]).values[0, 1] for d in range(2)]
-    graphs = [[neighbour_graph(x[:, d], k=10) for x in (student, teacher)] for d in range(2)]
+    graphs = [[neighbor_graph(x[:, d], k=10) for x in (student, teacher)] for d in range(2)]
     expected = {
         e.TEACHER_LIDAR: ranks[1][0],
         e.LIDAR_GAP: np.log(ranks[1][0] / ranks[0][0]),
@@ -113,7 +113,7 @@ def test_the_values_are_those_of_the_analyses(store: FeatureStore, table: pd.Dat
         for draw in range(2)
     }
     grid = tokens[PAIR[0], 0].shape[1:2]
-    structure = {key: spatial_structure(x, grid, centre=True).rmsc.mean() for key, x in tokens.items()}
+    structure = {key: spatial_structure(x, grid, center=True).rmsc.mean() for key, x in tokens.items()}
     expected[e.SPATIAL_GAP] = np.mean([structure[PAIR[1], d] - structure[PAIR[0], d] for d in range(2)])
     cosines = [
         torch.cosine_similarity(torch.from_numpy(tokens[PAIR[0], d]), torch.from_numpy(tokens[PAIR[1], d]), dim=-1)
@@ -157,11 +157,11 @@ def test_the_report_split_takes_no_part(splits: Splits, table: pd.DataFrame, tmp
 
 
 @pytest.fixture(scope="module")
-def labelled(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Any, pd.DataFrame]:
+def labeled(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Any, pd.DataFrame]:
     """The large extraction, what a keeper overheard, and the quality table."""
     large = extract(model(), splits, plan(), tmp_path_factory.mktemp("run") / "model")
     keeper = ScoreKeeper(large)
-    quality, _ = measure({"model": large}, analyses=[keeper.listening(a) for a in (probes, neighbours)])
+    quality, _ = measure({"model": large}, analyses=[keeper.listening(a) for a in (probes, neighbors)])
     return large, keeper.scores, quality
 
 
@@ -170,8 +170,8 @@ def accuracy(quality: pd.DataFrame, metric: str, layer: str, level: float) -> fl
     return float(rows[rows["noise_level"] == level]["value"].item())
 
 
-def test_gaps_in_accuracy_are_those_of_the_quality_table(store: FeatureStore, labelled: Any) -> None:
-    _, scores, quality = labelled
+def test_gaps_in_accuracy_are_those_of_the_quality_table(store: FeatureStore, labeled: Any) -> None:
+    _, scores, quality = labeled
     table = pair_evidence(store, scores=scores)
     for level in LEVELS:
         for metric, gap in (("probe accuracy", e.PROBE_GAP), ("knn accuracy", e.KNN_GAP)):
@@ -201,8 +201,8 @@ def test_the_interval_of_a_gap_is_the_bootstrap_s_over_samples_that_both_layers_
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
 
 
-def test_without_scores_by_sample_intervals_are_wider_and_values_the_same(store: FeatureStore, labelled: Any) -> None:
-    _, scores, quality = labelled
+def test_without_scores_by_sample_intervals_are_wider_and_values_the_same(store: FeatureStore, labeled: Any) -> None:
+    _, scores, quality = labeled
     paired, alone = (pair_evidence(store, **given) for given in ({"scores": scores}, {"quality": quality}))
     for criterion in (e.PROBE_GAP, e.KNN_GAP):
         one, other = row(paired, criterion), row(alone, criterion)
@@ -210,10 +210,10 @@ def test_without_scores_by_sample_intervals_are_wider_and_values_the_same(store:
         assert one.high - one.low < other.high - other.low
 
 
-def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labelled: Any, tmp_path: Path, splits: Splits) -> None:
-    large, scores, quality = labelled
+def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labeled: Any, tmp_path: Path, splits: Splits) -> None:
+    large, scores, quality = labeled
     assert set(scores) == {(m, la, lv) for m in ("probe accuracy", "knn accuracy") for la in LAYERS for lv in LEVELS}
-    plain, _ = measure({"model": large}, analyses=(probes, neighbours))
+    plain, _ = measure({"model": large}, analyses=(probes, neighbors))
     pd.testing.assert_frame_equal(plain, quality)
     keeper = ScoreKeeper(large)
     other = extract(model(seed=1), splits, plan(), tmp_path / "other")

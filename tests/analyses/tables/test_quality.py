@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from layerprobe.analyses.measures.cka import linear_cka
 from layerprobe.analyses.measures.knn import knn_accuracy
 from layerprobe.analyses.measures.linear_probes import linear_probe
-from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbor_graph
 from layerprobe.analyses.measures.spectrum import effective_rank, lidar, spectrum
 from layerprobe.analyses.tables import measurements as measurements_module
 from layerprobe.analyses.tables.csv_files import write_table
@@ -33,7 +33,7 @@ def make_store(
     *,
     layers: tuple[str, ...] = LAYERS,
     draws: int = 1,
-    labelled: bool = True,
+    labeled: bool = True,
     splits: Array | None = None,
     changes: dict[tuple[str, float], Any] | None = None,
     seed: int = 0,
@@ -41,20 +41,20 @@ def make_store(
     """Three layers of width 6, of which the second shows three classes best, and everything less with noise."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, NUM)
-    centres = rng.normal(size=(3, 6))
+    centers = rng.normal(size=(3, 6))
     strength = dict(zip(layers, (0.5, 3.0, 1.0), strict=False))
     tensors = {}
     for layer in layers:
         levels = []
         for level in LEVELS:
             shape = (draws, NUM, 6)
-            x = centres[labels] * strength[layer] * (1 - level) + rng.normal(size=shape)
+            x = centers[labels] * strength[layer] * (1 - level) + rng.normal(size=shape)
             change = (changes or {}).get((layer, level))
             levels.append(x if change is None else change(x))
         tensors[layer] = np.stack(levels).astype(np.float32)
     manifest = {"plan": {"layers": layers, "noise_levels": LEVELS, "draws": draws}, "num_shards": 1}
     splits = np.arange(NUM) // 50 if splits is None else splits
-    samples = {"ids": np.arange(NUM), "splits": splits} | ({"labels": labels} if labelled else {})
+    samples = {"ids": np.arange(NUM), "splits": splits} | ({"labels": labels} if labeled else {})
     begin_store(folder, manifest, samples)
     write_tensors(shard_path(folder, 0), tensors)
     return FeatureStore.open(folder)
@@ -107,7 +107,7 @@ def test_values_are_those_of_the_analyses(tmp_path: Path) -> None:
     ]
     expected = linear_cka(x[choose], store.features("blocks.0", 0.0, split="validation"))
     assert pair["cka"].item() == pytest.approx(expected, abs=1e-6)
-    graphs = [neighbour_graph(z, k=10) for z in (x[choose], store.features("blocks.0", 0.0, split="validation"))]
+    graphs = [neighbor_graph(z, k=10) for z in (x[choose], store.features("blocks.0", 0.0, split="validation"))]
     assert pair["mutual_knn"].item() == pytest.approx(mutual_knn(graphs).values[0, 1])
     assert pair["cknna"].item() == pytest.approx(cknna(graphs).values[0, 1])
     assert value(quality, metric="participation ratio", **at) == spectrum(x[fit]).participation_ratio
@@ -159,9 +159,9 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
 
 
 def test_without_labels_only_what_needs_none(tmp_path: Path) -> None:
-    quality, similarity = measure({"model": make_store(tmp_path / "model", labelled=False)})
-    unlabelled = {"effective rank", "RankMe", "participation ratio", "spectrum exponent", "anisotropy"}
-    assert set(quality["metric"]) == unlabelled
+    quality, similarity = measure({"model": make_store(tmp_path / "model", labeled=False)})
+    unlabeled = {"effective rank", "RankMe", "participation ratio", "spectrum exponent", "anisotropy"}
+    assert set(quality["metric"]) == unlabeled
     assert len(similarity) == 36
 
 

@@ -181,7 +181,7 @@ def check_places(case: Case, backbone: Backbone, x: Tensor) -> None:
         assert math.prod(grid) == len(difference), name
         found = [int(i) for i in torch.unravel_index(difference.argmax(), grid)]
         wanted = [place[0] if frames > 1 else 0, *[int(p / stride) for p in place[-len(image) :]]]
-        # Convolutions spread over their neighbours, and never over the frames as far; Sana's feed-forward has one.
+        # Convolutions spread over their neighbors, and never over the frames as far; Sana's feed-forward has one.
         reach = [0, *[3 if "UNet" in case.name else 1 if "Sana" in case.name else 0] * len(image)]
         assert all(abs(a - b) <= r for a, b, r in zip(found, wanted, reach, strict=True)), (name, found, wanted)
 

@@ -1,8 +1,8 @@
 """Mutual-kNN, CKNNA and cycle-kNN of all pairs and kNN accuracy, against the platonic-rep code where it is at hand.
 
-    python benchmarks/neighbours.py --platonic-rep path/to/platonic-rep/metrics.py
+    python benchmarks/neighbors.py --platonic-rep path/to/platonic-rep/metrics.py
 
-The peer is given the same centred and normalised features. It compares pair by pair; the output says on how many pairs
+The peer is given the same centered and normalized features. It compares pair by pair; the output says on how many pairs
 it was timed.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from checkpoint_features import add_arguments, representations
 
-from layerprobe.analyses.measures import cknna, cycle_knn, knn_accuracy, mutual_knn, neighbour_graph
+from layerprobe.analyses.measures import cknna, cycle_knn, knn_accuracy, mutual_knn, neighbor_graph
 
 MEASURES = {"mutual_knn": mutual_knn, "cknna": cknna, "cycle_knn": cycle_knn}
 
@@ -53,7 +53,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def time_ours(xs: list[np.ndarray], k: int) -> dict[str, float]:
     """Seconds for each measure of all pairs, the search included every time."""
-    search, graphs = seconds(lambda: [neighbour_graph(x, k=k) for x in xs])
+    search, graphs = seconds(lambda: [neighbor_graph(x, k=k) for x in xs])
     times = {name: seconds(lambda measure=measure: measure(graphs))[0] for name, measure in MEASURES.items()}
     print(f"search {search:.2f} s, then " + ", ".join(f"{name} {t:.2f} s" for name, t in times.items()))
     return {name: search + t for name, t in times.items()}
@@ -62,7 +62,7 @@ def time_ours(xs: list[np.ndarray], k: int) -> dict[str, float]:
 def time_platonic(xs: list[np.ndarray], k: int, path: Path, size: int, ours: dict[str, float]) -> None:
     peer = load_metrics(path).AlignmentMetrics
     features = [torch.nn.functional.normalize(torch.from_numpy(x - x.mean(0, dtype=float)), dim=1) for x in xs]
-    graphs = [neighbour_graph(x, k=k) for x in xs[:size]]
+    graphs = [neighbor_graph(x, k=k) for x in xs[:size]]
     total_peer = total_ours = 0.0
     for name, measure in MEASURES.items():
         pairs = list(product(range(size), repeat=2))
