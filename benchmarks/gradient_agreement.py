@@ -20,7 +20,7 @@ import torch
 from cases import rank_correlation, read_case
 from torch import Tensor
 
-from layerprobe.analyses.runs import atlas_start, load_splits, wanted_pairs
+from layerprobe.analyses.runs import load_splits, pair_sweep_start, wanted_pairs
 from layerprobe.backbones import Backbone, fresh_sit
 from layerprobe.capture import capture
 from layerprobe.data import Samples
@@ -35,7 +35,7 @@ def main() -> None:
     options = parsed()
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
     reading = {name: value for name, value in reading.items() if value is not None}
-    start = atlas_start(options.start, steps=options.steps, from_scratch=True)
+    start = pair_sweep_start(options.start, steps=options.steps, from_scratch=True)
     samples = load_splits(options.data, reading)[0].train
     case = read_case(options.atlas, None)
     pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])

@@ -14,7 +14,7 @@ from layerprobe.analyses.measures import PENALTIES, TokenMoments, recoverability
 from layerprobe.capture import capture
 from layerprobe.checkpoints import open_checkpoint
 from layerprobe.data import load
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def read(split: str, num: int, levels: np.ndarray) -> list[np.ndarray]:
     found = []
     for value in levels:
         level = torch.full((len(batch.x),), float(value))
-        x_t = backbone.schedule.corrupt(batch.x, NoiseKey(0).normal(batch.ids, backbone.shape), level)
+        x_t = backbone.schedule.corrupt(batch.x, RandomStream(0).normal(batch.ids, backbone.shape), level)
         with torch.inference_mode(), capture(backbone.module, backbone.layers) as outputs:
             backbone.predict(x_t, level)
         found += [outputs[layer].flatten(0, 1).numpy() for layer in backbone.layers]

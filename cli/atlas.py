@@ -46,9 +46,16 @@ def atlas(
 ) -> None:
     """Train every layer pair and no alignment from one start, and say what each was worth."""
     from layerprobe.analyses.experiments import too_short
-    from layerprobe.analyses.runs import atlas_run, atlas_start, describe_atlas, encoded, load_splits, wanted_pairs
+    from layerprobe.analyses.runs import (
+        describe_pair_sweep,
+        encoded,
+        load_splits,
+        pair_sweep_run,
+        pair_sweep_start,
+        wanted_pairs,
+    )
 
-    begin = atlas_start(
+    begin = pair_sweep_start(
         start,
         steps=steps,
         from_scratch=from_scratch,
@@ -82,8 +89,8 @@ def atlas(
     reading = options.located_vae(reading)
     with progress_bar() as progress:
         splits = encoded(load_splits(data, reading)[0], reading, progress=progress)
-        found = atlas_run(begin, splits, wanted, out, shard=part, progress=progress)
-    lines = [*describe_atlas(found, branches), str(out / "atlas.csv")]
+        found = pair_sweep_run(begin, splits, wanted, out, shard=part, progress=progress)
+    lines = [*describe_pair_sweep(found, branches), str(out / "atlas.csv")]
     emit(record | {"table": str(out / "atlas.csv")}, lines, as_json=as_json)
 
 

@@ -22,9 +22,9 @@ def convert(
     config: options.Config = None,
 ) -> None:
     """Write the weights of any checkpoint as safetensors, without running what the file says."""
-    from layerprobe.checkpoints import convert
+    from layerprobe.checkpoints import convert_checkpoint
 
-    record = convert(source, out, weights=weights, dry_run=dry_run)
+    record = convert_checkpoint(source, out, weights=weights, dry_run=dry_run)
     others = ", ".join(record["containers"][1:])
     lines = [
         f"{record['format']}: {record['tensors']} tensors, {record['values']} values, {', '.join(record['dtypes'])}",

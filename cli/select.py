@@ -28,7 +28,7 @@ def select(
 ) -> None:
     """Rank the layer pairs of a run again, with reasons, write selection.json, and name layers for other uses."""
     from layerprobe.analyses.runs import choose_layers, describe_selection, selection_record
-    from layerprobe.analyses.selection import answers
+    from layerprobe.analyses.selection import recommendations
 
     chosen = options.given(
         criteria=options.names(criteria) if criteria else None,
@@ -38,7 +38,9 @@ def select(
         max_cka=max_cka,
     )
     selection = choose_layers(run, **chosen)
-    found = answers(run, selection)
+    found = recommendations(run, selection)
     lines = [*describe_selection(selection, num_pairs=10), *(f"{answer.question:<8} {answer.text}" for answer in found)]
-    record = {"run": str(run)} | selection_record(selection) | {"answers": [answer.to_dict() for answer in found]}
+    record = (
+        {"run": str(run)} | selection_record(selection) | {"recommendations": [answer.to_dict() for answer in found]}
+    )
     emit(record, lines, as_json=as_json)

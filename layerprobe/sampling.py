@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.noise import END, NoiseKey, NoiseSchedule
+from layerprobe.noise import END, NoiseSchedule, RandomStream
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]
@@ -120,7 +120,7 @@ def sample(
     with evaluating(backbone.module):
         for start in range(0, len(indices), batch_size):
             ids = torch.tensor(list(indices[start : start + batch_size]))
-            noise = NoiseKey(plan.seed, "sampling").normal(ids, backbone.shape) * start_std
+            noise = RandomStream(plan.seed, "sampling").normal(ids, backbone.shape) * start_std
             y = noise.to(backbone.device)
             part = slice(start, start + batch_size)
             condition = None if labels is None else labels[part].to(backbone.device)
@@ -354,7 +354,7 @@ def diffuse(
     """
     low, high = schedule.path_time(torch.tensor(level_range, dtype=torch.float64, device="cpu")).tolist()
     times = torch.linspace(high, max(plan.last_step_size, low), plan.steps, dtype=torch.float64)
-    levels, key = schedule.level_at(times), NoiseKey(plan.seed, "sampling")
+    levels, key = schedule.level_at(times), RandomStream(plan.seed, "sampling")
     for i, (time, level) in enumerate(zip(times, levels, strict=True)):
         last = i + 1 == plan.steps
         then = torch.zeros_like(time) if last else times[i + 1]

@@ -14,8 +14,8 @@ from tiny import SHAPE, tiny_sit
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.noise.keyed import NoiseKey
 from layerprobe.noise.predictions import target
+from layerprobe.noise.random_stream import RandomStream
 from layerprobe.noise.schedules import DDPM, EDM, GVP, VP, LinearPath, NoiseSchedule
 from layerprobe.sampling import (
     SamplingPlan,
@@ -234,7 +234,7 @@ def test_samples_follow_the_exact_flow_in_every_convention(
     plan = SamplingPlan(solver, {"heun": 120, "dopri5": 20}[solver], seed=4, rtol=1e-4)
     backbone = gaussian_backbone(schedule, prediction)
     x = sample(backbone, range(50), plan=plan)
-    noise = NoiseKey(4, "sampling").normal(torch.arange(50), SHAPE).double()
+    noise = RandomStream(4, "sampling").normal(torch.arange(50), SHAPE).double()
     high = torch.tensor(sampling_range(backbone, plan)[1], dtype=torch.float64)
     mean, std = marginal(schedule, high)
     expected = MEAN + STD * (schedule.sigma(high) * noise - mean) / std
@@ -293,7 +293,7 @@ def test_a_step_of_the_sde_is_sits_formula() -> None:
     def velocity(x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         return torch.tanh(x) + level.double().view(-1, 1)
 
-    x, key = y, NoiseKey(5, "sampling")
+    x, key = y, RandomStream(5, "sampling")
     for i, t in enumerate((0.0, 0.45)):
         sigma, v = 1 - t, -velocity(x, torch.full((2,), 1 - t), None)
         score = -(x - t * v) / sigma  # of eps = x - t v

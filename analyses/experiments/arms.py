@@ -24,7 +24,7 @@ from typing import Any
 
 from layerprobe.analyses.experiments.power import LEVEL, look_levels
 from layerprobe.layersync import LayerPair, depth_heuristic
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -191,5 +191,5 @@ def _random_pairs(layers: Sequence[str], others: set[LayerPair], num: int, seed:
     left = [pair for pair in (LayerPair(*names) for names in combinations(layers, 2)) if pair not in others]
     if num > len(left):
         raise ValueError(f"there are {len(left)} pairs beside those of the other arms, too few for random:{num}")
-    drawn = NoiseKey(seed, "order").permutation(len(left))[:num].tolist()
+    drawn = RandomStream(seed, "order").permutation(len(left))[:num].tolist()
     return [Arm(f"{RANDOM} {i}", left[place]) for i, place in enumerate(drawn, 1)]

@@ -22,7 +22,7 @@ from layerprobe.analyses.experiments.arms import BASELINE as BASELINE
 from layerprobe.analyses.experiments.arms import CONTROL, ConfirmationPlan
 from layerprobe.analyses.experiments.arms import FRECHET as FRECHET
 from layerprobe.analyses.experiments.arms import Arm as Arm
-from layerprobe.analyses.experiments.evaluation import Scorer, Scores, is_padded
+from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep, is_padded
 from layerprobe.analyses.experiments.power import LEVEL, Spread
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
 from layerprobe.analyses.generation import Extractor, classifier_extractor
@@ -37,7 +37,7 @@ MEASURED_STEPS = 50
 Progress = Callable[[str, int, int], None]
 
 
-def confirm(
+def confirm_pair(
     start: Callable[[int], Backbone],
     splits: Splits,
     arms: Sequence[Arm],
@@ -89,7 +89,7 @@ def confirm(
     runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
     total = len(plan.seeds) * len(arms) * plan.training.steps
     rows: list[dict[str, Any]] = []
-    beginnings: dict[int, Scores] = {}
+    beginnings: dict[int, ScoresByStep] = {}
     for index, (seed, backbone, arm) in enumerate(runs):
         done = index * plan.training.steps
 
@@ -247,9 +247,9 @@ def train_arm(
     *,
     score: Callable[[Backbone], dict[str, float]],
     score_at: Sequence[int],
-    known: Scores | None = None,
+    known: ScoresByStep | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Scores:
+) -> ScoresByStep:
     """Trains one seed of an arm and scores it on the way; what is done already is not done again.
 
     Args:
@@ -290,7 +290,7 @@ class _Evaluations:
     def __init__(self, path: Path, score: Callable[[Backbone], dict[str, float]]) -> None:
         self._path, self._score = path, score
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        self.scores: Scores = {int(step): values for step, values in kept.items()}
+        self.scores: ScoresByStep = {int(step): values for step, values in kept.items()}
 
     def observe(self, step: int, model: Backbone) -> None:
         if step not in self.scores:

@@ -15,7 +15,7 @@ from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import held_out_loss
 
 HELD_OUT_SAMPLES = 1000
-Scores = dict[int, dict[str, float]]  # metrics by step
+ScoresByStep = dict[int, dict[str, float]]  # metrics by step
 
 
 class Scorer:

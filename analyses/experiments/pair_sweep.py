@@ -28,7 +28,7 @@ import torch
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Arm
 from layerprobe.analyses.experiments.confirmation import run_folder, train_arm
-from layerprobe.analyses.experiments.evaluation import Scorer, Scores, is_padded
+from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep, is_padded
 from layerprobe.analyses.experiments.probe_errors import probe_errors
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone, fresh_sit, network_record
@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class AtlasPlan:
+class PairSweepPlan:
     """How the branches are trained and scored.
 
     Attributes:
@@ -95,11 +95,11 @@ def all_pairs(layers: Sequence[str]) -> tuple[LayerPair, ...]:
     return tuple(LayerPair(*names) for names in combinations(layers, 2))
 
 
-def chart(
+def sweep_pairs(
     backbone: Backbone,
     splits: Splits,
     pairs: Sequence[LayerPair],
-    plan: AtlasPlan,
+    plan: PairSweepPlan,
     folder: str | Path,
     *,
     state: Path | None = None,
@@ -168,7 +168,7 @@ def branch_scores(model: Backbone, scorer: Scorer, splits: Splits) -> dict[str, 
     return scores | by_level | probe_errors(model, splits)
 
 
-def table(found: dict[tuple[int, LayerPair | None], Scores]) -> pd.DataFrame:
+def table(found: dict[tuple[int, LayerPair | None], ScoresByStep]) -> pd.DataFrame:
     """One row for each pair, seed, step and metric.
 
     Columns student and teacher (empty for no alignment), seed, step, metric, value, and benefit: the share by which the
@@ -189,7 +189,7 @@ def table(found: dict[tuple[int, LayerPair | None], Scores]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def read_atlas(path: str | Path) -> pd.DataFrame:
+def read_pair_sweep(path: str | Path) -> pd.DataFrame:
     """The table in an `atlas.csv`.
 
     Raises:
@@ -262,7 +262,7 @@ def _train_branch(
     backbone: Backbone,
     splits: Splits,
     arm: Arm,
-    plan: AtlasPlan,
+    plan: PairSweepPlan,
     folder: Path,
     state: Path | None,
     scorer: Scorer,
@@ -294,17 +294,17 @@ def _begin(backbone: Backbone, splits: Splits, nothing: TrainingPlan, place: Pat
         torch.save(kept, partial)
 
 
-def _kept(place: Path) -> Scores:
+def _kept(place: Path) -> ScoresByStep:
     scores = place.with_name(f"{place.name}.json")
     return {int(step): values for step, values in json.loads(scores.read_text()).items()} if scores.is_file() else {}
 
 
-def _finished(place: Path, plan: AtlasPlan) -> bool:
+def _finished(place: Path, plan: PairSweepPlan) -> bool:
     return not place.is_dir() and set(plan.evaluation_steps) <= _kept(place).keys()
 
 
 def _record(
-    backbone: Backbone, splits: Splits, plan: AtlasPlan, state: Path | None, extractor: Extractor | None
+    backbone: Backbone, splits: Splits, plan: PairSweepPlan, state: Path | None, extractor: Extractor | None
 ) -> dict[str, Any]:
     """What every branch shares. Pairs and seeds may be added later."""
     training = plan.training.identity() | {"steps": plan.training.steps}

@@ -5,15 +5,15 @@ from .confirmation import confirmation_curves as confirmation_curves
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS
 from .label_columns import knowledge_curves as knowledge_curves
-from .pair_sweep import atlas_heatmap as atlas_heatmap
+from .pair_sweep import pair_sweep_heatmap as pair_sweep_heatmap
 from .quality import layer_quality_curves as layer_quality_curves
 from .quality import metric_panels as metric_panels
 from .quality import quality_heatmap as quality_heatmap
 from .samples import film as film
 from .samples import strip as strip
+from .style import BACKGROUND as BACKGROUND
 from .style import GRAY as GRAY
 from .style import INK as INK
-from .style import PAPER as PAPER
 from .style import SPARE_COLORS as SPARE_COLORS
 from .style import WIDTH_IN as WIDTH_IN
 from .style import capital as capital

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 
 from layerprobe.analyses.figures.quality import QualityCurves, quality_curves
 from layerprobe.analyses.figures.style import (
+    BACKGROUND,
     INK,
-    PAPER,
     WIDTH_IN,
     Array,
     capital,
@@ -85,7 +85,7 @@ def _draw_column(axes: Axes, name: str, curves: QualityCurves, colors: Sequence[
     values = curves.model[..., 0]
     if np.isfinite(values).any():
         at, layer = (int(i) for i in np.unravel_index(int(np.nanargmax(values)), values.shape))
-        axes.plot(x[layer], values[at, layer], "o", color=colors[at], markeredgecolor=PAPER, markersize=8)
+        axes.plot(x[layer], values[at, layer], "o", color=colors[at], markeredgecolor=BACKGROUND, markersize=8)
         short = short_names(curves.layers)[0][layer]
         title += f"highest: layer {short} at noise level {curves.levels[at]:g} ({curves.text(values[at, layer])})"
     else:
@@ -104,7 +104,7 @@ def _draw_gains(axes: Axes, above: Mapping[str, Array], layers: Sequence[str]) -
         axes.plot(range(len(layers)), gain, color=colors[name], linewidth=2.0, marker=".", markersize=5)
         if np.isfinite(gain).any():
             best = int(np.nanargmax(gain))
-            axes.plot(best, gain[best], "o", color=colors[name], markeredgecolor=PAPER, markersize=9)
+            axes.plot(best, gain[best], "o", color=colors[name], markeredgecolor=BACKGROUND, markersize=9)
     widen_range(axes, np.concatenate([*(values.ravel() for values in above.values()), np.zeros(1)]))
     axes.set_xlim(-0.3, len(layers) - 0.7)
     last = len(layers) - 1.0

@@ -27,7 +27,7 @@ from layerprobe.layersync import LayerPair
 
 
 @styled()
-def atlas_heatmap(
+def pair_sweep_heatmap(
     atlas: pd.DataFrame,
     layers: Sequence[str],
     *,

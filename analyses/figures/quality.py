@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from layerprobe.analyses.figures.style import (
+    BACKGROUND,
     GRAY,
     INK,
-    PAPER,
     STUDENT,
     TEACHER,
     WIDTH_IN,
@@ -271,7 +271,7 @@ def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[Any], pai
         axes.plot(x, values, color=color, label=f"{level:g}", marker=point_marker(values), markersize=3)
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
-            axes.plot(x[best], values[best], "o", color=color, markeredgecolor=PAPER, markersize=8)
+            axes.plot(x[best], values[best], "o", color=color, markeredgecolor=BACKGROUND, markersize=8)
     widen_range(axes, curves.model[..., 0])
     axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
     axes.set_xlim(-0.6, len(x) - 0.4)
@@ -297,7 +297,7 @@ def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: Any, pair:
     title = f"Noise level {curves.levels[level]:g}\n"
     if np.isfinite(model[:, 0]).any():
         best = int(np.nanargmax(model[:, 0]))
-        axes.plot(x[best], model[best, 0], "o", color=color, markeredgecolor=PAPER, markersize=7)
+        axes.plot(x[best], model[best, 0], "o", color=color, markeredgecolor=BACKGROUND, markersize=7)
         title += f"highest: {short_names(curves.layers)[0][best]} ({curves.text(model[best, 0])})"
     else:
         title += "nothing measured"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from layerprobe.layersync import LayerPair
 
 
-INK, PAPER = "#1b1f24", "#fffefd"
-MISSING = "#c9ced6"
+INK, BACKGROUND = "#1b1f24", "#fffefd"
+MISSING_COLOR = "#c9ced6"
 GRAY = "#7a828c"
 STUDENT, TEACHER = "#d55e00", "#cc79a7"  # neither is a color of viridis
 WIDTH_IN = 11.0
@@ -37,7 +37,7 @@ SPARE_COLORS = ("#cc79a7", "#56b4e9", "#009e73", "#f0e442")
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
-    "axes.facecolor": PAPER,
+    "axes.facecolor": BACKGROUND,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelsize": 9.5,
@@ -46,7 +46,7 @@ STYLE: dict[str, Any] = {
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 9.5,
-    "figure.facecolor": PAPER,
+    "figure.facecolor": BACKGROUND,
     "figure.titlesize": 12,
     "figure.titleweight": "bold",
     "font.size": 9,
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
-    "savefig.facecolor": PAPER,
+    "savefig.facecolor": BACKGROUND,
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprobe",
     "text.color": INK,
@@ -226,7 +226,7 @@ def label_layers(axes: Axes, layers: Sequence[str], width_in: float, *, vertical
 def draw_matrix(
     axes: Axes, values: Array, colormap: Colormap, norm: Normalize, *, square: bool = False
 ) -> ScalarMappable:
-    axes.set_facecolor(MISSING)
+    axes.set_facecolor(MISSING_COLOR)
     edges_x, edges_y = (np.arange(size + 1) - 0.5 for size in values.shape[::-1])
     masked = np.ma.masked_invalid(values)
     image = axes.pcolormesh(edges_x, edges_y, masked, cmap=colormap, norm=norm, rasterized=True)

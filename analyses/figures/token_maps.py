@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from layerprobe.analyses.figures.style import MISSING, WIDTH_IN, label_layers, short_names, styled, wrap_title
+from layerprobe.analyses.figures.style import MISSING_COLOR, WIDTH_IN, label_layers, short_names, styled, wrap_title
 from layerprobe.analyses.measures import RgbMap
 
 _HALF_CELL = 0.47  # of a column or row; the rest is the gap between maps
@@ -125,6 +125,6 @@ def _image(images: ArrayLike, sample: int) -> Pixels:
 def _draw(axes: Axes, column: int, row: float, pixels: Pixels | None) -> None:
     left, right, bottom, top = column - _HALF_CELL, column + _HALF_CELL, row + _HALF_CELL, row - _HALF_CELL
     if pixels is None or np.isnan(pixels).any():
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=MISSING, edgecolor="none"))
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=MISSING_COLOR, edgecolor="none"))
         return
     axes.imshow(pixels, extent=(left, right, bottom, top), interpolation="none", aspect="auto", vmin=0, vmax=1)

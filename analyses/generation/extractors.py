@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from layerprobe.analyses.generation.distances import row_blocks
 from layerprobe.data import Samples, content_hash
 from layerprobe.files import whole
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 
 FEATURE_WIDTH = 64
 
@@ -156,7 +156,7 @@ def _train(
 ) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    key, per_epoch = NoiseKey(seed, "order"), max(len(samples) // batch_size, 1)
+    key, per_epoch = RandomStream(seed, "order"), max(len(samples) // batch_size, 1)
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = key.permutation(len(samples), draw=epoch)

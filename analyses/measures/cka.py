@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centered, centering, num_samples
+from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, as_tensor, centered, centering, num_samples
 
 Kernel = Literal["linear", "rbf"]
 Estimator = Literal["debiased", "biased"]
@@ -42,7 +42,7 @@ _MEDIAN_SAMPLES = 2048
 _TOO_FEW = "the similarity of the features with themselves is estimated as 0 or less; more samples are needed"
 
 
-def linear_cka(x: Representation, y: Representation, *, estimator: Estimator = "debiased") -> float:
+def linear_cka(x: FeatureMatrix, y: FeatureMatrix, *, estimator: Estimator = "debiased") -> float:
     """Linear CKA between two sets of features of the same samples.
 
     Invariant to rotation, isotropic scale and translation of either input. 1 means equal up to those; debiased,
@@ -60,8 +60,8 @@ def linear_cka(x: Representation, y: Representation, *, estimator: Estimator = "
 
 
 def cka_matrix(
-    xs: Sequence[Representation],
-    ys: Sequence[Representation] | None = None,
+    xs: Sequence[FeatureMatrix],
+    ys: Sequence[FeatureMatrix] | None = None,
     *,
     kernel: Kernel = "linear",
     estimator: Estimator = "debiased",
@@ -126,8 +126,8 @@ def cka_matrix(
 
 
 def procrustes_matrix(
-    xs: Sequence[Representation],
-    ys: Sequence[Representation] | None = None,
+    xs: Sequence[FeatureMatrix],
+    ys: Sequence[FeatureMatrix] | None = None,
     *,
     tile_bytes: int = TILE_BYTES,
     progress: Progress | None = None,
@@ -178,7 +178,7 @@ class CkaSums:
         self._small: list[Tensor] = []
         self._sums: _Sums | None = None
 
-    def update(self, xs: Sequence[Representation], ys: Sequence[Representation] = ()) -> None:
+    def update(self, xs: Sequence[FeatureMatrix], ys: Sequence[FeatureMatrix] = ()) -> None:
         """Adds the next batch.
 
         Args:
@@ -270,7 +270,7 @@ class _Side:
         exponents: -1 / (2 s^2) of the RBF kernel, shape (M, 1, 1), or None for the linear one.
     """
 
-    def __init__(self, representations: Sequence[Representation], n: int, which: str = "") -> None:
+    def __init__(self, representations: Sequence[FeatureMatrix], n: int, which: str = "") -> None:
         self.representations = representations
         self.widths: list[int] = []
         self.reasons: list[str] = []

@@ -14,7 +14,7 @@ CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class ClassificationScores:
     """How good probabilities are on one split.
 
     Attributes:
@@ -36,8 +36,8 @@ class Scores:
     calibration_error: float
 
 
-def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: NDArray[Any]) -> Scores:
-    """Scores of log probabilities against labels.
+def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: NDArray[Any]) -> ClassificationScores:
+    """ClassificationScores of log probabilities against labels.
 
     Args:
         log_probabilities: In nats, shape (n, K).
@@ -63,7 +63,7 @@ def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: N
     of_target = np.where(known, log_probabilities[np.arange(len(y)), targets], -np.inf)
     # Ranked by how many are likelier, ties towards the lower class as argmax does.
     order = np.argsort(-log_probabilities, axis=1, kind="stable")[:, :5]
-    return Scores(
+    return ClassificationScores(
         accuracy=float(correct.mean()),
         balanced_accuracy=float(np.nansum(class_accuracy) / (np.isfinite(class_accuracy).sum() + unknown)),
         class_accuracy=class_accuracy,

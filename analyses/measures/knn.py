@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses.measures.arrays import Floats
-from layerprobe.analyses.measures.tensors import Representation, as_tensor, centered, centering
+from layerprobe.analyses.measures.tensors import FeatureMatrix, as_tensor, centered, centering
 
 Metric = Literal["cosine", "euclidean"]
-Score = Literal["inner product", "distance"]
+NeighborScore = Literal["inner product", "distance"]
 TILE_BYTES = 16 * 2**20
 
 # Candidates beyond the k nearest: more of them leave fewer samples for which float32 does not decide.
@@ -46,9 +46,9 @@ class KnnResult:
 
 
 def knn_accuracy(
-    bank_x: Representation,
+    bank_x: FeatureMatrix,
     bank_y: NDArray[Any],
-    query_x: Representation,
+    query_x: FeatureMatrix,
     query_y: NDArray[Any],
     *,
     k: int = 10,
@@ -94,7 +94,7 @@ def knn_accuracy(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"the temperature is {temperature}; pass a positive one, or None for equal votes")
     bank, queries = _prepared(bank, queries, metric)
-    score: Score = "inner product" if metric == "cosine" else "distance"
+    score: NeighborScore = "inner product" if metric == "cosine" else "distance"
     positions, scores = nearest(bank, queries, k=k, score=score, tile_bytes=tile_bytes)
     classes, targets = np.unique(bank_y, return_inverse=True)
     weights = np.ones(scores.shape) if temperature is None else np.exp((scores - scores[:, :1]) / temperature)
@@ -109,7 +109,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def nearest(
-    bank: Tensor, queries: Tensor | None, *, k: int, score: Score, tile_bytes: int = TILE_BYTES
+    bank: Tensor, queries: Tensor | None, *, k: int, score: NeighborScore, tile_bytes: int = TILE_BYTES
 ) -> tuple[NDArray[np.intp], Floats]:
     """The k nearest neighbors of every query, nearest first.
 
@@ -141,7 +141,7 @@ class _Search:
     scored one by one; if the k-th best of them beats the bounds of all others, it is settled.
     """
 
-    def __init__(self, bank: Tensor, score: Score, k: int, *, own: bool) -> None:
+    def __init__(self, bank: Tensor, score: NeighborScore, k: int, *, own: bool) -> None:
         self.bank, self.k, self.own = bank, k, own
         self.squares = bank.square().sum(1)
         self.penalties = self.squares / 2 if score == "distance" else torch.zeros_like(self.squares)
@@ -195,7 +195,7 @@ def _slack(width: int, dtype: torch.dtype) -> float:
     return (width + 8) * torch.finfo(dtype).eps
 
 
-def _checked(x: Representation, y: NDArray[Any], name: str) -> Tensor:
+def _checked(x: FeatureMatrix, y: NDArray[Any], name: str) -> Tensor:
     features = as_tensor(x)
     if y.shape != (len(features),):
         raise ValueError(f"{len(features)} {name} samples but labels of shape {y.shape}; pass one label per sample")

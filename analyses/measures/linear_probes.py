@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses.measures.arrays import Features, Floats, centered, checked
-from layerprobe.analyses.measures.classification import Scores, classification_scores
+from layerprobe.analyses.measures.classification import ClassificationScores, classification_scores
 from layerprobe.analyses.measures.logistic.bfgs import Curvature, minimize
 from layerprobe.analyses.measures.logistic.newton import damped_newton, newton_cg
 from layerprobe.analyses.measures.logistic.problem import (
@@ -118,8 +118,8 @@ class ProbeResult:
     test_accuracy: float
     validation_correct: NDArray[np.bool_]
     test_correct: NDArray[np.bool_]
-    validation: Scores
-    test: Scores
+    validation: ClassificationScores
+    test: ClassificationScores
     inverse_penalty: float
     gradient_norm: float
     converged: bool

@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 
 from layerprobe.analyses.measures.arrays import Floats
 from layerprobe.analyses.measures.knn import TILE_BYTES, nearest, unit_rows
-from layerprobe.analyses.measures.tensors import PairMatrix, Representation, as_tensor, centered, centering
+from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, as_tensor, centered, centering
 
 Kernel = Literal["cosine", "linear"]
 
@@ -41,7 +41,7 @@ class NeighborGraph:
 
 
 def neighbor_graph(
-    x: Representation, *, k: int = 10, kernel: Kernel = "cosine", center: bool = True, tile_bytes: int = TILE_BYTES
+    x: FeatureMatrix, *, k: int = 10, kernel: Kernel = "cosine", center: bool = True, tile_bytes: int = TILE_BYTES
 ) -> NeighborGraph:
     """The k samples with the largest inner product with each sample, itself excepted, exact to float64.
 

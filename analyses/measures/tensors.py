@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerprobe.analyses.measures.arrays import Floats
 
-Representation = NDArray[Any] | Tensor
+FeatureMatrix = NDArray[Any] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Centering:
     reason: str
 
 
-def as_tensor(x: Representation) -> Tensor:
+def as_tensor(x: FeatureMatrix) -> Tensor:
     """`x` as a tensor that shares its memory where it can; integers and half precision become wider floats.
 
     Raises:
@@ -65,7 +65,7 @@ def as_tensor(x: Representation) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def num_samples(representations: Sequence[Representation], least: int, why: str) -> int:
+def num_samples(representations: Sequence[FeatureMatrix], least: int, why: str) -> int:
     """The number of samples that all representations share.
 
     Raises:

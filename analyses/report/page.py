@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from layerprobe.analyses.figures import (
+    BACKGROUND,
     CONFIRMATION_COLUMNS,
     INK,
-    PAPER,
     capital,
     cka_heatmap,
     confirmation_curves,
@@ -450,7 +450,7 @@ def _figure(figure: Figure, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'xlink:href="(#?)', lambda m: f'href="#{prefix}-' if m[1] else 'href="', svg)
-    svg = svg.replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+    svg = svg.replace(INK, "var(--ink)").replace(BACKGROUND, "var(--paper)")
     return f"<figure>{svg}</figure>"
 
 

@@ -12,10 +12,10 @@ from .folder import RunPlan as RunPlan
 from .inspect import examine_data as examine_data
 from .inspect import lines_of as lines_of
 from .inspect import peek as peek
-from .pair_sweep import AtlasStart as AtlasStart
-from .pair_sweep import atlas_run as atlas_run
-from .pair_sweep import atlas_start as atlas_start
-from .pair_sweep import describe_atlas as describe_atlas
+from .pair_sweep import PairSweepStart as PairSweepStart
+from .pair_sweep import describe_pair_sweep as describe_pair_sweep
+from .pair_sweep import pair_sweep_run as pair_sweep_run
+from .pair_sweep import pair_sweep_start as pair_sweep_start
 from .pair_sweep import wanted_pairs as wanted_pairs
 from .probe import analyze_run as analyze_run
 from .probe import choose_layers as choose_layers

@@ -16,7 +16,7 @@ from layerprobe.analyses.experiments import (
     Spread,
     Verdict,
     arms_for,
-    confirm,
+    confirm_pair,
     kept_spread,
     resolution,
 )
@@ -74,7 +74,7 @@ def confirm_run(
     )
     chosen = _arms(selection, alignable_layers(backbone), arms, seeds)
     splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
-    verdict = confirm(
+    verdict = confirm_pair(
         lambda seed: fresh_sit(backbone, seed) if from_scratch else backbone,
         splits,
         chosen,

@@ -13,13 +13,13 @@ from layerprobe.analyses.experiments import (
     FRECHET,
     HELD_OUT,
     PROBE_ERROR,
-    AtlasPlan,
+    PairSweepPlan,
     Progress,
     all_pairs,
     benefits,
-    chart,
+    sweep_pairs,
 )
-from layerprobe.analyses.figures import atlas_heatmap, save_figure
+from layerprobe.analyses.figures import pair_sweep_heatmap, save_figure
 from layerprobe.backbones import Backbone, alignable_layers, fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data import Splits
@@ -31,7 +31,7 @@ _OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays"
 
 
 @dataclass(frozen=True)
-class AtlasStart:
+class PairSweepStart:
     """What all branches share.
 
     Attributes:
@@ -43,13 +43,13 @@ class AtlasStart:
     """
 
     backbone: Backbone
-    plan: AtlasPlan
+    plan: PairSweepPlan
     state: Path | None
     data: str | None
     trained_steps: int | None = None
 
 
-def atlas_start(
+def pair_sweep_start(
     start: str | Path,
     *,
     steps: int,
@@ -59,7 +59,7 @@ def atlas_start(
     num_samples: int = 1000,
     device: str = "auto",
     **given: Any,
-) -> AtlasStart:
+) -> PairSweepStart:
     """Where the branches of an atlas start and how they are trained.
 
     They are trained as the start was, where it says so, unless given otherwise, and their averaged weights look back
@@ -71,7 +71,7 @@ def atlas_start(
         start: A folder of `layerprobe train`, or a checkpoint.
         steps: Of each branch.
         from_scratch: Begin with fresh weights, as a training that knows the pair beforehand does.
-        seeds: See `AtlasPlan`, like the next two.
+        seeds: See `PairSweepPlan`, like the next two.
         num_evaluations: Evenly spaced over the steps.
         num_samples: Drawn for each Fréchet distance.
         device: Where the models run.
@@ -91,11 +91,11 @@ def atlas_start(
     if state is None and not (from_scratch and "warmup_steps" in known):
         default["warmup_steps"] = steps // 10
     training = TrainingPlan(**known | default | given, steps=first + steps)
-    plan = AtlasPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
+    plan = PairSweepPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
     backbone = open_checkpoint(checkpoint, device=device)
     if from_scratch:
         fresh_sit(backbone, seeds[0])  # what cannot be initialized is refused before data is read
-    return AtlasStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)
+    return PairSweepStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)
 
 
 def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:
@@ -111,8 +111,8 @@ def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[
     return tuple(LayerPair(*pair) for pair in names) or all_pairs(layers)
 
 
-def atlas_run(
-    start: AtlasStart,
+def pair_sweep_run(
+    start: PairSweepStart,
     splits: Splits,
     pairs: Sequence[LayerPair],
     folder: str | Path,
@@ -123,19 +123,21 @@ def atlas_run(
     """Trains the branches and draws what they were worth, as far as they are finished, into `figures/`.
 
     Raises:
-        ValueError: If the branches would go on with other data than their training had, or as `chart`.
+        ValueError: If the branches would go on with other data than their training had, or as `sweep_pairs`.
     """
     if start.state is not None and start.data != splits.train.fingerprint:
         raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
-    atlas = chart(start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress)
+    atlas = sweep_pairs(
+        start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
+    )
     if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
         shown = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(atlas) else (FRECHET, HELD_OUT)
-        figure = atlas_heatmap(atlas, alignable_layers(start.backbone), metrics=shown)
+        figure = pair_sweep_heatmap(atlas, alignable_layers(start.backbone), metrics=shown)
         save_figure(figure, Path(folder) / "figures", "atlas")
     return atlas
 
 
-def describe_atlas(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:
+def describe_pair_sweep(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:
     """An atlas in lines for people.
 
     Args:

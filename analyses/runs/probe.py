@@ -43,7 +43,7 @@ from layerprobe.data import Splits, for_probing, load
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
     FeatureStore,
-    contribution,
+    ablate_layers,
     extract,
     extract_evidence,
     pair_layers,
@@ -116,8 +116,8 @@ def extract_run(
     write_environment(run)
     extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
     extract_evidence(backbone, splits, plan.extraction(backbone), run / "features" / "evidence", batch_size=batch_size)
-    if not (run / "contribution.csv").is_file():
-        skipped = contribution(
+    if not (run / "ablation.csv").is_file():
+        skipped = ablate_layers(
             backbone,
             splits.test,
             plan.noise_levels,
@@ -125,7 +125,7 @@ def extract_run(
             batch_size=batch_size,
             progress=named_progress(progress, "skipping layers"),
         )
-        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), run / "contribution.csv")
+        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), run / "ablation.csv")
 
 
 def analyze_run(
@@ -158,7 +158,7 @@ def analyze_run(
     write_table(similarity, run / "similarity.csv")
     if len(stores[MODEL].token_rows):
         write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
-    contributions = read_quality(run / "contribution.csv")
+    contributions = read_quality(run / "ablation.csv")
     evidence = pair_evidence(_evidence_store(run), scores=keeper.scores, quality=contributions)
     write_evidence(evidence, run / "evidence.csv")
     tables = [quality, contributions]

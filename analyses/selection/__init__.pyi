@@ -6,5 +6,5 @@ from .ranking import Rule as Rule
 from .ranking import Selection as Selection
 from .ranking import cautions as cautions
 from .ranking import rank_pairs as rank_pairs
-from .recommendations import answers as answers
+from .recommendations import recommendations as recommendations
 from .while_training import AutoPick as AutoPick

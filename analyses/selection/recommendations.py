@@ -24,7 +24,7 @@ from layerprobe.layersync import depth_heuristic
 
 
 @dataclass(frozen=True)
-class Answer:
+class Recommendation:
     """One answer, and the layers that it names.
 
     Attributes:
@@ -44,7 +44,7 @@ class Answer:
         return asdict(self)
 
 
-def answers(run: str | Path, selection: Selection) -> list[Answer]:
+def recommendations(run: str | Path, selection: Selection) -> list[Recommendation]:
     """What the run says of single layers.
 
     Args:
@@ -60,7 +60,7 @@ def answers(run: str | Path, selection: Selection) -> list[Answer]:
     ]
 
 
-def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: bool = False) -> Answer:
+def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: bool = False) -> Recommendation:
     """The layer and the noise level whose features tell most, for use downstream.
 
     Chosen on the validation split, its accuracy told on the test split. Without labels by noise-LiDAR.
@@ -74,7 +74,7 @@ def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: b
         metric = PROBE
     rows = rows.dropna(subset="value")
     if rows.empty:
-        return Answer("features", f"Nothing is known of the features: the run has no {metric}.", ())
+        return Recommendation("features", f"Nothing is known of the features: the run has no {metric}.", ())
     best = rows.sort_values("value", ascending=False, kind="stable").iloc[0]
     close = rows[rows["value"] >= best["low"]].sort_values("value", ascending=False)
     others = [f"{row.layer} at {row.noise_level:g}" for row in close.itertuples() if row.Index != best.name]
@@ -84,7 +84,7 @@ def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: b
     tied = f"; {_listed(others)} cannot be told from it" if others else ""
     text = f"The richest features are those of {best['layer']} at noise level {best['noise_level']:g}: {told}{tied}."
     layers = tuple(dict.fromkeys([best["layer"], *close["layer"]]))
-    return Answer("features", text, layers, float(best["noise_level"]))
+    return Recommendation("features", text, layers, float(best["noise_level"]))
 
 
 def _on_test(quality: pd.DataFrame, best: Any) -> str:
@@ -93,7 +93,7 @@ def _on_test(quality: pd.DataFrame, best: Any) -> str:
     return f", {same['value'].item():.3f} on samples that nothing was chosen on" if len(same) == 1 else ""
 
 
-def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Answer:
+def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
     """The layer to align with an outside encoder, as REPA does.
 
     Published depths stand at about 0.3 of the network: early, so that the layers after it are free for detail; aligning
@@ -102,7 +102,7 @@ def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Answer:
     Source: REPA, Yu et al. 2024 (arXiv:2410.06940), Table 2.
     """
     if len(layers) < 2:
-        return Answer("encoder", "There are fewer than two layers.", ())
+        return Recommendation("encoder", "There are fewer than two layers.", ())
     layer = depth_heuristic(tuple(layers)).student
     known = quality[quality["metric"].str.startswith("CKA with ") & (quality["layer"] == layer)]
     known = known.dropna(subset="value")
@@ -110,10 +110,10 @@ def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Answer:
         f" Its mean {metric} is {rows['value'].mean():.3f}." for metric, rows in known.groupby("metric", sort=False)
     )
     text = f"To align with an outside encoder: {layer}, at about 0.3 of the depth, where REPA aligns.{measured}"
-    return Answer("encoder", text, (layer,))
+    return Recommendation("encoder", text, (layer,))
 
 
-def to_prune(evidence: pd.DataFrame, layers: Sequence[str]) -> Answer:
+def to_prune(evidence: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
     """Layers without which the loss does not rise beyond the uncertainty, each skipped alone."""
     means = evidence[evidence["noise_level"].isna()]
     known: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def to_prune(evidence: pd.DataFrame, layers: Sequence[str]) -> Answer:
         rows = means[means["criterion"] == criterion].dropna(subset="value")
         known |= {getattr(row, column): row for row in rows.itertuples()}
     if not known:
-        return Answer("prune", "What skipping a layer costs was not measured, or none can be skipped.", ())
+        return Recommendation("prune", "What skipping a layer costs was not measured, or none can be skipped.", ())
     order = sorted((layer for layer in layers if layer in known), key=lambda layer: known[layer].value)
     free = tuple(layer for layer in order if known[layer].low <= 0)
     least = order[0]
@@ -130,7 +130,7 @@ def to_prune(evidence: pd.DataFrame, layers: Sequence[str]) -> Answer:
         text = f"The network does as well without {_listed(free)}, each alone; without {least} {costs}."
     else:
         text = f"No layer can be left out; the one that is needed least is {least}: without it {costs}."
-    return Answer("prune", text, free)
+    return Recommendation("prune", text, free)
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:

@@ -28,9 +28,9 @@ from layerprobe.analyses.selection.ranking import HYPOTHESIS, RankedPair, Select
 from layerprobe.analyses.tables import pair_evidence
 from layerprobe.backbones import Backbone, alignable_layers
 from layerprobe.data import Samples, Splits, Subset
-from layerprobe.extraction import ExtractionPlan, contribution, extract_evidence
+from layerprobe.extraction import ExtractionPlan, ablate_layers, extract_evidence
 from layerprobe.layersync import LayerPair
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 from layerprobe.training import Decision
 
 LEAST_SAMPLES = 24
@@ -154,13 +154,13 @@ def look(
     Raises:
         ValueError: If no two layers have a shape in common, or as `extract`.
     """
-    order = NoiseKey(seed, "order").permutation(len(samples))[:num_samples]
+    order = RandomStream(seed, "order").permutation(len(samples))[:num_samples]
     half = len(order) // 2
     fit, choose = (
         Subset(samples, rows, name=name) for name, rows in (("train", order[:half]), ("validation", order[half:]))
     )
     plan = ExtractionPlan(alignable_layers(model), noise_levels, seed=seed)
-    skipped = contribution(
+    skipped = ablate_layers(
         model, choose, noise_levels, layers=plan.layers, num_samples=SKIPPING_SAMPLES, seed=seed, batch_size=128
     )
     with tempfile.TemporaryDirectory() as folder:

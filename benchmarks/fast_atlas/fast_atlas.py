@@ -36,7 +36,7 @@ from layerprobe.analyses.experiments import (
     BASELINE,
     FRECHET,
     Arm,
-    AtlasPlan,
+    PairSweepPlan,
     Scorer,
     all_pairs,
     branch_scores,
@@ -44,13 +44,13 @@ from layerprobe.analyses.experiments import (
     table,
 )
 from layerprobe.analyses.generation import classifier_extractor
-from layerprobe.analyses.runs import AtlasStart, atlas_start, load_splits
+from layerprobe.analyses.runs import PairSweepStart, load_splits, pair_sweep_start
 from layerprobe.backbones import Backbone, SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.capture import real_tokens
 from layerprobe.data import Samples, Splits
 from layerprobe.files import claim, write_text
 from layerprobe.layersync import LayerPair, LayerSync
-from layerprobe.noise import LinearPath, NoiseKey
+from layerprobe.noise import LinearPath, RandomStream
 from layerprobe.training import TrainingBatch, TrainingPlan, noise_levels, prediction_loss
 
 Array = NDArray[Any]
@@ -63,7 +63,7 @@ def main() -> None:
     options = parsed()
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
     splits = load_splits(options.data, {name: value for name, value in reading.items() if value is not None})[0]
-    start = atlas_start(
+    start = pair_sweep_start(
         options.start,
         steps=options.steps,
         from_scratch=True,
@@ -230,8 +230,8 @@ class Trainer:
 
     def steps(self, seed: int, start: int, stop: int) -> Steps:
         """The batches that `layerprobe.training.batches` makes of these steps."""
-        order, levels, noise = (NoiseKey(seed, name) for name in ("order", "level", "noise"))
-        drops, n = NoiseKey(seed, "label drop"), len(self.samples)
+        order, levels, noise = (RandomStream(seed, name) for name in ("order", "level", "noise"))
+        drops, n = RandomStream(seed, "label drop"), len(self.samples)
         parts = []
         places = np.arange(start * self.plan.batch_size, stop * self.plan.batch_size)
         for epoch in np.unique(places // n).tolist():
@@ -336,9 +336,9 @@ def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
 # ------------------------------------------------------------------------------------------------------------- the jobs
 
 
-def draw(start: AtlasStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
-    """As `layerprobe.analyses.experiments.pair_sweep.chart`; what is finished is not done again."""
-    plan: AtlasPlan = start.plan
+def draw(start: PairSweepStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
+    """As `layerprobe.analyses.experiments.pair_sweep.sweep_pairs`; what is finished is not done again."""
+    plan: PairSweepPlan = start.plan
     number, count = (int(part) for part in shard.split("/"))
     pairs = all_pairs(start.backbone.layers)
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
@@ -384,7 +384,7 @@ def check(trainer: Trainer) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     steps = trainer.steps(0, 0, 1)
     rows = torch.from_numpy(steps.rows).long()
-    noise = NoiseKey(0, "noise").normal(trainer.ids[rows], trainer.samples.shape)
+    noise = RandomStream(0, "noise").normal(trainer.ids[rows], trainer.samples.shape)
     level, label = torch.from_numpy(steps.level).double(), torch.from_numpy(steps.label).long()
     mask = None if trainer.mask is None else trainer.mask[rows]
     batch = TrainingBatch(trainer.samples.batch(rows.tolist()).x, noise, level, label, mask)

@@ -34,7 +34,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from layerprobe.analyses.experiments import FRECHET, read_atlas
+from layerprobe.analyses.experiments import FRECHET, read_pair_sweep
 from layerprobe.analyses.measures import Floats
 from layerprobe.analyses.tables import DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, read_evidence
 from layerprobe.layersync import LayerPair, depth_heuristic
@@ -121,7 +121,7 @@ def read_case(
     atlas = Path(atlas)
     name = name or (atlas.parent.name if atlas.name == "atlas.csv" else atlas.stem)
     model = model or name.split("-steps-")[0]
-    gains, step = _finished(read_atlas(atlas), metric, step, name)
+    gains, step = _finished(read_pair_sweep(atlas), metric, step, name)
     known = None if evidence is None else read_evidence(evidence)
     names = gains.index.tolist()
     layers = execution_order(names + ([] if known is None else known[["student", "teacher"]].to_numpy().tolist()))

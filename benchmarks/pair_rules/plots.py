@@ -15,9 +15,9 @@ from rules import Prediction, judged
 
 from layerprobe.analyses.figures import (
     ARM_COLORS,
+    BACKGROUND,
     GRAY,
     INK,
-    PAPER,
     SPARE_COLORS,
     WIDTH_IN,
     capital,
@@ -75,7 +75,7 @@ def _correlation_panel(axes: Axes, table: pd.DataFrame, order: Sequence[str], na
         y = order.index(row["criterion"]) + offsets[names.index(row["atlas"])]
         color = _color(names, row["atlas"])
         axes.plot([row["low"], row["high"]], [y, y], color=color, lw=0.7, alpha=0.5)
-        filled = color if row["significant"] else PAPER
+        filled = color if row["significant"] else BACKGROUND
         axes.plot(row["rho"], y, _marker(names, row["atlas"]), color=color, mfc=filled, ms=5)
     for row in pooled(table).reset_index().to_dict("records"):
         y = order.index(row["criterion"])
@@ -123,7 +123,7 @@ def picks_figure(predictions: Sequence[Prediction]) -> Figure:
         axes.plot(100 * value.heuristic, rows.index("depth heuristic"), "s", color=ARM_COLORS["depth heuristic"])
         for row in own.to_dict("records"):
             at = 0.0 if np.isnan(row["gain"]) else 100 * row["gain"]  # all pairs are refused
-            fill = PAPER if row["none"] else ARM_COLORS["pick"]
+            fill = BACKGROUND if row["none"] else ARM_COLORS["pick"]
             axes.plot(at, rows.index(row["rule"]), "o", color=ARM_COLORS["pick"], mfc=fill)
         pays = "" if value.pays else ": nothing to gain beyond the noise"
         axes.set_title(textwrap.fill(f"{name}{pays}", max(16, 110 // len(cases))))
@@ -133,7 +133,7 @@ def picks_figure(predictions: Sequence[Prediction]) -> Figure:
         Line2D([], [], color=INK, lw=1.4, label="best pair, by luck and merit"),
         Line2D([], [], color=INK, lw=1.2, ls="--", label="best pair of the other seeds"),
         Line2D([], [], color=GRAY, lw=7, alpha=0.3, label="not told from no alignment (95 %)"),
-        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=PAPER, label="the rule says none"),
+        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="the rule says none"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     metric = predictions[0].case.metric
@@ -174,7 +174,7 @@ def expectations_figure(predictions: Sequence[Prediction]) -> Figure:
         axes.set_title(f"{one.case.name}\n{told}")
     handles = [
         Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], ms=8, label="pick"),
-        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=PAPER, label="tie with the pick"),
+        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="tie with the pick"),
         Line2D([], [], ls="", marker="o", color=GRAY, label="other pair"),
         Line2D([], [], ls="", marker="s", color=ARM_COLORS["depth heuristic"], label="depth heuristic"),
     ]
@@ -192,7 +192,7 @@ def _expectation_panel(axes: Axes, one: Prediction) -> None:
         return
     axes.axhline(0, color=INK, lw=0.8)
     axes.plot(x[others], y[others], "o", color=GRAY, ms=5)
-    axes.plot(x[one.ties], y[one.ties], "o", color=color, mfc=PAPER, ms=5)
+    axes.plot(x[one.ties], y[one.ties], "o", color=color, mfc=BACKGROUND, ms=5)
     axes.plot(x[pick], y[pick], "o", color=color, ms=8)
     heuristic = depth_heuristic(case.layers)
     for index in (i for i, pair in enumerate(case.pairs) if pair == heuristic):

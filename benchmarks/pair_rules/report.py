@@ -48,7 +48,7 @@ from rules import (
 )
 from scipy import stats
 
-from layerprobe.analyses.experiments import FRECHET, HELD_OUT, read_atlas
+from layerprobe.analyses.experiments import FRECHET, HELD_OUT, read_pair_sweep
 from layerprobe.analyses.figures import save
 from layerprobe.analyses.selection import RULE
 from layerprobe.analyses.tables import CKA, RECOVERABILITY
@@ -102,7 +102,7 @@ def read(
     cases = []
     for atlas, evidence in paths:
         try:
-            step = int(read_atlas(atlas)["step"].min()) if options.first else None
+            step = int(read_pair_sweep(atlas)["step"].min()) if options.first else None
             cases.append(read_case(atlas, evidence, metric=metric, step=step))
         except ValueError as error:
             if not quiet:

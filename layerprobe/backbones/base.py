@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture import as_tokens, capture, match_layers
-from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert, schedule_from_name
+from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert_prediction, schedule_from_name
 
 Forward = Callable[..., Tensor]
 
@@ -69,10 +69,10 @@ class Backbone:
             condition: Class labels, shape (B,), or None for the null condition.
 
         Raises:
-            ValueError: If the samples have another shape, or a level makes `convert` divide by zero.
+            ValueError: If the samples have another shape, or a level makes `convert_prediction` divide by zero.
         """
         output = self.predict(x_t, noise_level, condition)
-        velocity = convert(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
+        velocity = convert_prediction(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
         return velocity if self.mask is None else velocity.masked_fill(~self._real(x_t).unsqueeze(1), 0.0)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ from layerprobe.noise import GVP, VP, NoiseSchedule, Prediction, schedule_from_n
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 SD_LATENTS = "latents of Stable Diffusion's VAE x 0.18215"
 # What the training scripts call their predictions.
-PREDICTIONS: dict[str, Prediction] = {"velocity": "velocity", "v": "velocity", "noise": "eps", "score": "score"}
+PREDICTION_NAMES: dict[str, Prediction] = {"velocity": "velocity", "v": "velocity", "noise": "eps", "score": "score"}
 # What they call a path that is not linear, by the schedule of the family on the linear path.
 CURVED_PATHS: Mapping[tuple[str, str], Callable[[], NoiseSchedule]] = MappingProxyType(
     {("sit", "GVP"): GVP, ("sit", "VP"): VP, ("flow", "cosine"): lambda: GVP(data_time=0, noise_time=1)}
@@ -243,9 +243,11 @@ def _convention(
             f"this model was trained on the path {path!r}, which {family.title} does not have; pass --schedule"
         )
     if prediction is None:
-        if name not in (*PREDICTIONS, family.prediction):
-            raise ValueError(f"this model was trained to predict {name!r}; only {', '.join(PREDICTIONS)} are known")
-        prediction = PREDICTIONS.get(name, family.prediction)
+        if name not in (*PREDICTION_NAMES, family.prediction):
+            raise ValueError(
+                f"this model was trained to predict {name!r}; only {', '.join(PREDICTION_NAMES)} are known"
+            )
+        prediction = PREDICTION_NAMES.get(name, family.prediction)
     if isinstance(schedule, NoiseSchedule):
         return schedule, prediction
     with torch.device("cpu"):  # Its tables have values, whatever device the caller makes networks on.

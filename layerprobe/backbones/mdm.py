@@ -90,7 +90,7 @@ class MDM(nn.Module):
         features, width = config.shape[0], config.hidden_size
         # Dictionaries give the official names; what they hold is called in `forward`.
         self.input_process = nn.ModuleDict({"poseEmbedding": nn.Linear(features, width)})
-        self.sequence_pos_encoder = Positions(config.num_positions, width)
+        self.sequence_pos_encoder = PositionalEncoding(config.num_positions, width)
         time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_timestep = nn.ModuleDict({"time_embed": time_embed})
         if config.text_size:
@@ -131,7 +131,7 @@ class MDM(nn.Module):
         return x.new_zeros(())
 
 
-class Positions(nn.Module):
+class PositionalEncoding(nn.Module):
     """Adds the fixed embedding of the place in the sequence; a buffer, because files hold it."""
 
     pe: Tensor

@@ -1,6 +1,6 @@
 from .convention import ConventionCheck as ConventionCheck
 from .convention import check_convention as check_convention
-from .conversion import convert as convert
+from .conversion import convert_checkpoint as convert_checkpoint
 from .opening import describe_checkpoint as describe_checkpoint
 from .opening import open_checkpoint as open_checkpoint
 from .opening import resolve_device as resolve_device

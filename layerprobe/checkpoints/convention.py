@@ -24,7 +24,7 @@ from torch import Tensor
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
 from layerprobe.data import Batch, Samples
-from layerprobe.noise import DDPM_BETAS, NoiseKey, Prediction, convert, schedule_from_name
+from layerprobe.noise import DDPM_BETAS, Prediction, RandomStream, convert_prediction, schedule_from_name
 
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
 # What the field trains, by the names of the command line.
@@ -176,7 +176,7 @@ def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int =
     if n < 8:
         raise ValueError(f"the convention check needs 8 samples or more, got {n}; pass more data")
     batch = samples.batch(range(n))
-    eps = NoiseKey(seed).normal(batch.ids, backbone.shape)
+    eps = RandomStream(seed).normal(batch.ids, backbone.shape)
     backbone = backbone.masked(batch.mask)
     with torch.inference_mode(), evaluating(backbone.module):
         declared, *others = _fits(backbone, KNOWN, batch.x, eps)
@@ -242,7 +242,7 @@ def _errors(
         for prediction in predictions:
             # The same output under another reading; the sign of a velocity is `predict`'s to know.
             reread = replace(backbone, prediction=prediction, forward=lambda *_, output=output: output)
-            estimate = convert(
+            estimate = convert_prediction(
                 reread.predict(x_t, levels.float()).cpu().double(),
                 x_t.double(),
                 levels,

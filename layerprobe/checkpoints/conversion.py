@@ -19,7 +19,7 @@ from layerprobe.checkpoints.weight_sets import read_weights
 from layerprobe.files import whole
 
 
-def convert(
+def convert_checkpoint(
     source: str | Path, out: str | Path, *, weights: str | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
     """Writes one set of weights of a checkpoint as safetensors, types and names as `read_weights` gives them.

@@ -22,7 +22,7 @@ from layerprobe.data.sequences.motion import MotionDecoder
 from layerprobe.data.sequences.skeleton import MAX_CLIPS, Skeleton, find_skeleton
 from layerprobe.data.sequences.video import VideoDecoder
 from layerprobe.files import needed
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 
 Positions = NDArray[np.float64]
 
@@ -77,7 +77,7 @@ class Rendering:
                 for no labels at all.
             seed: Of the lengths.
         """
-        table, key = torch.tensor(self.lengths, dtype=torch.float64), NoiseKey(seed, "length")
+        table, key = torch.tensor(self.lengths, dtype=torch.float64), RandomStream(seed, "length")
         row = (key.uniform(ids, draw=1) * len(table)).long()
         if labels is not None and len(table) > 1:
             row = torch.where(labels < len(table), labels, row)

@@ -1,6 +1,6 @@
 from .ablation import LOSS_INCREASE as LOSS_INCREASE
 from .ablation import VELOCITY_CHANGE as VELOCITY_CHANGE
-from .ablation import contribution as contribution
+from .ablation import ablate_layers as ablate_layers
 from .controls import RAW_INPUT_WIDTH as RAW_INPUT_WIDTH
 from .controls import random_weights as random_weights
 from .controls import raw_input as raw_input

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating, find_layer
 from layerprobe.data import Samples
-from layerprobe.noise import NoiseKey, target
+from layerprobe.noise import RandomStream, target
 
 VELOCITY_CHANGE, LOSS_INCREASE = "velocity change when skipped", "loss increase when skipped"
 
 Progress = Callable[[int, int], None]
-Scores = NDArray[np.float64]
+SampleScores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
+class LayerAblation:
     """What skipping each layer does to the velocity of each sample.
 
     Attributes:
@@ -46,8 +46,8 @@ class Contribution:
 
     layers: tuple[str, ...]
     noise_levels: tuple[float, ...]
-    velocity_change: Scores
-    loss_increase: Scores
+    velocity_change: SampleScores
+    loss_increase: SampleScores
     reasons: Mapping[str, str]
 
     def rows(self, *, source: str = "model", split: str = "test", seed: int = 0) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ class Contribution:
 _NOT_FINITE = "the velocity is zero, or not finite"
 
 
-def contribution(
+def ablate_layers(
     backbone: Backbone,
     samples: Samples,
     noise_levels: Sequence[float],
@@ -86,7 +86,7 @@ def contribution(
     seed: int = 0,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> Contribution:
+) -> LayerAblation:
     """Skips one layer after the other and records what becomes of the predicted velocity, under the null condition.
 
     Up to the skipped layer nothing changes, so what the layers before it gave is kept and given again: L layers cost
@@ -116,7 +116,7 @@ def contribution(
     if num_samples < 1 or not len(samples):
         raise ValueError(f"{min(num_samples, len(samples))} samples show nothing; pass at least 1")
     batch = samples.batch(range(min(num_samples, len(samples))))
-    eps, n = NoiseKey(seed).normal(batch.ids, samples.shape), len(batch.x)
+    eps, n = RandomStream(seed).normal(batch.ids, samples.shape), len(batch.x)
     scores = np.full((2, len(layers), len(levels) * n), np.nan)
     reasons = {name: "what goes into a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
     blocks = [name for name in layers if name not in reasons]
@@ -133,12 +133,12 @@ def contribution(
             if progress:
                 progress(int(rows[-1]) + 1, len(levels) * n)
     velocity_change, loss_increase = scores.reshape(2, len(layers), len(levels), n)
-    return Contribution(layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
+    return LayerAblation(layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
 
 
 def _skips(
     backbone: Backbone, layers: Sequence[str], x: Tensor, eps: Tensor, level: Tensor
-) -> Iterator[tuple[str, Scores | str]]:
+) -> Iterator[tuple[str, SampleScores | str]]:
     """Each layer, as they run, with its two scores per sample, shape (2, B), or with why it cannot be skipped."""
     device, time = backbone.device, level.to(backbone.device, torch.float32)
     x_t = backbone.schedule.corrupt(x, eps, level).to(device)
@@ -161,7 +161,7 @@ def _skips(
             earlier[name] = given[name]
 
 
-def _scores(velocity: Tensor, skipped: Tensor, truth: Tensor) -> Scores:
+def _scores(velocity: Tensor, skipped: Tensor, truth: Tensor) -> SampleScores:
     """The velocity change and the increase of the loss, shape (2, B)."""
     v, v_skip, target_v = (tensor.double().flatten(1) for tensor in (velocity, skipped, truth))
     change = (v - v_skip).square().sum(1) / v.square().sum(1)
@@ -169,7 +169,7 @@ def _scores(velocity: Tensor, skipped: Tensor, truth: Tensor) -> Scores:
     return torch.stack([change, increase]).cpu().numpy()
 
 
-def _means(scores: Scores, seed: int) -> tuple[Scores, Scores, Scores]:
+def _means(scores: SampleScores, seed: int) -> tuple[SampleScores, SampleScores, SampleScores]:
     """Means over the last axis with the ends of their intervals; all rows see the same resamples."""
     n = scores.shape[-1]
     weights = np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=1000) / n

@@ -12,7 +12,7 @@ from layerprobe.data import Samples, Splits, Subset
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
 from layerprobe.extraction.forward import extract
 
-DRAWS, TOKENS_PER_SAMPLE = 2, 8
+EVIDENCE_DRAWS, TOKENS_PER_SAMPLE = 2, 8
 
 
 def pair_layers(layers: Sequence[str]) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def extract_evidence(
     small = replace(
         plan,
         layers=pair_layers(plan.layers),
-        draws=max(DRAWS, plan.draws),
+        draws=max(EVIDENCE_DRAWS, plan.draws),
         pool_cells=1,
         token_samples=num_samples,
         tokens_per_sample=TOKENS_PER_SAMPLE,

@@ -32,7 +32,7 @@ from layerprobe.extraction.features import (
     write_tensors,
 )
 from layerprobe.extraction.tokens import pool_tokens, token_grid
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 
 Progress = Callable[[int, int], None]
 
@@ -211,7 +211,7 @@ def _at_places(tokens: Tensor, mask: Tensor | None, backbone: Backbone, plan: Ex
     count, few = tokens.shape[1], min(plan.tokens_per_sample, tokens.shape[1])
     if not few:
         return tokens
-    order = NoiseKey(plan.seed, "order").permutation(count)
+    order = RandomStream(plan.seed, "order").permutation(count)
     if mask is None or count == 1:
         return tokens[:, order[:few].sort().values.to(tokens.device)]
     grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
@@ -262,7 +262,7 @@ def _shard(
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
         raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
-    noise = NoiseKey(plan.seed)
+    noise = RandomStream(plan.seed)
     n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
     features: dict[str, Tensor] = {}

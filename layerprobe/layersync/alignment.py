@@ -95,7 +95,7 @@ def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | 
     return counts
 
 
-def effective_rank(tokens: Tensor) -> float:
+def token_rank(tokens: Tensor) -> float:
     """How many directions tokens (n, D) take: exponential of the entropy of their normalized singular values, centered.
 
     At least 1, at most min(n - 1, D); 0 where all tokens are equal. Of more than `MOST_TOKENS` tokens that many are

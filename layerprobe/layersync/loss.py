@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerprobe.capture import as_tokens, capture, evaluating, find_layer
-from layerprobe.layersync.alignment import Projectors, effective_rank, mean_cosine, tokens_that_count
+from layerprobe.layersync.alignment import Projectors, mean_cosine, token_rank, tokens_that_count
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair, as_pair
 from layerprobe.layersync.recorder import PassRecorder, forget_compiled
 
-PAPER = SyncOptions()
+PAPER_OPTIONS = SyncOptions()
 # Of all pair atlases in docs/atlas. LayerSync has 0.2 for SiT-XL/2, and 0.1 to 0.7 alike on SiT-B/2.
 WEIGHT = 0.3
 # A student whose effective rank is below this share of the highest seen has collapsed.
@@ -107,7 +107,7 @@ class LayerSync:
         pairs: Iterable[LayerPair | tuple[str, str]],
         *,
         weight: float,
-        options: SyncOptions = PAPER,
+        options: SyncOptions = PAPER_OPTIONS,
         tokens: Callable[[Any, str], Tensor] = as_tokens,
     ) -> None:
         self.pairs = tuple(as_pair(pair) for pair in pairs)
@@ -336,7 +336,7 @@ class LayerSync:
         return [float(gradient.norm()) for gradient in torch.autograd.grad(values, students)]
 
     def _rank(self, term: _Term) -> dict[str, float]:
-        student, rank = term.pair.student, effective_rank(term.tokens_that_count)
+        student, rank = term.pair.student, token_rank(term.tokens_that_count)
         highest = self._highest_ranks[student] = max(rank, self._highest_ranks.get(student, 0.0))
         return {f"effective rank {student}": rank, f"collapse {student}": float(rank < COLLAPSE * highest)}
 

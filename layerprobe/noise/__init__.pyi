@@ -1,11 +1,11 @@
-from .keyed import NoiseKey as NoiseKey
 from .predictions import END as END
 from .predictions import PREDICTIONS as PREDICTIONS
 from .predictions import Prediction as Prediction
-from .predictions import convert as convert
+from .predictions import convert_prediction as convert_prediction
 from .predictions import error_weight as error_weight
 from .predictions import target as target
 from .predictions import time_range as time_range
+from .random_stream import RandomStream as RandomStream
 from .schedules import DDPM as DDPM
 from .schedules import DDPM_BETAS as DDPM_BETAS
 from .schedules import EDM as EDM

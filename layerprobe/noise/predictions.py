@@ -57,7 +57,7 @@ def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, 
     return (END, 1 - END) if cut else (0.0, 1.0)
 
 
-def convert(
+def convert_prediction(
     output: Tensor, x_t: Tensor, level: Tensor, schedule: NoiseSchedule, *, source: Prediction, to: Prediction
 ) -> Tensor:
     """Turns one kind of prediction into another.

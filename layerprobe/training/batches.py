@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerprobe.backbones import Backbone
 from layerprobe.data import Batch, Samples
-from layerprobe.noise import NoiseKey, time_range
+from layerprobe.noise import RandomStream, time_range
 
 if TYPE_CHECKING:
     from layerprobe.training.plan import TrainingPlan
@@ -77,7 +77,7 @@ def batches(
         start: The first step.
         mine: Which of a step's positions this process takes; all of them where there is one process.
     """
-    order, n, permutations = NoiseKey(plan.seed, "order"), len(samples), {}
+    order, n, permutations = RandomStream(plan.seed, "order"), len(samples), {}
     for step in range(start, plan.steps):
         positions = mine(range(step * plan.batch_size, (step + 1) * plan.batch_size))
         parts = []
@@ -129,11 +129,11 @@ def prefetched(items: Iterator[Item], *, ahead: int = 2) -> Generator[Item]:
 
 def _noised(batch: Batch, epoch: int, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> TrainingBatch:
     """Samples of one epoch with their noise, levels and dropped labels."""
-    levels = NoiseKey(plan.seed, "level")
-    drop = NoiseKey(plan.seed, "label drop").uniform(batch.ids, draw=epoch) < plan.label_drop
+    levels = RandomStream(plan.seed, "level")
+    drop = RandomStream(plan.seed, "label drop").uniform(batch.ids, draw=epoch) < plan.label_drop
     return TrainingBatch(
         batch.x,
-        NoiseKey(plan.seed, "noise").normal(batch.ids, samples.shape, draw=epoch),
+        RandomStream(plan.seed, "noise").normal(batch.ids, samples.shape, draw=epoch),
         noise_levels(levels.uniform(batch.ids, draw=epoch), backbone, plan),
         None if batch.labels is None else batch.labels.masked_fill(drop, samples.num_classes),
         batch.mask,

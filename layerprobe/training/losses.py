@@ -10,7 +10,7 @@ from torch import Tensor
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
 from layerprobe.data import Batch, Samples
-from layerprobe.noise import END, NoiseKey, error_weight, target
+from layerprobe.noise import END, RandomStream, error_weight, target
 from layerprobe.training.batches import TrainingBatch
 from layerprobe.training.plan import LossWeighting
 
@@ -81,7 +81,7 @@ def held_out_loss(
     with evaluating(backbone.module):
         for start in range(0, len(samples), batch_size):
             batch: Batch = samples.batch(range(start, min(start + batch_size, len(samples))))
-            eps = NoiseKey(seed).normal(batch.ids, samples.shape)
+            eps = RandomStream(seed).normal(batch.ids, samples.shape)
             for level in levels:
                 at = torch.full((len(batch.x),), level, dtype=torch.float64)
                 noised = TrainingBatch(batch.x, eps, at, None, batch.mask)

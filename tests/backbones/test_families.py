@@ -21,7 +21,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.families import FAMILIES, Opened, _convention, build, recognize
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.capture import capture
-from layerprobe.noise.predictions import convert
+from layerprobe.noise.predictions import convert_prediction
 from layerprobe.noise.schedules import DDPM, GVP
 
 KIN = [name for name in FAMILIES if name != "mdm"]  # those with the names of SiT
@@ -160,7 +160,7 @@ def test_dit_families_give_the_noise_of_a_thousand_linear_betas(family: str) -> 
     x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
     velocity = backbone(x, level, label)
     for kind, wanted in (("eps", eps), ("x0", x0)):
-        got = convert(velocity, x, level, backbone.schedule, source="velocity", to=kind)
+        got = convert_prediction(velocity, x, level, backbone.schedule, source="velocity", to=kind)
         torch.testing.assert_close(got, wanted.float(), rtol=1e-3, atol=1e-3)  # the angles' digits, see above
 
 
@@ -260,7 +260,7 @@ def test_curved_paths_open_with_their_own_time_and_output(family: str, path: str
     told = 0.7 if family == "repa" else 0.3
     out = plain_sit(tensors, CONFIG, x_t, torch.full((2,), told), label)[-1].double()
     level = torch.full((2,), sigma / (alpha + sigma), dtype=torch.float64)
-    got = convert(backbone(x_t, level, label), x_t, level, backbone.schedule, source="velocity", to="eps")
+    got = convert_prediction(backbone(x_t, level, label), x_t, level, backbone.schedule, source="velocity", to="eps")
     if family == "repa":  # points to noise
         out, prediction = -out, "velocity"
     if prediction == "velocity":  # two equations: x_t = alpha x + sigma eps, out = alpha' x + sigma' eps

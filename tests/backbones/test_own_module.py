@@ -18,7 +18,7 @@ from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.data.sources import load
 from layerprobe.extraction.features import ExtractionPlan
 from layerprobe.extraction.forward import extract
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.random_stream import RandomStream
 
 NETWORK = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
 CONVENTION = {"schedule": "ddpm-linear", "prediction": "eps", "shape": (1, 28, 28)}
@@ -33,7 +33,7 @@ def own(checkpoint: Path) -> Backbone:
 def test_published_error_is_reached(shared_data: Path, shared_checkpoints: Path) -> None:
     backbone = own(shared_checkpoints / "ddpm_mnist.pt")
     batch = load(shared_data / "mnist", num_test=128).test.batch(range(128))
-    eps = NoiseKey(0).normal(batch.ids, backbone.shape)
+    eps = RandomStream(0).normal(batch.ids, backbone.shape)
     for time, published in EPS_MSE.items():
         level = backbone.schedule.noise_level(torch.full((128,), time))
         with torch.inference_mode():

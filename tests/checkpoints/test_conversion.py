@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layerprobe.checkpoints import conversion
-from layerprobe.checkpoints.conversion import convert
+from layerprobe.checkpoints.conversion import convert_checkpoint
 from layerprobe.checkpoints.weight_sets import read_weights
 from layerprobe.cli.convert import convert as command
 
@@ -49,7 +49,7 @@ def run(*arguments: object) -> None:
 
 
 def test_the_weights_come_back_as_they_were_read(source: Path, tmp_path: Path) -> None:
-    record = convert(source, tmp_path / "new" / "out.safetensors")
+    record = convert_checkpoint(source, tmp_path / "new" / "out.safetensors")
     written, wanted = load_file(tmp_path / "new" / "out.safetensors"), read_weights(source).tensors
     assert set(written) == set(wanted)
     assert all(
@@ -68,13 +68,13 @@ def test_the_json_file_is_json_for_every_reader(source: Path, tmp_path: Path) ->
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    convert(source, tmp_path / "out.safetensors")
+    convert_checkpoint(source, tmp_path / "out.safetensors")
     json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
 
 
 def test_our_own_record_goes_along(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"layerprobe": '{"family": "sit"}'})
-    convert(tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "out.safetensors")
     assert read_weights(tmp_path / "out.safetensors").record == {"family": "sit"}
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # Without it other libraries refuse the file.
@@ -82,33 +82,33 @@ def test_our_own_record_goes_along(tmp_path: Path) -> None:
 
 def test_repeating_does_nothing_and_other_weights_are_not_overwritten(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    record = convert(source, out)
+    record = convert_checkpoint(source, out)
     before = {path: path.stat().st_mtime_ns for path in (out, out.with_suffix(".json"))}
-    assert convert(source, out) == record
+    assert convert_checkpoint(source, out) == record
     with pytest.raises(
         ValueError, match=r"out.safetensors exists and does not hold these weights; choose another --out"
     ):
-        convert(source, out, weights="model")
+        convert_checkpoint(source, out, weights="model")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     out.unlink()
     out.with_suffix(".json").write_text("mine")
     with pytest.raises(ValueError, match=r"out.json exists and does not hold these weights; choose another --out"):
-        convert(source, out)
+        convert_checkpoint(source, out)
     assert out.with_suffix(".json").read_text() == "mine" and not out.exists()
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out", "safetensors"])
 def test_other_names_are_refused(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"is not the name of a safetensors file; end it in .safetensors$"):
-        convert(source, tmp_path / name)
+        convert_checkpoint(source, tmp_path / name)
 
 
 def test_types_without_a_place_in_safetensors_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2, dtype=torch.complex128)}, tmp_path / "c.pt")
     with pytest.raises(
-        ValueError, match=r"c.pt does not fit into safetensors \(.*complex128.*\); convert its types first$"
+        ValueError, match=r"c.pt does not fit into safetensors \(.*complex128.*\); convert_checkpoint its types first$"
     ):
-        convert(tmp_path / "c.pt", tmp_path / "out.safetensors")
+        convert_checkpoint(tmp_path / "c.pt", tmp_path / "out.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
@@ -120,10 +120,10 @@ def test_an_interrupted_conversion_can_be_repeated(
 
     monkeypatch.setattr(conversion, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out.safetensors")
+        convert_checkpoint(source, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists() and not (tmp_path / "out.json").exists()
     monkeypatch.undo()
-    convert(source, tmp_path / "out.safetensors")
+    convert_checkpoint(source, tmp_path / "out.safetensors")
 
 
 def test_sharded_sources_have_a_hash_of_all_their_files(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_sharded_sources_have_a_hash_of_all_their_files(tmp_path: Path) -> None:
         save_file({f"w{i}": torch.ones(2)}, tmp_path / f"{i}.safetensors")
     index = {"weight_map": {"w0": "0.safetensors", "w1": "1.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
-    before = convert(tmp_path, tmp_path / "out" / "a.safetensors")
+    before = convert_checkpoint(tmp_path, tmp_path / "out" / "a.safetensors")
     save_file({"w1": torch.zeros(2)}, tmp_path / "1.safetensors")
-    after = convert(tmp_path, tmp_path / "out" / "b.safetensors")
+    after = convert_checkpoint(tmp_path, tmp_path / "out" / "b.safetensors")
     assert before["source_sha256"] != after["source_sha256"] and len(after["source_sha256"]) == 64
 
 

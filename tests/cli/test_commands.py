@@ -69,7 +69,7 @@ def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]
     expected += ["selection.json"]
-    expected = ["contribution.csv", "convention.json", *expected, "similarity.csv"]
+    expected = ["ablation.csv", "convention.json", *expected, "similarity.csv"]
     assert sorted(p.name for p in run_folder.iterdir()) == expected
     figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
     assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}

@@ -21,7 +21,7 @@ from layerprobe.data.latents.vae import decode, encode, latent_shape
 from layerprobe.data.samples import Batch, Samples, TensorSamples
 from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import split
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.random_stream import RandomStream
 
 SHAPE = (4, 3, 2)
 
@@ -77,7 +77,7 @@ def test_repa_latents_are_drawn_and_scaled(tmp_path: Path) -> None:
     folder = write_repa(tmp_path, mean, deviation)
     assert latent_format(folder) == latent_format(folder / "vae-sd") == "vae-sd"
     samples = load_latents(folder, seed=5)
-    eps = NoiseKey(5, "latent").normal(torch.arange(9), SHAPE)
+    eps = RandomStream(5, "latent").normal(torch.arange(9), SHAPE)
     batch = everything(samples)
     assert torch.allclose(batch.x, (mean + deviation * eps) * 0.18215, rtol=1e-6)
     assert batch.labels is not None
@@ -102,7 +102,7 @@ def test_draws_follow_the_posterior(tmp_path: Path) -> None:
 def test_the_posterior_noise_is_not_the_noise_of_probing(tmp_path: Path) -> None:
     """Else x_t would hold its own noise twice."""
     samples = load_latents(write_repa(tmp_path, torch.zeros(3, *SHAPE), torch.ones(3, *SHAPE)), scale=1)
-    assert not torch.allclose(everything(samples).x, NoiseKey(0).normal(samples.ids, SHAPE))
+    assert not torch.allclose(everything(samples).x, RandomStream(0).normal(samples.ids, SHAPE))
 
 
 def test_unlabeled_repa_latents(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_encoded_images_are_the_scaled_draws_of_the_autoencoder(
     samples, (shift, scale) = images(), FACTORS[kind]
     encoded = encode(samples, vae_folders[kind], tmp_path, seed=3, batch_size=3)
     mean, std = moments(vae_folders[kind], samples.x)
-    z = mean + std * NoiseKey(3, "latent").normal(samples.ids, (4, 4, 2))
+    z = mean + std * RandomStream(3, "latent").normal(samples.ids, (4, 4, 2))
     batch = everything(encoded)
     # Convolutions round otherwise in batches of another size.
     assert torch.allclose(batch.x, (z - shift) * scale, atol=1e-4)
@@ -532,7 +532,7 @@ def test_other_weights_and_other_images_are_encoded_anew(tmp_path: Path, vae_fol
     assert len({samples.fingerprint for samples in encoded}) == len(list(tmp_path.iterdir())) == 3
     for (samples, kind), found in zip(arguments, encoded, strict=True):
         mean, std = moments(vae_folders[kind], samples.x)
-        z = mean + std * NoiseKey(0, "latent").normal(samples.ids, (4, 4, 2))
+        z = mean + std * RandomStream(0, "latent").normal(samples.ids, (4, 4, 2))
         assert torch.allclose(everything(found).x, z * 0.18215, atol=1e-4)
 
 

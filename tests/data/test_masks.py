@@ -16,12 +16,12 @@ from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.capture import capture, real_tokens
 from layerprobe.checkpoints.convention import check_convention
 from layerprobe.data.samples import Batch, Splits, Subset, TensorSamples, joined
-from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.controls import raw_input
 from layerprobe.extraction.features import SPLITS, ExtractionPlan
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.tokens import pool_tokens
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.random_stream import RandomStream
 from layerprobe.sampling import guided
 
 LENGTHS = torch.tensor([6, 8, 3, 5])
@@ -173,7 +173,7 @@ def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_pat
         samples = dict(splits.items())[name]
         batch = samples.batch(range(len(samples)))
         assert batch.mask is not None
-        x_t = backbone.schedule.corrupt(batch.x, NoiseKey(0).normal(batch.ids, (2, 8), draw=0), torch.tensor(0.5))
+        x_t = backbone.schedule.corrupt(batch.x, RandomStream(0).normal(batch.ids, (2, 8), draw=0), torch.tensor(0.5))
         with torch.inference_mode(), capture(backbone.module, [layer]) as outputs:
             backbone.masked(batch.mask).predict(x_t, torch.full((len(x_t),), 0.5), None)
         for tokens, every, real in zip(kept, outputs[layer].numpy(), real_tokens(batch.mask, (4,)), strict=True):
@@ -185,7 +185,7 @@ def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_pat
 
 def test_contribution_and_convention_do_not_see_the_padding() -> None:
     backbone = tiny_sit(shape=(2, 8))
-    found = [contribution(backbone, splits_of(fill).test, (0.3, 0.8)).velocity_change for fill in (0.0, 7.0)]
+    found = [ablate_layers(backbone, splits_of(fill).test, (0.3, 0.8)).velocity_change for fill in (0.0, 7.0)]
     assert found[0].tolist() == found[1].tolist()
     scores = [check_convention(backbone, splits_of(fill).train).declared.score for fill in (0.0, 7.0)]
     assert scores[0] == scores[1]

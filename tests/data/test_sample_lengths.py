@@ -10,7 +10,7 @@ from tiny import tiny_sit
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.noise.keyed import NoiseKey
+from layerprobe.noise.random_stream import RandomStream
 from layerprobe.sampling import SamplingPlan, sample
 
 LENGTHS = (6, 8, 2, 4)
@@ -39,12 +39,12 @@ def shortened(long: Backbone, length: int) -> Backbone:
 @pytest.fixture
 def noise_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short samples start from the beginning of a long one's noise."""
-    drawn = NoiseKey.normal
+    drawn = RandomStream.normal
 
-    def normal(self: NoiseKey, ids: Tensor, shape: tuple[int, ...], *, draw: int = 0) -> Tensor:
+    def normal(self: RandomStream, ids: Tensor, shape: tuple[int, ...], *, draw: int = 0) -> Tensor:
         return drawn(self, ids, (2, 8), draw=draw)[..., : shape[-1]]
 
-    monkeypatch.setattr(NoiseKey, "normal", normal)
+    monkeypatch.setattr(RandomStream, "normal", normal)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
+from layerprobe.analyses.measures.spectrum import token_rank as effective_rank_of_features
 from layerprobe.layersync.alignment import (
     MOST_TOKENS,
     Projectors,
-    effective_rank,
     mean_cosine,
     token_cosines,
+    token_rank,
     tokens_that_count,
 )
 
@@ -140,21 +140,21 @@ def test_samples_and_mask_both_have_their_say() -> None:
 @pytest.mark.parametrize("shape", [(200, 12), (9, 30)])
 def test_effective_rank_is_that_of_the_analyses(shape: tuple[int, int]) -> None:
     x = tokens(3, shape) * torch.linspace(0.01, 2, shape[1]) + 1000
-    assert effective_rank(x) == pytest.approx(effective_rank_of_features(x.numpy()), rel=1e-6)
+    assert token_rank(x) == pytest.approx(effective_rank_of_features(x.numpy()), rel=1e-6)
 
 
 def test_effective_rank_of_what_has_collapsed() -> None:
     direction = tokens(0, (8,))
-    assert effective_rank(torch.outer(tokens(1, (50,)), direction)) == pytest.approx(1, abs=1e-3)
-    assert effective_rank(direction.float().expand(50, 8)) == 0
-    assert effective_rank(torch.zeros(50, 8)) == 0
+    assert token_rank(torch.outer(tokens(1, (50,)), direction)) == pytest.approx(1, abs=1e-3)
+    assert token_rank(direction.float().expand(50, 8)) == 0
+    assert token_rank(torch.zeros(50, 8)) == 0
 
 
 def test_effective_rank_of_many_tokens_is_that_of_some_of_them() -> None:
     x = tokens(0, (3 * MOST_TOKENS, 6), torch.float32) * torch.linspace(0.1, 1, 6)
-    assert effective_rank(x) == effective_rank(x)
+    assert token_rank(x) == token_rank(x)
     # A sample of 4096 gives singular values to about 1 / sqrt(2 * 4096).
-    assert effective_rank(x) == pytest.approx(effective_rank_of_features(x.numpy().astype(np.float64)), rel=0.02)
+    assert token_rank(x) == pytest.approx(effective_rank_of_features(x.numpy().astype(np.float64)), rel=0.02)
 
 
 def test_each_pair_has_a_head_of_its_own() -> None:

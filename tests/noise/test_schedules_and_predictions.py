@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.noise.keyed import PURPOSES, NoiseKey, Purpose
-from layerprobe.noise.predictions import END, PREDICTIONS, Prediction, convert, error_weight, target, time_range
+from layerprobe.noise.predictions import (
+    END,
+    PREDICTIONS,
+    Prediction,
+    convert_prediction,
+    error_weight,
+    target,
+    time_range,
+)
+from layerprobe.noise.random_stream import PURPOSES, Purpose, RandomStream
 from layerprobe.noise.schedules import (
     DDPM,
     EDM,
@@ -425,10 +433,10 @@ def test_every_prediction_becomes_every_other(name: str, source: Prediction, to:
     x, eps = torch.randn(2, len(LEVELS), 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t = schedule.corrupt(x, eps, LEVELS)
     given_, wanted = (target(kind, schedule, x=x, eps=eps, level=LEVELS) for kind in (source, to))
-    got = convert(given_, x_t, LEVELS, schedule, source=source, to=to)
+    got = convert_prediction(given_, x_t, LEVELS, schedule, source=source, to=to)
     # 1e-10: the levels reach within 0.01 of the singular ends, where eight of sixteen digits would still be left.
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
-    back = convert(got, x_t, LEVELS, schedule, source=to, to=source)
+    back = convert_prediction(got, x_t, LEVELS, schedule, source=to, to=source)
     torch.testing.assert_close(back, given_, rtol=1e-10, atol=1e-10)
 
 
@@ -447,18 +455,18 @@ def test_conversions_have_the_forms_of_the_papers() -> None:
         (path, "eps", "velocity", (output - x_t) / (1 - at)),
         (path, "x0", "velocity", (x_t - output) / at),
     ):
-        got = convert(output, x_t, LEVELS, schedule, source=source, to=to)
+        got = convert_prediction(output, x_t, LEVELS, schedule, source=source, to=to)
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_conversion_keeps_the_type_of_the_output_and_returns_it_where_nothing_changes() -> None:
     output, x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     at, path = torch.tensor([0.2, 0.5, 0.8]), LinearPath()
-    assert convert(output, x_t, at, path, source="eps", to="eps") is output
-    assert convert(output, x_t, at, path, source="eps", to="x0").dtype == torch.float32
-    double = convert(output.double(), x_t.double(), at.double(), path, source="eps", to="velocity")
+    assert convert_prediction(output, x_t, at, path, source="eps", to="eps") is output
+    assert convert_prediction(output, x_t, at, path, source="eps", to="x0").dtype == torch.float32
+    double = convert_prediction(output.double(), x_t.double(), at.double(), path, source="eps", to="velocity")
     torch.testing.assert_close(
-        convert(output, x_t, at, path, source="eps", to="velocity"), double.float(), rtol=1e-5, atol=1e-5
+        convert_prediction(output, x_t, at, path, source="eps", to="velocity"), double.float(), rtol=1e-5, atol=1e-5
     )
 
 
@@ -485,12 +493,12 @@ def test_conversion_refuses_levels_that_do_not_determine_it(
 ) -> None:
     levels = torch.tensor([0.5, at])
     with pytest.raises(ValueError, match=f"{source} at noise level {at:g} does not determine {to}; keep noise levels"):
-        convert(torch.ones(2, 3), torch.ones(2, 3), levels, schedule_from_name(name), source=source, to=to)
+        convert_prediction(torch.ones(2, 3), torch.ones(2, 3), levels, schedule_from_name(name), source=source, to=to)
 
 
 def test_conversion_refuses_unknown_predictions() -> None:
     with pytest.raises(ValueError, match="unknown prediction 'flow'; use one of velocity, eps, x0, v, score"):
-        convert(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="flow", to="eps")
+        convert_prediction(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="flow", to="eps")
 
 
 @given(st.floats(1e-6, 1 - 1e-6), st.sampled_from(list(SCHEDULES)))
@@ -500,7 +508,7 @@ def test_velocity_conversion_is_exact_wherever_it_is_defined(at: float, name: st
     x_t, velocity = schedule.corrupt(x, eps, level(at)), target("velocity", schedule, x=x, eps=eps, level=level(at))
     # What is left of sixteen digits after dividing by a determinant that may be as large as 1e12 or as small as 1.
     for to, wanted in (("x0", x), ("eps", eps)):
-        got = convert(velocity, x_t, level(at), schedule, source="velocity", to=to)
+        got = convert_prediction(velocity, x_t, level(at), schedule, source="velocity", to=to)
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
@@ -514,15 +522,15 @@ def test_keyed_numbers_are_these_forever() -> None:
         [-0.2933390140533447, 1.703830599784851, 1.5391918420791626],
         [0.173655167222023, 0.08959107846021652, 0.7525456547737122],
     ]
-    assert NoiseKey(7).normal(ids, (3,)).tolist() == normal
-    assert NoiseKey(7, "level").uniform(ids).tolist() == [0.8325354439343788, 0.5844585136340464]
-    assert NoiseKey(7, "order").permutation(8).tolist() == [3, 6, 0, 7, 5, 2, 4, 1]
-    drawn = NoiseKey(7, "sampling").normal(torch.tensor([5]), (2,), draw=3)
+    assert RandomStream(7).normal(ids, (3,)).tolist() == normal
+    assert RandomStream(7, "level").uniform(ids).tolist() == [0.8325354439343788, 0.5844585136340464]
+    assert RandomStream(7, "order").permutation(8).tolist() == [3, 6, 0, 7, 5, 2, 4, 1]
+    drawn = RandomStream(7, "sampling").normal(torch.tensor([5]), (2,), draw=3)
     assert drawn.tolist() == [[1.8070327043533325, 1.1463477611541748]]
 
 
 def test_noise_of_a_sample_is_the_same_bits_in_any_batch() -> None:
-    key, ids = NoiseKey(3), torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:64]
+    key, ids = RandomStream(3), torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:64]
     together = key.normal(ids, (2, 4, 4), draw=1)
     assert together.shape == (64, 2, 4, 4)
     assert together.dtype == torch.float32
@@ -536,14 +544,14 @@ def test_noise_of_a_sample_is_the_same_bits_in_any_batch() -> None:
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=6), st.integers(0, 2**63 - 1))
 def test_noise_does_not_depend_on_its_neighbors(ids: list[int], seed: int) -> None:
-    key, batch = NoiseKey(seed), torch.tensor(ids)
+    key, batch = RandomStream(seed), torch.tensor(ids)
     first = key.normal(batch, (4,))
     assert torch.equal(first[-1:], key.normal(batch[-1:], (4,)))
     assert bool(first.isfinite().all())
 
 
 def test_seeds_purposes_samples_and_draws_have_streams_of_their_own() -> None:
-    keys = [NoiseKey(seed, purpose) for seed in (0, 1, 2**62) for purpose in PURPOSES]
+    keys = [RandomStream(seed, purpose) for seed in (0, 1, 2**62) for purpose in PURPOSES]
     ids = torch.tensor([0, 1, 2, 2**40, -1])
     rows = torch.cat([key.normal(ids, (8,), draw=draw) for key in keys for draw in (0, 1, 7)])
     assert len(rows.unique(dim=0)) == len(rows)
@@ -555,14 +563,14 @@ def test_seeds_purposes_samples_and_draws_have_streams_of_their_own() -> None:
         (0, "noise", 1, 0),
         (0, "noise", 0, 1),
     ]
-    long = [NoiseKey(s, purpose).normal(torch.tensor([i]), (20_000,), draw=d)[0] for s, purpose, i, d in neighbors]
+    long = [RandomStream(s, purpose).normal(torch.tensor([i]), (20_000,), draw=d)[0] for s, purpose, i, d in neighbors]
     correlation = torch.corrcoef(torch.stack(long)) - torch.eye(5)
     # Five standard errors of a correlation of 20 000 independent pairs.
     assert float(correlation.abs().max()) < 5 / math.sqrt(20_000)
 
 
 def test_keyed_noise_is_standard_normal_and_uniform() -> None:
-    normal = NoiseKey(0).normal(torch.arange(400), (500,)).double()
+    normal = RandomStream(0).normal(torch.arange(400), (500,)).double()
     n = normal.numel()
     # Five standard errors of the moments of n = 200 000 normal numbers.
     assert abs(float(normal.mean())) < 5 / math.sqrt(n)
@@ -570,22 +578,22 @@ def test_keyed_noise_is_standard_normal_and_uniform() -> None:
     assert abs(float((normal**4).mean()) - 3) < 5 * math.sqrt(96 / n)
     # Across samples, too, at one place: the ids are what differs there.
     assert float(normal.mean(0).abs().max()) < 5 / math.sqrt(400)
-    uniform = NoiseKey(0, "level").uniform(torch.arange(4000))
+    uniform = RandomStream(0, "level").uniform(torch.arange(4000))
     assert 0 <= float(uniform.min()) <= float(uniform.max()) < 1
     counts = torch.histc(uniform, 10, 0, 1)
     assert float((counts - 400).abs().max()) < 5 * math.sqrt(4000 * 0.1 * 0.9)
 
 
 def test_orders_are_permutations_that_change_with_the_epoch() -> None:
-    key = NoiseKey(0, "order")
+    key = RandomStream(0, "order")
     first, second = key.permutation(50), key.permutation(50, draw=1)
     assert first.dtype == torch.int64
     assert sorted(first.tolist()) == list(range(50))
     assert first.tolist() != second.tolist()
-    assert torch.equal(first, NoiseKey(0, "order").permutation(50))
+    assert torch.equal(first, RandomStream(0, "order").permutation(50))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed must be between 0 and 2\*\*63 - 1, got {seed}"):
-        NoiseKey(seed)
+        RandomStream(seed)

@@ -29,7 +29,7 @@ from layerprobe.checkpoints.opening import open_checkpoint, training_record
 from layerprobe.data.samples import TensorSamples
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
-from layerprobe.noise.predictions import convert
+from layerprobe.noise.predictions import convert_prediction
 from layerprobe.noise.schedules import DDPM, LinearPath, schedule_from_name
 from layerprobe.training import loop
 from layerprobe.training.batches import TrainingBatch, batches
@@ -176,7 +176,7 @@ def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(batch: TrainingBat
     batch, schedule = replace(batch, level=level), backbone.schedule
     x_t = schedule.corrupt(batch.x, batch.eps, level)
     output = backbone.predict(x_t, level.float(), batch.condition)
-    x0 = convert(output, x_t, level, schedule, source=prediction, to="x0")
+    x0 = convert_prediction(output, x_t, level, schedule, source=prediction, to="x0")
     snr = (schedule.alpha(level) / schedule.sigma(level)) ** 2
     expected = snr.clamp(max=4.0) * (x0 - batch.x).double().square().mean((1, 2, 3))
     weights = loss_weights(backbone, level, weighting="min-snr", snr_gamma=4.0)

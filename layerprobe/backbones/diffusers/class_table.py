@@ -45,7 +45,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Family:
+class DiffusersClass:
     """One class, or several that are called alike.
 
     Attributes:
@@ -356,14 +356,14 @@ _BLOCKS = ("transformer_blocks.*",)
 _DOUBLE_SINGLE = ("transformer_blocks.*", "single_transformer_blocks.*")
 _DOUBLE_SINGLE_NAMES = ("transformer_blocks", "single_transformer_blocks")
 
-_WAN = Family(
+_WAN = DiffusersClass(
     layers=("blocks.*",),
     patch=lambda c: tuple(c.patch_size),
     text=lambda c: (512, c.text_dim, 0),
     arguments=_only_text,
     trained=_FLOW,
 )
-_VIDEO_UNET = Family(
+_VIDEO_UNET = DiffusersClass(
     layers=_STAGES,
     patch=lambda c: (1, *_halvings(c)),
     text=_unet_text,
@@ -371,9 +371,9 @@ _VIDEO_UNET = Family(
     frames=_STAGE_NAMES,
 )
 
-FAMILIES: dict[str, Family] = {
-    "DiTTransformer2DModel": Family(layers=_BLOCKS, patch=_patch2d, size=_square, trained=_DDPM),
-    "PixArtTransformer2DModel": Family(
+CLASSES: dict[str, DiffusersClass] = {
+    "DiTTransformer2DModel": DiffusersClass(layers=_BLOCKS, patch=_patch2d, size=_square, trained=_DDPM),
+    "PixArtTransformer2DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch2d,
         size=_square,
@@ -381,7 +381,7 @@ FAMILIES: dict[str, Family] = {
         arguments=_pixart,
         trained=_DDPM,
     ),
-    "SD3Transformer2DModel": Family(
+    "SD3Transformer2DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch2d,
         size=_square,
@@ -390,7 +390,7 @@ FAMILIES: dict[str, Family] = {
         second=("transformer_blocks",),
         trained=_FLOW,
     ),
-    "FluxTransformer2DModel": Family(
+    "FluxTransformer2DModel": DiffusersClass(
         layers=_DOUBLE_SINGLE,
         patch=lambda c: (2, 2),
         text=lambda c: (512, c.joint_attention_dim, c.pooled_projection_dim),
@@ -400,7 +400,7 @@ FAMILIES: dict[str, Family] = {
         times=(0, 1),
         trained=_FLOW,
     ),
-    "ChromaTransformer2DModel": Family(
+    "ChromaTransformer2DModel": DiffusersClass(
         layers=_DOUBLE_SINGLE,
         patch=lambda c: (2, 2),
         text=lambda c: (512, c.joint_attention_dim, 0),
@@ -410,7 +410,7 @@ FAMILIES: dict[str, Family] = {
         times=(0, 1),
         trained=_FLOW,
     ),
-    "QwenImageTransformer2DModel": Family(
+    "QwenImageTransformer2DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=lambda c: (2, 2),
         text=lambda c: (64, c.joint_attention_dim, 0),
@@ -420,7 +420,7 @@ FAMILIES: dict[str, Family] = {
         times=(0, 1),
         trained=_FLOW,
     ),
-    "AuraFlowTransformer2DModel": Family(
+    "AuraFlowTransformer2DModel": DiffusersClass(
         layers=("joint_transformer_blocks.*", "single_transformer_blocks.*"),
         patch=_patch2d,
         size=_square,
@@ -430,7 +430,7 @@ FAMILIES: dict[str, Family] = {
         times=(0, 1),
         trained=_FLOW,
     ),
-    "SanaTransformer2DModel": Family(
+    "SanaTransformer2DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch2d,
         size=_square,
@@ -438,7 +438,7 @@ FAMILIES: dict[str, Family] = {
         arguments=_sana,
         trained=_FLOW,
     ),
-    "Lumina2Transformer2DModel": Family(
+    "Lumina2Transformer2DModel": DiffusersClass(
         layers=("noise_refiner.*", "layers.*"),
         patch=_patch2d,
         size=_square,
@@ -448,7 +448,7 @@ FAMILIES: dict[str, Family] = {
         times=(1, 0),
         trained=_FLOW,
     ),
-    "HunyuanDiT2DModel": Family(
+    "HunyuanDiT2DModel": DiffusersClass(
         layers=("blocks.*",),
         patch=_patch2d,
         size=_square,
@@ -456,16 +456,18 @@ FAMILIES: dict[str, Family] = {
         arguments=_hunyuan_dit,
         float_time=True,
     ),
-    "CogView3PlusTransformer2DModel": Family(
+    "CogView3PlusTransformer2DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch2d,
         text=lambda c: (224, c.text_embed_dim, 0),
         arguments=_cogview,
         first=("transformer_blocks",),
     ),
-    "UNet2DModel": Family(layers=_STAGES, patch=_halvings, size=_square),
-    "UNet2DConditionModel": Family(layers=_STAGES, patch=_halvings, size=_square, text=_unet_text, arguments=_unet),
-    "UNet1DModel": Family(
+    "UNet2DModel": DiffusersClass(layers=_STAGES, patch=_halvings, size=_square),
+    "UNet2DConditionModel": DiffusersClass(
+        layers=_STAGES, patch=_halvings, size=_square, text=_unet_text, arguments=_unet
+    ),
+    "UNet1DModel": DiffusersClass(
         layers=_STAGES,
         patch=lambda c: (1,),
         size=lambda c: (c.in_channels, c.sample_size),
@@ -474,13 +476,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "UNet3DConditionModel": _VIDEO_UNET,
     "UNetMotionModel": replace(_VIDEO_UNET, arguments=_motion),
-    "AudioLDM2UNet2DConditionModel": Family(
+    "AudioLDM2UNet2DConditionModel": DiffusersClass(
         layers=_STAGES,
         patch=_halvings,
         text=lambda c: (8, _audioldm2_widths(c)[0], 0),
         arguments=_audioldm2,
     ),
-    "StableAudioDiTModel": Family(
+    "StableAudioDiTModel": DiffusersClass(
         layers=_BLOCKS,
         patch=lambda c: (1,),
         size=lambda c: (c.in_channels, c.sample_size),
@@ -490,7 +492,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "WanTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
-    "LatteTransformer3DModel": Family(
+    "LatteTransformer3DModel": DiffusersClass(
         layers=("transformer_blocks.*", "temporal_transformer_blocks.*"),
         patch=lambda c: (1, *_patch2d(c)),
         size=lambda c: (c.in_channels, c.video_length, *_pair(c.sample_size)),
@@ -501,7 +503,7 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
         trained=_DDPM,
     ),
-    "CogVideoXTransformer3DModel": Family(
+    "CogVideoXTransformer3DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch3d,
         size=_cogvideox_size,
@@ -510,7 +512,7 @@ FAMILIES: dict[str, Family] = {
         first=("transformer_blocks",),
         frames_before_channels=True,
     ),
-    "HunyuanVideoTransformer3DModel": Family(
+    "HunyuanVideoTransformer3DModel": DiffusersClass(
         layers=_DOUBLE_SINGLE,
         patch=_patch3d,
         text=lambda c: (256, c.text_embed_dim, c.pooled_projection_dim),
@@ -518,7 +520,7 @@ FAMILIES: dict[str, Family] = {
         first=_DOUBLE_SINGLE_NAMES,
         trained=_FLOW,
     ),
-    "MochiTransformer3DModel": Family(
+    "MochiTransformer3DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=lambda c: (1, *_patch2d(c)),
         text=lambda c: (256, c.text_embed_dim, 0),
@@ -527,7 +529,7 @@ FAMILIES: dict[str, Family] = {
         times=(1000, 0),
         trained=_FLOW,
     ),
-    "LTXVideoTransformer3DModel": Family(
+    "LTXVideoTransformer3DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch3d,
         text=lambda c: (128, c.caption_channels, 0),
@@ -535,7 +537,7 @@ FAMILIES: dict[str, Family] = {
         packed=True,
         trained=_FLOW,
     ),
-    "AllegroTransformer3DModel": Family(
+    "AllegroTransformer3DModel": DiffusersClass(
         layers=_BLOCKS,
         patch=_patch3d,
         size=lambda c: (c.in_channels, c.sample_frames, c.sample_height, c.sample_width),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.class_table import Config, Family, Shape, Text, from_patches, to_patches
+from layerprobe.backbones.diffusers.class_table import Config, DiffusersClass, Shape, Text, from_patches, to_patches
 from layerprobe.backbones.diffusers.schedulers import Preconditioner
 
 
@@ -17,7 +17,7 @@ class DiffusersForward:
 
     def __init__(
         self,
-        family: Family,
+        family: DiffusersClass,
         config: Config,
         shape: Shape,
         text: Text,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.class_table import Config, Family, Shape, Text
+from layerprobe.backbones.diffusers.class_table import Config, DiffusersClass, Shape, Text
 from layerprobe.backbones.diffusers.folders import first_line
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.capture import as_tokens
@@ -34,7 +34,7 @@ TEXT_WIDTHS = (
 GUESSED_LENGTH = 77
 
 
-def guess_family(module: nn.Module, config: Config) -> Family:
+def guess_family(module: nn.Module, config: Config) -> DiffusersClass:
     """How to call a class that has no entry, from the names of its arguments; ValueError where they say too little."""
     name, takes = type(module).__name__, inspect.signature(module.forward).parameters
     width = next((config[key] for key in TEXT_WIDTHS if isinstance(config.get(key), int)), 0)
@@ -60,7 +60,7 @@ def guess_family(module: nn.Module, config: Config) -> Family:
     if axes == 3 and isinstance(edges, int):
         patch = (config.get("patch_size_t") or 1, edges, edges)
     size = config.get("sample_size")
-    return Family(
+    return DiffusersClass(
         layers=(),
         patch=lambda c: patch,
         size=lambda c: (c.in_channels, *(size,) * axes) if isinstance(size, int) and axes < 3 else None,

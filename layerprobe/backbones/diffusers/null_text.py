@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.class_table import Family, Text
+from layerprobe.backbones.diffusers.class_table import DiffusersClass, Text
 from layerprobe.backbones.diffusers.folders import (
     ENCODERS,
     MAX_STEPS,
@@ -20,7 +20,7 @@ from layerprobe.backbones.diffusers.folders import (
 from layerprobe.backbones.diffusers.weights import quiet_libraries, whole_encoders
 
 
-def read_null_text(place: ModelFolder, family: Family, module: nn.Module) -> tuple[Text, str]:
+def read_null_text(place: ModelFolder, family: DiffusersClass, module: nn.Module) -> tuple[Text, str]:
     """The condition that says nothing, and how it was made, for the backbone's name."""
     if family.text is None:
         return Text.zeros(0, 0, 0), ""

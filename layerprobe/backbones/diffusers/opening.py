@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.diffusers.class_table import FAMILIES, Config, Family, Shape
+from layerprobe.backbones.diffusers.class_table import CLASSES, Config, DiffusersClass, Shape
 from layerprobe.backbones.diffusers.folders import REMOTE, import_diffusers, is_repository, locate_model, read_json
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.backbones.diffusers.generic import guess_family, measure_layers
@@ -81,7 +81,7 @@ def open_diffusers(
     if lora is not None:
         module = with_lora(module, Path(lora), component=place.component)
     config, name = module.config, type(module).__name__
-    family = FAMILIES.get(name)
+    family = CLASSES.get(name)
     if family is None:
         family = guess_family(module, config)
     sample_shape = _sample_shape(name, family, config, shape)
@@ -91,7 +91,7 @@ def open_diffusers(
     forward = DiffusersForward(family, config, sample_shape, text, classes, convention.preconditioner)
     num_tokens = math.prod(e // p for e, p in zip(sample_shape[1:], family.patch(config), strict=True))
     tokens: Callable[[Any, str], Tensor] = partial(family.tokens, shape=sample_shape, num_tokens=num_tokens)
-    if name not in FAMILIES:
+    if name not in CLASSES:
         found, tokens = measure_layers(module, forward, sample_shape, convention.schedule)
     else:
         found = _ordered_layers(module, family)
@@ -112,7 +112,7 @@ def open_diffusers(
 # --- Sizes, classes and the null text
 
 
-def _sample_shape(name: str, family: Family, config: Config, given: Sequence[int] | None) -> Shape:
+def _sample_shape(name: str, family: DiffusersClass, config: Config, given: Sequence[int] | None) -> Shape:
     channels, patch = family.channels(config), family.patch(config)
     grid = ("L",) if len(patch) == 1 else ("F", "H", "W")[-len(patch) :]
     shape = family.size(config) if given is None else tuple(given)
@@ -165,7 +165,7 @@ def _num_classes(name: str, config: Config, given: int | None) -> int:
 # --- Layers
 
 
-def _ordered_layers(module: nn.Module, family: Family) -> tuple[str, ...]:
+def _ordered_layers(module: nn.Module, family: DiffusersClass) -> tuple[str, ...]:
     """The family's blocks in the order in which they run."""
     names = {name for name, _ in module.named_modules()}
     lists = [match_layers(module, p) for p in family.layers if p.removesuffix(".*") in names and _filled(module, p)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.backbones.diffusers.class_table import Family
+from layerprobe.backbones.diffusers.class_table import DiffusersClass
 from layerprobe.backbones.diffusers.folders import MAX_STEPS, ModelFolder, exported_class, first_line, read_json
 from layerprobe.backbones.diffusers.weights import quiet_libraries
 from layerprobe.noise import DDPM, EDM, LinearPath, NoiseSchedule, Prediction, schedule_from_name
@@ -82,7 +82,7 @@ class SchedulerConvention:
 def read_convention(
     place: ModelFolder,
     name: str,
-    family: Family,
+    family: DiffusersClass,
     schedule: str | NoiseSchedule | None,
     prediction: Prediction | None,
 ) -> SchedulerConvention:
@@ -106,11 +106,11 @@ def read_convention(
     return told if prediction is None else SchedulerConvention(told.schedule, prediction)
 
 
-def _named(name: str, family: Family) -> NoiseSchedule:
+def _named(name: str, family: DiffusersClass) -> NoiseSchedule:
     return LinearPath(*family.times) if name == "flow" and family.times else schedule_from_name(name)
 
 
-def _read_scheduler(path: Path, family: Family) -> SchedulerConvention:
+def _read_scheduler(path: Path, family: DiffusersClass) -> SchedulerConvention:
     """Schedule and prediction of a scheduler's configuration.
 
     Raises:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
-from layerprobe.noise import NoiseKey
+from layerprobe.noise import RandomStream
 
 Format = Literal["vae-sd", "lightningdit", "fast-dit"]
 # What Stable Diffusion's autoencoder is scaled by, which REPA's training does on the fly and fast-DiT's did on disk.
@@ -87,7 +87,7 @@ class LatentSamples(Samples):
         if self._seed is None:
             return stored
         mean, deviation = stored.chunk(2, dim=1)
-        return mean + deviation * NoiseKey(self._seed, "latent").normal(ids, self.shape)
+        return mean + deviation * RandomStream(self._seed, "latent").normal(ids, self.shape)
 
 
 class Rows(ABC):

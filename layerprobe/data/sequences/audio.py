@@ -30,7 +30,7 @@ COLUMNS = ("audio", "sound", "wav", "file")
 # Below the quantization of 16 bits in any band; the logarithm needs a floor.
 FLOOR = 1e-5
 
-Form = Literal["log-mel", "waveform"]
+AudioForm = Literal["log-mel", "waveform"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AudioDecoder(Decoder):
     """
 
     rate: int
-    form: Form = "log-mel"
+    form: AudioForm = "log-mel"
     mels: int = 32
     hop: int = 128
     modality = "audio"
@@ -114,7 +114,7 @@ def load_audio(
     source: str | Path,
     *,
     rate: int | None = None,
-    form: Form = "log-mel",
+    form: AudioForm = "log-mel",
     mels: int = 32,
     hop: int | None = None,
     length: int | None = None,

@@ -28,7 +28,7 @@ from layerprobe.analyses.experiments.arms import (
     ConfirmationPlan,
     arms_for,
 )
-from layerprobe.analyses.experiments.confirmation import confirm, earlier_looks, kept_spread, step_length
+from layerprobe.analyses.experiments.confirmation import confirm_pair, earlier_looks, kept_spread, step_length
 from layerprobe.analyses.experiments.evaluation import Scorer
 from layerprobe.analyses.experiments.verdict import Verdict
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian
@@ -61,7 +61,7 @@ def start(seed: int) -> Backbone:
 def run(folder: Path, *, plan: ConfirmationPlan = TINY, splits: Splits | None = None, **options: Any) -> Verdict:
     arms = options.pop("arms", TINY_ARMS)
     options = {"start_name": "from scratch", "extractor": PIXELS} | options
-    return confirm(options.pop("start", start), splits or tiny_splits(24), arms, plan, folder, **options)
+    return confirm_pair(options.pop("start", start), splits or tiny_splits(24), arms, plan, folder, **options)
 
 
 @pytest.fixture(scope="module")

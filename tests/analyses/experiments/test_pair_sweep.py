@@ -17,15 +17,15 @@ from layerprobe.analyses.experiments import probe_errors as probe_scores
 from layerprobe.analyses.experiments.arms import FRECHET, HELD_OUT
 from layerprobe.analyses.experiments.pair_sweep import (
     COLUMNS,
-    AtlasPlan,
+    PairSweepPlan,
     all_pairs,
     benefits,
-    chart,
-    read_atlas,
+    read_pair_sweep,
     standing,
+    sweep_pairs,
     table,
 )
-from layerprobe.analyses.figures.pair_sweep import atlas_heatmap
+from layerprobe.analyses.figures.pair_sweep import pair_sweep_heatmap
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian
 from layerprobe.analyses.generation.extractors import Extractor, sample_features
 from layerprobe.analyses.runs import pair_sweep as atlas_runs
@@ -40,13 +40,15 @@ from layerprobe.training.state import checkpoints
 
 PIXELS = Extractor("pixels", lambda x: x.flatten(1))
 TRAINING = TrainingPlan(steps=4, batch_size=5, learning_rate=1e-2, ema_decay=0.5, log_every=2)
-PLAN = AtlasPlan(TRAINING, seeds=(3, 4), num_samples=9, sampling=SamplingPlan("heun", 2))
+PLAN = PairSweepPlan(TRAINING, seeds=(3, 4), num_samples=9, sampling=SamplingPlan("heun", 2))
 PAIRS = (LayerPair("blocks.0", "blocks.1"), LayerPair("blocks.0", "blocks.2"))
 
 
-def draw(folder: Path, pairs: tuple[LayerPair, ...] = PAIRS, plan: AtlasPlan = PLAN, **options: Any) -> pd.DataFrame:
+def draw(
+    folder: Path, pairs: tuple[LayerPair, ...] = PAIRS, plan: PairSweepPlan = PLAN, **options: Any
+) -> pd.DataFrame:
     options = {"extractor": PIXELS} | options
-    return chart(options.pop("start", tiny_sit()), tiny_splits(24), pairs, plan, folder, **options)
+    return sweep_pairs(options.pop("start", tiny_sit()), tiny_splits(24), pairs, plan, folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_all_pairs_are_every_earlier_layer_with_every_later_one() -> None:
 
 
 def test_every_pair_and_no_alignment_is_there_once_a_seed(whole: Path) -> None:
-    atlas = read_atlas(whole / "atlas.csv")
+    atlas = read_pair_sweep(whole / "atlas.csv")
     assert tuple(atlas.columns) == COLUMNS
     assert not atlas.duplicated(["student", "teacher", "seed", "step", "metric"]).any()
     runs = set(atlas[["student", "teacher", "seed"]].itertuples(index=False, name=None))
@@ -84,7 +86,7 @@ def test_every_pair_and_no_alignment_is_there_once_a_seed(whole: Path) -> None:
 def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path: Path) -> None:
     splits = tiny_splits(24)
     model = train(tiny_sit(), splits.train, replace(TRAINING, seed=4, pairs=(PAIRS[1],)), tmp_path / "own")
-    atlas = read_atlas(whole / "atlas.csv")
+    atlas = read_pair_sweep(whole / "atlas.csv")
     rows = atlas[(atlas["student"] == "blocks.0") & (atlas["teacher"] == "blocks.2") & (atlas["seed"] == 4)]
     found = rows.set_index("metric")["value"]
     losses = held_out_loss(model, splits.test)
@@ -100,7 +102,7 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
 
 
 def test_the_benefit_is_the_share_that_no_alignment_of_the_same_seed_is_undercut_by(whole: Path) -> None:
-    atlas = read_atlas(whole / "atlas.csv")
+    atlas = read_pair_sweep(whole / "atlas.csv")
     atlas = atlas[atlas["metric"] != probe_scores.BEST_PROBE_ERROR]  # 0: shares of it are nan
     without = atlas[atlas["student"] == ""].set_index(["seed", "metric"])["value"]
     keys = pd.MultiIndex.from_frame(atlas[["seed", "metric"]])
@@ -246,11 +248,11 @@ def test_what_the_training_decided_is_not_what_its_branches_align(tmp_path: Path
 
 
 def test_the_start_is_read_from_a_folder_of_a_training_or_from_a_checkpoint(warm: Path) -> None:
-    gone_on = atlas_runs.atlas_start(warm, steps=20, weight=0.7)
+    gone_on = atlas_runs.pair_sweep_start(warm, steps=20, weight=0.7)
     assert gone_on.state == checkpoints(warm)[-1]
     assert (gone_on.plan.first_step, gone_on.plan.training.steps) == (3, 23)
     assert gone_on.plan.training == replace(TRAINING, steps=23, weight=0.7, log_every=50)
-    fresh = atlas_runs.atlas_start(warm / "model.safetensors", steps=20, learning_rate=1e-3)
+    fresh = atlas_runs.pair_sweep_start(warm / "model.safetensors", steps=20, learning_rate=1e-3)
     assert fresh.state is None
     assert (fresh.plan.first_step, fresh.plan.training.steps) == (0, 20)
     expected = replace(TRAINING, steps=20, warmup_steps=2, learning_rate=1e-3, log_every=50)
@@ -258,8 +260,8 @@ def test_the_start_is_read_from_a_folder_of_a_training_or_from_a_checkpoint(warm
 
 
 def test_from_scratch_the_start_only_says_how_the_network_looks_and_was_trained(warm: Path) -> None:
-    start = atlas_runs.atlas_start(warm, steps=40, from_scratch=True, seeds=(3, 4))
-    trained = atlas_runs.atlas_start(warm, steps=40)
+    start = atlas_runs.pair_sweep_start(warm, steps=40, from_scratch=True, seeds=(3, 4))
+    trained = atlas_runs.pair_sweep_start(warm, steps=40)
     assert (start.state, start.plan.first_step, start.plan.training.steps) == (None, 0, 40)
     assert start.plan.from_scratch
     assert (start.trained_steps, trained.trained_steps) == (3, None)
@@ -284,9 +286,9 @@ def test_from_scratch_every_seed_has_weights_of_its_own(tmp_path: Path) -> None:
 
 
 def test_branches_do_not_go_on_with_other_data(warm: Path, tmp_path: Path) -> None:
-    start = atlas_runs.atlas_start(warm, steps=4)
+    start = atlas_runs.pair_sweep_start(warm, steps=4)
     with pytest.raises(ValueError, match=r"the training behind .* had other data; pass the --data and --size it had"):
-        atlas_runs.atlas_run(start, tiny_splits(28), PAIRS, tmp_path / "a")
+        atlas_runs.pair_sweep_run(start, tiny_splits(28), PAIRS, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -317,13 +319,13 @@ def test_a_pair_without_its_baseline_has_no_benefit() -> None:
 def test_another_table_is_no_atlas(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("arm,seed\nnone,0\n")
     with pytest.raises(ValueError, match=r"has the columns arm, seed; pass an atlas.csv"):
-        read_atlas(tmp_path / "x.csv")
+        read_pair_sweep(tmp_path / "x.csv")
 
 
 def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
     atlas = planted({("null", "nan"): 1.0, ("a", "c"): 2.5})
     atlas.to_csv(tmp_path / "atlas.csv", index=False)
-    pd.testing.assert_frame_equal(read_atlas(tmp_path / "atlas.csv"), atlas)
+    pd.testing.assert_frame_equal(read_pair_sweep(tmp_path / "atlas.csv"), atlas)
 
 
 # --------------------------------------------------------------------------------------------------------------- figure
@@ -331,7 +333,7 @@ def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_figure_puts_each_pair_in_its_cell_and_says_what_is_seen() -> None:
     atlas = planted({("a", "b"): 1.0, ("a", "c"): 1.5, ("b", "c"): 3.0})
-    figure = atlas_heatmap(atlas, ("a", "b", "c"), pick=LayerPair("a", "c"))
+    figure = pair_sweep_heatmap(atlas, ("a", "b", "c"), pick=LayerPair("a", "c"))
     title = figure.get_suptitle()
     assert "2 of 3 pairs beat no alignment in Frechet distance; a from b by 50.0 %" in " ".join(title.split())
     assert "one seed" in title
@@ -340,12 +342,12 @@ def test_the_figure_puts_each_pair_in_its_cell_and_says_what_is_seen() -> None:
     assert cells == {(0, 0): "+50", (1, 0): "+25", (0, 1): "–", (1, 1): "-50"}
     assert left.get_title(loc="left") == "Frechet distance: best a from b; thin frame: the pick"
     lost = planted({("a", "b"): 3.0})
-    assert "No pair of 1 beats no alignment" in atlas_heatmap(lost, ("a", "b")).get_suptitle()
+    assert "No pair of 1 beats no alignment" in pair_sweep_heatmap(lost, ("a", "b")).get_suptitle()
 
 
 def test_a_pair_of_other_layers_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="c is not among the layers a, b; pass those of the atlas's model"):
-        atlas_heatmap(planted({("a", "c"): 1.0}), ("a", "b"))
+        pair_sweep_heatmap(planted({("a", "c"): 1.0}), ("a", "b"))
 
 
 def test_what_pairs_do_to_the_representation_is_told_beside_the_distance() -> None:
@@ -354,7 +356,7 @@ def test_what_pairs_do_to_the_representation_is_told_beside_the_distance() -> No
 
     pairs = {None: (2.0, 0.5), LayerPair("a", "b"): (1.0, 0.6), LayerPair("a", "c"): (3.0, 0.4)}
     atlas = table({(0, pair): scores(*values) for pair, values in pairs.items()})
-    assert [" ".join(line.split()) for line in atlas_runs.describe_atlas(atlas, 3)] == [
+    assert [" ".join(line.split()) for line in atlas_runs.describe_pair_sweep(atlas, 3)] == [
         "branches 3 of 3 finished",
         "1 of 2 pairs beat no alignment in Frechet distance",
         "a <- b +50.0%",
@@ -364,7 +366,7 @@ def test_what_pairs_do_to_the_representation_is_told_beside_the_distance() -> No
         "a <- b -20.0%",
     ]
     half = atlas[(atlas["teacher"] != "c") | (atlas["metric"] != probe_scores.PROBE_ERROR)]
-    assert not any("probe error" in line for line in atlas_runs.describe_atlas(half, 3))
+    assert not any("probe error" in line for line in atlas_runs.describe_pair_sweep(half, 3))
 
 
 def test_a_panel_has_room_however_many_there_are() -> None:
@@ -372,7 +374,7 @@ def test_a_panel_has_room_however_many_there_are() -> None:
     third = atlas[atlas["metric"] == FRECHET].assign(metric=probe_scores.PROBE_ERROR)
     metrics = (FRECHET, HELD_OUT, probe_scores.PROBE_ERROR)
     two, three = (
-        atlas_heatmap(pd.concat([atlas, third]), ("a", "b", "c"), metrics=metrics[:number]) for number in (2, 3)
+        pair_sweep_heatmap(pd.concat([atlas, third]), ("a", "b", "c"), metrics=metrics[:number]) for number in (2, 3)
     )
     assert three.get_figwidth() == pytest.approx(1.5 * two.get_figwidth())
 
@@ -393,9 +395,9 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
 
     def heatmap(*given: Any, metrics: tuple[str, ...]) -> Any:
         drawn.append(metrics)
-        return atlas_heatmap(*given, metrics=metrics)
+        return pair_sweep_heatmap(*given, metrics=metrics)
 
-    monkeypatch.setattr(atlas_runs, "atlas_heatmap", heatmap)
+    monkeypatch.setattr(atlas_runs, "pair_sweep_heatmap", heatmap)
     options = ("digits", "--data", "digits", "--out", tmp_path / "a", "--steps", 2, "--num-samples", 20)
     options += ("--batch-size", 4, "--pair", "0:2", "--pair", "1:3", "--sync-stop-step", 1)
     assert shell(monkeypatch, *options, "--dry-run") == 0
@@ -406,7 +408,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     assert shell(monkeypatch, *options, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["pairs"], record["branches"]) == (2, 3)
-    assert len(read_atlas(record["table"])) == 3 * 9
+    assert len(read_pair_sweep(record["table"])) == 3 * 9
     assert (tmp_path / "a" / "figures" / "atlas.png").is_file()
     assert drawn[-1] == (FRECHET, HELD_OUT, probe_scores.PROBE_ERROR)
     assert json.loads((tmp_path / "a" / "atlas.json").read_text())["training"]["sync"]["stop_step"] == 1

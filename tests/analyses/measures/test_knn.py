@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from layerprobe.analyses.measures.knn import Metric, Score, knn_accuracy, nearest
+from layerprobe.analyses.measures.knn import Metric, NeighborScore, knn_accuracy, nearest
 
 Array = NDArray[Any]
 
@@ -49,7 +49,7 @@ def test_equals_scikit_learn_on_real_digits() -> None:
     assert result.accuracy > 0.9
 
 
-def plain_nearest(bank: Array, queries: Array, k: int, score: Score, *, own: bool = False) -> Array:
+def plain_nearest(bank: Array, queries: Array, k: int, score: NeighborScore, *, own: bool = False) -> Array:
     """Every score by itself in float64, and a stable sort."""
     scores = (queries[:, None] * bank).sum(-1)
     if score == "distance":
@@ -59,14 +59,14 @@ def plain_nearest(bank: Array, queries: Array, k: int, score: Score, *, own: boo
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def found(bank: Array, queries: Array | None, k: int, score: Score, **options: int) -> Array:
+def found(bank: Array, queries: Array | None, k: int, score: NeighborScore, **options: int) -> Array:
     wide = None if queries is None else torch.from_numpy(queries)
     return nearest(torch.from_numpy(bank), wide, k=k, score=score, **options)[0]
 
 
 @pytest.mark.parametrize("score", ["inner product", "distance"])
 @pytest.mark.parametrize("k", [1, 7, 199])
-def test_neighbors_equal_a_plain_search(score: Score, k: int) -> None:
+def test_neighbors_equal_a_plain_search(score: NeighborScore, k: int) -> None:
     bank, queries = samples(2)[0], samples(3)[0]
     np.testing.assert_array_equal(found(bank, queries, k, score), plain_nearest(bank, queries, k, score))
     np.testing.assert_array_equal(found(bank, None, k, score), plain_nearest(bank, bank, k, score, own=True))

@@ -186,7 +186,7 @@ def test_ids_are_unique_and_references_lead_somewhere(full_page: Page) -> None:
 
 def test_figures_take_the_colors_of_the_page(full_page: Page) -> None:
     assert "var(--ink)" in full_page.html
-    assert style.PAPER not in full_page.html.split("</style>")[1]
+    assert style.BACKGROUND not in full_page.html.split("</style>")[1]
 
 
 def test_quality_alone_makes_a_page_that_says_what_is_missing(tmp_path: Path) -> None:

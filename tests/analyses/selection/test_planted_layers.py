@@ -19,7 +19,7 @@ from layerprobe.analyses.tables.evidence import PROBE_GAP, TEACHER_NEED, pair_ev
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.samples import Splits
 from layerprobe.data.sources import load
-from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.evidence import extract_evidence
 from layerprobe.extraction.features import ExtractionPlan
 
@@ -73,7 +73,7 @@ def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> p
     network = copy.deepcopy(whole.module)
     plant(network)
     backbone = replace(whole, module=network)
-    skipped = contribution(backbone, splits.test, LEVELS, num_samples=64)
+    skipped = ablate_layers(backbone, splits.test, LEVELS, num_samples=64)
     plan = ExtractionPlan(backbone.layers, LEVELS)
     store = extract_evidence(backbone, splits, plan, folder / "store", num_samples=200)
     assert store.labels is not None

@@ -31,7 +31,7 @@ from layerprobe.analyses.tables.evidence import (
 from layerprobe.analyses.tables.measurements import Representation, neighbors, probes
 from layerprobe.analyses.tables.quality import measure
 from layerprobe.data.samples import Splits, TensorSamples
-from layerprobe.extraction.ablation import contribution
+from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.evidence import extract_evidence, pair_layers
 from layerprobe.extraction.features import ExtractionPlan, FeatureStore
 from layerprobe.extraction.forward import extract
@@ -222,7 +222,7 @@ def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labeled: Any, tmp
 
 
 def test_contributions_come_from_the_table_by_layer(store: FeatureStore, splits: Splits) -> None:
-    skipped = contribution(model(), splits.test, LEVELS, num_samples=20)
+    skipped = ablate_layers(model(), splits.test, LEVELS, num_samples=20)
     table = pair_evidence(store, quality=pd.DataFrame(skipped.rows()))
     for criterion, scores, layer in (
         (e.STUDENT_CONTRIBUTION, skipped.velocity_change, 1),

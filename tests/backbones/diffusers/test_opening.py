@@ -24,11 +24,11 @@ from diffusers_models import CASES, LINEAR, SCALED, Case, flow  # noqa: E402
 
 from layerprobe.backbones.base import Backbone, layer_shapes  # noqa: E402
 from layerprobe.backbones.diffusers import opening as adapter  # noqa: E402
-from layerprobe.backbones.diffusers.class_table import FAMILIES, from_patches, to_patches  # noqa: E402
+from layerprobe.backbones.diffusers.class_table import CLASSES, from_patches, to_patches  # noqa: E402
 from layerprobe.backbones.diffusers.opening import is_diffusers, open_diffusers  # noqa: E402
 from layerprobe.capture import capture  # noqa: E402
 from layerprobe.extraction.controls import random_weights  # noqa: E402
-from layerprobe.noise.predictions import convert  # noqa: E402
+from layerprobe.noise.predictions import convert_prediction  # noqa: E402
 from layerprobe.noise.schedules import DDPM, EDM, LinearPath  # noqa: E402
 
 pytestmark = [
@@ -113,7 +113,7 @@ def check(case: Case, folder: Path) -> Backbone:
 
 def row(case: Case, backbone: Backbone) -> str:
     """The class's line of the table in the documentation."""
-    family, schedule = FAMILIES[case.name], backbone.schedule
+    family, schedule = CLASSES[case.name], backbone.schedule
     layers = (" and " if family.interleaved else ", ").join(f"`{name}`" for name in family.layers)
     if isinstance(schedule, LinearPath):
         time = f"{schedule.data_time:g} data, {schedule.noise_time:g} noise"
@@ -147,8 +147,8 @@ def check_step(case: Case, model: Any, backbone: Backbone, x: Tensor) -> None:
     following = scheduler.step(direct, scheduler.timesteps[4], x, return_dict=False)[0]
     # One deterministic step along the path: the same x_0 and noise, less of it.
     velocity = backbone(x, levels)
-    clean = convert(velocity, x, levels, backbone.schedule, source="velocity", to="x0")
-    noise = convert(velocity, x, levels, backbone.schedule, source="velocity", to="eps")
+    clean = convert_prediction(velocity, x, levels, backbone.schedule, source="velocity", to="x0")
+    noise = convert_prediction(velocity, x, levels, backbone.schedule, source="velocity", to="eps")
     after = backbone.schedule.corrupt(clean, noise, torch.full((2,), next_level, dtype=torch.float64))
     torch.testing.assert_close(after, following, rtol=1e-3, atol=1e-3)
 
@@ -192,7 +192,7 @@ def test_opens_by_path_and_equals_its_own_class(case: Case, tmp_path: Path) -> N
 
 
 def test_the_documented_table_is_what_passes(tmp_path: Path) -> None:
-    assert set(FAMILIES) - {"SkyReelsV2Transformer3DModel"} == {case.name for case in CASES}
+    assert set(CLASSES) - {"SkyReelsV2Transformer3DModel"} == {case.name for case in CASES}
     assert table(tmp_path) in PAGE.read_text(encoding="utf-8"), "run `python docs/make_diffusers_table.py`"
 
 
@@ -556,7 +556,7 @@ def test_a_class_without_an_entry_is_measured(name: str, tmp_path: Path, monkeyp
     if name.startswith("Hunyuan"):
         case = replace(case, config={**config, "guidance_embeds": False})
     known = opened(case, tmp_path)[1]
-    monkeypatch.setattr(adapter, "FAMILIES", {})
+    monkeypatch.setattr(adapter, "CLASSES", {})
     options: Any = {} if name[:2] in ("Al", "UN") else {"schedule": "flow-1000", "prediction": "velocity"}
     guessed = open_diffusers(tmp_path, shape=case.shape, **options)
     assert layer_shapes(guessed) == layer_shapes(known)
@@ -586,7 +586,7 @@ def test_a_class_that_cannot_be_guessed_is_refused(
 ) -> None:
     case = BY_NAME[name]
     case.save(tmp_path)
-    monkeypatch.setattr(adapter, "FAMILIES", {})
+    monkeypatch.setattr(adapter, "CLASSES", {})
     with pytest.raises(ValueError, match=message):
         open_diffusers(tmp_path, shape=case.shape, schedule="flow-1000", prediction="velocity")
 
@@ -612,7 +612,7 @@ def test_a_control_with_shuffled_weights_has_the_same_layers(tmp_path: Path) -> 
 
 def test_time_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BY_NAME["SD3Transformer2DModel"].save(tmp_path)
-    monkeypatch.setattr(adapter, "FAMILIES", {})
+    monkeypatch.setattr(adapter, "CLASSES", {})
     with pytest.raises(ValueError, match="what this class takes as time is not known; pass --schedule"):
         open_diffusers(tmp_path)
 

@@ -16,7 +16,7 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True)
-class NoiseKey:
+class RandomStream:
     """Random numbers that depend on (seed, purpose, sample id, draw) and on nothing else.
 
     Every sample has its own Philox counter stream, so its numbers are the same in any batch, order, process or restart.
