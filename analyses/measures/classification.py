@@ -37,7 +37,7 @@ class ClassificationScores:
 
 
 def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: NDArray[Any]) -> ClassificationScores:
-    """ClassificationScores of log probabilities against labels.
+    """Scores of log probabilities against labels.
 
     Args:
         log_probabilities: In nats, shape (n, K).
