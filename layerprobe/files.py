@@ -28,6 +28,11 @@ def needed(module: str, extra: str) -> Any:
         raise ModuleNotFoundError(f"{module} is not installed; install layerprobe[{extra}]", name=module) from error
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 160 characters; the name of its type where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 @contextmanager
 def whole(path: Path, *, rivals: bool = False) -> Iterator[Path]:
     """A temporary name to write under; the file gets its own name when the block ends without an exception.
