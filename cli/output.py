@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-Progress = Callable[[str, int, int], None]
+from layerprobe.progress import TaskProgress
 
 
 def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[Progress]:
+def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[TaskProgress]:
     """A function to report progress with: bars on a terminal; else a line per task, every tenth of it and every minute.
 
     Args:

@@ -11,7 +11,8 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.options import ALIGNMENT, flag
-from layerprobe.cli.output import Progress, emit, progress_bar, warn
+from layerprobe.cli.output import emit, progress_bar, warn
+from layerprobe.progress import TaskProgress
 
 if TYPE_CHECKING:
     from layerprobe.layersync import LayerPair
@@ -135,7 +136,7 @@ def train(
             warn(warning)
         lines = [f"{key}: {value}" for key, value in record.items()]
         if not dry_run:
-            bars: AbstractContextManager[Progress | None] = nullcontext()
+            bars: AbstractContextManager[TaskProgress | None] = nullcontext()
             if ranks.is_first:
                 bars = progress_bar({"training": plan.batch_size})
             with bars as progress:

@@ -10,7 +10,6 @@ from .confirmation import run_folder as run_folder
 from .evaluation import Scorer as Scorer
 from .pair_sweep import COLUMNS as COLUMNS
 from .pair_sweep import PairSweepPlan as PairSweepPlan
-from .pair_sweep import Progress as Progress
 from .pair_sweep import all_pairs as all_pairs
 from .pair_sweep import benefits as benefits
 from .pair_sweep import branch_scores as branch_scores

@@ -29,12 +29,11 @@ from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone
 from layerprobe.data import Samples, Splits
 from layerprobe.files import claim, write_text
+from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.training import TrainingPlan, train
 
 # Steps whose mean length is measured: enough for AdamW's running means to show how well gradients agree.
 MEASURED_STEPS = 50
-
-Progress = Callable[[str, int, int], None]
 
 
 def confirm_pair(
@@ -47,7 +46,7 @@ def confirm_pair(
     start_name: str,
     extractor: Extractor | None = None,
     evidence: pd.DataFrame | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
 
@@ -248,7 +247,7 @@ def train_arm(
     score: Callable[[Backbone], dict[str, float]],
     score_at: Sequence[int],
     known: ScoresByStep | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: TrainingProgress | None = None,
 ) -> ScoresByStep:
     """Trains one seed of an arm and scores it on the way; what is done already is not done again.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -36,12 +36,11 @@ from layerprobe.checkpoints import weights_hash
 from layerprobe.data import Splits
 from layerprobe.files import claim, whole, write_text
 from layerprobe.layersync import LayerPair
+from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan, checkpoints, train
 
 COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def sweep_pairs(
     state: Path | None = None,
     shard: tuple[int, int] = (1, 1),
     extractor: Extractor | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
     """Trains every pair and no alignment from one start, and tells what each was worth.
 
@@ -266,7 +265,7 @@ def _train_branch(
     folder: Path,
     state: Path | None,
     scorer: Scorer,
-    report: Callable[[int, int, float], None],
+    report: TrainingProgress,
 ) -> None:
     training, place = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
 

@@ -19,10 +19,9 @@ from layerprobe.analyses.generation.distances import row_blocks
 from layerprobe.data import Samples, content_hash
 from layerprobe.files import whole
 from layerprobe.noise import RandomStream
+from layerprobe.progress import StepProgress
 
 FEATURE_WIDTH = 64
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
 
 
 def all_features(
-    extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: Progress | None = None
+    extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: StepProgress | None = None
 ) -> NDArray[np.float32]:
     """Features of a whole data set, read batch by batch, shape (n, D).
 
@@ -67,7 +66,7 @@ def all_features(
 
 
 def embedded_extractor(
-    samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: Progress | None = None
+    samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: StepProgress | None = None
 ) -> Extractor:
     """The extractor that needs no file: `classifier_extractor`, with its weights kept in a folder.
 
@@ -88,7 +87,7 @@ def classifier_extractor(
     steps: int = 300,
     batch_size: int = 128,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Extractor:
     """The last hidden layer of a small convolutional classifier trained on the data's own labels.
 
@@ -152,7 +151,7 @@ def _train(
     steps: int,
     batch_size: int,
     seed: int,
-    progress: Progress | None,
+    progress: StepProgress | None,
 ) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

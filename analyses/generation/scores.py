@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian, kernel_distance, leave_out_gaussians
 from layerprobe.analyses.measures import TILE_BYTES, Features, Floats, as_tensor, centered, centering, nearest
+from layerprobe.progress import StepProgress
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")
@@ -32,7 +33,6 @@ KERNEL_SUBSET = 1000
 # A Fréchet distance with more than this share of bias says more of n than of the samples.
 MOST_BIAS = 0.1
 
-Progress = Callable[[int, int], None]
 _Found = tuple[str, float, float, float]  # metric, value, low, high
 
 
@@ -87,7 +87,7 @@ def score_features(
     metrics: Sequence[str] = METRICS,
     k: int = 5,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
     """Scores and warnings.
 
@@ -300,7 +300,7 @@ def _neighborhood_scores(
 class _Steps:
     """Counts the steps that are done."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: StepProgress | None, total: int) -> None:
         self._progress, self._done, self._total = progress, 0, total
 
     def __call__(self) -> None:

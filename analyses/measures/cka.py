@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, as_tensor, centered, centering, num_samples
+from layerprobe.progress import StepProgress
 
 Kernel = Literal["linear", "rbf"]
 Estimator = Literal["debiased", "biased"]
 Precision = Literal["auto", "float32", "float64"]
 Take = Callable[[int], Tensor]
-Progress = Callable[[int, int], None]
 
 TILE_BYTES = 512 * 2**20
 
@@ -68,7 +68,7 @@ def cka_matrix(
     bandwidth: float = 1.0,
     precision: Precision = "auto",
     tile_bytes: int = TILE_BYTES,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> PairMatrix:
     """CKA of all pairs of representations.
 
@@ -130,7 +130,7 @@ def procrustes_matrix(
     ys: Sequence[FeatureMatrix] | None = None,
     *,
     tile_bytes: int = TILE_BYTES,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> PairMatrix:
     """Procrustes distance of all pairs of representations: what the best rotation leaves, in [0, 2].
 
@@ -351,7 +351,7 @@ def _multiplications(left: _Side, right: _Side) -> tuple[int, int]:
 
 
 def _gram_products(
-    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
+    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: StepProgress | None
 ) -> _Products:
     """Inner products from tiles of all Gram matrices at once; fills in the row sums of RBF kernels."""
     n, sides = left.n, [left] if right is left else [left, right]
@@ -400,7 +400,7 @@ def _gram_tile(side: _Side, take: Take, room: Tensor, block: slice) -> Tensor:
 
 
 def _feature_products(
-    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
+    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: StepProgress | None
 ) -> _Products:
     """Inner products of linear Gram matrices as ||X_a^T X_b||^2."""
     inner = left.diagonals.new_zeros(len(left.widths), len(right.widths))
@@ -423,7 +423,7 @@ def _square_norm(x: Tensor) -> Tensor:
 
 
 def _cross_products(
-    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
+    left: _Side, right: _Side, dtype: torch.dtype, tile_bytes: int, progress: StepProgress | None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(a, b, X_a^T Y_b) for all pairs, for b >= a alone if both sides are the same.
 

@@ -24,10 +24,10 @@ from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.data import training_splits
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import read_plan, read_selection
-from layerprobe.analyses.runs.progress import Progress
 from layerprobe.analyses.selection import Selection
 from layerprobe.backbones import alignable_layers, fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
+from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -44,7 +44,7 @@ def confirm_run(
     num_samples: int = 1000,
     sampling: SamplingPlan | None = None,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains the arms that put the pick of a run to the test, and writes verdict, figures and report.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerprobe.analyses.runs.progress import Progress, named_progress
 from layerprobe.data import Splits, encode_splits, for_probing, latent_shape, load, take
+from layerprobe.progress import TaskProgress, named_progress
 
 
 def training_splits(
-    source: str, shape: tuple[int, ...], options: Mapping[str, Any], *, progress: Progress | None = None
+    source: str, shape: tuple[int, ...], options: Mapping[str, Any], *, progress: TaskProgress | None = None
 ) -> Splits:
     """The data for training: everything that the training split owns, and the test samples of the probing run."""
     reading, encoding = split_options(options)
@@ -29,7 +29,7 @@ def load_splits(source: str, options: Mapping[str, Any]) -> tuple[Splits, tuple[
     return splits, latent_shape(splits.train.shape, encoding["vae"]) if encoding else splits.train.shape
 
 
-def encoded(splits: Splits, options: Mapping[str, Any], *, progress: Progress | None = None) -> Splits:
+def encoded(splits: Splits, options: Mapping[str, Any], *, progress: TaskProgress | None = None) -> Splits:
     """The latents of a data set where the options name an autoencoder, else the data set itself."""
     encoding = split_options(options)[1]
     return encoded_splits(splits, encoding, None, progress) if encoding else splits
@@ -43,6 +43,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def encoded_splits(
-    splits: Splits, encoding: Mapping[str, Any], shape: tuple[int, ...] | None, progress: Progress | None
+    splits: Splits, encoding: Mapping[str, Any], shape: tuple[int, ...] | None, progress: TaskProgress | None
 ) -> Splits:
     return encode_splits(splits, **encoding, expect_shape=shape, progress=named_progress(progress, "encoding images"))

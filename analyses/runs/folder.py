@@ -17,7 +17,6 @@ import torch
 
 from layerprobe import __version__
 from layerprobe.analyses.runs.data import encoded_splits, split_options
-from layerprobe.analyses.runs.progress import Progress
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import read_quality, read_similarity
 from layerprobe.backbones import Backbone
@@ -25,6 +24,7 @@ from layerprobe.checkpoints import open_checkpoint
 from layerprobe.data import Splits, for_probing, load
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.files import write_text
+from layerprobe.progress import TaskProgress
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
 
@@ -54,7 +54,7 @@ class RunPlan:
     seed: int = 0
 
     def open(
-        self, *, device: str = "auto", encode: bool = True, progress: Progress | None = None
+        self, *, device: str = "auto", encode: bool = True, progress: TaskProgress | None = None
     ) -> tuple[Backbone, Splits]:
         """The checkpoint and the data; with a VAE its latents, unless `encode` is off."""
         backbone = open_checkpoint(self.checkpoint, device=device, **self.checkpoint_options)

@@ -14,7 +14,6 @@ from layerprobe.analyses.experiments import (
     HELD_OUT,
     PROBE_ERROR,
     PairSweepPlan,
-    Progress,
     all_pairs,
     benefits,
     sweep_pairs,
@@ -24,6 +23,7 @@ from layerprobe.backbones import Backbone, alignable_layers, fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data import Splits
 from layerprobe.layersync import LayerPair
+from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan, checkpoints
 
 # Of the training that made the checkpoint, what its branches do differently.
@@ -118,7 +118,7 @@ def pair_sweep_run(
     folder: str | Path,
     *,
     shard: tuple[int, int] = (1, 1),
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
     """Trains the branches and draws what they were worth, as far as they are finished, into `figures/`.
 

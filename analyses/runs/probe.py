@@ -18,7 +18,6 @@ from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.data import split_options
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, store_folder, write_environment
-from layerprobe.analyses.runs.progress import Progress, named_progress
 from layerprobe.analyses.selection import Selection, cautions, rank_pairs
 from layerprobe.analyses.tables import (
     ANALYSES,
@@ -52,9 +51,10 @@ from layerprobe.extraction import (
     raw_pool_cells,
 )
 from layerprobe.files import claim, write_text
+from layerprobe.progress import TaskProgress, named_progress
 
 
-def probe_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
+def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
 
     Interrupted work continues when the call is repeated, and a finished run is only drawn again.
@@ -74,7 +74,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = Non
     return selection
 
 
-def measure_run(plan: RunPlan, run: str | Path, *, progress: Progress | None = None, **options: Any) -> Selection:
+def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """What `probe_run` does before it draws: convention check, features, tables, selection; what is done is kept."""
     extract_run(plan, run, progress=progress, **options)
     return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
@@ -87,7 +87,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> None:
     """All that needs the model: convention check, features of it and its controls, and what skipping a layer does.
 
@@ -119,8 +119,9 @@ def extract_run(
     if not (run / "ablation.csv").is_file():
         skipped = ablate_layers(
             backbone,
-            splits.test,
+            splits.validation,
             plan.noise_levels,
+            split="validation",
             seed=plan.seed,
             batch_size=batch_size,
             progress=named_progress(progress, "skipping layers"),
@@ -133,7 +134,7 @@ def analyze_run(
     *,
     analyses: Sequence[Analysis] = ANALYSES,
     encoder: Extractor | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Selection:
     """Tables and selection from the features of a run.
 
@@ -190,7 +191,7 @@ def extract_all(
     folder: Path,
     *,
     batch_size: int = 128,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> dict[str, FeatureStore]:
     """Features of the model and of the two controls that stand beside every curve."""
     stores = {}

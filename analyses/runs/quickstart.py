@@ -8,10 +8,10 @@ from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.runs.confirm import confirm_run, confirmation_training
 from layerprobe.analyses.runs.folder import RunPlan
 from layerprobe.analyses.runs.probe import measure_run
-from layerprobe.analyses.runs.progress import Progress
 from layerprobe.analyses.runs.sample import draw_samples
 from layerprobe.analyses.selection import Selection
 from layerprobe.checkpoints import open_checkpoint
+from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 
 QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -24,7 +24,7 @@ def quickstart_run(
     num_seeds: int = 2,
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> tuple[Selection, Verdict]:
     """The whole chain on the embedded checkpoint and data: probe, pick, samples, confirmation, report."""
     run = Path(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.data import Rendering, content_hash, decode, load, rendering_of, write_wav
 from layerprobe.files import claim, whole
+from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import processes
 
 PART = 256  # samples in a file that an interruption leaves; the same for any batch size and number of processes
 SHOWN = 20  # samples in a figure or film, where they are no images
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def draw_archive(
     plan: SamplingPlan | None = None,
     batch_size: int = 256,
     vae: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Path:
     """Draws samples into `samples.npz`, in the format that ADM's evaluation and its kin read.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from layerprobe.analyses.generation import (
     score_features,
 )
 from layerprobe.analyses.runs.data import encoded, load_splits
-from layerprobe.analyses.runs.progress import Progress
 from layerprobe.data import ArraySamples, Samples, Splits, load_array, take
 from layerprobe.files import write_text
+from layerprobe.progress import TaskProgress, named_progress
 
 ARRAYS = (".npz", ".npy")
 
@@ -91,7 +91,7 @@ def score_run(
     metrics: Sequence[str] = METRICS,
     k: int = 5,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
     """Scores and warnings, see `score_features`.
 
@@ -109,10 +109,10 @@ def score_run(
     if extractor is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
         extractor = embedded_extractor(
-            splits.train, cache, seed=seed, progress=_named(progress, "training the extractor")
+            splits.train, cache, seed=seed, progress=named_progress(progress, "training the extractor")
         )
     features, reference = (
-        all_features(extractor, samples, progress=_named(progress, f"features of {what}"))
+        all_features(extractor, samples, progress=named_progress(progress, f"features of {what}"))
         for samples, what in ((generated, "samples"), (splits.test, "data"))
     )
     scores, warnings = score_features(
@@ -122,7 +122,7 @@ def score_run(
         metrics=metrics,
         k=k,
         seed=seed,
-        progress=_named(progress, "scores"),
+        progress=named_progress(progress, "scores"),
     )
     return scores, (*range_warnings(generated, splits.test), *warnings)
 
@@ -166,7 +166,3 @@ def describe_scores(scores: Sequence[Score], warnings: Sequence[str]) -> list[st
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [*lines, f"extractor: {scores[0].extractor}", *(f"warning: {warning}" for warning in warnings)]
-
-
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)

@@ -14,13 +14,13 @@ import pandas as pd
 
 from layerprobe.analyses.runs import data as runs
 from layerprobe.analyses.runs.folder import read_selection
-from layerprobe.analyses.runs.progress import Progress
 from layerprobe.backbones import Backbone, SiT, SiTConfig, layer_shapes, new_sit
 from layerprobe.checkpoints import open_checkpoint, resolve_device
 from layerprobe.data import Samples, Splits, take
 from layerprobe.files import write_text
 from layerprobe.layersync import LayerPair
 from layerprobe.noise import Prediction, schedule_from_name
+from layerprobe.progress import TaskProgress
 from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def narrowness(backbone: Backbone) -> str | None:
 
 
 def encoded_once(
-    splits: Splits, reading: Mapping[str, Any], ranks: Ranks, *, progress: Progress | None = None
+    splits: Splits, reading: Mapping[str, Any], ranks: Ranks, *, progress: TaskProgress | None = None
 ) -> Splits:
     """The splits as latents where `reading` asks for it; the first process encodes, the others find what it wrote."""
     for turn in (True, False):
@@ -187,7 +187,7 @@ def train_run(
     trackers: Sequence[str] = (),
     fsdp: bool = False,
     warn: Callable[[str], None],
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Backbone:
     """Trains on the training samples; `held_out.csv` gets the loss on the validation samples, ten times on the way.
 

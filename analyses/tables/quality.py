@@ -6,7 +6,7 @@ Accuracies are fractions in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,6 +27,7 @@ from layerprobe.analyses.tables.similarity import (
 )
 from layerprobe.data import check_probed
 from layerprobe.extraction import SPLITS, FeatureStore
+from layerprobe.progress import StepProgress
 
 MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
 QUALITY_COLUMNS = (
@@ -44,15 +45,13 @@ QUALITY_COLUMNS = (
 RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "validation_gap", "increment", "note")
 MAX_RANK = 128  # of the tokens of a layer, so that the moments of many layers fit into memory
 
-Progress = Callable[[int, int], None]
-
 
 def measure(
     stores: Mapping[str, FeatureStore],
     *,
     analyses: Sequence[Analysis] = ANALYSES,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
 
@@ -178,7 +177,7 @@ def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> 
 class _Steps:
     """Counts what several threads have done."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: StepProgress | None, total: int) -> None:
         self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
 
     def __call__(self) -> None:

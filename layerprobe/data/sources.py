@@ -23,6 +23,7 @@ from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.sequences.video import load_video
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
+from layerprobe.progress import StepProgress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,7 +152,7 @@ def encode_splits(
     *,
     latent_scale: float | None = None,
     expect_shape: tuple[int, ...] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> Splits:
     """Images as latents, on a GPU if there is one; what was encoded is kept in the user's cache.
 

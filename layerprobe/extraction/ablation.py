@@ -23,10 +23,10 @@ from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating, find_layer
 from layerprobe.data import Samples
 from layerprobe.noise import RandomStream, target
+from layerprobe.progress import StepProgress
 
 VELOCITY_CHANGE, LOSS_INCREASE = "velocity change when skipped", "loss increase when skipped"
 
-Progress = Callable[[int, int], None]
 SampleScores = NDArray[np.float64]
 
 
@@ -35,6 +35,7 @@ class LayerAblation:
     """What skipping each layer does to the velocity of each sample.
 
     Attributes:
+        split: Name of the split that the samples are from.
         layers: Names, as they were asked for.
         noise_levels: As they were asked for.
         velocity_change: `||v - v_skip||^2 / ||v||^2`, shape (layers, noise levels, n), at least 0. nan where a layer
@@ -44,18 +45,18 @@ class LayerAblation:
         reasons: Why a layer cannot be skipped, for those that cannot.
     """
 
+    split: str
     layers: tuple[str, ...]
     noise_levels: tuple[float, ...]
     velocity_change: SampleScores
     loss_increase: SampleScores
     reasons: Mapping[str, str]
 
-    def rows(self, *, source: str = "model", split: str = "test", seed: int = 0) -> list[dict[str, Any]]:
+    def rows(self, *, source: str = "model", seed: int = 0) -> list[dict[str, Any]]:
         """Rows of the quality table: means over the samples, with their 95 % bootstrap interval.
 
         Args:
             source: What the model is called in the table.
-            split: Where the samples are from.
             seed: Of the bootstrap.
 
         Returns:
@@ -69,7 +70,7 @@ class LayerAblation:
                     note = self.reasons.get(layer, "" if math.isfinite(means[i, j]) else _NOT_FINITE)
                     numbers = {"value": means[i, j], "low": low[i, j], "high": high[i, j]}
                     place = {"source": source, "layer": layer, "layer_index": i, "noise_level": level}
-                    rows.append(place | {"metric": metric, "split": split} | numbers | {"note": note})
+                    rows.append(place | {"metric": metric, "split": self.split} | numbers | {"note": note})
         return rows
 
 
@@ -81,11 +82,12 @@ def ablate_layers(
     samples: Samples,
     noise_levels: Sequence[float],
     *,
+    split: str,
     layers: Sequence[str] | None = None,
     num_samples: int = 256,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> LayerAblation:
     """Skips one layer after the other and records what becomes of the predicted velocity, under the null condition.
 
@@ -99,6 +101,7 @@ def ablate_layers(
         backbone: The model, on the device where it should run.
         samples: Data that the model was not fitted on; the first `num_samples` are used.
         noise_levels: In [0, 1].
+        split: Name of the split that `samples` are; it goes into the quality table.
         layers: Names of submodules; the backbone's where not given.
         num_samples: All samples where there are fewer.
         seed: Of the noise, which is that of an extraction with this seed.
@@ -133,7 +136,7 @@ def ablate_layers(
             if progress:
                 progress(int(rows[-1]) + 1, len(levels) * n)
     velocity_change, loss_increase = scores.reshape(2, len(layers), len(levels), n)
-    return LayerAblation(layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
+    return LayerAblation(split, layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
 
 
 def _skips(

@@ -33,8 +33,7 @@ from layerprobe.extraction.features import (
 )
 from layerprobe.extraction.tokens import pool_tokens, token_grid
 from layerprobe.noise import RandomStream
-
-Progress = Callable[[int, int], None]
+from layerprobe.progress import StepProgress
 
 
 def extract(
@@ -44,7 +43,7 @@ def extract(
     folder: str | Path,
     *,
     batch_size: int = 128,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> FeatureStore:
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 

@@ -28,6 +28,7 @@ from layerprobe.data import Samples, content_hash, rendering_of
 from layerprobe.extraction import token_grid
 from layerprobe.files import claim
 from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.progress import TrainingProgress
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
 from layerprobe.training.distributed import (
     Ranks,
@@ -69,7 +70,6 @@ class Decision:
 
 Observer = Callable[[int, Backbone], None]
 Director = Callable[[int, Backbone], Decision]
-Progress = Callable[[int, int, float], None]
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -81,7 +81,7 @@ def train(
     *,
     observe: Observer | None = None,
     observe_at: Collection[int] = (),
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
     log: Log | None = None,
     direct: Director | None = None,
     direct_at: Collection[int] = (),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
 from layerprobe.files import MissingWeights, claim, whole, write_text
+from layerprobe.progress import StepProgress
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
@@ -27,7 +27,7 @@ def encode(
     seed: int = 0,
     batch_size: int = 16,
     device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> Samples:
     """Images as latents of a diffusers `AutoencoderKL`, encoded once and kept on disk.
 
@@ -207,7 +207,7 @@ def _encode(
     *,
     batch_size: int,
     device: str | torch.device,
-    progress: Callable[[int, int], None] | None,
+    progress: StepProgress | None,
 ) -> None:
     vae, n = _autoencoder(folder, device), len(samples)
     counter = path.with_name("done.json")
