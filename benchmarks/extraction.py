@@ -78,7 +78,9 @@ def skipping(backbone: Backbone, splits: Splits, options: argparse.Namespace) ->
     for _ in range(options.rounds):
         bare = bare_passes(backbone, x, noise_levels, options.batch_size)
         began = time.perf_counter()
-        ablate_layers(backbone, splits.test, noise_levels, num_samples=len(x), batch_size=options.batch_size)
+        ablate_layers(
+            backbone, splits.test, noise_levels, split="test", num_samples=len(x), batch_size=options.batch_size
+        )
         passes.append((time.perf_counter() - began) / bare)
         print(f"{len(backbone.layers)} blocks skipped one by one: {passes[-1]:.2f} forward passes")
     print(f"median {sorted(passes)[len(passes) // 2]:.2f}")

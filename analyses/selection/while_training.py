@@ -161,7 +161,14 @@ def look(
     )
     plan = ExtractionPlan(alignable_layers(model), noise_levels, seed=seed)
     skipped = ablate_layers(
-        model, choose, noise_levels, layers=plan.layers, num_samples=SKIPPING_SAMPLES, seed=seed, batch_size=128
+        model,
+        choose,
+        noise_levels,
+        split="validation",
+        layers=plan.layers,
+        num_samples=SKIPPING_SAMPLES,
+        seed=seed,
+        batch_size=128,
     )
     with tempfile.TemporaryDirectory() as folder:
         store = extract_evidence(model, Splits(fit, choose, choose), plan, folder, num_samples=len(order))

@@ -580,7 +580,7 @@ def _contributions(pairs: _Pairs, quality: pd.DataFrame) -> list[pd.DataFrame]:
         (VELOCITY_CHANGE, STUDENT_CONTRIBUTION, TEACHER_CONTRIBUTION),
         (LOSS_INCREASE, STUDENT_NEED, TEACHER_NEED),
     ):
-        ends, notes = _of_table(pairs, quality, metric, "test")
+        ends, notes = _of_table(pairs, quality, metric, "validation")
         numbers.append(pairs.by_layer(student, ends, pairs.students, notes))
         numbers.append(pairs.by_layer(teacher, ends, pairs.teachers, notes))
     return [pairs.rows(of) for of in numbers]

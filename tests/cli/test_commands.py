@@ -77,6 +77,8 @@ def test_run_folder_is_whole(trained: Path) -> None:
     quality = pd.read_csv(run_folder / "quality.csv")
     assert set(quality["source"]) == {"model", "random weights", "raw input"}
     assert set(quality["noise_level"]) == {0.2, 0.6}
+    # Layer ablation refuses teachers, so the test split takes no part in it.
+    assert set(pd.read_csv(run_folder / "ablation.csv")["split"]) == {"validation"}
 
 
 def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:

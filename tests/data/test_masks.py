@@ -185,8 +185,10 @@ def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_pat
 
 def test_contribution_and_convention_do_not_see_the_padding() -> None:
     backbone = tiny_sit(shape=(2, 8))
-    found = [ablate_layers(backbone, splits_of(fill).test, (0.3, 0.8)).velocity_change for fill in (0.0, 7.0)]
-    assert found[0].tolist() == found[1].tolist()
+    changes = [
+        ablate_layers(backbone, splits_of(fill).test, (0.3, 0.8), split="test").velocity_change for fill in (0.0, 7.0)
+    ]
+    assert changes[0].tolist() == changes[1].tolist()
     scores = [check_convention(backbone, splits_of(fill).train).declared.score for fill in (0.0, 7.0)]
     assert scores[0] == scores[1]
 

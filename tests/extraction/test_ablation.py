@@ -63,7 +63,7 @@ def num_changed(module: nn.Module) -> int:
 
 def test_equals_taking_the_block_out() -> None:
     backbone, samples = tiny_sit(depth=4), tiny_samples(7, first_id=30)
-    found = ablate_layers(backbone, samples, LEVELS, seed=5)
+    found = ablate_layers(backbone, samples, LEVELS, split="test", seed=5)
     assert found.layers == ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
     for i, layer in enumerate(found.layers):
         for j, level in enumerate(LEVELS):
@@ -78,7 +78,7 @@ def test_equals_taking_the_block_out() -> None:
 def test_parts_of_blocks_can_be_skipped_whatever_the_order_of_the_names() -> None:
     backbone, samples = tiny_sit(), tiny_samples(4)
     layers = ("blocks.2", "blocks.1.mlp", "blocks.1", "blocks.0.attn")
-    found = ablate_layers(backbone, samples, (0.4,), layers=layers)
+    found = ablate_layers(backbone, samples, (0.4,), split="test", layers=layers)
     for i, layer in enumerate(layers):
         np.testing.assert_allclose(found.velocity_change[i, 0], by_hand(backbone, samples, layer, 0.4)[0], **ROUNDING)
 
@@ -97,7 +97,7 @@ def test_is_about_the_velocity_under_every_convention(schedule: Any, prediction:
         v, v_skip = (model(x_t, levels.float()).double() for model in (backbone, taken_out(backbone, "blocks.1")))
     change = ((v - v_skip) ** 2).flatten(1).sum(1) / (v**2).flatten(1).sum(1)
     increase = ((v_skip - rate) ** 2 - (v - rate) ** 2).flatten(1).mean(1)
-    found = ablate_layers(backbone, samples, (level,))
+    found = ablate_layers(backbone, samples, (level,), split="test")
     np.testing.assert_allclose(found.velocity_change[1, 0], change, rtol=1e-4)
     np.testing.assert_allclose(found.loss_increase[1, 0], increase, rtol=1e-4, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_block_that_adds_nothing_contributes_exactly_nothing() -> None:
     modulation: Any = backbone.module.blocks[1].adaLN_modulation[1]  # type: ignore[index, union-attr]
     modulation.weight.data.zero_()
     modulation.bias.data.zero_()
-    found = ablate_layers(backbone, tiny_samples(6), LEVELS)
+    found = ablate_layers(backbone, tiny_samples(6), LEVELS, split="test")
     assert (found.velocity_change[1] == 0).all()
     assert (found.loss_increase[1] == 0).all()
     assert (found.velocity_change[[0, 2]] > 0).all()
@@ -126,7 +126,7 @@ def test_a_block_that_harms_has_a_negative_loss_increase() -> None:
 
     samples = TensorSamples(torch.full((4, 1, 4, 4), 0.5))
     backbone = wrap(Harmed(), layers="*", schedule="flow", prediction="velocity", shape=(1, 4, 4))
-    found = ablate_layers(backbone, samples, (0.5,))
+    found = ablate_layers(backbone, samples, (0.5,), split="test")
     # The velocity is eps - 0.5 and the network gives 1 more.
     velocity = torch.stack([own_noise(i, (1, 4, 4)) for i in range(4)]).flatten(1).double() - 0.5
     np.testing.assert_allclose(found.velocity_change[1, 0], 16 / ((velocity + 1) ** 2).sum(1), rtol=1e-5)
@@ -145,7 +145,9 @@ class Add(nn.Module):
 
 def test_any_batch_size_gives_the_same_numbers() -> None:
     backbone, samples = tiny_sit(), tiny_samples(7)
-    one, five, all_at_once = (ablate_layers(backbone, samples, LEVELS, batch_size=size) for size in (1, 5, 100))
+    one, five, all_at_once = (
+        ablate_layers(backbone, samples, LEVELS, split="test", batch_size=size) for size in (1, 5, 100)
+    )
     for other in (five, all_at_once):
         np.testing.assert_allclose(other.velocity_change, one.velocity_change, **ROUNDING)
         np.testing.assert_allclose(other.loss_increase, one.loss_increase, **ROUNDING)
@@ -155,7 +157,7 @@ def test_what_stands_before_the_skipped_block_is_not_computed_again() -> None:
     backbone, counts = tiny_sit(depth=6), [0] * 6
     for i, block in enumerate(backbone.module.blocks):  # type: ignore[arg-type]
         block.attn.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
-    ablate_layers(backbone, tiny_samples(4), (0.5,))
+    ablate_layers(backbone, tiny_samples(4), (0.5,), split="test")
     # Once in the whole pass, and once for each block before it that is skipped.
     assert counts == [1, 2, 3, 4, 5, 6]
 
@@ -164,12 +166,14 @@ def test_the_first_samples_are_used_and_progress_counts_rows() -> None:
     told: list[tuple[int, int]] = []
     backbone, samples = tiny_sit(), tiny_samples(12)
     found = ablate_layers(
-        backbone, samples, LEVELS, num_samples=5, batch_size=4, progress=lambda *state: told.append(state)
+        backbone, samples, LEVELS, split="test", num_samples=5, batch_size=4, progress=lambda *state: told.append(state)
     )
     assert found.velocity_change.shape == (3, 2, 5)
     assert told == [(4, 10), (8, 10), (10, 10)]
     np.testing.assert_allclose(
-        ablate_layers(backbone, samples, LEVELS).velocity_change[..., :5], found.velocity_change, **ROUNDING
+        ablate_layers(backbone, samples, LEVELS, split="test").velocity_change[..., :5],
+        found.velocity_change,
+        **ROUNDING,
     )
 
 
@@ -259,7 +263,7 @@ def test_streams_tuples_and_in_place_work(odd: Backbone) -> None:
     samples, runs = tiny_samples(5, shape=(1, 6, 6)), []
     hook = odd.module.streams.image.register_forward_hook(lambda *_: runs.append("streams"))  # type: ignore[union-attr]
     odd.module.train()  # it is read in evaluation mode all the same
-    found = ablate_layers(odd, samples, (0.3,), layers=("streams", "weighing", "inplace"))
+    found = ablate_layers(odd, samples, (0.3,), split="test", layers=("streams", "weighing", "inplace"))
     odd.module.eval()
     hook.remove()
     assert runs == ["streams"]  # what it gave is reused, though later layers work in place
@@ -275,7 +279,9 @@ def test_streams_tuples_and_in_place_work(odd: Backbone) -> None:
 
 
 def test_what_cannot_be_skipped_is_nan_with_a_reason(odd: Backbone) -> None:
-    found = ablate_layers(odd, tiny_samples(3, shape=(1, 6, 6)), LEVELS, layers=("down", "inplace", "named", "up"))
+    found = ablate_layers(
+        odd, tiny_samples(3, shape=(1, 6, 6)), LEVELS, split="test", layers=("down", "inplace", "named", "up")
+    )
     assert found.reasons == {
         "down": "it gives (4, 3, 3) per sample and takes (1, 6, 6)",
         "named": "it gives dict, no tensor",
@@ -289,7 +295,7 @@ def test_what_cannot_be_skipped_is_nan_with_a_reason(odd: Backbone) -> None:
 
 
 def test_what_goes_into_a_layer_cannot_be_skipped() -> None:
-    found = ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), layers=("blocks.1.attn:input", "blocks.1"))
+    found = ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), split="test", layers=("blocks.1.attn:input", "blocks.1"))
     assert found.reasons == {"blocks.1.attn:input": "what goes into a layer cannot be skipped"}
     assert np.isnan(found.velocity_change[0]).all()
     assert np.isfinite(found.velocity_change[1]).all()
@@ -311,7 +317,7 @@ def test_two_streams_of_one_shape_are_not_guessed_at() -> None:
 
     backbone = wrap(Twins(), layers="twins", schedule="flow", prediction="velocity", shape=(1, 4, 4))
     reason = "it gives (1, 4, 4) and (1, 4, 4) per sample, so which input belongs to which is not known"
-    assert ablate_layers(backbone, tiny_samples(3), (0.5,)).reasons == {"twins": reason}
+    assert ablate_layers(backbone, tiny_samples(3), (0.5,), split="test").reasons == {"twins": reason}
 
 
 def test_a_block_that_leaves_something_behind_is_computed_again() -> None:
@@ -333,7 +339,7 @@ def test_a_block_that_leaves_something_behind_is_computed_again() -> None:
 
     backbone = wrap(Memory(), layers="*", schedule="flow", prediction="velocity", shape=(1, 4, 4))
     samples = tiny_samples(4)
-    found = ablate_layers(backbone, samples, (0.0,))
+    found = ablate_layers(backbone, samples, (0.0,), split="test")
     v = (2 * samples.x + 0.75 + 3).flatten(1)
     for layer, gap in enumerate((samples.x.flatten(1) + 3, torch.tensor(0.5), torch.tensor(0.25))):
         expected = gap.expand(4, 16).square().sum(1) / v.square().sum(1)
@@ -346,8 +352,8 @@ def test_a_block_that_leaves_something_behind_is_computed_again() -> None:
 def test_rows_fit_the_quality_table_and_their_intervals_hold_the_mean() -> None:
     from layerprobe.analyses.tables.quality import QUALITY_COLUMNS
 
-    found = ablate_layers(tiny_sit(), tiny_samples(12), LEVELS)
-    rows = found.rows(source="other", split="validation")
+    found = ablate_layers(tiny_sit(), tiny_samples(12), LEVELS, split="validation")
+    rows = found.rows(source="other")
     assert all(tuple(row) == QUALITY_COLUMNS for row in rows)
     assert len(rows) == 2 * 3 * 2
     for row in rows:
@@ -364,7 +370,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     rng, covered = np.random.default_rng(0), []
     for seed in range(200):
         scores = rng.exponential(size=(1, 1, 60))
-        row = LayerAblation(("a",), (0.5,), scores, scores, {}).rows(seed=seed)[0]
+        row = LayerAblation("test", ("a",), (0.5,), scores, scores, {}).rows(seed=seed)[0]
         covered.append(row["low"] <= 1 <= row["high"])
     # The percentile bootstrap of 60 skewed numbers covers a little less than 95 %: 0.93, give or take 0.02.
     assert 0.88 <= np.mean(covered) <= 0.98
@@ -374,7 +380,7 @@ def test_a_velocity_of_zero_has_no_relative_change() -> None:
     backbone = tiny_sit()
     backbone.module.final_layer.linear.weight.data.zero_()  # type: ignore[union-attr]
     backbone.module.final_layer.linear.bias.data.zero_()  # type: ignore[union-attr]
-    for row in ablate_layers(backbone, tiny_samples(4), (0.5,)).rows():
+    for row in ablate_layers(backbone, tiny_samples(4), (0.5,), split="test").rows():
         if row["metric"] == VELOCITY_CHANGE:
             assert math.isnan(row["value"]) and math.isnan(row["low"]) and math.isnan(row["high"])
             assert row["note"] == "the velocity is zero, or not finite"
@@ -394,7 +400,7 @@ def test_the_network_is_as_it_was_after_an_exception_and_in_training_mode() -> N
 
     hook = backbone.module.final_layer.register_forward_pre_hook(failing)  # type: ignore[union-attr]
     with pytest.raises(ZeroDivisionError, match="broken"):
-        ablate_layers(backbone, tiny_samples(4), (0.5,))
+        ablate_layers(backbone, tiny_samples(4), (0.5,), split="test")
     hook.remove()
     assert num_changed(backbone.module) == 1
     assert vars(backbone.module.blocks[0])["forward"] is own  # type: ignore[index]
@@ -424,11 +430,11 @@ class Twice(nn.Module):
 def test_what_cannot_be_done_is_refused_in_one_line(layers: Any, levels: Any, message: str) -> None:
     backbone = wrap(Twice(), layers="*", schedule="flow", prediction="velocity", shape=(1, 4, 4))
     with pytest.raises(ValueError, match=message) as refused:
-        ablate_layers(backbone, tiny_samples(3), levels, layers=layers)
+        ablate_layers(backbone, tiny_samples(3), levels, split="test", layers=layers)
     assert "\n" not in str(refused.value)
     assert num_changed(backbone.module) == 0
 
 
 def test_no_samples_show_nothing() -> None:
     with pytest.raises(ValueError, match="0 samples show nothing; pass at least 1"):
-        ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), num_samples=0)
+        ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), split="test", num_samples=0)

@@ -73,7 +73,7 @@ def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> p
     network = copy.deepcopy(whole.module)
     plant(network)
     backbone = replace(whole, module=network)
-    skipped = ablate_layers(backbone, splits.test, LEVELS, num_samples=64)
+    skipped = ablate_layers(backbone, splits.validation, LEVELS, split="validation", num_samples=64)
     plan = ExtractionPlan(backbone.layers, LEVELS)
     store = extract_evidence(backbone, splits, plan, folder / "store", num_samples=200)
     assert store.labels is not None

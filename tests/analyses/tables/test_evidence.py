@@ -222,7 +222,7 @@ def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labeled: Any, tmp
 
 
 def test_contributions_come_from_the_table_by_layer(store: FeatureStore, splits: Splits) -> None:
-    skipped = ablate_layers(model(), splits.test, LEVELS, num_samples=20)
+    skipped = ablate_layers(model(), splits.validation, LEVELS, split="validation", num_samples=20)
     table = pair_evidence(store, quality=pd.DataFrame(skipped.rows()))
     for criterion, scores, layer in (
         (e.STUDENT_CONTRIBUTION, skipped.velocity_change, 1),
