@@ -103,26 +103,9 @@ class ConfirmationPlan:
         """{number of seeds: level of the t test} of every look at the difference that may end the confirmation."""
         return look_levels(len(self.seeds)) if self.stop_early else {len(self.seeds): LEVEL}
 
-    def record(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """What must agree for a confirmation to go on; seeds may be added later, each has runs of its own.
-
-        Args:
-            kept: The record of the confirmation that is to go on, {} if there is none. Fields that it does not know,
-                because an earlier version wrote it, have their defaults' meaning.
-        """
-        own, default = asdict(self), asdict(ConfirmationPlan(TrainingPlan(steps=1), num_evaluations=1))
-        return _as_kept({name: own[name] for name in own if name not in ("seeds", "stop_early")}, kept, default)
-
-
-def _as_kept(own: dict[str, Any], kept: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what an earlier one lacks and what has its default value."""
-    if not kept:
-        return own
-    return {
-        name: _as_kept(value, kept.get(name, {}), default[name]) if isinstance(value, dict) else value
-        for name, value in own.items()
-        if name in kept or value != default[name]
-    }
+    def identity(self) -> dict[str, Any]:
+        """The fields that must agree for a confirmation to be continued; seeds may be added later."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "stop_early")}
 
 
 def arms_for(

@@ -22,8 +22,8 @@ from layerprobe.analyses.experiments.arms import BASELINE as BASELINE
 from layerprobe.analyses.experiments.arms import CONTROL, ConfirmationPlan
 from layerprobe.analyses.experiments.arms import FRECHET as FRECHET
 from layerprobe.analyses.experiments.arms import Arm as Arm
-from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep, is_padded
-from layerprobe.analyses.experiments.power import LEVEL, Spread
+from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
+from layerprobe.analyses.experiments.power import Spread
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone
@@ -45,7 +45,6 @@ def confirm_pair(
     *,
     start_name: str,
     extractor: Extractor | None = None,
-    evidence: pd.DataFrame | None = None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
@@ -61,7 +60,6 @@ def confirm_pair(
         folder: Gets one training run per arm and seed, `confirmation.csv` and `verdict.json`.
         start_name: "from scratch", or which checkpoint; goes into the verdict.
         extractor: For the Fréchet distance; a small classifier trained on the training samples where not given.
-        evidence: What was measured of the pairs beforehand; the verdict says which criterion foretold the arms' order.
         progress: Called with (what is running, steps done, steps in all) over all arms.
 
     Raises:
@@ -70,13 +68,11 @@ def confirm_pair(
     folder = Path(folder)
     check_arms(arms)
     record = {
-        "plan": plan.record(_kept_record(folder).get("plan", {})),
+        "plan": plan.identity(),
         "start": start_name,
         "data": splits.test.fingerprint,
         "extractor": extractor.name if extractor else None,
     }
-    if is_padded(splits.test):  # Earlier versions drew samples without padding.
-        record["lengths"] = "of the real samples"
     claim(folder, "confirmation.json", record, what="a confirmation")
     extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
@@ -123,22 +119,11 @@ def confirm_pair(
         plan,
         extractor_name=extractor.name,
         start_name=start_name,
-        evidence=evidence,
         looked=earlier_looks(folder, judged_arm(arms).name),
     )
     write_text(folder / "confirmation.csv", curves.to_csv(index=False))
     write_text(folder / "verdict.json", verdict.to_json())
     return verdict
-
-
-def _kept_record(folder: Path) -> dict[str, Any]:
-    """What the folder says that it holds; {} if nothing, or nothing readable, which `claim` refuses."""
-    place = folder / "confirmation.json"
-    try:
-        kept = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
-    except ValueError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
 
 
 def earlier_looks(folder: Path, judged: str) -> dict[int, float]:
@@ -152,11 +137,9 @@ def earlier_looks(folder: Path, judged: str) -> dict[int, float]:
         return {}
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
-        # Verdicts of earlier versions know neither: they were on the first arm that is no control, at the usual level.
-        arm = found.get("judged") or next(arm["name"] for arm in found["arms"][1:] if arm["name"] != CONTROL)
-        looks = found.get("looks") or {found["num_seeds"]: LEVEL}
-        return {int(n): float(level) for n, level in looks.items()} if arm == judged else {}
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        looks = {int(n): float(level) for n, level in found["looks"].items()}
+        return looks if found["judged"] == judged else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place} is damaged ({error}); delete it") from error
 
 

@@ -36,7 +36,7 @@ class Scorer:
         self._held_out = Subset(samples, range(min(len(samples), HELD_OUT_SAMPLES)), name="held out")
         rows = _rows_like(samples, num_samples)
         self._labels = None if samples.labels is None else samples.labels[rows]
-        self._masks = _masks(samples, rows) if is_padded(samples) else None
+        self._masks = _masks(samples, rows) if _is_padded(samples) else None
 
     def means(self, model: Backbone) -> dict[str, float]:
         """The Fréchet distance, and the held-out loss averaged over noise levels."""
@@ -55,7 +55,7 @@ class Scorer:
         return frechet_distance(gaussian(sample_features(self._extractor, x)), self._reference)
 
 
-def is_padded(samples: Samples) -> bool:
+def _is_padded(samples: Samples) -> bool:
     """Whether these samples are padded to a common shape."""
     return samples.batch(range(1)).mask is not None
 

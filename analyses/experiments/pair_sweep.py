@@ -28,7 +28,7 @@ import torch
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Arm
 from layerprobe.analyses.experiments.confirmation import run_folder, train_arm
-from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep, is_padded
+from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
 from layerprobe.analyses.experiments.probe_errors import probe_errors
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone, fresh_sit, network_record
@@ -216,47 +216,6 @@ def benefits(atlas: pd.DataFrame, *, metric: str = FRECHET) -> pd.Series:
     return ranked
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Where one pair stands among the pairs of an atlas.
-
-    Attributes:
-        rank: 1 for the best.
-        num_pairs: Pairs in the atlas.
-        benefit: Of this pair.
-        best: Of the best pair.
-        median: Of the median pair.
-        num_helpful: Pairs that beat no alignment.
-    """
-
-    rank: int
-    num_pairs: int
-    benefit: float
-    best: float
-    median: float
-    num_helpful: int
-
-
-def standing(atlas: pd.DataFrame, pair: LayerPair, *, metric: str = FRECHET) -> Standing:
-    """Where a pair stands among the others.
-
-    Raises:
-        ValueError: If the atlas does not know the pair, or as `benefits`.
-    """
-    ranked = benefits(atlas, metric=metric)
-    if (pair.student, pair.teacher) not in ranked.index:
-        raise ValueError(f"the atlas has no branch for {pair}; train it first")
-    own = float(ranked[pair.student, pair.teacher])
-    return Standing(
-        rank=1 + int((ranked > own).sum()),
-        num_pairs=len(ranked),
-        benefit=own,
-        best=float(ranked.iloc[0]),
-        median=float(ranked.median()),
-        num_helpful=int((ranked > 0).sum()),
-    )
-
-
 def _train_branch(
     backbone: Backbone,
     splits: Splits,
@@ -286,11 +245,13 @@ def _begin(backbone: Backbone, splits: Splits, nothing: TrainingPlan, place: Pat
     train(backbone, splits.train, nothing, place)  # no steps: the folder is this branch's from now on
     shutil.rmtree(place / "checkpoints")
     content = torch.load(state, map_location="cpu", weights_only=True)
-    # As runs kept it before there were several averages and decisions: a branch has one of its own, and none of these.
-    average = content["ema"] if "ema" in content else next(iter(content["averages"].values()))
-    kept = {name: content[name] for name in ("step", "module", "optimizer")} | {"ema": average, "log": []}
-    with whole(place / "state.pt") as partial:
-        torch.save(kept, partial)
+    # A branch has averages of its own and takes over none of the training's decisions.
+    average, decays = next(iter(content["averages"].values())), (nothing.ema_decay, *nothing.more_ema_decays)
+    branch = {name: content[name] for name in ("step", "module", "optimizer")}
+    branch |= {"averages": dict.fromkeys(decays, average), "log": [], "decisions": []}
+    (place / "checkpoints").mkdir()
+    with whole(place / "checkpoints" / f"step-{content['step']:07d}.pt") as partial:
+        torch.save(branch, partial)
 
 
 def _kept(place: Path) -> ScoresByStep:
@@ -307,17 +268,16 @@ def _record(
 ) -> dict[str, Any]:
     """What every branch shares. Pairs and seeds may be added later."""
     training = plan.training.identity() | {"steps": plan.training.steps}
-    record = {
+    return {
         "training": {key: value for key, value in training.items() if key not in ("pairs", "seed")},
         "first_step": plan.first_step,
         "evaluations": plan.num_evaluations,
         "num_samples": plan.num_samples,
         "sampling": asdict(plan.sampling),
-        "start": weights_hash(backbone.module),
+        "start": {"weights": "fresh for each seed"} | network_record(backbone)
+        if plan.from_scratch
+        else weights_hash(backbone.module),
         "optimizer": "empty" if state is None else "of the training",
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "extractor": extractor.name if extractor else None,
     }
-    if plan.from_scratch:  # Once all seeds began with one set of weights: such an atlas is another one.
-        record["start"] = {"weights": "fresh ones of each seed"} | network_record(backbone)
-    return record | ({"lengths": "of the real samples"} if is_padded(splits.test) else {})

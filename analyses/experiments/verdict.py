@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from layerprobe.analyses.arm_order import ArmOrder, arm_order
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
     CONTROL,
@@ -104,8 +103,6 @@ class Verdict:
         error_rate: How often these looks find a difference where there is none.
         resolution: The difference that so many seeds find with a chance of 80 %, by the spread that they showed; see
             `Resolution`. None where they showed none.
-        order: How the criteria of the evidence stand to the order of the arms; None without evidence or with fewer
-            than three aligned arms.
     """
 
     metric: str
@@ -124,7 +121,6 @@ class Verdict:
     looks: dict[int, float] = field(default_factory=dict)
     error_rate: float = LEVEL
     resolution: Resolution | None = None
-    order: ArmOrder | None = None
 
     def to_json(self) -> str:
         """As in verdict.json."""
@@ -180,7 +176,6 @@ def judge(
     *,
     extractor_name: str,
     start_name: str,
-    evidence: pd.DataFrame | None = None,
     looked: Mapping[int, float] | None = None,
 ) -> Verdict:
     """Curves (arm, seed, step, metric, value) -> verdict on the first aligned arm that is not the bad control.
@@ -191,7 +186,6 @@ def judge(
         plan: How they were trained.
         extractor_name: Of the distance.
         start_name: For the paragraph.
-        evidence: What was measured of the pairs beforehand, see `arm_order`.
         looked: Looks of earlier verdicts on fewer seeds, {number of seeds: level}.
 
     Raises:
@@ -208,9 +202,6 @@ def judge(
     tried = results[arms.index(arm)]
     answer, reason = _answer(tried, scores[tried.name], baseline, level)
     resolution = _resolution(scores[tried.name], baseline, level)
-    differences = pd.DataFrame({a.name: (scores[a.name] - baseline).iloc[:, -1] for a in arms if a.pair})
-    pairs = {arm.name: arm.pair for arm in arms if arm.pair}
-    order = None if evidence is None else arm_order(evidence, differences, pairs)
     rate = LEVEL if _planned(plan, looks) else error_rate({**plan.looks, **looks})
     sentences = [
         _change(tried, results[0], plan, len(seeds), start_name),
@@ -219,7 +210,6 @@ def judge(
         _resolved(resolution, results[0]) if answer == "no difference found" else "",
         _looks(plan, len(seeds), looks, rate),
         *_comparisons(tried, results, answer, level),
-        order.sentence() if order else "",
     ]
     return Verdict(
         metric=FRECHET,
@@ -238,7 +228,6 @@ def judge(
         looks=looks,
         error_rate=rate,
         resolution=resolution,
-        order=order,
     )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from layerprobe.analyses.experiments import (
     Arm,
     ConfirmationPlan,
@@ -81,7 +79,6 @@ def confirm_run(
         confirmation,
         run / "confirmation",
         start_name="from scratch" if from_scratch else "from the checkpoint",
-        evidence=pd.read_csv(run / "evidence.csv") if (run / "evidence.csv").is_file() else None,
         progress=progress,
     )
     for name in ("confirmation.csv", "verdict.json"):

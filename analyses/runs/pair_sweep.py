@@ -158,8 +158,5 @@ def describe_pair_sweep(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 
 
 
 def _is_probed(atlas: pd.DataFrame) -> bool:
-    """Whether every pair and seed has a benefit in probe error; branches of earlier versions have none."""
-    last = atlas[(atlas["student"] != "") & (atlas["step"] == atlas["step"].max())]
-    probed = last[last["metric"] == PROBE_ERROR]
-    branches = len(last[["student", "teacher", "seed"]].drop_duplicates())
-    return 0 < branches == int(probed["benefit"].notna().sum())
+    """Whether some pair has a benefit in probe error; data without labels have none."""
+    return bool(atlas.loc[(atlas["metric"] == PROBE_ERROR) & (atlas["student"] != ""), "benefit"].notna().any())

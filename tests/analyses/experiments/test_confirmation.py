@@ -19,7 +19,6 @@ from layerprobe.analyses.experiments import confirmation as confirm_module
 from layerprobe.analyses.experiments import evaluation
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
-    CONTROL,
     FRECHET,
     HELD_OUT,
     HEURISTIC,
@@ -34,7 +33,7 @@ from layerprobe.analyses.experiments.verdict import Verdict
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian
 from layerprobe.analyses.generation.extractors import Extractor, sample_features
 from layerprobe.backbones.base import Backbone
-from layerprobe.data.samples import Splits, Subset, TensorSamples
+from layerprobe.data.samples import Splits, TensorSamples
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training.loop import train
@@ -256,24 +255,6 @@ def test_padded_samples_are_drawn_as_long_as_real_ones(labeled: bool) -> None:
     assert torch.equal(drawn, sample(model, range(24), labels=labels, plan=TINY.sampling, mask=real))
 
 
-def test_a_folder_without_lengths_is_another_run(tmp_path: Path) -> None:
-    whole, mask = tiny_samples(24, shape=(1, 8)), torch.arange(8) < torch.tensor([8, 4] * 12).unsqueeze(1)
-    samples = TensorSamples(whole.x, whole.labels, mask=mask)
-    splits = Splits(*(Subset(samples, range(8 * i, 8 * i + 8), name=name) for i, name in enumerate("abc")))
-
-    def interrupted(_: int) -> Backbone:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, splits=splits, start=interrupted)
-    place = tmp_path / "confirmation.json"
-    record = json.loads(place.read_text())
-    del record["lengths"]
-    place.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"another run \(different: lengths\)"):
-        run(tmp_path, splits=splits)
-
-
 def test_without_an_extractor_a_classifier_is_trained_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, calls = confirm_module.classifier_extractor, []
 
@@ -327,36 +308,18 @@ def test_it_stops_where_the_difference_is_clear(tmp_path: Path, monkeypatch: pyt
     assert 0.05 < more.error_rate < 0.1
 
 
-def test_verdicts_of_earlier_versions_count_as_looks(tmp_path: Path) -> None:
+def test_an_earlier_verdict_on_the_same_arm_counts_as_looks(tmp_path: Path) -> None:
     place = tmp_path / "verdict.json"
     assert earlier_looks(tmp_path, PICK) == {}
-    old = {"num_seeds": 3, "arms": [{"name": BASELINE}, {"name": CONTROL}, {"name": PICK}]}
-    place.write_text(json.dumps(old))
-    assert earlier_looks(tmp_path, PICK) == {3: 0.05}
-    assert earlier_looks(tmp_path, HEURISTIC) == {}
-    place.write_text(json.dumps(old | {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}))
+    verdict = {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}
+    place.write_text(json.dumps(verdict))
     assert earlier_looks(tmp_path, HEURISTIC) == {3: 0.01, 4: 0.02}
-    for damaged in ("{", "[]", "{}", json.dumps(old | {"looks": 3})):
+    assert earlier_looks(tmp_path, PICK) == {}
+    for damaged in ("{", "[]", "{}", json.dumps(verdict | {"looks": 3})):
         place.write_text(damaged)
         with pytest.raises(ValueError, match=r"verdict.json is damaged \(.*\); delete it") as error:
             earlier_looks(tmp_path, PICK)
         assert "\n" not in str(error.value)
-
-
-def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, whole: Path) -> None:
-    """Its records lack the fields that have come in since, and they mean the defaults."""
-    shutil.copytree(whole, tmp_path / "old")
-    record = json.loads((tmp_path / "old" / "confirmation.json").read_text())
-    for name in ("sync", "time_sampling", "loss_weighting", "snr_gamma", "more_ema_decays", "accumulate", "keep_last"):
-        del record["plan"]["training"][name]
-    for name in ("guidance_interval", "rtol", "diffusion", "last_step"):
-        del record["plan"]["sampling"][name]
-    (tmp_path / "old" / "confirmation.json").write_text(json.dumps(record))
-    run(tmp_path / "old")
-    assert results(tmp_path / "old") == results(whole)
-    other = replace(TINY, sampling=replace(TINY.sampling, rtol=0.1))
-    with pytest.raises(ValueError, match=r"another run \(different: plan.sampling.rtol\)"):
-        run(tmp_path / "old", plan=other)
 
 
 def test_steps_are_as_long_as_the_weights_move(tmp_path: Path) -> None:
@@ -426,20 +389,3 @@ def test_the_spread_of_finished_arms_is_known(whole: Path, tmp_path: Path) -> No
     (folder / "seed-4" / "no-alignment.json").unlink()
     assert kept_spread(folder, "it") is None
     assert kept_spread(tmp_path / "nothing", "it") is None
-
-
-def test_the_verdict_reads_the_evidence(tmp_path: Path) -> None:
-    arms = arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS[:3], wanted=["none", "pick", "heuristic", "bad"])
-    assert [arm.pair for arm in arms[1:]] == [
-        LayerPair(f"blocks.{a}", f"blocks.{b}") for a, b in ((0, 2), (0, 1), (1, 2))
-    ]
-    rows = [
-        (a.pair.student, a.pair.teacher, "CKA", np.nan, v, False)
-        for a, v in zip(arms[1:], (0.1, 0.2, 0.3), strict=True)
-    ]
-    columns = ["student", "teacher", "criterion", "noise_level", "value", "needs_labels"]
-    plan = replace(TINY, training=replace(TINY.training, steps=1), num_evaluations=1)
-    found = run(tmp_path, plan=plan, arms=arms, evidence=pd.DataFrame(rows, columns=columns))
-    assert found.order is not None
-    assert [criterion.name for criterion in found.order.criteria] == ["CKA"]
-    assert json.loads((tmp_path / "verdict.json").read_text())["order"]["num_arms"] == 3

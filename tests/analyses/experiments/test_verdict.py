@@ -470,22 +470,3 @@ def test_no_difference_says_what_could_have_been_found() -> None:
     assert "With the spread that these seeds show, 3 seeds find a difference of 0.057 (1%) with" in found.paragraph
     assert json.loads(found.to_json())["resolution"]["difference"] == found.resolution.share
     assert "With the spread" not in verdict(SETTLED, FALL).paragraph
-
-
-def test_the_criterion_that_foretold_the_arms_is_named() -> None:
-    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
-    table = curves({BASELINE: SETTLED, PICK: FALL, HEURISTIC: (10, 6, 5, 4, 3.8), CONTROL: (10, 6, 5, 4.3, 4.2)})
-    rows = [(*pair(arm), "CKA", np.nan, value, False) for arm, value in zip(arms[1:], (0.2, 0.5, 0.9), strict=True)]
-    columns = ["student", "teacher", "criterion", "noise_level", "value", "needs_labels"]
-    evidence = pd.DataFrame(rows, columns=columns)
-    found = judge(table, arms, PLAN, extractor_name="x", start_name="y", evidence=evidence)
-    assert found.order is not None
-    assert (found.order.criteria[0].name, found.order.criteria[0].rank_correlation) == ("CKA", pytest.approx(-1))
-    assert found.paragraph.endswith(found.order.sentence())
-    assert json.loads(found.to_json())["order"]["criteria"][0]["name"] == "CKA"
-    assert judge(table, arms, PLAN, extractor_name="x", start_name="y", evidence=evidence[:0]).order is None
-
-
-def pair(arm: Arm) -> tuple[str, str]:
-    assert arm.pair is not None
-    return arm.pair.student, arm.pair.teacher
