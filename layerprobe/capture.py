@@ -1,7 +1,7 @@
-"""Reading what layers compute, without touching the network.
+"""Capturing the outputs and inputs of layers with forward hooks, without changing the network.
 
-A layer is named as in the module, `blocks.3.attn`, and stands for what it gives out; `blocks.3.attn:input` is what goes
-into it, which for a pre-normalized block is the normed and modulated stream.
+A layer is named as in the module. `blocks.3.attn` stands for the output of the layer, `blocks.3.attn:input` for its
+input. Inside a pre-normalized block, the input of the attention is the normalized and modulated residual stream.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ INPUT = ":input"
 
 
 def as_tokens(output: Any, name: str) -> Tensor:
-    """A layer's output as tokens, shape (B, T, D): maps (B, C, *grid) are flattened, vectors (B, D) are one token.
+    """Converts a layer's output to tokens, shape (B, T, D).
 
-    A tuple or list stands for its first element. Three axes always mean (B, T, D): turn the outputs (B, C, L) of a 1-D
-    convolution round yourself.
+    Feature maps (B, C, *grid) are flattened, vectors (B, D) become one token, and of a tuple or list the first element
+    is used. Three axes are always read as (B, T, D); outputs (B, C, L) of a 1-D convolution must be transposed first.
+
+    Args:
+        output: Output of the layer.
+        name: Name of the layer, for the error message.
 
     Raises:
-        ValueError: If there is no tensor of two axes or more.
+        ValueError: If the output is not a tensor with at least two axes.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim < 2:
-        seen = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"{name} gives {seen}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer"
+            f"{name} returns {kind}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer"
         )
     if output.ndim == 2:
         return output.unsqueeze(1)
@@ -40,11 +44,13 @@ def as_tokens(output: Any, name: str) -> Tensor:
 
 
 def real_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """Which tokens hold something real, shape (B, T), bool.
+    """Returns which tokens are not padding, shape (B, T), bool.
+
+    A token is real if any position of its patch is real.
 
     Args:
-        mask: Shape (B, *input grid), bool, as in `Batch`.
-        grid: Of the tokens, as many axes; a token is real where any place of its patch is. One token in all is real.
+        mask: Positions of the input that are not padding, shape (B, *input grid), bool, as in `Batch`.
+        grid: Grid of the tokens, with as many axes as the input grid; a grid of one token covers the whole sample.
     """
     pool: Any = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}[len(grid)]
     pooled: Tensor = pool(mask.unsqueeze(1).float(), list(grid))
@@ -60,24 +66,24 @@ def capture(
     transform: Callable[[Tensor], Tensor] | None = None,
     stop_early: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """Records the outputs of layers during one forward pass; every hook is gone afterwards, whatever happened.
+    """Records the outputs of layers during one forward pass and always removes its hooks afterwards.
 
         with capture(model, ["blocks.0", "blocks.5"]) as outputs:
             model(x_t, t, y)
         outputs["blocks.5"]  # tokens, shape (B, T, D)
 
-    The tensors are the network's own: where a later layer works in place, clone them in `transform`.
+    The recorded tensors are not copies: if a later layer works in place, clone them in `transform`.
 
     Args:
         module: The network.
-        layers: Names of its submodules, or of their inputs.
-        tokens: What of a layer's output (or input) are tokens (B, T, D); gets the raw output and the layer's name.
-        transform: Applied to each layer's tokens (B, T, D) at once, so that what is not kept is freed.
-        stop_early: Leave the forward pass, and the block, as soon as every layer has run; that a layer would have run
-            a second time is not noticed then.
+        layers: Names of submodules, or of their inputs.
+        tokens: Function that converts the raw output (or input) of a layer, and the layer's name, to tokens (B, T, D).
+        transform: Function applied to the tokens (B, T, D) of a layer as soon as it has run, to keep memory small.
+        stop_early: Whether to end the forward pass and the block as soon as every layer has run. A second run of a
+            layer in the same pass is then not detected.
 
     Raises:
-        ValueError: If a layer is not in the module, gives no tensor, did not run, or ran more than once.
+        ValueError: If a layer is missing in the module, returns no tensor, did not run, or ran more than once.
     """
     layers = tuple(dict.fromkeys(layers))
     outputs: dict[str, Tensor] = {}
@@ -86,8 +92,8 @@ def capture(
     def record(name: str, output: Any) -> None:
         if name in outputs:
             raise ValueError(f"{name} ran twice in one forward pass; name a layer that runs once")
-        found = tokens(output, name)
-        outputs[name] = found if transform is None else transform(found)
+        layer_tokens = tokens(output, name)
+        outputs[name] = layer_tokens if transform is None else transform(layer_tokens)
         if stop_early and len(outputs) == len(layers):
             raise stop
 
@@ -97,11 +103,11 @@ def capture(
             handles.append(hook_layer(module, name, record))
         yield outputs
     except _AllCaptured as signal:
-        if signal is not stop:  # It belongs to a block around this one.
+        if signal is not stop:  # It belongs to an enclosing `capture` block.
             raise
     finally:
-        # The traceback leads to the frames of the forward pass, and they lead back to it: until the garbage collector
-        # comes, which may be hours, the tensors in them would stay.
+        # The traceback and the frames of the forward pass refer to each other. Without this line the tensors in these
+        # frames would stay in memory until the garbage collector runs.
         stop.__traceback__ = None
         for handle in handles:
             handle.remove()
@@ -112,7 +118,7 @@ def capture(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it had."""
+    """Switches to evaluation mode inside the block and restores the mode of every submodule afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -123,30 +129,32 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class _AllCaptured(Exception):
-    """Ends a forward pass from which nothing more is wanted."""
+    """Ends a forward pass as soon as every layer is recorded."""
 
 
 def hook_layer(module: nn.Module, name: str, record: Callable[[str, Any], None]) -> RemovableHandle:
-    """Has `record(name, output)` called whenever the layer has run, or with its first input before it runs.
+    """Adds a hook that calls `record(name, output)` after each run of the layer.
+
+    For a name that ends in `:input`, `record(name, first input)` is called before each run.
 
     Raises:
-        ValueError: If there is no such layer.
+        ValueError: If the layer is missing in the module.
     """
     layer = find_layer(module, name)
     if not name.endswith(INPUT):
         return layer.register_forward_hook(lambda _, __, output: record(name, output))
 
-    def record_input(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        record(name, next(iter((*arguments, *named.values())), None))
+    def record_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(name, next(iter((*args, *kwargs.values())), None))
 
     return layer.register_forward_pre_hook(record_input, with_kwargs=True)
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:
-    """The submodule of this name, with or without `:input`.
+    """Returns the submodule with this name; an ending `:input` is ignored.
 
     Raises:
-        ValueError: If there is none; the message names what there is.
+        ValueError: If the module does not contain it; the message lists what it contains.
     """
     try:
         return module.get_submodule(name.removesuffix(INPUT))
@@ -155,18 +163,18 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
 
 
 def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of the submodules that match the pattern or any of the patterns, in the module's order.
+    """Returns the names of the submodules that match any of the patterns, in the order of the module.
 
-    `*` stands for one part of a name: "blocks.*" gives the blocks and not what is inside them, "blocks.*.attn:input"
-    what goes into each attention.
+    `*` stands for one part of a name: "blocks.*" matches the blocks but no layers inside them, "blocks.*.attn:input"
+    matches the input of each attention layer.
 
     Raises:
-        ValueError: If there is no pattern, or one matches nothing.
+        ValueError: If no pattern is given, or a pattern matches nothing.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not patterns:
         raise ValueError(f"no layer is named; name some of {type(module).__name__}, which has {_sketch(module)}")
-    names = [name + end for name, _ in module.named_modules() if name for end in (INPUT, "")]
+    names = [name + suffix for name, _ in module.named_modules() if name for suffix in (INPUT, "")]
     expressions = [re.compile(re.escape(p).replace(r"\*", r"[^.:]*")) for p in patterns]
     for pattern, expression in zip(patterns, expressions, strict=True):
         if not any(expression.fullmatch(name) for name in names):
@@ -175,7 +183,7 @@ def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
 
 
 def _sketch(module: nn.Module) -> str:
-    """The top of the module's tree, with runs of numbered children in one word."""
+    """Lists the children of the module, with numbered grandchildren shortened to a range."""
     parts = []
     for name, child in module.named_children():
         numbered = [key for key, _ in child.named_children() if key.isdigit()]

@@ -97,7 +97,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> Non
     (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(
-        ValueError, match=rf"is not empty and holds other things \({name.split('/')[0]}\); choose another"
+        ValueError, match=rf"is not empty and contains other files \({name.split('/')[0]}\); choose another"
     ):
         claim(tmp_path, "plan.json", RECORD, what="features")
     assert contents(tmp_path) == before

@@ -1,4 +1,4 @@
-"""One axis of noise for all families: schedules, predictions and keyed random numbers."""
+"""Noise schedules on one common axis, prediction targets and conversions, and keyed random numbers."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What a network predicts (velocity, eps, x0, v or score) and how one prediction is converted into another."""
+"""What a network predicts (velocity, eps, x0, v or score), and conversions between these predictions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from layerprobe.noise.schedules import GVP, VP, NoiseSchedule, per_sample
 Prediction = Literal["velocity", "eps", "x0", "v", "score"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
-END = 1e-3  # of the path's time, which training and sampling keep off an end that they cannot use
+# Margin in path time that training and sampling keep from an end of the path where they cannot use the prediction.
+END = 1e-3
 
 
 def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor) -> tuple[Tensor, Tensor]:
-    """What is predicted, as a x_0 + b eps."""
+    """Coefficients (a, b) of the prediction a x_0 + b eps."""
     zero, one = torch.zeros_like(level), torch.ones_like(level)
     if prediction == "eps":
         return zero, one
@@ -33,23 +34,31 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
 
 
 def target(prediction: Prediction, schedule: NoiseSchedule, *, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-    """What a perfect network would predict, for x and eps of shape (B, ...) and levels of shape (B,)."""
+    """The training target of a prediction.
+
+    Args:
+        prediction: Quantity that the network predicts.
+        schedule: Noise schedule.
+        x: Data, shape (B, ...).
+        eps: Noise, shape (B, ...).
+        level: Noise levels, shape (B,).
+    """
     a, b = _coefficients(prediction, schedule, level)
     return per_sample(a, x) * x + per_sample(b, x) * eps
 
 
 def error_weight(prediction: Prediction, schedule: NoiseSchedule, level: Tensor) -> Tensor:
-    """Factor of the squared error in the published loss, one per level: sigma^2 for the score, else 1.
+    """The factor of the squared error in the published loss, one per level: sigma^2 for the score, else 1.
 
-    The score grows like 1 / sigma; the published loss is `(sigma score + eps)^2` (SiT, arXiv:2401.08740).
+    The score grows like 1 / sigma, and its published loss is `(sigma score + eps)^2` (SiT, arXiv:2401.08740).
     """
     return schedule.sigma(level) ** 2 if prediction == "score" else torch.ones_like(level)
 
 
 def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, float]:
-    """The path's times to train at: all, but for the ends where what is to be predicted is infinite or tells nothing.
+    """The lowest and the highest path time of training, without ends where the target is infinite or uninformative.
 
-    Source: SiT's training code (arXiv:2401.08740), which cuts 1e-5 off its VP path and 1e-3 off both ends for scores.
+    Source: training code of SiT (arXiv:2401.08740), which cuts 1e-5 off its VP path and 1e-3 off both ends for scores.
     """
     if isinstance(schedule, VP):
         return schedule.first_time, 1.0
@@ -60,22 +69,22 @@ def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, 
 def convert_prediction(
     output: Tensor, x_t: Tensor, level: Tensor, schedule: NoiseSchedule, *, source: Prediction, to: Prediction
 ) -> Tensor:
-    """Turns one kind of prediction into another.
+    """Converts one kind of prediction into another.
 
-    Both kinds are linear in (x_0, eps), and so is x_t: two equations give the third. The coefficients are computed in
-    float64, the tensors in their own type.
+    Both predictions and x_t are linear in (x_0, eps), so that x_t and one prediction determine the other. Coefficients
+    are computed in float64, tensors in their own dtype.
 
     Args:
-        output: What the network predicted, shape (B, ...), in the sense of `source` with time from data to noise.
-        x_t: What it saw, shape (B, ...).
+        output: Prediction of the network, shape (B, ...); a velocity points from data to noise.
+        x_t: Noisy input of the network, shape (B, ...).
         level: Noise levels, shape (B,).
-        schedule: The schedule of `x_t`.
-        source: What `output` is.
-        to: What is wanted.
+        schedule: Noise schedule of `x_t`.
+        source: Kind of prediction of `output`.
+        to: Kind of prediction to return.
 
     Raises:
-        ValueError: If x_t and the output do not determine the answer at a level (such as eps at level 1, where x_t
-            holds no data, or anything where EDM is infinitely noisy).
+        ValueError: If x_t and the output do not determine the result at a level. Examples are eps at level 1, where
+            x_t contains no data, and every prediction at level 1 of EDM, where sigma is infinite.
     """
     if source == to:
         return output
@@ -86,9 +95,9 @@ def convert_prediction(
     determinant = alpha * b - sigma * a
     solvable = determinant.isfinite() & (determinant.abs() > 1e-12)
     if not bool(solvable.all()):
-        bad = float(level[~solvable][0])
+        unsolvable = float(level[~solvable][0])
         raise ValueError(
-            f"{source} at noise level {bad:g} does not determine {to}; keep noise levels strictly inside (0, 1)"
+            f"{source} at noise level {unsolvable:g} does not determine {to}; keep noise levels strictly inside (0, 1)"
         )
     of_x_t, of_output = (to_a * b - to_b * a) / determinant, (to_b * alpha - to_a * sigma) / determinant
     return per_sample(of_x_t.to(x_t.dtype), x_t) * x_t + per_sample(of_output.to(output.dtype), output) * output

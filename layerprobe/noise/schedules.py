@@ -1,15 +1,16 @@
-"""One noise axis for every family of diffusion models, and the noise itself.
+"""Noise schedules of every family of diffusion models, on one common noise axis.
 
 Every model here sees `x_t = alpha x_0 + sigma eps`. The noise level is `sigma / (alpha + sigma)`: 0 is clean, 1 is
 pure noise, and equal levels mean equal signal-to-noise ratios in every family. `log_snr = 2 log(alpha / sigma)`, so
-`noise_level = sigmoid(-log_snr / 2)`. On the linear path the noise level is the path's own time.
+`noise_level = sigmoid(-log_snr / 2)`.
 
-The velocity is `d x_t / d path_time` with the time of the path, which runs from 0 at data to 1 at noise: the velocity
-points from data to noise. On the linear path, in DDPM and in EDM the path's time is the noise level itself, and on the
-linear path the velocity is `eps - x_0`. On SiT's cosine and variance-preserving paths it is the time that the network
-counts, so that a network trained there predicts this velocity and its loss is the published one; `path_rate` turns it
-into `d x_t / d noise_level`, which is what the sampler integrates whatever the family. A family's own time and sign
-live in its `NoiseSchedule` only.
+The velocity is `d x_t / d path_time`. Path time runs from 0 at data to 1 at noise, so the velocity points from data to
+noise. On the linear path, in DDPM and in EDM, path time is the noise level itself; on the linear path the velocity is
+`eps - x_0`. On SiT's cosine and variance-preserving paths, path time is the time of SiT's formulas, counted from data.
+A network trained on these paths therefore predicts this velocity, and its loss is the published one.
+
+Velocity times `path_rate` is `d x_t / d noise_level`, which the sampler integrates in every family. The time and the
+sign that a family uses natively appear only in its `NoiseSchedule`.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ DDPM_BETAS = ("linear", "scaled_linear", "cosine")
 
 
 class NoiseSchedule(ABC):
-    """How a family of models mixes data and noise, and what it calls the time.
+    """How a family of models mixes data and noise, and which native time its networks take.
 
-    All methods are element-wise on tensors of noise levels in [0, 1] and return the tensor's own floating type.
+    All methods are element-wise on tensors of noise levels in [0, 1] and return the dtype of their input.
 
     Attributes:
-        name: What configuration files and the command line call the schedule.
-        time_direction: +1 where the native time grows with the noise, -1 where time 1 is data.
-        integer_time: True where the network indexes its time (0, 1, ..., T-1).
-        scale: The data's standard deviation in the units in which the level is counted; 1 except for EDM.
+        name: Name of the schedule in configuration files and on the command line.
+        time_direction: +1 if the native time grows with the noise, -1 if it falls.
+        integer_time: Whether the native time is an integer index (0, 1, ..., T-1).
+        scale: Standard deviation of the data, the unit in which the noise level counts sigma; 1 except for EDM.
     """
 
     name: str
@@ -53,39 +54,39 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def alpha_rate(self, level: Tensor) -> Tensor:
-        """The derivative of alpha by the noise level."""
+        """The derivative of alpha with respect to the noise level."""
 
     @abstractmethod
     def sigma_rate(self, level: Tensor) -> Tensor:
-        """The derivative of sigma by the noise level."""
+        """The derivative of sigma with respect to the noise level."""
 
     @abstractmethod
     def native_time(self, level: Tensor) -> Tensor:
-        """What the network is told: the family's own time."""
+        """The native time at a noise level, as the network receives it."""
 
     @abstractmethod
     def noise_level(self, native_time: Tensor) -> Tensor:
-        """The noise level of a native time; the inverse of `native_time` up to its rounding.
+        """The noise level at a native time; inverts `native_time` up to rounding.
 
         Raises:
-            ValueError: If the family has integer times and this is none of them.
+            ValueError: If the family has integer times and the native time is not one of them.
         """
 
     def path_time(self, level: Tensor) -> Tensor:
-        """The time that a velocity is counted in, 0 at data and 1 at noise: the level, where a path has no other."""
+        """The path time of the velocity, 0 at data and 1 at noise; the noise level itself by default."""
         return level
 
     def level_at(self, path_time: Tensor) -> Tensor:
-        """The noise level at a time of the path; the inverse of `path_time`."""
+        """The noise level at a path time; inverts `path_time`."""
         return path_time
 
     def path_rate(self, level: Tensor) -> Tensor:
-        """The derivative of the path's time by the noise level, positive inside (0, 1)."""
+        """The derivative of path time with respect to the noise level, positive inside (0, 1)."""
         return torch.ones_like(level)
 
     @property
     def level_range(self) -> tuple[float, float]:
-        """The lowest and highest noise level that the model was trained at."""
+        """The lowest and the highest noise level of training."""
         return 0.0, 1.0
 
     def log_snr(self, level: Tensor) -> Tensor:
@@ -102,15 +103,18 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """What `schedule_from_config` rebuilds this schedule from."""
+        """Returns a JSON-compatible configuration from which `schedule_from_config` rebuilds this schedule."""
 
 
 class LinearPath(NoiseSchedule):
     """x_t = (1 - level) x_0 + level eps, the path of flow matching and rectified flow.
 
     Args:
-        data_time: The native time of data: 1 in SiT and LayerSync, 0 in REPA, SRA and diffusers.
-        noise_time: The native time of noise: 0 in SiT, 1 in REPA, 1000 in diffusers.
+        data_time: Native time of data: 1 in SiT and LayerSync, 0 in REPA, SRA and diffusers.
+        noise_time: Native time of noise: 0 in SiT, 1 in REPA, 1000 in diffusers.
+
+    Raises:
+        ValueError: If both times are equal.
     """
 
     name = "linear"
@@ -144,9 +148,9 @@ class LinearPath(NoiseSchedule):
 
 
 class QuarterCircle(NoiseSchedule):
-    """alpha^2 + sigma^2 = 1, as on every variance-preserving path: `(alpha, sigma) = (1 - level, level) / norm`.
+    """Variance-preserving paths: alpha^2 + sigma^2 = 1, so `(alpha, sigma) = (1 - level, level) / norm`.
 
-    What tells such paths apart is the time at which they reach a level.
+    Such paths differ only in the time at which they reach a noise level.
     """
 
     def alpha(self, level: Tensor) -> Tensor:
@@ -167,16 +171,16 @@ class QuarterCircle(NoiseSchedule):
 
 
 class DDPM(QuarterCircle):
-    """The variance-preserving chain of DDPM: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 ... T-1.
+    """The discrete variance-preserving process of DDPM: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 ... T-1.
 
-    `native_time` is the nearest integer by log-SNR, 0 and T-1 beyond the ends.
+    `native_time` is the step with the nearest log-SNR; noise levels beyond the ends give 0 and T-1.
 
     Args:
-        betas: Shape (T,), each in (0, 1).
-        name: The name under which the betas were made.
+        betas: Variances of the steps, shape (T,), each in (0, 1).
+        name: Name of the schedule.
 
     Raises:
-        ValueError: If betas are not such a row.
+        ValueError: If betas are empty, not one-dimensional, or not all in (0, 1).
 
     Source: Ho et al. 2020 (arXiv:2006.11239).
     """
@@ -187,34 +191,35 @@ class DDPM(QuarterCircle):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(
-                f"betas must be a non-empty row of numbers strictly between 0 and 1, got shape {tuple(betas.shape)}"
+                "betas must be a non-empty 1-D sequence of numbers strictly between 0 and 1, "
+                f"got shape {tuple(betas.shape)}"
                 + (f" with values from {float(betas.min()):g} to {float(betas.max()):g}" if betas.numel() else "")
             )
         self.name, self.betas = name, betas
         abar = torch.cumprod(1 - betas, 0)
         self._levels = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
-        # Times are matched by log-SNR, in which the chain is close to even; the midpoints decide.
+        # Steps are nearly evenly spaced in log-SNR, so the nearest step is found there; midpoints are the boundaries.
         log_snr = self.log_snr(self._levels)
         self._edges = self.level_of_log_snr((log_snr[1:] + log_snr[:-1]) / 2)
 
     @classmethod
     def from_name(cls, betas: str, num_steps: int = 1000, start: float | None = None, end: float | None = None) -> DDPM:
-        """The usual betas: "linear" (1e-4 to 0.02), "scaled_linear" (0.00085 to 0.012) or "cosine".
+        """Creates the schedule with standard betas.
 
         Args:
-            betas: One of these names.
-            num_steps: T.
-            start: The first beta, where it is not the usual one.
-            end: The last beta, likewise. "cosine" has neither.
+            betas: "linear" (1e-4 to 0.02), "scaled_linear" (0.00085 to 0.012) or "cosine".
+            num_steps: Number of steps T.
+            start: First beta; None uses the standard one. Not for "cosine".
+            end: Last beta; None uses the standard one. Not for "cosine".
 
         Raises:
-            ValueError: If the name is unknown, or the cosine is given ends.
+            ValueError: If the name is unknown, or "cosine" is combined with start or end.
 
         Source: Ho et al. 2020; Rombach et al. 2022 (arXiv:2112.10752); Nichol & Dhariwal 2021 (arXiv:2102.09672,
             eq. 17).
         """
         if betas == "cosine" and (start, end) != (None, None):
-            raise ValueError("the cosine betas have no start and no end; leave them out")
+            raise ValueError("cosine betas take no start and no end; leave them out")
         if betas == "linear":
             first, last = 1e-4 if start is None else start, 0.02 if end is None else end
             table = torch.linspace(first, last, num_steps, dtype=torch.float64)
@@ -250,8 +255,8 @@ class GVP(QuarterCircle):
     """SiT's cosine path: alpha = cos(pi s / 2), sigma = sin(pi s / 2), s from 0 at data to 1 at noise.
 
     Args:
-        data_time: The native time of data: 1 in SiT, 0 in REPA.
-        noise_time: The native time of noise: 0 in SiT, 1 in REPA.
+        data_time: Native time of data: 1 in SiT, 0 in REPA.
+        noise_time: Native time of noise: 0 in SiT, 1 in REPA.
 
     Source: Ma et al. 2024, SiT (arXiv:2401.08740).
     """
@@ -285,8 +290,15 @@ class GVP(QuarterCircle):
 class VP(QuarterCircle):
     """SiT's variance-preserving path: log alpha = -(beta_max - beta_min) s^2 / 4 - beta_min s / 2, s = 1 - t.
 
-    The native time t is 1 at data. The path ends a little short of pure noise; beyond that end the network is told
-    t = 0. Near data the velocity grows like 1 / sigma, so training stops at s = 1e-5, as SiT's does.
+    The native time t is 1 at data. The path ends slightly below pure noise; noise levels beyond its end give t = 0.
+    Near data the velocity grows like 1 / sigma, so training starts at s = 1e-5, as in SiT.
+
+    Args:
+        beta_min: Rate of noise at data.
+        beta_max: Rate of noise at the other end.
+
+    Raises:
+        ValueError: Unless 0 < beta_min < beta_max.
 
     Source: Ma et al. 2024, SiT (arXiv:2401.08740); Song et al. 2021 (arXiv:2011.13456, eq. 33).
     """
@@ -301,15 +313,15 @@ class VP(QuarterCircle):
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
 
     def path_time(self, level: Tensor) -> Tensor:
-        fall = torch.log1p((level / (1 - level)) ** 2) / 2  # -log alpha
+        decay = torch.log1p((level / (1 - level)) ** 2) / 2  # -log alpha
         slope = self.beta_max - self.beta_min
-        # The root of slope s^2 / 4 + beta_min s / 2 = fall in the form that cancels nothing.
-        return 4 * fall / (self.beta_min + torch.sqrt(self.beta_min**2 + 4 * slope * fall))
+        # The root of slope s^2 / 4 + beta_min s / 2 = decay, in the form without cancellation.
+        return 4 * decay / (self.beta_min + torch.sqrt(self.beta_min**2 + 4 * slope * decay))
 
     def level_at(self, path_time: Tensor) -> Tensor:
-        fall = (self.beta_max - self.beta_min) * path_time**2 / 4 + self.beta_min * path_time / 2
-        sigma = torch.sqrt(-torch.expm1(-2 * fall))
-        return sigma / (torch.exp(-fall) + sigma)
+        decay = (self.beta_max - self.beta_min) * path_time**2 / 4 + self.beta_min * path_time / 2  # -log alpha
+        sigma = torch.sqrt(-torch.expm1(-2 * decay))
+        return sigma / (torch.exp(-decay) + sigma)
 
     def path_rate(self, level: Tensor) -> Tensor:
         beta = self.beta_min + (self.beta_max - self.beta_min) * self.path_time(level)
@@ -334,8 +346,17 @@ class VP(QuarterCircle):
 class EDM(NoiseSchedule):
     """x_t = x_0 + sigma eps; the native time is sigma itself.
 
-    The level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`, so that level
-    0.5 is a signal-to-noise ratio of 1 as in the other families. Level 1 is infinitely noisy; sample from below it.
+    The noise level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`. Level 0.5
+    therefore means a signal-to-noise ratio of 1, as in the other families. At level 1 sigma is infinite; sampling must
+    start below it.
+
+    Args:
+        sigma_data: Standard deviation of the data.
+        sigma_min: Lowest sigma of training.
+        sigma_max: Highest sigma of training.
+
+    Raises:
+        ValueError: Unless 0 < sigma_min < sigma_max and sigma_data > 0.
 
     Source: Karras et al. 2022 (arXiv:2206.00364).
     """
@@ -381,14 +402,14 @@ class EDM(NoiseSchedule):
 
 
 def schedule_from_name(name: str) -> NoiseSchedule:
-    """The schedule behind a name of the command line.
+    """Returns the schedule with this name on the command line.
 
     "sit" is the linear path with data at time 1, "flow" with data at time 0, "flow-1000" the same with times up to
-    1000; "ddpm-linear", "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps; "edm" has sigma_data 0.5; "sit-gvp"
-    and "sit-vp" are SiT's curved paths.
+    1000. "ddpm-linear", "ddpm-scaled_linear" and "ddpm-cosine" have 1000 steps. "edm" has sigma_data 0.5. "sit-gvp"
+    and "sit-vp" are the curved paths of SiT.
 
     Raises:
-        ValueError: If there is no such name.
+        ValueError: If the name is unknown.
     """
     if name in SCHEDULES:
         return SCHEDULES[name]()
@@ -407,13 +428,18 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
 
 
 def schedule_from_config(config: dict[str, Any]) -> NoiseSchedule:
-    """Rebuilds a schedule from its `to_config`; ValueError, KeyError or TypeError where the configuration is none."""
-    kind, rest = config["schedule"], {key: value for key, value in config.items() if key != "schedule"}
-    kinds: dict[str, Callable[..., NoiseSchedule]] = {"linear": LinearPath, "edm": EDM, "sit-gvp": GVP, "sit-vp": VP}
-    if kind in kinds:
-        return kinds[kind](**rest)
-    return DDPM(rest["betas"], name=kind)
+    """Rebuilds a schedule from the result of its `to_config`.
+
+    Raises:
+        ValueError, KeyError or TypeError: If the configuration is not that of a schedule.
+    """
+    name, arguments = config["schedule"], {key: value for key, value in config.items() if key != "schedule"}
+    classes: dict[str, Callable[..., NoiseSchedule]] = {"linear": LinearPath, "edm": EDM, "sit-gvp": GVP, "sit-vp": VP}
+    if name in classes:
+        return classes[name](**arguments)
+    return DDPM(arguments["betas"], name=name)
 
 
 def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Reshapes one coefficient per sample, shape (B,), to multiply x of shape (B, ...), in the dtype of x."""
     return coefficient.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

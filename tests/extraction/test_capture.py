@@ -249,7 +249,7 @@ def test_maps_become_tokens_in_row_major_order() -> None:
     ],
 )
 def test_other_outputs_are_refused_in_one_line(output: Any, seen: str) -> None:
-    with pytest.raises(ValueError, match=f"^head gives {seen}, which is neither tokens .* name another layer$"):
+    with pytest.raises(ValueError, match=f"^head returns {seen}, which is neither tokens .* name another layer$"):
         as_tokens(output, "head")
 
 

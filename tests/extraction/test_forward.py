@@ -547,7 +547,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
             extract(model, data, plan, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"is not empty and holds other things \(thesis.tex\)"):
+    with pytest.raises(ValueError, match=r"is not empty and contains other files \(thesis.tex\)"):
         extract(backbone, splits, PLAN, tmp_path / "mine")
     (tmp_path / "mine" / "thesis.tex").unlink()
     (tmp_path / "mine").rmdir()

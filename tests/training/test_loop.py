@@ -812,7 +812,7 @@ def test_how_long_a_run_is_and_how_often_it_writes_is_not_its_identity() -> None
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"is not empty and holds other things \(thesis.tex\); choose another --out"):
+    with pytest.raises(ValueError, match=r"is not empty and contains other files \(thesis.tex\); choose another --out"):
         train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
