@@ -1,14 +1,14 @@
-"""Does the declared convention fit the weights? A few forward passes on real samples tell.
+"""Checks with a few forward passes on real samples whether the declared convention fits the weights.
 
-SiT, DiT and LayerSync files have the same names and shapes and differ in what time means, which way it runs and what
-is predicted. A network that is told the wrong one still gives plausible numbers, and every later figure is wrong in
-silence. So real samples are corrupted at five signal-to-noise ratios, the output is turned into an estimate of the
-clean sample under every known convention, and its squared error is compared with that of the best shift-invariant
-linear denoiser (the Wiener filter), which knows only the data's power spectrum. A trained network beats it under its
-own convention only.
+SiT, DiT and LayerSync files have the same names and shapes, but differ in the meaning of time, its direction and the
+prediction target. A network under the wrong convention still returns plausible numbers, and all later results are
+silently wrong. Therefore real samples are corrupted at five signal-to-noise ratios, the output is converted to an
+estimate of the clean sample under every known convention, and its squared error is compared with that of the best
+shift-invariant linear denoiser (the Wiener filter), which knows only the power spectrum of the data. A trained network
+beats this denoiser under its own convention only.
 
-The squared error of the prediction itself would not do: it compares numbers of different kinds, and an eps network
-read as a velocity network can have the smaller one.
+The squared error of the prediction itself is not suitable: errors of different prediction targets are not comparable,
+and an eps network read as a velocity network can have the smaller one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from layerprobe.data import Batch, Samples
 from layerprobe.noise import DDPM_BETAS, Prediction, RandomStream, convert_prediction, schedule_from_name
 
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
-# What the field trains, by the names of the command line.
+# Predictions that are commonly trained with each schedule, by the schedule's name on the command line.
 KNOWN: dict[str, tuple[Prediction, ...]] = {
     "sit": ("velocity", "x0", "eps"),
     "flow": ("velocity", "x0", "eps"),
@@ -35,28 +35,27 @@ KNOWN: dict[str, tuple[Prediction, ...]] = {
     **{f"ddpm-{betas}": ("eps", "x0", "v") for betas in DDPM_BETAS},
     "edm": ("x0",),
 }
-# Paths that few are trained on; tried where the declared convention is not plausible.
+# Rarely used paths; tried if the declared convention is not plausible.
 CURVED: dict[str, tuple[Prediction, ...]] = dict.fromkeys(("sit-gvp", "sit-vp"), ("velocity", "x0", "eps"))
-# Latents that were left unscaled or scaled twice (Stable Diffusion 1/2, XL), and pixels in [0, 1].
+# Factors for latents that were not scaled or scaled twice (Stable Diffusion 1/2 and XL), and for pixels in [0, 1].
 SCALES = (0.18215, 0.13025, 0.5, 2.0, 1 / 0.18215, 1 / 0.13025)
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).
-PLAUSIBLE = 0.0  # above it the network is no better than a linear denoiser
-MARGIN = 0.03  # nats; a convention is better than another when it is by so much, and by four standard errors
+PLAUSIBLE = 0.0  # above this the network is no better than a linear denoiser
+MARGIN = 0.03  # nats; one convention is better than another by more than this and by more than four standard errors
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """How well one convention explains a network.
+    """How well one convention fits a network.
 
-    A network that cannot be called under it has infinite ratios and scores.
+    Ratios and scores are infinite if the network cannot be called under the convention.
 
     Attributes:
-        schedule: Of the hypothesis, as on the command line.
-        prediction: Of the hypothesis.
-        scale: Factor on the data; 1 as it was given.
-        ratios: Squared error over that of the linear denoiser, one for each of `LOG_SNRS`; below 1 is better than
-            linear.
-        scores: Per sample, the mean over levels of the log ratio, shape (n,).
+        schedule: Name of the schedule on the command line.
+        prediction: Prediction target.
+        scale: Factor on the data; 1 for unchanged data.
+        ratios: Squared error over that of the linear denoiser at each of `LOG_SNRS`; below 1 is better than linear.
+        scores: Mean over levels of the log ratio of each sample, shape (n,).
     """
 
     schedule: str
@@ -67,27 +66,27 @@ class Fit:
 
     @property
     def score(self) -> float:
-        """The mean score; 0 is as good as the linear denoiser, less is better."""
+        """The mean score; 0 is as good as the linear denoiser, lower is better."""
         return float(self.scores.mean())
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """The convention as options of the command line."""
         scaled = f" on data times {self.scale:.5g}" if self.scale != 1 else ""
         return f"--schedule {self.schedule} --prediction {self.prediction}{scaled}"
 
 
 @dataclass(frozen=True, eq=False)
 class ConventionCheck:
-    """What the check found.
+    """The result of a convention check.
 
     Attributes:
-        declared: The fit of the backbone's own convention.
-        fits: All fits, the best first.
-        condition: Mean log ratio under the declared convention by what the network was told: "null", and with labels
-            also "true labels" and "wrong labels".
-        verdict: "fits"; "misfit" where another convention is plausible and clearly better; "unclear" where none is
-            plausible, as for a network without training or data of another kind.
+        declared: Fit of the backbone's own convention.
+        fits: Fits of all conventions, the best first.
+        condition: Mean log ratio under the declared convention by condition: "null", and for data with labels also
+            "true labels" and "wrong labels".
+        verdict: "fits"; "misfit" if another convention is plausible and clearly better; "unclear" if no convention is
+            plausible, as for an untrained network or for data of another kind.
     """
 
     declared: Fit
@@ -97,34 +96,34 @@ class ConventionCheck:
 
     @property
     def message(self) -> str:
-        """One line."""
+        """The verdict in one line, with the errors behind it."""
         best = self.fits[0]
         if self.verdict == "misfit":
             return (
-                f"the weights do not fit {self.declared.name}: the error of denoising is {_times(self.declared)} that "
-                f"of a linear denoiser, under {best.name} {_times(best)}; pass that, or --trust-convention to go on"
+                f"the weights do not fit {self.declared.name}: the denoising error is {_times(self.declared)} that of "
+                f"a linear denoiser, but {_times(best)} under {best.name}; pass these, or --trust-convention to go on"
             )
         if self.verdict == "unclear":
             return (
-                f"no known convention makes this network a denoiser of this data: the best, {best.name}, gives "
+                f"this network does not denoise this data under any known convention: the best, {best.name}, has "
                 f"{_times(best)} the error of a linear denoiser; check the data, its scale and the training"
             )
-        seen = f"the error of denoising is {_times(self.declared)} that of a linear denoiser"
-        return f"the weights fit {self.declared.name}: {seen}"
+        error = f"the denoising error is {_times(self.declared)} that of a linear denoiser"
+        return f"the weights fit {self.declared.name}: {error}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is odd about the labels, if anything."""
-        found = []
+        """Warnings about the labels."""
+        notes = []
         if "true labels" in self.condition and self.condition["true labels"] > self.condition["wrong labels"] - 0.002:
-            found.append("the true labels denoise no better than wrong ones: the classes may be numbered differently")
+            notes.append("the true labels denoise no better than wrong ones: the classes may be numbered differently")
         if self.condition.get("null", 0.0) > self.condition.get("wrong labels", math.inf) + 0.05:
-            found.append("the null label denoises worse than a wrong label: the model may have been trained without it")
-        return tuple(found)
+            notes.append("the null label denoises worse than a wrong label: the model may have been trained without it")
+        return tuple(notes)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The best five fits and the declared one as a table for people."""
+        """The message, the notes, and a text table of the best five fits and the declared one."""
         shown = [*self.fits[:5], *([self.declared] if self.declared not in self.fits[:5] else [])]
         width = max(len(fit.name) for fit in shown) + len(" (declared)")
         head = f"{'convention':<{width}}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
@@ -132,11 +131,11 @@ class ConventionCheck:
             f"{fit.name + ' (declared)' * (fit is self.declared):<{width}}" + "".join(f"{r:>8.3g}" for r in fit.ratios)
             for fit in shown
         ]
-        title = "error of denoising over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"
+        title = "denoising error over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"
         return (self.message, *self.notes, title, head, *rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON."""
+        """Returns the result as JSON."""
         return {
             "verdict": self.verdict,
             "message": self.message,
@@ -158,19 +157,19 @@ class ConventionCheck:
 
 
 def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int = 64, seed: int = 0) -> ConventionCheck:
-    """Compares the declared schedule and prediction with all others that are known, under the null condition.
+    """Compares the declared schedule and prediction with all other known ones, under the null condition.
 
-    Five forward passes for each of about seven schedules; where nothing fits, the declared convention is also tried on
-    the data times the factors of `SCALES`.
+    The check needs five forward passes for each of about seven schedules. If no convention fits, the declared one is
+    also tried on the data times the factors of `SCALES`.
 
     Args:
-        backbone: The model with its weights.
-        samples: Real data of its shape; the first `num_samples` are used.
-        num_samples: At least 8, so that differences have a standard error.
-        seed: Of the noise.
+        backbone: Model with its weights.
+        samples: Real data of the model's shape; the first `num_samples` are used.
+        num_samples: Number of samples, at least 8, so that differences have a standard error.
+        seed: Seed of the noise.
 
     Raises:
-        ValueError: If there are fewer than 8 samples.
+        ValueError: If the data has fewer than 8 samples.
     """
     n = min(num_samples, len(samples))
     if n < 8:
@@ -193,29 +192,30 @@ def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int =
 def _verdict(declared: Fit, best: Fit) -> str:
     if best.score > PLAUSIBLE:
         return "unclear"
-    ahead = declared.scores - best.scores
-    error = float(ahead.std()) / math.sqrt(len(ahead))
-    clearly = declared.score == math.inf or float(ahead.mean()) > max(MARGIN, 4 * error)
-    return "misfit" if clearly else "fits"
+    advantage = declared.scores - best.scores
+    standard_error = float(advantage.std()) / math.sqrt(len(advantage))
+    clear = declared.score == math.inf or float(advantage.mean()) > max(MARGIN, 4 * standard_error)
+    return "misfit" if clear else "fits"
 
 
 def _fits(
-    backbone: Backbone, known_predictions: Mapping[str, tuple[Prediction, ...]], x: Tensor, eps: Tensor
+    backbone: Backbone, predictions_by_schedule: Mapping[str, tuple[Prediction, ...]], x: Tensor, eps: Tensor
 ) -> list[Fit]:
-    """One fit for each convention that the network can be called under, the declared one first."""
-    known = {name: (schedule_from_name(name), predictions) for name, predictions in known_predictions.items()}
-    own = next((name for name, (s, _) in known.items() if s.to_config() == backbone.schedule.to_config()), None)
-    same = known.pop(own)[1] if own is not None else ()
-    first = (own or backbone.schedule.name, backbone.schedule, tuple(dict.fromkeys((backbone.prediction, *same))))
+    """Returns a fit for each convention under which the network can be called, the declared one first."""
+    others = {name: (schedule_from_name(name), predictions) for name, predictions in predictions_by_schedule.items()}
+    config = backbone.schedule.to_config()
+    declared = next((name for name, (schedule, _) in others.items() if schedule.to_config() == config), None)
+    predictions = (backbone.prediction, *(others.pop(declared)[1] if declared is not None else ()))
+    first = (declared or backbone.schedule.name, backbone.schedule, tuple(dict.fromkeys(predictions)))
     fits = []
-    for name, schedule, predictions in (first, *((name, *rest) for name, rest in known.items())):
+    for name, schedule, predictions in (first, *((name, *rest) for name, rest in others.items())):
         try:
             fits += _schedule_fits(replace(backbone, schedule=schedule), name, predictions, x, eps)
         except (RuntimeError, IndexError, TypeError):
-            # Such as a table of 1000 times that is asked for time 0.5: not its convention.
+            # For example, a network with a table of 1000 times fails at time 0.5: that is not its convention.
             if not fits:
-                never = (math.inf,) * len(LOG_SNRS)
-                fits = [Fit(name, backbone.prediction, 1.0, never, torch.full((len(x),), math.inf))]
+                ratios = (math.inf,) * len(LOG_SNRS)
+                fits = [Fit(name, backbone.prediction, 1.0, ratios, torch.full((len(x),), math.inf))]
     return fits
 
 
@@ -229,7 +229,7 @@ def _schedule_fits(
 def _errors(
     backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None
 ) -> dict[Prediction, Tensor]:
-    """Squared error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction."""
+    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction."""
     schedule, device = backbone.schedule, backbone.device
     errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
     power = _power(x)
@@ -240,7 +240,7 @@ def _errors(
         output = replace(backbone, prediction="eps").predict(x_t.to(device), levels.to(device).float(), condition)
         linear = _wiener_error(power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
         for prediction in predictions:
-            # The same output under another reading; the sign of a velocity is `predict`'s to know.
+            # The same output, read as another prediction; `predict` handles the sign of a velocity.
             reread = replace(backbone, prediction=prediction, forward=lambda *_, output=output: output)
             estimate = convert_prediction(
                 reread.predict(x_t, levels.float()).cpu().double(),
@@ -250,10 +250,10 @@ def _errors(
                 source=prediction,
                 to="x0",
             )
-            missed = (
-                estimate - x if backbone.mask is None else (estimate - x).masked_fill(~backbone.mask.unsqueeze(1), 0.0)
-            )
-            error = missed.square().flatten(1).mean(1) / linear
+            residual = estimate - x
+            if backbone.mask is not None:
+                residual = residual.masked_fill(~backbone.mask.unsqueeze(1), 0.0)
+            error = residual.square().flatten(1).mean(1) / linear
             errors[prediction].append(error.nan_to_num(nan=1e9, posinf=1e9).clamp(1e-9, 1e9))
     return {prediction: torch.stack(rows) for prediction, rows in errors.items()}
 
@@ -267,7 +267,7 @@ def _power(x: Tensor) -> Tensor:
 
 
 def _wiener_error(power: Tensor, noise_to_signal: Tensor) -> Tensor:
-    """Mean squared error per entry of the best shift-invariant linear estimate of x from x + s eps."""
+    """Mean squared error per value of the best shift-invariant linear estimate of x from x + s eps."""
     s2 = noise_to_signal.double() ** 2
     return (power * s2 / (power + s2)).mean()
 
@@ -278,8 +278,8 @@ def _by_condition(backbone: Backbone, batch: Batch, eps: Tensor) -> dict[str, fl
     if labels is not None and backbone.num_classes and 1 < int(labels.max()) + 1 <= backbone.num_classes:
         conditions |= {"true labels": labels, "wrong labels": (labels + 1) % (int(labels.max()) + 1)}
     return {
-        name: float(_errors(backbone, [backbone.prediction], batch.x, eps, given)[backbone.prediction].log().mean())
-        for name, given in conditions.items()
+        name: float(_errors(backbone, [backbone.prediction], batch.x, eps, labels)[backbone.prediction].log().mean())
+        for name, labels in conditions.items()
     }
 
 

@@ -1,10 +1,9 @@
-"""Saving a backbone with everything that is needed to open it again, and hashing its weights."""
+"""Saves a backbone with everything that is needed to open it again, and hashes its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,20 @@ from torch import Tensor, nn
 
 from layerprobe.backbones import Backbone, SiT
 from layerprobe.checkpoints.formats import METADATA_KEY
+from layerprobe.files import whole
 
 
 def save_checkpoint(
     path: str | Path, backbone: Backbone, tensors: Mapping[str, Tensor], *, training: dict[str, Any]
 ) -> None:
-    """Writes weights, and for a SiT how to open them; the file appears whole or not at all.
+    """Writes weights and, for a SiT, how to open them; the file appears whole or not at all.
 
     Args:
-        path: A `.safetensors` file.
-        backbone: Gives configuration, schedule and prediction. A network of the user's own is opened again with
-            `model`.
-        tensors: The weights to write, by the names of the backbone's module.
-        training: What a reader should know of how the weights came about; JSON.
+        path: Path of the `.safetensors` file.
+        backbone: Backbone whose configuration, schedule and prediction are recorded. A user's own network is not
+            recorded; it is opened again with `model`.
+        tensors: Weights to write, by the names of the backbone's module.
+        training: JSON record of how the weights were trained.
     """
     record: dict[str, Any] = {"training": training}
     if isinstance(backbone.module, SiT):
@@ -37,19 +37,14 @@ def save_checkpoint(
             "schedule": backbone.schedule.to_config(),
             "prediction": backbone.prediction,
         }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     # Copies, since safetensors refuses tensors that share memory, such as tied weights.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(copies, partial, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
-    partial.chmod(mode)  # safetensors makes files that nobody but their owner can read.
-    os.replace(partial, path)
+    with whole(Path(path)) as partial:
+        save_file(copies, partial, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types and values of a module's state, 16 hexadecimal digits."""
+    """Returns a SHA-256 over the names, types and values of a module's state, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,11 +1,11 @@
-"""PyTorch's file formats -> the tree that was saved, with tensors that are read when they are asked for.
+"""Reads PyTorch's file formats as the tree that was saved, with tensors that are read on demand.
 
-Dictionaries and lists are themselves, tensors are `LazyTensor`, everything else that is no plain value is `Inert`.
+Dictionaries, lists and plain values are kept, tensors become `LazyTensor`, and all other objects become `Inert`.
 Files are mapped into memory copy-on-write: a tensor is a view of the file, its values are read from disk when they are
 used, and writing to it changes nothing on disk.
 
-Formats: archives of `torch.save` since PyTorch 1.6 (zip) and before, plain pickles of modules or state dicts (EDM and
-kin, whose tensors are archives of the older kind inside of the pickle), and folders of torch.distributed.checkpoint.
+Formats: archives of `torch.save` since PyTorch 1.6 (zip) and before (legacy); plain pickles of modules or state dicts,
+as in EDM, whose tensors are legacy archives inside the pickle; and folders of torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _STORAGE_DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor of known shape that is read when `read` is called."""
+    """A tensor of known shape whose values are read when `read` is called."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -59,14 +59,14 @@ class LazyTensor:
 
 @dataclass(eq=False)
 class _Storage:
-    """Bytes of one or more tensors; `data` is known once the file was seen to have them."""
+    """Bytes of one or more tensors; `data` is set once the bytes were located in the file."""
 
     dtype: torch.dtype
     data: memoryview | None = None
     bases: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def base(self, dtype: torch.dtype) -> Tensor:
-        """The whole storage as one vector, the same one for tensors that share it."""
+        """Returns the storage as one vector, the same object for all tensors that share it."""
         if dtype not in self.bases:
             if self.data is None:
                 raise Refused("lacks the values of some tensors; copy or download it again")
@@ -75,7 +75,7 @@ class _Storage:
 
 
 class _Window(io.BytesIO):
-    """A file over a part of another; large pieces of bytes are views of it and no copies."""
+    """A file object over a part of another file; large reads return views instead of copies."""
 
     def __init__(self, view: memoryview) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Window(io.BytesIO):
         stop = len(self.view) if size is None or size < 0 else min(self._at + size, len(self.view))
         piece = self.view[self._at : stop]
         self._at += len(piece)
-        # pickletools and io.BytesIO, the only readers, take views for bytes.
+        # pickletools and io.BytesIO, the only readers, accept views in place of bytes.
         return cast(bytes, piece) if size is not None and size > _LARGE_BYTES else bytes(piece)
 
     def readline(self, size: int | None = -1) -> bytes:
@@ -104,10 +104,10 @@ class _Window(io.BytesIO):
 
 
 def mapped(path: Path) -> memoryview:
-    """The bytes of a file, read when they are used.
+    """Maps a file into memory; its bytes are read when they are used.
 
     Raises:
-        Refused: If it is empty.
+        Refused: If the file is empty.
     """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
@@ -116,7 +116,10 @@ def mapped(path: Path) -> memoryview:
 
 
 def read_zip(view: memoryview) -> tuple[Any, tuple[str, ...]]:
-    """What `torch.save` put into a zip archive, and the names in it that are not known; see `unpickle`.
+    """Reads a zip archive of `torch.save`.
+
+    Returns:
+        The content, and the unknown names in it, as in `unpickle`.
 
     Raises:
         Refused: If it is an archive of another kind.
@@ -129,7 +132,7 @@ def read_zip(view: memoryview) -> tuple[Any, tuple[str, ...]]:
     root = roots[0]
     if f"{root}constants.pkl" in records:
         raise Refused(
-            "is a TorchScript archive, which is code; where you trust it, save torch.jit.load(...).state_dict() instead"
+            "is a TorchScript archive, which is code; if you trust it, save torch.jit.load(...).state_dict() instead"
         )
     if f"{root}byteorder" in records and bytes(_record(view, records[f"{root}byteorder"])) != b"little":
         raise Refused("was saved on a big-endian machine; save it again on this one")
@@ -148,13 +151,13 @@ def read_zip(view: memoryview) -> tuple[Any, tuple[str, ...]]:
 
 
 def read_stream(view: memoryview) -> tuple[str, Any, tuple[str, ...]]:
-    """Reads what is no zip: an archive of PyTorch before 1.6, or a plain pickle.
+    """Reads an archive of PyTorch before 1.6, or a plain pickle.
 
     Returns:
-        The format, the content, and the names in it that are not known; see `unpickle`.
+        The format, the content, and the unknown names in it, as in `unpickle`.
 
     Raises:
-        Refused: If it is of another kind.
+        Refused: If it is a file of another kind.
         Exception: Of any kind, if it is damaged.
     """
     file = _Window(view)
@@ -186,30 +189,30 @@ def read_stream(view: memoryview) -> tuple[str, Any, tuple[str, ...]]:
 def read_distributed(
     metadata: memoryview, part: Callable[[str], memoryview], wanted: Callable[[str], bool]
 ) -> tuple[Any, tuple[str, ...]]:
-    """A folder of torch.distributed.checkpoint, as FSDP writes it.
+    """Reads a folder of torch.distributed.checkpoint, as FSDP writes it.
 
     Args:
-        metadata: The bytes of `.metadata`.
-        part: Gives the bytes of another file of the folder by the name that is kept in the metadata.
-        wanted: Whether to read values that are no tensors, by the first part of their name.
+        metadata: Bytes of `.metadata`.
+        part: Function that returns the bytes of another file of the folder, by the name in the metadata.
+        wanted: Function that tells whether to read values other than tensors, by the first part of their name.
 
     Returns:
-        A tree of dictionaries, and the names that are not known; see `unpickle`.
+        A tree of dictionaries, and the unknown names in it, as in `unpickle`.
 
     Raises:
-        Refused: If it is written in a way that is not known.
+        Refused: If it is written in an unknown way.
         FileNotFoundError: If a file is missing.
         Exception: Of any kind, if it is damaged.
     """
     content, foreign = unpickle(_Window(metadata), known=_KNOWN | _KNOWN_METADATA)
-    about = state(content)
+    metadata_state = state(content)
     places: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
-    for index, place in about["storage_data"].items():
-        where = state(index)
-        places.setdefault(where["fqn"], {})[tuple(where.get("offset") or ())] = state(place)
+    for index, place in metadata_state["storage_data"].items():
+        key = state(index)
+        places.setdefault(key["fqn"], {})[tuple(key.get("offset") or ())] = state(place)
     tree: dict[str, Any] = {}
-    for name, entry in about["state_dict_metadata"].items():
-        path = (about.get("planner_data") or {}).get(name) or name.partition(".")[::2]
+    for name, entry in metadata_state["state_dict_metadata"].items():
+        path = (metadata_state.get("planner_data") or {}).get(name) or name.partition(".")[::2]
         *parents, last = [str(key) for key in path if key != ""]
         chunks = {offset: _chunk(place, part) for offset, place in places[name].items()}
         if "chunks" in state(entry):
@@ -227,10 +230,10 @@ def read_distributed(
 
 
 def _chunk(place: Mapping[str, Any], part: Callable[[str], memoryview]) -> Callable[[], memoryview]:
-    """Checks that one stored piece is there; its bytes are found when it is called."""
+    """Checks that one stored chunk is complete, and returns a function that returns its bytes."""
     file, start, length = part(place["relative_path"]), place["offset"], place["length"]
     if place.get("transform_descriptors"):
-        raise Refused(f"is compressed ({place['transform_descriptors']!r:.40}); save it without that")
+        raise Refused(f"is compressed ({place['transform_descriptors']!r:.40}); save it without compression")
     if start < 0 or length <= 0 or start + length > len(file):
         raise Refused(f"has a half-written shard, {printable(place['relative_path'])}; copy or download it again")
     return lambda: file[start : start + length]
@@ -239,13 +242,13 @@ def _chunk(place: Mapping[str, Any], part: Callable[[str], memoryview]) -> Calla
 def _joined(
     name: str, entry: Mapping[str, Any], chunks: Mapping[tuple[int, ...], Callable[[], memoryview]]
 ) -> LazyTensor:
-    """A tensor from the pieces that the ranks of a run wrote."""
+    """Joins the chunks of a tensor that the ranks of a run wrote."""
     shape = _natural(entry["size"])
     pieces = {tuple(state(chunk)["offsets"]): _natural(state(chunk)["sizes"]) for chunk in entry["chunks"]}
     if set(pieces) - set(chunks):
         raise Refused(f"lacks a part of {printable(name)}; copy or download it again")
     if sum(math.prod(size) for size in pieces.values()) != math.prod(shape):
-        raise Refused(f"has parts of {printable(name)} that do not make {shape}; copy or download it again")
+        raise Refused(f"has parts of {printable(name)} that do not add up to {shape}; copy or download it again")
 
     def read() -> Tensor:
         parts = {offset: _only_tensor(name, chunks[offset](), size) for offset, size in pieces.items()}
@@ -256,7 +259,7 @@ def _joined(
             values = piece.read()
             whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
             whole[tuple(slice(at, at + n) for at, n in zip(offset, values.shape, strict=True))] = values
-            _release(chunks[offset]())  # Else the file would stay in memory beside the copy.
+            _release(chunks[offset]())  # Otherwise the file would stay in memory beside the copy.
         assert whole is not None
         return whole
 
@@ -271,12 +274,12 @@ def _only_tensor(name: str, view: memoryview, shape: tuple[int, ...]) -> LazyTen
 
 
 def _record(view: memoryview, record: zipfile.ZipInfo) -> memoryview:
-    """The bytes of a file in an archive."""
+    """Returns the bytes of a file in an archive."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise Refused("is a compressed or encrypted archive, which torch.save does not make; unpack and save it again")
+        raise Refused("is a compressed or encrypted archive, which torch.save does not write; unpack and save it again")
     header = view[record.header_offset : record.header_offset + 30]
     if bytes(header[:4]) != b"PK\x03\x04":
-        raise Refused(f"has no {printable(record.filename)} where its index says; copy or download it again")
+        raise Refused(f"has no {printable(record.filename)} at the place in its index; copy or download it again")
     start = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + record.file_size > len(view):
         raise Refused("ends before the values of its tensors; copy or download it again")
@@ -284,18 +287,20 @@ def _record(view: memoryview, record: zipfile.ZipInfo) -> memoryview:
 
 
 def _storage_identity(identity: Any) -> tuple[torch.dtype, str, int]:
-    """Type, key and number of elements."""
+    """Returns the type, key and number of elements of a storage."""
     _, kind, key, _, length, *view = identity
     if view and view[0] is not None:
-        raise Refused("was saved by a PyTorch before 0.4; save it again with a newer one")
+        raise Refused("was saved by PyTorch before 0.4; save it again with a newer version")
     if kind.name not in _STORAGE_DTYPES:
-        raise Refused(f"holds tensors in a {printable(kind.name)}, which are no plain numbers; save them dequantized")
+        raise Refused(
+            f"holds tensors in a {printable(kind.name)}, which does not hold plain numbers; save them dequantized"
+        )
     (length,) = _natural([length])
     return _STORAGE_DTYPES[kind.name], str(key), length
 
 
 def _vector(view: memoryview, dtype: torch.dtype) -> Tensor:
-    """Bytes as a vector: a view of them where their place in memory allows it."""
+    """Returns bytes as a vector, as a view if their alignment in memory allows it."""
     if len(view) == 0:
         return torch.empty(0, dtype=dtype)
     if not view.readonly and torch.frombuffer(view, dtype=torch.uint8).data_ptr() % dtype.itemsize == 0:
@@ -310,12 +315,12 @@ def _vector(view: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def _release(view: memoryview) -> None:
-    """Lets go of the memory of a part of a mapped file that was copied; it would be read again if it were used."""
+    """Releases the memory of a copied part of a mapped file; it is read from disk again if it is used again."""
     file = view.obj
     if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         first = torch.frombuffer(file, dtype=torch.uint8).data_ptr()
         start = torch.frombuffer(view, dtype=torch.uint8).data_ptr() - first
-        # Only pages that are wholly inside: others may be in use.
+        # Only pages that lie completely inside the part: others may be in use.
         begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + len(view)) // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
             file.madvise(mmap.MADV_DONTNEED, begin, end - begin)
@@ -323,7 +328,7 @@ def _release(view: memoryview) -> None:
 
 def _natural(numbers: Sequence[Any]) -> tuple[int, ...]:
     if not all(type(n) is int and n >= 0 for n in numbers):
-        raise Refused(f"has a tensor of size {str(list(numbers))[:60]}; copy or download it again")
+        raise Refused(f"has a tensor of invalid size {str(list(numbers))[:60]}; copy or download it again")
     return tuple(numbers)
 
 
@@ -345,7 +350,7 @@ def _typed_tensor(
     def read() -> Tensor:
         base = storage.base(dtype)
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) if math.prod(shape) else 0
-        # A step of 0 repeats values: harmless for a few, a bomb where it claims more than memory holds.
+        # A stride of 0 repeats values: harmless for a few, but a small file could claim more than memory holds.
         if (math.prod(shape) and last >= len(base)) or math.prod(shape) > max(len(base), 1 << 20):
             raise Refused(f"has a tensor of shape {shape} with {len(base)} values; copy or download it again")
         return base.as_strided(shape, steps, offset)
@@ -372,7 +377,7 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-# All that a file may call.
+# The only functions that a file may call; names with None become `Inert` and are not reported as unknown.
 _KNOWN: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": lambda pairs=(): {safe_key(key): value for key, value in pairs},
     "builtins.set": lambda values=(): set(map(safe_key, values)),
@@ -393,7 +398,7 @@ _KNOWN: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys(["argparse.Namespace", "builtins.object", "torch.Tensor", "torch.nn.parameter.Parameter"]),
     **dict.fromkeys([*_DTYPES, *_STORAGE_DTYPES]),
 }
-# What `.metadata` is made of; its enumerations and the like only say how tensors lay in the memory of the run.
+# Classes in `.metadata`; the others there only say how tensors were laid out in the memory of the run.
 _PLACE = "torch.distributed.checkpoint"
 _KNOWN_METADATA: dict[str, Callable[..., Any] | None] = dict.fromkeys(
     [

@@ -1,7 +1,7 @@
-"""Pickle streams -> plain data, without running anything.
+"""Reads pickle streams as plain data, without running code from them.
 
 Python's own reader calls whatever a file names. This one calls only the few pure functions that its caller lists; every
-other name gives an `Inert`, which keeps the name, the arguments and the state for those who want to look.
+other name becomes an `Inert`, which keeps the name, the arguments and the state as data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# What Python 2's names became; pickles of protocol 2, which PyTorch writes, still use them.
+# Today's names of Python 2's modules, which pickles of protocol 2, as PyTorch writes them, still use.
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _FRESH: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -36,19 +36,27 @@ _SIMPLE = (str, int, float, bool, bytes, type(None))
 
 
 class Refused(ValueError):
-    """What is wrong with a file, and what to do, to be put behind its name."""
+    """The reason why a file is refused and what to do, as a sentence without its subject, the file."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that a file asks for, such as "torch.float32"."""
+    """The full name of a class or function that a file refers to, such as "torch.float32"."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Inert:
-    """What would have been an object: the full name of what would have made it, and what it would have been given."""
+    """An object that was not built.
+
+    Attributes:
+        name: Full name of the class or function that would have built it.
+        args: Arguments of that call.
+        state: Attributes that would have been set, as the file stores them.
+        items: Items that would have been appended.
+        pairs: Keys and values that would have been set.
+    """
 
     name: str
     args: tuple[Any, ...] = ()
@@ -58,20 +66,20 @@ class Inert:
 
 
 class Budget:
-    """Counts steps of a walk: a small file can claim a tree of any size by naming one part many times."""
+    """Limits the steps of a walk: a small file can claim a tree of any size by naming one part many times."""
 
     def __init__(self, steps: int = 400_000) -> None:
         self._left = steps
 
     def spend(self, steps: int = 1) -> None:
-        """Counts.
+        """Counts steps.
 
         Raises:
-            Refused: If the steps are used up.
+            Refused: If no steps are left.
         """
         self._left -= steps
         if self._left < 0:
-            raise Refused("names its parts so often that it cannot be a checkpoint; get it from a source you trust")
+            raise Refused("refers to its parts too many times for a checkpoint; get it from a source you trust")
 
 
 def unpickle(
@@ -83,13 +91,13 @@ def unpickle(
     """Reads one pickle, up to its end and no further.
 
     Args:
-        file: `read`, `readline` and `tell` are used.
-        known: Functions that may be called, by the names that files use for them: pure ones only. Under None stand
-            names that give an `Inert` or a `Global` like others, but that need not be told to the user.
-        persistent: What gives the objects that the file keeps outside of the pickle.
+        file: File object; only `read`, `readline` and `tell` are used.
+        known: Pure functions that may be called, by the names that files use for them. A name with None becomes an
+            `Inert` or a `Global` like an unknown name, but is not reported as unknown.
+        persistent: Function that returns the objects that the file stores outside of the pickle.
 
     Returns:
-        The content, in which dictionaries, lists and the like are what they were, and the names that are not known.
+        The content, with dictionaries, lists and plain values as they were saved, and the unknown names.
 
     Raises:
         Exception: Of any kind, if the stream is damaged.
@@ -99,21 +107,21 @@ def unpickle(
 
 
 def mapping(value: Any) -> dict[Any, Any]:
-    """The entries of a dictionary, or of an inert object that would have been some kind of one; {} for others."""
+    """Returns the entries of a dictionary, or of an inert object of a dictionary class; {} for other values."""
     if isinstance(value, Inert):
         return dict(value.pairs)
     return value if isinstance(value, dict) else {}
 
 
 def state(value: Inert) -> dict[str, Any]:
-    """The attributes that an inert object would have."""
+    """Returns the attributes that an inert object would have."""
     if value.name.endswith("._reconstruct_persistent_obj") and value.args:  # NVIDIA's pickles, which carry source code.
         return mapping(mapping(value.args[0]).get("state"))
     return mapping(value.state)
 
 
 def plain(value: Any, budget: Budget | None = None, depth: int = 0) -> Any:
-    """Numbers, texts, lists and dictionaries for what they, or inert objects, hold; a name or a kind for the rest."""
+    """Reduces a value to numbers, texts, lists and dictionaries; other objects become their name or type."""
     budget = budget or Budget(100_000)
     budget.spend()
     if depth > 32:
@@ -132,7 +140,7 @@ def plain(value: Any, budget: Budget | None = None, depth: int = 0) -> Any:
 
 
 def printable(text: str, length: int = 160) -> str:
-    """Text that is shown, from a file that may want to command the terminal."""
+    """Escapes and shortens text from an untrusted file, so that it cannot control the terminal."""
     return (text if text.isprintable() else ascii(text)[1:-1])[:length]
 
 
@@ -141,11 +149,11 @@ def _text(key: Any) -> str:
 
 
 def _meaning(value: Inert) -> Any:
-    """What an inert object says, for kinds that training code uses for its settings."""
+    """Returns the value of an inert object, for classes that training code uses for its settings."""
     attributes = state(value)
-    if "_content" in attributes:  # omegaconf's dictionaries and lists,
+    if "_content" in attributes:  # Dictionaries and lists of omegaconf.
         return attributes["_content"]
-    if "_val" in attributes:  # and its leaves.
+    if "_val" in attributes:  # Single values of omegaconf.
         return attributes["_val"]
     if value.name.endswith(".multiarray.scalar"):
         return _numpy_scalar(value)
@@ -170,7 +178,7 @@ def _numpy_scalar(value: Inert) -> Any:
 
 
 class _Machine:
-    """The stack machine that pickles are programs for; see the opcodes' documentation in `pickletools`."""
+    """The stack machine that runs a pickle; `pickletools` documents its opcodes."""
 
     def __init__(self, known: Mapping[str, Callable[..., Any] | None], persistent: Callable[[Any], Any] | None) -> None:
         self._known, self._persistent_load = known, persistent
@@ -196,7 +204,9 @@ class _Machine:
 
     def _proto(self, version: int) -> None:
         if version > 5:
-            raise Refused(f"is a pickle of version {version}, and 5 is the newest known; copy or download it again")
+            raise Refused(
+                f"is a pickle of protocol {version}, but the newest known protocol is 5; copy or download it again"
+            )
 
     def _frame(self, _: int) -> None:
         pass
@@ -300,14 +310,14 @@ class _Machine:
         arguments, function = self._stack.pop(), self._stack.pop()
         self._stack.append(self._call(function, arguments))
 
-    _newobj = _reduce  # A class and the arguments of its `__new__`: the same stack, the same outcome.
+    _newobj = _reduce  # A class and the arguments of its `__new__`: the same stack and the same result.
 
     def _newobj_ex(self, _: None) -> None:
-        named, arguments, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        made = self._call(kind, arguments)
-        if isinstance(made, Inert):
-            made.state = named
-        self._stack.append(made)
+        keywords, arguments, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
+        value = self._call(kind, arguments)
+        if isinstance(value, Inert):
+            value.state = keywords
+        self._stack.append(value)
 
     def _inst(self, argument: str) -> None:
         arguments = self._since_mark()
@@ -323,12 +333,12 @@ class _Machine:
         return builder(*arguments) if builder is not None else Inert(function.name, tuple(arguments))
 
     def _build(self, _: None) -> None:
-        given = self._stack.pop()
+        attributes = self._stack.pop()
         target = self._stack[-1]
-        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict):
-            given = mapping(given[0]) | given[1]  # Attributes and slots.
-        if isinstance(target, Inert):  # Plain data needs none: an ordered dictionary's would be its versions.
-            target.state = given
+        if isinstance(attributes, tuple) and len(attributes) == 2 and isinstance(attributes[1], dict):
+            attributes = mapping(attributes[0]) | attributes[1]  # Attributes and slots.
+        if isinstance(target, Inert):  # Plain data needs no attributes.
+            target.state = attributes
 
     def _persid(self, argument: str) -> None:
         self._stack.append(self._persistent(argument))
@@ -338,14 +348,14 @@ class _Machine:
 
     def _persistent(self, identity: Any) -> Any:
         if self._persistent_load is None:
-            raise Refused("keeps parts of itself elsewhere, which torch.save does not; save its state dict")
+            raise Refused("stores parts outside of its pickle, which torch.save does not do; save its state dict")
         return self._persistent_load(identity)
 
 
 def safe_key(value: Any) -> Any:
-    """A key of a dictionary as it is if that is quick to look up, else one that nobody will look up."""
+    """Returns a key of a dictionary if its hash is quick to compute, otherwise a placeholder."""
     simple = isinstance(value, (*_SIMPLE, Global, Inert)) or (
-        # The hash of tuples in tuples can take for ever: they are hashed again wherever they occur.
+        # The hash of nested tuples can take forever: a shared part is hashed again wherever it occurs.
         isinstance(value, tuple) and all(isinstance(part, _SIMPLE) for part in value)
     )
     if isinstance(value, float) and math.isnan(value):

@@ -1,4 +1,4 @@
-"""Which set of weights in a checkpoint is read: the averaged ones, the live ones, or the set that the user names."""
+"""Chooses the set of weights to read from a checkpoint: averaged weights, live weights, or the set the user names."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from layerprobe.checkpoints.formats import CONTAINERS, NO_WEIGHTS, FileContent, 
 from layerprobe.checkpoints.torch_files import LazyTensor
 from layerprobe.checkpoints.unpickling import Budget, Inert, Refused, mapping, plain, printable, state
 
-# What torch.compile, FSDP and checkpointing put into names, anywhere; data parallelism puts "module" in front.
+# Parts that torch.compile, FSDP and checkpointing add anywhere in a name; data parallelism adds a leading "module".
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Settings of the training, by the names that training code saves them under.
+# Names under which training code saves its settings.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options", "model_args", "model_config")
 _AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$|callback|weight|model)|averaged|(^|_)swa(_|$)|shadow", re.IGNORECASE)
-# A part of a network that is a copy of the rest of it, by the names that wrappers give it.
+# Names that wrappers give to the averaged copy of a network inside the same state dict.
 _COPIES = ("ema_model", "model_ema", "net_ema", "ema_net", "module_ema", "ema_module", "ema")
 _COUNTERS = ("n_averaged", "initted", "inited", "step", "num_updates", "decay")
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One set of weights from a checkpoint, and what the file says about it.
+    """One set of weights from a checkpoint, with the other information in the file.
 
     Attributes:
-        tensors: By names without wrappers, of the type that is stored; views of the file where its format allows.
-        record: layerprobe's own record, or {} for other people's files.
-        container: Where in the file they are: "ema", "state_dict", "" for a file that holds nothing else.
-        containers: Every set of weights that the file has, the chosen one first.
-        args: Numbers, texts, lists and dictionaries: the settings of the training that are saved beside the weights.
-        foreign: Full names of what the file wanted to be built or called, and what was left as data instead.
-        format: "safetensors", "sharded safetensors", "PyTorch zip", "PyTorch legacy", "sharded PyTorch", "DCP folder",
-            "EDM pickle" or "pickle".
+        tensors: Tensors of the stored types, by names without wrappers; views of the file if its format allows it.
+        record: Record of layerprobe's own checkpoints; {} for other files.
+        container: Name of the set in the file, such as "ema" or "state_dict"; "" for a file that holds nothing else.
+        containers: Names of all sets of weights in the file, the chosen one first.
+        args: Training settings saved beside the weights: numbers, texts, lists and dictionaries.
+        foreign: Full names of classes and functions that the file refers to and that were left as data.
+        format: File format: "safetensors", "sharded safetensors", "PyTorch zip", "PyTorch legacy", "sharded PyTorch",
+            "DCP folder", "EDM pickle" or "pickle".
+        files: The files that were read, an index first.
     """
 
     tensors: dict[str, Tensor]
@@ -47,64 +48,66 @@ class Weights:
     args: dict[str, Any]
     foreign: tuple[str, ...]
     format: str
+    files: tuple[Path, ...]
 
 
 _Set = dict[str, LazyTensor]
 
 
 def read_weights(path: str | Path, *, weights: str | None = None) -> Weights:
-    """Reads the weights of a checkpoint and runs nothing.
+    """Reads the weights of a checkpoint without running code from it.
 
     Args:
-        path: A file of `torch.save` (old or new), safetensors, or a pickle; the index of a sharded checkpoint; a folder
-            with one of these or of torch.distributed.checkpoint.
-        weights: Which set, one of `Weights.containers`; averaged weights are preferred where it is not given.
+        path: Path of a file of `torch.save` (old or new), a safetensors file, or a pickle; of the index of a sharded
+            checkpoint; of a folder with one of these; or of a folder of torch.distributed.checkpoint.
+        weights: Name of the set, one of `Weights.containers`; averaged weights are preferred by default.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a file that it needs is missing.
-        ValueError: If it is damaged, holds no weights, or holds several sets and none is the obvious one; if a folder
-            names files outside of it.
+        FileNotFoundError: If the file, or a file that it refers to, is missing.
+        ValueError: If the file is damaged, holds no weights, or holds several sets with no obvious choice; if a folder
+            refers to files outside of it.
     """
     path = Path(path)
     with one_line_errors(path):
         content = file_content(path)
         sets = _weight_sets(content)
         chosen = _chosen(sets, weights)
-        tensors = {name: tensor.read() for name, tensor in sets[chosen].items()}
         return Weights(
-            tensors=tensors,
+            tensors={name: tensor.read() for name, tensor in sets[chosen].items()},
             record=dict(content.record or {}),
             container=chosen,
             containers=(chosen, *(name for name in sets if name != chosen)),
             args=_arguments(content.tree),
             foreign=content.foreign,
             format=content.format,
+            files=content.files,
         )
 
 
 def _weight_sets(content: FileContent) -> dict[str, _Set]:
-    """Every set of weights in a file by its place there, the preferred first."""
-    if content.record:  # Our own file holds one network, which may well have a part called "ema".
+    """Returns every set of weights in a file by its name, the preferred set first."""
+    if content.record:  # layerprobe's own file holds one network, which may have a part called "ema".
         return {"": _cleaned(mapping(content.tree))}
     budget = Budget()
-    found: dict[str, _Set] = {}
+    sets: dict[str, _Set] = {}
     lists: dict[str, Sequence[LazyTensor]] = {}
     for name, value in _candidates(content.tree, "", 0, budget):
         if isinstance(value, dict):
-            found |= _without_copies(name, _cleaned(value))
+            sets |= _split_average(name, _cleaned(value))
         else:
             lists[name] = value
-    if not found:
-        seen = ", ".join(printable(str(key)) for key in [*_children(content.tree)][:4]) or "nothing with a name"
+    if not sets:
+        names = ", ".join(printable(str(key)) for key in [*_children(content.tree)][:4])
         raise Refused(
-            f"holds no weights, only {seen}; expected tensors by name, also under ema, model, state_dict, ..."
+            f"holds no weights{', only ' if names else ''}{names}; "
+            "expected named tensors, possibly under ema, model, state_dict, ..."
         )
-    networks = [found[name] for name in sorted(found, key=_rank)]
+    networks = [sets[name] for name in sorted(sets, key=_rank)]
     for name, values in lists.items():
         named = next((named for network in networks if (named := _with_names(values, network))), None)
         if named is not None:
-            found[name] = named
-    return {name: found[name] for name in sorted(found, key=_rank)}
+            sets[name] = named
+    return {name: sets[name] for name in sorted(sets, key=_rank)}
 
 
 def _chosen(sets: Mapping[str, _Set], weights: str | None) -> str:
@@ -120,7 +123,7 @@ def _chosen(sets: Mapping[str, _Set], weights: str | None) -> str:
 
 
 def _rank(name: str) -> tuple[int, int]:
-    """Averaged weights, then those with a usual name, then those on top, then others."""
+    """Ranks averaged weights first, then sets with a usual name, then the top level of the file, then others."""
     parts = name.split(".")
     usual = min((CONTAINERS.index(part) for part in parts if part in CONTAINERS), default=len(CONTAINERS))
     if parts[-1] != "online_model" and any(_AVERAGED.search(part) for part in parts):
@@ -131,7 +134,7 @@ def _rank(name: str) -> tuple[int, int]:
 
 
 def _candidates(value: Any, name: str, depth: int, budget: Budget) -> Iterator[tuple[str, _Set | list[LazyTensor]]]:
-    """Whatever may be a set of weights, by its place: tensors by name, modules, lists of averaged tensors."""
+    """Yields what may be a set of weights, with its name: named tensors, modules, lists of averaged tensors."""
     budget.spend()
     if isinstance(value, Inert) and "_modules" in state(value):
         if tensors := dict(_module_tensors(value, "", budget)):
@@ -158,7 +161,7 @@ def _children(value: Any) -> dict[str, Any]:
 
 
 def _module_tensors(module: Inert, prefix: str, budget: Budget) -> Iterator[tuple[str, LazyTensor]]:
-    """What the state dict of a module would be that was saved as a whole."""
+    """Yields the entries of the state dict of a module that was pickled as an object."""
     attributes = state(module)
     transient = attributes.get("_non_persistent_buffers_set") or ()
     parameters, buffers = mapping(attributes.get("_parameters")), mapping(attributes.get("_buffers"))
@@ -173,9 +176,9 @@ def _module_tensors(module: Inert, prefix: str, budget: Budget) -> Iterator[tupl
 
 
 def _cleaned(tensors: Mapping[str, LazyTensor]) -> _Set:
-    """Names without what wrappers of the network add to them."""
+    """Removes from the names what wrappers of the network add to them."""
     unprintable = next((name for name in tensors if not name.isprintable()), None)
-    if unprintable is not None:  # Names are shown in messages, and a terminal would obey them.
+    if unprintable is not None:  # Names appear in messages, and a terminal would run their control codes.
         raise Refused(f"is damaged: it has a tensor called {printable(unprintable)!r}; copy or download it again")
     cleaned: dict[str, str] = {}
     for name in tensors:
@@ -187,15 +190,15 @@ def _cleaned(tensors: Mapping[str, LazyTensor]) -> _Set:
 
 
 def stripped(name: str) -> str:
-    """A tensor's name without what wrappers of the network add to it."""
+    """Returns a tensor's name without what wrappers of the network add to it."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
 
 
-def _without_copies(name: str, tensors: _Set) -> dict[str, _Set]:
-    """A network and the average of it that a wrapper keeps under the same names with a prefix, as sets of their own."""
+def _split_average(name: str, tensors: _Set) -> dict[str, _Set]:
+    """Splits a state dict into a network and its averaged copy, which a wrapper keeps under a prefix."""
     for head in _COPIES:
         average = {key: value for key, value in _below(f"{head}.", tensors).items() if key not in _COUNTERS}
         rest = {key: v for key, v in tensors.items() if not key.startswith(f"{head}.") and key not in _COUNTERS}
@@ -206,8 +209,8 @@ def _without_copies(name: str, tensors: _Set) -> dict[str, _Set]:
             average = next((both for p in prefixes if (both := _completed(average, _below(p, rest)))), {})
         if average:
             online = all(key.startswith("online_model.") for key in rest)
-            rests = {f"{name}.online_model".lstrip("."): _below("online_model.", rest)} if online else {name: rest}
-            return {f"{name}.{head}".lstrip("."): _cleaned(average)} | (rests if rest else {})
+            live = {f"{name}.online_model".lstrip("."): _below("online_model.", rest)} if online else {name: rest}
+            return {f"{name}.{head}".lstrip("."): _cleaned(average)} | (live if rest else {})
     return {name: tensors}
 
 
@@ -216,7 +219,7 @@ def _below(prefix: str, tensors: _Set) -> _Set:
 
 
 def _completed(average: _Set, network: _Set) -> _Set | None:
-    """Averaged weights with the network's buffers, which are not averaged; None if they are of another network."""
+    """Adds the network's buffers, which are not averaged; None if the average belongs to another network."""
     # The LitEma of latent diffusion takes the dots out of names.
     compact = {key.replace(".", ""): key for key in network}
     names = {key: key if key in network else compact.get(key, "") for key in average}
@@ -228,15 +231,16 @@ def _completed(average: _Set, network: _Set) -> _Set | None:
 
 
 def _with_names(values: Sequence[LazyTensor], network: _Set) -> _Set | None:
-    """Averaged parameters that are kept as a list, by the names of the network, if their shapes leave no doubt."""
-    names = [_fitting(values, list(network.items())), _fitting(values[::-1], list(network.items())[::-1])]
+    """Names the averaged parameters in a list after the network's, if their shapes leave no doubt."""
+    entries = list(network.items())
+    names = [_matching_names(values, entries), _matching_names(values[::-1], entries[::-1])]
     if names[0] is None or names[1] is None or names[0] != names[1][::-1]:
-        return None  # The first fit is not the last: buffers between the parameters have the shapes of parameters.
+        return None  # The first match differs from the last: some buffers have the shape of a parameter.
     return network | dict(zip(names[0], values, strict=True))
 
 
-def _fitting(values: Iterable[LazyTensor], network: Iterable[tuple[str, LazyTensor]]) -> list[str] | None:
-    """Names of the first tensors of a network, in its order, that have the shapes of these; None if it has none."""
+def _matching_names(values: Iterable[LazyTensor], network: Iterable[tuple[str, LazyTensor]]) -> list[str] | None:
+    """Returns the names of the first tensors of a network, in order, with the given shapes; None without a match."""
     remaining, names = iter(network), []
     for value in values:
         name = next((name for name, tensor in remaining if tensor.shape == value.shape), None)
@@ -247,11 +251,11 @@ def _fitting(values: Iterable[LazyTensor], network: Iterable[tuple[str, LazyTens
 
 
 def _arguments(tree: Any) -> dict[str, Any]:
-    """Settings of the training that stand beside the weights, and single values such as the step."""
+    """Returns training settings saved beside the weights, and single values such as the step."""
     children = _children(tree) if not isinstance(tree, (list, tuple)) else {}
-    found = {key: plain(value) for key, value in children.items() if isinstance(value, (bool, int, float, str))}
+    args = {key: plain(value) for key, value in children.items() if isinstance(value, (bool, int, float, str))}
     for key in reversed(_ARGUMENTS):
         if isinstance(children.get(key), (dict, Inert)):
             settings = plain(children[key])
-            found |= settings if isinstance(settings, dict) else {}
-    return found
+            args |= settings if isinstance(settings, dict) else {}
+    return args
