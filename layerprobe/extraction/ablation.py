@@ -1,7 +1,7 @@
-"""How much each block contributes to what is predicted: the velocity without the block, beside the velocity with it.
+"""Layer ablation: how much the predicted velocity changes when a single layer is skipped.
 
-A skipped block gives its input in place of its output: of a residual block only the stream that passes by is left. All
-layers see the same samples, noise and levels, so their numbers can be compared one by one.
+A skipped layer returns its input in place of its output, so a residual block is reduced to its skip connection. All
+layers see the same samples, noise and noise levels, so their scores are comparable sample by sample.
 
 Source: skipping single blocks is the lesion study of Veit et al. 2016 (arXiv:1605.06431).
 """
@@ -32,17 +32,17 @@ SampleScores = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LayerAblation:
-    """What skipping each layer does to the velocity of each sample.
+    """The effect of skipping each layer on the velocity of each sample.
 
     Attributes:
         split: Name of the split that the samples are from.
-        layers: Names, as they were asked for.
-        noise_levels: As they were asked for.
-        velocity_change: `||v - v_skip||^2 / ||v||^2`, shape (layers, noise levels, n), at least 0. nan where a layer
-            cannot be skipped.
-        loss_increase: By how much the mean squared error of the velocity grows, same shape; negative where the model
-            is better off without the layer. The target is the velocity of the sample and its noise.
-        reasons: Why a layer cannot be skipped, for those that cannot.
+        layers: Layer names, in the requested order.
+        noise_levels: Noise levels in [0, 1], in the requested order.
+        velocity_change: Relative change `||v - v_skip||^2 / ||v||^2`, shape (layers, noise levels, n), at least 0; nan
+            for layers that cannot be skipped.
+        loss_increase: Increase of the mean squared error of the velocity, same shape; negative where the model is
+            better without the layer. The target is the true velocity of the sample and its noise.
+        reasons: Reason per layer that cannot be skipped, by layer name.
     """
 
     split: str
@@ -53,14 +53,14 @@ class LayerAblation:
     reasons: Mapping[str, str]
 
     def rows(self, *, source: str = "model", seed: int = 0) -> list[dict[str, Any]]:
-        """Rows of the quality table: means over the samples, with their 95 % bootstrap interval.
+        """Returns rows of the quality table: means over the samples with 95 % bootstrap intervals.
 
         Args:
-            source: What the model is called in the table.
-            seed: Of the bootstrap.
+            source: Name of the model in the table.
+            seed: Seed of the bootstrap.
 
         Returns:
-            One row per layer, noise level and metric. A value that does not exist is nan, and its note says why.
+            One row per layer, noise level and metric. An undefined value is nan, and its note gives the reason.
         """
         rows = []
         for metric, scores in ((VELOCITY_CHANGE, self.velocity_change), (LOSS_INCREASE, self.loss_increase)):
@@ -69,12 +69,12 @@ class LayerAblation:
                 for j, level in enumerate(self.noise_levels):
                     note = self.reasons.get(layer, "" if math.isfinite(means[i, j]) else _NOT_FINITE)
                     numbers = {"value": means[i, j], "low": low[i, j], "high": high[i, j]}
-                    place = {"source": source, "layer": layer, "layer_index": i, "noise_level": level}
-                    rows.append(place | {"metric": metric, "split": self.split} | numbers | {"note": note})
+                    key = {"source": source, "layer": layer, "layer_index": i, "noise_level": level}
+                    rows.append(key | {"metric": metric, "split": self.split} | numbers | {"note": note})
         return rows
 
 
-_NOT_FINITE = "the velocity is zero, or not finite"
+_NOT_FINITE = "the velocity is zero or not finite"
 
 
 def ablate_layers(
@@ -89,91 +89,91 @@ def ablate_layers(
     batch_size: int = 64,
     progress: StepProgress | None = None,
 ) -> LayerAblation:
-    """Skips one layer after the other and records what becomes of the predicted velocity, under the null condition.
+    """Skips the layers one at a time and measures the effect on the velocity, under the null condition.
 
-    Up to the skipped layer nothing changes, so what the layers before it gave is kept and given again: L layers cost
-    about L / 2 forward passes per sample and level, and memory for the outputs of all layers for one batch.
+    Outputs before the skipped layer do not change, so they are stored and reused: L layers cost about L / 2 forward
+    passes per sample and level, plus memory for the outputs of all layers for one batch.
 
-    A layer can be skipped if it gives a tensor of the shape of one it takes. Of a tuple, each tensor that has such an
-    input is replaced by it (the streams of text and image, say), and the others stay.
+    A layer can be skipped if its output has the shape of one of its inputs. In a tuple output, every tensor with a
+    matching input is replaced by that input (text and image streams, for example), and the other tensors are kept.
 
     Args:
         backbone: The model, on the device where it should run.
-        samples: Data that the model was not fitted on; the first `num_samples` are used.
-        noise_levels: In [0, 1].
-        split: Name of the split that `samples` are; it goes into the quality table.
-        layers: Names of submodules; the backbone's where not given.
-        num_samples: All samples where there are fewer.
-        seed: Of the noise, which is that of an extraction with this seed.
+        samples: Samples that the model was not trained on; the first `num_samples` are used.
+        noise_levels: Noise levels in [0, 1].
+        split: Name of the split that the samples are from; it is written into the quality table.
+        layers: Names of submodules; None for the layers of the backbone.
+        num_samples: Maximum number of samples.
+        seed: Seed of the noise; an extraction with the same seed uses the same noise.
         batch_size: Rows per forward pass; it changes the numbers by rounding only.
-        progress: Called with (forward passes done, forward passes in all).
+        progress: Called with (rows done, rows in total), where a row is one sample at one noise level.
 
     Raises:
-        ValueError: If the samples do not fit, a level is outside [0, 1], or a layer is unknown, does not run or runs
+        ValueError: If there are no samples, a level is outside [0, 1], or a layer is unknown, does not run, or runs
             twice.
     """
     layers = tuple(dict.fromkeys(layers or backbone.layers))
     levels = torch.tensor(list(noise_levels), dtype=torch.float64)
     if not len(levels) or not bool(((levels >= 0) & (levels <= 1)).all()):
-        raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {levels.tolist()}")
+        raise ValueError(f"noise levels must lie between 0 (clean) and 1 (pure noise), got {levels.tolist()}")
     if num_samples < 1 or not len(samples):
-        raise ValueError(f"{min(num_samples, len(samples))} samples show nothing; pass at least 1")
+        raise ValueError(f"layer ablation got {min(num_samples, len(samples))} samples; pass at least 1")
     batch = samples.batch(range(min(num_samples, len(samples))))
     eps, n = RandomStream(seed).normal(batch.ids, samples.shape), len(batch.x)
     scores = np.full((2, len(layers), len(levels) * n), np.nan)
-    reasons = {name: "what goes into a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
+    reasons = {name: "the input of a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
     blocks = [name for name in layers if name not in reasons]
     with evaluating(backbone.module), torch.inference_mode():
         for start in range(0, len(levels) * n, batch_size):
             rows = torch.arange(start, min(start + batch_size, len(levels) * n))
             sample, level = rows % n, levels[rows // n]
             mask = None if batch.mask is None else batch.mask[sample]
-            for name, found in _skips(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level):
-                if isinstance(found, str):
-                    reasons[name] = found
+            for name, outcome in _skip_each(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level):
+                if isinstance(outcome, str):
+                    reasons[name] = outcome
                 else:
-                    scores[:, layers.index(name), rows.numpy()] = found
+                    scores[:, layers.index(name), rows.numpy()] = outcome
             if progress:
                 progress(int(rows[-1]) + 1, len(levels) * n)
     velocity_change, loss_increase = scores.reshape(2, len(layers), len(levels), n)
     return LayerAblation(split, layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
 
 
-def _skips(
+def _skip_each(
     backbone: Backbone, layers: Sequence[str], x: Tensor, eps: Tensor, level: Tensor
 ) -> Iterator[tuple[str, SampleScores | str]]:
-    """Each layer, as they run, with its two scores per sample, shape (2, B), or with why it cannot be skipped."""
+    """Yields each layer in execution order with its scores, shape (2, B), or the reason why it cannot be skipped."""
     device, time = backbone.device, level.to(backbone.device, torch.float32)
     x_t = backbone.schedule.corrupt(x, eps, level).to(device)
-    truth = target("velocity", backbone.schedule, x=x, eps=eps, level=level).to(device)
+    true_velocity = target("velocity", backbone.schedule, x=x, eps=eps, level=level).to(device)
     with _recorded(backbone.module, layers) as calls:
         velocity = backbone(x_t, time)
-    given = {name: _giving(call.output) for name, call in calls.items()}
-    with _replaced(backbone.module, given):
-        # A block may do more than give its output, such as leave something behind for a later block.
+    replays = {name: _replaying(call.output) for name, call in calls.items()}
+    with _replaced(backbone.module, replays):
+        # A block may have side effects beyond its output, such as state that a later block reads.
         reusable = torch.equal(backbone(x_t, time), velocity)
     earlier: dict[str, _Forward] = {}
     for name, call in calls.items():
         if call.reason:
             yield name, call.reason
         else:
-            with _replaced(backbone.module, earlier | {name: _passing(call.output)}):
-                skipped = backbone(x_t, time)
-            yield name, _scores(velocity, skipped, truth)
+            with _replaced(backbone.module, earlier | {name: _passing_input(call.output)}):
+                skipped_velocity = backbone(x_t, time)
+            yield name, _scores(velocity, skipped_velocity, true_velocity)
         if reusable:
-            earlier[name] = given[name]
+            earlier[name] = replays[name]
 
 
-def _scores(velocity: Tensor, skipped: Tensor, truth: Tensor) -> SampleScores:
-    """The velocity change and the increase of the loss, shape (2, B)."""
-    v, v_skip, target_v = (tensor.double().flatten(1) for tensor in (velocity, skipped, truth))
+def _scores(velocity: Tensor, skipped_velocity: Tensor, true_velocity: Tensor) -> SampleScores:
+    """Velocity change and loss increase, shape (2, B)."""
+    v, v_skip, v_true = (tensor.double().flatten(1) for tensor in (velocity, skipped_velocity, true_velocity))
     change = (v - v_skip).square().sum(1) / v.square().sum(1)
-    increase = (v_skip - target_v).square().mean(1) - (v - target_v).square().mean(1)
+    increase = (v_skip - v_true).square().mean(1) - (v - v_true).square().mean(1)
     return torch.stack([change, increase]).cpu().numpy()
 
 
 def _means(scores: SampleScores, seed: int) -> tuple[SampleScores, SampleScores, SampleScores]:
-    """Means over the last axis with the ends of their intervals; all rows see the same resamples."""
+    """Means over the last axis with both interval ends; all rows share the same resamples."""
     n = scores.shape[-1]
     weights = np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=1000) / n
     low, high = np.quantile(scores @ weights.T, [0.025, 0.975], axis=-1)
@@ -186,19 +186,19 @@ _Forward = Callable[..., Any]
 @dataclass(frozen=True, eq=False)
 class _Call:
     output: Any  # a copy
-    reason: str  # why the layer cannot be skipped, or ""
+    reason: str  # why the layer cannot be skipped; empty if it can
 
 
 @contextmanager
 def _recorded(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, _Call]]:
-    """What the layers give in one forward pass, in the order in which they end."""
+    """Records the layer outputs of one forward pass, in the order in which the layers finish."""
     calls: dict[str, _Call] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if name in calls:
                 raise ValueError(f"{name} ran twice in one forward pass; name a layer that runs once")
-            calls[name] = _Call(_copy(output), _why_not(output, _tensors((*args, *kwargs.values()))))
+            calls[name] = _Call(_copy(output), _reason_against(output, _tensors((*args, *kwargs.values()))))
 
         return record
 
@@ -214,11 +214,11 @@ def _recorded(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, _C
 
 @contextmanager
 def _replaced(module: nn.Module, forwards: Mapping[str, _Forward]) -> Iterator[None]:
-    """Inside the block these layers compute something else."""
+    """Replaces the forward functions of layers inside the `with` block."""
     with ExitStack() as stack:
         for name, forward in forwards.items():
             layer = find_layer(module, name)
-            if "forward" in vars(layer):  # some wrappers put one there
+            if "forward" in vars(layer):  # set on the instance by some wrappers
                 stack.callback(setattr, layer, "forward", layer.forward)
             else:
                 stack.callback(delattr, layer, "forward")
@@ -226,12 +226,12 @@ def _replaced(module: nn.Module, forwards: Mapping[str, _Forward]) -> Iterator[N
         yield
 
 
-def _giving(output: Any) -> _Forward:
+def _replaying(output: Any) -> _Forward:
     return lambda *_, **__: _copy(output)
 
 
-def _passing(output: Any) -> _Forward:
-    """Gives each tensor of `output` the value of the first input of its shape; what has none stays as it was."""
+def _passing_input(output: Any) -> _Forward:
+    """Replaces each tensor of `output` by the first input of the same shape; other tensors are kept."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         inputs = _tensors((*args, *kwargs.values()))
@@ -240,17 +240,17 @@ def _passing(output: Any) -> _Forward:
     return forward
 
 
-def _why_not(output: Any, inputs: Sequence[Tensor]) -> str:
-    """Why a layer with this output cannot be skipped, or ""."""
+def _reason_against(output: Any, inputs: Sequence[Tensor]) -> str:
+    """The reason why a layer with this output cannot be skipped; empty if it can."""
     outputs = _tensors(output if isinstance(output, (tuple, list)) else (output,))
     if not outputs:
-        return f"it gives {type(output).__name__}, no tensor"
-    given, taken = ([tuple(t.shape[1:]) for t in tensors] for tensors in (outputs, inputs))
-    matching = [shape for shape in given if shape in taken]
+        return f"its output is of type {type(output).__name__}, not a tensor"
+    output_shapes, input_shapes = ([tuple(t.shape[1:]) for t in tensors] for tensors in (outputs, inputs))
+    matching = [shape for shape in output_shapes if shape in input_shapes]
     if not matching:
-        return f"it gives {_words(given)} per sample and takes {_words(taken)}"
+        return f"no output shape ({_listed(output_shapes)}) equals an input shape ({_listed(input_shapes)})"
     if len(set(matching)) < len(matching):
-        return f"it gives {_words(given)} per sample, so which input belongs to which is not known"
+        return f"several outputs have the same shape ({_listed(output_shapes)}), so the matching inputs are ambiguous"
     return ""
 
 
@@ -259,7 +259,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _map(function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """The output with its tensors, but not those deeper inside, replaced."""
+    """Applies a function to the tensors of an output; deeper nested tensors are kept."""
     if isinstance(output, Tensor):
         return function(output)
     if not isinstance(output, (tuple, list)):
@@ -272,5 +272,5 @@ def _copy(output: Any) -> Any:
     return _map(Tensor.clone, output)
 
 
-def _words(shapes: Sequence[tuple[int, ...]]) -> str:
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes)) or "no tensor"

@@ -1,4 +1,4 @@
-"""The two controls beside every curve: the same network with random weights, and the raw input."""
+"""Negative controls of every curve: the same network with random weights, and the raw input."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch.nn import functional as F
 
 from layerprobe.backbones import Backbone, wrap
 
-# Raw inputs wider than this are averaged over neighboring pixels, so that the control stays cheap on large inputs.
+# Wider raw inputs are averaged over neighboring pixels, so that the control stays cheap on large inputs.
 RAW_INPUT_WIDTH = 1024
 
 
 def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
-    """A control: the same network, with the entries of every trained tensor shuffled.
+    """Returns a control: the same network with the entries of every trained tensor shuffled.
 
-    Shuffling keeps each tensor's distribution, so the control differs from the model in what was learned and in
-    nothing else; a fresh initialization would make every adaLN-Zero block an identity.
+    Shuffling keeps the distribution of each tensor, so the control differs from the model only in what was learned. A
+    fresh initialization would turn every adaLN-Zero block into the identity.
+
+    Args:
+        backbone: The trained model.
+        seed: Seed of the permutations.
     """
     module = copy.deepcopy(backbone.module)
     generator = torch.Generator().manual_seed(seed)
-    # A network that was frozen as a whole, to be read, was trained all the same.
+    # If every parameter is frozen, the network was frozen only after training.
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad] or module.parameters()
     with torch.no_grad():
         for parameter in trained:
@@ -35,12 +39,12 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
 
 
 def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
-    """A control: the noisy input itself as the only layer, under the model's own schedule.
+    """Returns a control: the noisy input as the only layer, under the schedule of the model.
 
     Args:
         backbone: The model.
-        places: One token for every place of the grid, whose channels are its features, for probes of tokens; else the
-            whole input is flattened to one token.
+        places: Whether to return one token per grid position with the channels as features, for token probes.
+            Otherwise the whole input is flattened into one token.
     """
     reader = wrap(
         _RawInput(_Places() if places else _Flatten()),
@@ -55,7 +59,7 @@ def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
 
 
 def raw_pool_cells(shape: tuple[int, ...]) -> int:
-    """So many cells per axis keep most of an input of shape (C, *grid) within `RAW_INPUT_WIDTH` numbers; at least 1."""
+    """Returns the most cells per axis that keep an input (C, *grid) within `RAW_INPUT_WIDTH` values; at least 1."""
     channels, *grid = shape
     widths = ((cells, channels * math.prod(min(cells, edge) for edge in grid)) for cells in range(max(grid), 1, -1))
     return next((cells for cells, width in widths if width <= RAW_INPUT_WIDTH), 1)

@@ -1,4 +1,4 @@
-"""The small extraction that evidence of layer pairs is made of: few samples, several noise draws, a few tokens."""
+"""The small extraction behind the evidence of layer pairs: few samples, several noise draws, a few tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EVIDENCE_DRAWS, TOKENS_PER_SAMPLE = 2, 8
 
 
 def pair_layers(layers: Sequence[str]) -> tuple[str, ...]:
-    """The layers that pairs are made of, in their order: each place in the network once.
+    """Returns the layers that can form pairs, in their order, with each depth of the network once.
 
-    What goes into a block is what the block before it gives, and a part of a block lies inside it: names like
-    `blocks.3:input` and `blocks.3.attn` beside `blocks.3` would count one place twice, and every distance with it.
+    The input of a block is the output of the block before it, and a submodule lies inside its block. Keeping
+    `blocks.3:input` or `blocks.3.attn` beside `blocks.3` would count one depth twice and distort layer distances.
     """
     outputs = [name for name in layers if not name.endswith(INPUT)] or list(layers)
     return tuple(name for name in outputs if not any(name.startswith(f"{other}.") for other in outputs))
@@ -34,19 +34,19 @@ def extract_evidence(
     num_samples: int = 384,
     batch_size: int = 128,
 ) -> FeatureStore:
-    """The small extraction that evidence is made of: few samples, two noise draws, a few tokens of each.
+    """Extracts features of few samples with at least two noise draws and a few tokens per sample.
 
     Args:
         backbone: The model.
-        splits: The data; half of the samples are from the training split, half from the validation split.
-        plan: Layers, noise levels, condition, precision and seed are taken from it.
-        folder: Where the store is, or is to be.
-        num_samples: How many, at most.
+        splits: The data; half of the samples are taken from the training split, half from the validation split.
+        plan: Plan that supplies the layers, noise levels, condition, precision and seed.
+        folder: Folder of the store; created if it does not exist.
+        num_samples: Maximum number of samples.
         batch_size: Rows per forward pass.
     """
     half = num_samples // 2
-    few = Splits(_first(splits.train, half), _first(splits.validation, num_samples - half), _first(splits.test, 0))
-    small = replace(
+    subsets = Splits(_first(splits.train, half), _first(splits.validation, num_samples - half), _first(splits.test, 0))
+    evidence_plan = replace(
         plan,
         layers=pair_layers(plan.layers),
         draws=max(EVIDENCE_DRAWS, plan.draws),
@@ -54,7 +54,7 @@ def extract_evidence(
         token_samples=num_samples,
         tokens_per_sample=TOKENS_PER_SAMPLE,
     )
-    return extract(backbone, few, small, folder, batch_size=batch_size)
+    return extract(backbone, subsets, evidence_plan, folder, batch_size=batch_size)
 
 
 def _first(samples: Samples, count: int) -> Subset:

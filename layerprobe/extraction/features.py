@@ -1,10 +1,10 @@
-"""Features on disk: what every layer said about every sample at every noise level.
+"""The feature store: features of every layer, sample and noise level on disk.
 
-A store is a folder: `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits and further label
-columns) and safetensors shards of consecutive samples, each with a tensor of shape (noise levels, draws, samples, D)
-for every layer. Where the plan keeps tokens, the shards that hold such samples have a second file, with a tensor of
-shape (noise levels, draws, kept samples, T, D) for every layer. All are float32: residual streams have channels beyond
-what float16 can hold. Files appear whole or not at all.
+A store is a folder with `manifest.json` (plan, model, data), `samples.safetensors` (ids, labels, splits and extra label
+columns) and safetensors shards of consecutive samples. A shard has one tensor per layer, shape (noise levels, draws,
+samples, D). If the plan keeps tokens, a shard with such samples has a second file with one tensor per layer, shape
+(noise levels, draws, kept samples, T, D). All features are float32, because residual streams exceed the range of
+float16. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ class ExtractionPlan:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "noise_levels", tuple(float(level) for level in self.noise_levels))
         if not self.layers:
-            raise ValueError("no layers to read; pass at least one")
+            raise ValueError("the plan has no layers; pass at least one")
         if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"a layer stands twice in {', '.join(self.layers)}; name each layer once")
-        if not all(0 <= level <= 1 for level in self.noise_levels):  # NaN too fails this
-            raise ValueError(f"noise levels lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}")
+            raise ValueError(f"a layer is named twice in {', '.join(self.layers)}; name each layer once")
+        if not all(0 <= level <= 1 for level in self.noise_levels):  # NaN also fails this
+            raise ValueError(
+                f"noise levels must lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}"
+            )
         if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
             raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
         for name in ("draws", "pool_cells", "shard_size"):
@@ -79,41 +81,42 @@ class ExtractionPlan:
             raise ValueError(
                 f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
             )
-        for name, known in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(known)}")
+        for name, choices in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(choices)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON, without those of the tokens where none are kept."""
-        # So a plan without tokens is on disk what it was before there were any, and old stores go on.
+        """Returns the fields as JSON, without the token fields if no tokens are kept."""
+        # Plans without tokens keep the hash of versions without these fields, so their stores stay valid.
         unused = () if self.token_samples else ("token_samples", "tokens_per_sample")
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def hash(self) -> str:
-        """16 hexadecimal digits that change with any field."""
+        """Returns 16 hexadecimal digits that change with any field."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureStore:
-    """Features of one model on one data set, read from disk as they are asked for.
+    """Features of one model on one data set, read from disk on access.
 
     Attributes:
-        layers: Names, in execution order.
-        noise_levels: Ascending.
+        folder: Folder of the store.
+        layers: Layer names, in execution order.
+        noise_levels: Noise levels, ascending.
         draws: Noise draws per sample and level.
-        ids: Shape (n,), int64.
-        labels: Shape (n,), int64, or None.
-        splits: Shape (n,), strings among "train", "validation", "test".
-        columns: Further labels by the name of their column, shape (n,), or (n, frames) where every frame has one,
-            int64, `data.base.MISSING` where there is none; `class_names` in the manifest says what they stand for.
-        manifest: Plan, model and data that the numbers come from.
-        tokens_padded: Whether kept tokens may stand for padding, which only probes of labeled frames can tell.
-        token_rows: Which of the n samples have their tokens kept, shape (n_kept,), ascending; empty without tokens.
-        token_ids: Their ids, shape (n_kept,).
-        token_labels: Their labels, shape (n_kept,), or None.
-        token_splits: Their splits, shape (n_kept,).
+        ids: Sample ids, shape (n,), int64.
+        labels: Class labels, shape (n,), int64, or None for unlabeled data.
+        splits: Split names, shape (n,), each "train", "validation" or "test".
+        columns: Extra labels by column name, shape (n,), or (n, frames) for labels of frames; int64, with
+            `layerprobe.data.MISSING` for missing labels. The manifest holds their class names.
+        manifest: Record of the plan, the model and the data.
+        tokens_padded: Whether kept tokens may be padding; only probes of labeled frames can tell them apart.
+        token_rows: Rows of the samples whose tokens are kept, shape (n_kept,), ascending; empty without tokens.
+        token_ids: Ids of these samples, shape (n_kept,).
+        token_labels: Class labels of these samples, shape (n_kept,), or None.
+        token_splits: Split names of these samples, shape (n_kept,).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
@@ -135,19 +138,19 @@ class FeatureStore:
         """Opens a finished store.
 
         Raises:
-            FileNotFoundError: If the folder holds no store.
-            ValueError: If shards are missing: the extraction has not finished.
+            FileNotFoundError: If the folder contains no store.
+            ValueError: If files are missing because the extraction has not finished, or a file is damaged.
         """
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no features; run `layerprobe probe` or `extract` first")
+            raise FileNotFoundError(f"{folder} contains no features; run `layerprobe probe` or `extract` first")
         manifest = json.loads((folder / "manifest.json").read_text())
-        needed = [folder / "samples.safetensors", *(shard_path(folder, i) for i in range(manifest["num_shards"]))]
-        needed += [token_path(folder, i) for i in manifest.get("tokens", {}).get("shards", ())]
-        missing = [path for path in needed if not path.is_file()]
+        files = [folder / "samples.safetensors", *(shard_path(folder, i) for i in range(manifest["num_shards"]))]
+        files += [token_path(folder, i) for i in manifest.get("tokens", {}).get("shards", ())]
+        missing = [path for path in files if not path.is_file()]
         if missing:
             raise ValueError(
-                f"{folder} is unfinished ({len(missing)} of {len(needed)} files missing); "
+                f"{folder} is unfinished ({len(missing)} of {len(files)} files missing); "
                 "repeat the command that made it"
             )
         try:
@@ -157,16 +160,22 @@ class FeatureStore:
         return cls(folder, manifest, samples)
 
     def __getitem__(self, key: tuple[str, float]) -> NDArray[np.float32]:
-        """Features of a layer at a noise level, first draw, shape (n, D)."""
+        """Returns the features of a layer at a noise level for the first draw, shape (n, D)."""
         return self.features(*key)
 
     def features(
         self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None
     ) -> NDArray[np.float32]:
-        """Features of a layer at a noise level, shape (n, D), or only the rows of one split.
+        """Returns the features of a layer at a noise level, shape (n, D).
+
+        Args:
+            layer: Name of the layer.
+            noise_level: Noise level of the plan.
+            draw: Index of the noise draw.
+            split: Split whose rows to return; None for all rows.
 
         Raises:
-            KeyError: If the layer, level or draw was not extracted, or there is no such split.
+            KeyError: If the layer, level or draw was not extracted, or the split is unknown.
         """
         level = self._level(layer, noise_level, draw, split)
         rows = []
@@ -177,10 +186,16 @@ class FeatureStore:
         return features if split is None else features[self.splits == split]
 
     def tokens(self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None) -> NDArray[np.float32]:
-        """Tokens of a layer at a noise level, shape (n_kept, T, D), in the order of `token_rows`; or of one split.
+        """Returns the kept tokens of a layer at a noise level, shape (n_kept, T, D), in the order of `token_rows`.
+
+        Args:
+            layer: Name of the layer.
+            noise_level: Noise level of the plan.
+            draw: Index of the noise draw.
+            split: Split whose rows to return; None for all rows.
 
         Raises:
-            KeyError: If the layer, level or draw was not extracted, there is no such split, or no tokens were kept.
+            KeyError: If the layer, level or draw was not extracted, the split is unknown, or no tokens were kept.
         """
         level = self._level(layer, noise_level, draw, split)
         self._check_tokens()
@@ -192,7 +207,7 @@ class FeatureStore:
         return tokens if split is None else tokens[self.token_splits == split]
 
     def grid(self, layer: str) -> tuple[int, ...] | None:
-        """The grid on which a layer's kept tokens lie, row-major: (L,), (H, W) or (F, H, W); None where on none.
+        """Returns the row-major grid of the kept tokens of a layer: (L,), (H, W) or (F, H, W); None without a grid.
 
         Raises:
             KeyError: If the layer was not extracted, or no tokens were kept.
@@ -204,49 +219,49 @@ class FeatureStore:
 
     def _level(self, layer: str, noise_level: float, draw: int, split: str | None) -> int:
         if split is not None and split not in SPLITS:
-            raise KeyError(f"no split {split!r}; use one of {', '.join(SPLITS)}")
+            raise KeyError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
         if layer not in self.layers or noise_level not in self.noise_levels or not 0 <= draw < self.draws:
             raise KeyError(
-                f"{layer} at noise level {noise_level}, draw {draw}: stored are {self.layers}, {self.noise_levels}, "
-                f"{self.draws} draws"
+                f"{layer} at noise level {noise_level}, draw {draw} was not extracted; the store has layers "
+                f"{self.layers}, noise levels {self.noise_levels} and {self.draws} draws"
             )
         return self.noise_levels.index(noise_level)
 
     def _check_tokens(self) -> None:
         if not len(self.token_rows):
-            raise KeyError(f"{self.folder} holds no tokens; extract with token_samples into another folder")
+            raise KeyError(f"{self.folder} contains no tokens; extract with token_samples into another folder")
 
 
 def column_key(name: str) -> str:
-    """Under which key the samples' file holds a further label column."""
+    """Returns the key of an extra label column in `samples.safetensors`."""
     return f"column/{name}"
 
 
 def token_rows(splits: NDArray[np.int64], token_samples: int) -> NDArray[np.int64]:
-    """The first so many rows of each split, ascending; of all of them where there are fewer.
+    """Returns the first rows of each split, ascending.
 
     Args:
-        splits: Which split each sample is in, shape (n,), positions in `SPLITS`.
-        token_samples: How many.
+        splits: Split of each sample as an index into `SPLITS`, shape (n,).
+        token_samples: Maximum number of rows per split.
     """
     return np.concatenate([np.flatnonzero(splits == code)[:token_samples] for code in range(len(SPLITS))])
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """Where a shard lies."""
+    """Returns the path of a shard."""
     return folder / f"shard-{index:05d}.safetensors"
 
 
 def token_path(folder: Path, index: int) -> Path:
-    """Where the tokens of a shard lie, if it has any."""
+    """Returns the path of the token file of a shard; the file exists only if the shard keeps tokens."""
     return folder / f"tokens-{index:05d}.safetensors"
 
 
 def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str, NDArray[np.int64]]) -> None:
-    """Makes a folder the store of this manifest, or checks that it is one already.
+    """Begins a store for this manifest in a folder, or checks that the folder already belongs to it.
 
     Raises:
-        ValueError: If the folder holds another run's features; nothing is written then.
+        ValueError: If the folder contains features of another run; nothing is written then.
     """
     claim(folder, "manifest.json", manifest, what="features")
     if not (folder / "samples.safetensors").is_file():
@@ -254,9 +269,9 @@ def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str,
 
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Writes a safetensors file that appears whole or not at all."""
+    """Writes a safetensors file atomically."""
     with whole(path) as partial:
-        # safetensors writes the memory of a strided array as it lies, in silence.
+        # safetensors silently writes strided arrays in memory order.
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial)
 
 
@@ -264,12 +279,12 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 def filled_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Callable[[str, tuple[int, ...], NDArray[np.float32]], None]]:
-    """A safetensors file of float32 tensors that are written in parts, so that memory holds no whole tensor.
+    """Writes float32 tensors into a safetensors file block by block, so that no tensor is held in memory.
 
         with filled_tensors(path, {"a": (2, 3, 5)}) as put:
             put("a", (1, 2), np.zeros(5, np.float32))  # a[1, 2] = 0
 
-    What is not put is 0. The file appears whole or not at all.
+    Blocks that are never put are 0. The file is written atomically.
 
     Source: the format is https://huggingface.co/docs/safetensors, "Format".
     """

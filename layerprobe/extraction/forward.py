@@ -1,4 +1,7 @@
-"""(Backbone, Splits, ExtractionPlan) -> FeatureStore: a forward pass per sample, level and draw, all layers at once."""
+"""Extraction, (Backbone, Splits, ExtractionPlan) -> FeatureStore.
+
+One forward pass per sample, noise level and draw reads all layers at once.
+"""
 
 from __future__ import annotations
 
@@ -47,21 +50,20 @@ def extract(
 ) -> FeatureStore:
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 
-    Shards that are there already are kept, so an interrupted extraction continues and a finished one returns at once.
-    Memory holds one shard of features and one batch of activations, whatever the size of the data and whatever tokens
-    are kept: those go to disk layer by layer. The forward pass ends at the deepest layer wanted, and runs in evaluation
-    mode.
+    Existing shards are kept, so an interrupted extraction continues and a finished one returns at once. Memory holds
+    one shard of features and one batch of activations, independent of the size of the data; kept tokens are written to
+    disk layer by layer. The model runs in evaluation mode, and the forward pass stops at the deepest requested layer.
 
     Args:
         backbone: The model, on the device where it should run.
-        splits: The data; the sample ids key the noise.
-        plan: What to read.
-        folder: Where the store is, or is to be.
+        splits: The data; the noise is keyed by the sample ids.
+        plan: The extraction plan.
+        folder: Folder of the store; created if it does not exist.
         batch_size: Rows per forward pass; it changes the features by rounding only.
-        progress: Called with (samples done, samples in all).
+        progress: Called with (samples done, samples in total).
 
     Raises:
-        ValueError: If the data does not fit the model, a value is not finite, or the folder holds another run.
+        ValueError: If the data does not fit the model, a value is not finite, or the folder belongs to another run.
     """
     folder = Path(folder)
     _check(backbone, splits, plan)
@@ -72,11 +74,11 @@ def extract(
         kept = token_rows(columns["splits"], plan.token_samples)
         begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
         for index, rows in enumerate(_runs(len(table), plan.shard_size)):
-            here = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
-            # The shard is written last: where it is, its tokens are.
-            files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(here))
+            kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
+            # The shard is written after its tokens, so a shard on disk implies that its tokens are complete.
+            files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
             if not all(file.is_file() for file in files):
-                with _kept_tokens(token_path(folder, index), backbone, plan, shapes, here) as keep:
+                with _kept_tokens(token_path(folder, index), backbone, plan, shapes, kept_in_shard) as keep:
                     features = _shard(backbone, table.batch(rows), plan, batch_size, keep)
                 write_tensors(shard_path(folder, index), features)
             if progress:
@@ -85,7 +87,7 @@ def extract(
 
 
 class _Table:
-    """The three splits as one run of samples: training, then validation, then test."""
+    """The samples of the three splits in one sequence: training, then validation, then test."""
 
     def __init__(self, splits: Splits) -> None:
         self._parts: list[Samples] = [samples for _, samples in splits.items()]
@@ -109,13 +111,13 @@ class _Table:
         columns = {"ids": torch.cat([part.ids for part in self._parts]).numpy(), "splits": codes.astype(np.int64)}
         if len(np.unique(columns["ids"])) < len(columns["ids"]):
             raise ValueError(
-                "two samples have the same id, so they would see the same noise; give every sample an id of its own"
+                "two samples have the same id, so they would see the same noise; give every sample a unique id"
             )
         columns |= {"labels": torch.cat(labels).numpy()} if labels else {}
-        return columns | {column_key(name): labels.numpy() for name, labels in self.further().items()}
+        return columns | {column_key(name): labels.numpy() for name, labels in self.extra_labels().items()}
 
-    def further(self) -> dict[str, Tensor]:
-        """Further labels by the name of their column."""
+    def extra_labels(self) -> dict[str, Tensor]:
+        """Extra labels by column name."""
         columns = [{column.name: column.labels for column in part.columns} for part in self._parts]
         return {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
 
@@ -124,27 +126,29 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
     for name, samples in splits.items():
         if samples.shape != backbone.shape:
             raise ValueError(
-                f"the {name} samples have shape {samples.shape}, {backbone.name} takes {backbone.shape}; "
+                f"the {name} samples have shape {samples.shape} but {backbone.name} expects {backbone.shape}; "
                 "pass --size or other data"
             )
         if (samples.labels is None) != (splits.train.labels is None):
-            raise ValueError(f"only one of the fit and the {name} samples has labels; label both or none")
+            raise ValueError(f"only one of the train and the {name} splits has labels; label both or none")
         if [column.name for column in samples.columns] != [column.name for column in splits.train.columns]:
-            raise ValueError(f"the fit and the {name} samples have other further label columns; label all alike")
+            raise ValueError(
+                f"the train and the {name} splits have different extra label columns; use the same columns in both"
+            )
     if plan.condition == "label" and not 0 < splits.train.num_classes <= backbone.num_classes:
         raise ValueError(
-            f"the data has {splits.train.num_classes} classes, {backbone.name} {backbone.num_classes}; "
+            f"the data has {splits.train.num_classes} classes but {backbone.name} has {backbone.num_classes}; "
             "use the null condition"
         )
-    # Fused attention can turn a NaN into a finite number, so features would not tell.
+    # Fused attention can turn NaN into finite values, so the features would not reveal it.
     bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
     if bad:
-        raise ValueError(f"{backbone.name} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
+        raise ValueError(f"{backbone.name} has values that are not finite in {bad[0]}; use an earlier checkpoint")
     whole_grids = plan.token_samples and not plan.tokens_per_sample
     if whole_grids and _padded(splits) and not any(column.labels.ndim > 1 for column in splits.train.columns):
         raise ValueError(
-            "whole grids of tokens are kept of samples of one length only, or for labels of frames; leave out "
-            "--token-samples, or cut the samples"
+            "whole token grids can be kept only for samples of equal length or with labels of frames, but the samples "
+            "are padded; leave out --token-samples, or cut the samples to one length"
         )
     highest = torch.tensor(plan.noise_levels[-1], dtype=torch.float64)
     if not bool(backbone.schedule.sigma(highest).isfinite()):
@@ -173,7 +177,7 @@ def _manifest(
         "model": backbone.name,
         "model_hash": weights_hash(backbone.module),
         "schedule": backbone.schedule.name,
-        # The same weights under two conventions of time are two models.
+        # The same weights under two time conventions are two models.
         "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
         "prediction": backbone.prediction,
         "data": {name: samples.fingerprint for name, samples in splits.items()},
@@ -182,46 +186,48 @@ def _manifest(
         "num_samples": n,
         "num_shards": -(-n // plan.shard_size),
     }
-    if splits.train.columns:  # a store without them is on disk what it was before there were any
+    if splits.train.columns:  # absent otherwise, so that manifests of older stores stay equal
         manifest["columns"] = {
             column.name: {
                 "class_names": list(column.class_names),
                 "labels_hash": content_hash(labels)[:16],
                 "axis": column.axis,
             }
-            for column, labels in zip(splits.train.columns, _Table(splits).further().values(), strict=True)
+            for column, labels in zip(splits.train.columns, _Table(splits).extra_labels().values(), strict=True)
         }
     if not plan.token_samples:
         return manifest
-    padded, few = _padded(splits), plan.tokens_per_sample
-    found = {name: token_grid(n, backbone.shape[1:], known=backbone.token_grid) for name, (n, _) in shapes.items()}
-    whole = {name: not few or (n <= few and not padded) for name, (n, _) in shapes.items()}
-    grids = {name: found[name] if whole[name] else None for name in shapes}
+    padded, limit = _padded(splits), plan.tokens_per_sample
+    layer_grids = {
+        name: token_grid(n, backbone.shape[1:], known=backbone.token_grid) for name, (n, _) in shapes.items()
+    }
+    is_whole = {name: not limit or (n <= limit and not padded) for name, (n, _) in shapes.items()}
+    grids = {name: layer_grids[name] if is_whole[name] else None for name in shapes}
     tokens = {"shards": np.unique(kept // plan.shard_size).tolist(), "grids": grids}
-    return manifest | {"tokens": tokens | ({"padded": True} if padded and not few else {})}
+    return manifest | {"tokens": tokens | ({"padded": True} if padded and not limit else {})}
 
 
-def _at_places(tokens: Tensor, mask: Tensor | None, backbone: Backbone, plan: ExtractionPlan) -> Tensor:
-    """The tokens of each sample that are kept, shape (B, K, D); all layers with as many tokens keep the same ones.
+def _select_tokens(tokens: Tensor, mask: Tensor | None, backbone: Backbone, plan: ExtractionPlan) -> Tensor:
+    """Selects the kept tokens of each sample, shape (B, K, D); layers with equally many tokens keep the same positions.
 
-    Without a mask the places are drawn once for all samples. With one, `B` rows of it, each sample gives the first real
-    ones of the drawn order, over again where it has fewer than K.
+    The positions are the first K of a random order drawn once. With a mask of B rows, each sample keeps its first K
+    real tokens in that order, repeated if it has fewer than K.
     """
-    count, few = tokens.shape[1], min(plan.tokens_per_sample, tokens.shape[1])
-    if not few:
+    count, num_kept = tokens.shape[1], min(plan.tokens_per_sample, tokens.shape[1])
+    if not num_kept:
         return tokens
     order = RandomStream(plan.seed, "order").permutation(count)
     if mask is None or count == 1:
-        return tokens[:, order[:few].sort().values.to(tokens.device)]
+        return tokens[:, order[:num_kept].sort().values.to(tokens.device)]
     grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
-    assert grid is not None  # or the tokens could not have been averaged
+    assert grid is not None  # otherwise pooling with a mask has failed before
     real = real_tokens(mask, grid)[:, order]
     real_first = real.int().argsort(dim=1, descending=True, stable=True)
-    where = order[real_first.gather(1, torch.arange(few) % real.sum(1, keepdim=True))].to(tokens.device)
-    return tokens.gather(1, where.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    positions = order[real_first.gather(1, torch.arange(num_kept) % real.sum(1, keepdim=True))].to(tokens.device)
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
-# (level, draw and sample of each row in a batch, shape (3, B); what of it is real; layer; its tokens (B, T, D)) -> None
+# (level, draw and sample of each row of a batch, shape (3, B); mask of its rows; layer; its tokens (B, T, D)) -> None
 _Keep = Callable[[Tensor, Tensor | None, str, Tensor], None]
 
 
@@ -233,22 +239,22 @@ def _kept_tokens(
     shapes: Mapping[str, tuple[int, int]],
     samples: NDArray[np.int64],
 ) -> Iterator[_Keep | None]:
-    """Writes the tokens of these samples of a shard while they are made; None where there are no such samples."""
+    """Yields a function that writes the tokens of these samples of a shard to disk; None if there are no samples."""
     if not len(samples):
         yield None
         return
-    wanted, few = torch.from_numpy(samples), plan.tokens_per_sample
-    lengths = {name: min(few or count, count) for name, (count, _) in shapes.items()}
+    kept_samples, limit = torch.from_numpy(samples), plan.tokens_per_sample
+    lengths = {name: min(limit or count, count) for name, (count, _) in shapes.items()}
     blocks = (len(plan.noise_levels), plan.draws, len(samples))
 
     def keep(row: Tensor, mask: Tensor | None, layer: str, tokens: Tensor) -> None:
-        chosen = torch.isin(row[2], wanted)
+        chosen = torch.isin(row[2], kept_samples)
         level, draw, sample = row[:, chosen]
         real = None if mask is None else mask[chosen]
-        kept = _at_places(tokens[chosen.to(tokens.device)], real, backbone, plan)
-        index = zip(level.tolist(), draw.tolist(), torch.searchsorted(wanted, sample).tolist(), strict=True)
-        for place, block in zip(index, kept.float().cpu().numpy(), strict=True):
-            put(layer, place, block)
+        kept = _select_tokens(tokens[chosen.to(tokens.device)], real, backbone, plan)
+        indices = zip(level.tolist(), draw.tolist(), torch.searchsorted(kept_samples, sample).tolist(), strict=True)
+        for index, block in zip(indices, kept.float().cpu().numpy(), strict=True):
+            put(layer, index, block)
 
     with filled_tensors(path, {name: (*blocks, lengths[name], shapes[name][1]) for name in plan.layers}) as put:
         yield keep
@@ -260,12 +266,12 @@ def _shard(
 ) -> dict[str, NDArray[np.float32]]:
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
-        raise ValueError(f"sample {bad} holds values that are not finite; remove it from the data")
+        raise ValueError(f"sample {bad} has values that are not finite; remove it from the data")
     noise = RandomStream(plan.seed)
     n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
     features: dict[str, Tensor] = {}
-    # Levels and draws share batches, so that batches stay full: row = (level, draw, sample).
+    # Levels and draws share batches, so that batches are full: row = (level, draw, sample).
     for rows in _runs(len(levels) * plan.draws * n, batch_size):
         row = torch.arange(rows.start, rows.stop)
         level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
@@ -280,7 +286,7 @@ def _shard(
         if not bool(values.isfinite().all()):
             bad = int((~values.isfinite().all(1)).nonzero()[0])
             raise ValueError(
-                f"{name} gives values that are not finite at noise level {float(levels[bad // (plan.draws * n)]):g}; "
+                f"{name} outputs values that are not finite at noise level {float(levels[bad // (plan.draws * n)]):g}; "
                 "check the checkpoint, or use float32 precision"
             )
     return {name: values.view(len(levels), plan.draws, n, -1).numpy() for name, values in features.items()}
@@ -299,7 +305,7 @@ def _read(
 
     def own_tokens(output: Any, layer: str) -> Tensor:
         tokens = backbone.tokens(output, layer)
-        if write:  # at once: the tokens of all layers may not fit into memory
+        if write:  # immediately, because the tokens of all layers may not fit into memory
             write(layer, tokens)
         return tokens
 

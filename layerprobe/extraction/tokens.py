@@ -1,4 +1,4 @@
-"""Tokens of a layer on their grid: its size, and pooling over its cells."""
+"""The token grid of a layer, and pooling of tokens over cells of that grid."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ def pool_tokens(
     *,
     known: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Tokens averaged over cells of their grid, float32.
+    """Averages tokens over cells of their grid.
 
     Args:
-        tokens: Shape (B, T, D), row-major on the known grid, or one with the proportions of the input's; or T = 1.
-        cells: Per grid axis; never more than there are tokens.
-        input_grid: The grid of the model's input, such as (H, W).
-        mask: Shape (B, *input_grid), bool: only tokens that hold something real count, and a cell without any is 0.
-        known: As in `token_grid`.
+        tokens: Tokens, shape (B, T, D), row-major on `known` or on a grid proportional to `input_grid`, or T = 1.
+        cells: Cells per grid axis; axes with fewer tokens get one cell per token.
+        input_grid: Grid of the model's input, such as (H, W).
+        mask: Mask of the input, shape (B, *input_grid), bool. Only tokens that are not padding are averaged; a cell of
+            padding alone is 0.
+        known: Grid reported by the model, as in `token_grid`.
 
     Returns:
-        Shape (B, cells**d * D); (B, D) for one cell.
+        Pooled tokens, shape (B, cells**d * D), float32; (B, D) for one cell.
 
     Raises:
-        ValueError: If the tokens are on no such grid, and there is more than one cell or a mask.
+        ValueError: If the tokens do not form such a grid, and there is a mask or more than one cell.
     """
-    tokens = tokens.float()  # a bfloat16 mean loses digits
+    tokens = tokens.float()  # averaging in bfloat16 loses digits
     if tokens.shape[1] == 1 or (cells == 1 and mask is None):
         return tokens.mean(1)
     grid = token_grid(tokens.shape[1], input_grid, known=known)
     if grid is None:
         remedy = "pass pool_cells 1" if mask is None else "cut all samples to one length"
-        raise ValueError(f"{tokens.shape[1]} tokens lie on no grid like the input's {input_grid}; {remedy}")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens form no grid with the proportions of the input {input_grid}; {remedy}"
+        )
     pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
     maps, edges = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid), [min(cells, edge) for edge in grid]
     if mask is None:
@@ -55,15 +58,17 @@ def pool_tokens(
 def token_grid(
     count: int, input_grid: tuple[int, ...], *, known: tuple[int, ...] | None = None
 ) -> tuple[int, ...] | None:
-    """The grid of so many tokens, with the proportions of the input's; of a video, also one with all its frames.
+    """Returns the grid of `count` tokens that has the proportions of the input grid.
+
+    For video, a grid that keeps all frames and divides each frame is accepted too.
 
     Args:
         count: Number of tokens.
-        input_grid: The grid of the model's input: (L,), (H, W) or (F, H, W).
-        known: The grid that the model itself tells, taken where it has so many tokens.
+        input_grid: Grid of the model's input: (L,), (H, W) or (F, H, W).
+        known: Grid reported by the model; used if it has `count` tokens.
 
     Returns:
-        As many edges as the input has, or None if there is no such grid.
+        Grid with as many axes as the input, or None if there is no such grid.
     """
     if known is not None and math.prod(known) == count:
         return known

@@ -261,7 +261,7 @@ class TestStore:
     def test_every_split_has_the_same_columns(self, tmp_path: Path) -> None:
         splits = self.splits()
         bare = TensorSamples(torch.zeros(3, *SHAPE), torch.arange(3), ids=torch.arange(90, 93))
-        with pytest.raises(ValueError, match="the fit and the test samples have other further label columns"):
+        with pytest.raises(ValueError, match="the train and the test splits have different extra label columns"):
             extract(tiny_sit(), Splits(splits.train, splits.validation, bare), self.PLAN, tmp_path)
 
 

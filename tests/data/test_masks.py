@@ -117,7 +117,7 @@ def test_pooling_is_the_mean_of_the_real_tokens_of_each_cell(cells: int) -> None
 
 
 def test_tokens_without_a_grid_are_not_pooled_under_a_mask() -> None:
-    with pytest.raises(ValueError, match="5 tokens lie on no grid like the input's"):
+    with pytest.raises(ValueError, match="5 tokens form no grid with the proportions of the input"):
         pool_tokens(torch.zeros(4, 5, 3), 1, (4, 4), torch.ones(4, 4, 4, dtype=torch.bool))
 
 
@@ -155,7 +155,7 @@ def test_the_raw_input_control_sees_no_noise_in_the_padding(tmp_path: Path) -> N
 def test_whole_grids_of_padded_samples_are_not_kept(tmp_path: Path) -> None:
     backbone = tiny_sit(shape=(2, 8))
     plan = ExtractionPlan(layers=backbone.layers, noise_levels=(0.5,), token_samples=2)
-    with pytest.raises(ValueError, match="whole grids of tokens are kept of samples of one length only"):
+    with pytest.raises(ValueError, match="whole token grids can be kept only for samples of equal length"):
         extract(backbone, splits_of(0.0), plan, tmp_path)
 
 

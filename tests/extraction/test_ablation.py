@@ -283,20 +283,20 @@ def test_what_cannot_be_skipped_is_nan_with_a_reason(odd: Backbone) -> None:
         odd, tiny_samples(3, shape=(1, 6, 6)), LEVELS, split="test", layers=("down", "inplace", "named", "up")
     )
     assert found.reasons == {
-        "down": "it gives (4, 3, 3) per sample and takes (1, 6, 6)",
-        "named": "it gives dict, no tensor",
-        "up": "it gives (1, 6, 6) per sample and takes (8, 3, 3)",
+        "down": "no output shape ((4, 3, 3)) equals an input shape ((1, 6, 6))",
+        "named": "its output is of type dict, not a tensor",
+        "up": "no output shape ((1, 6, 6)) equals an input shape ((8, 3, 3))",
     }
     assert np.isnan(found.velocity_change[[0, 2, 3]]).all()
     assert np.isfinite(found.velocity_change[1]).all()
     rows = [row for row in found.rows() if row["layer"] == "named"]
     assert len(rows) == 4
-    assert all(math.isnan(row["value"]) and row["note"] == "it gives dict, no tensor" for row in rows)
+    assert all(math.isnan(row["value"]) and row["note"] == "its output is of type dict, not a tensor" for row in rows)
 
 
 def test_what_goes_into_a_layer_cannot_be_skipped() -> None:
     found = ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), split="test", layers=("blocks.1.attn:input", "blocks.1"))
-    assert found.reasons == {"blocks.1.attn:input": "what goes into a layer cannot be skipped"}
+    assert found.reasons == {"blocks.1.attn:input": "the input of a layer cannot be skipped"}
     assert np.isnan(found.velocity_change[0]).all()
     assert np.isfinite(found.velocity_change[1]).all()
 
@@ -316,7 +316,8 @@ def test_two_streams_of_one_shape_are_not_guessed_at() -> None:
             return b, a
 
     backbone = wrap(Twins(), layers="twins", schedule="flow", prediction="velocity", shape=(1, 4, 4))
-    reason = "it gives (1, 4, 4) and (1, 4, 4) per sample, so which input belongs to which is not known"
+    shapes = "(1, 4, 4) and (1, 4, 4)"
+    reason = f"several outputs have the same shape ({shapes}), so the matching inputs are ambiguous"
     assert ablate_layers(backbone, tiny_samples(3), (0.5,), split="test").reasons == {"twins": reason}
 
 
@@ -383,7 +384,7 @@ def test_a_velocity_of_zero_has_no_relative_change() -> None:
     for row in ablate_layers(backbone, tiny_samples(4), (0.5,), split="test").rows():
         if row["metric"] == VELOCITY_CHANGE:
             assert math.isnan(row["value"]) and math.isnan(row["low"]) and math.isnan(row["high"])
-            assert row["note"] == "the velocity is zero, or not finite"
+            assert row["note"] == "the velocity is zero or not finite"
         else:
             assert (row["value"], row["note"]) == (0, "")
 
@@ -436,5 +437,5 @@ def test_what_cannot_be_done_is_refused_in_one_line(layers: Any, levels: Any, me
 
 
 def test_no_samples_show_nothing() -> None:
-    with pytest.raises(ValueError, match="0 samples show nothing; pass at least 1"):
+    with pytest.raises(ValueError, match="layer ablation got 0 samples; pass at least 1"):
         ablate_layers(tiny_sit(), tiny_samples(3), (0.5,), split="test", num_samples=0)

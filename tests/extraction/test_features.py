@@ -81,18 +81,20 @@ def test_unlabeled_samples_have_no_labels(tmp_path: Path) -> None:
 )
 def test_what_was_not_extracted_is_refused(tmp_path: Path, layer: str, level: float, options: dict[str, Any]) -> None:
     written(tmp_path)
-    with pytest.raises(KeyError, match=r"stored are \('late', 'early'\), \(0.1, 0.5, 1.0\), 2 draws"):
+    with pytest.raises(
+        KeyError, match=r"the store has layers \('late', 'early'\), noise levels \(0.1, 0.5, 1.0\) and 2 draws"
+    ):
         FeatureStore.open(tmp_path).features(layer, level, **options)
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
-    with pytest.raises(KeyError, match="no split 'holdout'; use one of train, validation, test"):
-        FeatureStore.open(tmp_path).features("early", 0.1, split="test")
+    with pytest.raises(KeyError, match="unknown split 'holdout'; use one of train, validation, test"):
+        FeatureStore.open(tmp_path).features("early", 0.1, split="holdout")
 
 
 def test_unfinished_and_absent_stores_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no features; run `layerprobe probe`"):
+    with pytest.raises(FileNotFoundError, match="contains no features; run `layerprobe probe`"):
         FeatureStore.open(tmp_path)
     written(tmp_path)
     shard_path(tmp_path, 1).unlink()
@@ -151,16 +153,16 @@ def test_tokens_that_were_not_kept_are_refused(tmp_path: Path) -> None:
     store = FeatureStore.open(tmp_path / "none")
     assert len(store.token_rows) == len(store.token_ids) == 0
     for ask in (lambda: store.tokens("late", 0.1), lambda: store.grid("late")):
-        with pytest.raises(KeyError, match="holds no tokens; extract with token_samples into another folder"):
+        with pytest.raises(KeyError, match="contains no tokens; extract with token_samples into another folder"):
             ask()
     written_with_tokens(tmp_path / "some")
     store = FeatureStore.open(tmp_path / "some")
-    with pytest.raises(KeyError, match="stored are"):
+    with pytest.raises(KeyError, match="was not extracted"):
         store.tokens("late", 0.3)
-    with pytest.raises(KeyError, match="stored are"):
+    with pytest.raises(KeyError, match="was not extracted"):
         store.grid("blocks.9")
-    with pytest.raises(KeyError, match="no split 'test'"):
-        store.tokens("late", 0.1, split="test")
+    with pytest.raises(KeyError, match="unknown split 'holdout'"):
+        store.tokens("late", 0.1, split="holdout")
 
 
 def test_lost_and_damaged_tokens_are_named(tmp_path: Path) -> None:
@@ -257,8 +259,8 @@ def test_the_hash_of_a_plan_changes_with_every_field() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": ()}, "no layers to read; pass at least one"),
-        ({"layers": ("a", "b", "a")}, "a layer stands twice in a, b, a; name each layer once"),
+        ({"layers": ()}, "the plan has no layers; pass at least one"),
+        ({"layers": ("a", "b", "a")}, "a layer is named twice in a, b, a; name each layer once"),
         ({"noise_levels": ()}, r"distinct and ascending, got \[\]"),
         ({"noise_levels": (0.5, 0.1)}, r"distinct and ascending, got \[0.5, 0.1\]"),
         ({"noise_levels": (0.5, 0.5)}, "distinct and ascending"),

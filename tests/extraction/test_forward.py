@@ -198,7 +198,9 @@ def test_pooling_is_done_in_float32() -> None:
 
 
 def test_tokens_on_no_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"5 tokens lie on no grid like the input's \(4, 4\); pass pool_cells 1"):
+    with pytest.raises(
+        ValueError, match=r"5 tokens form no grid with the proportions of the input \(4, 4\); pass pool_cells 1"
+    ):
         pool_tokens(torch.zeros(1, 5, 2), 2, (4, 4))
 
 
@@ -492,7 +494,7 @@ def test_interrupted_by_an_exception_it_goes_on_to_the_same_bytes(
 CHILD = """
 import sys
 from tiny import tiny_sit, tiny_splits
-from layerprobe.extraction.extract import extract
+from layerprobe.extraction.forward import extract
 from layerprobe.features import ExtractionPlan
 plan = ExtractionPlan(("blocks.0", "blocks.1", "blocks.2"), (0.2, 0.7), draws=2, seed=5, shard_size=2)
 tell = lambda done, total: print(done, flush=True)
@@ -539,7 +541,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         # Time 1 is noise here: the same weights and the name "linear", but another model.
         "schedule_hash": (tiny_sit(schedule=LinearPath(0, 1)), splits, PLAN),
         "prediction": (tiny_sit(prediction="eps"), splits, PLAN),
-        "data.validation, data.train, data.test": (backbone, tiny_splits(seed=1), PLAN),
+        "data.test, data.train, data.validation": (backbone, tiny_splits(seed=1), PLAN),
         "plan.seed, plan_hash": (backbone, splits, replace(PLAN, seed=6)),
     }
     for different, (model, data, plan) in others.items():
@@ -558,9 +560,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 def test_samples_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     splits = tiny_splits(20, first_id=100)
     splits.validation.samples.x[12, 0, 1, 1] = value  # type: ignore[attr-defined]
-    with pytest.raises(
-        ValueError, match="sample 112 holds values that are not finite; remove it from the data"
-    ) as error:
+    with pytest.raises(ValueError, match="sample 112 has values that are not finite; remove it from the data") as error:
         extract(tiny_sit(), splits, PLAN, tmp_path)
     assert "\n" not in str(error.value)
     assert [path.name for path in sorted(tmp_path.glob("shard*"))] == ["shard-00000.safetensors"]
@@ -570,7 +570,7 @@ def test_samples_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     backbone = tiny_sit()
     backbone.module.blocks[1].attn.qkv.weight.data[0, 0] = value  # type: ignore[index, union-attr]
-    message = r"holds values that are not finite in blocks.1.attn.qkv.weight; use an earlier checkpoint$"
+    message = r"has values that are not finite in blocks.1.attn.qkv.weight; use an earlier checkpoint$"
     with pytest.raises(ValueError, match=message):
         extract(backbone, tiny_splits(), PLAN, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -580,7 +580,7 @@ def test_features_that_overflow_are_refused(tmp_path: Path) -> None:
     backbone = tiny_sit()
     for linear in (backbone.module.blocks[1].mlp.fc1, backbone.module.blocks[1].mlp.fc2):  # type: ignore[index, union-attr]
         linear.weight.data *= 1e30
-    message = "blocks.1 gives values that are not finite at noise level 0.2; check the checkpoint, or use float32"
+    message = "blocks.1 outputs values that are not finite at noise level 0.2; check the checkpoint, or use float32"
     with pytest.raises(ValueError, match=message) as error:
         extract(backbone, tiny_splits(), PLAN, tmp_path)
     assert "\n" not in str(error.value)
@@ -601,12 +601,12 @@ def test_a_level_without_an_end_is_refused_before_anything_is_written(tmp_path: 
     [
         (
             {"train": tiny_samples(4, shape=(1, 6, 6), first_id=50)},
-            r"training samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\)",
+            r"the train samples have shape \(1, 6, 6\) but .* expects \(1, 4, 4\)",
         ),
         ({"test": tiny_samples(4, first_id=2)}, "two samples have the same id, so they would see the same noise"),
         (
             {"validation": tiny_samples(4, first_id=50, labeled=False)},
-            "only one of the fit and the validation samples has labels",
+            "only one of the train and the validation splits has labels",
         ),
     ],
 )
@@ -620,7 +620,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any
 @pytest.mark.parametrize(("num_classes", "labeled"), [(2, True), (0, True), (3, False)])
 def test_labels_that_the_model_or_the_data_lacks_are_refused(tmp_path: Path, num_classes: int, labeled: bool) -> None:
     backbone, splits = tiny_sit(num_classes=num_classes), tiny_splits(labeled=labeled)
-    message = rf"the data has {3 * labeled} classes, .* {num_classes}; use the null condition"
+    message = rf"the data has {3 * labeled} classes but .* has {num_classes}; use the null condition"
     with pytest.raises(ValueError, match=message):
         extract(backbone, splits, replace(PLAN, condition="label"), tmp_path)
     extract(backbone, splits, PLAN, tmp_path)
