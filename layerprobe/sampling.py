@@ -1,7 +1,8 @@
-"""Samples from a backbone: the probability-flow ODE or an SDE from noise to data, with guidance.
+"""Sampling from a backbone by the probability-flow ODE or by an SDE, with classifier-free guidance.
 
-All solvers work on y = x_t / n, n = alpha + sigma / scale. In every family y = (1 - level) x_0 + level scale eps, the
-linear path, on which even steps of the level are good steps, so one integrator serves all.
+All solvers integrate y = x_t / n, where n = alpha + sigma / scale. In every family y = (1 - level) x_0 + level scale
+eps, which is the linear path. Equal steps of the noise level are good steps there, so one integrator serves all
+families.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,68 +17,9 @@ from torch import Tensor
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
 from layerprobe.noise import END, NoiseSchedule, RandomStream
+from layerprobe.sampling_plan import SamplingPlan as SamplingPlan
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]
-Diffusion = Literal["sigma", "sbdm", "constant", "linear", "decreasing", "increasing-decreasing"]
-LastStep = Literal["mean", "tweedie"]
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How samples are drawn.
-
-    Attributes:
-        solver: Of the ODE "euler" (one evaluation a step), "heun" (two, second order) or "dopri5" (six, fifth order,
-            with steps of its own size for each sample), of the SDE "euler-maruyama" (one).
-        steps: Steps from noise to data; dopri5 tries the first of so many and goes on as its tolerances allow.
-        guidance: Classifier-free guidance scale; 1 is none.
-        seed: Sample i starts from the noise of (seed, i), whatever the batch; the SDE's noise is that of
-            (seed, i, step).
-        guidance_interval: Lowest and highest noise level at which there is guidance; without it elsewhere
-            (Kynkaanniemi et al. 2024, arXiv:2404.07724).
-        rtol: Of dopri5: error allowed in a step, relative to the sample's entries.
-        atol: Of dopri5: error allowed besides.
-        diffusion: Of the SDE: how much noise goes in and out at a time of the path; the names of SiT.
-        diffusion_scale: Factor of that, SiT's diffusion norm.
-        last_step: Of the SDE, from `last_step_size` to data without new noise: "mean" is a step like the others,
-            "tweedie" the expected sample.
-        last_step_size: Of the SDE, in the path's time.
-    """
-
-    solver: Solver = "heun"
-    steps: int = 25
-    guidance: float = 1.0
-    seed: int = 0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    diffusion: Diffusion = "sigma"
-    diffusion_scale: float = 1.0
-    last_step: LastStep = "mean"
-    last_step_size: float = 0.04
-
-    def __post_init__(self) -> None:
-        for name, known in (("solver", Solver), ("diffusion", Diffusion), ("last_step", LastStep)):
-            if getattr(self, name) not in get_args(known):
-                what = name.replace("_", " ")
-                raise ValueError(f"unknown {what} {getattr(self, name)!r}; use {_one_of(get_args(known))}")
-        if self.steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {self.steps}")
-        if self.solver == "euler-maruyama" and self.steps < 2:
-            raise ValueError("euler-maruyama takes at least 2 steps, the last one without noise; pass more steps")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"the guidance interval needs 0 <= low <= high <= 1 (noise levels), got {low:g} and {high:g}"
-            )
-        if not (0 < self.rtol < 1 and 0 < self.atol < math.inf):
-            raise ValueError(f"tolerances lie above 0 and rtol below 1, got rtol {self.rtol:g} and atol {self.atol:g}")
-        if not 0 <= self.diffusion_scale < math.inf or not 0 < self.last_step_size < 1:
-            raise ValueError(
-                f"need diffusion_scale >= 0 and last_step_size in (0, 1), got {self.diffusion_scale:g} and "
-                f"{self.last_step_size:g}"
-            )
 
 
 @torch.inference_mode()
@@ -92,29 +32,29 @@ def sample(
     batch_size: int = 256,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Draws samples; number i is the same in any batch, order and process up to rounding.
+    """Draws samples; sample i is the same in any batch, order and process up to rounding.
 
-    Padding is 0 from beginning to end, and what is real does not depend on how much of it there is.
+    Padding stays 0 throughout, and the real part of a sample does not depend on the amount of padding.
 
     Args:
-        backbone: The model; averaged weights make better samples.
-        indices: Which samples to draw, for instance range(100).
-        labels: Class of each sample, shape (len(indices),); None samples without a class.
-        plan: Solver, steps, guidance, seed.
-        batch_size: Samples at a time.
-        mask: What is to be no padding, shape (len(indices), *grid), bool; None fills every sample.
+        backbone: The model; averaged weights give better samples.
+        indices: Indices of the samples, for instance range(100).
+        labels: Class of each sample, shape (len(indices),); None samples with the null label.
+        plan: Solver, steps, guidance and seed; None uses the defaults.
+        batch_size: Samples per batch.
+        mask: Positions that are not padding, shape (len(indices), *grid), bool; None means no padding.
 
     Returns:
-        Shape (len(indices), C, *grid), on the CPU.
+        Samples, shape (len(indices), C, *grid), on the CPU.
 
     Raises:
-        ValueError: If labels or mask do not match the indices or the model, or guidance is asked for without labels.
+        ValueError: If labels or mask do not match the indices or the model, or if guidance is used without labels.
     """
     plan = plan or SamplingPlan()
     _check_labels(backbone, indices, labels, plan)
     _check_mask(backbone, indices, mask)
     schedule, level_range = backbone.schedule, sampling_range(backbone, plan)
-    # x_t is sigma eps at the highest level, and is divided as `straightened` wants it.
+    # At the highest level x_t is sigma eps, and y = x_t / n.
     start_std = level_range[1] * schedule.scale
     out = [torch.empty(0, *backbone.shape)]
     with evaluating(backbone.module):
@@ -137,16 +77,16 @@ def sample(
                 y = diffuse(velocity, y, ids, condition, schedule, level_range, plan)
             else:
                 y = integrate(velocity, y, condition, level_range, plan)
-            # The SDE's noise goes everywhere.
+            # The SDE adds noise to the padding, too.
             out.append((y if real is None else y.masked_fill(~real.unsqueeze(1), 0.0)).cpu())
     return torch.cat(out)
 
 
 def sampling_range(backbone: Backbone, plan: SamplingPlan) -> tuple[float, float]:
-    """The noise levels between which a plan asks the network: those of training, but for ends of no use.
+    """The lowest and highest noise level at which a plan calls the network: the training range without unusable ends.
 
-    Pure noise says nothing through eps or the score, and clean data nothing through x_0 or the score; SBDM's
-    diffusion is infinite where there is no data. SiT cuts off the same ends (arXiv:2401.08740).
+    At pure noise, eps and the score do not determine the velocity; at clean data, x_0 and the score do not. The SBDM
+    diffusion is infinite at pure noise. SiT cuts off the same ends (arXiv:2401.08740).
     """
     schedule, prediction = backbone.schedule, backbone.prediction
     low, high = schedule.level_range
@@ -160,7 +100,12 @@ def sampling_range(backbone: Backbone, plan: SamplingPlan) -> tuple[float, float
 
 
 def guided(backbone: Backbone, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """Classifier-free guidance at the noise levels of an interval: v_null + guidance (v_label - v_null).
+    """Returns the velocity with classifier-free guidance inside an interval: v_null + guidance (v_label - v_null).
+
+    Args:
+        backbone: The model.
+        guidance: Guidance scale; 1 means no guidance.
+        interval: Lowest and highest noise level with guidance, both included.
 
     Source: Ho & Salimans 2022 (arXiv:2207.12598); Kynkaanniemi et al. 2024 (arXiv:2404.07724) for the interval.
     """
@@ -172,7 +117,7 @@ def guided(backbone: Backbone, guidance: float, interval: tuple[float, float] = 
             inside = (level >= interval[0]) & (level <= interval[1])
             if not bool(inside.any()):
                 return backbone(x_t, level, condition)
-            if not bool(inside.all()):  # as where each sample has steps of its own
+            if not bool(inside.all()):  # With dopri5, the samples of a batch are at different noise levels.
                 parts = [velocity(x_t[rows], level[rows], condition[rows]) for rows in (inside, ~inside)]
                 return torch.cat(parts)[torch.cat([inside.nonzero(), (~inside).nonzero()]).flatten().argsort()]
         null = backbone.null_condition(len(x_t), x_t.device)
@@ -185,9 +130,10 @@ def guided(backbone: Backbone, guidance: float, interval: tuple[float, float] = 
 
 
 def padded(backbone: Backbone, plan: SamplingPlan, labels: Tensor | None, mask: Tensor) -> Velocity:
-    """The guided velocity of padded samples, whose condition is their row in labels (B,) and mask (B, *grid).
+    """Returns the guided velocity of padded samples.
 
-    Solvers and guidance ask for some of the samples at a time, and each brings its mask along.
+    Solvers and guidance may call it with some of the samples only. The condition of a sample is therefore its row in
+    `labels`, shape (B,), and in `mask`, shape (B, *grid).
     """
     low, high = plan.guidance_interval
 
@@ -196,19 +142,19 @@ def padded(backbone: Backbone, plan: SamplingPlan, labels: Tensor | None, mask: 
         out, inside = torch.empty_like(x_t), (level >= low) & (level <= high)
         for part in (inside, ~inside):
             if bool(part.any()):
-                chosen = rows[part]
-                of = guided(backbone.masked(mask[chosen]), plan.guidance, plan.guidance_interval)
-                out[part] = of(x_t[part], level[part], None if labels is None else labels[chosen])
+                part_rows = rows[part]
+                part_velocity = guided(backbone.masked(mask[part_rows]), plan.guidance, plan.guidance_interval)
+                out[part] = part_velocity(x_t[part], level[part], None if labels is None else labels[part_rows])
         return out
 
     return velocity
 
 
 def straightened(velocity: Velocity, schedule: NoiseSchedule) -> Velocity:
-    """The velocity dy / dlevel of y = x_t / n, n = alpha + sigma / scale, given that of x_t.
+    """Returns the velocity dy / dlevel of y = x_t / n, with n = alpha + sigma / scale, from the velocity of x_t.
 
-    In x_t even steps of the level are not good steps: the noise of EDM falls from 80 to 5 within the first 8 % of its
-    levels. dy / dlevel = (velocity dpath_time / dlevel - n' y) / n.
+    For x_t itself, equal steps of the noise level are not good steps: sigma of EDM falls from 80 to 5 within the first
+    8 % of the levels. dy / dlevel = (velocity dpath_time / dlevel - n' y) / n.
     """
 
     def straight(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
@@ -224,26 +170,25 @@ def straightened(velocity: Velocity, schedule: NoiseSchedule) -> Velocity:
 def integrate(
     velocity: Velocity, x: Tensor, condition: Tensor | None, level_range: tuple[float, float], plan: SamplingPlan
 ) -> Tensor:
-    """Integrates dx = velocity dlevel in even steps from the highest level down to 0.
+    """Integrates dx = velocity dlevel in equal steps from the highest noise level down to 0.
 
-    The last step is an Euler step from the lowest level that the model knows (Karras et al. 2022, algorithm 1).
+    The last step is an Euler step from the lowest level of training (Karras et al. 2022, algorithm 1).
     """
     low, high = level_range
     if low > 0 and plan.steps > 1:
         levels = [*torch.linspace(high, low, plan.steps, dtype=torch.float64).tolist(), 0.0]
     else:
         levels = torch.linspace(high, 0, plan.steps + 1, dtype=torch.float64).tolist()
-    for i, (now, then) in enumerate(itertools.pairwise(levels)):
-        at_now = x.new_full((len(x),), now)
-        slope = velocity(x, at_now, condition)
+    for i, (level, next_level) in enumerate(itertools.pairwise(levels)):
+        slope = velocity(x, x.new_full((len(x),), level), condition)
         if plan.solver == "heun" and i + 1 < plan.steps:
-            ahead = velocity(x + (then - now) * slope, x.new_full((len(x),), then), condition)
-            slope = (slope + ahead) / 2
-        x = x + (then - now) * slope
+            ahead = x + (next_level - level) * slope
+            slope = (slope + velocity(ahead, x.new_full((len(x),), next_level), condition)) / 2
+        x = x + (next_level - level) * slope
     return x
 
 
-# Dormand & Prince 1980: where a stage is, what it is made of, and what the fifth and fourth order differ by.
+# Coefficients of Dormand & Prince 1980: (time, weights) of each stage; fifth-order minus fourth-order weights.
 _STAGES = (
     (1 / 5, (1 / 5,)),
     (3 / 10, (3 / 40, 9 / 40)),
@@ -264,14 +209,22 @@ def integrate_adaptively(
     *,
     filled: Tensor | None = None,
 ) -> Tensor:
-    """Integrates dy = velocity dlevel by dopri5 with steps that each sample chooses for itself.
+    """Integrates dy = velocity dlevel by dopri5 with an adaptive step size for each sample.
 
-    One step for the whole batch would make a sample depend on its neighbors. So every sample has its own noise level
-    and its own step, and leaves the batch when it has arrived; the last step is the Euler step of `integrate`.
-    `filled`, shape (B,), is the share of each sample that is no padding, in which there is no error to speak of.
+    A common step size would make a sample depend on the others in its batch. So every sample has its own noise level
+    and step size, and leaves the batch when it is finished. The last step is the Euler step of `integrate`.
+
+    Args:
+        velocity: Velocity dy / dlevel.
+        y: Start at the highest noise level, shape (B, ...).
+        condition: Labels, shape (B,), or None.
+        level_range: Lowest and highest noise level at which to call the network.
+        plan: Tolerances, and the number of steps that sets the first step size.
+        filled: Share of each sample that is not padding, shape (B,), to which its error is related; None without
+            padding.
 
     Raises:
-        ValueError: If steps become vanishingly small, as where the network gives no finite numbers.
+        ValueError: If step sizes become vanishingly small, for instance because the network is not finite.
 
     Source: Dormand & Prince 1980; step control of Hairer, Norsett & Wanner, Solving ODEs I, II.4.
     """
@@ -286,46 +239,47 @@ def integrate_adaptively(
         allowed = plan.atol + plan.rtol * torch.maximum(y.abs(), ahead.abs())
         squares = (error / allowed).double().square().flatten(1).mean(1)
         excess = (squares if filled is None else squares / filled).sqrt().nan_to_num(nan=math.inf)
-        good = excess <= 1
-        if bool((~good & (step < 1e-9)).any()):
+        accepted = excess <= 1
+        if bool((~accepted & (step < 1e-9)).any()):
             raise ValueError(
-                f"dopri5 does not get past noise level {float(level[~good][0]):.4g}: the network is not finite or not "
-                "smooth there; use heun, or larger tolerances"
+                f"dopri5 does not get past noise level {float(level[~accepted][0]):.4g}: the network is not finite or "
+                "not smooth there; use heun, or larger tolerances"
             )
-        wide = good.view(-1, *[1] * (y.ndim - 1))
-        y, slope = torch.where(wide, ahead, y), torch.where(wide, slope_ahead, slope)
-        level = torch.where(good, level - step, level)
+        accepted_y = accepted.view(-1, *[1] * (y.ndim - 1))
+        y, slope = torch.where(accepted_y, ahead, y), torch.where(accepted_y, slope_ahead, slope)
+        level = torch.where(accepted, level - step, level)
         step = step * (0.9 * excess**-0.2).clamp(0.2, 10.0)
-        arrived = good & last
-        if bool(arrived.any()):
-            out[rows[arrived.cpu()]] = (y - low * slope)[arrived]
-            y, slope, level, step, rows = (part[~arrived.to(part.device)] for part in (y, slope, level, step, rows))
-            condition = None if condition is None else condition[~arrived]
-            filled = None if filled is None else filled[~arrived]
+        finished = accepted & last
+        if bool(finished.any()):
+            out[rows[finished.cpu()]] = (y - low * slope)[finished]
+            y, slope, level, step, rows = (part[~finished.to(part.device)] for part in (y, slope, level, step, rows))
+            condition = None if condition is None else condition[~finished]
+            filled = None if filled is None else filled[~finished]
     return out
 
 
 def dopri5_step(
     velocity: Velocity, y: Tensor, level: Tensor, step: Tensor, slope: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Dormand and Prince towards data, for each sample from its own level by its own step.
+    """Computes one step of Dormand and Prince towards data, for each sample from its own level by its own step size.
 
     Args:
-        velocity: dy / dlevel.
-        y: Shape (B, ...).
-        level: Shape (B,), float64.
-        step: By how much the level falls, shape (B,), float64.
-        slope: The velocity at y.
+        velocity: Velocity dy / dlevel.
+        y: Samples, shape (B, ...).
+        level: Noise levels, shape (B,), float64.
+        step: Decrease of the noise level, shape (B,), float64.
+        slope: Velocity at y, shape (B, ...).
         condition: Labels, shape (B,), or None.
 
     Returns:
-        y at level - step to fifth order, the velocity there, and the difference to fourth order; each like y.
+        y at level - step to fifth order, the velocity there, and the difference from the fourth-order result, each of
+        shape (B, ...).
     """
     move = -step.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
     slopes, ahead = [slope], y
-    for place, weights in _STAGES:
+    for time, weights in _STAGES:
         ahead = y + move * sum(w * k for w, k in zip(weights, slopes, strict=True))
-        slopes.append(velocity(ahead, (level - place * step).to(y.dtype), condition))
+        slopes.append(velocity(ahead, (level - time * step).to(y.dtype), condition))
     return ahead, slopes[-1], move * sum(w * k for w, k in zip(_ERROR, slopes, strict=True))
 
 
@@ -338,46 +292,48 @@ def diffuse(
     level_range: tuple[float, float],
     plan: SamplingPlan,
 ) -> Tensor:
-    """The reverse SDE by Euler and Maruyama, in even steps of the path's time, and a last step without noise.
+    """Integrates the reverse SDE by Euler-Maruyama, in equal steps of path time, with a last step without noise.
 
-    dx = velocity ds + w score ds + sqrt(2 w) dW with s falling has the marginals of the ODE for every w >= 0 (SiT,
-    arXiv:2401.08740). On the linear path this is SiT's sampler step by step.
+    For every w >= 0, dx = velocity ds + w score ds + sqrt(2 w) dW with decreasing s has the marginals of the ODE (SiT,
+    arXiv:2401.08740). On the linear path this equals the sampler of SiT step by step.
 
     Args:
-        velocity: dy / dlevel.
+        velocity: Velocity dy / dlevel.
         y: Noise, shape (B, ...).
-        ids: Indices of the samples, shape (B,), which with the seed and the step decide the noise.
+        ids: Indices of the samples, shape (B,); with the seed and the step they determine the noise.
         condition: Labels, shape (B,), or None.
-        schedule: Of the path.
-        level_range: Where the network may be asked.
-        plan: Steps, diffusion, last step, seed.
+        schedule: Noise schedule of the path.
+        level_range: Lowest and highest noise level at which to call the network.
+        plan: Steps, diffusion, last step and seed.
     """
     low, high = schedule.path_time(torch.tensor(level_range, dtype=torch.float64, device="cpu")).tolist()
     times = torch.linspace(high, max(plan.last_step_size, low), plan.steps, dtype=torch.float64)
-    levels, key = schedule.level_at(times), RandomStream(plan.seed, "sampling")
+    levels, stream = schedule.level_at(times), RandomStream(plan.seed, "sampling")
     for i, (time, level) in enumerate(zip(times, levels, strict=True)):
         last = i + 1 == plan.steps
-        then = torch.zeros_like(time) if last else times[i + 1]
-        level_then = torch.zeros_like(level) if last else levels[i + 1]
+        next_time = torch.zeros_like(time) if last else times[i + 1]
+        next_level = torch.zeros_like(level) if last else levels[i + 1]
         slope = velocity(y, y.new_full((len(y),), float(level)), condition)
         eps = (y + float(1 - level) * slope) / schedule.scale
-        y = y + float(level_then - level) * slope
+        y = y + float(next_level - level) * slope
         if last and plan.last_step == "tweedie":
             break
         w, sigma = diffusion(plan, schedule, level), schedule.sigma(level)
         n = schedule.alpha(level) + sigma / schedule.scale
-        y = y - float((time - then) * w / (sigma * n)) * eps
+        y = y - float((time - next_time) * w / (sigma * n)) * eps
         if not last:
-            dw = key.normal(ids, tuple(y.shape[1:]), draw=1 + i).to(y)
-            y = y + float(torch.sqrt(2 * w * (time - then)) / n) * dw
+            dw = stream.normal(ids, tuple(y.shape[1:]), draw=1 + i).to(y)
+            y = y + float(torch.sqrt(2 * w * (time - next_time)) / n) * dw
     return y
 
 
 def diffusion(plan: SamplingPlan, schedule: NoiseSchedule, level: Tensor) -> Tensor:
-    """The SDE's w at a noise level: 2 w is the variance that noise adds to x_t per time of the path.
+    """The diffusion coefficient w of the SDE at a noise level: 2 w is the variance added to x_t per unit of path time.
 
-    Source: the choices of SiT's samplers (arXiv:2401.08740); SBDM's, (sigma^2)' / 2 - sigma^2 alpha' / alpha, is that
-    of Song et al. 2021 (arXiv:2011.13456). The others are for data of scale 1, and scaled for others.
+    The forms other than SBDM are published for data of scale 1; for other data they are multiplied by scale^2.
+
+    Source: the samplers of SiT (arXiv:2401.08740). SBDM, (sigma^2)' / 2 - sigma^2 alpha' / alpha, is from Song et al.
+    2021 (arXiv:2011.13456).
     """
     sigma, time, factor = schedule.sigma(level), schedule.path_time(level), plan.diffusion_scale
     if plan.diffusion == "sbdm":
@@ -401,10 +357,10 @@ def _check_labels(backbone: Backbone, indices: Sequence[int], labels: Tensor | N
     if len(labels) != len(indices):
         raise ValueError(f"{len(indices)} samples but {len(labels)} labels; pass one label per sample")
     if backbone.num_classes == 0:
-        raise ValueError(f"{backbone.name} knows no classes; sample without labels")
+        raise ValueError(f"{backbone.name} is not conditioned on classes; sample without labels")
     if bool((labels < 0).any()) or bool((labels > backbone.num_classes).any()):
         raise ValueError(
-            f"labels lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for none), "
+            f"labels must lie between 0 and {backbone.num_classes - 1} (or {backbone.num_classes} for the null label), "
             f"got {labels.tolist()[:8]}"
         )
 
@@ -412,14 +368,12 @@ def _check_labels(backbone: Backbone, indices: Sequence[int], labels: Tensor | N
 def _check_mask(backbone: Backbone, indices: Sequence[int], mask: Tensor | None) -> None:
     if mask is None:
         return
-    wanted = (len(indices), *backbone.shape[1:])
-    if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
-        raise ValueError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; pass bool of shape {wanted}")
+    shape = (len(indices), *backbone.shape[1:])
+    if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; pass bool of shape {shape}")
     if not bool(mask.flatten(1).any(1).all()):
-        raise ValueError("a sample of nothing but padding cannot be drawn; pass lengths of at least 1")
+        raise ValueError("a sample consists of padding only; pass lengths of at least 1")
     if not backbone.takes_mask:
-        raise ValueError(f"{backbone.name} draws samples of one length only, {backbone.shape}; leave out the mask")
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+        raise ValueError(
+            f"{backbone.name} takes no mask, all its samples have shape {backbone.shape}; leave out the mask"
+        )

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all, and a folder belongs to one run."""
+"""Files appear whole or not at all, and a folder belongs to one run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from layerprobe.files import claim, differences, whole, write_text
+from layerprobe.files import claim, differences, needed, one_line, whole, write_text
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
@@ -26,7 +26,7 @@ def test_text_is_written_and_replaced(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == ["a.json"]
 
 
-def test_a_file_may_be_read_by_those_who_may_read_its_neighbors(tmp_path: Path) -> None:
+def test_a_file_has_the_permissions_of_its_neighbors(tmp_path: Path) -> None:
     (tmp_path / "neighbor").touch()
     with whole(tmp_path / "a") as partial:
         partial.write_text("x")
@@ -38,7 +38,7 @@ def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
     with whole(tmp_path / "a", rivals=True) as one, whole(tmp_path / "a", rivals=True) as other:
         one.write_text("one")
         other.write_text("other")
-    assert (tmp_path / "a").read_text() == "one"  # which ended last
+    assert (tmp_path / "a").read_text() == "one"  # which finished last
     assert list(contents(tmp_path)) == ["a"]
 
 
@@ -76,7 +76,7 @@ def test_a_folder_is_claimed_once_and_again_by_the_same_run(tmp_path: Path) -> N
     assert contents(folder) == before | {"shard": b"work"}
 
 
-def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+def test_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
     claim(tmp_path / "run", "plan.json", RECORD, what="features")
     before = contents(tmp_path)
     other = {"plan": {"steps": 4, "levels": (0.1, 0.5), "seed": 1}, "data": "abd"}
@@ -92,7 +92,7 @@ def test_at_most_four_differences_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "sub/file"])
-def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
@@ -103,7 +103,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> Non
     assert contents(tmp_path) == before
 
 
-def test_what_an_interrupted_claim_leaves_is_no_stranger(tmp_path: Path) -> None:
+def test_the_remains_of_an_interrupted_claim_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "plan.json.partial").write_text("{")
     claim(tmp_path, "plan.json", RECORD, what="features")
     assert json.loads((tmp_path / "plan.json").read_text())["data"] == "abc"
@@ -113,9 +113,9 @@ def test_two_processes_may_claim_a_folder_at_once(tmp_path: Path, monkeypatch: p
     listed = Path.iterdir
 
     def slowly(folder: Path) -> list[Path]:
-        found = list(listed(folder))
+        entries = list(listed(folder))
         write_text(folder / "plan.json", json.dumps(RECORD))
-        return found
+        return entries
 
     monkeypatch.setattr(Path, "iterdir", slowly)
     claim(tmp_path, "plan.json", RECORD, what="features")
@@ -131,12 +131,25 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "plan.json is damaged"), ("[1]", "different: everything")])
-def test_a_record_that_is_none_of_ours_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_an_invalid_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match=message) as refused:
         claim(tmp_path, "plan.json", RECORD, what="features")
     assert "\n" not in str(refused.value)
     assert (tmp_path / "plan.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("message", "line"), [("one\ntwo", "one"), ("  one  \n", "one"), ("x" * 200, "x" * 160), ("", "ValueError")]
+)
+def test_one_line_is_the_start_of_the_message_or_the_type(message: str, line: str) -> None:
+    assert one_line(ValueError(message)) == line
+
+
+def test_a_missing_optional_module_is_reported_with_its_extra() -> None:
+    assert needed("json", "audio") is json
+    with pytest.raises(ModuleNotFoundError, match=r"^nonsense is not installed; install layerprobe\[audio\]$"):
+        needed("nonsense", "audio")
 
 
 def test_differences_are_dotted_keys() -> None:

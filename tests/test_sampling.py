@@ -1,4 +1,4 @@
-"""The sampler is exact where the answer is known: data that are Gaussian."""
+"""The sampler against exact results for Gaussian data."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def test_the_error_falls_with_the_order_of_the_solver(name: str, solver: str, or
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_step_of_dopri5_is_of_fifth_order_and_knows_its_error(name: str) -> None:
+def test_a_step_of_dopri5_is_of_fifth_order_and_estimates_its_error(name: str) -> None:
     schedule = SCHEDULES[name]
     velocity, middle = straightened(velocity_of(schedule), schedule), torch.tensor(0.8, dtype=torch.float64)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
     n = {at: schedule.alpha(at) + schedule.sigma(at) / schedule.scale for at in (middle, middle - 0.4)}
     start, exact = ((mean + std * z) / n[at] for at in n for mean, std in [marginal(schedule, at)])
-    errors, told = [], []
+    errors, estimates = [], []
     for steps in (8, 16, 32):
         y, level, step = start, middle.repeat(9), torch.full((9,), 0.4 / steps, dtype=torch.float64)
         for _ in range(steps):
@@ -106,45 +106,45 @@ def test_a_step_of_dopri5_is_of_fifth_order_and_knows_its_error(name: str) -> No
             level = level - step
             torch.testing.assert_close(slope_ahead, velocity(y, level, None))
         errors.append(float((y - exact).abs().max()))
-        told.append(float(difference.abs().max()))
+        estimates.append(float(difference.abs().max()))
     for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.6)  # 64 steps would reach the last of sixteen digits
-    for coarse, fine in itertools.pairwise(told):
-        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.2)  # of one step of fourth order
-    assert told[-1] > errors[-1]
+        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.6)  # 64 steps would reach the precision of float64
+    for coarse, fine in itertools.pairwise(estimates):
+        assert math.log2(coarse / fine) == pytest.approx(5, abs=0.2)  # the local error of fourth order
+    assert estimates[-1] > errors[-1]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_dopri5_keeps_to_its_tolerance(name: str) -> None:
+def test_dopri5_keeps_its_tolerance(name: str) -> None:
     rough, fine = error(SCHEDULES[name], 1e-3, 10), error(SCHEDULES[name], 1e-6, 10)
-    assert 0.02 > rough > 20 * fine  # a step may err by the tolerance, and there are a dozen or so
+    assert 0.02 > rough > 20 * fine  # each of about a dozen steps may err by the tolerance
     assert fine < 1e-4
-    assert error(SCHEDULES[name], 1e-6, 1) < 1e-4  # whatever step it tries first
+    assert error(SCHEDULES[name], 1e-6, 1) < 1e-4  # whatever its first step size
 
 
-def test_dopri5_takes_steps_for_each_sample_by_itself() -> None:
-    """A sample that needs thousands of steps leaves its neighbors' bits and number of steps as they were."""
-    asked: dict[int, int] = {}
+def test_dopri5_chooses_step_sizes_for_each_sample_separately() -> None:
+    """A sample that needs thousands of steps changes neither the bits nor the number of steps of the others."""
+    num_calls: dict[int, int] = {}
 
     def velocity(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        for which in condition.tolist():
-            asked[which] = asked.get(which, 0) + 1
+        for sample_id in condition.tolist():
+            num_calls[sample_id] = num_calls.get(sample_id, 0) + 1
         hard = torch.where(condition == 1, 40.0, 1.0).view(-1, 1)
         return torch.sin(hard * level.view(-1, 1)) * y * hard
 
     y, plan = torch.ones(3, 4, dtype=torch.float64), SamplingPlan("dopri5", 5, rtol=1e-7, atol=1e-9)
     together = integrate_adaptively(velocity, y, torch.arange(3), (0.0, 1.0), plan)
     for i in range(3):
-        before = asked.pop(i)
+        before = num_calls.pop(i)
         assert torch.equal(integrate_adaptively(velocity, y[:1], torch.tensor([i]), (0.0, 1.0), plan)[0], together[i])
-        assert asked.pop(i) == before
+        assert num_calls.pop(i) == before
     integral = [math.cos(hard) - 1 for hard in (1.0, 40.0, 1.0)]  # of -hard sin(hard level) from 1 to 0, negated twice
     torch.testing.assert_close(together[:, 0].log(), torch.tensor(integral).double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_dopri5_gives_up_where_the_network_is_not_finite(bad: float) -> None:
+def test_dopri5_fails_if_the_network_is_not_finite(bad: float) -> None:
     def velocity(y: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         return torch.where(level.view(-1, 1) < 0.5, torch.full_like(y, bad), y)
 
@@ -155,7 +155,7 @@ def test_dopri5_gives_up_where_the_network_is_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_dozen_steps_are_near_in_every_family(name: str) -> None:
+def test_a_dozen_steps_are_accurate_in_every_family(name: str) -> None:
     assert error(SCHEDULES[name], "heun", 12) < 0.03  # a tenth of the data's standard deviation
 
 
@@ -174,7 +174,7 @@ def test_a_straightened_path_is_the_linear_path(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_levels_go_down_to_the_lowest_and_then_to_zero(name: str) -> None:
+def test_levels_fall_to_the_lowest_and_then_to_zero(name: str) -> None:
     schedule = SCHEDULES[name]
     low, high = schedule.level_range
     start = torch.full((1, 1), 0.4, dtype=torch.float64)
@@ -188,18 +188,18 @@ def test_levels_go_down_to_the_lowest_and_then_to_zero(name: str) -> None:
     assert end.item() == pytest.approx(0.4 - high)  # the whole way down to 0
     assert levels[0] == pytest.approx(high)
     assert levels[-1] == pytest.approx(low if low > 0 else high / 4)
-    assert len(levels) == 3 * 2 + 1  # Heun evaluates twice, but for the last step
+    assert len(levels) == 3 * 2 + 1  # Heun evaluates twice, except in the last step
     assert levels[1::2] == levels[2::2]
 
 
 def gaussian_backbone(schedule: NoiseSchedule, prediction: Any) -> Backbone:
-    """The perfect network for data from N(MEAN, STD^2), told the family's own time."""
+    """The optimal network for data from N(MEAN, STD^2), which takes the native time of the family."""
 
     def forward(module: nn.Module, x_t: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         level = schedule.noise_level(time.double())
         x_0, eps = expectations(schedule, x_t.double().flatten(1), level)
         out = target(prediction, schedule, x=x_0, eps=eps, level=level)
-        sign = -1 if prediction == "velocity" and schedule.time_direction < 0 else 1  # in the family's own time
+        sign = -1 if prediction == "velocity" and schedule.time_direction < 0 else 1  # with respect to native time
         return (sign * out).view_as(x_t).to(x_t.dtype)
 
     module = nn.Sequential(nn.Identity())
@@ -240,7 +240,7 @@ def test_samples_follow_the_exact_flow_in_every_convention(
     expected = MEAN + STD * (schedule.sigma(high) * noise - mean) / std
     # Second-order error, the Euler step below the lowest level of EDM (0.4 %), and float32.
     torch.testing.assert_close(x.double(), expected, rtol=0, atol=2e-3)
-    # The data's own mean and spread, within four standard errors of 800 numbers.
+    # Mean and standard deviation of the data, within four standard errors of 800 numbers.
     assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(800))
     assert x.std().item() == pytest.approx(STD, rel=4 / math.sqrt(1600))
 
@@ -252,14 +252,14 @@ CENTER = torch.tensor([0.7, -0.4], dtype=torch.float64)
 
 
 def correlated_backbone(schedule: NoiseSchedule) -> Backbone:
-    """The perfect network for two channels from N(CENTER, COVARIANCE) at every pixel."""
+    """The optimal network for two channels from N(CENTER, COVARIANCE) at every pixel."""
 
     def forward(module: nn.Module, x_t: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         at = schedule.noise_level(time.double())[0]
         alpha, sigma = schedule.alpha(at), schedule.sigma(at)
         of_x_t = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
-        missed = of_x_t @ (x_t.double().flatten(2) - alpha * CENTER[:, None])
-        return (CENTER[:, None] + alpha * COVARIANCE @ missed).view_as(x_t).to(x_t.dtype)
+        residual = of_x_t @ (x_t.double().flatten(2) - alpha * CENTER[:, None])
+        return (CENTER[:, None] + alpha * COVARIANCE @ residual).view_as(x_t).to(x_t.dtype)
 
     return wrap(
         nn.Sequential(nn.Identity()), layers="0", schedule=schedule, prediction="x0", shape=(2, 8, 8), forward=forward
@@ -285,29 +285,28 @@ def test_the_sde_gives_the_mean_and_covariance_of_the_data(name: str, options: d
     torch.testing.assert_close(torch.cov(x), COVARIANCE, rtol=0, atol=0.02 + 4 * 0.5 * math.sqrt(2 / 3840))
 
 
-def test_a_step_of_the_sde_is_sits_formula() -> None:
-    """x + (v + w s) dt + sqrt(2 w dt) z in SiT's own time, and its two last steps, by hand."""
+def test_a_step_of_the_sde_equals_the_formula_of_sit() -> None:
+    """x + (v + w s) dt + sqrt(2 w dt) z in the time of SiT, and its two kinds of last step, by hand."""
     plan = SamplingPlan("euler-maruyama", 3, seed=5, last_step_size=0.1)
     y, ids = torch.randn(2, 6, dtype=torch.float64), torch.tensor([4, 9])
 
     def velocity(x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
         return torch.tanh(x) + level.double().view(-1, 1)
 
-    x, key = y, RandomStream(5, "sampling")
+    x, stream = y, RandomStream(5, "sampling")
     for i, t in enumerate((0.0, 0.45)):
         sigma, v = 1 - t, -velocity(x, torch.full((2,), 1 - t), None)
         score = -(x - t * v) / sigma  # of eps = x - t v
-        x = x + (v + sigma * score) * 0.45 + math.sqrt(2 * sigma * 0.45) * key.normal(ids, (6,), draw=1 + i).double()
+        x = x + (v + sigma * score) * 0.45 + math.sqrt(2 * sigma * 0.45) * stream.normal(ids, (6,), draw=1 + i).double()
     v = -velocity(x, torch.full((2,), 0.1), None)
     eps = x - 0.9 * v
     for last, end in (("mean", x + (v - eps) * 0.1), ("tweedie", (x - 0.1 * eps) / 0.9)):
-        chosen = replace(plan, last_step=last)
-        got = diffuse(velocity, y, ids, None, LinearPath(), (0.0, 1.0), chosen)
-        torch.testing.assert_close(got, end, rtol=1e-6, atol=1e-6)  # times are float32 when the network is told
+        got = diffuse(velocity, y, ids, None, LinearPath(), (0.0, 1.0), replace(plan, last_step=last))
+        torch.testing.assert_close(got, end, rtol=1e-6, atol=1e-6)  # the network gets its time in float32
 
 
-def test_diffusions_are_sits() -> None:
-    """As functions of SiT's time t, on the linear path and on VP, where beta / 2 is SBDM's."""
+def test_diffusions_equal_those_of_sit() -> None:
+    """As functions of the time t of SiT, on the linear path and on VP, where SBDM is beta / 2."""
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     formulas: dict[str, Any] = {
         "sigma": 0.7 * (1 - t),
@@ -322,7 +321,7 @@ def test_diffusions_are_sits() -> None:
         torch.testing.assert_close(diffusion(plan, LinearPath(), 1 - t), expected)
     sbdm = SamplingPlan("euler-maruyama", diffusion="sbdm")
     torch.testing.assert_close(diffusion(sbdm, VP(), VP().noise_level(t)), (0.1 + 19.9 * (1 - t)) / 2)
-    # Twice the scale of the data, the same SDE in its units.
+    # For data of twice the scale, the SDE is the same in units of the scale.
     for name in ("sigma", "sbdm", "linear"):
         plan = SamplingPlan("euler-maruyama", diffusion=name)  # type: ignore[arg-type]
         torch.testing.assert_close(diffusion(plan, EDM(1.0), t), 4 * diffusion(plan, EDM(0.5), t))
@@ -335,20 +334,20 @@ def test_without_diffusion_the_sde_is_the_ode() -> None:
     torch.testing.assert_close(sample(backbone, range(5), plan=sde), sample(backbone, range(5), plan=ode))
 
 
-# --- which sample is which
+# --- indices, labels and guidance
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 def test_samples_of_a_ddpm_with_integer_times(prediction: str) -> None:
     x = sample(gaussian_backbone(DDPM.from_name("linear"), prediction), range(200), plan=SamplingPlan("heun", 60))
-    # Times are rounded to one of 1000, so the flow is followed to a per cent or so.
+    # Times are rounded to one of 1000, which costs an accuracy of about one per cent.
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02 + 4 * STD / math.sqrt(3200))
     assert x.std().item() == pytest.approx(STD, rel=0.05 + 4 / math.sqrt(6400))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("solver", ["heun", "dopri5", "euler-maruyama"])
-def test_a_sample_depends_on_its_number_and_label_only(guidance: float, solver: Any) -> None:
+def test_a_sample_depends_only_on_its_index_and_label(guidance: float, solver: Any) -> None:
     plan = SamplingPlan(solver, steps=3, guidance=guidance, seed=2, guidance_interval=(0.3, 0.7))
     backbone = tiny_sit()
     labels = torch.arange(10) % 3
@@ -356,7 +355,7 @@ def test_a_sample_depends_on_its_number_and_label_only(guidance: float, solver: 
     assert whole.shape == (10, *SHAPE)
     assert whole.dtype == torch.float32
     one_by_one = sample(backbone, range(10), labels=labels, plan=plan, batch_size=1)
-    # Matrix products of other sizes round otherwise.
+    # Matrix products of other sizes round differently.
     torch.testing.assert_close(one_by_one, whole, rtol=1e-5, atol=1e-5)
     some = [7, 2, 9]
     torch.testing.assert_close(
@@ -370,7 +369,7 @@ def test_no_indices_give_no_samples() -> None:
     assert sample(tiny_sit(), []).shape == (0, *SHAPE)
 
 
-def test_guidance_is_the_formula() -> None:
+def test_guidance_equals_its_formula() -> None:
     backbone = tiny_sit()
     x_t, level, labels = torch.randn(4, *SHAPE), torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0, 1, 2, 3])
     of_label, of_null = backbone(x_t, level, labels), backbone(x_t, level, torch.full((4,), 3))
@@ -378,13 +377,13 @@ def test_guidance_is_the_formula() -> None:
         expected = of_null + guidance * (of_label - of_null)
         torch.testing.assert_close(guided(backbone, guidance)(x_t, level, labels), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(guided(backbone, 2.5)(x_t, level, None), of_null)
-    # "No label" is a label too, and guidance does nothing to it.
+    # Guidance does not change the null label.
     torch.testing.assert_close(guided(backbone, 2.5)(x_t, level, labels)[3], of_null[3], rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_stops_at_the_ends_of_its_interval() -> None:
-    backbone, asked = tiny_sit(), []
-    counting = replace(backbone, forward=lambda *args: asked.append(len(args[1])) or backbone.forward(*args))
+    backbone, batch_sizes = tiny_sit(), []
+    counting = replace(backbone, forward=lambda *args: batch_sizes.append(len(args[1])) or backbone.forward(*args))
     x_t, labels = torch.randn(5, *SHAPE), torch.tensor([0, 1, 2, 0, 1])
     level = torch.tensor([0.6, 0.1, 0.3, 0.9, 0.5])
     plain, full = backbone(x_t, level, labels), guided(backbone, 3.0)(x_t, level, labels)
@@ -393,12 +392,12 @@ def test_guidance_stops_at_the_ends_of_its_interval() -> None:
     torch.testing.assert_close(mixed[inside], full[inside], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[~inside], plain[~inside], rtol=1e-4, atol=1e-5)
     assert (full - plain).abs().flatten(1).amax(1).min() > 1e-3
-    assert sum(asked) == 3 * 2 + 2  # the null label is asked for inside only
+    assert sum(batch_sizes) == 3 * 2 + 2  # the null label is evaluated inside the interval only
     assert torch.equal(guided(backbone, 3.0, (0.91, 1.0))(x_t, level, labels), plain)
     assert torch.equal(guided(backbone, 3.0, (0.1, 0.9))(x_t, level, labels), full)
 
 
-def test_samples_outside_the_guidance_interval_are_those_without_guidance() -> None:
+def test_sampling_outside_the_guidance_interval_equals_no_guidance() -> None:
     backbone, labels = tiny_sit(), torch.arange(4) % 3
     none = sample(backbone, range(4), labels=labels, plan=SamplingPlan(steps=4))
     between = SamplingPlan(steps=4, guidance=5.0, guidance_interval=(0.3, 0.45))  # steps are at 1, 3/4, 1/2, 1/4
@@ -431,17 +430,17 @@ def test_a_network_left_in_training_mode_samples_in_evaluation_mode() -> None:
     [
         (3, None, 2.0, "guidance needs labels; pass labels, or guidance 1"),
         (3, [0, 1], 1.0, "3 samples but 2 labels; pass one label per sample"),
-        (0, [0, 1, 2], 1.0, "knows no classes; sample without labels"),
-        (3, [0, 1, 4], 1.0, r"labels lie between 0 and 2 \(or 3 for none\), got \[0, 1, 4\]"),
-        (3, [0, 1, -1], 1.0, r"labels lie between 0 and 2"),
+        (0, [0, 1, 2], 1.0, "is not conditioned on classes; sample without labels"),
+        (3, [0, 1, 4], 1.0, r"labels must lie between 0 and 2 \(or 3 for the null label\), got \[0, 1, 4\]"),
+        (3, [0, 1, -1], 1.0, r"labels must lie between 0 and 2"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(
+def test_labels_that_do_not_match_are_refused(
     num_classes: int, labels: list[int] | None, guidance: float, message: str
 ) -> None:
-    given = None if labels is None else torch.tensor(labels)
+    label_tensor = None if labels is None else torch.tensor(labels)
     with pytest.raises(ValueError, match=message) as refused:
-        sample(tiny_sit(num_classes=num_classes), range(3), labels=given, plan=SamplingPlan(guidance=guidance))
+        sample(tiny_sit(num_classes=num_classes), range(3), labels=label_tensor, plan=SamplingPlan(guidance=guidance))
     assert "\n" not in str(refused.value)
 
 
@@ -459,8 +458,8 @@ def test_labels_that_do_not_fit_are_refused(
         ({"guidance_interval": (0.7, 0.3)}, "guidance interval needs 0 <= low <= high <= 1 .*, got 0.7 and 0.3"),
         ({"guidance_interval": (0.0, 80.0)}, "guidance interval needs .* got 0 and 80"),
         ({"guidance_interval": (math.nan, 1.0)}, "guidance interval needs"),
-        ({"rtol": 0.0}, "tolerances lie above 0 and rtol below 1, got rtol 0 and atol 1e-06"),
-        ({"atol": math.inf}, "tolerances lie above 0"),
+        ({"rtol": 0.0}, "tolerances must be above 0 and rtol below 1, got rtol 0 and atol 1e-06"),
+        ({"atol": math.inf}, "tolerances must be above 0"),
         ({"diffusion_scale": -1.0}, "need diffusion_scale >= 0 and last_step_size in"),
         ({"last_step_size": 1.0}, "need diffusion_scale >= 0 and last_step_size in"),
     ],

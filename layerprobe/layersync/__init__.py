@@ -1,4 +1,4 @@
-"""The regularizer that lets a layer of a network learn from a later one."""
+"""LayerSync, the regularizer that aligns a layer of a network to a later one."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What the LayerSync regularizer computes from tokens (B, T, D), and how it is told that they collapse."""
+"""Computations of the LayerSync regularizer on tokens (B, T, D): cosines, effective rank and projectors."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SHORTEST = 1e-8
-MOST_TOKENS = 4096
+MIN_NORM = 1e-8
+MAX_RANK_TOKENS = 4096
 
 
 def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, *, centered: bool = False) -> Tensor:
-    """The mean over the batch of each sample's mean cosine, a scalar; gradients go to the student alone.
+    """Computes the mean over the batch of each sample's mean cosine, a scalar, with gradients for the student only.
 
-    A sample in which nothing counts adds 0 and stays in the denominator, so that equal parts of a batch, computed one
-    by one or by several processes, average to the whole. (Centering is the exception: each part has its own mean.)
+    A sample without counted tokens adds 0 and stays in the denominator. Equal parts of a batch, computed one after
+    another or by several processes, therefore average to the whole. Centering is an exception: each part subtracts
+    its own mean.
 
     Args:
-        student: Tokens, shape (B, T, D).
-        teacher: Tokens of the same shape; another dtype will do.
-        counts: Which tokens count, shape (B, T), bool; None counts all.
-        centered: Subtract each channel's mean over the tokens that count first.
+        student: Tokens of the student, shape (B, T, D).
+        teacher: Tokens of the teacher, of the same shape; the dtype may differ.
+        counts: Mask of the counted tokens, shape (B, T), bool; None counts all.
+        centered: Whether to subtract each channel's mean over the counted tokens first.
     """
     if centered:
         student, teacher = _centered(student, counts), _centered(teacher.detach(), counts)
@@ -35,24 +36,28 @@ def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, 
 
 
 def token_cosines(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cosines of tokens with tokens, (B, T, D) twice -> (B, T), in float32 at least; the teacher gets no gradient.
+    """Computes cosines between corresponding tokens, shape (B, T), in at least float32; the teacher gets no gradient.
 
-    A token shorter than `SHORTEST` has no direction: its cosine is 0, and so is its gradient.
+    A token with a norm below `MIN_NORM` has no direction: its cosine and its gradient are 0.
+
+    Args:
+        student: Tokens of the student, shape (B, T, D).
+        teacher: Tokens of the teacher, shape (B, T, D).
     """
     cosines: Tensor = _TokenCosines.apply(student, teacher.detach())  # type: ignore[no-untyped-call]
     return cosines
 
 
 class _TokenCosines(torch.autograd.Function):
-    """Keeps the tokens themselves, which the network keeps anyway, and three numbers a token.
+    """Cosines that save only the tokens, which the network keeps anyway, and three numbers per token.
 
-    The chain of elementary operations would keep float32 copies of both: in half precision twice the tokens each,
-    which under gradient checkpointing is most of what is kept at all.
+    Autograd through elementary operations would save float32 copies of both inputs. In half precision each copy takes
+    twice the memory of the tokens, which dominates under gradient checkpointing.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        # Norms overflow and cosines lose digits in half precision.
+        # In half precision, norms overflow and cosines lose digits.
         dtype = torch.promote_types(student.dtype, torch.float32)
         inverse_s, inverse_t = _inverse_norm(student, dtype), _inverse_norm(teacher, dtype)
         cosines = (student.to(dtype) * teacher).sum(-1) * inverse_s * inverse_t
@@ -70,15 +75,15 @@ class _TokenCosines(torch.autograd.Function):
 
 
 def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Which tokens (B, T, D) count, shape (B, T), bool; None for all.
+    """Combines masks of samples and tokens into one mask of the counted tokens, shape (B, T), bool; None counts all.
 
     Args:
-        tokens: Those that are aligned.
-        samples: The samples that count, shape (B,), bool, or None for all.
-        mask: The tokens that count, shape (B, T), bool, or None for all.
+        tokens: Tokens that are aligned, shape (B, T, D).
+        samples: Mask of the counted samples, shape (B,), bool; None counts all.
+        mask: Mask of the counted tokens, shape (B, T), bool; None counts all.
 
     Raises:
-        ValueError: If a shape is another.
+        ValueError: If a mask does not match the shape of the tokens.
     """
     if samples is None and mask is None:
         return None
@@ -86,32 +91,39 @@ def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | 
     counts = torch.ones(shape, dtype=torch.bool, device=tokens.device)
     if samples is not None:
         if tuple(samples.shape) != shape[:1]:
-            raise ValueError(f"there are {tuple(samples.shape)} noise levels for {shape[0]} samples; pass one for each")
+            raise ValueError(
+                f"the noise levels have shape {tuple(samples.shape)} for {shape[0]} samples; pass one per sample"
+            )
         counts &= samples.to(tokens.device)[:, None]
     if mask is not None:
         if tuple(mask.shape) != shape:
-            raise ValueError(f"the mask has shape {tuple(mask.shape)}, the tokens have {shape}; pass a value for each")
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, the tokens have {shape}; pass one value per token"
+            )
         counts &= mask.to(tokens.device)
     return counts
 
 
 def token_rank(tokens: Tensor) -> float:
-    """How many directions tokens (n, D) take: exponential of the entropy of their normalized singular values, centered.
+    """Computes the effective rank of tokens: the exponential of the entropy of their normalized singular values.
 
-    At least 1, at most min(n - 1, D); 0 where all tokens are equal. Of more than `MOST_TOKENS` tokens that many are
-    drawn, always the same ones. Computed in float64.
+    Tokens are centered first. The result lies between 1 and min(n - 1, D), or is 0 if all tokens are equal. If there
+    are more than `MAX_RANK_TOKENS` tokens, that many are drawn with a fixed seed. Computed in float64.
+
+    Args:
+        tokens: Tokens, shape (n, D).
 
     Source: Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality.
     """
-    if len(tokens) > MOST_TOKENS:
-        chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:MOST_TOKENS]
-        tokens = tokens[chosen.to(tokens.device)]
+    if len(tokens) > MAX_RANK_TOKENS:
+        rows = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:MAX_RANK_TOKENS]
+        tokens = tokens[rows.to(tokens.device)]
     x = tokens.detach().double()
     x = x - x.mean(0)
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = float(values.sum())
-    # What is left of equal tokens by subtracting their mean is rounding.
+    # For equal tokens, only rounding errors remain after centering.
     if not total > 1e-12 * float(tokens.detach().double().norm()):
         return 0.0
     share = values / total
@@ -119,13 +131,13 @@ def token_rank(tokens: Tensor) -> float:
 
 
 class Projectors(nn.Module):
-    """One MLP a pair, from the student's tokens to the teacher's width: two linear layers with a SiLU between.
+    """One MLP per pair from the student's to the teacher's token width: two linear layers with a SiLU in between.
 
-    All are applied in one call, so that `DistributedDataParallel` and `fully_shard` can wrap them.
+    One call applies all of them, so that `DistributedDataParallel` and `fully_shard` can wrap them.
 
     Args:
-        widths: Of the student's and the teacher's tokens, by pair.
-        hidden: Width in between.
+        widths: Widths of the student's and the teacher's tokens, by pair.
+        hidden: Width of the hidden layer.
 
     Source: the head of SRA, Jiang et al. 2025 (arXiv:2505.02831).
     """
@@ -138,13 +150,13 @@ class Projectors(nn.Module):
         )
 
     def forward(self, tokens: Iterable[Tensor]) -> list[Tensor]:
-        """Each pair's tokens (B, T, D) through its own head."""
-        return [head(one) for head, one in zip(self.heads, tokens, strict=True)]
+        """Applies the head of each pair to the student's tokens of this pair, shape (B, T, D)."""
+        return [head(student) for head, student in zip(self.heads, tokens, strict=True)]
 
 
 def _inverse_norm(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)
-    return norm.reciprocal().masked_fill(norm < SHORTEST, 0.0)
+    return norm.reciprocal().masked_fill(norm < MIN_NORM, 0.0)
 
 
 def _centered(tokens: Tensor, counts: Tensor | None) -> Tensor:

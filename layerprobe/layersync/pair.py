@@ -1,4 +1,4 @@
-"""Pairs of layers (student, teacher) and the depths that published work counts from 1."""
+"""Layer pairs (student, teacher), and conversion of depths, which papers count from 1, to layer names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class LayerPair:
-    """Which layer learns from which.
+    """A student layer and the teacher layer that it is aligned to.
 
     Attributes:
-        student: Name of the layer that is pulled, as in the module: "blocks.2".
-        teacher: Name of the later layer that it is pulled towards.
+        student: Name of the student layer in the module, such as "blocks.2".
+        teacher: Name of the teacher layer, which comes later in the network.
+
+    Raises:
+        ValueError: If both are the same layer, or numbered layers are in the wrong order.
     """
 
     student: str
@@ -29,7 +32,7 @@ class LayerPair:
 
 
 def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
-    """The name of LayerSync's 1-based depth: depth 8 is `blocks.7`.
+    """Returns the name of the layer at a depth of the LayerSync paper, counted from 1: depth 8 is `blocks.7`.
 
     Raises:
         ValueError: If depth is below 1.
@@ -40,12 +43,15 @@ def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
 
 
 def depth_heuristic(layers: tuple[str, ...]) -> LayerPair:
-    """The pair that hand-picking would give: the student at 0.3, the teacher at 0.6 of the depth.
+    """Returns the pair of the usual rule of thumb: the student at 0.3 and the teacher at 0.6 of the depth.
+
+    Args:
+        layers: Names of the layers, in the order of the network.
 
     Raises:
         ValueError: If there are fewer than two layers.
 
-    Source: near the depths published for LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581); this gives 8 <- 17.
+    Source: close to the published depths of LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581); this gives 8 <- 17.
     """
     depth = len(layers)
     if depth < 2:
@@ -56,6 +62,11 @@ def depth_heuristic(layers: tuple[str, ...]) -> LayerPair:
 
 
 def as_pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
+    """Converts a (student, teacher) tuple to a `LayerPair`.
+
+    Raises:
+        ValueError: If it is not a pair of names.
+    """
     if isinstance(pair, LayerPair):
         return pair
     if isinstance(pair, str) or len(pair) != 2:

@@ -1,4 +1,4 @@
-"""Keeping what layers give while a network is trained."""
+"""Recording the outputs of layers while a network is trained."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from layerprobe.capture import hook_layer
 
 
 class PassRecorder:
-    """Keeps the tokens of layers in the latest forward pass, with their gradients, until they are taken.
+    """Records the tokens of layers in the latest forward pass, attached to the autograd graph, until they are taken.
 
-    Its hooks stay from `attach` to `detach`, so that torch.compile traces them once; `capture` is for a single pass.
+    Hooks stay from `attach` to `detach`, so that torch.compile traces them once. For a single pass, use `capture`.
 
     Args:
         module: The network.
-        layers: Names of its submodules, or of their inputs.
-        tokens: What of a layer's output are tokens (B, T, D); gets the raw output and the layer's name.
-        on_begin: Called when a pass with gradients begins; every such pass is recorded, and replaces the one before.
-            None records only while `recording` is set by hand, whether there are gradients or not.
+        layers: Names of submodules, or of their inputs.
+        tokens: Function from the raw output of a layer, and the layer's name, to its tokens (B, T, D).
+        on_begin: Function called at the beginning of a pass with gradients. Every such pass is recorded and replaces
+            the previous one. With None, passes are recorded only while `recording` is True, with or without gradients.
+
+    Attributes:
+        recording: Whether outputs are recorded.
     """
 
     def __init__(
@@ -41,14 +44,14 @@ class PassRecorder:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are there."""
+        """Whether the hooks are attached."""
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Places the hooks.
+        """Attaches the hooks.
 
         Raises:
-            ValueError: If a layer is not in the module.
+            ValueError: If a layer is missing in the module.
         """
         if self._on_begin is not None:
             self._handles.append(self._module.register_forward_pre_hook(self._begin))
@@ -57,7 +60,7 @@ class PassRecorder:
         forget_compiled()
 
     def detach(self) -> None:
-        """Removes the hooks and what is kept."""
+        """Removes the hooks and the recorded tokens."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -66,25 +69,25 @@ class PassRecorder:
         forget_compiled()
 
     def clear(self) -> None:
-        """Drops what is kept."""
+        """Removes the recorded tokens."""
         self._outputs.clear()
 
     def take(self, missing: str) -> dict[str, Tensor]:
-        """The tokens of every layer, in the order in which the layers ran; they are given once.
+        """Returns the tokens of every layer, in the order in which the layers ran, and removes them.
 
         Args:
-            missing: What to tell who asks before there was a pass.
+            missing: Error message if no pass was recorded.
 
         Raises:
-            ValueError: If there was no pass, or a layer ran twice or not at all in it.
+            ValueError: If no pass was recorded, or a layer ran twice or not at all in it.
         """
         if not self._outputs:
             raise ValueError(missing)
         order = [name for name, _ in self._outputs]
-        twice = sorted({name for name in order if order.count(name) > 1})
-        if twice:
+        repeated = sorted({name for name in order if order.count(name) > 1})
+        if repeated:
             raise ValueError(
-                f"{twice[0]} ran {order.count(twice[0])} times in one forward pass; name a layer that runs once"
+                f"{repeated[0]} ran {order.count(repeated[0])} times in one forward pass; name a layer that runs once"
             )
         absent = [name for name in self._layers if name not in order]
         if absent:
@@ -102,15 +105,16 @@ class PassRecorder:
                 self._on_begin()
 
     def _record(self, name: str, output: Any) -> None:
-        # Checkpointing runs layers again in the backward pass; those outputs belong to no loss.
+        # Gradient checkpointing runs layers again in the backward pass; these outputs are not part of a loss.
         if self.recording and not _recomputing():
             tokens = self._tokens(output, name)
-            # Reentrant checkpointing runs layers without gradients and attaches some later: these have none.
+            # Reentrant checkpointing runs layers without gradients and adds some outputs to the graph afterwards.
+            # Detached, they are recognized as outputs without a gradient.
             self._outputs.append((name, tokens if torch.is_grad_enabled() else tokens.detach()))
 
 
 def forget_compiled() -> None:
-    """Has compiled graphs compiled anew: they do not notice hooks that come or go (Dynamo's guards skip them)."""
+    """Discards compiled graphs, since Dynamo's guards do not detect hooks that are added or removed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

@@ -1,4 +1,4 @@
-"""Cosines and ranks of tokens against formulas written out, and what training must never see: nan, copies, padding."""
+"""Cosines and effective ranks of tokens against explicit formulas; no nan, no copies of tokens, no padding."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerprobe.analyses.measures.spectrum import token_rank as effective_rank_of_features
+from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
 from layerprobe.layersync.alignment import (
-    MOST_TOKENS,
+    MAX_RANK_TOKENS,
     Projectors,
     mean_cosine,
     token_cosines,
@@ -42,7 +42,7 @@ def test_cosines_and_gradient_equal_torchs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_compared_in_float32_and_keeps_no_copies(dtype: torch.dtype) -> None:
+def test_half_precision_is_compared_in_float32_without_saved_copies(dtype: torch.dtype) -> None:
     student, teacher = 300 * tokens(0, (2, 50, 64), dtype), 300 * tokens(1, (2, 50, 64), dtype)  # squares exceed 65504
     saved: list[Tensor] = []
 
@@ -58,7 +58,7 @@ def test_half_precision_is_compared_in_float32_and_keeps_no_copies(dtype: torch.
     assert student.grad is not None
     assert student.grad.dtype == dtype
     copies = [tensor for tensor in saved if tensor.data_ptr() not in (student.data_ptr(), teacher.data_ptr())]
-    assert max(tensor.numel() for tensor in copies) == 100  # a number a token
+    assert max(tensor.numel() for tensor in copies) == 100  # one number per token
 
 
 def test_a_token_without_direction_has_cosine_and_gradient_zero() -> None:
@@ -72,11 +72,11 @@ def test_a_token_without_direction_has_cosine_and_gradient_zero() -> None:
     assert bool(slope.isfinite().all())
 
 
-def test_only_what_counts_counts() -> None:
+def test_only_counted_tokens_matter() -> None:
     student, teacher = tokens(0), tokens(1)
     cosines = F.cosine_similarity(student, teacher, dim=-1)
     value, slope = gradient(student, teacher, COUNTS)
-    # Each sample's mean over its own tokens; the sample without any stays among the three.
+    # The mean over the counted tokens of each sample; the sample without any stays in the denominator.
     torch.testing.assert_close(value, (cosines[0, :2].mean() + cosines[2].mean()) / 3)
     assert not slope[~COUNTS].any()
     assert slope[COUNTS].any(-1).all()
@@ -87,10 +87,10 @@ def test_only_what_counts_counts() -> None:
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_a_batch_in_which_nothing_counts_gives_zero_and_no_gradient(centered: bool) -> None:
+def test_a_batch_without_counted_tokens_gives_zero_and_no_gradient(centered: bool) -> None:
     value, slope = gradient(tokens(0), tokens(1), torch.zeros(3, 4, dtype=torch.bool), centered=centered)
     assert value == 0
-    assert not slope.any()  # nan is not zero either
+    assert not slope.any()  # nor nan
 
 
 @pytest.mark.parametrize("counts", [None, COUNTS])
@@ -106,11 +106,11 @@ def test_parts_of_a_batch_average_to_the_whole(counts: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("counts", [None, COUNTS])
-def test_centering_takes_off_what_all_tokens_share(counts: Tensor | None) -> None:
+def test_centering_removes_the_common_part_of_all_tokens(counts: Tensor | None) -> None:
     student, teacher = tokens(0), tokens(1)
     value, slope = gradient(student, teacher, counts, centered=True)
-    chosen = torch.ones(3, 4, dtype=torch.bool) if counts is None else counts
-    s, t = student - student[chosen].mean(0), teacher - teacher[chosen].mean(0)
+    counted = torch.ones(3, 4, dtype=torch.bool) if counts is None else counts
+    s, t = student - student[counted].mean(0), teacher - teacher[counted].mean(0)
     torch.testing.assert_close(value, mean_cosine(s, t, counts))
     far, same = gradient(student + 1000, teacher - 500 * torch.arange(8.0), counts, centered=True)
     torch.testing.assert_close(far, value)
@@ -118,21 +118,21 @@ def test_centering_takes_off_what_all_tokens_share(counts: Tensor | None) -> Non
     assert torch.autograd.gradcheck(
         lambda s: mean_cosine(s, teacher, counts, centered=True), (student.clone().requires_grad_(),)
     )
-    uncentered = [float(mean_cosine(student + 1000, teacher + 1000, counts)), float((chosen.any(1)).double().mean())]
-    assert uncentered[0] == pytest.approx(uncentered[1], abs=1e-4)  # what centering is for
+    uncentered = [float(mean_cosine(student + 1000, teacher + 1000, counts)), float((counted.any(1)).double().mean())]
+    assert uncentered[0] == pytest.approx(uncentered[1], abs=1e-4)  # without centering, the common part dominates
 
 
-def test_samples_and_mask_both_have_their_say() -> None:
+def test_masks_of_samples_and_tokens_are_combined() -> None:
     x = tokens(0)
     samples, mask = torch.tensor([True, False, True]), torch.tensor([[True, True, False, False]] * 3)
     assert tokens_that_count(x, samples=None, mask=None) is None
     both = tokens_that_count(x, samples=samples, mask=mask)
     assert both is not None
     assert both.tolist() == [[True, True, False, False], [False] * 4, [True, True, False, False]]
-    with pytest.raises(ValueError, match=r"^there are \(2,\) noise levels for 3 samples; pass one for each$"):
+    with pytest.raises(ValueError, match=r"^the noise levels have shape \(2,\) for 3 samples; pass one per sample$"):
         tokens_that_count(x, samples=samples[:2], mask=None)
     with pytest.raises(
-        ValueError, match=r"^the mask has shape \(3, 3\), the tokens have \(3, 4\); pass a value for each$"
+        ValueError, match=r"^the mask has shape \(3, 3\), the tokens have \(3, 4\); pass one value per token$"
     ):
         tokens_that_count(x, samples=None, mask=mask[:, :3])
 
@@ -143,25 +143,25 @@ def test_effective_rank_is_that_of_the_analyses(shape: tuple[int, int]) -> None:
     assert token_rank(x) == pytest.approx(effective_rank_of_features(x.numpy()), rel=1e-6)
 
 
-def test_effective_rank_of_what_has_collapsed() -> None:
+def test_effective_rank_of_collapsed_tokens() -> None:
     direction = tokens(0, (8,))
     assert token_rank(torch.outer(tokens(1, (50,)), direction)) == pytest.approx(1, abs=1e-3)
     assert token_rank(direction.float().expand(50, 8)) == 0
     assert token_rank(torch.zeros(50, 8)) == 0
 
 
-def test_effective_rank_of_many_tokens_is_that_of_some_of_them() -> None:
-    x = tokens(0, (3 * MOST_TOKENS, 6), torch.float32) * torch.linspace(0.1, 1, 6)
+def test_effective_rank_of_many_tokens_is_estimated_from_a_fixed_subset() -> None:
+    x = tokens(0, (3 * MAX_RANK_TOKENS, 6), torch.float32) * torch.linspace(0.1, 1, 6)
     assert token_rank(x) == token_rank(x)
     # A sample of 4096 gives singular values to about 1 / sqrt(2 * 4096).
     assert token_rank(x) == pytest.approx(effective_rank_of_features(x.numpy().astype(np.float64)), rel=0.02)
 
 
-def test_each_pair_has_a_head_of_its_own() -> None:
+def test_each_pair_has_its_own_head() -> None:
     projectors = Projectors([(8, 8), (8, 5)], 16)
-    one = tokens(0, dtype=torch.float32)
-    first, second = projectors([one, one])
+    student = tokens(0, dtype=torch.float32)
+    first, second = projectors([student, student])
     assert first.shape == (3, 4, 8)
     assert second.shape == (3, 4, 5)
     linear, _, last = projectors.heads[1]
-    torch.testing.assert_close(second, last(F.silu(linear(one))))
+    torch.testing.assert_close(second, last(F.silu(linear(student))))

@@ -1,4 +1,4 @@
-"""LayerSync over two processes against the formula on the whole batch in one: DDP, `fully_shard`, accumulation."""
+"""LayerSync on two processes (DDP, `fully_shard`, accumulation) against the formula on the whole batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # two processes that import torch
 
 PAIRS = [("blocks.0", "blocks.2"), ("blocks.1", "blocks.3")]
 X = torch.randn(8, 7, 16, generator=torch.Generator().manual_seed(1))
-LEVELS = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.15, 0.6, 0.3])  # 0.5 to 1 leaves nothing for the second of 4 parts
+LEVELS = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.15, 0.6, 0.3])  # the second of 4 parts has none from 0.5 to 1
 RANGE = SyncOptions(noise_range=(0.5, 1.0))
 HEADS = SyncOptions(projector_width=8)
 TEACHER = SyncOptions(teacher_decay=0.5)
@@ -33,29 +33,29 @@ Gradients = dict[str, Tensor]
 
 
 def network() -> Network:
-    """The unused layer of the tests' network would be missed by DDP."""
-    made = Network(reentrant=False)
-    del made.unused
-    return made
+    """The test network without its unused layer, for which DDP would wait."""
+    module = Network(reentrant=False)
+    del module.unused
+    return module
 
 
 def rows(rank: int, part: int = 0, parts: int = 1) -> slice:
-    """Of the batch: each process has a half, in one or more parts."""
+    """The rows of one part of a process' half of the batch."""
     size = len(X) // 2 // parts
     start = rank * len(X) // 2 + part * size
     return slice(start, start + size)
 
 
 def full(gradients: dict[str, Tensor | None]) -> Gradients:
-    found = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items() if g is not None}
-    return {name: g.detach().clone() for name, g in found.items()}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items() if g is not None}
+    return {name: g.detach().clone() for name, g in whole.items()}
 
 
 def of(module: nn.Module) -> Gradients:
     return full({name.removeprefix("module."): parameter.grad for name, parameter in module.named_parameters()})
 
 
-# --- what each process does
+# --- one process of two
 
 
 def ddp(rank: int) -> Gradients:
@@ -133,13 +133,13 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, case in CASES.items():
         try:
-            found[name] = case(rank)
-        except Exception as error:  # the other process must not be left alone; the test tells
-            found[name] = f"{type(error).__name__}: {error}"
-    torch.save(found, f"{folder}/{rank}.pt")
+            results[name] = case(rank)
+        except Exception as error:  # the other process would wait forever; the test reports the error
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -150,7 +150,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
-# --- what one process does with the whole batch, by the formula
+# --- one process with the whole batch, by the formula
 
 
 def whole_batch(name: str) -> Gradients:
@@ -160,15 +160,15 @@ def whole_batch(name: str) -> Gradients:
         torch.manual_seed(3)
         sync.prepare(X[:1])
         heads = sync.projectors
-    taught = model
+    teacher_model = model
     if name == "fsdp_taught":
-        taught = copy.deepcopy(model)
+        teacher_model = copy.deepcopy(model)
         with torch.no_grad():
-            for parameter, follower in zip(model.parameters(), taught.parameters(), strict=True):
+            for parameter, follower in zip(model.parameters(), teacher_model.parameters(), strict=True):
                 parameter += 0.1
                 follower += 0.05
     counts = ((LEVELS >= 0.5) if name in ("ddp_accumulating", "fsdp") else torch.ones(len(X))).unsqueeze(1)
-    students, teachers = residuals(model, X), residuals(taught, X)
+    students, teachers = residuals(model, X), residuals(teacher_model, X)
     loss = task(model.head(students["blocks.3"]))
     for index, (student, teacher) in enumerate(PAIRS):
         token = students[student] if heads is None else heads.heads[index](students[student])
@@ -179,9 +179,9 @@ def whole_batch(name: str) -> Gradients:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_the_gradients_of_one(results: list[dict[str, Any]], name: str) -> None:
-    wanted = whole_batch(name)
-    for found in results:
-        assert not isinstance(found[name], str), found[name]
-        assert found[name].keys() == wanted.keys()
-        for key, gradient in wanted.items():
-            torch.testing.assert_close(found[name][key], gradient, rtol=1e-4, atol=1e-6)
+    expected = whole_batch(name)
+    for gradients in (by_case[name] for by_case in results):
+        assert not isinstance(gradients, str), gradients
+        assert gradients.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""LayerSync against its formula written out by hand, in every way that a training loop may run a network."""
+"""LayerSync against an explicit formula, in every way that a training loop may run a network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
-from layerprobe.layersync.pair import LayerPair, depth_heuristic, layer_of_depth
+from layerprobe.layersync.pair import LayerPair
 
 ONE, TWO = [("blocks.0", "blocks.2")], [("blocks.0", "blocks.2"), ("blocks.1", "blocks.3")]
 
 
 def reference(network: Network, pairs: list[tuple[str, str]], x: Tensor = X) -> tuple[Tensor, list[float]]:
-    """The task's loss plus the regularizer, from the formula: tokens by hand, norms by hand."""
+    """The loss of the task plus the regularizer, with tokens and norms computed by hand."""
     tokens, regularizer, cosines = {}, torch.zeros(()), []
     for i, block in enumerate(network.blocks):
         x = tokens[f"blocks.{i}"] = x + torch.tanh(x @ block.fc.weight.T + block.fc.bias)
@@ -50,19 +50,19 @@ def num_hooks(module: nn.Module) -> int:
 def assert_trains_as_expected(
     network: nn.Module, call: Callable[[Tensor], Tensor], pairs: list[tuple[str, str]] = TWO
 ) -> None:
-    """Loss and gradients of one step inside the block equal the formula's."""
-    wanted_loss, wanted = expected(pairs)
+    """Loss and gradients of one step inside the block equal those of the formula."""
+    expected_loss, expected_gradients = expected(pairs)
     with LayerSync(network, pairs, weight=WEIGHT) as sync:
         loss = task(call(X)) + sync.loss()
         loss.backward()
-    assert_equal_gradients(network, wanted)
-    torch.testing.assert_close(loss.detach(), wanted_loss)
+    assert_equal_gradients(network, expected_gradients)
+    torch.testing.assert_close(loss.detach(), expected_loss)
 
 
-def assert_equal_gradients(network: nn.Module, wanted: dict[str, Tensor]) -> None:
+def assert_equal_gradients(network: nn.Module, expected_gradients: dict[str, Tensor]) -> None:
     got = gradients(network)
-    assert got.keys() == wanted.keys()
-    for name, gradient in wanted.items():
+    assert got.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
         # float32: sums over some hundred tokens in another order.
         torch.testing.assert_close(
             got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
@@ -105,7 +105,7 @@ def test_loss_scales_with_the_weight() -> None:
     assert losses == pytest.approx([0, losses[2] / 2, losses[2]])
 
 
-def test_teacher_is_not_moved() -> None:
+def test_teacher_gets_no_gradient() -> None:
     network = Network()
     with LayerSync(network, [("blocks.0", "blocks.2")], weight=1.0) as sync:
         network(X)
@@ -114,23 +114,23 @@ def test_teacher_is_not_moved() -> None:
     assert moved == {"blocks.0"}  # not blocks.1 and blocks.2, on which the teacher depends
 
 
-def test_gradient_descent_brings_the_student_to_the_teacher() -> None:
+def test_gradient_descent_moves_the_student_towards_the_teacher() -> None:
     network = Network()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     with LayerSync(network, ONE, weight=1.0) as sync:
-        seen = []
+        losses = []
         for _ in range(30):
             network(X)
             loss = sync.loss()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            seen.append(float(loss.detach()))
-    assert seen[-1] < seen[0] - 0.02
-    assert seen[-1] > -1
+            losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] > -1
 
 
-def test_maps_and_tuples_are_aligned_per_place() -> None:
+def test_maps_and_tuples_are_aligned_position_by_position() -> None:
     class Maps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,48 +157,12 @@ def test_maps_and_tuples_are_aligned_per_place() -> None:
 # --- pairs
 
 
-def test_pairs_of_a_layer_with_itself_or_an_earlier_one_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^blocks.3 cannot be its own teacher: a layer aligned to itself learns nothing$"
-    ):
-        LayerPair("blocks.3", "blocks.3")
-    with pytest.raises(ValueError, match=r"^student blocks.10 comes after teacher blocks.9; swap them$"):
-        LayerPair("blocks.10", "blocks.9")  # as numbers, not as text
-    with pytest.raises(ValueError, match="comes after teacher"):
-        LayerSync(Network(), [("blocks.2", "blocks.0")], weight=1.0)
-    assert str(LayerPair("blocks.9", "blocks.10")) == "blocks.9 <- blocks.10"
-    LayerPair("down.3", "up.0")  # names of different places say nothing about their order
-
-
 def test_order_is_that_of_the_forward_pass() -> None:
     network = Network()
     with LayerSync(network, [("head", "blocks.3")], weight=1.0) as sync:
         network(X)
         with pytest.raises(ValueError, match=r"^student head runs after teacher blocks.3; swap them$"):
             sync.loss()
-
-
-def test_depths_count_from_one_and_names_from_zero() -> None:
-    assert layer_of_depth(8) == "blocks.7"
-    assert layer_of_depth(1, prefix="layers") == "layers.0"
-    with pytest.raises(ValueError, match=r"^depth counts from 1, got 0; depth 1 is blocks.0$"):
-        layer_of_depth(0)
-
-
-@pytest.mark.parametrize(("depth", "student", "teacher"), [(2, 1, 2), (3, 1, 2), (5, 2, 3), (8, 2, 5), (28, 8, 17)])
-def test_depth_heuristic_is_a_third_and_two_thirds_down(depth: int, student: int, teacher: int) -> None:
-    pair = depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))
-    assert pair == LayerPair(layer_of_depth(student), layer_of_depth(teacher))
-
-
-@pytest.mark.parametrize("depth", range(2, 61))
-def test_depth_heuristic_gives_a_pair_at_every_depth(depth: int) -> None:
-    depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))  # LayerPair itself refuses a wrong one
-
-
-def test_depth_heuristic_needs_two_layers() -> None:
-    with pytest.raises(ValueError, match=r"^a pair needs two layers, got 1$"):
-        depth_heuristic(("blocks.0",))
 
 
 @pytest.mark.parametrize(
@@ -209,17 +173,18 @@ def test_depth_heuristic_needs_two_layers() -> None:
         ([("blocks.0", "blocks.4")], "^blocks.4 is not in Network, which has blocks.0 to blocks.3, head, unused$"),
         (("blocks.0", "blocks.2"), r"^'blocks.0' is not a \(student, teacher\) pair; pass a list of pairs"),
         ([("blocks.0", "blocks.1", "blocks.2")], r"is not a \(student, teacher\) pair"),
+        ([("blocks.2", "blocks.0")], "comes after teacher"),
     ],
 )
-def test_pairs_that_are_none_are_refused(pairs: Any, message: str) -> None:
+def test_invalid_pairs_are_refused(pairs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerSync(Network(), pairs, weight=1.0)
 
 
-# --- the forward pass it belongs to
+# --- which forward pass is used
 
 
-def test_every_hook_is_gone_after_the_block() -> None:
+def test_every_hook_is_removed_after_the_block() -> None:
     network = Network()
     with LayerSync(network, TWO, weight=1.0) as sync:
         assert num_hooks(network) == 5  # four layers and the network
@@ -230,7 +195,7 @@ def test_every_hook_is_gone_after_the_block() -> None:
         sync.loss()
 
 
-def test_every_hook_is_gone_after_an_exception() -> None:
+def test_every_hook_is_removed_after_an_exception() -> None:
     network = Network()
     with pytest.raises(KeyError, match="mine"), LayerSync(network, TWO, weight=1.0):
         raise KeyError("mine")
@@ -256,7 +221,7 @@ def test_each_pass_gives_its_loss_once() -> None:
     network = Network()
     with LayerSync(network, ONE, weight=1.0) as sync:
         network(X)
-        network(2 * X)  # a forward pass whose loss nobody wanted
+        network(2 * X)  # a forward pass without a call of loss()
         latest = sync.loss().item()
         with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
             sync.loss()
@@ -279,9 +244,9 @@ def test_passes_without_gradients_in_between_are_ignored(mode: Callable[[], Any]
         with mode():
             network(3 * X)
         loss.backward()
-    wanted_loss, wanted = expected(TWO)
-    torch.testing.assert_close(loss.detach(), wanted_loss)
-    assert_equal_gradients(network, wanted)
+    expected_loss, expected_gradients = expected(TWO)
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    assert_equal_gradients(network, expected_gradients)
 
 
 def test_gradient_accumulation_sums_the_gradients_of_the_parts() -> None:
@@ -290,11 +255,11 @@ def test_gradient_accumulation_sums_the_gradients_of_the_parts() -> None:
         for part in (X[:2], X[2:]):
             loss = (task(network(part)) + sync.loss()) * len(part) / len(X)
             loss.backward()
-    assert_equal_gradients(network, expected(TWO)[1])  # all tokens weigh alike, so the parts give the whole
+    assert_equal_gradients(network, expected(TWO)[1])  # all tokens weigh the same, so the parts give the whole
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_backward_before_the_loss_is_asked_for(whole: bool) -> None:
+def test_backward_before_the_regularizer(whole: bool) -> None:
     network = Network(reentrant=None if whole else False)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
         output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
@@ -335,7 +300,7 @@ def test_layers_called_by_themselves_are_not_recorded() -> None:
             sync.loss()
 
 
-def test_calling_forward_itself_is_noticed() -> None:
+def test_calling_forward_directly_is_detected() -> None:
     network = Network()
     with LayerSync(network, ONE, weight=1.0) as sync:
         network.forward(X)
@@ -349,7 +314,7 @@ def test_layers_of_other_shapes_are_refused() -> None:
         network(X)
         with pytest.raises(
             ValueError,
-            match=r"^blocks.0 gives tokens of shape \(7, 16\), head of \(7, 3\); align layers of equal shape$",
+            match=r"^blocks.0 returns tokens of shape \(7, 16\), head of \(7, 3\); align layers of equal shape$",
         ):
             sync.loss()
 
@@ -359,9 +324,7 @@ def test_a_frozen_student_is_refused_and_a_frozen_teacher_is_not() -> None:
     network.blocks[0].requires_grad_(False)
     with LayerSync(network, TWO, weight=1.0) as sync:
         network(X)
-        with pytest.raises(
-            ValueError, match=r"^blocks.0 carries no gradient \(frozen, or under reentrant checkpointing\)"
-        ):
+        with pytest.raises(ValueError, match=r"^blocks.0 has no gradient \(frozen, or under reentrant checkpointing\)"):
             sync.loss()
     network = Network()
     network.blocks[2].requires_grad_(False)
@@ -375,12 +338,12 @@ def test_a_frozen_student_is_refused_and_a_frozen_teacher_is_not() -> None:
 
 
 def test_autocast_is_near_float32_and_the_cosine_is_in_float32() -> None:
-    network, wanted = Network(), expected(TWO)[0]
+    network, expected_loss = Network(), expected(TWO)[0]
     with LayerSync(network, TWO, weight=WEIGHT) as sync, torch.autocast("cpu", torch.bfloat16):
         loss = task(network(X).float()) + sync.loss()
         assert sync.cosines[LayerPair(*TWO[0])].dtype == torch.float32
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(wanted), abs=0.02)  # 8 significant bits in each product
+    assert float(loss.detach()) == pytest.approx(float(expected_loss), abs=0.02)  # 8 significant bits in each product
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(network).values())
 
 
@@ -403,7 +366,7 @@ def test_non_reentrant_checkpointing_equals_plain_training() -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_steps_after_a_recomputed_backward_pass_are_clean(whole: bool) -> None:
+def test_steps_after_a_recomputed_backward_pass_are_unaffected(whole: bool) -> None:
     network = Network(reentrant=None if whole else False)
     with LayerSync(network, TWO, weight=WEIGHT) as sync:
         for _ in range(3):
@@ -411,7 +374,7 @@ def test_steps_after_a_recomputed_backward_pass_are_clean(whole: bool) -> None:
             output = checkpoint(network, X, use_reentrant=False) if whole else network(X)
             loss = task(output) + sync.loss()
             loss.backward()
-            assert not sync._student_pass._outputs  # what the backward pass runs again is not kept
+            assert not sync._student_pass._outputs  # recomputed outputs are not recorded
             with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
                 sync.loss()
     assert_equal_gradients(network, expected(TWO)[1])
@@ -424,7 +387,7 @@ def test_reentrant_checkpointing_is_refused(student: str) -> None:
         network(X.clone().requires_grad_())
         with pytest.raises(
             ValueError,
-            match=rf"^{student} carries no gradient .*; train it, or checkpoint with use_reentrant=False$",
+            match=rf"^{student} has no gradient .*; train it, or checkpoint with use_reentrant=False$",
         ):
             sync.loss()
 
@@ -435,7 +398,7 @@ def test_far_off_and_empty_tokens_give_finite_gradients(offset: float) -> None:
     with torch.no_grad():
         network.blocks[0].fc.bias.zero_()
     x = (X + offset).clone()
-    x[:, 0] = 0  # tanh(0) = 0: the student's token is exactly zero, which has no direction
+    x[:, 0] = 0  # tanh(0) = 0: the student's token is exactly zero and has no direction
     with LayerSync(network, ONE, weight=WEIGHT) as sync:
         output = network(x)
         assert not dict(sync._student_pass._outputs)["blocks.0"][:, 0].any()
@@ -468,8 +431,8 @@ def compiled_by_block(network: Network) -> Callable[[Tensor], Tensor]:
     return network
 
 
-# The graphs are what the hooks have to get into, so a backend without code generation will do. Dynamo looks at the
-# gradients of tensors that have none and hides the warning, which it cannot where warnings are errors.
+# Hooks must become part of the graphs, so a backend without code generation is sufficient. Dynamo accesses .grad of
+# non-leaf tensors and suppresses the warning, which fails if warnings are errors.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("fresh_compiler")
@@ -478,10 +441,10 @@ def compiled_by_block(network: Network) -> Callable[[Tensor], Tensor]:
 def test_compiled_equals_eager(compiling: Callable[[Network], Callable[[Tensor], Tensor]], run_before: bool) -> None:
     network = Network()
     call = compiling(network)
-    if run_before:  # Graphs without hooks are there when the block begins.
+    if run_before:  # Graphs without hooks exist when the block begins.
         call(X)
     assert_trains_as_expected(network, call)
-    # Neither are the hooks left in graphs when the block is over.
+    # After the block, the graphs contain no hooks.
     network.zero_grad()
     task(call(X)).backward()
     plain = Network()
@@ -510,7 +473,7 @@ def test_compiled_training_with_checkpointing_and_evaluation(
     assert_equal_gradients(network, expected(TWO)[1])
 
 
-def test_what_is_aligned_is_the_callers_to_say() -> None:
+def test_the_caller_chooses_the_aligned_tokens() -> None:
     network = Network()
     with LayerSync(network, ONE, weight=1.0, tokens=lambda output, name: output[:, 1:]) as sync:
         network(X)
@@ -543,7 +506,7 @@ def test_every_pair_has_its_weight() -> None:
     assert value == pytest.approx(2 * first[0] - 0.5 * second[0])
     for name, slope in slopes.items():
         torch.testing.assert_close(slope, 2 * first[1][name] - 0.5 * second[1][name])
-    with pytest.raises(ValueError, match=r"^1 weights for 2 layer pairs; pass one for each$"):
+    with pytest.raises(ValueError, match=r"^1 weights for 2 layer pairs; pass one per pair$"):
         LayerSync(network, TWO, weight=1.0, options=SyncOptions(pair_weights=(1.0,)))
 
 
@@ -559,18 +522,18 @@ def test_schedule_scales_the_loss_and_stops_it() -> None:
         loss = sync.loss(step=3)
         assert loss == 0
         assert not loss.requires_grad
-        assert float(sync.cosines[LayerPair(*ONE[0])]) == pytest.approx(-full / WEIGHT)  # the log goes on
+        assert float(sync.cosines[LayerPair(*ONE[0])]) == pytest.approx(-full / WEIGHT)  # the log continues
         assert sync.statistics()["gradient norm blocks.0 <- blocks.2"] == 0
         network(X)
-        with pytest.raises(ValueError, match=r"^the weight follows a schedule; pass loss\(step=...\)$"):
+        with pytest.raises(ValueError, match=r"^the weight depends on the step; pass loss\(step=...\)$"):
             sync.loss()
 
 
 def test_only_samples_in_the_noise_range_are_aligned() -> None:
     network, options = Network(), SyncOptions(noise_range=(0.2, 0.8))
     level = torch.tensor([0.1, 0.2, 0.5, 0.8, 0.81], dtype=torch.float64)
-    found = residuals(network)
-    cosines = cosines_of(found["blocks.0"], found["blocks.2"]).detach()[1:4]
+    outputs = residuals(network)
+    cosines = cosines_of(outputs["blocks.0"], outputs["blocks.2"]).detach()[1:4]
     value, slopes = regularizer_of(network, options=options, noise_level=level)
     assert value == pytest.approx(-WEIGHT * float(cosines.sum()) / (5 * 7), rel=1e-5)
     inside, of_inside = regularizer_of(network, x=X[1:4], options=SyncOptions())
@@ -591,7 +554,7 @@ def test_a_batch_without_a_sample_in_the_range_gives_zero() -> None:
     network, options = Network(), SyncOptions(noise_range=(0.2, 0.8))
     value, slopes = regularizer_of(network, options=options, noise_level=torch.full((5,), 0.9))
     assert value == 0
-    assert not any(slope.any() for slope in slopes.values())  # nan is not zero either
+    assert not any(slope.any() for slope in slopes.values())  # nor nan
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
         network(X)
         sync.loss(noise_level=torch.zeros(5))
@@ -602,14 +565,14 @@ def test_a_batch_without_a_sample_in_the_range_gives_zero() -> None:
 def test_accumulation_is_exact_with_a_noise_range(part: int) -> None:
     network, options = Network(), SyncOptions(noise_range=(0.3, 1.0))
     x, level = torch.cat([X, X + 1])[:8], torch.tensor([0.9, 0.1, 0.1, 0.1, 0.5, 0.2, 0.7, 0.8])
-    _, wanted = regularizer_of(network, x=x, options=options, noise_level=level)
+    _, expected_gradients = regularizer_of(network, x=x, options=options, noise_level=level)
     network.zero_grad()
     with LayerSync(network, ONE, weight=WEIGHT, options=options) as sync:
         for start in range(0, 8, part):
             output = network(x[start : start + part])
             loss = sync.loss(noise_level=level[start : start + part]) + 0 * output.sum()
             (loss * part / 8).backward()
-    assert_equal_gradients(network, wanted)
+    assert_equal_gradients(network, expected_gradients)
 
 
 def test_padding_never_counts() -> None:
@@ -626,8 +589,8 @@ def test_padding_never_counts() -> None:
 
 def test_centered_cosine_is_that_of_centered_tokens() -> None:
     network = Network()
-    found = residuals(network)
-    s, t = (found[name] - found[name].mean((0, 1)) for name in ONE[0])
+    outputs = residuals(network)
+    s, t = (outputs[name] - outputs[name].mean((0, 1)) for name in ONE[0])
     value, slopes = regularizer_of(network, options=SyncOptions(centered=True))
     assert value == pytest.approx(-WEIGHT * float(cosines_of(s, t).mean().detach()), rel=1e-5)
     assert {name.partition(".fc")[0] for name in slopes if slopes[name].any()} == {"blocks.0"}
@@ -638,7 +601,7 @@ def test_centered_cosine_is_that_of_centered_tokens() -> None:
 
 def test_projector_stands_between_the_student_and_the_cosine() -> None:
     network, options = Network(), SyncOptions(projector_width=32)
-    pairs = [*ONE, ("blocks.1", "head")]  # a head also bridges widths
+    pairs = [*ONE, ("blocks.1", "head")]  # a projector also maps between widths
     sync = LayerSync(network, pairs, weight=WEIGHT, options=options)
     assert not list(sync.parameters())
     sync.prepare(X)
@@ -649,25 +612,27 @@ def test_projector_stands_between_the_student_and_the_cosine() -> None:
         loss = sync.loss()
         loss.backward()
         statistics = sync.statistics()
-    found = residuals(network)
-    found["head"] = network.head(found["blocks.3"])
-    wanted = [cosines_of(head(found[s]), found[t].detach()).mean() for head, (s, t) in zip(heads, pairs, strict=True)]
-    torch.testing.assert_close(loss, -WEIGHT * sum(wanted))
+    outputs = residuals(network)
+    outputs["head"] = network.head(outputs["blocks.3"])
+    cosines = [
+        cosines_of(head(outputs[s]), outputs[t].detach()).mean() for head, (s, t) in zip(heads, pairs, strict=True)
+    ]
+    torch.testing.assert_close(loss, -WEIGHT * sum(cosines))
     got, moved = [p.grad.clone() for p in sync.parameters()], gradients(network)
     assert moved.keys() == {f"blocks.{i}.fc.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
     torch.testing.assert_close(
-        got, list(torch.autograd.grad(-WEIGHT * sum(wanted), list(sync.parameters()), retain_graph=True))
+        got, list(torch.autograd.grad(-WEIGHT * sum(cosines), list(sync.parameters()), retain_graph=True))
     )
-    (at_student,) = torch.autograd.grad(-WEIGHT * wanted[0], found["blocks.0"])
+    (at_student,) = torch.autograd.grad(-WEIGHT * cosines[0], outputs["blocks.0"])
     assert statistics["gradient norm blocks.0 <- blocks.2"] == pytest.approx(float(at_student.norm()), rel=1e-4)
 
 
-def test_projectors_are_made_in_time_or_not_at_all() -> None:
+def test_projectors_are_created_before_use_or_refused() -> None:
     network = Network()
     with LayerSync(network, ONE, weight=1.0, options=SyncOptions(projector_width=4)) as sync:
         network(X)
         with pytest.raises(
-            ValueError, match=r"^the projectors are not made yet; call prepare\(\) before the optimizer"
+            ValueError, match=r"^the projectors do not exist yet; call prepare\(\) before creating the optimizer"
         ):
             sync.loss()
     with pytest.raises(
@@ -676,7 +641,7 @@ def test_projectors_are_made_in_time_or_not_at_all() -> None:
         LayerSync(network, ONE, weight=1.0).prepare(X)
 
 
-# --- a teacher of its own
+# --- separate teacher
 
 
 def test_averaged_teacher_gives_the_teachers_tokens() -> None:
@@ -693,7 +658,7 @@ def test_averaged_teacher_gives_the_teachers_tokens() -> None:
         loss.backward()
         network(X)
         with pytest.raises(
-            ValueError, match=r"^the teacher did not run; call it in `with sync.teaching\(\)` before loss\(\)$"
+            ValueError, match=r"^the teacher did not run; call it inside `with sync.teaching\(\)` before loss\(\)$"
         ):
             sync.loss()
     student = residuals(network)["blocks.0"]
@@ -704,17 +669,17 @@ def test_averaged_teacher_gives_the_teachers_tokens() -> None:
 
 def test_averaged_teacher_follows_the_network() -> None:
     network = Network()
-    network.register_buffer("seen", torch.zeros(()))
+    network.register_buffer("counter", torch.zeros(()))
     sync = LayerSync(network, ONE, weight=1.0, options=SyncOptions(teacher_decay=0.75))
     before = network.head.weight.detach().clone()
     for step in range(1, 3):
         with torch.no_grad():
             network.head.weight += 1
-            network.seen += 1
+            network.counter += 1
         sync.update_teacher()
-        wanted = before + sum(0.25 * 0.75 ** (step - k) * k for k in range(1, step + 1))
-        torch.testing.assert_close(sync.teacher.head.weight, wanted)
-    assert sync.teacher.seen == 2
+        expected_weight = before + sum(0.25 * 0.75 ** (step - k) * k for k in range(1, step + 1))
+        torch.testing.assert_close(sync.teacher.head.weight, expected_weight)
+    assert sync.teacher.counter == 2
     with pytest.raises(ValueError, match=r"^there is no teacher to update; pass SyncOptions\(teacher_decay=...\)$"):
         LayerSync(network, ONE, weight=1.0).update_teacher()
 
@@ -742,14 +707,17 @@ def test_noise_gap_shows_the_network_itself_other_inputs(teacher_first: bool) ->
     torch.testing.assert_close(loss, -WEIGHT * cosines_of(s, t.detach()).mean())
 
 
-def test_without_options_there_is_no_second_pass_nor_anything_to_keep() -> None:
+def test_default_options_need_no_second_pass_and_no_state() -> None:
     network, passes = Network(), []
     network.register_forward_hook(lambda *_: passes.append(1))
     with LayerSync(network, ONE, weight=1.0) as sync:
         network(X)
         sync.loss()
         assert len(passes) == 1
-        with pytest.raises(ValueError, match=r"^the teacher has no pass of its own; pass SyncOptions"), sync.teaching():
+        with (
+            pytest.raises(ValueError, match=r"^the teacher has no separate forward pass; pass SyncOptions"),
+            sync.teaching(),
+        ):
             pass
     assert sync.teacher is sync.projectors is None
     assert sync.state_dict() == {}
@@ -758,13 +726,13 @@ def test_without_options_there_is_no_second_pass_nor_anything_to_keep() -> None:
 def test_state_is_carried_to_another_process() -> None:
     options = SyncOptions(projector_width=8, teacher_decay=0.5)
 
-    def made(seed: int) -> LayerSync:
+    def prepared(seed: int) -> LayerSync:
         sync = LayerSync(Network(seed=seed), ONE, weight=1.0, options=options)
         torch.manual_seed(seed)
         sync.prepare(X)
         return sync
 
-    first, second = made(1), made(2)
+    first, second = prepared(1), prepared(2)
     with first:
         first.module(X)
         with first.teaching() as teacher:
@@ -778,12 +746,12 @@ def test_state_is_carried_to_another_process() -> None:
     plain = LayerSync(Network(), ONE, weight=1.0)
     with pytest.raises(
         ValueError,
-        match=r"^the state has projectors and teacher, here there are none; pass the same options, and prepare",
+        match=r"^the state contains projectors and teacher, this LayerSync has none; pass the same options",
     ):
         plain.load_state_dict(state)
 
 
-# --- what is logged
+# --- statistics
 
 
 def test_statistics_are_those_of_the_loss() -> None:
@@ -792,16 +760,16 @@ def test_statistics_are_those_of_the_loss() -> None:
         network(X)
         sync.loss().backward()
         numbers = sync.statistics()
-        assert numbers == sync.statistics()  # it takes nothing away
+        assert numbers == sync.statistics()  # repeated calls return the same
         network(X)
-        with pytest.raises(ValueError, match=r"^there is no loss to tell of; call statistics\(\) between loss\(\) and"):
+        with pytest.raises(ValueError, match=r"^there is no latest loss; call statistics\(\) between loss\(\) and"):
             sync.statistics()
-    found = {name: tokens.detach().requires_grad_() for name, tokens in residuals(network).items()}
+    outputs = {name: tokens.detach().requires_grad_() for name, tokens in residuals(network).items()}
     for (student, teacher), weight in zip(TWO, (WEIGHT, 2 * WEIGHT), strict=True):
-        s, t, pair = found[student], found[teacher].detach(), f"{student} <- {teacher}"
+        s, t, pair = outputs[student], outputs[teacher].detach(), f"{student} <- {teacher}"
         cosines = cosines_of(s, t)
         (slope,) = torch.autograd.grad(weight * cosines.mean(), s)
-        # The part of the teacher's direction across the student's, over the student's length.
+        # The component of the teacher's direction orthogonal to the student, divided by the norm of the student.
         closed = (weight / 35) * ((1 - cosines**2) / s.square().sum(-1)).sum().sqrt()
         assert numbers[f"cosine {pair}"] == pytest.approx(float(cosines.mean().detach()))
         assert numbers[f"gradient norm {pair}"] == pytest.approx(float(slope.norm()), rel=1e-4)
@@ -812,10 +780,10 @@ def test_statistics_are_those_of_the_loss() -> None:
     assert len(numbers) == 8
 
 
-def test_collapse_is_told() -> None:
+def test_collapse_is_reported() -> None:
     network, alarms = Network(), []
     with LayerSync(network, ONE, weight=1.0) as sync:
-        for spread in (1.0, 1.0, 0.0):  # at last every token is the same
+        for spread in (1.0, 1.0, 0.0):  # finally every token is the same
             network(spread * X + 1)
             sync.loss()
             alarms.append(sync.statistics()["collapse blocks.0"])
@@ -827,7 +795,7 @@ def test_collapse_is_told() -> None:
 
 def test_two_streams_and_sequence_first() -> None:
     class Streams(nn.Module):
-        """As in MM-DiT: text and image tokens go in and come out of every block, here with the sequence first."""
+        """As in MM-DiT: every block takes and returns text and image tokens, here with the sequence first."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -855,11 +823,11 @@ def test_two_streams_and_sequence_first() -> None:
         network(text, image)
         loss = sync.loss(mask=mask)
         assert sync.statistics()["effective rank blocks.0"] > 1
-    seen = []
+    images = []
     for block in network.blocks:
         text, image = block(text, image)
-        seen.append(image.transpose(0, 1))
-    torch.testing.assert_close(loss, -cosines_of(seen[0], seen[2])[:, :4].mean())
+        images.append(image.transpose(0, 1))
+    torch.testing.assert_close(loss, -cosines_of(images[0], images[2])[:, :4].mean())
 
 
 @pytest.mark.slow
@@ -885,7 +853,7 @@ def test_compiled_network_with_a_noise_gap_is_compiled_once() -> None:
     torch.testing.assert_close(losses, 4 * [-WEIGHT * cosines_of(s, t.detach()).mean()])
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_wrappers_are_removed() -> None:
     network = Network()
     with LayerSync(torch.compile(network, backend="eager"), ONE, weight=1.0) as sync:
         assert sync.module is network
