@@ -103,6 +103,11 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
     return [] if before == now else [at or "everything"]
 
 
+def absolute_source(source: str) -> str:
+    """Returns an existing local path as an absolute path; other sources, such as "digits" or "owner/name", unchanged."""
+    return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

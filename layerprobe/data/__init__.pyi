@@ -6,6 +6,10 @@ from .images import load_images as load_images
 from .latents.layouts import latent_format as latent_format
 from .latents.vae import decode as decode
 from .latents.vae import latent_shape as latent_shape
+from .loading import encode_splits as encode_splits
+from .loading import guess_modality as guess_modality
+from .loading import load as load
+from .loading import read_table as read_table
 from .rendering import Rendering as Rendering
 from .rendering import rendering_of as rendering_of
 from .samples import MISSING as MISSING
@@ -21,10 +25,7 @@ from .sequences.audio import write_wav as write_wav
 from .sequences.items import MediaSamples as MediaSamples
 from .sequences.skeleton import Skeleton as Skeleton
 from .sequences.skeleton import leftwards as leftwards
-from .sources import encode_splits as encode_splits
-from .sources import guess_modality as guess_modality
-from .sources import load as load
-from .sources import read_table as read_table
+from .sources import DataSource as DataSource
 from .splits import check_probed as check_probed
 from .splits import for_probing as for_probing
 from .splits import known_labels as known_labels

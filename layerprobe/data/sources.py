@@ -1,209 +1,143 @@
-"""One way in to every data set, as the command line uses it."""
+"""Which data set is read, and how."""
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from layerprobe.data import images, tables
-from layerprobe.data.digits import digits
-from layerprobe.data.images import load_images
-from layerprobe.data.latents.layouts import latent_format, load_latents
-from layerprobe.data.latents.samples import LatentSamples
-from layerprobe.data.latents.vae import encode, latent_shape
-from layerprobe.data.samples import Samples, Splits
-from layerprobe.data.sequences import audio, motion, video
-from layerprobe.data.sequences.audio import load_audio
-from layerprobe.data.sequences.motion import load_motion
-from layerprobe.data.sequences.video import load_video
-from layerprobe.data.splits import split as divide
-from layerprobe.data.splits import take
-from layerprobe.progress import StepProgress
+from layerprobe.files import absolute_source
+from layerprobe.options import option, to_record
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from layerprobe.data.samples import Splits
+    from layerprobe.progress import StepProgress
+
+# Fields that encode images rather than read them.
+_ENCODING = ("vae", "latent_scale")
 
 
-def load(
-    source: str | Path,
-    *,
-    latent_scale: float | None = None,
-    num_train: int | None = None,
-    num_validation: int | None = None,
-    num_test: int | None = None,
-    seed: int = 0,
-    expect_shape: tuple[int, ...] | None = None,
-    require_labels: bool = False,
-    **options: Any,
-) -> Splits:
-    """Reads a data set and divides it.
+@dataclass(frozen=True)
+class DataSource:
+    """A data set and how it is read. Fields that are None take the default of the loader of the data's modality.
 
-    Args:
-        source: "digits" for the embedded scans (a folder of that name is "./digits"), a folder of latents (see
-            `load_latents`), or what `load_images`, `load_audio`, `load_motion` or `load_video` takes.
-        latent_scale: As in `load_latents`, for a folder of latents.
-        num_train: As in `splits.split`, like the next two.
-        num_validation: Samples to choose penalties and layers with.
-        num_test: Samples for the numbers that are shown.
-        seed: Decides which sample falls to which split, except for the digits, whose splits are fixed.
-        expect_shape: Shape (C, H, W) that the model takes.
-        require_labels: Refuse unlabeled data.
-        options: Of the loader of the data's modality; `modality` itself where the data leaves it open. None counts as
-            not given.
-
-    Raises:
-        ValueError: If the data cannot be read or divided, or is not what was expected.
+    Attributes:
+        source: Data set: 'digits' for the embedded scans, a .parquet, .arrow or .tar file, a folder of these or of
+            images, audio, motion, video or latents, or owner/name on the Hub.
+        size: Side in pixels to which images and video frames are resized, as squares.
+        channels: Number of color channels: 1 (gray) or 3 (color).
+        split: Only part of the data to read, such as train.
+        image_column: Column of the images.
+        modality: Kind of the data, if files and columns leave it open: image, audio, motion or video.
+        column: Column of the audio, motion or video.
+        length: Number of frames of a sample; longer items are cut, shorter ones padded.
+        stride: Distance between the frames of motion or video that are kept; 1 keeps all.
+        root_joint: Joint of motion, counted from 0, to which the other joints are relative in every frame.
+        rate: Sampling rate in Hz to which audio is resampled.
+        form: Form of audio samples: log-mel or waveform.
+        mels: Number of bands of a log-mel picture.
+        hop: Number of audio samples from one frame to the next.
+        skip_bad: Largest number of unreadable items that are left out of each part of the data.
+        vae: Folder of the diffusers AutoencoderKL that encodes the images.
+        latent_scale: Factor of the latents, in place of the usual one.
+        label_column: Column of the labels.
+        probe_labels: Further label columns to probe, separated by commas: speaker,style.
+        num_train: Number of samples that fit the probes; at most 8000 if not given.
+        num_validation: Number of samples that choose penalties and layers; at most 2000 if not given.
+        num_test: Number of samples for the reported numbers; at most 5000 if not given.
     """
-    counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
-    options = {name: value for name, value in options.items() if value is not None}
-    if source == "digits":
-        given = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
-        if given:
-            raise ValueError(f"the embedded digits are 1x8x8 and labeled as they are; leave out {' '.join(given)}")
-        embedded = digits()
-        _check_shape(embedded.train, expect_shape, source)
-        return take(embedded, **counts)
-    if latent_format(source) is not None:
-        if given := _flags(options):
-            raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(given)}")
-        latents = load_latents(source, scale=latent_scale, seed=seed)
-        _check_shape(latents, expect_shape, source)
-        if require_labels and latents.labels is None:
-            raise ValueError(f"{source} has no labels; write them where the tool that encoded the latents does")
-        return divide(latents, **counts, seed=seed)
-    if latent_scale is not None:
-        raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
-    modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
-    if modality not in LOADERS:
-        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
-    loader = LOADERS[modality]
-    if unknown := _flags(name for name in options if name not in inspect.signature(loader).parameters):
-        raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} means nothing; leave it out")
-    if modality == "video" and "size" not in options:
-        raise ValueError(f"{source} holds video; pass --size, the side of a frame in pixels")
-    parts = loader(source, **options)
-    for samples in parts.values():
-        _check_shape(samples, expect_shape, source)
-        if require_labels and samples.labels is None:
-            raise ValueError(f"{source} has no labels; pass --label-column, or put the items in one folder per class")
-    return divide(parts, **counts, seed=seed)
 
+    source: str = field(metadata=option("data"))
+    size: int | None = field(default=None, metadata=option())
+    channels: int | None = field(default=None, metadata=option())
+    split: str | None = field(default=None, metadata=option())
+    image_column: str | None = field(default=None, metadata=option())
+    modality: str | None = field(default=None, metadata=option())
+    column: str | None = field(default=None, metadata=option(flag="--item-column"))
+    length: int | None = field(default=None, metadata=option())
+    stride: int | None = field(default=None, metadata=option())
+    root_joint: int | None = field(default=None, metadata=option())
+    rate: int | None = field(default=None, metadata=option())
+    form: str | None = field(default=None, metadata=option(flag="--audio-form"))
+    mels: int | None = field(default=None, metadata=option())
+    hop: int | None = field(default=None, metadata=option())
+    skip_bad: int | None = field(default=None, metadata=option())
+    vae: str | None = field(default=None, metadata=option())
+    latent_scale: float | None = field(default=None, metadata=option())
+    label_column: str | None = field(default=None, metadata=option())
+    probe_labels: str | None = field(default=None, metadata=option())
+    num_train: int | None = field(default=None, metadata=option())
+    num_validation: int | None = field(default=None, metadata=option())
+    num_test: int | None = field(default=None, metadata=option())
 
-LOADERS: dict[str, Callable[..., dict[str, Samples]]] = {
-    "image": load_images,
-    "audio": load_audio,
-    "motion": load_motion,
-    "video": load_video,
-}
+    def options(self) -> dict[str, Any]:
+        """Returns the options that `layerprobe.data.load` takes, without those of the autoencoder."""
+        options = to_record(self)
+        del options["source"]
+        return {name: value for name, value in options.items() if self.vae is None or name not in _ENCODING}
 
-
-def read_table(source: str | Path, modality: str, *, split: str | None = None) -> dict[str, Dataset]:
-    """The rows of a data set by part, as the loader of this modality sees them.
-
-    Raises:
-        ValueError: As `load` does.
-    """
-    if modality == "image":
-        return tables.read(source, suffixes=images.SUFFIXES, split=split)
-    suffixes = {"audio": audio.SUFFIXES, "motion": motion.SUFFIXES, "video": video.SUFFIXES}
-    if modality not in suffixes:
-        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
-    return tables.read_items(source, suffixes=suffixes[modality], split=split)
-
-
-def guess_modality(source: str | Path, *, split: str | None = None) -> str:
-    """What a data set holds: by the files' endings, else by the names and types of its columns; "image" in doubt."""
-    root = Path(source).expanduser()
-    if root.is_dir():
-        endings = {file.suffix.lower() for file in root.rglob("*")}
-        for modality, suffixes in (("audio", audio.SUFFIXES), ("motion", motion.SUFFIXES), ("video", video.SUFFIXES)):
-            if endings & set(suffixes) - {".gif"} and not endings & tables.TABLES.keys():
-                return modality
-    if not root.exists() or (root.is_dir() and not endings & tables.TABLES.keys()):
-        return "image"
-    features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
-    for name, feature in features.items():
-        if motion.holds_motion(feature):
-            return "motion"
-        ending = f".{name}"  # webdataset's columns are called so
-        if tables.holds_bytes(feature) and (name in audio.COLUMNS or ending in audio.SUFFIXES):
-            return "audio"
-        if tables.holds_bytes(feature) and ending in video.SUFFIXES and ending != ".gif":
-            return "video"
-        if type(feature).__name__ == "Audio":
-            return "audio"
-        if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
-            return "video"
-    return "image"
-
-
-def _flags(names: Iterable[str]) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in names]
-
-
-def encode_splits(
-    splits: Splits,
-    vae: str | Path,
-    *,
-    latent_scale: float | None = None,
-    expect_shape: tuple[int, ...] | None = None,
-    progress: StepProgress | None = None,
-) -> Splits:
-    """Images as latents, on a GPU if there is one; what was encoded is kept in the user's cache.
-
-    Args:
-        splits: Only what is in them is encoded: take first.
-        vae: As in `encode`, like what follows.
-        latent_scale: Instead of the autoencoder's own.
-        expect_shape: Shape (C, h, w) that the model takes.
-        progress: Called with (images done, images in all), for one split after another.
-
-    Raises:
-        ValueError: If images, autoencoder and model do not fit together.
-    """
-    shape = latent_shape(splits.train.shape, vae)
-    if expect_shape is not None and shape != tuple(expect_shape):
-        made, wanted = ("x".join(map(str, numbers)) for numbers in (shape, expect_shape))
-        raise ValueError(f"{vae} makes latents of {made} but the model takes {wanted}; pass --size, or another --vae")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made_of = {
-        name: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
-        for name, samples in splits.items()
-    }
-    return Splits(**made_of)
-
-
-def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:
-    if expected is None or samples.shape == tuple(expected):
-        return
-    wanted = "x".join(map(str, expected))
-    if isinstance(samples, LatentSamples):
-        seen = "x".join(map(str, samples.shape))
-        raise ValueError(f"latents are {seen} but the model takes {wanted}; pass those that it was trained on")
-    if samples.modality != "image":
-        seen = "x".join(map(str, samples.shape))
-        raise ValueError(
-            f"{samples.modality} samples are {seen} but the model takes {wanted}; pass the --length and the other "
-            "options of its training"
+    def absolute(self) -> DataSource:
+        """Returns the same source with absolute paths, so that it can be read from any working directory."""
+        return replace(
+            self, source=absolute_source(self.source), vae=None if self.vae is None else absolute_source(self.vae)
         )
-    channels, height, width = samples.shape
-    seen = f"{height}x{width} with {channels} channel{'s' * (channels > 1)}"
-    raise ValueError(f"images are {seen} but the model takes {wanted}; {_remedy(samples.shape, expected, source)}")
 
+    def load(self, *, expect_shape: tuple[int, ...] | None = None) -> Splits:
+        """Reads the data set, without encoding it.
 
-def _remedy(shape: tuple[int, ...], expected: tuple[int, ...], source: str | Path) -> str:
-    if source == "digits":
-        return "pass other data than the embedded digits"
-    if len(expected) != 3 or expected[0] not in (1, 3):
-        return "encode them as the model's training did: pass --vae, or a folder of latents as --data"
-    if expected[1] != expected[2]:
-        return f"resize them to {expected[1]}x{expected[2]} first"
-    options = [f"--size {expected[1]}"] * (shape[1:] != tuple(expected[1:]))
-    options += [f"--channels {expected[0]}"] * (shape[0] != expected[0])
-    return f"pass {' '.join(options)}"
+        Args:
+            expect_shape: Shape (C, *grid) that the model takes; with an autoencoder `encode` checks it.
+
+        Raises:
+            ValueError: If the data cannot be read or divided, or has another shape.
+        """
+        from layerprobe.data.loading import load
+
+        return load(self.source, expect_shape=None if self.vae else expect_shape, **self.options())
+
+    def encode(
+        self, splits: Splits, *, expect_shape: tuple[int, ...] | None = None, progress: StepProgress | None = None
+    ) -> Splits:
+        """Returns the latents of splits if there is an autoencoder, else the splits themselves.
+
+        Args:
+            splits: Splits of this data set.
+            expect_shape: Shape (C, h, w) that the model takes.
+            progress: Called with (images done, images in total), for one split after another.
+
+        Raises:
+            ValueError: If images, autoencoder and model do not fit together.
+        """
+        from layerprobe.data.loading import encode_splits
+
+        if self.vae is None:
+            return splits
+        return encode_splits(
+            splits, self.vae, latent_scale=self.latent_scale, expect_shape=expect_shape, progress=progress
+        )
+
+    def model_shape(self, splits: Splits) -> tuple[int, ...]:
+        """Returns the shape (C, *grid) of one input of a model: of a latent, if there is an autoencoder."""
+        from layerprobe.data.latents.vae import latent_shape
+
+        return splits.train.shape if self.vae is None else latent_shape(splits.train.shape, self.vae)
+
+    def probing_splits(self, *, expect_shape: tuple[int, ...] | None = None) -> Splits:
+        """Reads the samples that a probing run uses, without encoding them; see `for_probing`."""
+        from layerprobe.data.splits import for_probing
+
+        return for_probing(self.load(expect_shape=expect_shape), given=self.options())
+
+    def training_splits(self, shape: tuple[int, ...], *, progress: StepProgress | None = None) -> Splits:
+        """Returns the data for a training: the whole training split, and the other splits of the probing run.
+
+        Args:
+            shape: Shape (C, *grid) that the model takes.
+            progress: See `encode`.
+        """
+        from layerprobe.data.samples import Splits
+        from layerprobe.data.splits import for_probing, take
+
+        whole = replace(self, num_train=None, num_validation=None, num_test=None).load(expect_shape=shape)
+        counted = take(whole, num_validation=self.num_validation, num_test=self.num_test)
+        probed = for_probing(counted, given=self.options())
+        return self.encode(Splits(whole.train, probed.validation, probed.test), expect_shape=shape, progress=progress)

@@ -8,7 +8,7 @@ from .controls import raw_pool_cells as raw_pool_cells
 from .evidence import extract_evidence as extract_evidence
 from .evidence import pair_layers as pair_layers
 from .features import SPLITS as SPLITS
-from .features import ExtractionPlan as ExtractionPlan
 from .features import FeatureStore as FeatureStore
 from .forward import extract as extract
+from .plan import ExtractionPlan as ExtractionPlan
 from .tokens import token_grid as token_grid

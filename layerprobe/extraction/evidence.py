@@ -9,8 +9,9 @@ from pathlib import Path
 from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT
 from layerprobe.data import Samples, Splits, Subset
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 
 EVIDENCE_DRAWS, TOKENS_PER_SAMPLE = 2, 8
 

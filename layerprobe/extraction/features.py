@@ -9,14 +9,12 @@ float16. Files are written atomically.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,76 +24,6 @@ from safetensors.numpy import load_file, save_file
 from layerprobe.files import claim, whole
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class ExtractionPlan:
-    """What is read from a model; together with model and data it decides every number.
-
-    Attributes:
-        layers: Names; the store has them in the order in which they run.
-        noise_levels: In [0, 1], ascending.
-        draws: Noise draws per sample and level; draw d is the same noise at every level.
-        pool_cells: Cells per grid axis over which tokens are averaged: 1 is the mean over all tokens, 2 keeps 2 x 2
-            means of an image side by side, which tells where things are.
-        condition: "null" for no label; "label" leaks the answer to a probe and is for study only.
-        precision: "float32" or "bfloat16" autocast; features are stored in float32.
-        seed: Of the noise.
-        shard_size: Samples per shard.
-        token_samples: The tokens of the first so many samples of each split are kept beside the pooled features.
-        tokens_per_sample: At so many places, drawn once by the seed, of padded samples at real ones only (over again
-            where there are fewer); 0 for the whole grid, as spatial analyses need.
-    """
-
-    layers: tuple[str, ...]
-    noise_levels: tuple[float, ...]
-    draws: int = 1
-    pool_cells: int = 1
-    condition: Literal["null", "label"] = "null"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    shard_size: int = 512
-    token_samples: int = 0
-    tokens_per_sample: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "noise_levels", tuple(float(level) for level in self.noise_levels))
-        if not self.layers:
-            raise ValueError("the plan has no layers; pass at least one")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"a layer is named twice in {', '.join(self.layers)}; name each layer once")
-        if not all(0 <= level <= 1 for level in self.noise_levels):  # NaN also fails this
-            raise ValueError(
-                f"noise levels must lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}"
-            )
-        if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
-            raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
-        for name in ("draws", "pool_cells", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("token_samples", "tokens_per_sample"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.tokens_per_sample and not self.token_samples:
-            raise ValueError(
-                f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
-            )
-        for name, choices in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(choices)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON, without the token fields if no tokens are kept."""
-        # Plans without tokens keep the hash of versions without these fields, so their stores stay valid.
-        unused = () if self.token_samples else ("token_samples", "tokens_per_sample")
-        return {name: value for name, value in asdict(self).items() if name not in unused}
-
-    def hash(self) -> str:
-        """Returns 16 hexadecimal digits that change with any field."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureStore:

@@ -24,7 +24,6 @@ from layerprobe.checkpoints import weights_hash
 from layerprobe.data import Batch, Samples, Splits, content_hash, joined
 from layerprobe.extraction.features import (
     SPLITS,
-    ExtractionPlan,
     FeatureStore,
     begin_store,
     column_key,
@@ -34,6 +33,7 @@ from layerprobe.extraction.features import (
     token_rows,
     write_tensors,
 )
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens, token_grid
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
@@ -123,6 +123,8 @@ class _Table:
 
 
 def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
+    if not plan.layers:
+        raise ValueError("the plan has no layers; pass at least one")
     for name, samples in splits.items():
         if samples.shape != backbone.shape:
             raise ValueError(

@@ -1,6 +1,6 @@
 from .alignment import mean_cosine as mean_cosine
-from .loss import WEIGHT as WEIGHT
 from .loss import LayerSync as LayerSync
+from .options import WEIGHT as WEIGHT
 from .options import SyncOptions as SyncOptions
 from .pair import LayerPair as LayerPair
 from .pair import depth_heuristic as depth_heuristic

@@ -1,47 +1,57 @@
-"""What may differ from the LayerSync paper: weights, schedule, noise levels, projector, teacher."""
+"""Options of the alignment: weights, schedule, noise levels, projector, teacher."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from layerprobe.options import LAYERSYNC_PANEL, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The value of all pair sweeps in docs/atlas. LayerSync uses 0.2 for SiT-XL/2; 0.1 to 0.7 do equally well on SiT-B/2.
+WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How the alignment is done; the defaults are the paper's, what differs from them is for comparison.
+    """Options of the alignment. The defaults are the paper's; other values are for comparison.
 
     SRA (arXiv:2505.02831) is `projector_width`, `teacher_decay=0.9999`, `noise_gap=0.2` and the cosine among its
-    losses. Self-Flow (arXiv:2603.06507) has teacher and projector too and mixes two noise levels in one sample, which
-    takes a network with a time for every token; a gap of 1 shows its teacher a cleaner sample as well.
+    losses. Self-Flow (arXiv:2603.06507) also has a teacher and a projector, and mixes two noise levels in one sample,
+    which requires a network with a time for every token; a gap of 1 shows its teacher a cleaner sample as well.
 
     Attributes:
-        pair_weights: Factor of each pair, in the order of the pairs; empty is 1 for each.
-        warmup_steps: Steps in which the weight rises to its value, linearly.
-        decay: How it falls from there to 0 at `stop_step`.
-        stop_step: From this step on nothing is aligned.
-        noise_range: Noise levels, both ends included, of the samples that are aligned.
+        pair_weights: Factor of each pair's weight, in the order of the pairs; empty means 1 for each.
+        warmup_steps: Number of steps in which the alignment weight rises linearly from 0.
+        decay: Course of the alignment weight until the stop step, where it is 0: constant, linear or cosine.
+        stop_step: Step from which on nothing is aligned; never if not given.
+        noise_range: Noise levels of the samples that are aligned, both ends included.
         centered: Subtract each channel's mean over batch and tokens before the cosine.
-        projector_width: Hidden width of an MLP between the student and the cosine; 0 is none.
-        teacher_decay: Of a moving average of the network's weights that gives the teacher's tokens in a second forward
-            pass; 0 takes them from the pass that is there.
-        noise_gap: By how much less noise the teacher may see, at most, see `teacher_level`; takes a second pass.
+        projector_width: Hidden width of an MLP between the student and the cosine; 0 for no MLP.
+        teacher_decay: Decay of the moving average of the weights that computes the teacher's tokens in a second forward
+            pass; 0 for the tokens of the student's pass.
+        noise_gap: Largest difference by which the teacher sees less noise than the student, in a second forward pass.
 
     Raises:
         ValueError: If a number is out of its range, or a decay has no step to end at.
     """
 
     pair_weights: tuple[float, ...] = ()
-    warmup_steps: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    stop_step: int | None = None
-    noise_range: tuple[float, float] = (0.0, 1.0)
-    centered: bool = False
-    projector_width: int = 0
-    teacher_decay: float = 0.0
-    noise_gap: float = 0.0
+    warmup_steps: int = field(default=0, metadata=option("sync_warmup_steps", panel=LAYERSYNC_PANEL, minimum=0))
+    decay: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata=option("sync_decay", panel=LAYERSYNC_PANEL)
+    )
+    stop_step: int | None = field(default=None, metadata=option("sync_stop_step", panel=LAYERSYNC_PANEL, minimum=1))
+    noise_range: tuple[float, float] = field(
+        default=(0.0, 1.0), metadata=option("sync_noise_range", panel=LAYERSYNC_PANEL)
+    )
+    centered: bool = field(default=False, metadata=option("sync_centered", panel=LAYERSYNC_PANEL))
+    projector_width: int = field(default=0, metadata=option("sync_projector_width", panel=LAYERSYNC_PANEL, minimum=0))
+    teacher_decay: float = field(default=0.0, metadata=option("sync_teacher_decay", panel=LAYERSYNC_PANEL))
+    noise_gap: float = field(default=0.0, metadata=option("sync_noise_gap", panel=LAYERSYNC_PANEL))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pair_weights", tuple(self.pair_weights))
@@ -72,16 +82,16 @@ class SyncOptions:
 
     @property
     def ranged(self) -> bool:
-        """Whether it matters how noisy a sample is."""
+        """Whether only samples of some noise levels are aligned."""
         return self.noise_range != (0, 1)
 
     @property
     def second_pass(self) -> bool:
-        """Whether the teacher has a forward pass of its own, see `LayerSync.teaching`."""
+        """Whether the teacher needs its own forward pass, see `LayerSync.teaching`."""
         return self.teacher_decay > 0 or self.noise_gap > 0
 
     def factor(self, step: int) -> float:
-        """What the schedule leaves of the weight at a step (from 0), in [0, 1]."""
+        """Returns the factor of the alignment weight at a step (counted from 0), in [0, 1]."""
         if self.stop_step is not None and step >= self.stop_step:
             return 0.0
         if step < self.warmup_steps or self.decay == "constant":
@@ -91,11 +101,11 @@ class SyncOptions:
         return 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
 
     def teacher_level(self, noise_level: Tensor, draw: Tensor) -> Tensor:
-        """The noise level that the teacher sees: less by up to the gap, and at least 0.
+        """Returns the noise level that the teacher sees: up to `noise_gap` below the student's, and at least 0.
 
         Args:
-            noise_level: The student's, shape (B,).
-            draw: Uniform in [0, 1), shape (B,).
+            noise_level: Noise levels of the student, shape (B,).
+            draw: Uniform random numbers in [0, 1), shape (B,).
 
         Source: SRA's rule.
         """

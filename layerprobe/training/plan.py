@@ -1,4 +1,4 @@
-"""Everything that decides the outcome of a training run."""
+"""The plan of a training run: everything that decides its outcome."""
 
 from __future__ import annotations
 
@@ -8,71 +8,75 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
+from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, option
 
 TimeSampling = Literal["uniform", "logit-normal"]
 LossWeighting = Literal["none", "min-snr", "velocity", "likelihood"]
-# How long a run is, how often it writes and into how many parts it cuts a step is not what it is.
+# Fields that may change when a run is continued: its length, how often it writes, and the parts of a step.
 _FREE = ("steps", "checkpoint_every", "log_every", "accumulate", "keep_last")
-# Left out of the identity at their defaults, so that runs from before there were such fields can be continued.
+# Fields left out of the identity at their defaults, so that runs from before these fields existed can be continued.
 _ADDED = ("sync", "time_sampling", "time_mean", "time_std", "loss_weighting", "snr_gamma", "more_ema_decays")
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a model is trained. Defaults are the published recipe of SiT and LayerSync, except for the batch size.
+    """How a model is trained. The defaults are the published recipe of SiT and LayerSync, except for the batch size.
 
     Attributes:
-        steps: Optimizer steps.
-        batch_size: Samples per step, over all processes and parts.
-        learning_rate: Of AdamW, constant after the warm-up.
-        warmup_steps: Steps of linear warm-up.
-        weight_decay: Of AdamW.
-        clip_norm: Gradients are scaled down to this norm; 0 never clips.
-        ema_decay: Of the averaged weights; the decay starts lower and reaches this value (step + 1) / (step + 10)
-            allowing.
+        steps: Number of optimizer steps.
+        batch_size: Number of samples per step, over all processes and parts.
+        learning_rate: Learning rate of AdamW, constant after the warm-up.
+        warmup_steps: Number of steps in which the learning rate rises linearly.
+        weight_decay: Weight decay of AdamW.
+        clip_norm: Norm to which larger gradients are scaled down; 0 for no clipping.
+        ema_decay: Decay of the averaged weights, which are evaluated and saved; at most (step + 1) / (step + 10) early
+            in training.
         label_drop: Share of labels replaced by the null label, so that guidance works.
-        pairs: Layers to align; none trains without LayerSync.
-        weight: Of the alignment.
-        precision: "float32" or "bfloat16" autocast.
+        pairs: Layer pairs to align; empty trains without LayerSync.
+        weight: Weight of the alignment term in the loss.
+        precision: float32, or bfloat16 for autocast; weights and optimizer stay in float32.
         compile: Compile the network.
-        seed: Of order, noise, levels and label drop.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between rows of the log.
-        sync: How the layers are aligned; the paper's way unless given.
-        accumulate: Parts of equal size that a step's batch is cut into, one after the other, where memory is short.
-        time_sampling: "uniform", or "logit-normal" for more of the middle (arXiv:2403.03206), see `noise_levels`.
-        time_mean: Of the logit-normal; above 0 means noisier.
-        time_std: Of the logit-normal.
-        loss_weighting: See `loss_weights`; "none" is the plain squared error of what the network predicts.
-        snr_gamma: Of "min-snr".
-        more_ema_decays: Of further averages, each written as `model-ema-DECAY.safetensors`.
-        keep_last: How many checkpoints are kept.
+        seed: Seed of the order of samples, the noise, the noise levels and the dropped labels.
+        checkpoint_every: Number of steps between checkpoints.
+        log_every: Number of steps between rows of the log.
+        sync: How the layers are aligned; as in the paper by default.
+        accumulate: Number of equal parts in which a step's batch is processed one after the other, to save memory.
+        time_sampling: Distribution of the path's time: uniform, or logit-normal for more middle times
+            (arXiv:2403.03206).
+        time_mean: Mean of the logit-normal distribution; above 0 is noisier.
+        time_std: Standard deviation of the logit-normal distribution.
+        loss_weighting: Weighting of the squared error of the prediction: none, min-snr, velocity (the error of the
+            velocity, whatever the network predicts) or likelihood.
+        snr_gamma: Largest signal-to-noise ratio that counts in min-snr.
+        more_ema_decays: Decays of further averaged weights, each saved as `model-ema-DECAY.safetensors`, such as
+            0.999,0.99.
+        keep_last: Number of checkpoints to keep.
     """
 
-    steps: int
-    batch_size: int = 128
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    ema_decay: float = 0.9999
-    label_drop: float = 0.1
+    steps: int = field(metadata=option(minimum=1))
+    batch_size: int = field(default=128, metadata=option(panel=OPTIMIZER_PANEL, minimum=1))
+    learning_rate: float = field(default=1e-4, metadata=option(panel=OPTIMIZER_PANEL))
+    warmup_steps: int = field(default=0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
+    weight_decay: float = field(default=0.0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
+    clip_norm: float = field(default=0.0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
+    ema_decay: float = field(default=0.9999, metadata=option(panel=OPTIMIZER_PANEL))
+    label_drop: float = field(default=0.1, metadata=option(panel=LEARNING_PANEL, minimum=0, maximum=1))
     pairs: tuple[LayerPair, ...] = ()
-    weight: float = WEIGHT
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
+    weight: float = field(default=WEIGHT, metadata=option(panel=LAYERSYNC_PANEL))
+    precision: Literal["float32", "bfloat16"] = field(default="float32", metadata=option(panel=RUNNING_PANEL))
+    compile: bool = field(default=False, metadata=option(panel=RUNNING_PANEL))
     seed: int = 0
-    checkpoint_every: int = 1000
-    log_every: int = 50
+    checkpoint_every: int = field(default=500, metadata=option(panel=RUNNING_PANEL, minimum=1))
+    log_every: int = field(default=50, metadata=option(panel=RUNNING_PANEL, minimum=1))
     sync: SyncOptions = field(default_factory=SyncOptions)
-    accumulate: int = 1
-    time_sampling: TimeSampling = "uniform"
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    loss_weighting: LossWeighting = "none"
-    snr_gamma: float = 5.0
-    more_ema_decays: tuple[float, ...] = ()
-    keep_last: int = 1
+    accumulate: int = field(default=1, metadata=option(panel=OPTIMIZER_PANEL, minimum=1))
+    time_sampling: TimeSampling = field(default="uniform", metadata=option(panel=LEARNING_PANEL))
+    time_mean: float = field(default=0.0, metadata=option(panel=LEARNING_PANEL))
+    time_std: float = field(default=1.0, metadata=option(panel=LEARNING_PANEL))
+    loss_weighting: LossWeighting = field(default="none", metadata=option(panel=LEARNING_PANEL))
+    snr_gamma: float = field(default=5.0, metadata=option(panel=LEARNING_PANEL))
+    more_ema_decays: tuple[float, ...] = field(default=(), metadata=option(panel=OPTIMIZER_PANEL))
+    keep_last: int = field(default=1, metadata=option(panel=RUNNING_PANEL, minimum=1))
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every", "log_every", "accumulate", "keep_last"):
@@ -90,9 +94,9 @@ class TrainingPlan:
             raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; use float32 or bfloat16")
-        for name, known in (("time_sampling", TimeSampling), ("loss_weighting", LossWeighting)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(get_args(known))}")
+        for name, choices in (("time_sampling", TimeSampling), ("loss_weighting", LossWeighting)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}")
         for name in ("time_std", "snr_gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -109,7 +113,7 @@ class TrainingPlan:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a run to be continued; everything but how long it runs, how often it writes and so on."""
+        """Returns the fields that must be equal for a run to be continued, as JSON."""
         record, default = (json.loads(json.dumps(asdict(plan))) for plan in (self, TrainingPlan(steps=0)))
         left_out = {*_FREE, *(name for name in _ADDED if record[name] == default[name])}
         return {key: value for key, value in record.items() if key not in left_out}

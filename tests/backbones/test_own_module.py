@@ -14,10 +14,10 @@ from places import HELPERS
 
 from layerprobe.backbones.base import Backbone, alignable_layers, layer_shapes, wrap
 from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.data.loading import load
 from layerprobe.data.samples import Splits, Subset, TensorSamples
-from layerprobe.data.sources import load
-from layerprobe.extraction.features import ExtractionPlan
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.noise.random_stream import RandomStream
 
 NETWORK = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"

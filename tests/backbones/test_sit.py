@@ -33,8 +33,8 @@ from layerprobe.backbones.sit import (
 )
 from layerprobe.capture import capture
 from layerprobe.data.samples import Splits, Subset, TensorSamples
-from layerprobe.extraction.features import ExtractionPlan
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.noise.schedules import LinearPath, schedule_from_name
 
 SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)

@@ -41,7 +41,6 @@ from layerprobe.data.splits import for_probing, split
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, raw_input, raw_pool_cells
 from layerprobe.extraction.features import (
     SPLITS,
-    ExtractionPlan,
     FeatureStore,
     begin_store,
     column_key,
@@ -50,6 +49,7 @@ from layerprobe.extraction.features import (
     write_tensors,
 )
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 
 Array = NDArray[Any]
 
@@ -147,7 +147,9 @@ def test_a_column_that_cannot_be_probed_is_named_in_one_line(tmp_path: Path, nam
 
 
 def test_labels_that_are_no_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="'who' holds label 2 but names 2 classes; pass 0 to 1, or -1 where there is"):
+    with pytest.raises(
+        ValueError, match="'who' has label 2 but names 2 classes; pass 0 to 1, or -1 for a missing label"
+    ):
         LabelColumn("who", torch.tensor([0, 2]), ("a", "b"))
     with pytest.raises(ValueError, match="3 samples but 2 labels in 'who'; pass one label per sample"):
         TensorSamples(torch.zeros(3, *SHAPE), columns=(LabelColumn("who", torch.tensor([0, 1]), ("a", "b")),))
@@ -169,13 +171,15 @@ def test_a_column_must_leave_something_to_fit_to_choose_and_to_score() -> None:
     with pytest.raises(ValueError, match="'who' has one class in the training split, and a probe needs two"):
         for_probing(one_class, given={})
     unseen = splits([0, 1, 0, 1, 0, 1], [0] * 6, [2, -1, 2, -1, 2, -1])
-    with pytest.raises(ValueError, match="no label of 'who' in the test split has a class that the training split has"):
+    with pytest.raises(
+        ValueError, match="no label of 'who' in the test split has a class that occurs in the training split"
+    ):
         for_probing(unseen, given={})
 
 
 def test_parts_with_other_columns_do_not_belong_together() -> None:
     train, test = labeled(12, [0, 1] * 6), labeled(6, [0, 1] * 3, names=("ann", "eve"), first=50)
-    with pytest.raises(ValueError, match="train and test have other further label columns or classes"):
+    with pytest.raises(ValueError, match="train and test have different extra label columns or classes"):
         split({"train": train, "test": test})
 
 
@@ -344,7 +348,7 @@ class TestTable:
     def test_a_column_without_anything_to_score_is_refused(self, tmp_path: Path) -> None:
         who = np.where(np.arange(NUM) < 80, np.arange(NUM) % 2, 2)
         with pytest.raises(
-            ValueError, match="no label of 'who' in the validation split has a class that the training split"
+            ValueError, match="no label of 'who' in the validation split has a class that occurs in the training split"
         ):
             measure({"model": planted(tmp_path, who=who)})
 

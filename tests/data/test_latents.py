@@ -18,8 +18,8 @@ from torch import Tensor
 from layerprobe.data.latents import samples as module
 from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.vae import decode, encode, latent_shape
+from layerprobe.data.loading import encode_splits, load
 from layerprobe.data.samples import Batch, Samples, TensorSamples
-from layerprobe.data.sources import encode_splits, load
 from layerprobe.data.splits import split
 from layerprobe.noise.random_stream import RandomStream
 

@@ -18,8 +18,9 @@ from layerprobe.checkpoints.convention import check_convention
 from layerprobe.data.samples import Batch, Splits, Subset, TensorSamples, joined
 from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.controls import raw_input
-from layerprobe.extraction.features import SPLITS, ExtractionPlan
+from layerprobe.extraction.features import SPLITS
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens
 from layerprobe.noise.random_stream import RandomStream
 from layerprobe.sampling import guided
@@ -88,7 +89,7 @@ def test_guidance_calls_the_masked_batch_twice_over() -> None:
 def test_a_network_that_knows_no_mask_refuses_padded_samples() -> None:
     network = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
     own = wrap(network, layers="0", schedule="sit", prediction="velocity", shape=(2, 8))
-    with pytest.raises(ValueError, match=r"Sequential takes no padded samples; cut all to one length"):
+    with pytest.raises(ValueError, match=r"Sequential does not take padded samples; cut all to one length"):
         own.masked(padded()[1])
     assert own.masked(None) is own
 
@@ -218,8 +219,8 @@ def test_bad_masks_are_refused() -> None:
         TensorSamples(x, mask=mask[:, :7])
     with pytest.raises(ValueError, match=r"has type torch\.float32"):
         TensorSamples(x, mask=mask.float())
-    with pytest.raises(ValueError, match="uint8 has no value that stands for padding"):
+    with pytest.raises(ValueError, match="uint8 has no value for padding"):
         TensorSamples(x.to(torch.uint8), mask=mask)
     mask[2] = False
-    with pytest.raises(ValueError, match=r"1 of 4 samples are all padding \(first: 2\)"):
+    with pytest.raises(ValueError, match=r"1 of 4 samples consist of padding only \(first: 2\)"):
         TensorSamples(x, mask=mask)

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.loading import guess_modality, load
 from layerprobe.data.sequences import audio
 from layerprobe.data.sequences.audio import AudioDecoder, load_audio, mel_filters, write_wav
 from layerprobe.data.sequences.bvh import bvh_positions
 from layerprobe.data.sequences.items import MediaSamples, Normalization, load_media
 from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.sequences.video import load_video
-from layerprobe.data.sources import guess_modality, load
 
 RATE = 8000
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from places import DOCS
 
+from layerprobe.data.loading import guess_modality
 from layerprobe.data.sequences.video import load_video
-from layerprobe.data.sources import guess_modality
 
 SCRIPT = DOCS / "examples" / "moving_digits.py"
 DIGITS = {

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from layerprobe.extraction.features import (
     SPLITS,
-    ExtractionPlan,
     FeatureStore,
     begin_store,
     filled_tensors,
@@ -22,6 +21,7 @@ from layerprobe.extraction.features import (
     token_rows,
     write_tensors,
 )
+from layerprobe.extraction.plan import ExtractionPlan
 
 LAYERS, LEVELS, DRAWS = ("late", "early"), (0.1, 0.5, 1.0), 2
 SIZES, WIDTHS = (5, 3), {"late": 4, "early": 2}
@@ -259,7 +259,6 @@ def test_the_hash_of_a_plan_changes_with_every_field() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": ()}, "the plan has no layers; pass at least one"),
         ({"layers": ("a", "b", "a")}, "a layer is named twice in a, b, a; name each layer once"),
         ({"noise_levels": ()}, r"distinct and ascending, got \[\]"),
         ({"noise_levels": (0.5, 0.1)}, r"distinct and ascending, got \[0.5, 0.1\]"),

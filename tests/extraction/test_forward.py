@@ -21,8 +21,9 @@ from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.data.samples import Splits, Subset
 from layerprobe.extraction import forward as extract_module
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens, token_grid
 from layerprobe.noise.schedules import DDPM, EDM, LinearPath, NoiseSchedule
 
@@ -491,11 +492,16 @@ def test_interrupted_by_an_exception_it_goes_on_to_the_same_bytes(
     assert not any(part._forward_hooks for part in backbone.module.modules())
 
 
+def test_a_plan_without_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the plan has no layers; pass at least one"):
+        extract(tiny_sit(), tiny_splits(8), replace(PLAN, layers=()), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 CHILD = """
 import sys
 from tiny import tiny_sit, tiny_splits
-from layerprobe.extraction.forward import extract
-from layerprobe.features import ExtractionPlan
+from layerprobe.extraction import ExtractionPlan, extract
 plan = ExtractionPlan(("blocks.0", "blocks.1", "blocks.2"), (0.2, 0.7), draws=2, seed=5, shard_size=2)
 tell = lambda done, total: print(done, flush=True)
 extract(tiny_sit(), tiny_splits(400), plan, sys.argv[1], batch_size=16, progress=tell)

@@ -13,8 +13,8 @@ from tiny import tiny_sit, tiny_splits
 from layerprobe.analyses.experiments import probe_errors as probe_scores
 from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES
 from layerprobe.data.samples import Splits, Subset
-from layerprobe.extraction.features import ExtractionPlan
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 
 
 def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:

@@ -35,7 +35,7 @@ from layerprobe.analyses.runs import score as score_runs
 from layerprobe.analyses.runs.score import open_comparison
 from layerprobe.data.arrays import load_array
 from layerprobe.data.digits import digits
-from layerprobe.data.sources import load
+from layerprobe.data.loading import load
 
 
 def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighborhoods:
@@ -377,7 +377,7 @@ def test_an_archive_of_gray_images_is_scored_as_gray(tmp_path: Path) -> None:
     tinted = np.repeat(gray, 3, axis=-1)
     tinted[7, 0, 0, 0] += 1
     np.savez(tmp_path / "tinted.npz", arr_0=tinted)
-    with pytest.raises(ValueError, match=r"tinted.npz holds color images but the data is gray; pass --channels 3"):
+    with pytest.raises(ValueError, match=r"tinted.npz contains color images but the data is gray; pass --channels 3"):
         open_comparison(tmp_path / "tinted.npz", "digits", {})
 
 
@@ -442,21 +442,21 @@ BAD = {
     "absent.npz": "there is no file absent.npz; pass an .npz or .npy of samples",
     "nan.npy": "sample 7 of nan.npy has NaN or infinite values; remove or redraw it",
     "few.npy": "19 samples are too few; pass at least 20",
-    "none.npy": r"none.npy holds no samples \(shape \(0, 1, 8, 8\)\)",
+    "none.npy": r"none.npy contains no samples \(shape \(0, 1, 8, 8\)\)",
     "wide.npy": "samples are 1x8x9 but the data is 1x8x8; pass data of the samples' shape",
     "integers.npy": r"holds uint8 of shape \(30, 8, 8, 1\); an .npy must hold floating point \(n, C, \*grid\)",
     "flat.npy": r"holds float32 of shape \(30, 64\); an .npy must hold floating point",
-    "objects.npy": "objects.npy is no whole .npy of numbers",
+    "objects.npy": "objects.npy is not a complete .npy of numbers",
     "empty.npy": "empty.npy is empty; write it again",
     "empty.npz": "empty.npz is empty; write it again",
-    "cut.npy": r"cut.npy is no whole .npy of numbers \(.*\); write it again",
-    "other.npz": r"other.npz holds no arr_0; pass images as uint8 \(n, H, W, C\) under that name",
+    "cut.npy": r"cut.npy is not a complete .npy of numbers \(.*\); write it again",
+    "other.npz": r"other.npz has no array arr_0; pass images as uint8 \(n, H, W, C\) under that name",
     "float.npz": r"holds float32 of shape \(60, 1, 8, 8\); an .npz must hold images as uint8 \(n, H, W, C\)",
     "no-images.npz": r"holds uint8 of shape \(30, 8, 1\); an .npz must hold images",
-    "objects.npz": "objects.npz is no whole .npz of numbers",
-    "none.npz": "none.npz holds no samples",
-    "cut.npz": "cut.npz is no whole .npz of numbers",
-    "text.npz": "text.npz is no whole .npz of numbers",
+    "objects.npz": "objects.npz is not a complete .npz of numbers",
+    "none.npz": "none.npz contains no samples",
+    "cut.npz": "cut.npz is not a complete .npz of numbers",
+    "text.npz": "text.npz is not a complete .npz of numbers",
     "folder": "folder holds no samples.npy; pass a folder made by `layerprobe sample`",
 }
 

@@ -18,8 +18,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from layerprobe.analyses.runs.inspect import lines_of
+from layerprobe.data.loading import guess_modality, load
 from layerprobe.data.sequences.video import load_video
-from layerprobe.data.sources import guess_modality, load
 
 RATE = 8000
 

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from layerprobe.analyses.measures.linear_probes import linear_probe
-from layerprobe.analyses.selection.ranking import Selection, rank_pairs
-from layerprobe.analyses.tables.evidence import PROBE_GAP, TEACHER_NEED, pair_evidence
+from layerprobe.analyses.selection.ranking import rank_pairs
+from layerprobe.analyses.selection.records import Selection
+from layerprobe.analyses.tables.evidence import pair_evidence
+from layerprobe.analyses.tables.pair_evidence import PROBE_GAP, PairEvidence
 from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.data.loading import load
 from layerprobe.data.samples import Splits
-from layerprobe.data.sources import load
-from layerprobe.extraction.ablation import ablate_layers
+from layerprobe.extraction.ablation import LOSS_INCREASE, ablate_layers
 from layerprobe.extraction.evidence import extract_evidence
-from layerprobe.extraction.features import ExtractionPlan
+from layerprobe.extraction.plan import ExtractionPlan
 
 LEVELS = (0.1, 0.4)
 BLOCK = 5  # what the rule picks as a teacher where nothing was planted
@@ -67,7 +69,7 @@ def splits() -> Splits:
     return load("digits", num_train=200, num_validation=100, num_test=64)
 
 
-def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> pd.DataFrame:
+def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> PairEvidence:
     """With labels: probes of the small extraction, scored on the validation split."""
     whole = open_checkpoint("digits", device="cpu")
     network = copy.deepcopy(whole.module)
@@ -86,7 +88,7 @@ def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> p
             probed = linear_probe(*parts, inverse_penalties=(0.1,))
             scores["probe accuracy", layer, level] = probed.validation_correct.astype(np.float64)
             scores["knn accuracy", layer, level] = scores["probe accuracy", layer, level]
-    return pair_evidence(store, scores=scores, quality=pd.DataFrame(skipped.rows()))
+    return pair_evidence(store, scores=scores, ablation=pd.DataFrame(skipped.rows()))
 
 
 def teachers(selection: Selection) -> set[str]:
@@ -95,21 +97,20 @@ def teachers(selection: Selection) -> set[str]:
 
 @pytest.mark.parametrize("plant", [zeroed, duplicated, shuffled, noised, untouched])
 def test_a_useless_block_is_never_a_teacher(plant: Callable[[Any], None], splits: Splits, tmp_path: Path) -> None:
-    found = evidence_of(plant, splits, tmp_path)
-    means = found[found["noise_level"].isna() & (found["teacher"] == f"blocks.{BLOCK}")]
-    need = means[means["criterion"] == TEACHER_NEED].iloc[0]
+    evidence = evidence_of(plant, splits, tmp_path)
     for label_free in (False, True):
-        selection = rank_pairs(found, label_free=label_free)
+        selection = rank_pairs(evidence, label_free=label_free)
         if plant is untouched:
             assert selection.pick is not None
             assert f"blocks.{BLOCK}" in teachers(selection)
             continue
         assert f"blocks.{BLOCK}" not in teachers(selection)
-        reasons = [p.reasons for p in selection.rejected if (p.student, p.teacher) == ("blocks.1", f"blocks.{BLOCK}")]
-        assert any(reason.startswith(f"the network does not need blocks.{BLOCK}") for reason in reasons[0])
-    assert (need["low"] > 0) == (plant is untouched)
+        objections = [
+            p.objections for p in selection.rejected if (p.student, p.teacher) == ("blocks.1", f"blocks.{BLOCK}")
+        ]
+        assert "teacher not needed" in [objection.code for objection in objections[0]]
+    assert (evidence.layer_number(LOSS_INCREASE, f"blocks.{BLOCK}").low > 0) == (plant is untouched)
     if plant is zeroed:
         # What a probe reads would not have told: it finds the same there as in the block before.
-        between = found[(found["student"] == f"blocks.{BLOCK - 1}") & (found["teacher"] == f"blocks.{BLOCK}")]
-        gap = between[between["noise_level"].isna() & (between["criterion"] == PROBE_GAP)].iloc[0]
-        assert (gap["low"], gap["high"]) == (0, 0)
+        gap = evidence.number(PROBE_GAP, evidence.pairs.index((f"blocks.{BLOCK - 1}", f"blocks.{BLOCK}")))
+        assert (gap.low, gap.high) == (0, 0)

@@ -33,8 +33,9 @@ from layerprobe.analyses.tables.quality import measure
 from layerprobe.data.samples import Splits, TensorSamples
 from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.evidence import extract_evidence, pair_layers
-from layerprobe.extraction.features import ExtractionPlan, FeatureStore
+from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.forward import extract
+from layerprobe.extraction.plan import ExtractionPlan
 
 LEVELS = (0.2, 0.6)
 LAYERS = tuple(f"blocks.{i}" for i in range(4))

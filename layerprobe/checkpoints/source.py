@@ -1,0 +1,74 @@
+"""Which checkpoint is opened, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from layerprobe.files import absolute_source
+from layerprobe.options import option, to_record
+
+if TYPE_CHECKING:
+    from layerprobe.backbones import Backbone
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint and how it is opened. Fields that are None are left to the checkpoint; see `open_checkpoint`.
+
+    Attributes:
+        path: Weight file or folder of them, diffusers folder, or 'digits' for the embedded checkpoint.
+        weights: Set of weights of a file that has several, such as ema or model; the averaged ones if not given.
+        family: Family of a file that leaves it open: sit, layersync, disploss, dit, repa, sra, ...
+        num_heads: Number of attention heads, for widths that belong to no preset.
+        model: Network of your own: file.py:factory or package.module:Class.
+        subfolder: Folder of the model in a diffusers pipeline, if it is not the usual one.
+        lora: LoRA adapter on top of a diffusers model.
+        layers: Names or patterns of layers, separated by commas: 'blocks.*,mid'; 'blocks.*.attn:input' for the input
+            of a module.
+        schedule: Noise schedule: sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, ddpm-scaled_linear or
+            ddpm-cosine.
+        prediction: Prediction target: velocity, eps, x0, v or score.
+        shape: Shape of one input, if the file does not contain it: 3,32,32.
+        num_classes: Number of classes, if the file does not contain it; 0 for none.
+    """
+
+    path: str = field(metadata=option("checkpoint", is_argument=True))
+    weights: str | None = field(default=None, metadata=option())
+    family: str | None = field(default=None, metadata=option())
+    num_heads: int | None = field(default=None, metadata=option())
+    model: str | None = field(default=None, metadata=option())
+    subfolder: str | None = field(default=None, metadata=option())
+    lora: str | None = field(default=None, metadata=option())
+    layers: tuple[str, ...] | None = field(default=None, metadata=option())
+    schedule: str | None = field(default=None, metadata=option())
+    prediction: str | None = field(default=None, metadata=option())
+    shape: tuple[int, ...] | None = field(default=None, metadata=option())
+    num_classes: int | None = field(default=None, metadata=option())
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options that `open_checkpoint` takes."""
+        options = to_record(self)
+        del options["path"]
+        return options
+
+    def absolute(self) -> CheckpointSource:
+        """Returns the same source with absolute paths, so that it can be opened from any working directory."""
+        model = self.model
+        if model is not None:
+            file, colon, name = model.rpartition(":")
+            model = f"{absolute_source(file)}{colon}{name}"
+        lora = None if self.lora is None else absolute_source(self.lora)
+        return replace(self, path=absolute_source(self.path), model=model, lora=lora)
+
+    def open(self, *, device: str = "auto") -> Backbone:
+        """Opens the checkpoint; see `open_checkpoint`."""
+        from layerprobe.checkpoints.opening import open_checkpoint
+
+        return open_checkpoint(self.path, device=device, **self.options())
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the checkpoint is, as JSON; see `describe_checkpoint`."""
+        from layerprobe.checkpoints.opening import describe_checkpoint
+
+        return describe_checkpoint(self.path, **self.options())

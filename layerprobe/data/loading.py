@@ -1,0 +1,213 @@
+"""Reading a data set of any kind."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerprobe.data import images, tables
+from layerprobe.data.digits import digits
+from layerprobe.data.images import load_images
+from layerprobe.data.latents.layouts import latent_format, load_latents
+from layerprobe.data.latents.samples import LatentSamples
+from layerprobe.data.latents.vae import encode, latent_shape
+from layerprobe.data.samples import Samples, Splits
+from layerprobe.data.sequences import audio, motion, video
+from layerprobe.data.sequences.audio import load_audio
+from layerprobe.data.sequences.motion import load_motion
+from layerprobe.data.sequences.video import load_video
+from layerprobe.data.sources import DataSource
+from layerprobe.data.splits import split as divide
+from layerprobe.data.splits import take
+from layerprobe.options import flags
+from layerprobe.progress import StepProgress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(
+    source: str | Path,
+    *,
+    latent_scale: float | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+    expect_shape: tuple[int, ...] | None = None,
+    require_labels: bool = False,
+    **options: Any,
+) -> Splits:
+    """Reads a data set and divides it into splits. See `DataSource`, which has these options as fields.
+
+    Args:
+        source: "digits" for the embedded scans (a folder of that name is "./digits"), a folder of latents (see
+            `load_latents`), or what `load_images`, `load_audio`, `load_motion` or `load_video` takes.
+        latent_scale: Factor of the latents in a folder, see `load_latents`.
+        num_train: Number of samples of the training split; None for all, see `splits.split`.
+        num_validation: Number of samples of the validation split; None for all.
+        num_test: Number of samples of the test split; None for all.
+        seed: Seed that assigns samples to splits; without effect on the digits, whose splits are fixed.
+        expect_shape: Shape (C, *grid) that the model takes.
+        require_labels: Refuse unlabeled data.
+        options: Options of the loader of the data's modality, and `modality` itself if the data leaves it open. Options
+            that are None count as not given.
+
+    Raises:
+        ValueError: If the data cannot be read or divided, or is not as expected.
+    """
+    counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
+    options = {name: value for name, value in options.items() if value is not None}
+    if source == "digits":
+        surplus = flags(DataSource, options) + ["--latent-scale"] * (latent_scale is not None)
+        if surplus:
+            raise ValueError(f"the embedded digits are 1x8x8 and labeled as they are; leave out {' '.join(surplus)}")
+        embedded = digits()
+        _check_shape(embedded.train, expect_shape, source)
+        return take(embedded, **counts)
+    if latent_format(source) is not None:
+        if surplus := flags(DataSource, options):
+            raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(surplus)}")
+        latents = load_latents(source, scale=latent_scale, seed=seed)
+        _check_shape(latents, expect_shape, source)
+        if require_labels and latents.labels is None:
+            raise ValueError(f"{source} has no labels; write them where the tool that encoded the latents does")
+        return divide(latents, **counts, seed=seed)
+    if latent_scale is not None:
+        raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
+    modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
+    if modality not in LOADERS:
+        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
+    loader = LOADERS[modality]
+    parameters = inspect.signature(loader).parameters
+    if unknown := flags(DataSource, [name for name in options if name not in parameters]):
+        raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} has no effect; leave it out")
+    if modality == "video" and "size" not in options:
+        raise ValueError(f"{source} holds video; pass --size, the side of a frame in pixels")
+    parts = loader(source, **options)
+    for samples in parts.values():
+        _check_shape(samples, expect_shape, source)
+        if require_labels and samples.labels is None:
+            raise ValueError(f"{source} has no labels; pass --label-column, or put the items in one folder per class")
+    return divide(parts, **counts, seed=seed)
+
+
+LOADERS: dict[str, Callable[..., dict[str, Samples]]] = {
+    "image": load_images,
+    "audio": load_audio,
+    "motion": load_motion,
+    "video": load_video,
+}
+
+
+def read_table(source: str | Path, modality: str, *, split: str | None = None) -> dict[str, Dataset]:
+    """Returns the rows of a data set by part, as the loader of this modality reads them.
+
+    Raises:
+        ValueError: As `load` does.
+    """
+    if modality == "image":
+        return tables.read(source, suffixes=images.SUFFIXES, split=split)
+    suffixes = {"audio": audio.SUFFIXES, "motion": motion.SUFFIXES, "video": video.SUFFIXES}
+    if modality not in suffixes:
+        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
+    return tables.read_items(source, suffixes=suffixes[modality], split=split)
+
+
+def guess_modality(source: str | Path, *, split: str | None = None) -> str:
+    """Returns the modality of a data set by the endings of its files, or else by the names and types of its columns.
+
+    If these do not determine it, the modality is "image".
+    """
+    root = Path(source).expanduser()
+    if root.is_dir():
+        endings = {file.suffix.lower() for file in root.rglob("*")}
+        for modality, suffixes in (("audio", audio.SUFFIXES), ("motion", motion.SUFFIXES), ("video", video.SUFFIXES)):
+            if endings & set(suffixes) - {".gif"} and not endings & tables.TABLES.keys():
+                return modality
+    if not root.exists() or (root.is_dir() and not endings & tables.TABLES.keys()):
+        return "image"
+    features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
+    for name, feature in features.items():
+        if motion.holds_motion(feature):
+            return "motion"
+        ending = f".{name}"  # webdataset names columns after file endings
+        if tables.holds_bytes(feature) and (name in audio.COLUMNS or ending in audio.SUFFIXES):
+            return "audio"
+        if tables.holds_bytes(feature) and ending in video.SUFFIXES and ending != ".gif":
+            return "video"
+        if type(feature).__name__ == "Audio":
+            return "audio"
+        if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
+            return "video"
+    return "image"
+
+
+def encode_splits(
+    splits: Splits,
+    vae: str | Path,
+    *,
+    latent_scale: float | None = None,
+    expect_shape: tuple[int, ...] | None = None,
+    progress: StepProgress | None = None,
+) -> Splits:
+    """Encodes images as latents, on a GPU if there is one, and keeps the latents in the user's cache.
+
+    Args:
+        splits: Splits to encode; all of their samples are encoded, so reduce them first.
+        vae: Folder of the autoencoder, see `encode`.
+        latent_scale: Factor of the latents in place of the autoencoder's own.
+        expect_shape: Shape (C, h, w) that the model takes.
+        progress: Called with (images done, images in total), for one split after another.
+
+    Raises:
+        ValueError: If images, autoencoder and model do not fit together.
+    """
+    shape = latent_shape(splits.train.shape, vae)
+    if expect_shape is not None and shape != tuple(expect_shape):
+        latents, expected = ("x".join(map(str, numbers)) for numbers in (shape, expect_shape))
+        raise ValueError(
+            f"{vae} makes latents of {latents} but the model takes {expected}; pass --size, or another --vae"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    latents_by_split = {
+        name: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
+        for name, samples in splits.items()
+    }
+    return Splits(**latents_by_split)
+
+
+def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:
+    if expected is None or samples.shape == tuple(expected):
+        return
+    shape, model_shape = ("x".join(map(str, numbers)) for numbers in (samples.shape, expected))
+    if isinstance(samples, LatentSamples):
+        raise ValueError(f"latents are {shape} but the model takes {model_shape}; pass those that it was trained on")
+    if samples.modality != "image":
+        raise ValueError(
+            f"{samples.modality} samples are {shape} but the model takes {model_shape}; "
+            "pass the --length and the other options of its training"
+        )
+    channels, height, width = samples.shape
+    raise ValueError(
+        f"images are {height}x{width} with {channels} channel{'s' * (channels > 1)} but the model takes {model_shape}; "
+        f"{_remedy(samples.shape, expected, source)}"
+    )
+
+
+def _remedy(shape: tuple[int, ...], expected: tuple[int, ...], source: str | Path) -> str:
+    if source == "digits":
+        return "pass other data than the embedded digits"
+    if len(expected) != 3 or expected[0] not in (1, 3):
+        return "encode them as the model's training did: pass --vae, or a folder of latents as --data"
+    if expected[1] != expected[2]:
+        return f"resize them to {expected[1]}x{expected[2]} first"
+    options = [f"--size {expected[1]}"] * (shape[1:] != tuple(expected[1:]))
+    options += [f"--channels {expected[0]}"] * (shape[0] != expected[0])
+    return f"pass {' '.join(options)}"

@@ -1,0 +1,85 @@
+"""What is read from a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from layerprobe.options import option
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What is read from a model. Together with model and data it determines every number.
+
+    Attributes:
+        layers: Names of the layers; the store has them in the order in which they run. Empty until a backbone is
+            chosen.
+        noise_levels: Noise levels in [0, 1], ascending; 0 is clean, 1 is pure noise.
+        draws: Number of noise draws per sample and noise level; draw d is the same noise at every level.
+        pool_cells: Number of cells per grid axis over which tokens are averaged; 1 averages over all tokens, 2 keeps
+            2 x 2 means of an image side by side, which preserve where things are.
+        condition: Condition of the model: null for no label; label leaks the labels to the probes, for study only.
+        precision: float32, or bfloat16 for autocast; features are stored in float32.
+        seed: Seed of the noise.
+        shard_size: Number of samples per shard.
+        token_samples: Number of samples per split whose tokens are kept beside the pooled features, for spatial
+            analyses and labels of frames.
+        tokens_per_sample: Number of places at which tokens are kept, drawn once by the seed, for padded samples among
+            the real ones (repeated where there are fewer); 0 for the whole grid, which spatial analyses need.
+    """
+
+    layers: tuple[str, ...] = ()
+    noise_levels: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.5, 0.7, 0.9), metadata=option())
+    draws: int = field(default=1, metadata=option(minimum=1))
+    pool_cells: int = field(default=1, metadata=option(minimum=1))
+    condition: Literal["null", "label"] = field(
+        default="null",
+        metadata=option(
+            "true_labels", value="label", help="Condition the model on the true labels, which leaks them to the probes."
+        ),
+    )
+    precision: Literal["float32", "bfloat16"] = field(default="float32", metadata=option())
+    seed: int = 0
+    shard_size: int = 512
+    token_samples: int = field(default=0, metadata=option(minimum=0))
+    tokens_per_sample: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "noise_levels", tuple(float(level) for level in self.noise_levels))
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"a layer is named twice in {', '.join(self.layers)}; name each layer once")
+        if not all(0 <= level <= 1 for level in self.noise_levels):  # NaN also fails this
+            raise ValueError(
+                f"noise levels must lie between 0 (clean) and 1 (pure noise), got {list(self.noise_levels)}"
+            )
+        if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
+            raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
+        for name in ("draws", "pool_cells", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("token_samples", "tokens_per_sample"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.tokens_per_sample and not self.token_samples:
+            raise ValueError(
+                f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
+            )
+        for name, choices in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(choices)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON, without the token fields if no tokens are kept."""
+        # Plans without tokens keep the hash of versions without these fields, so their stores stay valid.
+        unused = () if self.token_samples else ("token_samples", "tokens_per_sample")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
+    def hash(self) -> str:
+        """Returns 16 hexadecimal digits that change with any field."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
