@@ -1,4 +1,4 @@
-"""Backbones: one adapter per model family, all speaking the same noise axis and velocity convention."""
+"""Backbones: one adapter per model family, all with the same noise levels and velocity convention."""
 
 import lazy_loader
 

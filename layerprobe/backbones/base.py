@@ -1,4 +1,4 @@
-"""What a model is to layerprobe: a module, its layers, and how to speak to it."""
+"""The backbone: a module, its layers, and how to call it in one convention."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ Forward = Callable[..., Tensor]
 class Backbone:
     """A diffusion model behind one convention.
 
-    `backbone(x_t, noise_level, condition)` is the velocity from data to noise (by the time of
-    `layerprobe.noise.schedules`), whatever the family predicts and however it counts time.
+    `backbone(x_t, noise_level, condition)` is the velocity from data to noise, with time as in
+    `layerprobe.noise.schedules`, for every family, prediction target and native time.
 
     Attributes:
-        module: The network.
-        layers: Names of the layers worth probing, in the module's order.
-        schedule: How data and noise mix, and the family's own time.
-        prediction: What the network gives; its sign follows the schedule's direction of time.
+        module: Network.
+        layers: Names of the layers to probe, in the module's order.
+        schedule: Schedule, which mixes data and noise and defines the family's native time.
+        prediction: Prediction target of the network; its sign follows the schedule's direction of time.
         shape: Shape (C, *grid) of one input.
-        num_classes: 0 for an unconditional model.
-        forward: Calls the module: (module, x_t, native time (B,), condition (B,) or None) -> output like x_t.
-        name: For people: "SiT 8 x 64, patch 2".
-        tokens: What of a layer's output are the sample's own tokens (B, T, D): gets the raw output and the layer's
-            name. For layers that give several streams, carry a condition's tokens along or put the sequence first.
-        takes_mask: Whether `forward` takes a fifth argument, a mask (B, *grid) of what is no padding, so that samples
-            may differ in length.
-        mask: Of the batch at hand, see `masked`.
-        token_grid: How many tokens a layer has along each axis, where the family tells; otherwise it is guessed from
-            their number.
+        num_classes: Number of classes; 0 for an unconditional model.
+        forward: Function that calls the module: (module, x_t, native time (B,), condition (B,) or None) -> output,
+            shape of x_t.
+        name: Name shown to the user, such as "SiT with 8 blocks of width 64, patch 2".
+        tokens: Function that extracts the sample's own tokens (B, T, D) from a layer's raw output and the layer's
+            name. It is needed if layers return several streams, include a condition's tokens or put the sequence first.
+        takes_mask: Whether `forward` takes a fifth argument, a mask (B, *grid) that is True outside of padding, so
+            that samples may differ in length.
+        mask: Mask of the current batch, set by `masked`.
+        token_grid: Number of tokens of a layer along each axis, if the family determines it; otherwise it is guessed
+            from their total number.
 
     Raises:
-        ValueError: If the prediction is none of `PREDICTIONS`.
+        ValueError: If the prediction is not one of `PREDICTIONS`.
     """
 
     module: nn.Module
@@ -61,25 +62,25 @@ class Backbone:
             raise ValueError(f"unknown prediction {self.prediction!r}; use one of {', '.join(PREDICTIONS)}")
 
     def __call__(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The velocity, shape of x_t.
+        """Returns the velocity, shape of x_t.
 
         Args:
             x_t: Noisy samples, shape (B, C, *grid).
-            noise_level: Shape (B,), in [0, 1].
+            noise_level: Noise levels in [0, 1], shape (B,).
             condition: Class labels, shape (B,), or None for the null condition.
 
         Raises:
-            ValueError: If the samples have another shape, or a level makes `convert_prediction` divide by zero.
+            ValueError: If the samples have another shape, or `convert_prediction` would divide by zero at a level.
         """
         output = self.predict(x_t, noise_level, condition)
         velocity = convert_prediction(output, x_t, noise_level, self.schedule, source=self.prediction, to="velocity")
         return velocity if self.mask is None else velocity.masked_fill(~self._real(x_t).unsqueeze(1), 0.0)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """What the network itself predicts (`self.prediction`), with time pointing from data to noise."""
+        """Returns the network's own prediction (`self.prediction`), with time running from data to noise."""
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(
-                f"samples have shape {tuple(x_t.shape[1:])}, {self.name} takes {self.shape}; resize the samples"
+                f"samples have shape {tuple(x_t.shape[1:])}, but {self.name} takes {self.shape}; resize the samples"
             )
         if condition is None:
             condition = self.null_condition(len(x_t), x_t.device)
@@ -92,35 +93,35 @@ class Backbone:
         return -output if flip else output
 
     def masked(self, mask: Tensor | None) -> Backbone:
-        """This backbone for the samples of one batch, of which only the masked part is real.
+        """Returns this backbone for one batch of padded samples.
 
-        What it gives there does not depend on the padding, and on the padding it gives 0.
+        Its output does not depend on the padding, and is 0 there.
 
         Args:
-            mask: Shape (B, *grid), bool, as in `Batch`; the backbone may then be given the batch, or the batch several
-                times over. None leaves it as it is.
+            mask: Mask of the batch, True outside of padding, shape (B, *grid), bool, as in `Batch`. The backbone then
+                takes this batch, or the batch repeated several times. None returns the backbone unchanged.
 
         Raises:
-            ValueError: If the network cannot tell padding from data.
+            ValueError: If the network does not take a mask.
         """
         if mask is None:
             return self
         if not self.takes_mask:
-            raise ValueError(f"{self.name} takes no padded samples; cut all to one length")
+            raise ValueError(f"{self.name} does not take padded samples; cut all to one length")
         return replace(self, mask=mask)
 
     def _real(self, x_t: Tensor) -> Tensor:
-        """The mask for the batch, or for the batch several times over, as guidance asks for it."""
+        """Returns the mask, repeated if the batch is repeated, as guidance does."""
         assert self.mask is not None
         return self.mask.to(x_t.device).repeat(len(x_t) // len(self.mask), *[1] * (self.mask.ndim - 1))
 
     def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-        """The label that means "no label", `num_classes`, shape (B,); None for unconditional models."""
+        """Returns the null label, `num_classes`, shape (B,); None for unconditional models."""
         return torch.full((batch_size,), self.num_classes, device=device) if self.num_classes else None
 
     @property
     def device(self) -> torch.device:
-        """Where the network's weights are."""
+        """The device of the network's weights."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
 
@@ -136,22 +137,22 @@ def wrap(
     name: str | None = None,
     tokens: Callable[[Any, str], Tensor] = as_tokens,
 ) -> Backbone:
-    """Makes a backbone from anybody's module.
+    """Makes a backbone of any module.
 
         backbone = wrap(unet, layers="b*", schedule="ddpm-linear", prediction="eps", shape=(1, 28, 28))
 
     Args:
-        module: The network; it is put into evaluation mode.
-        layers: Names or patterns; `*` stands for one part of a name ("blocks.*").
-        schedule: A `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine,
+        module: Network; it is set to evaluation mode.
+        layers: Names or patterns of layers; `*` stands for one part of a name ("blocks.*").
+        schedule: `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine,
             edm, sit-gvp, sit-vp.
-        prediction: "velocity", "eps", "x0", "v" or "score".
+        prediction: Prediction target: "velocity", "eps", "x0", "v" or "score".
         shape: Shape (C, *grid) of one input.
         num_classes: Number of classes; the null label is `num_classes`. 0 for an unconditional model.
-        forward: How to call the module where `module(x_t, time)`, or `module(x_t, time, label)` with classes, is not
-            right.
-        name: For people; the class name where not given.
-        tokens: See `Backbone`.
+        forward: Function that calls the module, as in `Backbone`; by default `module(x_t, time)`, or
+            `module(x_t, time, label)` with classes.
+        name: Name shown to the user; by default the name of the module's class.
+        tokens: Function that extracts the tokens of a layer's output, as in `Backbone`.
 
     Raises:
         ValueError: If a layer, the schedule or the prediction is unknown.
@@ -171,13 +172,13 @@ def wrap(
 
 @torch.inference_mode()
 def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Number of tokens and width of each layer, in the order in which they run; one whole forward pass of one sample.
+    """Returns (tokens, width) of each layer in the order in which they run, from one forward pass of one sample.
 
     Raises:
-        ValueError: If a layer does not run, runs twice or gives no tokens.
+        ValueError: If a layer does not run, runs twice or returns no tokens.
     """
     device = backbone.device
-    # To the end, unlike in extraction: this is where a layer that runs twice is noticed.
+    # A complete pass, unlike in extraction, so that a layer that runs twice is noticed.
     with capture(backbone.module, layers or backbone.layers, tokens=backbone.tokens) as outputs:
         backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
     return {name: (tokens.shape[1], tokens.shape[2]) for name, tokens in outputs.items()}
@@ -190,14 +191,16 @@ def _call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor
 
 
 def alignable_layers(backbone: Backbone) -> tuple[str, ...]:
-    """The layers of the commonest shape, in the order in which they run: only these can be aligned with one another.
+    """Returns the layers of the most common shape, in running order; only these can be aligned with each other.
 
     Raises:
-        ValueError: If no two layers have a shape in common.
+        ValueError: If no two layers have the same shape.
     """
     shapes = layer_shapes(backbone)
-    commonest = max(shapes.values(), key=list(shapes.values()).count)
-    alike = tuple(name for name, shape in shapes.items() if shape == commonest)
-    if len(alike) < 2:
-        raise ValueError(f"no two layers of {backbone.name} have tokens of one shape; pass other --layers to probe")
-    return alike
+    most_common = max(shapes.values(), key=list(shapes.values()).count)
+    layers = tuple(name for name, shape in shapes.items() if shape == most_common)
+    if len(layers) < 2:
+        raise ValueError(
+            f"no two layers of {backbone.name} have tokens of the same shape; pass other --layers to probe"
+        )
+    return layers

@@ -1,11 +1,11 @@
-"""The published families of diffusion transformers: from the tensors and arguments in a file to a backbone.
+"""Builds backbones of the published families of diffusion transformers from a file's tensors and arguments.
 
-SiT, LayerSync, DispLoss and DiT files have the same names and shapes and differ in what time and output mean, which is
-the family's schedule and prediction here. Training arguments that were saved with the weights can tell more.
+SiT, LayerSync, DispLoss and DiT files have the same names and shapes, but differ in schedule and prediction target.
+Training arguments saved with the weights can distinguish them.
 
 Sources: the published training code of SiT (arXiv:2401.08740), LayerSync (arXiv:2510.12581), DispLoss
 (arXiv:2506.09027), DiT (arXiv:2212.09748), REPA (arXiv:2410.06940), SRA (arXiv:2505.02831) and LightningDiT
-(arXiv:2501.01423); MDM has its own in `mdm`.
+(arXiv:2501.01423); `mdm` names the source of MDM.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from layerprobe.noise import GVP, VP, NoiseSchedule, Prediction, schedule_from_n
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 SD_LATENTS = "latents of Stable Diffusion's VAE x 0.18215"
-# What the training scripts call their predictions.
+# Prediction targets by their names in the training scripts.
 PREDICTION_NAMES: dict[str, Prediction] = {"velocity": "velocity", "v": "velocity", "noise": "eps", "score": "score"}
-# What they call a path that is not linear, by the schedule of the family on the linear path.
+# Schedules of the curved paths, by the family's schedule on the linear path and the path's name in the scripts.
 CURVED_PATHS: Mapping[tuple[str, str], Callable[[], NoiseSchedule]] = MappingProxyType(
     {("sit", "GVP"): GVP, ("sit", "VP"): VP, ("flow", "cosine"): lambda: GVP(data_time=0, noise_time=1)}
 )
@@ -38,11 +38,11 @@ CURVED_PATHS: Mapping[tuple[str, str], Callable[[], NoiseSchedule]] = MappingPro
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A network without weights, and the weights for it.
+    """A network without weights, and the weights to load into it.
 
     Attributes:
-        backbone: Its module is on the "meta" device: fill it with `load_state_dict(tensors, assign=True)`.
-        tensors: The file's tensors by the module's names.
+        backbone: Backbone with its module on the "meta" device; `load_state_dict(tensors, assign=True)` fills it.
+        tensors: Tensors of the file, by the module's names.
         unused: Names of the file's tensors that only training needs.
     """
 
@@ -53,15 +53,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class Family:
-    """What the published training code of a family means.
+    """The convention of a family's published training code.
 
     Attributes:
-        title: For people.
+        title: Name shown to the user.
         schedule: Name of the noise schedule.
-        prediction: What the network gives.
-        mark: A training argument that only this family's script has; None where it has none of its own.
-        heads: How the names of tensors begin that only training needs.
-        latents: What the training script feeds the network; samples have to be encoded and scaled alike.
+        prediction: Prediction target of the network.
+        mark: Training argument that only this family's script has; None if there is no such argument.
+        heads: Prefixes of the names of tensors that only training needs.
+        latents: Input of the network in training; samples must be encoded and scaled in the same way.
     """
 
     title: str
@@ -88,25 +88,25 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             mark="transport",
             latents="latents of the VA-VAE, (z - mean) / std by channel with the statistics of latents_stats.pt",
         ),
-        "mdm": Family("MDM", "ddpm-cosine", "x0", latents="motions, normalized as in the training data's code"),
+        "mdm": Family("MDM", "ddpm-cosine", "x0", latents="motions, normalized as in the code of the training data"),
     }
 )
 
 
 def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUMENTS) -> tuple[str, ...]:
-    """The families that a file can be of: none for unknown networks, several where the user must say.
+    """Returns the families that a file may belong to: none for unknown networks, several if the user has to choose.
 
     Args:
         tensors: Tensors by name.
-        args: Training arguments saved with them, such as `{"model": "SiT-XL/2", "path_type": "Linear"}`; for
-            LightningDiT its configuration.
+        args: Training arguments saved with them, such as `{"model": "SiT-XL/2", "path_type": "Linear"}`; the
+            configuration of a LightningDiT.
     """
     if recognize_mdm(tensors):
         return ("mdm",)
     patch, last = tensors.get("x_embedder.proj.weight"), tensors.get("final_layer.linear.weight")
     if patch is None or last is None:
         return ()
-    # Sizes as products over slices of a shape, which any shape has.
+    # Products over slices of the shape, which exist for tensors of any shape.
     learn_sigma = last.shape[:1].numel() == 2 * patch.shape[1:].numel()
     if _is_lightningdit(tensors, width=patch.shape[:1].numel()):
         return ("lightningdit",)
@@ -121,8 +121,8 @@ def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUME
         allowed = ("sra-dit",) if qk_norm else ("sit", "layersync", "disploss", "dit", "sra-dit")
     else:
         allowed = ("repa", "sra") if qk_norm else ("sit", "layersync", "disploss", "dit", "repa", "sra")
-    told = _told(args)
-    return tuple(name for name in allowed if name in told) or allowed
+    candidates = _families_with_arguments(args)
+    return tuple(name for name in allowed if name in candidates) or allowed
 
 
 def build(
@@ -136,42 +136,44 @@ def build(
     schedule: NoiseSchedule | str | None = None,
     prediction: Prediction | None = None,
 ) -> Opened:
-    """The network that a family's file was saved from, behind the common convention.
+    """Builds the network that a family's file was saved from, as a backbone without weights.
 
     Args:
-        family: One of `FAMILIES`.
-        tensors: The file's tensors by name, without what wrappers of the network add to it. Only names and shapes are
-            looked at.
-        args: Training arguments saved with them, see `recognize`.
-        num_heads: Needed where neither the width nor a tensor tells it.
-        shape: Shape (C, *grid) of one input; needed where the grid is not square.
-        num_classes: Checked against the file, which tells it.
-        schedule: Where the model was trained otherwise than the published one; a schedule or its name.
-        prediction: Likewise.
+        family: Name of the family, one of `FAMILIES`.
+        tensors: Tensors of the file by name, without what wrappers of the network add to it. Only names and shapes are
+            used.
+        args: Training arguments saved with them, as in `recognize`.
+        num_heads: Number of attention heads; needed if neither the width nor a tensor determines it.
+        shape: Shape (C, *grid) of one input; needed if the grid is not square.
+        num_classes: Number of classes, to check the file against.
+        schedule: Schedule or its name, if the model was trained differently from the published one.
+        prediction: Prediction target, in the same case.
 
     Raises:
-        ValueError: If the family is unknown, a tensor that tells the configuration is missing or misshapen, the
-            arguments contradict the tensors, or training used a path or prediction that has no schedule here.
+        ValueError: If the family is unknown, a tensor that determines the configuration is missing or has a wrong
+            shape, the arguments contradict the tensors, or training used an unknown path or prediction.
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
     if family == "mdm":
         if not recognize_mdm(tensors):
             raise ValueError(
-                "this is no MDM: it has no input_process, output_process and embed_timestep; use its own file"
+                "this is not an MDM: it lacks input_process, output_process or embed_timestep; pass an MDM's file"
             )
-        asked: dict[str, Any] = {"num_heads": num_heads, "shape": shape, "num_classes": num_classes}
-        return Opened(*build_mdm(tensors, args=args, schedule=schedule, prediction=prediction, **asked))
-    known, settings = FAMILIES[family], _settings(args)
-    schedule, prediction = _convention(known, settings, schedule, prediction)
-    unused = tuple(name for name in tensors if name.startswith(known.heads))
-    kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        options: dict[str, Any] = {"num_heads": num_heads, "shape": shape, "num_classes": num_classes}
+        return Opened(*build_mdm(tensors, args=args, schedule=schedule, prediction=prediction, **options))
+    published, settings = FAMILIES[family], _settings(args)
+    schedule, prediction = _convention(published, settings, schedule, prediction)
+    unused = tuple(name for name in tensors if name.startswith(published.heads))
+    network_tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     if family == "repa":
-        kept = _without_decoder_blocks(kept)
+        network_tensors = _without_decoder_blocks(network_tensors)
     make: Callable[..., Backbone] = _lightningdit if family == "lightningdit" else _sit
-    backbone = make(kept, known, num_heads=num_heads, shape=shape, schedule=schedule, prediction=prediction)
+    backbone = make(
+        network_tensors, published, num_heads=num_heads, shape=shape, schedule=schedule, prediction=prediction
+    )
     _check_classes(backbone.num_classes, settings.get("num_classes") if num_classes is None else num_classes)
-    return Opened(backbone, kept, unused)
+    return Opened(backbone, network_tensors, unused)
 
 
 def _sit(
@@ -203,44 +205,44 @@ def _lightningdit(
 
 
 def _is_lightningdit(tensors: Mapping[str, Tensor], *, width: int) -> bool:
-    """Whether there is any of what LightningDiT adds to a SiT or leaves out of it."""
+    """Tests for any of the changes of LightningDiT to SiT."""
     modulation = tensors.get("blocks.0.adaLN_modulation.1.bias")
     added = (lightningdit.ROTARY, lightningdit.GATED_MLP, "blocks.0.norm1.weight")
     return any(name in tensors for name in added) or (modulation is not None and modulation.numel() == 4 * width)
 
 
-def _told(args: Mapping[str, Any]) -> tuple[str, ...]:
-    """The families whose training scripts have such arguments; all where they tell nothing."""
+def _families_with_arguments(args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the families whose training scripts have such arguments; all families if they tell nothing."""
     marked = tuple(name for name, family in FAMILIES.items() if family.mark in args)
     if marked:
         return marked
     model, path = str(args.get("model")), args.get("path_type")
     if model.startswith("DiT"):
         return ("dit",)
-    # SiT's script and its kin write "Linear"; REPA's and its kin, where time 1 is noise, write "linear".
+    # SiT's script and its forks write "Linear"; REPA's and its forks, in which time 1 is noise, write "linear".
     if model.startswith("SiT") and isinstance(path, str):
         return ("repa", "sra") if path.islower() else ("sit",)
     return tuple(FAMILIES)
 
 
 def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in one level: LightningDiT saves a configuration with sections."""
+    """Flattens the arguments: LightningDiT saves a configuration with sections."""
     sections = [value for value in args.values() if isinstance(value, Mapping)]
-    plain = {name: value for name, value in args.items() if not isinstance(value, Mapping)}
-    return {name: value for section in (*sections, plain) for name, value in section.items()}
+    top_level = {name: value for name, value in args.items() if not isinstance(value, Mapping)}
+    return {name: value for section in (*sections, top_level) for name, value in section.items()}
 
 
 def _convention(
     family: Family, settings: Mapping[str, Any], schedule: NoiseSchedule | str | None, prediction: Prediction | None
 ) -> tuple[NoiseSchedule, Prediction]:
-    """What the caller says, else what the training arguments say, else what the family's script does by default."""
+    """Returns the caller's convention, else that of the training arguments, else the default of the family's script."""
     path, name = str(settings.get("path_type") or "linear"), settings.get("prediction") or family.prediction
     curved = CURVED_PATHS.get((family.schedule, path))
     if schedule is None and curved is not None:
         schedule = curved()
     if schedule is None and path.lower() != "linear":
         raise ValueError(
-            f"this model was trained on the path {path!r}, which {family.title} does not have; pass --schedule"
+            f"this model was trained on the path {path!r}, which is unknown for {family.title}; pass --schedule"
         )
     if prediction is None:
         if name not in (*PREDICTION_NAMES, family.prediction):
@@ -250,29 +252,29 @@ def _convention(
         prediction = PREDICTION_NAMES.get(name, family.prediction)
     if isinstance(schedule, NoiseSchedule):
         return schedule, prediction
-    with torch.device("cpu"):  # Its tables have values, whatever device the caller makes networks on.
+    with torch.device("cpu"):  # Schedules have tables of values, even if the caller builds on the "meta" device.
         return schedule_from_name(schedule or family.schedule), prediction
 
 
 def _without_decoder_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Early REPA files call the blocks after the aligned one `decoder_blocks` and count them from 0 again."""
+    """Renames `decoder_blocks`, as early REPA files call the blocks after the aligned one, counted from 0 again."""
     first = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     return {
-        re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{first + int(found[1])}", name): tensor
+        re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{first + int(match[1])}", name): tensor
         for name, tensor in tensors.items()
     }
 
 
-def _check_classes(found: int, told: Any) -> None:
-    """The null label is the last row of the label table, if there is one; one row alone is an unconditional model's."""
-    if told in (None, found) or (told, found) == (1, 0):
+def _check_classes(num_classes: int, expected: Any) -> None:
+    """Checks the classes: the null label is the table's last row; a table of one row is of an unconditional model."""
+    if expected in (None, num_classes) or (expected, num_classes) == (1, 0):
         return
-    if told == found + 1:
+    if expected == num_classes + 1:
         raise ValueError(
-            f'all {told} rows of the label table are classes: trained without label dropout, this model has no "no '
-            'label" to be read under; pass --model with a forward of your own'
+            f"all {expected} rows of the label table are classes: this model was trained without label dropout and has "
+            "no null label; pass --model with a forward of your own"
         )
     raise ValueError(
-        f"the label table has {found} classes and a row for no label, not {told} classes; pass the number of the "
-        "training data"
+        f"the label table has {num_classes} classes and a null label, not {expected} classes; pass the number of "
+        "classes of the training data"
     )

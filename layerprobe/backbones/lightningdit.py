@@ -1,7 +1,7 @@
 """LightningDiT: a SiT with rotary positions, RMS norms and a gated MLP, on a two-dimensional grid.
 
-The state dict has the names and shapes of the official one. Native time 1 is data, as in SiT, from which its transport
-comes. Each of its changes to SiT leaves a trace in the tensors, so that a file tells which of them it has.
+The state dict has the names and shapes of the official one. Native time 1 is data, as in SiT, whose transport code it
+uses. Each of its changes to SiT leaves a trace in the tensors, so a file determines which of them it has.
 
 Source: Yao & Wang 2025, "Reconstruction vs. Generation" (arXiv:2501.01423).
 """
@@ -21,7 +21,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
-# Of the sizes that SiT has not: width and heads of the models of 1.0 and 1.6 billion weights.
+# Heads by width of the sizes that SiT lacks: the models of 1.0 and 1.6 billion parameters.
 WIDE_HEADS = {1536: 24, 1792: 28}
 ROTARY = "feat_rope.freqs_cos"
 GATED_MLP = "blocks.0.mlp.w3.weight"
@@ -32,15 +32,15 @@ class LightningDiTConfig:
     """The shape of a LightningDiT.
 
     Attributes:
-        trunk: What it has in common with a SiT; with a gated MLP, `mlp_ratio` is the width of its inner layer over the
-            width of a token.
-        rotary: Queries and keys are turned by their place on the grid.
-        rms_norm: Trained RMS norms in place of LayerNorms without weights.
-        gated_mlp: SwiGLU in place of GELU.
-        shift: The condition shifts what it scales.
+        trunk: Configuration in common with a SiT; with a gated MLP, `mlp_ratio` is the width of its inner layer over
+            the width of a token.
+        rotary: Whether queries and keys are rotated by their position on the grid.
+        rms_norm: Whether norms are trained RMS norms instead of LayerNorms without weights.
+        gated_mlp: Whether the MLP is SwiGLU instead of GELU.
+        shift: Whether the condition shifts the activations that it scales.
 
     Raises:
-        ValueError: If the grid is not two-dimensional, or its axes have no equal share of a head's width.
+        ValueError: If the grid is not two-dimensional, or the width of a head does not divide evenly over its axes.
     """
 
     trunk: SiTConfig
@@ -54,7 +54,7 @@ class LightningDiTConfig:
             raise ValueError(f"LightningDiT takes samples of shape (C, height, width), got {self.trunk.shape}")
         if self.rotary and self.head_width % 4:
             raise ValueError(
-                f"rotary positions need a head's width to be a multiple of 4, got {self.head_width}; change num_heads"
+                f"rotary positions need a head width that is a multiple of 4, got {self.head_width}; change num_heads"
             )
 
     @property
@@ -80,7 +80,13 @@ class LightningDiT(nn.Module):
         self.final_layer = FinalLayer(config, math.prod(trunk.patch) * out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Args: x of shape (B, C, *grid), native times t (B,), labels y (B,) with `num_classes` for "no label"."""
+        """Returns the prediction, shape of x.
+
+        Args:
+            x: Noisy samples, shape (B, C, *grid).
+            t: Native times, shape (B,).
+            y: Labels, shape (B,), with `num_classes` for "no label".
+        """
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
@@ -89,9 +95,10 @@ class LightningDiT(nn.Module):
 
 
 class RotaryPosition(nn.Module):
-    """Turns pairs of channels of (B, heads, T, head width) by angles that grow with the row, then with the column.
+    """Rotates pairs of channels of (B, heads, T, head width) by angles proportional to the token's row and column.
 
-    Half of the pairs belong to each axis. The tables are saved with the weights, as in the official code.
+    The first half of the pairs encodes the row, the second half the column. The tables are saved with the weights, as
+    in the official code.
     """
 
     freqs_cos: Tensor
@@ -107,8 +114,8 @@ class RotaryPosition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         even, odd = x[..., 0::2], x[..., 1::2]
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return x * self.freqs_cos + turned * self.freqs_sin
+        rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * self.freqs_cos + rotated * self.freqs_sin
 
 
 class Attention(nn.Module):
@@ -150,7 +157,7 @@ class GatedMLP(nn.Module):
 
 
 class LightningDiTBlock(nn.Module):
-    """Attention and MLP, each scaled, gated and most often shifted by the condition."""
+    """Attention and MLP, each scaled, gated and usually shifted by the condition."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -208,7 +215,7 @@ def lightningdit_backbone(
     prediction: Prediction = "velocity",
     name: str | None = None,
 ) -> Backbone:
-    """A LightningDiT behind the common convention; by default time 1 is data and the velocity is predicted."""
+    """Makes a backbone of a LightningDiT; by default time 1 is data and the network predicts the velocity."""
     trunk = module.config.trunk
     return Backbone(
         module=module,
@@ -225,25 +232,26 @@ def lightningdit_backbone(
 def config_from_state_dict(
     state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, shape: Sequence[int] | None = None
 ) -> LightningDiTConfig:
-    """The configuration of an official state dict; arguments and errors as in `sit.config_from_state_dict`.
+    """Reads the configuration from an official state dict; arguments and errors as in `sit.config_from_state_dict`.
 
-    Rotary tables tell the width of a head, so that `num_heads` is rarely needed.
+    Rotary tables determine the width of a head, so `num_heads` is rarely needed.
     """
     tensors = dict(state_dict)
     for name in (ROTARY, GATED_MLP):
         if name in tensors and (tensors[name].ndim != 2 or not tensors[name].numel()):
             raise ValueError(
-                f"this is no whole LightningDiT: {name} has shape {tuple(tensors[name].shape)}; use a whole state dict"
+                f"this is not a complete LightningDiT: {name} has shape {tuple(tensors[name].shape)}; "
+                "use a complete state dict"
             )
-    if GATED_MLP in tensors:  # Its last layer tells the inner width, which a SiT's first layer tells.
+    if GATED_MLP in tensors:  # Its last layer determines the inner width, as the first layer of a SiT's MLP does.
         tensors["blocks.0.mlp.fc1.weight"] = tensors[GATED_MLP].T
     width = tensors["pos_embed"].shape[-1:].numel() if "pos_embed" in tensors else 0
-    found = width // tensors[ROTARY].shape[1] if ROTARY in tensors else None
-    if found is not None and num_heads not in (None, found):
-        raise ValueError(f"{ROTARY} tells that there are {found} heads, not {num_heads}; leave --num-heads out")
+    rotary_heads = width // tensors[ROTARY].shape[1] if ROTARY in tensors else None
+    if rotary_heads is not None and num_heads not in (None, rotary_heads):
+        raise ValueError(f"{ROTARY} shows {rotary_heads} heads, not {num_heads}; leave --num-heads out")
     trunk = sit.config_from_state_dict(
         tensors,
-        num_heads=next((n for n in (num_heads, found, WIDE_HEADS.get(width)) if n is not None), None),
+        num_heads=next((n for n in (num_heads, rotary_heads, WIDE_HEADS.get(width)) if n is not None), None),
         shape=shape,
     )
     modulation = tensors.get("blocks.0.adaLN_modulation.1.bias")

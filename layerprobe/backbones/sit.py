@@ -26,9 +26,9 @@ from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 # name: (depth, hidden size, heads); Table 1 of DiT.
 PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESET_PATCH_SIZES = (2, 4, 8)
-# name: (depth, hidden size, heads, most tokens); for small machines, with patches that suit the data.
+# name: (depth, hidden size, heads, maximum tokens); for small machines, with patches chosen for the data.
 SMALL_PRESETS = {"tiny": (8, 64, 4, 64), "small": (8, 128, 4, 256)}
-FEWEST_TOKENS = 16
+MIN_TOKENS = 16
 FREQUENCIES = 256
 
 
@@ -41,14 +41,15 @@ class SiTConfig:
         patch_size: Edge of a patch along every grid axis, or one edge per axis.
         hidden_size: Width of a token.
         depth: Number of blocks.
-        num_heads: Attention heads; divides hidden_size.
-        num_classes: 0 for an unconditional model.
+        num_heads: Number of attention heads; divides hidden_size.
+        num_classes: Number of classes; 0 for an unconditional model.
         mlp_ratio: Width of the MLP over the width of a token.
-        learn_sigma: The official models give 2 C channels, the second half unused; ours give C.
-        qk_norm: Queries and keys are normalized within each head, as REPA and SRA can.
+        learn_sigma: Whether the output has 2 C channels with an unused second half, as in the official models, instead
+            of C.
+        qk_norm: Whether queries and keys are normalized within each head, as is optional in REPA and SRA.
 
     Raises:
-        ValueError: If these make no network.
+        ValueError: If the values do not make a network.
     """
 
     shape: tuple[int, ...]
@@ -70,12 +71,14 @@ class SiTConfig:
             if len(edges) != len(self.shape) - 1:
                 raise ValueError(
                     f"a patch of {'x'.join(map(str, edges))} does not fit the grid {self.shape[1:]}; pass one edge for "
-                    "all axes, or one for each"
+                    "all axes, or one edge per axis"
                 )
             object.__setattr__(self, "patch_size", edges[0] if len(set(edges)) == 1 else edges)
         numbers = (*self.shape, *self.patch, self.hidden_size, self.depth, self.num_heads, self.num_classes + 1)
         if min(numbers) < 1:
-            raise ValueError(f"shape, patch, width, depth and heads count from 1 and classes from 0, got {self}")
+            raise ValueError(
+                f"shape, patch, width, depth and heads must be at least 1, and classes at least 0, got {self}"
+            )
         if any(edge % step for edge, step in zip(self.shape[1:], self.patch, strict=True)):
             raise ValueError(
                 f"the grid {self.shape[1:]} does not divide into patches of {self.patch_name}; change one of them"
@@ -86,27 +89,29 @@ class SiTConfig:
             )
         if self.hidden_size % 2 or self.hidden_size // 2 < len(self.shape) - 1:
             raise ValueError(
-                f"hidden size {self.hidden_size} has no room for positions; pass an even one, at least 2 per grid axis"
+                f"hidden size {self.hidden_size} is odd or too small for positions; pass an even one, at least 2 per "
+                "grid axis"
             )
 
     @classmethod
     def preset(
         cls, name: str, *, shape: tuple[int, ...], num_classes: int = 0, patch_size: int | tuple[int, ...] | None = None
     ) -> SiTConfig:
-        """ "S/2" to "XL/8": a size of the paper and a patch size; "tiny" and "small": a patch by `fitting_patch`.
+        """Returns the configuration of a preset.
 
         Args:
-            name: Of the preset.
+            name: Name of the preset: "S/2" to "XL/8", a size of the paper and a patch size; or "tiny" or "small", with
+                a patch by `fitting_patch`.
             shape: Shape (C, *grid) of one input.
-            num_classes: 0 for an unconditional model.
-            patch_size: Instead of the preset's.
+            num_classes: Number of classes; 0 for an unconditional model.
+            patch_size: Patch size to use instead of the preset's.
 
         Raises:
-            ValueError: If there is no such preset, or no patch that fits the grid.
+            ValueError: If the preset is unknown, or no patch fits the grid.
         """
         if name in SMALL_PRESETS:
-            depth, hidden_size, num_heads, most = SMALL_PRESETS[name]
-            patch_size = fitting_patch(tuple(shape[1:]), most) if patch_size is None else patch_size
+            depth, hidden_size, num_heads, max_tokens = SMALL_PRESETS[name]
+            patch_size = fitting_patch(tuple(shape[1:]), max_tokens) if patch_size is None else patch_size
             return cls(shape, patch_size, hidden_size, depth, num_heads, num_classes)
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdigit() or int(patch) not in PRESET_PATCH_SIZES:
@@ -124,7 +129,7 @@ class SiTConfig:
 
     @property
     def patch_name(self) -> str:
-        """For people: "2", or "1x4x4" where the axes differ."""
+        """The patch size as text: "2", or "1x4x4" if the axes differ."""
         return str(self.patch_size) if isinstance(self.patch_size, int) else "x".join(map(str, self.patch_size))
 
     @property
@@ -134,46 +139,45 @@ class SiTConfig:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name shown to the user."""
         return f"SiT with {self.depth} blocks of width {self.hidden_size}, patch {self.patch_name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What `SiTConfig(**...)` takes."""
+        """Returns the arguments of `SiTConfig` as JSON."""
         patch = self.patch_size if isinstance(self.patch_size, int) else list(self.patch_size)
         return asdict(self) | {"shape": list(self.shape), "patch_size": patch}
 
 
-def fitting_patch(grid: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The patch that makes as many tokens as possible but not more than `most`; of several, the nearest to a cube.
+def fitting_patch(grid: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    """Returns the patch with the most tokens up to `max_tokens`; of several, the one nearest to a cube.
 
-    It divides the grid, is square on the last two axes and takes no more frames of a video than it is wide. Fewer than
-    16 tokens are too few for attention to mean much, so they are only made where the grid has no more places.
+    The patch divides the grid, is square on the last two axes and covers no more frames of a video than it is wide.
+    Attention needs at least 16 tokens; smaller numbers are used only if the grid has fewer positions.
 
     Args:
-        grid: Of the samples, such as (L,), (H, W) or (F, H, W).
-        most: Tokens of a sample.
+        grid: Grid of a sample, such as (L,), (H, W) or (F, H, W).
+        max_tokens: Maximum number of tokens of a sample.
 
     Raises:
-        ValueError: If no patch makes 16 tokens to `most`.
+        ValueError: If no patch makes 16 to `max_tokens` tokens.
     """
     divisors = [[step for step in range(1, edge + 1) if edge % step == 0] for edge in grid]
     square = (patch for patch in itertools.product(*divisors) if len(set(patch[-2:])) == 1 and patch[0] <= patch[-1])
-    places = math.prod(grid)
-    fewest = min(FEWEST_TOKENS, places)
-    fitting = [patch for patch in square if fewest <= places // math.prod(patch) <= most]
+    num_positions = math.prod(grid)
+    min_tokens = min(MIN_TOKENS, num_positions)
+    fitting = [patch for patch in square if min_tokens <= num_positions // math.prod(patch) <= max_tokens]
     if not fitting:
-        seen = "x".join(map(str, grid))
         raise ValueError(
-            f"no {'square ' * (len(grid) > 1)}patch divides a grid of {seen} into {FEWEST_TOKENS} to {most} tokens; "
-            "pass --patch-size, or another --length or --size"
+            f"no {'square ' * (len(grid) > 1)}patch divides a grid of {'x'.join(map(str, grid))} into {MIN_TOKENS} "
+            f"to {max_tokens} tokens; pass --patch-size, or another --length or --size"
         )
     return min(fitting, key=lambda patch: (math.prod(patch), max(patch) / min(patch)))
 
 
 class SiT(nn.Module):
-    """The transformer: x_t, native time and labels in, prediction out.
+    """The transformer, from x_t, native time and labels to the prediction.
 
-    A new SiT is an identity from block to block (adaLN-Zero), so all layers start equal.
+    Every block of a new SiT is the identity (adaLN-Zero), so all layers start equal.
     """
 
     def __init__(self, config: SiTConfig) -> None:
@@ -190,14 +194,14 @@ class SiT(nn.Module):
         self._initialize()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The prediction, like x.
+        """Returns the prediction, shape of x.
 
         Args:
-            x: Shape (B, C, *grid).
+            x: Noisy samples, shape (B, C, *grid).
             t: Native times, shape (B,).
             y: Labels, shape (B,), with `num_classes` for "no label".
-            mask: Shape (B, *grid), bool, True where a sample is real. No token attends to patches of padding alone,
-                and the rest of the padding is seen as 0; so is what is given there.
+            mask: Mask, shape (B, *grid), bool, True outside of padding. No token attends to patches that are all
+                padding; other padding is set to 0 in the input and the output.
         """
         keys = None
         if mask is not None:
@@ -228,7 +232,7 @@ class SiT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, *grid) -> (B, T, D)."""
+    """Embedding of patches, (B, C, *grid) -> (B, T, D)."""
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -241,7 +245,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Native times (B,) -> (B, D): sinusoids and an MLP."""
+    """Embedding of native times, (B,) -> (B, D): sinusoids and an MLP."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -257,7 +261,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> (B, D); row `num_classes` means "no label". Who trains drops the labels."""
+    """Embedding of labels, (B,) -> (B, D); row `num_classes` means "no label". Label dropout is up to the trainer."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -269,7 +273,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D), to the tokens of `keys`, (B, T) bool; to all without."""
+    """Multi-head self-attention, (B, T, D) -> (B, T, D), to the tokens in the mask `keys`, (B, T), or to all."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -281,9 +285,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         b, n, d = x.shape
-        seen = None if keys is None else keys[:, None, None]
+        mask = None if keys is None else keys[:, None, None]
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=seen)
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
         mixed: Tensor = self.proj(attended.transpose(1, 2).reshape(b, n, d))
         return mixed
 
@@ -321,7 +325,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The modulated projection of tokens (B, T, D) to patches (B, T, values of a patch * C)."""
+    """The modulated projection of tokens (B, T, D) to patches (B, T, patch * C)."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -336,7 +340,7 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(tokens: Tensor, *, config: SiTConfig) -> Tensor:
-    """The samples (B, C, *grid) that patches (B, T, values of a patch * C) make; learned sigma is left out."""
+    """Joins patches (B, T, patch * C) to samples (B, C, *grid), without the channels of a learned sigma."""
     grid, d = config.grid, len(config.grid)
     x = tokens.view(len(tokens), *grid, *config.patch, -1)
     # (B, g1..gd, p1..pd, C) -> (B, C, g1, p1, ..., gd, pd)
@@ -346,10 +350,11 @@ def unpatchify(tokens: Tensor, *, config: SiTConfig) -> Tensor:
 
 
 def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
-    """Fixed sine-cosine position embedding, shape (1, T, width) with an even width, in row-major order of the patches.
+    """Returns the fixed sine-cosine position embedding, shape (1, T, width), in row-major order of the patches.
 
-    In two dimensions the first half of the channels encodes the column, as in MAE, DiT and SiT; so the axes are taken
-    from the last to the first. Each has an equal share of the channels, the first axis also what does not divide.
+    In two dimensions the first half of the channels encodes the column, as in MAE, DiT and SiT; so the axes run from
+    the last to the first. Each axis has an equal share of the channels; the first axis also gets the remainder. The
+    width must be even.
     """
     pairs = [width // 2 // len(grid)] * len(grid)
     pairs[-1] += width // 2 - sum(pairs)
@@ -365,7 +370,7 @@ def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
 def sit_backbone(
     module: SiT, *, schedule: NoiseSchedule | None = None, prediction: Prediction = "velocity", name: str | None = None
 ) -> Backbone:
-    """A SiT behind the common convention; by default the official one, time 1 is data and the velocity is predicted."""
+    """Makes a backbone of a SiT; by default, as in the official code, time 1 is data and it predicts the velocity."""
     return Backbone(
         module=module,
         layers=tuple(f"blocks.{i}" for i in range(module.config.depth)),
@@ -383,35 +388,37 @@ def sit_backbone(
 def new_sit(
     config: SiTConfig, *, seed: int, schedule: NoiseSchedule | None = None, prediction: Prediction = "velocity"
 ) -> Backbone:
-    """A SiT with fresh weights that depend on the seed only."""
+    """Returns a SiT with fresh weights that depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return sit_backbone(SiT(config), schedule=schedule, prediction=prediction)
 
 
 def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
-    """The same SiT, behind the same convention and on the same device, with fresh weights.
+    """Returns the same SiT with fresh weights, in the same convention and on the same device.
 
     Raises:
-        ValueError: If it is no SiT: layerprobe does not know how other networks are initialized.
+        ValueError: If the network is not a SiT: layerprobe cannot initialize other networks.
     """
     if not isinstance(backbone.module, SiT):
-        raise ValueError(f"{backbone.name} cannot be initialized afresh; leave out --from-scratch")
+        raise ValueError(
+            f"{backbone.name} is not a SiT, so its weights cannot be initialized again; leave out --from-scratch"
+        )
     new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
     new.module.to(backbone.device)
     return new
 
 
 def network_record(backbone: Backbone) -> dict[str, Any]:
-    """What a SiT is but for its weights, as JSON: shape, path and prediction."""
+    """Describes a SiT without its weights, as JSON: configuration, path and prediction target."""
     assert isinstance(backbone.module, SiT)
     path = type(backbone.schedule).__name__
     return {"network": backbone.module.config.to_dict(), "path": path, "prediction": backbone.prediction}
 
 
 def labeled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
-    """Calls a network that always takes labels, and a mask where there is one."""
-    if condition is None:  # An unconditional one still has the row for "no label".
+    """Calls a network that always takes labels, with a mask if there is one."""
+    if condition is None:  # The label table of an unconditional model still has the row for "no label".
         condition = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     output: Tensor = module(x_t, native_time, condition, *mask)
     return output
@@ -420,29 +427,29 @@ def labeled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tens
 def config_from_state_dict(
     state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, shape: Sequence[int] | None = None
 ) -> SiTConfig:
-    """The configuration of a state dict with the names of the official SiT, which many families share.
+    """Reads the configuration from a state dict with the names of the official SiT, which many families share.
 
     Args:
-        state_dict: Tensors by name; those of other names are not looked at.
-        num_heads: Needed where the width is not one of the presets and no normalized queries tell a head's width:
-            heads leave no other trace in the shapes.
-        shape: Shape (C, *grid) of one input, needed where the grid is not square.
+        state_dict: Tensors by name; other tensors are ignored.
+        num_heads: Number of attention heads; needed if no preset has this width and queries are not normalized, since
+            no other shape depends on it.
+        shape: Shape (C, *grid) of one input; needed if the grid is not square.
 
     Raises:
         ValueError: If the number of heads or the grid is unknown or contradicts the tensors, or a tensor is missing or
-            misshapen.
+            has a wrong shape.
     """
-    for name, axes in _TELLING.items():
+    for name, axes in _CONFIG_TENSORS.items():
         if name == _HEAD_NORM and name not in state_dict:
             continue
         if name not in state_dict or state_dict[name].ndim not in axes or not state_dict[name].numel():
-            seen = f"has shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
-            raise ValueError(f"this is no whole SiT or DiT: {name} {seen}; use a whole state dict")
+            problem = f"has shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
+            raise ValueError(f"this is not a complete SiT or DiT: {name} {problem}; use a complete state dict")
     patch_weight = state_dict["x_embedder.proj.weight"]
     (width, channels), patch = patch_weight.shape[:2], tuple(patch_weight.shape[2:])
     mlp_width = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
     mlp_ratio = mlp_width / width
-    if int(width * mlp_ratio) < mlp_width:  # The network rounds down, and the quotient was rounded too.
+    if int(width * mlp_ratio) < mlp_width:  # The network rounds down, and the quotient was already rounded.
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     out_channels = state_dict["final_layer.linear.weight"].shape[0] // math.prod(patch)
     return SiTConfig(
@@ -458,26 +465,26 @@ def config_from_state_dict(
     )
 
 
-def _heads(state_dict: Mapping[str, Tensor], width: int, given: int | None) -> int:
-    found = width // state_dict[_HEAD_NORM].shape[0] if _HEAD_NORM in state_dict else None
-    if found is not None and given not in (None, found):
-        raise ValueError(f"{_HEAD_NORM} tells that there are {found} heads, not {given}; leave --num-heads out")
-    presets = {preset_width: preset_heads for _, preset_width, preset_heads in PRESETS.values()}
-    heads = next((n for n in (given, found, presets.get(width)) if n is not None), None)
+def _heads(state_dict: Mapping[str, Tensor], width: int, num_heads: int | None) -> int:
+    norm_heads = width // state_dict[_HEAD_NORM].shape[0] if _HEAD_NORM in state_dict else None
+    if norm_heads is not None and num_heads not in (None, norm_heads):
+        raise ValueError(f"{_HEAD_NORM} shows {norm_heads} heads, not {num_heads}; leave --num-heads out")
+    preset_heads = {hidden_size: heads for _, hidden_size, heads in PRESETS.values()}
+    heads = next((n for n in (num_heads, norm_heads, preset_heads.get(width)) if n is not None), None)
     if heads is None:
-        raise ValueError(f"width {width} is no preset's, so the number of heads is unknown; pass --num-heads")
+        raise ValueError(f"no preset has width {width}, so the number of heads is unknown; pass --num-heads")
     return heads
 
 
-def _shape(channels: int, patch: tuple[int, ...], num_tokens: int, given: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of one input: the given one, or a square of as many patches as there are positions."""
+def _shape(channels: int, patch: tuple[int, ...], num_tokens: int, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Checks the shape of one input; by default, a square of as many patches as there are positions."""
     edge, cube = round(num_tokens ** (1 / len(patch))), len(set(patch)) == 1
-    if given is None and (edge ** len(patch) != num_tokens or not cube):
-        grid = "no square grid" if cube else f"no known grid of {'x'.join(map(str, patch))} patches"
-        raise ValueError(f"pos_embed has {num_tokens} places, which make {grid}; pass --shape")
-    shape = (channels, *(edge * step for step in patch)) if given is None else tuple(given)
-    whole = len(shape) == len(patch) + 1
-    if not whole or shape[0] != channels or math.prod(map(floordiv, shape[1:], patch)) != num_tokens:
+    if shape is None and (edge ** len(patch) != num_tokens or not cube):
+        grid = "do not form a square grid" if cube else f"leave the grid of {'x'.join(map(str, patch))} patches open"
+        raise ValueError(f"the {num_tokens} positions in pos_embed {grid}; pass --shape")
+    shape = (channels, *(edge * step for step in patch)) if shape is None else tuple(shape)
+    complete = len(shape) == len(patch) + 1
+    if not complete or shape[0] != channels or math.prod(map(floordiv, shape[1:], patch)) != num_tokens:
         raise ValueError(
             f"shape {shape} does not fit {channels} channels and {num_tokens} patches of "
             f"{patch[0] if cube else 'x'.join(map(str, patch))}; pass the shape of the training data"
@@ -486,12 +493,12 @@ def _shape(channels: int, patch: tuple[int, ...], num_tokens: int, given: Sequen
 
 
 _HEAD_NORM = "blocks.0.attn.q_norm.weight"
-# The tensors that tell a configuration, and how many axes each may have.
-_TELLING = {
+# Tensors that determine the configuration, and how many axes each may have.
+_CONFIG_TENSORS = {
     "x_embedder.proj.weight": (3, 4, 5),
     "pos_embed": (3,),
     "final_layer.linear.weight": (2,),
     "y_embedder.embedding_table.weight": (2,),
     "blocks.0.mlp.fc1.weight": (2,),
-    _HEAD_NORM: (1,),  # Where queries and keys are normalized.
+    _HEAD_NORM: (1,),  # Optional: only if queries and keys are normalized.
 }

@@ -208,8 +208,8 @@ def read_distributed(
     metadata_state = state(content)
     places: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
     for index, place in metadata_state["storage_data"].items():
-        key = state(index)
-        places.setdefault(key["fqn"], {})[tuple(key.get("offset") or ())] = state(place)
+        chunk = state(index)
+        places.setdefault(chunk["fqn"], {})[tuple(chunk.get("offset") or ())] = state(place)
     tree: dict[str, Any] = {}
     for name, entry in metadata_state["state_dict_metadata"].items():
         path = (metadata_state.get("planner_data") or {}).get(name) or name.partition(".")[::2]

@@ -1,1 +1,1 @@
-"""Models of the diffusers library as backbones."""
+"""Opens models of the diffusers library as backbones."""

@@ -1,142 +1,20 @@
-"""How each class of diffusers is spoken to: its layers, its arguments, its time, where its outputs hold the image.
+"""The table of diffusers classes: how each one is called, and where its outputs hold the image.
 
-Every entry was read off the call that the class's own pipeline makes in diffusers 0.42. Shapes are (C, *grid):
-(C, H, W) for images, (C, F, H, W) for video, (C, L) for audio. "Image" stands for the noisy sample, also where it is a
-video or a sound; "text" for whatever conditions it.
+Every entry follows the call in the class's own pipeline in diffusers 0.42. `diffusers_class` defines the terms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerprobe.capture import as_tokens
+from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape, Text
 from layerprobe.noise import Prediction
-
-Config = Any
-Shape = tuple[int, ...]
-# Values of the arguments that have to know the batch: they are made from x_t, shape (B, C, *grid).
-OfBatch = Callable[[Tensor], Any]
-
-
-@dataclass(frozen=True)
-class Text:
-    """The null condition of one sample.
-
-    Attributes:
-        tokens: Shape (1, L, D).
-        mask: Shape (1, L), bool, true for tokens that count.
-        pooled: Shape (1, P); P may be 0.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-    @classmethod
-    def zeros(cls, length: int, width: int, pooled: int) -> Text:
-        """The stand-in where no text encoder is at hand."""
-        return cls(torch.zeros(1, length, width), torch.ones(1, length, dtype=torch.bool), torch.zeros(1, pooled))
-
-
-@dataclass(frozen=True)
-class DiffusersClass:
-    """One class, or several that are called alike.
-
-    Attributes:
-        layers: Patterns of the block outputs worth probing, in the order in which they run.
-        patch: Edges of one token in input units, per grid axis; for U-Nets what the grid must be divisible by.
-        size: The shape of one sample where the configuration tells it.
-        text: Tokens, width and pooled width of the condition.
-        arguments: What forward takes besides sample and time. Tensors have one row, which is repeated; a function is
-            called with x_t. Dictionaries are gone into.
-        second: Blocks whose outputs hold the image second: of a pair, or along the sequence.
-        first: Blocks whose outputs hold the image first, and the text along the sequence.
-        frames: Blocks that see every frame as a sample of its own: (B F, T, D).
-        columns: Blocks that see every place as a sample of its own: (B T, F, D).
-        channels_first: The layers give (B, D, L), which is not (B, T, D).
-        interleaved: The lists of `layers` take turns.
-        packed: Patches are cut outside of the network: it takes and gives (B, T, C patch).
-        frames_before_channels: It takes and gives (B, F, C, H, W).
-        times: Native times of data and of noise on the linear path; (0, 1000) also for integer times; None where they
-            are not known.
-        float_time: Integer times are wanted as floating numbers.
-        trained: Schedule and prediction of the published training, where there was one only.
-    """
-
-    layers: tuple[str, ...]
-    patch: Callable[[Config], Shape]
-    size: Callable[[Config], Shape | None] = lambda c: None
-    text: Callable[[Config], tuple[int, int, int]] | None = None
-    arguments: Callable[[Config, Shape, Text], Mapping[str, Any]] = lambda c, shape, text: {}
-    second: tuple[str, ...] = ()
-    first: tuple[str, ...] = ()
-    frames: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    channels_first: bool = False
-    interleaved: bool = False
-    packed: bool = False
-    frames_before_channels: bool = False
-    times: tuple[float, float] | None = (0, 1000)
-    float_time: bool = False
-    trained: tuple[str, Prediction] | None = None
-
-    def channels(self, config: Config) -> int:
-        """Channels of one sample, outside of the network."""
-        return int(config.in_channels) // (math.prod(self.patch(config)) if self.packed else 1)
-
-    def tokens(self, output: Any, name: str, *, shape: Shape, num_tokens: int) -> Tensor:
-        """The image's tokens (B, T, D) in a layer's output.
-
-        Args:
-            output: What the layer gave.
-            name: Its name in the module; where it lies inside a block, a pair holds the image first, as the attention
-                of diffusers does.
-            shape: Of one sample.
-            num_tokens: Of one sample; longer sequences carry text.
-        """
-        block, _, _ = name.rpartition(".")
-        if isinstance(output, (tuple, list)) and len(output) > 1 and block in self.second:
-            output = output[1]
-        if self.channels_first and isinstance(output, (tuple, list)):
-            output = output[0]
-        if self.channels_first and isinstance(output, Tensor):
-            output = output.transpose(1, 2)
-        tokens = as_tokens(output, name)
-        blocks = name.split(".")[0]
-        if blocks in self.frames:
-            return tokens.reshape(-1, shape[1] * tokens.shape[1], tokens.shape[2])
-        if blocks in self.columns:
-            count, width = tokens.shape[1:]
-            return tokens.reshape(-1, num_tokens // count, count, width).transpose(1, 2).flatten(1, 2)
-        if tokens.shape[1] > num_tokens and blocks in self.second:
-            return tokens[:, -num_tokens:]
-        if tokens.shape[1] > num_tokens and blocks in self.first:
-            return tokens[:, :num_tokens]
-        return tokens
-
-
-def to_patches(x: Tensor, patch: Shape) -> Tensor:
-    """(B, C, *grid) -> (B, T, C * patch): row-major tokens, each with the channel as its slowest axis."""
-    grid = [edge // p for edge, p in zip(x.shape[2:], patch, strict=True)]
-    split = x.reshape(*x.shape[:2], *[n for pair in zip(grid, patch, strict=True) for n in pair])
-    axes = range(len(patch))
-    order = (0, *[2 + 2 * a for a in axes], 1, *[3 + 2 * a for a in axes])
-    return split.permute(order).reshape(len(x), math.prod(grid), -1)
-
-
-def from_patches(tokens: Tensor, patch: Shape, edges: Shape) -> Tensor:
-    """The inverse of `to_patches` for a grid of these edges."""
-    grid = [edge // p for edge, p in zip(edges, patch, strict=True)]
-    d = len(patch)
-    split = tokens.reshape(len(tokens), *grid, -1, *patch)
-    order = (0, d + 1, *[axis for a in range(d) for axis in (1 + a, d + 2 + a)])
-    return split.permute(order).reshape(len(tokens), -1, *edges)
 
 
 def _pair(size: Any) -> Shape:
@@ -169,7 +47,7 @@ def _masked_text(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
 
 def _pixart(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
-    # What the class itself decides from these two.
+    # The class itself decides with these two settings.
     extended = c.sample_size == 128 if c.use_additional_conditions is None else c.use_additional_conditions
     edges = torch.tensor([[8.0 * edge for edge in shape[1:]]])
     size = {"resolution": edges, "aspect_ratio": edges[:, :1] / edges[:, 1:]}
@@ -217,7 +95,7 @@ def _sana(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
 def _unet_text(c: Config) -> tuple[int, int, int]:
     width = c.get("encoder_hid_dim") or c.cross_attention_dim
-    # SDXL: the embedded sizes come with a pooled text of the rest of the width.
+    # SDXL: the pooled text has the part of this width that the embedded sizes leave.
     sizes = c.get("projection_class_embeddings_input_dim") or 0
     pooled = sizes - 6 * (c.get("addition_time_embed_dim") or 0) if c.get("addition_embed_type") == "text_time" else 0
     return 77, width if isinstance(width, int) else width[0], pooled
@@ -233,14 +111,14 @@ def _unet(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
 
 def _motion(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
-    # Unlike UNet3DConditionModel, it wants the text once a frame.
+    # Unlike UNet3DConditionModel, this class needs the text once per frame.
     return {"encoder_hidden_states": lambda x: text.tokens.to(x).expand(len(x) * shape[1], -1, -1)}
 
 
 def _cogvideox_size(c: Config) -> Shape:
     frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
-    whole = c.patch_size_t or 1
-    return (c.in_channels, -(-frames // whole) * whole, c.sample_height, c.sample_width)
+    patch = c.patch_size_t or 1
+    return (c.in_channels, -(-frames // patch) * patch, c.sample_height, c.sample_width)
 
 
 def _cogvideox(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
@@ -251,12 +129,12 @@ def _cogvideox(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
     frames, height, width = (edge // p for edge, p in zip(shape[1:], _patch3d(c), strict=True))
     base = (c.sample_height // c.patch_size, c.sample_width // c.patch_size)
-    place: dict[str, Any] = (
+    position: dict[str, Any] = (
         {"crops_coords": get_resize_crop_region_for_grid((height, width), base[1], base[0])}
         if c.patch_size_t is None
         else {"crops_coords": None, "grid_type": "slice", "max_size": base}
     )
-    rotary = get_3d_rotary_pos_embed(c.attention_head_dim, grid_size=(height, width), temporal_size=frames, **place)
+    rotary = get_3d_rotary_pos_embed(c.attention_head_dim, grid_size=(height, width), temporal_size=frames, **position)
     return {**_only_text(c, shape, text), "image_rotary_emb": lambda x: tuple(part.to(x.device) for part in rotary)}
 
 
@@ -267,7 +145,7 @@ def _hunyuan_video(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
 def _ltx(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
     frames, height, width = (edge // p for edge, p in zip(shape[1:], _patch3d(c), strict=True))
-    # The published VAE at 25 frames a second: 8 frames and 32 pixels a latent.
+    # The published VAE at 25 frames per second: 8 frames and 32 pixels per latent.
     scale = (8 / 25, 32, 32)
     grid = {"num_frames": lambda x: frames, "height": lambda x: height, "width": lambda x: width}
     return {**_masked_text(c, shape, text), **grid, "rope_interpolation_scale": lambda x: scale}
@@ -281,11 +159,11 @@ def _allegro(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
     *rotations, t, h, w = get_3d_rotary_pos_embed_allegro(
         c.attention_head_dim, ((0, 0), (height, width)), (height, width), frames, interpolation_scale=scales
     )
-    places = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1).contiguous()
+    positions = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1).contiguous()
 
     def rotary(x: Tensor) -> Any:
-        turned = tuple(tuple(part.to(x.device) for part in axis) for axis in rotations)
-        return turned, tuple(axis.to(x.device) for axis in places)
+        moved = tuple(tuple(part.to(x.device) for part in axis) for axis in rotations)
+        return moved, tuple(axis.to(x.device) for axis in positions)
 
     return {**_masked_text(c, shape, text), "image_rotary_emb": rotary}
 
@@ -293,7 +171,7 @@ def _allegro(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 def _stable_audio(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-    # One token in front of the sound carries time and duration.
+    # One token before the audio carries time and duration.
     rotary = get_1d_rotary_pos_embed(
         c.attention_head_dim // 2, shape[1] + 1, use_real=True, repeat_interleave_real=False
     )
@@ -333,7 +211,7 @@ def _hunyuan_dit(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
     return {
         "encoder_hidden_states": text.tokens,
         "text_embedding_mask": text.mask,
-        # Views are taken of these two, so their rows cannot share memory.
+        # The class takes views of these two, so their rows cannot share memory.
         "encoder_hidden_states_t5": lambda x: x.new_zeros(len(x), c.text_len_t5, c.cross_attention_dim_t5),
         "text_embedding_mask_t5": torch.ones(1, c.text_len_t5, dtype=torch.bool),
         "image_meta_size": lambda x: sizes.to(x).repeat(len(x), 1),
@@ -455,6 +333,7 @@ CLASSES: dict[str, DiffusersClass] = {
         text=lambda c: (c.text_len, c.cross_attention_dim, 0),
         arguments=_hunyuan_dit,
         float_time=True,
+        zeros_as_text=True,
     ),
     "CogView3PlusTransformer2DModel": DiffusersClass(
         layers=_BLOCKS,
@@ -481,6 +360,7 @@ CLASSES: dict[str, DiffusersClass] = {
         patch=_halvings,
         text=lambda c: (8, _audioldm2_widths(c)[0], 0),
         arguments=_audioldm2,
+        zeros_as_text=True,
     ),
     "StableAudioDiTModel": DiffusersClass(
         layers=_BLOCKS,
@@ -489,6 +369,7 @@ CLASSES: dict[str, DiffusersClass] = {
         text=lambda c: (130, c.cross_attention_input_dim, c.global_states_input_dim),
         arguments=_stable_audio,
         second=("transformer_blocks",),
+        zeros_as_text=True,
     ),
     "WanTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,

@@ -1,4 +1,4 @@
-"""The files of a diffusers model: on disk or in the local cache of the Hub, and which of them hold the denoiser."""
+"""Finds the files of a diffusers model, on disk or in the local cache of the Hub, and those of its denoiser."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprobe.files import MissingWeights
+from layerprobe.files import MissingWeights, one_line
 
 REMOTE = "hf://"
-MAX_STEPS = 100_000  # beyond it a configuration is damaged, or wants to exhaust the machine
+MAX_STEPS = 100_000  # a larger number means a damaged configuration, or one that would exhaust the memory
 WEIGHTS = "diffusion_pytorch_model"
-# `*` also stands for slashes. Weights in the top folder are other programs' copies, or a bare model's.
+# `*` also matches slashes. Weights in the top folder are copies for other programs, or those of a single model.
 DOWNLOADED = ["*/*.safetensors", f"{WEIGHTS}*.safetensors", "*.json", "*.txt", "*.model"]
 NOT_DOWNLOADED = ["vae*/*", "safety_checker/*", "image_encoder/*", "*.fp16.safetensors", "*.non_ema.safetensors"]
-# What pipelines call the network that denoises.
+# Names of the denoising network in pipelines.
 DENOISERS = ("transformer", "unet", "dit", "prior", "decoder")
-# What `encode_prompt` of a pipeline needs, by the beginning of the component's name.
+# Prefixes of the components that a pipeline's `encode_prompt` needs.
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "language_model")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Where things are: the pipeline's folder and index if there is one, the model's folder and its configuration."""
+    """The location of a model.
+
+    Attributes:
+        pipeline: Folder of the pipeline; None for a single model.
+        index: Content of the pipeline's `model_index.json`; {} for a single model.
+        model: Folder of the denoiser.
+        config: Configuration of the denoiser.
+    """
 
     pipeline: Path | None
     index: Mapping[str, Any]
@@ -35,16 +42,23 @@ class ModelFolder:
 
     @property
     def component(self) -> str:
+        """Name of the denoiser among the pipeline's components."""
         return self.model.name if self.pipeline else "transformer"
 
     @property
     def scheduler(self) -> Path | None:
+        """The scheduler's configuration file; None if there is none."""
         folders = [self.pipeline] if self.pipeline else [self.model, self.model.parent]
         names = ("scheduler/scheduler_config.json", "scheduler_config.json")
         return next((f / n for f in folders for n in names if (f / n).is_file()), None)
 
 
 def import_diffusers() -> Any:
+    """Imports diffusers.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; the message names the extra that installs it.
+    """
     try:
         import diffusers
     except ModuleNotFoundError as error:
@@ -55,25 +69,29 @@ def import_diffusers() -> Any:
 
 
 def exported_class(name: Any, kind: str) -> Any:
-    """The class of this name that diffusers itself exports, if it is of this kind; None for anything else."""
+    """Returns the class that diffusers exports under this name, if it derives from `kind`; None otherwise."""
     diffusers = import_diffusers()
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    return found if inspect.isclass(found) and issubclass(found, getattr(diffusers, kind)) else None
-
-
-# --- Where things are
+    value = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return value if inspect.isclass(value) and issubclass(value, getattr(diffusers, kind)) else None
 
 
 def is_repository(name: str) -> bool:
-    """Whether this can be "owner/name" of the Hub, and not the path of a file that is not there."""
-    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
-    return named and Path(name).suffix not in (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".npz")
+    """Returns whether a name has the form "owner/name" of the Hub, and is not the path of a missing file."""
+    matches = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    return matches and Path(name).suffix not in (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".npz")
 
 
 def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
+    """Finds a model by its folder or its name on the Hub.
+
+    Raises:
+        FileNotFoundError: If the folder or its configuration is missing.
+        ValueError: If a file is damaged or outside of the folder, or the pipeline needs code of its own or has no
+            denoiser.
+    """
     folder = Path(path) if Path(path).is_dir() else _snapshot(str(path), subfolder)
     if subfolder is None and not (folder / "model_index.json").is_file() and folder.name:
-        # A component inside its pipeline: the neighbors tell schedule and text.
+        # A component inside its pipeline: the other components define the schedule and the text.
         parent = folder.resolve().parent
         if (parent / "model_index.json").is_file() and folder.name in read_json(parent / "model_index.json"):
             folder, subfolder = parent, folder.resolve().name
@@ -82,7 +100,9 @@ def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         if not isinstance(index.get("_class_name"), str):
-            raise ValueError(f"{folder} needs code of its own ({index.get('_class_name')}), which is not run; wrap it")
+            raise ValueError(
+                f"{folder} needs code of its own ({index.get('_class_name')}), which is never run; wrap it"
+            )
         subfolder = subfolder or _denoiser(folder, index)
     model = folder / subfolder if subfolder else folder
     if not (model / "config.json").is_file():
@@ -92,29 +112,29 @@ def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
 
 def _denoiser(folder: Path, index: Mapping[str, Any]) -> str:
     components = [name for name, value in index.items() if isinstance(value, list) and any(value)]
-    found = next((name for name in DENOISERS if name in components), None)
-    if found is None:
+    denoiser = next((name for name in DENOISERS if name in components), None)
+    if denoiser is None:
         raise ValueError(f"{folder} has no transformer and no unet; pass --subfolder, one of {', '.join(components)}")
-    return found
+    return denoiser
 
 
 def _snapshot(name: str, subfolder: str | None) -> Path:
-    """The folder of a model of the Hub: cached, or downloaded where the user says so."""
+    """Returns the folder of a model of the Hub, from the cache or downloaded if the user asks for it."""
     remote, name = name.startswith(REMOTE), name.removeprefix(REMOTE)
     if not is_repository(name):
         raise FileNotFoundError(f"there is no folder {name}; pass one that diffusers saved, or owner/name of the Hub")
     import huggingface_hub
 
-    wanted = DOWNLOADED if subfolder is None else [f"{subfolder}/*.safetensors", *DOWNLOADED[1:]]
+    patterns = DOWNLOADED if subfolder is None else [f"{subfolder}/*.safetensors", *DOWNLOADED[1:]]
     try:
         folder = huggingface_hub.snapshot_download(
-            name, local_files_only=not remote, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED
+            name, local_files_only=not remote, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
         )
         return Path(folder)
-    except Exception as error:  # The Hub's client fails in many ways.
-        how = "check name and connection" if remote else f"pass {REMOTE}{name} to download it"
+    except Exception as error:  # The Hub's client raises many kinds of errors.
+        remedy = "check name and connection" if remote else f"pass {REMOTE}{name} to download it"
         raise FileNotFoundError(
-            f"{name} is no folder and not in the Hub's cache ({first_line(error)}); {how}"
+            f"{name} is not a folder and not in the Hub's cache ({one_line(error)}); {remedy}"
         ) from error
 
 
@@ -124,32 +144,42 @@ def _refuse_links_outside(folder: Path) -> None:
     root = root.parents[1] if root.parent.name == "snapshots" and len(root.parents) > 1 else root
     for link in (folder, *folder.rglob("*")):
         if link.is_symlink() and link != folder and not link.resolve().is_relative_to(root):
-            raise ValueError(f"{link} is a link out of the folder, which is not followed; copy the file in its place")
+            raise ValueError(f"{link} is a link out of the folder, which is not followed; replace it by the file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds a dictionary.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); copy or download it again") from error
+        raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no dictionary); copy or download it again")
+        raise ValueError(f"{path} is damaged (not a dictionary); copy or download it again")
     return content
 
 
 def weight_files(folder: Path) -> dict[str, Any]:
-    """How `from_pretrained` is told what to read; every file must be there and lie in the folder."""
+    """Returns the options of `from_pretrained` that select the weights in a folder.
+
+    Raises:
+        MissingWeights: If a weight file is missing.
+        ValueError: If the index of the weights is damaged.
+    """
     files = {p.name for p in folder.iterdir()}
     for suffix, safe in (("safetensors", True), ("bin", False)):
         single = re.compile(rf"{WEIGHTS}(?:\.(\w+))?\.{suffix}")
         index = re.compile(rf"{WEIGHTS}\.{suffix}\.index(?:\.(\w+))?\.json")
-        # Sorting puts the plain file before its variants such as fp16.
-        found = sorted((m for name in files if (m := single.fullmatch(name) or index.fullmatch(name))), key=_variant)
-        if found:
-            for shard in _shards(folder, found[0].string):
+        # Sorting puts the plain file before its variants, such as fp16.
+        matches = sorted((m for name in files if (m := single.fullmatch(name) or index.fullmatch(name))), key=_variant)
+        if matches:
+            for shard in _shards(folder, matches[0].string):
                 if shard not in files:
                     raise MissingWeights(f"there is no weight file {folder / shard}; put it there")
-            return {"use_safetensors": safe, "variant": found[0][1]}
+            return {"use_safetensors": safe, "variant": matches[0][1]}
     raise MissingWeights(f"there is no weight file {folder / f'{WEIGHTS}.safetensors'}; put it there")
 
 
@@ -164,7 +194,3 @@ def _shards(folder: Path, name: str) -> list[str]:
     if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
         raise ValueError(f"{folder / name} is damaged (no map of weights to files beside it); download it again")
     return sorted(set(shards.values()))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

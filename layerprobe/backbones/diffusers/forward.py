@@ -1,4 +1,4 @@
-"""How a diffusers denoiser is called, with the conditioning repeated for the batch."""
+"""Calls a diffusers denoiser, with the conditioning repeated for the batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.class_table import Config, DiffusersClass, Shape, Text, from_patches, to_patches
+from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape, Text, from_patches, to_patches
 from layerprobe.backbones.diffusers.schedulers import Preconditioner
 
 
 class DiffusersForward:
-    """Calls the module as its pipeline does, for a sample of the backbone's shape under the null text."""
+    """Calls the module as its pipeline does, for samples of the backbone's shape with the null text."""
 
     def __init__(
         self,
@@ -35,8 +35,9 @@ class DiffusersForward:
         return self.preconditioner.denoised(x_t, self.network(module, scaled, time, condition), sigma)
 
     def network(self, module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
+        """Calls the network without preconditioning."""
         family, patch = self.family, self.family.patch(self.config)
-        # What stays the same from call to call moves to the device once.
+        # Constant arguments move to the device once.
         self.arguments = _moved(self.arguments, x_t)
         sample = to_patches(x_t, patch) if family.packed else x_t
         sample = sample.transpose(1, 2) if family.frames_before_channels else sample
@@ -51,12 +52,12 @@ class DiffusersForward:
         output: Tensor = module(**arguments, return_dict=False)[0]
         output = output.transpose(1, 2) if family.frames_before_channels else output
         output = from_patches(output, patch, tuple(x_t.shape[2:])) if family.packed else output
-        # Networks that also learn a variance give it in a second half of the channels.
+        # Networks that also learn a variance return it in a second half of the channels.
         output = output[:, : x_t.shape[1]]
         if output.shape != x_t.shape:
             raise ValueError(
-                f"{type(module).__name__} gives {tuple(output.shape[1:])} for {tuple(x_t.shape[1:])}; "
-                "pass --shape with the proportions that it was trained at"
+                f"{type(module).__name__} returns shape {tuple(output.shape[1:])} for {tuple(x_t.shape[1:])}; "
+                "pass --shape with the proportions that it was trained on"
             )
         return output
 

@@ -1,4 +1,4 @@
-"""Diffusers classes without an entry in the class table: their call is guessed and their layers are measured."""
+"""Guesses how to call diffusers classes without an entry in the class table, and measures their layers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.class_table import Config, DiffusersClass, Shape, Text
-from layerprobe.backbones.diffusers.folders import first_line
+from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape, Text
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.capture import as_tokens
+from layerprobe.files import one_line
 from layerprobe.noise import NoiseSchedule
 
-# --- Classes without an entry of their own
-
-# Under which names configurations keep the width of the text, and the number of tokens that stands for an empty one.
+# Names of the width of the text in configurations.
 TEXT_WIDTHS = (
     "encoder_hid_dim",
     "caption_channels",
@@ -31,29 +29,33 @@ TEXT_WIDTHS = (
     "cross_attention_input_dim",
     "cross_attention_dim",
 )
-GUESSED_LENGTH = 77
+GUESSED_LENGTH = 77  # number of text tokens
 
 
 def guess_family(module: nn.Module, config: Config) -> DiffusersClass:
-    """How to call a class that has no entry, from the names of its arguments; ValueError where they say too little."""
-    name, takes = type(module).__name__, inspect.signature(module.forward).parameters
+    """Guesses how to call a class without an entry, from the names of its arguments.
+
+    Raises:
+        ValueError: If the class needs an unknown argument, or is not a denoiser of one sample.
+    """
+    name, parameters = type(module).__name__, inspect.signature(module.forward).parameters
     width = next((config[key] for key in TEXT_WIDTHS if isinstance(config.get(key), int)), 0)
     pooled = config.get("pooled_projection_dim") or 0
-    known: dict[str, Callable[[Text], Any]] = {}
+    arguments: dict[str, Callable[[Text], Any]] = {}
     if width:
-        known["encoder_hidden_states"] = lambda text: text.tokens
-        known["encoder_attention_mask"] = lambda text: text.mask
+        arguments["encoder_hidden_states"] = lambda text: text.tokens
+        arguments["encoder_attention_mask"] = lambda text: text.mask
     if pooled:
-        known["pooled_projections"] = lambda text: text.pooled
-    needed = [key for key, value in takes.items() if value.default is value.empty and value.kind != value.VAR_KEYWORD]
-    strange = [key for key in needed if key not in (*known, "sample", "hidden_states", "timestep")]
-    strange += ["guidance"] if config.get("guidance_embeds") else []
-    # Sequences (B, T, D) and (B, C, L) cannot be told apart by their shapes.
-    denoises = {"sample", "hidden_states"} & set(takes) and "timestep" in takes and "1D" not in name
-    if strange or not denoises or "in_channels" not in config:
-        what = f"wants {strange[0]}" if strange else "is no denoiser of one sample"
-        raise ValueError(f"{name} {what}, which layerprobe cannot give; wrap the module yourself")
-    given = [key for key in known if key in takes]
+        arguments["pooled_projections"] = lambda text: text.pooled
+    needed = [key for key, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    unknown = [key for key in needed if key not in (*arguments, "sample", "hidden_states", "timestep")]
+    unknown += ["guidance"] if config.get("guidance_embeds") else []
+    # Sequences (B, T, D) and (B, C, L) cannot be distinguished by their shapes.
+    denoises = {"sample", "hidden_states"} & set(parameters) and "timestep" in parameters and "1D" not in name
+    if unknown or not denoises or "in_channels" not in config:
+        problem = f"needs the unknown argument {unknown[0]}" if unknown else "is not a denoiser of one sample"
+        raise ValueError(f"{name} {problem}; wrap the module yourself")
+    names = [key for key in arguments if key in parameters]
     edges = config.get("patch_size") or 1
     axes = 3 if "3D" in name else 2
     patch = tuple(edges) if isinstance(edges, (tuple, list)) else (edges,) * axes
@@ -65,7 +67,7 @@ def guess_family(module: nn.Module, config: Config) -> DiffusersClass:
         patch=lambda c: patch,
         size=lambda c: (c.in_channels, *(size,) * axes) if isinstance(size, int) and axes < 3 else None,
         text=(lambda c: (GUESSED_LENGTH, width, pooled)) if width else None,
-        arguments=lambda c, shape, text: {key: known[key](text) for key in given},
+        arguments=lambda c, shape, text: {key: arguments[key](text) for key in names},
         times=None,
     )
 
@@ -74,7 +76,9 @@ def guess_family(module: nn.Module, config: Config) -> DiffusersClass:
 def measure_layers(
     module: nn.Module, forward: DiffusersForward, shape: Shape, schedule: NoiseSchedule
 ) -> tuple[tuple[str, ...], Callable[[Any, str], Tensor]]:
-    """The blocks that run, in that order, and the part of their outputs whose length does not follow the text's.
+    """Finds the blocks in running order, and a function that extracts the image's tokens from their outputs.
+
+    The image is the part of an output whose length stays the same when the text gets longer.
 
     Raises:
         ValueError: If the class cannot be called as guessed, or a block's output holds image and text in one sequence.
@@ -83,23 +87,23 @@ def measure_layers(
     widths = family.text(config) if family.text else (0, 0, 0)
     time = schedule.native_time(torch.full((1,), 0.5))
     runs = []
-    for extra in (0, 1):
-        text = Text.zeros(widths[0] + extra, *widths[1:])
-        longer = DiffusersForward(family, config, shape, text, forward.num_classes, forward.preconditioner)
+    for extra_tokens in (0, 1):
+        text = Text.zeros(widths[0] + extra_tokens, *widths[1:])
+        call = DiffusersForward(family, config, shape, text, forward.num_classes, forward.preconditioner)
         with _lengths(module) as lengths:
             try:
-                longer(module, torch.zeros(1, *shape), time, None)
-            except Exception as error:  # Whatever a class without an entry fails of.
+                call(module, torch.zeros(1, *shape), time, None)
+            except Exception as error:  # A class without an entry may fail for any reason.
                 raise ValueError(
-                    f"{name} does not run as guessed ({first_line(error)}); wrap the module yourself"
+                    f"{name} does not run as guessed ({one_line(error)}); wrap the module yourself"
                 ) from error
         runs.append(lengths)
     parts: dict[str, int] = {}
-    for block, before in runs[0].items():
-        same = [i for i, (a, b) in enumerate(zip(before, runs[1][block], strict=True)) if a == b and a is not None]
+    for block, counts in runs[0].items():
+        same = [i for i, (a, b) in enumerate(zip(counts, runs[1][block], strict=True)) if a == b and a is not None]
         if same:
             parts[block] = same[0]
-        elif any(length != widths[0] for length in before if length is not None):
+        elif any(count != widths[0] for count in counts if count is not None):
             raise ValueError(f"{block} of {name} holds image and text in one sequence; wrap the module yourself")
     if not parts:
         raise ValueError(f"{name} has no list of blocks; wrap the module yourself")
@@ -113,13 +117,13 @@ def measure_layers(
 
 @contextlib.contextmanager
 def _lengths(module: nn.Module) -> Iterator[dict[str, list[int | None]]]:
-    """Records, in order, the token counts of what the blocks of the outermost lists give."""
-    found: dict[str, list[int | None]] = {}
+    """Records, in running order, the token counts of the outputs of the blocks in the outermost lists."""
+    lengths: dict[str, list[int | None]] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(_: nn.Module, __: Any, output: Any) -> None:
             outputs = output if isinstance(output, (tuple, list)) else (output,)
-            found[name] = [
+            lengths[name] = [
                 as_tokens(o, name).shape[1] if isinstance(o, Tensor) and o.ndim > 2 and len(o) == 1 else None
                 for o in outputs
             ]
@@ -133,9 +137,9 @@ def _lengths(module: nn.Module) -> Iterator[dict[str, list[int | None]]]:
     blocks += ["mid_block"] if isinstance(getattr(module, "mid_block", None), nn.Module) else []
     handles = [module.get_submodule(name).register_forward_hook(recorder(name)) for name in blocks]
     try:
-        yield found
+        yield lengths
     finally:
         for handle in handles:
             handle.remove()
-    for name in [name for name, lengths in found.items() if not any(lengths)]:
-        del found[name]
+    for name in [name for name, counts in lengths.items() if not any(counts)]:
+        del lengths[name]

@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter into a diffusers denoiser."""
+"""Merges a LoRA adapter into a diffusers denoiser."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from layerprobe.backbones.diffusers.folders import first_line, read_json
+from layerprobe.backbones.diffusers.folders import read_json
 from layerprobe.backbones.diffusers.weights import quiet_libraries
+from layerprobe.files import one_line
 
 
 def with_lora(module: nn.Module, path: Path, *, component: str) -> nn.Module:
-    """The module with an adapter merged into its weights, so that its layers are the base model's."""
+    """Merges an adapter into the module's weights, so that the layers keep the names of the base model.
+
+    Args:
+        module: Base model.
+        path: Folder of a peft adapter, or a LoRA `.safetensors` file of diffusers.
+        component: Name of the base model among the components of its pipeline.
+
+    Raises:
+        ModuleNotFoundError: If peft is not installed.
+        FileNotFoundError: If the adapter is missing.
+        ValueError: If the adapter is damaged, of another kind or of another model.
+    """
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
@@ -27,19 +39,19 @@ def with_lora(module: nn.Module, path: Path, *, component: str) -> nn.Module:
             f"there is no adapter at {path}; pass a folder with one of {', '.join(names)}, or a file"
         )
     if file.is_symlink() and not file.resolve().is_relative_to(path.resolve().parent):
-        raise ValueError(f"{file} is a link out of the folder, which is not followed; copy the file in its place")
+        raise ValueError(f"{file} is a link out of the folder, which is not followed; replace it by the file")
     try:
         with quiet_libraries():
             merged = _merge_peft(module, file) if file.name == names[0] else _merge_lora(module, file, component)
     except _DoesNotFit:
         raise
     except Exception as error:  # A damaged file can fail in any way.
-        raise ValueError(f"{file} cannot be applied to {type(module).__name__} ({first_line(error)})") from error
+        raise ValueError(f"{file} cannot be applied to {type(module).__name__} ({one_line(error)})") from error
     return merged.eval().requires_grad_(True)
 
 
 class _DoesNotFit(ValueError):
-    """An adapter of another model."""
+    """The adapter belongs to another model."""
 
 
 def _merge_peft(module: nn.Module, file: Path) -> nn.Module:
@@ -56,9 +68,7 @@ def _merge_peft(module: nn.Module, file: Path) -> nn.Module:
     with safe_open(file, framework="pt") as tensors:
         surplus = sorted(set(tensors.keys()) - set(get_peft_model_state_dict(adapted)))
     if surplus:
-        raise _DoesNotFit(
-            f"{file} does not fit {type(module).__name__}: it has {surplus[0]} besides; pass its base model"
-        )
+        raise _DoesNotFit(f"{file} does not fit {type(module).__name__}: it also has {surplus[0]}; pass its base model")
     merged: nn.Module = adapted.merge_and_unload()
     return merged
 
@@ -69,11 +79,13 @@ def _merge_lora(module: Any, file: Path, component: str) -> nn.Module:
     state = load_file(file)
     prefix = component if any(name.startswith(f"{component}.") for name in state) else None
     module.load_lora_adapter(state, prefix=prefix)
-    wanted = sum(name.endswith(("lora_B.weight", "lora.up.weight")) for name in state if name.startswith(prefix or ""))
-    given = sum(name.endswith("lora_B.default_0.weight") for name, _ in module.named_parameters())
-    if not given or given != wanted:
+    num_matrices = sum(
+        name.endswith(("lora_B.weight", "lora.up.weight")) for name in state if name.startswith(prefix or "")
+    )
+    num_loaded = sum(name.endswith("lora_B.default_0.weight") for name, _ in module.named_parameters())
+    if not num_loaded or num_loaded != num_matrices:
         raise _DoesNotFit(
-            f"{file} does not fit {type(module).__name__}: {given} of its {wanted} matrices have a place; "
+            f"{file} does not fit {type(module).__name__}: only {num_loaded} of its {num_matrices} matrices fit; "
             "pass its base model"
         )
     module.fuse_lora()

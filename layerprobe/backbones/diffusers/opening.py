@@ -1,9 +1,9 @@
-"""Folders that diffusers wrote -> Backbone.
+"""Opens folders that diffusers wrote as backbones.
 
-A folder is a whole pipeline (`model_index.json` and a folder per component) or one model (`config.json` and weights).
-The class is looked up by name among those that diffusers itself exports, weights are read as data, and nothing that a
-file says is run. The scheduler's configuration tells the schedule and what is predicted; its samplers, time spacing and
-shift say where one would sample and are left alone.
+A folder is a complete pipeline (`model_index.json` and a folder per component) or one model (`config.json` and
+weights). The class is looked up by name among those that diffusers exports, weights are read as data, and no code from
+a file is run. The scheduler's configuration defines the schedule and the prediction target; its sampler, time spacing
+and shift only concern sampling and are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.diffusers.class_table import CLASSES, Config, DiffusersClass, Shape
+from layerprobe.backbones.diffusers.class_table import CLASSES
+from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape
 from layerprobe.backbones.diffusers.folders import REMOTE, import_diffusers, is_repository, locate_model, read_json
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.backbones.diffusers.generic import guess_family, measure_layers
@@ -28,11 +29,11 @@ from layerprobe.backbones.diffusers.weights import load_denoiser
 from layerprobe.capture import match_layers
 from layerprobe.noise import NoiseSchedule, Prediction
 
-MAX_VALUES = 2**31  # beyond it a configuration is damaged, or wants to exhaust the machine
+MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
 
 
 def is_diffusers(path: str | Path) -> bool:
-    """Whether this is a folder that diffusers wrote, or names a model on the Hub: "owner/name" or "hf://owner/name"."""
+    """Returns whether a path is a folder of diffusers or a model on the Hub, "owner/name" or "hf://owner/name"."""
     folder = Path(path)
     if folder.is_dir():
         config = folder / "config.json"
@@ -53,83 +54,82 @@ def open_diffusers(
 ) -> Backbone:
     """Opens a model of diffusers as a backbone in evaluation mode, in float32, on the CPU.
 
-    The null condition is the empty prompt, encoded by the pipeline's own text encoder where that is there, else zeros;
+    The null condition is the empty prompt, encoded by the pipeline's own text encoder if there is one, otherwise zeros;
     the backbone's name says which.
 
     Args:
-        path: A pipeline's or a model's folder; "owner/name" for what is in the Hub's cache on this machine;
-            "hf://owner/name" to download what is not.
-        subfolder: The component to open, where it is not the pipeline's transformer or unet.
-        lora: A peft adapter's folder, or a LoRA `.safetensors` file of diffusers, merged into the weights.
-        layers: Names or patterns of layers; the blocks where not given.
-        schedule: A `NoiseSchedule` or its name, instead of the scheduler's.
-        prediction: What the network gives, instead of what the scheduler says.
-        shape: Shape (C, *grid) of one input in latent units, where the configuration does not tell it or another is
-            wanted.
-        num_classes: For class-conditional U-Nets, whose configuration does not tell whether their last class is the
-            null label.
+        path: Folder of a pipeline or a model; "owner/name" for a model in this machine's cache of the Hub;
+            "hf://owner/name" to download a model that is not in the cache.
+        subfolder: Name of the component to open, if it is not the pipeline's transformer or unet.
+        lora: Folder of a peft adapter, or a LoRA `.safetensors` file of diffusers, merged into the weights.
+        layers: Names or patterns of layers; the blocks by default.
+        schedule: `NoiseSchedule` or its name, instead of the scheduler's.
+        prediction: Prediction target, instead of the scheduler's.
+        shape: Shape (C, *grid) of one input in latent units, if the configuration lacks it or another one is wanted.
+        num_classes: Number of classes of a class-conditional U-Net, whose configuration does not say whether the last
+            class is the null label.
 
     Raises:
         ModuleNotFoundError: If diffusers is not installed.
         FileNotFoundError: If a folder or a weight file is missing.
-        ValueError: If a file is damaged, wants code of its own to be run or lies outside of the folder; if the class is
-            unknown; if size, schedule or prediction have to be told.
+        ValueError: If a file is damaged, needs code of its own or lies outside of the folder; if the class is
+            unknown; if the size, schedule or prediction has to be passed.
     """
     import_diffusers()
-    place = locate_model(path, subfolder)
-    module = load_denoiser(place)
+    folder = locate_model(path, subfolder)
+    module = load_denoiser(folder)
     if lora is not None:
-        module = with_lora(module, Path(lora), component=place.component)
+        module = with_lora(module, Path(lora), component=folder.component)
     config, name = module.config, type(module).__name__
     family = CLASSES.get(name)
     if family is None:
         family = guess_family(module, config)
     sample_shape = _sample_shape(name, family, config, shape)
-    convention = read_convention(place, name, family, schedule, prediction)
+    convention = read_convention(folder, name, family, schedule, prediction)
     classes = _num_classes(name, config, num_classes)
-    text, said = read_null_text(place, family, module)
+    text, text_note = read_null_text(folder, family, module)
     forward = DiffusersForward(family, config, sample_shape, text, classes, convention.preconditioner)
     num_tokens = math.prod(e // p for e, p in zip(sample_shape[1:], family.patch(config), strict=True))
     tokens: Callable[[Any, str], Tensor] = partial(family.tokens, shape=sample_shape, num_tokens=num_tokens)
     if name not in CLASSES:
-        found, tokens = measure_layers(module, forward, sample_shape, convention.schedule)
+        blocks, tokens = measure_layers(module, forward, sample_shape, convention.schedule)
     else:
-        found = _ordered_layers(module, family)
-    chosen = found if layers is None else match_layers(module, layers)
+        blocks = _ordered_layers(module, family)
     return Backbone(
         module=module,
-        layers=chosen,
+        layers=blocks if layers is None else match_layers(module, layers),
         schedule=convention.schedule,
         prediction=convention.prediction,
         shape=sample_shape,
         num_classes=classes,
         forward=forward,
-        name=f"{name} of {len(found)} blocks{said}",
+        name=f"{name} of {len(blocks)} blocks{text_note}",
         tokens=tokens,
     )
 
 
-# --- Sizes, classes and the null text
-
-
-def _sample_shape(name: str, family: DiffusersClass, config: Config, given: Sequence[int] | None) -> Shape:
+def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequence[int] | None) -> Shape:
     channels, patch = family.channels(config), family.patch(config)
     grid = ("L",) if len(patch) == 1 else ("F", "H", "W")[-len(patch) :]
-    shape = family.size(config) if given is None else tuple(given)
+    shape = family.size(config) if shape is None else tuple(shape)
     outputs = config.get("out_channels") or config.in_channels
-    if family.packed:  # Some count channels of patches on one side only.
+    if family.packed:  # Some classes count the channels of a patch only in `in_channels`.
         outputs *= math.prod(_tuple(config.get("patch_size") or 1))
     if config.in_channels > outputs:
         raise ValueError(
-            f"{name} takes {config.in_channels - outputs} channels of a given image besides the {outputs} noisy ones, "
-            "which no data here has; wrap the module yourself"
+            f"{name} takes {config.in_channels - outputs} channels of a conditioning image besides the {outputs} noisy "
+            "ones, which is not supported; wrap the module yourself"
         )
     if shape is None:
-        raise ValueError(f"{name} does not say its size; pass --shape {channels},{','.join(grid)} in latent units")
+        raise ValueError(
+            f"the configuration of {name} has no size; pass --shape {channels},{','.join(grid)} in latent units"
+        )
     if not all(isinstance(edge, int) for edge in shape) or math.prod(shape) > MAX_VALUES:
         raise ValueError(f"{name} would take samples of shape {shape}; pass the right --shape")
     if len(shape) != len(patch) + 1 or shape[0] != channels:
-        raise ValueError(f"{name} takes shapes {channels},{','.join(grid)}, not {','.join(map(str, shape))}; pass one")
+        raise ValueError(
+            f"{name} takes shapes {channels},{','.join(grid)}, not {','.join(map(str, shape))}; pass another --shape"
+        )
     for axis, edge, p in zip(grid, shape[1:], patch, strict=True):
         if edge < 1 or edge % p:
             raise ValueError(f"{name} takes multiples of {p} along {axis}, not {edge}; pass another --shape")
@@ -140,33 +140,30 @@ def _tuple(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-def _num_classes(name: str, config: Config, given: int | None) -> int:
-    """Number of classes where the null label is the row after the last one; 0 for an unconditional model."""
+def _num_classes(name: str, config: Config, num_classes: int | None) -> int:
+    """Returns the number of classes, if the row after the last class is the null label; 0 if unconditional."""
     if name == "DiTTransformer2DModel":
         count = int(config.num_embeds_ada_norm)
-        if given not in (None, count):
-            raise ValueError(f"{name} has {count} classes, not {given}; leave --num-classes out")
+        if num_classes not in (None, count):
+            raise ValueError(f"{name} has {count} classes, not {num_classes}; leave --num-classes out")
         return count
     rows = config.get("num_class_embeds")
     if config.get("class_embed_type") in ("timestep", "projection", "simple_projection", "identity"):
         raise ValueError(f"{name} is conditioned on {config['class_embed_type']} labels; wrap the module yourself")
     if rows is None:
-        if given:
+        if num_classes:
             raise ValueError(f"{name} has no classes; leave --num-classes out")
         return 0
-    if given != rows - 1:
+    if num_classes != rows - 1:
         raise ValueError(
-            f"{name} has {rows} rows of classes; pass --num-classes {rows - 1} if the last is the null label, "
-            "else wrap the module yourself"
+            f"{name} has {rows} rows of classes; pass --num-classes {rows - 1} if the last one is the null label, "
+            "otherwise wrap the module yourself"
         )
     return int(rows - 1)
 
 
-# --- Layers
-
-
 def _ordered_layers(module: nn.Module, family: DiffusersClass) -> tuple[str, ...]:
-    """The family's blocks in the order in which they run."""
+    """Returns the family's blocks in the order in which they run."""
     names = {name for name, _ in module.named_modules()}
     lists = [match_layers(module, p) for p in family.layers if p.removesuffix(".*") in names and _filled(module, p)]
     if family.interleaved:
