@@ -1,4 +1,4 @@
-"""`layerprobe atlas`: what every layer pair is worth, by training each."""
+"""`layerprobe atlas`: the pair sweep, which trains every layer pair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def atlas(
     ],
     *,
     data: options.Data,
-    out: Annotated[Path, typer.Option(help="Folder of the atlas; repeat the command to continue it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pair sweep; repeat the command to continue it.")],
     steps: options.Steps,
     pair: Annotated[
         list[str] | None, typer.Option(help="Only this pair, student:teacher, as 2:5; may be repeated.")
@@ -44,8 +44,7 @@ def atlas(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Train every layer pair and no alignment from one start, and say what each was worth."""
-    from layerprobe.analyses.experiments import too_short
+    """Train every layer pair and a baseline from one start, and report the benefit of each pair."""
     from layerprobe.analyses.runs import (
         describe_pair_sweep,
         encoded,
@@ -54,6 +53,7 @@ def atlas(
         pair_sweep_start,
         wanted_pairs,
     )
+    from layerprobe.analyses.wording import length_cautions
 
     begin = pair_sweep_start(
         start,
@@ -66,7 +66,7 @@ def atlas(
         sync=options.sync_options(sync_options),
         **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
     )
-    cautions = too_short(steps, trained_steps=begin.trained_steps)
+    cautions = length_cautions(steps, trained_steps=begin.trained_steps)
     wanted = wanted_pairs(begin.backbone, options.layer_pairs(pair or []))
     branches, part = (len(wanted) + 1) * num_seeds, _part(shard)
     record = {

@@ -37,7 +37,7 @@ def confirm(
         typer.Option(help="Known spread over seeds of a difference, as a share of the distance; only to foretell."),
     ] = None,
     pilot: Annotated[
-        Path | None, typer.Option(help="Another confirmed run, or an atlas, that tells the spread.")
+        Path | None, typer.Option(help="Another confirmed run, or a pair sweep, whose spread to take.")
     ] = None,
     sync_options: options.Given,
     seed: options.Seed = 0,
@@ -47,7 +47,6 @@ def confirm(
     config: options.Config = None,
 ) -> None:
     """Train with and without the pick, seed by seed, and say whether it helps."""
-    from layerprobe.analyses.experiments import too_short
     from layerprobe.analyses.runs import (
         arm_names,
         confirm_run,
@@ -55,6 +54,7 @@ def confirm(
         confirmation_training,
         trained_steps,
     )
+    from layerprobe.analyses.wording import length_cautions, resolution_sentences, spread_source, verdict_paragraph
 
     training = confirmation_training(
         run,
@@ -67,8 +67,8 @@ def confirm(
     wanted = None if arms is None else options.names(arms)
     planned = arm_names(run, wanted, seed=seed)
     resolution = confirmation_resolution(run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot)
-    cautions = too_short(steps, trained_steps=trained_steps(run) if from_scratch else None)
-    beforehand = [*resolution.sentences(), *cautions]
+    cautions = length_cautions(steps, trained_steps=trained_steps(run) if from_scratch else None)
+    beforehand = [*resolution_sentences(resolution), *cautions]
     if dry_run:
         record = {
             "run": str(run),
@@ -79,7 +79,9 @@ def confirm(
             **sync_options,
         }
         lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
-        emit(record | {"resolution": resolution.to_dict(), "cautions": cautions}, lines, as_json=as_json)
+        source = resolution.spread and spread_source(resolution.spread)
+        numbers = resolution.to_dict() | {"spread_from": source}
+        emit(record | {"resolution": numbers, "cautions": cautions}, lines, as_json=as_json)
         return
     for line in beforehand:
         typer.echo(line, err=True)
@@ -96,8 +98,9 @@ def confirm(
             device=device,
             progress=progress,
         )
+    paragraph = verdict_paragraph(verdict)
     emit(
-        {"run": str(run), "answer": verdict.answer, "paragraph": verdict.paragraph},
-        [f"verdict  {verdict.answer}", verdict.paragraph, f"report   {run / 'report.html'}"],
+        {"run": str(run), "answer": verdict.answer, "paragraph": paragraph},
+        [f"verdict  {verdict.answer}", paragraph, f"report   {run / 'report.html'}"],
         as_json=as_json,
     )

@@ -23,6 +23,7 @@ def quickstart(
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
     from layerprobe.analyses.runs import describe_selection, quickstart_run
+    from layerprobe.analyses.wording import verdict_paragraph
 
     if dry_run:
         record = {
@@ -43,17 +44,17 @@ def quickstart(
         selection, verdict = quickstart_run(
             out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
         )
-    pick = selection.pick
+    pick, paragraph = selection.pick, verdict_paragraph(verdict)
     record = {
         "run": str(out),
         "pick": None if pick is None else {"student": pick.student, "teacher": pick.teacher},
         "answer": verdict.answer,
-        "paragraph": verdict.paragraph,
+        "paragraph": paragraph,
     }
     lines = [
         *describe_selection(selection),
         f"verdict  {verdict.answer}",
-        verdict.paragraph,
+        paragraph,
         f"report   {out / 'report.html'}",
     ]
     emit(record, lines, as_json=as_json)

@@ -1,29 +1,25 @@
-"""Proof by training: the same run with and without the picked pair, seed by seed.
+"""Confirmation of a pair: the same training with and without it, seed by seed.
 
-All arms of a seed (see `arms`) share initial weights, data order, noise and noise levels, so their difference is the
-pair's doing. What a difference over so many seeds can tell stands in `power`, what is made of it in `verdict`.
+All arms of a seed (see `arms`) share initial weights, data order, noise and noise levels, so a difference between them
+is the effect of the pair. `power` says which difference a number of seeds can find, `verdict` judges the difference.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from layerprobe.analyses.experiments.arms import BASELINE as BASELINE
-from layerprobe.analyses.experiments.arms import CONTROL, ConfirmationPlan
-from layerprobe.analyses.experiments.arms import FRECHET as FRECHET
-from layerprobe.analyses.experiments.arms import Arm as Arm
+from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, NEGATIVE_CONTROL, Arm, ConfirmationPlan
 from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
-from layerprobe.analyses.experiments.power import Spread
+from layerprobe.analyses.experiments.power import Spread, SpreadSource
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone
@@ -32,8 +28,10 @@ from layerprobe.files import claim, write_text
 from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.training import TrainingPlan, train
 
-# Steps whose mean length is measured: enough for AdamW's running means to show how well gradients agree.
+# Steps over which the mean step length is measured: AdamW's moving averages need them to reflect how well the gradients
+# of successive steps agree.
 MEASURED_STEPS = 50
+CURVE_COLUMNS = ("arm", "seed", "step", "metric", "value")
 
 
 def confirm_pair(
@@ -49,21 +47,21 @@ def confirm_pair(
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
 
-    Arms learn from the training samples. Fréchet distance and held-out loss are measured against the test samples, which
-    no arm has seen. A plan that stops early ends after the first look at which the difference is clear.
+    The arms are trained on the training split. Fréchet distance and held-out loss are measured against the test split,
+    which no arm has seen. A plan that stops early ends after the first look at which the difference is clear.
 
     Args:
-        start: The model to start from, by seed: the same checkpoint for a branch, fresh weights from scratch.
-        splits: The data.
-        arms: The first is the baseline.
-        plan: Seeds, steps, evaluations.
-        folder: Gets one training run per arm and seed, `confirmation.csv` and `verdict.json`.
-        start_name: "from scratch", or which checkpoint; goes into the verdict.
-        extractor: For the Fréchet distance; a small classifier trained on the training samples where not given.
-        progress: Called with (what is running, steps done, steps in all) over all arms.
+        start: Function from a seed to the initial model: the same checkpoint for a branch, fresh weights from scratch.
+        splits: Data of the training and the evaluation.
+        arms: Arms of the confirmation, the baseline first.
+        plan: Seeds, steps and evaluations.
+        folder: Folder for one training run per arm and seed, `confirmation.csv` and `verdict.json`.
+        start_name: Where the arms start, "from scratch" or "from the checkpoint".
+        extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
+        progress: Callback with (name of the running arm, steps done, total steps), counted over all arms.
 
     Raises:
-        ValueError: If the arms do not compare, see `check_arms`, or the folder holds another run.
+        ValueError: If the arms cannot be compared, see `check_arms`, or the folder belongs to another run.
     """
     folder = Path(folder)
     check_arms(arms)
@@ -76,43 +74,11 @@ def confirm_pair(
     claim(folder, "confirmation.json", record, what="a confirmation")
     extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
-    training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
-    # Each seed starts once, so that its arms start equal even if `start` draws fresh weights at every call.
+    # Each seed starts once, so that its arms are equal at the start even if `start` draws weights at every call.
     first = start(plan.seeds[0])
     arms = [_matched(arm, first, splits.train, plan.training, folder) for arm in arms]
     starts = zip(plan.seeds, chain([first], (start(seed) for seed in plan.seeds[1:])), strict=True)
-    runs = ((seed, backbone, arm) for seed, backbone in starts for arm in arms)
-    total = len(plan.seeds) * len(arms) * plan.training.steps
-    rows: list[dict[str, Any]] = []
-    beginnings: dict[int, ScoresByStep] = {}
-    for index, (seed, backbone, arm) in enumerate(runs):
-        done = index * plan.training.steps
-
-        def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
-            if progress:
-                progress(what, done + step, total)
-
-        scores = train_arm(
-            backbone,
-            splits.train,
-            arm,
-            replace(training, seed=seed),
-            run_folder(folder, arm, seed),
-            score=scorer.means,
-            score_at=plan.evaluation_steps,
-            # The arms of a seed start from the same weights: what the first scored there, all score.
-            known=beginnings.get(seed, {}),
-            progress=report,
-        )
-        beginnings[seed] = {0: scores[0]}
-        rows += [
-            {"arm": arm.name, "seed": seed, "step": step, "metric": metric, "value": value}
-            for step, values in scores.items()
-            for metric, value in values.items()
-        ]
-        if plan.stop_early and arm is arms[-1] and is_clear(pd.DataFrame(rows), arms, plan):
-            break
-    curves = pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
+    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, progress)
     verdict = judge(
         curves,
         arms,
@@ -126,48 +92,99 @@ def confirm_pair(
     return verdict
 
 
+def _train_arms(
+    starts: Iterable[tuple[int, Backbone]],
+    samples: Samples,
+    arms: Sequence[Arm],
+    plan: ConfirmationPlan,
+    folder: Path,
+    scorer: Scorer,
+    progress: TaskProgress | None,
+) -> pd.DataFrame:
+    """Trains the arms seed by seed, up to an early stop; a row of the result is one score, see `CURVE_COLUMNS`."""
+    training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
+    total = len(plan.seeds) * len(arms) * training.steps
+    rows: list[tuple[str, int, int, str, float]] = []
+    initial_scores: dict[int, ScoresByStep] = {}
+    for index, (seed, backbone, arm) in enumerate((seed, model, arm) for seed, model in starts for arm in arms):
+        done = index * training.steps
+
+        def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
+            if progress:
+                progress(what, done + step, total)
+
+        scores = train_arm(
+            backbone,
+            samples,
+            arm,
+            replace(training, seed=seed),
+            run_folder(folder, arm, seed),
+            score=scorer.means,
+            score_at=plan.evaluation_steps,
+            # The arms of a seed start from the same weights, so the scores at step 0 are computed once.
+            known=initial_scores.get(seed, {}),
+            progress=report,
+        )
+        initial_scores[seed] = {0: scores[0]}
+        rows += [
+            (arm.name, seed, step, metric, value) for step, values in scores.items() for metric, value in values.items()
+        ]
+        curves = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+        if plan.stop_early and arm is arms[-1] and is_clear(curves, arms, plan):
+            break
+    return curves
+
+
 def earlier_looks(folder: Path, judged: str) -> dict[int, float]:
-    """Looks of the verdict in a folder, {number of seeds: level}, if that was on this arm; {} without one.
+    """Returns the looks of the verdict in a folder, {number of seeds: level}.
+
+    Returns {} if the folder has no verdict, or a verdict on another arm.
+
+    Args:
+        folder: Folder of a confirmation.
+        judged: Name of the judged arm.
 
     Raises:
         ValueError: If the verdict cannot be read.
     """
-    place = folder / "verdict.json"
-    if not place.is_file():
+    path = folder / "verdict.json"
+    if not path.is_file():
         return {}
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        looks = {int(n): float(level) for n, level in found["looks"].items()}
-        return looks if found["judged"] == judged else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place} is damaged ({error}); delete it") from error
+        verdict = Verdict.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    return verdict.looks if verdict.judged == judged else {}
 
 
-def kept_spread(folder: Path, source: str) -> Spread | None:
-    """The spread over seeds of what finished arms in a folder differ from no alignment by; None before two seeds.
+def kept_spread(folder: Path, source: SpreadSource) -> Spread | None:
+    """Returns the spread over seeds of the finished arms in a folder; None before two seeds are finished.
+
+    The negative control does not count.
 
     Args:
-        folder: Of a confirmation or of an atlas.
-        source: What it is, as "this confirmation".
+        folder: Folder of a confirmation or of a pair sweep.
+        source: What the folder is to the planned confirmation.
     """
     runs: dict[str, dict[str, dict[int, float]]] = {}
-    for place in folder.glob("seed-*/*.json"):
-        scores = json.loads(place.read_text(encoding="utf-8"))
+    for path in folder.glob("seed-*/*.json"):
+        scores = json.loads(path.read_text(encoding="utf-8"))
         by_step = {int(step): values[FRECHET] for step, values in scores.items()}
-        runs.setdefault(place.stem, {})[place.parent.name] = by_step
+        runs.setdefault(path.stem, {})[path.parent.name] = by_step
     last = max((step for seeds in runs.values() for by_step in seeds.values() for step in by_step), default=0)
-    ends = {
+    finals = {
         arm: {seed: by_step[last] for seed, by_step in seeds.items() if last in by_step} for arm, seeds in runs.items()
     }
-    baseline = ends.pop(_stem(BASELINE), {})
-    ends.pop(_stem(CONTROL), None)
+    baseline = finals.pop(_stem(BASELINE), {})
+    finals.pop(_stem(NEGATIVE_CONTROL), None)
     differences = [
-        [end[seed] - baseline[seed] for seed in baseline] for end in ends.values() if end.keys() >= baseline.keys()
+        [final[seed] - baseline[seed] for seed in baseline]
+        for final in finals.values()
+        if final.keys() >= baseline.keys()
     ]
     if len(baseline) < 2 or not differences:
         return None
-    told = f"{len(baseline)} seeds of {source}, after {last} steps"
-    return spread_of(np.array(differences), [*baseline.values()], told)
+    return spread_of(np.array(differences), [*baseline.values()], source, steps=last)
 
 
 def _stem(name: str) -> str:
@@ -175,33 +192,38 @@ def _stem(name: str) -> str:
 
 
 def run_folder(folder: Path, arm: Arm, seed: int) -> Path:
-    """Where a seed of an arm is trained; its scores lie beside it, under the same name with .json."""
+    """Returns where a seed of an arm is trained; its scores lie beside it, under the same name with .json."""
     return folder / f"seed-{seed}" / _stem(arm.name)
 
 
 def _matched(arm: Arm, backbone: Backbone, samples: Samples, training: TrainingPlan, folder: Path) -> Arm:
-    """An arm that matches a pair's steps, with the learning rate that does it, measured once and kept."""
+    """An arm that matches a pair's step length, with its learning rate, which is measured once and kept in a file."""
     if arm.matched is None:
         return arm
-    place, pair = folder / "learning-rate.json", [arm.matched.student, arm.matched.teacher]
-    kept = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
-    if kept.get("pair") != pair:
-        aligned, plain = (
-            step_length(backbone, samples, replace(training, pairs=pairs)) for pairs in ((arm.matched,), ())
-        )
-        kept = {
+    path, pair = folder / "learning-rate.json", [arm.matched.student, arm.matched.teacher]
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if record.get("pair") != pair:
+        aligned = step_length(backbone, samples, replace(training, pairs=(arm.matched,)))
+        plain = step_length(backbone, samples, replace(training, pairs=()))
+        record = {
             "pair": pair,
             "steps": min(MEASURED_STEPS, training.steps),
             "mean_step_aligned": aligned,
             "mean_step": plain,
             "learning_rate": training.learning_rate * aligned / plain,
         }
-        write_text(place, json.dumps(kept, indent=1))
-    return replace(arm, learning_rate=kept["learning_rate"])
+        write_text(path, json.dumps(record, indent=1))
+    return replace(arm, learning_rate=record["learning_rate"])
 
 
 def step_length(backbone: Backbone, samples: Samples, training: TrainingPlan) -> float:
-    """How far an optimizer step moves the weights, the Euclidean norm, in the mean of a training's first steps."""
+    """Returns the mean Euclidean length of the first optimizer steps of a training.
+
+    Args:
+        backbone: Initial model; it is not changed.
+        samples: Training samples.
+        training: Training plan, of which at most `MEASURED_STEPS` steps are done.
+    """
     steps = min(MEASURED_STEPS, training.steps)
     before: list[Tensor] = []
     lengths: list[float] = []
@@ -209,14 +231,14 @@ def step_length(backbone: Backbone, samples: Samples, training: TrainingPlan) ->
     def observe(_: int, model: Backbone) -> None:
         weights = [p.detach().clone() for p in model.module.parameters()]
         if before:
-            moves = [float((now - then).double().square().sum()) for now, then in zip(weights, before, strict=True)]
-            lengths.append(sum(moves) ** 0.5)
+            squares = [float((now - then).double().square().sum()) for now, then in zip(weights, before, strict=True)]
+            lengths.append(sum(squares) ** 0.5)
         before[:] = weights
 
-    # An average that forgets at once is the weights themselves.
-    short = replace(training, steps=steps, ema_decay=0.0, more_ema_decays=())
+    # The observed model is the average, which equals the weights at a decay of 0.
+    plan = replace(training, steps=steps, ema_decay=0.0, more_ema_decays=())
     with tempfile.TemporaryDirectory() as folder:
-        train(backbone, samples, short, Path(folder) / "steps", observe=observe, observe_at=range(steps + 1))
+        train(backbone, samples, plan, Path(folder) / "steps", observe=observe, observe_at=range(steps + 1))
     return float(np.mean(lengths))
 
 
@@ -232,32 +254,32 @@ def train_arm(
     known: ScoresByStep | None = None,
     progress: TrainingProgress | None = None,
 ) -> ScoresByStep:
-    """Trains one seed of an arm and scores it on the way; what is done already is not done again.
+    """Trains one seed of an arm and scores it on the way; finished work is not repeated.
 
     Args:
-        backbone: Where it starts.
-        samples: What it learns from.
-        arm: Its pair replaces those of the plan, and its learning rate, where it has one, that of the plan.
-        training: How; the same for all arms that are to be compared.
-        folder: Gets the training; the scores lie beside it.
-        score: Metrics of an averaged model.
-        score_at: Steps to score.
-        known: Scores that need no repeating.
-        progress: As in `train`.
+        backbone: Initial model.
+        samples: Training samples.
+        arm: The arm; its pair replaces the pairs of the plan, and its learning rate, if it has one, that of the plan.
+        training: Training plan, the same for all arms that are compared.
+        folder: Folder of the training; the scores lie beside it.
+        score: Function from an averaged model to its metrics.
+        score_at: Steps at which the model is scored.
+        known: Scores by step that need not be computed.
+        progress: Callback as in `train`.
 
     Raises:
-        ValueError: As `train`, or if a score of a finished training is lost.
+        ValueError: As `train`, or if a score of a finished training is missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder.with_name(f"{folder.name}.json")
-    evaluations = _Evaluations(place, score)
+    path = folder.with_name(f"{folder.name}.json")
+    evaluations = _Evaluations(path, score)
     evaluations.scores |= known or {}
-    rate = arm.learning_rate or training.learning_rate
-    plan = replace(training, pairs=(arm.pair,) if arm.pair else (), learning_rate=rate)
+    learning_rate = arm.learning_rate or training.learning_rate
+    plan = replace(training, pairs=(arm.pair,) if arm.pair else (), learning_rate=learning_rate)
     train(backbone, samples, plan, folder, observe=evaluations.observe, observe_at=score_at, progress=progress)
     missing = [step for step in score_at if step not in evaluations.scores]
     if missing:
-        raise ValueError(f"{place} lacks step {missing[0]} of a finished run; delete {folder} to repeat that run")
+        raise ValueError(f"{path} lacks step {missing[0]} of a finished run; delete {folder} to repeat that run")
     return evaluations.scores
 
 
@@ -267,12 +289,12 @@ def _checkpoint_every(plan: ConfirmationPlan) -> int:
 
 
 class _Evaluations:
-    """What one arm scored, kept in a file as it goes."""
+    """Scores of one arm by step, written to a file after each evaluation."""
 
     def __init__(self, path: Path, score: Callable[[Backbone], dict[str, float]]) -> None:
         self._path, self._score = path, score
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        self.scores: ScoresByStep = {int(step): values for step, values in kept.items()}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.scores: ScoresByStep = {int(step): values for step, values in record.items()}
 
     def observe(self, step: int, model: Backbone) -> None:
         if step not in self.scores:

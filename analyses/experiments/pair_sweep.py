@@ -1,14 +1,14 @@
-"""The pair atlas: what every layer pair is worth, by experiment.
+"""The pair sweep: training with every layer pair, to measure what each pair is worth.
 
-From one start every (student, teacher) pair is trained for the same steps, and no alignment too, on the same batches
-with the same noise: what a branch scores beyond the one without alignment is its pair's doing. That is the
-ground truth that a rule for picking pairs has to be judged by, at this stage of this model on these data; a branch of
-few steps says nothing about many.
+From one start a branch is trained for every (student, teacher) pair, and a baseline without alignment, for the same
+steps on the same batches with the same noise. The difference between a branch and the baseline is the effect of its
+pair. A rule for picking pairs has to be judged by these measurements, which hold for this model at this stage on this
+data; branches of few steps say nothing about long trainings.
 
-A branch scores the Fréchet distance of what it draws, the loss on held-out samples by noise level and, with labels,
-the error of linear probes of its layers; lower is better in all. The benefit is the share by which the score without
-alignment is undercut: 0.1 is ten per cent less, negative is worse. One seed gives no idea of the noise; the spread over
-seeds does.
+A branch scores the Fréchet distance of its samples, the loss on held-out samples by noise level and, with labels, the
+error of linear probes of its layers; lower is better in all of them. The benefit of a pair is the share by which its
+score is below the baseline's: 0.1 is ten percent lower, a negative benefit is worse. One seed gives no estimate of the
+noise; several seeds do.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan, checkpoints, train
 
-COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
+PAIR_SWEEP_COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
 
 
 @dataclass(frozen=True)
 class PairSweepPlan:
-    """How the branches are trained and scored.
+    """How the branches of a pair sweep are trained and scored.
 
     Attributes:
-        training: What all branches share; its pairs and seed are set by branch. `steps` counts from the start of the
-            training that the branches continue, where they continue one.
+        training: Training plan that all branches share; its pairs and seed are set for each branch. Where the branches
+            continue a training, its `steps` include the steps of that training.
         first_step: Step at which the branches begin; 0 unless they continue a training.
-        seeds: Each is another order of the data and other noise, and fresh initial weights where branches start from
-            scratch.
-        num_evaluations: Evenly spaced over the steps of a branch, the last one at the end.
-        num_samples: Drawn for each Fréchet distance.
-        sampling: How they are drawn.
-        from_scratch: Whether every seed has its own weights to start from.
+        seeds: Seeds of the branches. Each seed has its own data order and noise, and its own initial weights where the
+            branches start from scratch.
+        num_evaluations: Number of evaluations, evenly spaced over the steps of a branch; the last one is at the end.
+        num_samples: Number of samples drawn for each Fréchet distance.
+        sampling: Sampling plan for these samples.
+        from_scratch: Whether each seed starts from its own fresh weights.
     """
 
     training: TrainingPlan
@@ -69,7 +69,7 @@ class PairSweepPlan:
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"the seeds are {list(self.seeds)}; pass one or more different ones")
+            raise ValueError(f"the seeds are {list(self.seeds)}; pass at least one, and each only once")
         if not 1 <= self.num_evaluations <= self.branch_steps:
             raise ValueError(
                 f"{self.num_evaluations} evaluations do not fit into branches of {self.branch_steps} steps"
@@ -79,18 +79,18 @@ class PairSweepPlan:
 
     @property
     def branch_steps(self) -> int:
-        """Optimizer steps of one branch."""
+        """Number of optimizer steps of one branch."""
         return self.training.steps - self.first_step
 
     @property
     def evaluation_steps(self) -> tuple[int, ...]:
-        """`num_evaluations` steps after the first."""
+        """Steps at which a branch is scored: `num_evaluations` evenly spaced steps after the first one."""
         n = self.num_evaluations
         return tuple(self.first_step + round(i * self.branch_steps / n) for i in range(1, n + 1))
 
 
 def all_pairs(layers: Sequence[str]) -> tuple[LayerPair, ...]:
-    """Every earlier layer with every later one; `layers` in execution order, all of one shape."""
+    """Returns every earlier layer as student of every later one; `layers` in execution order, all of one shape."""
     return tuple(LayerPair(*names) for names in combinations(layers, 2))
 
 
@@ -106,112 +106,118 @@ def sweep_pairs(
     extractor: Extractor | None = None,
     progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
-    """Trains every pair and no alignment from one start, and tells what each was worth.
+    """Trains a branch for every pair, and the baseline, and measures the benefit of each pair.
 
-    Branches learn from the training samples and are scored on the test samples. Each keeps its scores in
-    `seed-S/STUDENT-from-TEACHER.json`, and nothing else once it is finished; work that was interrupted goes on when the
-    call is repeated, and pairs and seeds may be added. Several processes share the work as shards in one folder. For
-    machines without a common disk, copy the `seed-*` folders together and repeat the call: it then only writes the
-    table.
+    Branches are trained on the training split and scored on the test split. A finished branch leaves its scores in
+    `seed-S/STUDENT-from-TEACHER.json` and nothing else. Interrupted work continues when the call is repeated, and pairs
+    and seeds may be added. Several processes share the work as shards in one folder. For machines without a common
+    disk, copy the `seed-*` folders into one folder and repeat the call, which then only writes the table.
 
     Args:
-        backbone: Where all branches start; from scratch, what the network is.
-        splits: The data.
-        pairs: To train; no alignment is always one of the branches.
-        plan: Steps, seeds, evaluations.
-        folder: Gets `atlas.json` (what this is), the scores, and `atlas.csv`.
-        state: A training's state, to go on with its optimizer and averaged weights at `plan.first_step`; the weights
-            are then this state's too. Without it every branch begins with an empty optimizer.
-        shard: (i, N): this call trains every N-th branch from the i-th on.
-        extractor: For the Fréchet distance; a small classifier trained on the training samples where not given.
-        progress: Called with (what is running, steps done, steps in all) over the branches of this shard.
+        backbone: Model from which all branches start; from scratch, the network without its weights.
+        splits: Data of the training and the evaluation.
+        pairs: Pairs to train.
+        plan: Steps, seeds and evaluations.
+        folder: Folder for `atlas.json` (the record of the sweep), the scores and `atlas.csv`.
+        state: Checkpoint of a training whose weights, optimizer and averaged weights the branches take over at
+            `plan.first_step`. None for branches that begin with an empty optimizer.
+        shard: (i, N): this call trains every N-th branch, from the i-th on.
+        extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
+        progress: Callback with (name of the running branch, steps done, total steps), counted over this shard.
 
     Returns:
-        What `atlas.csv` holds, see `table`; branches that no shard has finished are not in it.
+        The content of `atlas.csv`, see `pair_sweep_table`; it lacks the branches that no shard has finished.
 
     Raises:
-        ValueError: If a pair stands twice, there is no such shard, or the folder holds another atlas.
+        ValueError: If a pair is listed twice, the shard does not exist, or the folder belongs to another run.
     """
     folder = Path(folder)
     number, count = shard
     if not 1 <= number <= count:
         raise ValueError(f"there is no shard {number} of {count}; pass 1/{count} to {count}/{count}")
     if len(set(pairs)) < len(pairs):
-        raise ValueError("a pair stands twice; pass each once")
-    claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="an atlas")
+        raise ValueError("a pair is listed twice; pass each pair once")
+    claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
     extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
-    mine = [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
-    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling) if mine else None
-    for index, (seed, arm) in enumerate(mine):
+    todo = [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling) if todo else None
+    for index, (seed, arm) in enumerate(todo):
         assert scorer is not None
 
         def report(step: int, _: int, __: float, index: int = index, what: str = f"seed {seed}, {arm.name}") -> None:
             if progress:
-                progress(what, index * plan.branch_steps + step - plan.first_step, len(mine) * plan.branch_steps)
+                progress(what, index * plan.branch_steps + step - plan.first_step, len(todo) * plan.branch_steps)
 
         start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
         _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
-    found = {(seed, arm.pair): kept for seed, arm in runs if (kept := _kept(run_folder(folder, arm, seed))).keys()}
-    atlas = table(found)
-    write_text(folder / "atlas.csv", atlas.to_csv(index=False))
-    return atlas
+    scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
+    sweep = pair_sweep_table(scores)
+    write_text(folder / "atlas.csv", sweep.to_csv(index=False))
+    return sweep
 
 
 def branch_scores(model: Backbone, scorer: Scorer, splits: Splits) -> dict[str, float]:
-    """What a branch scores at one step, by metric: Fréchet distance, held-out loss by noise level, probe errors."""
+    """Returns the scores of a branch at one step, by metric.
+
+    The metrics are the Fréchet distance, the held-out loss (mean and by noise level) and, with labels, probe errors.
+    """
     losses = scorer.losses(model)
     by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
     scores = {FRECHET: scorer.distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
     return scores | by_level | probe_errors(model, splits)
 
 
-def table(found: dict[tuple[int, LayerPair | None], ScoresByStep]) -> pd.DataFrame:
-    """One row for each pair, seed, step and metric.
+def pair_sweep_table(scores: dict[tuple[int, LayerPair | None], ScoresByStep]) -> pd.DataFrame:
+    """Returns a table with one row for each pair, seed, step and metric.
 
-    Columns student and teacher (empty for no alignment), seed, step, metric, value, and benefit: the share by which the
-    value undercuts that of no alignment at the same seed and step; nan where that is 0 or not there.
+    Columns student and teacher (empty for the baseline), seed, step, metric, value, and benefit: the share by which the
+    value is below the baseline's at the same seed and step; nan where the baseline's is 0 or missing.
 
     Args:
-        found: Scores by (seed, pair), pair None for no alignment.
+        scores: Scores by (seed, pair); the pair of the baseline is None.
     """
     rows = []
-    for (seed, pair), scores in found.items():
+    for (seed, pair), by_step in scores.items():
         names = ("", "") if pair is None else (pair.student, pair.teacher)
-        for step, values in scores.items():
-            without = found.get((seed, None), {}).get(step, {})
+        for step, values in by_step.items():
+            baseline = scores.get((seed, None), {}).get(step, {})
             rows += [
-                (*names, seed, step, metric, value, 1 - value / without[metric] if without.get(metric) else np.nan)
+                (*names, seed, step, metric, value, 1 - value / baseline[metric] if baseline.get(metric) else np.nan)
                 for metric, value in values.items()
             ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(PAIR_SWEEP_COLUMNS))
 
 
 def read_pair_sweep(path: str | Path) -> pd.DataFrame:
-    """The table in an `atlas.csv`.
+    """Reads the table in an `atlas.csv`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is another table.
+        ValueError: If the file holds another table.
     """
-    atlas = pd.read_csv(path, dtype={"student": str, "teacher": str}, keep_default_na=False, na_values={"benefit": ""})
-    if tuple(atlas.columns) != COLUMNS:
-        raise ValueError(f"{path} has the columns {', '.join(atlas.columns)}; pass an atlas.csv of `layerprobe atlas`")
-    return atlas
+    sweep = pd.read_csv(path, dtype={"student": str, "teacher": str}, keep_default_na=False, na_values={"benefit": ""})
+    if tuple(sweep.columns) != PAIR_SWEEP_COLUMNS:
+        raise ValueError(f"{path} has the columns {', '.join(sweep.columns)}; pass an atlas.csv of `layerprobe atlas`")
+    return sweep
 
 
-def benefits(atlas: pd.DataFrame, *, metric: str = FRECHET) -> pd.Series:
-    """Benefit of each pair at the last step, averaged over seeds, best first; index (student, teacher).
+def benefits(sweep: pd.DataFrame, *, metric: str = FRECHET) -> pd.Series:
+    """Returns the benefit of each pair at the last step, averaged over seeds, best first; index (student, teacher).
+
+    Args:
+        sweep: Table of a pair sweep, see `pair_sweep_table`.
+        metric: Metric of the benefit.
 
     Raises:
-        ValueError: If the table has no pair with this metric and a score without alignment.
+        ValueError: If no pair has a benefit in this metric.
     """
-    rows = atlas[(atlas["metric"] == metric) & (atlas["student"] != "") & (atlas["step"] == atlas["step"].max())]
+    rows = sweep[(sweep["metric"] == metric) & (sweep["student"] != "") & (sweep["step"] == sweep["step"].max())]
     mean: pd.Series[float] = rows.groupby(["student", "teacher"])["benefit"].mean().dropna()
     if mean.empty:
-        known = ", ".join(dict.fromkeys(atlas["metric"]))
-        raise ValueError(f"the atlas has no benefit in {metric!r} (it knows {known}); finish the branches first")
+        metrics = ", ".join(dict.fromkeys(sweep["metric"]))
+        raise ValueError(f"the pair sweep has no benefit in {metric!r} (metrics: {metrics}); finish the branches first")
     ranked: pd.Series[float] = mean.sort_values(ascending=False, kind="stable")
     return ranked
 
@@ -226,57 +232,58 @@ def _train_branch(
     scorer: Scorer,
     report: TrainingProgress,
 ) -> None:
-    training, place = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
-
+    training, branch = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
     score = partial(branch_scores, scorer=scorer, splits=splits)
     if state is not None:
-        _begin(backbone, splits, replace(training, steps=0, pairs=(arm.pair,) if arm.pair else ()), place, state)
+        _take_over(state, backbone, splits, replace(training, pairs=(arm.pair,) if arm.pair else ()), branch)
     train_arm(
-        backbone, splits.train, arm, training, place, score=score, score_at=plan.evaluation_steps, progress=report
+        backbone, splits.train, arm, training, branch, score=score, score_at=plan.evaluation_steps, progress=report
     )
-    shutil.rmtree(place)  # dozens of states fill a disk, and nothing continues a branch
+    shutil.rmtree(branch)  # The checkpoints of dozens of branches fill a disk, and nothing continues a branch.
 
 
-def _begin(backbone: Backbone, splits: Splits, nothing: TrainingPlan, place: Path, state: Path) -> None:
-    """Makes a branch's folder one in which the training of this state was interrupted; nothing if it has begun."""
-    if any(content != place / "checkpoints" / "step-0000000.pt" for content in checkpoints(place)):
+def _take_over(state: Path, backbone: Backbone, splits: Splits, training: TrainingPlan, branch: Path) -> None:
+    """Makes a branch's folder look like that of an interrupted training in this state, unless the branch has begun."""
+    folder = branch / "checkpoints"
+    if any(path != folder / "step-0000000.pt" for path in checkpoints(branch)):
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    train(backbone, splits.train, nothing, place)  # no steps: the folder is this branch's from now on
-    shutil.rmtree(place / "checkpoints")
+    branch.parent.mkdir(parents=True, exist_ok=True)
+    train(backbone, splits.train, replace(training, steps=0), branch)  # without a step, to claim the folder
+    shutil.rmtree(folder)
     content = torch.load(state, map_location="cpu", weights_only=True)
     # A branch has averages of its own and takes over none of the training's decisions.
-    average, decays = next(iter(content["averages"].values())), (nothing.ema_decay, *nothing.more_ema_decays)
-    branch = {name: content[name] for name in ("step", "module", "optimizer")}
-    branch |= {"averages": dict.fromkeys(decays, average), "log": [], "decisions": []}
-    (place / "checkpoints").mkdir()
-    with whole(place / "checkpoints" / f"step-{content['step']:07d}.pt") as partial:
-        torch.save(branch, partial)
+    average, decays = next(iter(content["averages"].values())), (training.ema_decay, *training.more_ema_decays)
+    content = {name: content[name] for name in ("step", "module", "optimizer")}
+    content |= {"averages": dict.fromkeys(decays, average), "log": [], "decisions": []}
+    folder.mkdir()
+    with whole(folder / f"step-{content['step']:07d}.pt") as partial_path:
+        torch.save(content, partial_path)
 
 
-def _kept(place: Path) -> ScoresByStep:
-    scores = place.with_name(f"{place.name}.json")
-    return {int(step): values for step, values in json.loads(scores.read_text()).items()} if scores.is_file() else {}
+def _scores(branch: Path) -> ScoresByStep:
+    """The scores of a branch so far; {} before the first."""
+    path = branch.with_name(f"{branch.name}.json")
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {int(step): values for step, values in record.items()}
 
 
-def _finished(place: Path, plan: PairSweepPlan) -> bool:
-    return not place.is_dir() and set(plan.evaluation_steps) <= _kept(place).keys()
+def _finished(branch: Path, plan: PairSweepPlan) -> bool:
+    return not branch.is_dir() and set(plan.evaluation_steps) <= _scores(branch).keys()
 
 
 def _record(
     backbone: Backbone, splits: Splits, plan: PairSweepPlan, state: Path | None, extractor: Extractor | None
 ) -> dict[str, Any]:
-    """What every branch shares. Pairs and seeds may be added later."""
+    """The settings that all branches share; pairs and seeds may be added later."""
     training = plan.training.identity() | {"steps": plan.training.steps}
+    fresh = {"weights": "fresh for each seed"}
     return {
         "training": {key: value for key, value in training.items() if key not in ("pairs", "seed")},
         "first_step": plan.first_step,
         "evaluations": plan.num_evaluations,
         "num_samples": plan.num_samples,
         "sampling": asdict(plan.sampling),
-        "start": {"weights": "fresh for each seed"} | network_record(backbone)
-        if plan.from_scratch
-        else weights_hash(backbone.module),
+        "start": fresh | network_record(backbone) if plan.from_scratch else weights_hash(backbone.module),
         "optimizer": "empty" if state is None else "of the training",
         "data": {name: samples.fingerprint for name, samples in splits.items()},
         "extractor": extractor.name if extractor else None,

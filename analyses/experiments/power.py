@@ -1,11 +1,11 @@
-"""What paired seeds can tell: the difference they find, and looks at them on the way that keep the error rate.
+"""Power of paired seeds: the difference they can find, and early looks that keep the error rate.
 
 A difference over seeds is judged by a two-sided t test of the paired differences. Effects are in units of their spread,
-the standard deviation over seeds, so nothing here depends on a metric. A test at several looks finds a difference where
-there is none more often than one test does; the levels of `look_levels` keep the rate of all looks together at 5 %.
-They are found by simulation, because normal approximations do not hold for three or four seeds: whatever the spread,
-the t statistics of the looks have one joint distribution. What no number of seeds can tell is what a training too short
-would have shown later; `too_short` says so.
+the standard deviation over seeds, so nothing here depends on a metric. Testing at several looks finds a difference that
+is not there more often than one test does; the levels of `look_levels` keep the error rate of all looks together at
+5 %. They are found by simulation, because normal approximations do not hold for three or four seeds: whatever the
+spread, the t statistics of the looks have one joint distribution. No number of seeds shows what a longer training would
+have shown; `too_short` checks the number of steps.
 """
 
 from __future__ import annotations
@@ -14,72 +14,78 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
 LEVEL, POWER = 0.05, 0.8
-# Two seeds know next to nothing of their spread: a look at them would have to see 50 times the spread.
+# Two seeds say almost nothing about their spread: a test of them needs a difference of 50 times the spread.
 FIRST_LOOK, MOST_LOOKED_AT = 3, 50
 DRAWS = 200_000
-# Of the pairs of three networks in which some gain, 58 pairs of two seeds, 39 % gained at step 2000, 63 % at 4000
-# (docs/picking.md).
+# In the pair sweeps of three networks in which some pairs gain (58 pairs, two seeds), 39 % of the pairs gained at step
+# 2000 and 63 % at step 4000 (docs/picking.md).
 ENOUGH_STEPS = 4000
 
 Array = NDArray[np.float64]
+SpreadSource = Literal["stated", "pilot", "this confirmation", "this verdict"]
+LengthCaution = Literal["few steps", "shorter than the training"]
 
 
 def power(effect: float, num_seeds: int, *, level: float = LEVEL) -> float:
-    """The chance that a paired t test finds a difference that is there, on either side of zero.
+    """Returns the probability that a paired t test finds a true difference, on either side of zero.
 
     Args:
         effect: Mean difference in units of its spread, at least 0.
-        num_seeds: At least 2.
-        level: Of the test.
+        num_seeds: Number of seeds, at least 2.
+        level: Level of the test.
 
-    Source: the noncentral t distribution, integrated over the spread that the seeds show; scipy's gives nan for some
+    Source: the noncentral t distribution, integrated over the observed spread; scipy's function returns nan for some
     effects of two seeds.
     """
     critical, shift = stats.t.isf(level / 2, num_seeds - 1), effect * math.sqrt(num_seeds)
-    least = critical * _shown_spreads(num_seeds)
-    return float(np.mean(stats.norm.sf(least - shift) + stats.norm.cdf(-least - shift)))
+    thresholds = critical * _observed_spreads(num_seeds)
+    return float(np.mean(stats.norm.sf(thresholds - shift) + stats.norm.cdf(-thresholds - shift)))
 
 
 @lru_cache
-def _shown_spreads(num_seeds: int) -> Array:
-    """Equally likely values of the spread that so many seeds show where the true one is 1."""
+def _observed_spreads(num_seeds: int) -> Array:
+    """Equally likely values of the spread that `num_seeds` seeds show where the true spread is 1."""
     quantiles = (np.arange(4096) + 0.5) / 4096
-    shown: Array = np.sqrt(stats.chi2.ppf(quantiles, num_seeds - 1) / (num_seeds - 1))
-    return shown
+    spreads: Array = np.sqrt(stats.chi2.ppf(quantiles, num_seeds - 1) / (num_seeds - 1))
+    return spreads
 
 
 def detectable(num_seeds: int, *, level: float = LEVEL) -> float:
-    """The smallest difference, in units of its spread, that is found with a chance of 80 %."""
+    """Returns the smallest difference, in units of its spread, that is found with a power of 80 %."""
     effect: float = optimize.brentq(lambda effect: power(effect, num_seeds, level=level) - POWER, 0, 10 / level)
     return effect
 
 
 def seeds_needed(effect: float, *, most: int = 200) -> int | None:
-    """The fewest seeds that find a difference of so many spreads with a chance of 80 %; None if it takes too many."""
-    # As many would do if the spread were known.
-    known = math.ceil((stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)) ** 2 / effect**2)
-    return next((n for n in range(max(known, 2), most + 1) if power(effect, n) >= POWER), None)
+    """Returns the fewest seeds that find a difference of `effect` spreads with a power of 80 %.
+
+    Returns None if more than `most` seeds are needed.
+    """
+    # The number that suffices if the spread is known exactly.
+    lower_bound = math.ceil((stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)) ** 2 / effect**2)
+    return next((n for n in range(max(lower_bound, 2), most + 1) if power(effect, n) >= POWER), None)
 
 
 @lru_cache
 def look_levels(num_seeds: int) -> Mapping[int, float]:
-    """Levels of looks after every seed from the third to the last: {number of seeds: level of that look's t test}.
+    """Returns the levels of looks after every seed from the third on, {number of seeds: level of the t test}.
 
-    Up to n of N seeds, the share (n / N)^2 of the error rate may be spent (Lan & DeMets 1983), so that most is left for
-    the last look.
+    The looks up to n of N seeds may spend the share (n / N)^2 of the error rate (Lan & DeMets 1983), so that most of it
+    is left for the last look.
 
     Raises:
-        ValueError: If there is no look before the last, or there are too many to simulate.
+        ValueError: If there is no look before the last one, or there are too many looks to simulate.
     """
     if not FIRST_LOOK < num_seeds <= MOST_LOOKED_AT:
         raise ValueError(
-            f"stopping early takes {FIRST_LOOK + 1} to {MOST_LOOKED_AT} seeds (the first look is after {FIRST_LOOK}), "
+            f"stopping early needs {FIRST_LOOK + 1} to {MOST_LOOKED_AT} seeds (the first look is after {FIRST_LOOK}), "
             f"got {num_seeds}"
         )
     sizes = _null_sizes(num_seeds)
@@ -94,16 +100,20 @@ def look_levels(num_seeds: int) -> Mapping[int, float]:
 
 
 def error_rate(levels: Mapping[int, float]) -> float:
-    """How often looks with these levels, by number of seeds, find a difference at some look where there is none."""
+    """Returns how often looks with these levels find a difference where there is none.
+
+    Args:
+        levels: Levels of the looks, {number of seeds: level}.
+    """
     if len(levels) == 1:
         return next(iter(levels.values()))
     sizes = _null_sizes(max(levels))
-    found = [sizes[:, n - 2] >= stats.t.isf(level / 2, n - 1) for n, level in levels.items()]
-    return float(np.logical_or.reduce(found).mean())
+    rejected = [sizes[:, n - 2] >= stats.t.isf(level / 2, n - 1) for n, level in levels.items()]
+    return float(np.logical_or.reduce(rejected).mean())
 
 
 def _null_sizes(num_seeds: int) -> Array:
-    """|t| after 2, 3, ... seeds that differ by nothing but chance, shape (DRAWS, num_seeds - 1); always the same."""
+    """|t| after 2, 3, ... seeds without a true difference, shape (DRAWS, num_seeds - 1); the same at every call."""
     draws = np.random.default_rng(0).standard_normal((DRAWS, num_seeds))
     n = np.arange(2, num_seeds + 1)
     sums, squares = draws.cumsum(1)[:, 1:], (draws**2).cumsum(1)[:, 1:]
@@ -112,7 +122,7 @@ def _null_sizes(num_seeds: int) -> Array:
 
 
 def p_value(differences: Array) -> float:
-    """Of the two-sided t test of paired differences, shape (n,); 1 where they have no spread to judge by."""
+    """Returns the p value of the two-sided t test of paired differences, shape (n,); 1 if they have no spread."""
     spread, n = float(np.std(differences, ddof=1)), len(differences)
     mean = abs(float(np.mean(differences)))
     if spread <= 1e-9 * mean or not spread:
@@ -122,26 +132,30 @@ def p_value(differences: Array) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """How much a paired difference varies over seeds.
+    """Standard deviation of a paired difference over seeds.
 
     Attributes:
-        share: Its standard deviation, as a share of the distance without alignment.
-        num_seeds: Seeds that it was estimated from; None if somebody states it.
-        source: Where it comes from, as "3 seeds of this confirmation".
+        share: Standard deviation, as a share of the baseline's distance.
+        num_seeds: Number of seeds it was estimated from; None if it is stated.
+        source: Origin of the estimate: stated by the user, a pilot, the finished seeds of this confirmation, or the
+            seeds of the verdict itself.
+        steps: Training steps after which it was measured; None if it is stated.
     """
 
     share: float
     num_seeds: int | None
-    source: str
+    source: SpreadSource
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share < math.inf:
-            raise ValueError(f"a spread must lie above 0, got {self.share}; pass 0.05 for 5 % of the distance")
+            raise ValueError(f"a spread must be positive, got {self.share}; pass 0.05 for 5 % of the distance")
 
     def interval(self) -> tuple[float, float]:
-        """80 % interval of the share, from the chi-squared distribution of its square; a stated one has no width.
+        """Returns the 80 % interval of the share, from the chi-squared distribution of its square.
 
-        Arms share the baseline of a seed, so that more arms are counted as no further knowledge.
+        A stated spread has an interval of width zero. The arms of a seed share its baseline, so further arms do not
+        count as further seeds.
         """
         if self.num_seeds is None:
             return self.share, self.share
@@ -152,13 +166,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The smallest difference that a confirmation can be expected to find, said before it starts.
+    """The smallest difference that a confirmation can be expected to find.
 
     Attributes:
-        num_seeds: In all.
-        level: Of the test after the last seed.
-        in_spreads: The difference found with a chance of 80 %, in units of the spread over seeds.
-        spread: How large that is, or None where nobody knows yet.
+        num_seeds: Number of seeds.
+        level: Level of the test after the last seed.
+        in_spreads: Difference that is found with a power of 80 %, in units of the spread over seeds.
+        spread: Spread over seeds; None if it is not known yet.
     """
 
     num_seeds: int
@@ -168,62 +182,55 @@ class Resolution:
 
     @property
     def share(self) -> float | None:
-        """The difference as a share of the distance without alignment."""
+        """The difference as a share of the baseline's distance; None if the spread is not known."""
         return None if self.spread is None else self.in_spreads * self.spread.share
 
-    def sentences(self) -> list[str]:
-        """For people."""
-        chance = f"with a chance of {POWER:.0%} at least (two-sided t test, error rate {LEVEL:.0%})"
-        found = (
-            f"{self.num_seeds} seeds find a difference of {self.in_spreads:.2g} times its spread over seeds {chance}"
-        )
-        if self.spread is None:
-            return [f"{found}; how large that is nobody knows before the first seeds (pass --spread or --pilot)."]
-        low, high = (end * self.in_spreads for end in self.spread.interval())
-        width = "" if low == high else f", {low:.1%} to {high:.1%} as so few seeds know the spread"
-        known = f"With a spread of {self.spread.share:.1%} of the distance ({self.spread.source})"
-        lines = [f"{found}.", f"{known} that is {self.share:.1%} of the distance{width}."]
-        half = seeds_needed(self.in_spreads / 2)
-        return lines + ([f"A difference half as large takes {half} seeds."] if half else [])
-
     def to_dict(self) -> dict[str, float | int | str | None]:
-        """As JSON."""
+        """Returns the record as JSON values."""
         spread = self.spread
         return {
             "num_seeds": self.num_seeds,
             "level": self.level,
             "power": POWER,
             "difference_in_spreads": self.in_spreads,
-            "spread": None if spread is None else spread.share,
-            "spread_from": None if spread is None else spread.source,
+            "spread": spread and spread.share,
+            "spread_source": spread and spread.source,
+            "spread_seeds": spread and spread.num_seeds,
+            "spread_steps": spread and spread.steps,
             "difference": self.share,
         }
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Resolution:
+        """Reads what `to_dict` returns."""
+        spread = None
+        if record["spread"] is not None:
+            spread = Spread(record["spread"], record["spread_seeds"], record["spread_source"], record["spread_steps"])
+        return cls(record["num_seeds"], record["level"], record["difference_in_spreads"], spread)
+
 
 def resolution(num_seeds: int, *, stop_early: bool = False, spread: Spread | None = None) -> Resolution:
-    """What a confirmation with so many seeds can tell; with early stops by its last look alone, so rather more."""
+    """Returns the resolution of a confirmation; early stopping counts its last look only, so it can do slightly better.
+
+    Args:
+        num_seeds: Number of seeds.
+        stop_early: Whether there are looks before the last seed.
+        spread: Spread over seeds, where it is known.
+    """
     level = look_levels(num_seeds)[num_seeds] if stop_early else LEVEL
     return Resolution(num_seeds, level, detectable(num_seeds, level=level), spread)
 
 
-def too_short(steps: int, *, trained_steps: int | None = None) -> list[str]:
-    """What so few steps cannot show, for people; nothing if they are enough.
+def too_short(steps: int, *, trained_steps: int | None = None) -> tuple[LengthCaution, ...]:
+    """Returns the cautions about the number of training steps; empty if they are enough.
 
     Args:
-        steps: Of an arm.
-        trained_steps: Of the training that an arm from scratch stands for, where that is known.
+        steps: Training steps of an arm.
+        trained_steps: Length of the training that an arm from scratch stands for; None where it is not known.
     """
-    lines = []
+    cautions: list[LengthCaution] = []
     if steps < ENOUGH_STEPS:
-        lines.append(
-            f"{steps} steps show what alignment costs at first rather than what it brings later: in the pair atlases "
-            f"gains came between step 2000 and {ENOUGH_STEPS}, of 64 samples each. Take at least {ENOUGH_STEPS} for a "
-            "verdict."
-        )
+        cautions.append("few steps")
     if trained_steps is not None and steps < trained_steps:
-        lines.append(
-            f"The checkpoint was trained for {trained_steps} steps, the arms for {steps}. A gain on the way may be a "
-            "loss at the end: in a pair atlas of four seeds six of fifteen pairs gained at step 4000 and one at step "
-            "12000. Take as many steps as the training will have."
-        )
-    return lines
+        cautions.append("shorter than the training")
+    return tuple(cautions)

@@ -1,4 +1,4 @@
-"""What a linear probe reads from a model on the way through its training, as errors: lower is better, as in a loss."""
+"""Errors of linear probes on a model's layers, a measure of its representation; lower is better, as for a loss."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from layerprobe.extraction import SPLITS, ExtractionPlan, FeatureStore, extract
 PROBE_ERROR = "probe error"
 BEST_PROBE_ERROR = "probe error of the best layer"
 NOISE_LEVELS = (0.1, 0.3, 0.5)
-NUM_SAMPLES = (2000, 1000, 2000)  # of the training, validation and test splits
+NUM_SAMPLES = (2000, 1000, 2000)  # at most, of the training, validation and test split
 
 
 def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
-    """Share of test samples whose class a linear probe of one layer gets wrong, with the null label.
+    """Computes the share of test samples that linear probes of single layers misclassify, with the null label.
 
-    `PROBE_ERROR` is the mean over the layers and the noise levels 0.1, 0.3 and 0.5; `BEST_PROBE_ERROR` is that of the
-    layer and level that read the validation split best, as one picks features for use. The first samples of each split
-    count, at most 2000, 1000 and 2000.
+    `PROBE_ERROR` is the mean over the layers and the noise levels 0.1, 0.3 and 0.5. `BEST_PROBE_ERROR` is the error of
+    the layer and level with the best validation accuracy, as one would choose features for use. Only the first samples
+    of each split are used, at most 2000, 1000 and 2000.
 
     Args:
-        backbone: The model.
-        splits: The data.
+        backbone: Model to probe.
+        splits: Data to probe it with.
 
     Returns:
-        Nothing if the data has no labels, or the training samples one class only.
+        Errors by metric; empty if the data has no labels, or its training split has a single class.
     """
     parts = zip(splits.items(), NUM_SAMPLES, strict=True)
-    few = Splits(*(Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts))
-    if few.train.labels is None or len(set(few.train.labels.tolist())) < 2:
+    subset = Splits(*(Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts))
+    if subset.train.labels is None or len(set(subset.train.labels.tolist())) < 2:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan = ExtractionPlan(layers=backbone.layers, noise_levels=NOISE_LEVELS)
-        store = extract(backbone, few, plan, Path(folder) / "features")
-        found = [_probe(store, layer, level) for layer in store.layers for level in NOISE_LEVELS]
-    best = max(found, key=lambda probe: probe.validation_accuracy)
+        store = extract(backbone, subset, plan, Path(folder) / "features")
+        probes = [_probe(store, layer, level) for layer in store.layers for level in NOISE_LEVELS]
+    best = max(probes, key=lambda probe: probe.validation_accuracy)
     return {
-        PROBE_ERROR: 1 - float(np.mean([probe.test_accuracy for probe in found])),
+        PROBE_ERROR: 1 - float(np.mean([probe.test_accuracy for probe in probes])),
         BEST_PROBE_ERROR: 1 - best.test_accuracy,
     }
 

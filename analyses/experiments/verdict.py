@@ -1,10 +1,11 @@
-"""From the curves of a confirmation to its verdict; nothing here trains, reads or writes.
+"""The verdict of a confirmation from its curves; nothing here trains, reads or writes.
 
-The verdict never says more than the curves show. It is on one pair, by one comparison that was fixed beforehand: the
-distance at the end against that without alignment, paired over seeds; all other numbers stand beside it for
-description. It may be "too early to tell": alignment can cost quality for the first thousands of steps and pay
-afterwards (docs/method.md), so a loss while either run still improves is not a verdict. Nor is a gain over a baseline
-that training has made worse.
+The verdict is about one pair and rests on one comparison that was fixed beforehand: the distance at the end against
+the baseline's, paired over seeds. All other numbers are description. The answer may be "too early to tell": alignment
+can cost quality for the first thousands of steps and pay off afterwards (docs/method.md), so a loss is no verdict while
+either run still improves. A gain is no verdict either if training has made the baseline worse.
+
+A verdict holds numbers and codes; `layerprobe.analyses.wording` puts them into words.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from layerprobe.analyses.experiments.arms import (
-    BASELINE,
-    CONTROL,
     FIRST,
     FRECHET,
     HEURISTIC,
     LEARNING_RATE,
+    NEGATIVE_CONTROL,
     RANDOM,
     RUNNER_UP,
     Arm,
@@ -32,40 +32,70 @@ from layerprobe.analyses.experiments.arms import (
 )
 from layerprobe.analyses.experiments.power import (
     LEVEL,
-    POWER,
     Array,
     Resolution,
     Spread,
+    SpreadSource,
     detectable,
     error_rate,
     p_value,
 )
 
-# A run that still loses this share of its distance over the last part of its steps is in the middle of its training;
-# the part is fixed, so that more frequent evaluations do not make a run look settled.
+# A run that still loses this share of its distance over the last part of its steps is in the middle of its training.
+# The part is fixed, so that more frequent evaluations do not make a run look settled.
 STILL_IMPROVING = 0.05
 LAST_PART = 0.25
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
+Caution = Literal[
+    "selection advised against every pair",
+    "judged arm is not the pick",
+    "no spread over seeds",
+    "baseline got worse",
+    "baseline still improves",
+    "aligned arm still improves",
+    "no arm moved",
+    "looks not planned together",
+    "gain may come from step length",
+]
+Against = Literal["learning rate", "random pairs"]
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Course of an arm's distance, averaged over seeds.
+
+    Attributes:
+        best: Lowest mean distance at any evaluation.
+        best_step: Step of that evaluation.
+        late_gain: Share of the mean distance that was lost over the last quarter of the steps; negative for a rise.
+        late_step: Step at which that last quarter begins.
+    """
+
+    best: float
+    best_step: int
+    late_gain: float
+    late_step: int
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm came to.
+    """Result of one arm.
 
     Attributes:
-        name: The arm.
-        student: None for no alignment, like `teacher`.
-        teacher: See `student`.
-        weight: Of the alignment; 0 for none.
-        final: Fréchet distance at the end, one per seed.
-        difference: Mean paired difference to no alignment; negative is better. None for no alignment itself.
-        low: Lower end of its t interval over seeds, 95 % unless the verdict's level is another.
-        high: Upper end.
-        steps_to_baseline: Steps at which the arm reaches the baseline's final distance, one per seed; None where it
-            never does.
-        learning_rate: That it was trained at.
-        also: Other names under which this pair would have stood.
+        name: Name of the arm.
+        student: Student layer; None for an arm without alignment.
+        teacher: Teacher layer; None for an arm without alignment.
+        weight: Weight of the alignment; 0 for an arm without alignment.
+        final: Fréchet distance at the end, one value per seed.
+        difference: Mean paired difference to the baseline, negative if the arm is better; None for the baseline.
+        low: Lower end of its t interval over seeds, 95 % unless the level of the verdict differs.
+        high: Upper end of that interval.
+        steps_to_baseline: Step at which the arm reaches the final distance of the baseline, one value per seed; None
+            for a seed that never reaches it.
+        learning_rate: Learning rate of the training.
+        trend: Course of the distance during the training.
+        also: Names of further requested arms that have the same pair.
     """
 
     name: str
@@ -78,31 +108,53 @@ class ArmResult:
     high: float | None
     steps_to_baseline: list[float | None]
     learning_rate: float
+    trend: Trend
     also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the confirmation found; `paragraph` says it in words.
+class Comparison:
+    """Difference of final distances between the judged arm and other arms, paired over seeds.
 
     Attributes:
-        metric: That decides.
-        extractor: Whose features it is measured in.
-        lower_is_better: Of the metric.
-        start: "from scratch", or which checkpoint.
-        steps: Of each arm.
-        num_seeds: That were trained.
-        num_samples: Drawn for each distance.
-        answer: On the judged arm.
-        paragraph: For people.
-        arms: No alignment first.
+        against: Arms on the other side, which are averaged.
+        num_arms: Number of these arms.
+        difference: Mean difference; negative if the judged arm is better.
+        low: Lower end of its interval, of the same confidence as those of the arms.
+        high: Upper end of that interval.
+    """
+
+    against: Against
+    num_arms: int
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of a confirmation.
+
+    Attributes:
+        metric: Metric that decides.
+        extractor: Name of the extractor in whose features the metric is measured.
+        lower_is_better: Whether a lower value of the metric is better.
+        start: Where the arms start: "from scratch" or "from the checkpoint".
+        steps: Training steps of each arm.
+        num_seeds: Number of seeds that were trained.
+        num_samples: Number of samples drawn for each distance.
+        answer: Answer about the judged arm.
+        cautions: Reasons to doubt the answer, or why there is none yet.
+        arms: Results of the arms, the baseline first.
         judged: Name of the arm that the answer is about.
-        planned_seeds: More than were trained where the difference was clear before.
-        level: Of the t test that decided.
-        looks: {number of seeds: level} of every look that could have ended in a finding, earlier verdicts included.
+        comparisons: Differences of the judged arm to arms other than the baseline.
+        planned_seeds: Number of planned seeds; larger than `num_seeds` if the difference was clear before.
+        stop_early: Whether the plan allowed the seeds to stop early.
+        level: Level of the t test that decided.
+        looks: {number of seeds: level} of every test that could have found a difference, earlier verdicts included.
         error_rate: How often these looks find a difference where there is none.
-        resolution: The difference that so many seeds find with a chance of 80 %, by the spread that they showed; see
-            `Resolution`. None where they showed none.
+        resolution: Difference that this number of seeds finds with a power of 80 %, given the spread they showed; None
+            if they showed no spread.
     """
 
     metric: str
@@ -113,35 +165,78 @@ class Verdict:
     num_seeds: int
     num_samples: int
     answer: Answer
-    paragraph: str
+    cautions: tuple[Caution, ...]
     arms: tuple[ArmResult, ...]
     judged: str
+    comparisons: tuple[Comparison, ...]
     planned_seeds: int
+    stop_early: bool
     level: float
     looks: dict[int, float] = field(default_factory=dict)
     error_rate: float = LEVEL
     resolution: Resolution | None = None
 
+    def arm(self, name: str) -> ArmResult:
+        """Returns the result of the arm with this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the verdict as JSON values."""
+        return asdict(self) | {"resolution": self.resolution and self.resolution.to_dict()}
+
     def to_json(self) -> str:
-        """As in verdict.json."""
-        record = asdict(self) | {"curves_csv": "confirmation.csv"}
-        record["resolution"] = self.resolution and self.resolution.to_dict()
-        return json.dumps(record, indent=1)
+        """Returns the content of verdict.json."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Verdict:
+        """Reads what `to_dict` returns.
+
+        Raises:
+            ValueError: If a field is missing or has another type, or a code is unknown.
+        """
+        try:
+            fields = dict(record)
+            fields["arms"] = tuple(_read_arm(arm) for arm in record["arms"])
+            fields["comparisons"] = tuple(Comparison(**comparison) for comparison in record["comparisons"])
+            fields["cautions"] = tuple(record["cautions"])
+            fields["looks"] = {int(n): float(level) for n, level in record["looks"].items()}
+            fields["resolution"] = record["resolution"] and Resolution.from_dict(record["resolution"])
+            verdict = cls(**fields)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not a verdict ({type(error).__name__}: {error})") from error
+        unknown = {verdict.answer, *verdict.cautions} - {*get_args(Answer), *get_args(Caution)}
+        if unknown:
+            raise ValueError(f"this is not a verdict (unknown code {min(unknown)!r})")
+        return verdict
+
+    @classmethod
+    def from_json(cls, text: str) -> Verdict:
+        """Reads the content of verdict.json.
+
+        Raises:
+            ValueError: If the text is not JSON, or as `from_dict`.
+        """
+        return cls.from_dict(json.loads(text))
+
+
+def _read_arm(record: Mapping[str, Any]) -> ArmResult:
+    return ArmResult(**{**record, "trend": Trend(**record["trend"]), "also": tuple(record["also"])})
 
 
 def check_arms(arms: Sequence[Arm]) -> None:
-    """Refuses arms that do not compare.
+    """Checks that arms can be compared.
 
     Raises:
-        ValueError: If the first arm aligns layers, no other does, one differs in nothing from the first, or two have
-            one name.
+        ValueError: If the first arm is not the baseline, no arm aligns layers, an arm equals the baseline, or two arms
+            have the same name.
     """
     if not arms or arms[0].pair is not None or arms[0].matched is not None:
-        raise ValueError("the first arm must be the one without alignment")
+        raise ValueError("the first arm must be the baseline, which aligns no layers; put it first")
     if not any(arm.pair for arm in arms) or not all(arm.pair or arm.matched for arm in arms[1:]):
         raise ValueError(
-            "every arm after the first must align layers or match the steps of one that does, and one must align; "
-            "pass arms with a pair"
+            "every arm after the baseline must align layers or match the steps of one that does, and at least one must "
+            "align; pass arms with a pair"
         )
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
@@ -149,24 +244,28 @@ def check_arms(arms: Sequence[Arm]) -> None:
 
 
 def judged_arm(arms: Sequence[Arm]) -> Arm:
-    """The arm that the verdict is on: the first that aligns layers and is not the bad control."""
+    """Returns the arm that the verdict is about: the first that aligns layers and is not the negative control."""
     aligned = [arm for arm in arms if arm.pair]
-    return next((arm for arm in aligned if arm.name != CONTROL), aligned[0])
+    return next((arm for arm in aligned if arm.name != NEGATIVE_CONTROL), aligned[0])
 
 
 def is_clear(curves: pd.DataFrame, arms: Sequence[Arm], plan: ConfirmationPlan) -> bool:
-    """Whether these seeds are enough: a look is due, and the judged arm's difference is beyond its level.
+    """Returns whether the seeds may stop: a look is due, and the judged arm's difference passes the test of that look.
 
-    A clear difference ends the seeds whatever the verdict makes of it: if the curves still move, more steps are wanted
-    and not more seeds.
+    A clear difference ends the seeds whatever the answer will be. If the curves still move, the confirmation needs more
+    steps rather than more seeds.
+
+    Args:
+        curves: Scores of the seeds that are finished, see `judge`.
+        arms: Arms of the confirmation, the baseline first.
+        plan: Plan of the confirmation.
     """
     seeds = _seeds_in(curves, plan)
     level = plan.looks.get(len(seeds))
     if level is None:
         return False
-    scores = _scores(curves, (arms[0], judged_arm(arms)), seeds, plan)
-    baseline, tried = scores.values()
-    return p_value((tried - baseline).iloc[:, -1].to_numpy(np.float64)) <= level
+    baseline, judged = _scores(curves, (arms[0], judged_arm(arms)), seeds, plan).values()
+    return p_value((judged - baseline).iloc[:, -1].to_numpy(np.float64)) <= level
 
 
 def judge(
@@ -178,39 +277,32 @@ def judge(
     start_name: str,
     looked: Mapping[int, float] | None = None,
 ) -> Verdict:
-    """Curves (arm, seed, step, metric, value) -> verdict on the first aligned arm that is not the bad control.
+    """Returns the verdict on the judged arm, see `judged_arm`.
 
     Args:
-        curves: Scores of all seeds of the plan, or of those up to an early stop.
-        arms: The first is the baseline.
-        plan: How they were trained.
-        extractor_name: Of the distance.
-        start_name: For the paragraph.
+        curves: Scores of all seeds of the plan, or of those up to an early stop; columns arm, seed, step, metric and
+            value.
+        arms: Arms of the confirmation, the baseline first.
+        plan: Plan by which they were trained.
+        extractor_name: Name of the extractor of the distance.
+        start_name: Where the arms started, "from scratch" or "from the checkpoint".
         looked: Looks of earlier verdicts on fewer seeds, {number of seeds: level}.
 
     Raises:
-        ValueError: If the arms do not compare, or a score is missing or not finite.
+        ValueError: If the arms cannot be compared, or a score is missing or not finite.
     """
     check_arms(arms)
     seeds = _seeds_in(curves, plan) if plan.stop_early else plan.seeds
     if len(seeds) not in plan.looks:
         raise ValueError(f"the curves have {len(seeds)} of {len(plan.seeds)} seeds; finish the runs first")
     level, looks = plan.looks[len(seeds)], _all_looks(plan, len(seeds), looked or {})
+    planned = looks.items() <= plan.looks.items()
     scores = _scores(curves, arms, seeds, plan)
-    baseline, arm = scores[arms[0].name], judged_arm(arms)
+    baseline = scores[arms[0].name]
     results = tuple(_arm_result(scores[arm.name], baseline, arm, plan, level) for arm in arms)
-    tried = results[arms.index(arm)]
-    answer, reason = _answer(tried, scores[tried.name], baseline, level)
-    resolution = _resolution(scores[tried.name], baseline, level)
-    rate = LEVEL if _planned(plan, looks) else error_rate({**plan.looks, **looks})
-    sentences = [
-        _change(tried, results[0], plan, len(seeds), start_name),
-        _role(tried.name),
-        reason,
-        _resolved(resolution, results[0]) if answer == "no difference found" else "",
-        _looks(plan, len(seeds), looks, rate),
-        *_comparisons(tried, results, answer, level),
-    ]
+    judged = results[arms.index(judged_arm(arms))]
+    answer, doubts = _answer(judged, results[0], scores[judged.name], baseline, level)
+    comparisons = _comparisons(judged, results, level)
     return Verdict(
         metric=FRECHET,
         extractor=extractor_name,
@@ -220,30 +312,28 @@ def judge(
         num_seeds=len(seeds),
         num_samples=plan.num_samples,
         answer=answer,
-        paragraph=" ".join(filter(None, sentences)),
+        cautions=(*_role(judged.name), *doubts, *_looks_caution(planned), *_step_caution(answer, comparisons)),
         arms=results,
-        judged=tried.name,
+        judged=judged.name,
+        comparisons=comparisons,
         planned_seeds=len(plan.seeds),
+        stop_early=plan.stop_early,
         level=level,
         looks=looks,
-        error_rate=rate,
-        resolution=resolution,
+        error_rate=LEVEL if planned else error_rate({**plan.looks, **looks}),
+        resolution=_resolution(scores[judged.name], baseline, plan.training.steps, level),
     )
 
 
 def _seeds_in(curves: pd.DataFrame, plan: ConfirmationPlan) -> tuple[int, ...]:
-    there = set(curves["seed"])
-    return tuple(seed for seed in plan.seeds if seed in there)
+    finished = set(curves["seed"])
+    return tuple(seed for seed in plan.seeds if seed in finished)
 
 
 def _all_looks(plan: ConfirmationPlan, num_seeds: int, looked: Mapping[int, float]) -> dict[int, float]:
-    """Every look so far, with the more generous level where there were two after as many seeds."""
-    now = {n: level for n, level in plan.looks.items() if n <= num_seeds}
-    return {n: max(now.get(n, 0.0), looked.get(n, 0.0)) for n in sorted({*now, *looked})}
-
-
-def _planned(plan: ConfirmationPlan, looks: Mapping[int, float]) -> bool:
-    return looks.items() <= plan.looks.items()
+    """Every look so far, with the higher level where there were two after the same number of seeds."""
+    current = {n: level for n, level in plan.looks.items() if n <= num_seeds}
+    return {n: max(current.get(n, 0.0), looked.get(n, 0.0)) for n in sorted({*current, *looked})}
 
 
 def _scores(
@@ -269,21 +359,41 @@ def _arm_result(
     final, goal = curve.iloc[:, -1].to_numpy(), baseline.iloc[:, -1].to_numpy()
     mean, low, high = (None, None, None) if curve is baseline else paired_interval(final - goal, confidence=1 - level)
     steps = [float(step) for step in curve.columns]
-    reached = [steps_to_reach(steps, row, aim) for row, aim in zip(curve.to_numpy(), goal, strict=True)]
     student, teacher = (None, None) if arm.pair is None else (arm.pair.student, arm.pair.teacher)
-    weight, rate = plan.training.weight if arm.pair else 0.0, arm.learning_rate or plan.training.learning_rate
-    return ArmResult(arm.name, student, teacher, weight, final.tolist(), mean, low, high, reached, rate, arm.also)
+    return ArmResult(
+        name=arm.name,
+        student=student,
+        teacher=teacher,
+        weight=plan.training.weight if arm.pair else 0.0,
+        final=final.tolist(),
+        difference=mean,
+        low=low,
+        high=high,
+        steps_to_baseline=[steps_to_reach(steps, row, aim) for row, aim in zip(curve.to_numpy(), goal, strict=True)],
+        learning_rate=arm.learning_rate or plan.training.learning_rate,
+        trend=_trend(curve),
+        also=arm.also,
+    )
+
+
+def _trend(curve: pd.DataFrame) -> Trend:
+    mean, steps = curve.mean(), curve.columns.to_numpy()
+    best = int(mean.argmin())
+    late = max(int((steps <= (1 - LAST_PART) * steps[-1]).sum()) - 1, 0)
+    earlier = float(mean.iloc[late])
+    late_gain = 1 - float(mean.iloc[-1]) / earlier if earlier > 0 else 0.0
+    return Trend(float(mean.iloc[best]), int(steps[best]), late_gain, int(steps[late]))
 
 
 def paired_interval(differences: Array, *, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of paired differences (n,) and its t interval, n at least 2."""
+    """Returns mean, lower end and upper end of the t interval of paired differences, shape (n,), n at least 2."""
     n, mean = len(differences), float(np.mean(differences))
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
     return mean, mean - half, mean + half
 
 
 def steps_to_reach(steps: Sequence[float], values: Array, goal: float) -> float | None:
-    """The step at which a curve first reaches the goal from above, linear between evaluations; None if never."""
+    """Returns the step at which a curve first falls to the goal, linear between evaluations; None if it never does."""
     for i, value in enumerate(values):
         if value <= goal:
             if i == 0:
@@ -293,60 +403,37 @@ def steps_to_reach(steps: Sequence[float], values: Array, goal: float) -> float 
     return None
 
 
-def _answer(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float) -> tuple[Answer, str]:
-    """The answer, and the sentence that gives its reason; curves have a row for each seed, a column for each step."""
-    assert tried.low is not None and tried.high is not None
-    doubt = _doubt(tried, curve, baseline, level)
+def _answer(
+    judged: ArmResult, reference: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float
+) -> tuple[Answer, tuple[Caution, ...]]:
+    """The answer and its doubts; curves have a row for each seed and a column for each step."""
+    assert judged.low is not None and judged.high is not None
+    doubt = _doubt(judged, reference, curve, baseline, level)
     if doubt:
-        return "too early to tell", f"It is too early to tell: {doubt}"
-    if tried.high < 0:
-        gain, since = _late_gain(baseline)
-        lead = f" The baseline still improved by {gain:.0%} since step {since}, so the lead may not last."
-        helps = "The pair helps: the whole interval lies on the side of the gain."
-        return "helps", helps + (lead if gain > STILL_IMPROVING else "")
-    if tried.low > 0:
-        return "hurts", (
-            "The pair hurts here: the whole interval lies on the side of the loss, and both runs have levelled off."
-        )
-    return "no difference found", (
-        "No difference was found: the interval includes zero, and both runs have levelled off."
-    )
+        return "too early to tell", (doubt,)
+    if judged.high < 0:
+        # The lead may not last.
+        return "helps", ("baseline still improves",) if reference.trend.late_gain > STILL_IMPROVING else ()
+    return ("hurts" if judged.low > 0 else "no difference found"), ()
 
 
-def _doubt(tried: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float) -> str | None:
-    """Why these curves settle nothing yet; None if they do."""
-    assert tried.difference is not None and tried.low is not None and tried.high is not None
-    if tried.difference and tried.high - tried.low <= 1e-9 * abs(tried.difference):
-        return "every seed gave the same difference, so there is no spread to judge by. Run other seeds."
-    mean = baseline.mean()
-    best = int(mean.argmin())
-    lowest, end = float(mean.iloc[best]), float(mean.iloc[-1])
-    worsened = (
-        f"without alignment the distance was best at step {mean.index[best]} ({lowest:.3g}) and ended at {end:.3g}, "
-        "so there is no settled level to compare with. Run more steps or lower the learning rate."
-    )
-    if tried.high < 0:
-        to_best = (curve.iloc[:, -1] - baseline.iloc[:, best]).to_numpy()
-        return None if paired_interval(to_best, confidence=1 - level)[2] < 0 else worsened
-    for who, (gain, since) in (("baseline", _late_gain(baseline)), ("aligned run", _late_gain(curve))):
-        if gain > STILL_IMPROVING:
-            return (
-                f"the {who} still improved by {gain:.0%} since step {since}, and alignment can cost quality at first "
-                "and pay later. Run more steps."
-            )
-    if end > (1 + STILL_IMPROVING) * lowest:
-        return worsened
-    if not _moved(baseline) and not _moved(curve):
-        return f"neither run moved by {STILL_IMPROVING:.0%} since its start. Run more steps or raise the learning rate."
-    return None
-
-
-def _late_gain(curve: pd.DataFrame) -> tuple[float, int]:
-    """The share of its mean distance that a run lost over the last part of its steps, and where that part begins."""
-    mean, steps = curve.mean(), curve.columns.to_numpy()
-    since = max(int((steps <= (1 - LAST_PART) * steps[-1]).sum()) - 1, 0)
-    earlier = float(mean.iloc[since])
-    return (1 - float(mean.iloc[-1]) / earlier if earlier > 0 else 0.0), int(steps[since])
+def _doubt(
+    judged: ArmResult, reference: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float
+) -> Caution | None:
+    """Why these curves decide nothing yet; None if they do."""
+    assert judged.difference is not None and judged.low is not None and judged.high is not None
+    if judged.difference and judged.high - judged.low <= 1e-9 * abs(judged.difference):
+        return "no spread over seeds"
+    if judged.high < 0:
+        to_best = (curve.iloc[:, -1] - baseline[reference.trend.best_step]).to_numpy()
+        return None if paired_interval(to_best, confidence=1 - level)[2] < 0 else "baseline got worse"
+    if reference.trend.late_gain > STILL_IMPROVING:
+        return "baseline still improves"
+    if judged.trend.late_gain > STILL_IMPROVING:
+        return "aligned arm still improves"
+    if float(np.mean(reference.final)) > (1 + STILL_IMPROVING) * reference.trend.best:
+        return "baseline got worse"
+    return None if _moved(baseline) or _moved(curve) else "no arm moved"
 
 
 def _moved(curve: pd.DataFrame) -> bool:
@@ -354,93 +441,52 @@ def _moved(curve: pd.DataFrame) -> bool:
     return bool(((mean - mean.iloc[0]).abs() > STILL_IMPROVING * mean.iloc[0]).any())
 
 
-def _resolution(curve: pd.DataFrame, baseline: pd.DataFrame, level: float) -> Resolution | None:
-    found = spread_of((curve - baseline).iloc[:, -1].to_numpy(np.float64)[None], baseline.iloc[:, -1], "these seeds")
+def _role(name: str) -> tuple[Caution, ...]:
+    if name == FIRST:
+        return ("selection advised against every pair",)
+    not_the_pick = name in (HEURISTIC, RUNNER_UP) or name.startswith(RANDOM)
+    return ("judged arm is not the pick",) if not_the_pick else ()
+
+
+def _looks_caution(planned: bool) -> tuple[Caution, ...]:
+    return () if planned else ("looks not planned together",)
+
+
+def _step_caution(answer: Answer, comparisons: Sequence[Comparison]) -> tuple[Caution, ...]:
+    """Whether the baseline with steps of the same length gains as much."""
+    explained = any(comparison.against == "learning rate" and comparison.high >= 0 for comparison in comparisons)
+    return ("gain may come from step length",) if answer == "helps" and explained else ()
+
+
+def _resolution(curve: pd.DataFrame, baseline: pd.DataFrame, steps: int, level: float) -> Resolution | None:
+    differences = (curve - baseline).iloc[:, -1].to_numpy(np.float64)
+    spread = spread_of(differences[None], baseline.iloc[:, -1], "this verdict", steps=steps)
     n = len(curve)
-    return None if found is None else Resolution(n, level, detectable(n, level=level), found)
+    return None if spread is None else Resolution(n, level, detectable(n, level=level), spread)
 
 
-def spread_of(differences: Array, baseline: Any, source: str) -> Spread | None:
-    """The spread over seeds of paired differences (arms, seeds) of one size; None where there is none.
+def spread_of(differences: Array, baseline: Any, source: SpreadSource, *, steps: int) -> Spread | None:
+    """Returns the spread over seeds of paired differences; None if they do not vary.
 
     Args:
-        differences: To no alignment.
-        baseline: Distances without alignment, one per seed.
-        source: Where they come from.
+        differences: Differences to the baseline, shape (arms, seeds).
+        baseline: Distances of the baseline, one per seed.
+        source: Origin of the seeds.
+        steps: Training steps after which the distances were measured.
     """
     share = float(np.sqrt(np.mean(np.var(differences, axis=1, ddof=1))) / max(np.mean(baseline), 1e-300))
-    return Spread(share, differences.shape[1], source) if 0 < share < np.inf else None
+    return Spread(share, differences.shape[1], source, steps) if 0 < share < np.inf else None
 
 
-def _change(tried: ArmResult, baseline: ArmResult, plan: ConfirmationPlan, num_seeds: int, start_name: str) -> str:
-    over = " over all looks" if plan.stop_early else ""
-    return (
-        f"Aligning {tried.student} to {tried.teacher} changed the Fréchet distance by {tried.difference:+.3g} "
-        f"(95 % interval{over} {tried.low:+.3g} to {tried.high:+.3g}) from {np.mean(baseline.final):.3g} without "
-        f"alignment, after {plan.training.steps} steps {start_name}, {num_seeds} seeds."
-    )
-
-
-def _role(name: str) -> str:
-    if name == FIRST:
-        return "The selection advises against every pair; this is the one that it ranks first."
-    other = name in (HEURISTIC, RUNNER_UP) or name.startswith(RANDOM)
-    return f"No pick was among the arms, so this is the {name}." if other else ""
-
-
-def _resolved(resolution: Resolution | None, baseline: ArmResult) -> str:
-    if resolution is None or resolution.share is None:
-        return ""
-    size = resolution.share * float(np.mean(baseline.final))
-    return (
-        f"With the spread that these seeds show, {resolution.num_seeds} seeds find a difference of {size:.2g} "
-        f"({resolution.share:.0%}) with a chance of {POWER:.0%}."
-    )
-
-
-def _looks(plan: ConfirmationPlan, num_seeds: int, looks: Mapping[int, float], rate: float) -> str:
-    if _planned(plan, looks):
-        if not plan.stop_early:
-            return ""
-        clear = f", and the difference was clear after {num_seeds} of {len(plan.seeds)}"
-        return (
-            f"The seeds were looked at one by one, at levels that keep the error rate of all looks at {LEVEL:.0%}"
-            f"{clear if num_seeds < len(plan.seeds) else ''}."
-        )
-    return (
-        f"This was looked at after {_listed(looks)} seeds, with levels that were not planned together: where there is "
-        f"no difference, one would be found in {rate:.1%} of cases."
-    )
-
-
-def _listed(numbers: Sequence[int] | Mapping[int, float]) -> str:
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _comparisons(tried: ArmResult, results: Sequence[ArmResult], answer: Answer, level: float) -> list[str]:
-    """How the judged arm stands to the others; plain differences of final distances, paired over seeds."""
-
-    def against(others: Sequence[ArmResult]) -> tuple[float, float, float]:
-        mean = np.mean([other.final for other in others], axis=0)
-        return paired_interval(np.asarray(tried.final) - mean, confidence=1 - level)
-
-    sentences = []
-    rate = next((result for result in results if result.name == LEARNING_RATE), None)
-    if rate is not None and answer == "helps":
-        change, low, high = against([rate])
-        told = "so longer or shorter steps are not the reason" if high < 0 else "so the gain may be that of its steps"
-        sentences.append(
-            f"The pair's difference to no alignment with steps of the same length (learning rate "
-            f"{rate.learning_rate:.3g}) is {change:+.3g} ({low:+.3g} to {high:+.3g}), {told}."
-        )
-    drawn = [result for result in results if result.name.startswith(RANDOM) and result is not tried]
-    if drawn:
-        change, low, high = against(drawn)
-        count = "a random pair" if len(drawn) == 1 else f"the mean of {len(drawn)} random pairs"
-        sentences.append(f"Its difference to {count} is {change:+.3g} ({low:+.3g} to {high:+.3g}).")
-    lowest = min(results, key=lambda result: float(np.mean(result.final)))
-    if len(results) > 2:
-        same = "that arm" if lowest is tried else BASELINE if lowest is results[0] else f"the {lowest.name}"
-        sentences.append(f"Of the {len(results)} arms, {same} ended lowest ({np.mean(lowest.final):.3g}).")
-    return sentences
+def _comparisons(judged: ArmResult, results: Sequence[ArmResult], level: float) -> tuple[Comparison, ...]:
+    groups: dict[Against, list[ArmResult]] = {
+        "learning rate": [result for result in results if result.name == LEARNING_RATE],
+        "random pairs": [result for result in results if result.name.startswith(RANDOM) and result is not judged],
+    }
+    comparisons = []
+    for against, others in groups.items():
+        if others:
+            mean = np.mean([other.final for other in others], axis=0)
+            interval = paired_interval(np.asarray(judged.final) - mean, confidence=1 - level)
+            comparisons.append(Comparison(against, len(others), *interval))
+    return tuple(comparisons)

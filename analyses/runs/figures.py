@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.figures import (
     cka_heatmap,
     confirmation_curves,
@@ -47,7 +47,7 @@ def draw_figures(run: str | Path) -> list[Path]:
         figures["token-maps"] = _token_maps(store)
     if (run / "verdict.json").is_file():
         curves = pd.read_csv(run / "confirmation.csv")
-        verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+        verdict = Verdict.from_json((run / "verdict.json").read_text(encoding="utf-8"))
         figures["confirmation"] = confirmation_curves(curves, verdict)
     return [path for name, figure in figures.items() for path in save_figure(figure, run / "figures", name)]
 

@@ -1,4 +1,4 @@
-"""`layerprobe atlas` from start to finish: where the branches start, how they are trained, what is drawn of it."""
+"""The job of `layerprobe atlas`: start of the branches, their training, figures and summary."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan, checkpoints
 
-# Of the training that made the checkpoint, what its branches do differently.
+# Fields of a checkpoint's training plan that its branches do not take over.
 _OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays", "keep_last")
 
 
 @dataclass(frozen=True)
 class PairSweepStart:
-    """What all branches share.
+    """Start of a pair sweep, which all branches share.
 
     Attributes:
-        backbone: The model.
-        plan: How they are trained.
-        state: The state of the training that they continue, or None.
-        data: Fingerprint of the data that the training learned from, or None.
-        trained_steps: Of that training, where branches from scratch stand for it; None where not known.
+        backbone: Initial model.
+        plan: Plan of the branches.
+        state: Checkpoint of the training that the branches continue; None if they continue none.
+        data: Fingerprint of the training data of the start; None if it is not recorded.
+        trained_steps: Steps of the training that branches from scratch stand for; None where it is not known.
     """
 
     backbone: Backbone
@@ -58,48 +58,52 @@ def pair_sweep_start(
     num_evaluations: int = 1,
     num_samples: int = 1000,
     device: str = "auto",
-    **given: Any,
+    **options: Any,
 ) -> PairSweepStart:
-    """Where the branches of an atlas start and how they are trained.
+    """Opens the start of a pair sweep and plans its branches.
 
-    They are trained as the start was, where it says so, unless given otherwise, and their averaged weights look back
-    over a tenth of their steps. Branches of a checkpoint begin with an empty optimizer, so their learning rate warms up
-    over the first tenth; those of a training's folder go on with its optimizer. From scratch, each seed has fresh
-    weights of its own, and the start only says how the network looks and was trained, its warm-up included.
+    Branches are trained by the recorded plan of the start, changed by the options; their averaged weights average over
+    about a tenth of their steps. Branches of a checkpoint begin with an empty optimizer, so their learning rate warms
+    up over the first tenth; branches of a training folder continue with its optimizer. From scratch each seed has its
+    own fresh weights, and the start only provides the architecture and the training plan, its warm-up included.
 
     Args:
-        start: A folder of `layerprobe train`, or a checkpoint.
-        steps: Of each branch.
-        from_scratch: Begin with fresh weights, as a training that knows the pair beforehand does.
-        seeds: See `PairSweepPlan`, like the next two.
-        num_evaluations: Evenly spaced over the steps.
-        num_samples: Drawn for each Fréchet distance.
-        device: Where the models run.
-        **given: Fields of `TrainingPlan`.
+        start: Folder of `layerprobe train`, or a checkpoint.
+        steps: Training steps of each branch.
+        from_scratch: Whether branches begin with fresh weights, as a training does whose pair is fixed beforehand.
+        seeds: Seeds of the branches.
+        num_evaluations: Number of evaluations, evenly spaced over the steps of a branch.
+        num_samples: Number of samples drawn for each Fréchet distance.
+        device: Device of the models.
+        **options: Fields of `TrainingPlan`.
     """
     state = next(reversed(checkpoints(Path(start))), None)
     checkpoint = Path(start) / "model.safetensors" if state else start
     state = None if from_scratch else state
     trained = training_record(checkpoint)
     first = int(trained["steps"]) if state else 0
-    known: dict[str, Any] = {
+    recorded: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := trained[field.name], list) else value
         for field in fields(TrainingPlan)
         if field.name in trained and field.name not in _OF_A_BRANCH
     }
     default = {"ema_decay": max(0.0, 1 - 10 / steps)}
-    if state is None and not (from_scratch and "warmup_steps" in known):
+    if state is None and not (from_scratch and "warmup_steps" in recorded):
         default["warmup_steps"] = steps // 10
-    training = TrainingPlan(**known | default | given, steps=first + steps)
+    training = TrainingPlan(**recorded | default | options, steps=first + steps)
     plan = PairSweepPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
     backbone = open_checkpoint(checkpoint, device=device)
     if from_scratch:
-        fresh_sit(backbone, seeds[0])  # what cannot be initialized is refused before data is read
+        fresh_sit(backbone, seeds[0])  # raises before data is read if the network cannot be initialized
     return PairSweepStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)
 
 
 def wanted_pairs(backbone: Backbone, names: Sequence[tuple[str, str]]) -> tuple[LayerPair, ...]:
-    """These pairs, or all of the layers that can be aligned where none is named.
+    """Returns the named pairs, or all pairs of alignable layers if no pair is named.
+
+    Args:
+        backbone: Model whose layers are aligned.
+        names: Names of student and teacher of each pair.
 
     Raises:
         ValueError: If a layer cannot be aligned.
@@ -120,43 +124,54 @@ def pair_sweep_run(
     shard: tuple[int, int] = (1, 1),
     progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
-    """Trains the branches and draws what they were worth, as far as they are finished, into `figures/`.
-
-    Raises:
-        ValueError: If the branches would go on with other data than their training had, or as `sweep_pairs`.
-    """
-    if start.state is not None and start.data != splits.train.fingerprint:
-        raise ValueError(f"the training behind {start.state} had other data; pass the --data and --size it had")
-    atlas = sweep_pairs(
-        start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
-    )
-    if atlas["benefit"].notna().any() and (atlas["student"] != "").any():
-        shown = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(atlas) else (FRECHET, HELD_OUT)
-        figure = pair_sweep_heatmap(atlas, alignable_layers(start.backbone), metrics=shown)
-        save_figure(figure, Path(folder) / "figures", "atlas")
-    return atlas
-
-
-def describe_pair_sweep(atlas: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:
-    """An atlas in lines for people.
+    """Trains the branches and draws the benefits of the finished ones into `figures/`.
 
     Args:
-        atlas: The table.
-        branches: How many there are to be.
-        num_pairs: How many of the best to show.
+        start: Start of the branches, see `pair_sweep_start`.
+        splits: Data of the training and the evaluation.
+        pairs: Pairs to train.
+        folder: Folder of the pair sweep.
+        shard: (i, N): train every N-th branch, from the i-th on.
+        progress: Callback with (name of the running branch, steps done, total steps).
+
+    Returns:
+        The table of the pair sweep, see `sweep_pairs`.
+
+    Raises:
+        ValueError: If the branches would continue a training on other data than its own, or as `sweep_pairs`.
     """
-    done = len(atlas[["student", "teacher", "seed"]].drop_duplicates())
+    if start.state is not None and start.data != splits.train.fingerprint:
+        raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
+    sweep = sweep_pairs(
+        start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
+    )
+    if sweep["benefit"].notna().any() and (sweep["student"] != "").any():
+        metrics = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(sweep) else (FRECHET, HELD_OUT)
+        figure = pair_sweep_heatmap(sweep, alignable_layers(start.backbone), metrics=metrics)
+        save_figure(figure, Path(folder) / "figures", "atlas")
+    return sweep
+
+
+def describe_pair_sweep(sweep: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:
+    """Returns a summary of a pair sweep, line by line.
+
+    Args:
+        sweep: Table of the pair sweep.
+        branches: Number of planned branches.
+        num_pairs: Number of best pairs to list.
+    """
+    done = len(sweep[["student", "teacher", "seed"]].drop_duplicates())
     lines = [f"branches {done} of {branches} finished"]
     if done < branches:
         return lines
-    for metric in (FRECHET, PROBE_ERROR) if _is_probed(atlas) else (FRECHET,):
-        ranked = benefits(atlas, metric=metric)
-        lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat no alignment in {metric}"]
+    for metric in (FRECHET, PROBE_ERROR) if _is_probed(sweep) else (FRECHET,):
+        ranked = benefits(sweep, metric=metric)
+        lines += [f"{int((ranked > 0).sum())} of {len(ranked)} pairs beat the baseline in {metric}"]
         best = zip(ranked.index.tolist()[:num_pairs], ranked.tolist(), strict=False)
         lines += [f"{student:<16} <- {teacher:<16} {benefit:+7.1%}" for (student, teacher), benefit in best]
     return lines
 
 
-def _is_probed(atlas: pd.DataFrame) -> bool:
-    """Whether some pair has a benefit in probe error; data without labels have none."""
-    return bool(atlas.loc[(atlas["metric"] == PROBE_ERROR) & (atlas["student"] != ""), "benefit"].notna().any())
+def _is_probed(sweep: pd.DataFrame) -> bool:
+    """Whether some pair has a benefit in probe error; there is none without labels."""
+    return bool(sweep.loc[(sweep["metric"] == PROBE_ERROR) & (sweep["student"] != ""), "benefit"].notna().any())

@@ -40,8 +40,8 @@ from layerprobe.analyses.experiments import (
     Scorer,
     all_pairs,
     branch_scores,
+    pair_sweep_table,
     run_folder,
-    table,
 )
 from layerprobe.analyses.generation import classifier_extractor
 from layerprobe.analyses.runs import PairSweepStart, load_splits, pair_sweep_start
@@ -366,7 +366,7 @@ def draw(start: PairSweepStart, splits: Splits, trainer: Trainer, folder: Path, 
     files = {(seed, arm.pair): _scores_of(folder, arm, seed) for seed, arm in every}
     found = {run: json.loads(file.read_text()) for run, file in files.items() if file.is_file()}
     by_step = {run: {int(step): values for step, values in scores.items()} for run, scores in found.items()}
-    write_text(folder / "atlas.csv", table(by_step).to_csv(index=False))
+    write_text(folder / "atlas.csv", pair_sweep_table(by_step).to_csv(index=False))
 
 
 def _scores_of(folder: Path, arm: Arm, seed: int) -> Path:

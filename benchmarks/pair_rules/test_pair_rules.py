@@ -47,7 +47,7 @@ from rules import (
 )
 from scipy import stats
 
-from layerprobe.analyses.experiments import COLUMNS, FRECHET, HELD_OUT
+from layerprobe.analyses.experiments import FRECHET, HELD_OUT, PAIR_SWEEP_COLUMNS
 from layerprobe.analyses.selection import RULE, Calibration, Rule, rank_pairs
 from layerprobe.analyses.tables import CKA, EVIDENCE_COLUMNS, PROBE_GAP, TEACHER_PROBE
 from layerprobe.layersync import LayerPair
@@ -95,7 +95,7 @@ def models(
 
 
 def write_atlas(path: Path, rows: list[tuple[str, str, int, int, str, float, float]]) -> Path:
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(path, index=False)
+    pd.DataFrame(rows, columns=list(PAIR_SWEEP_COLUMNS)).to_csv(path, index=False)
     return path
 
 

@@ -1,0 +1,14 @@
+from .decisions import decision_text as decision_text
+from .recommendations import recommendation_text as recommendation_text
+from .selection import TRUST as TRUST
+from .selection import caution_texts as caution_texts
+from .selection import objection_texts as objection_texts
+from .selection import pair_reasons as pair_reasons
+from .selection import score_sentence as score_sentence
+from .selection import selection_reason as selection_reason
+from .verdict import answer_title as answer_title
+from .verdict import length_cautions as length_cautions
+from .verdict import resolution_sentences as resolution_sentences
+from .verdict import spread_source as spread_source
+from .verdict import verdict_cautions as verdict_cautions
+from .verdict import verdict_paragraph as verdict_paragraph
