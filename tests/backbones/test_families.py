@@ -282,7 +282,8 @@ def test_lightningdits_configuration_names_its_path() -> None:
 def test_paths_that_a_family_does_not_have_are_refused(family: str, path: str) -> None:
     title = FAMILIES[family].title
     with pytest.raises(
-        ValueError, match=rf"^this model was trained on the path '{path}', which {title} does not have; pass --schedule"
+        ValueError,
+        match=rf"^this model was trained on the path '{path}', which is unknown for {title}; pass --schedule",
     ):
         build(family, state(sigma=family == "dit"), args={"path_type": path}, num_heads=4)
 
@@ -297,13 +298,11 @@ def test_the_caller_has_the_last_word() -> None:
 
 def test_wrong_numbers_of_classes_are_refused() -> None:
     assert build("sit", state(), args={"num_classes": 5}, num_heads=4).backbone.num_classes == 5
-    with pytest.raises(
-        ValueError, match=r"^the label table has 5 classes and a row for no label, not 1000 classes; pass"
-    ):
+    with pytest.raises(ValueError, match=r"^the label table has 5 classes and a null label, not 1000 classes; pass"):
         build("sit", state(), args={"num_classes": 1000}, num_heads=4)
     # Silently, the last class would be taken for "no label".
     with pytest.raises(
-        ValueError, match=r'^all 6 rows of the label table are classes: .* no "no label" to be read under'
+        ValueError, match=r"^all 6 rows of the label table are classes: .* has no null label; pass --model"
     ):
         build("sit", state(), num_heads=4, num_classes=6)
     one_row = state() | {"y_embedder.embedding_table.weight": torch.zeros(1, 32)}
@@ -316,7 +315,7 @@ def test_unknown_families_and_heads_are_asked_for() -> None:
     ):
         build("unet", state())
     with pytest.raises(
-        ValueError, match=r"^width 32 is no preset's, so the number of heads is unknown; pass --num-heads$"
+        ValueError, match=r"^no preset has width 32, so the number of heads is unknown; pass --num-heads$"
     ):
         build("sit", state())
 

@@ -198,9 +198,7 @@ def test_heads_of_the_published_sizes(width: int, heads: int) -> None:
 def test_rotary_tables_tell_the_number_of_heads() -> None:
     tensors = random_state(PUBLISHED)
     assert config_from_state_dict(tensors) == PUBLISHED
-    with pytest.raises(
-        ValueError, match=r"^feat_rope.freqs_cos tells that there are 3 heads, not 4; leave --num-heads"
-    ):
+    with pytest.raises(ValueError, match=r"^feat_rope.freqs_cos shows 3 heads, not 4; leave --num-heads"):
         config_from_state_dict(tensors, num_heads=4)
 
 
@@ -208,7 +206,7 @@ def test_rotary_tables_tell_the_number_of_heads() -> None:
     ("change", "message"),
     [
         ({"shape": (3, 16)}, r"^LightningDiT takes samples of shape \(C, height, width\), got \(3, 16\)$"),
-        ({"num_heads": 8}, r"^rotary positions need a head's width to be a multiple of 4, got 6; change num_heads$"),
+        ({"num_heads": 8}, r"^rotary positions need a head width that is a multiple of 4, got 6; change num_heads$"),
     ],
 )
 def test_configurations_that_make_no_network_are_refused(change: dict[str, Any], message: str) -> None:

@@ -91,5 +91,7 @@ def test_only_layers_of_one_shape_are_put_on_trial() -> None:
         )
 
     assert alignable_layers(backbone(16, 32, 32, 16, 32)) == ("1", "2", "4")
-    with pytest.raises(ValueError, match=r"^no two layers of Sequential have tokens of one shape; pass other --layers"):
+    with pytest.raises(
+        ValueError, match=r"^no two layers of Sequential have tokens of the same shape; pass other --layers"
+    ):
         alignable_layers(backbone(8, 16, 32))

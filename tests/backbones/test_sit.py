@@ -304,7 +304,7 @@ def test_patches_of_unequal_edges_leave_the_grid_open() -> None:
     config = replace(SMALL, shape=(1, 4, 8, 8), patch_size=(1, 4, 4))
     tensors = SiT(config).state_dict()
     assert config_from_state_dict(tensors, num_heads=4, shape=(1, 4, 8, 8)) == config
-    with pytest.raises(ValueError, match=r"^pos_embed has 16 places, which make no known grid of 1x4x4 patches; pass"):
+    with pytest.raises(ValueError, match=r"^the 16 positions in pos_embed leave the grid of 1x4x4 patches open; pass"):
         config_from_state_dict(tensors, num_heads=4)
     with pytest.raises(ValueError, match=r"does not fit 1 channels and 16 patches of 1x4x4; pass the shape of the"):
         config_from_state_dict(tensors, num_heads=4, shape=(1, 4, 8, 4))
@@ -313,19 +313,19 @@ def test_patches_of_unequal_edges_leave_the_grid_open() -> None:
 def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
     tensors = SiT(SMALL).state_dict()
     with pytest.raises(
-        ValueError, match=r"^width 32 is no preset's, so the number of heads is unknown; pass --num-heads$"
+        ValueError, match=r"^no preset has width 32, so the number of heads is unknown; pass --num-heads$"
     ):
         config_from_state_dict(tensors)
     with pytest.raises(ValueError, match="hidden size 32 does not divide into 5 heads"):
         config_from_state_dict(tensors, num_heads=5)
-    with pytest.raises(ValueError, match="count from 1"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         config_from_state_dict(tensors, num_heads=0)
 
 
 def test_normalized_queries_tell_the_number_of_heads() -> None:
     tensors = SiT(replace(SMALL, qk_norm=True)).state_dict()
     assert config_from_state_dict(tensors).num_heads == 4
-    with pytest.raises(ValueError, match=r"^blocks.0.attn.q_norm.weight tells that there are 4 heads, not 2; leave"):
+    with pytest.raises(ValueError, match=r"^blocks.0.attn.q_norm.weight shows 4 heads, not 2; leave"):
         config_from_state_dict(tensors, num_heads=2)
 
 
@@ -333,7 +333,7 @@ def test_grids_that_are_not_square_have_to_be_told() -> None:
     config = replace(SMALL, shape=(3, 8, 12))
     tensors = SiT(config).state_dict()
     assert config_from_state_dict(tensors, num_heads=4, shape=[3, 8, 12]) == config
-    with pytest.raises(ValueError, match=r"^pos_embed has 24 places, which make no square grid; pass --shape$"):
+    with pytest.raises(ValueError, match=r"^the 24 positions in pos_embed do not form a square grid; pass --shape$"):
         config_from_state_dict(tensors, num_heads=4)
     for wrong in [(3, 8, 8), (4, 8, 12), (3, 24), (3, 8)]:
         with pytest.raises(ValueError, match=r"does not fit 3 channels and 24 patches of 2; pass the shape of the"):
@@ -367,7 +367,9 @@ def test_state_dicts_that_are_no_sit_are_refused(name: str, tensor: Tensor | Non
     del tensors[name]
     if tensor is not None:
         tensors[name] = tensor
-    with pytest.raises(ValueError, match=rf"^this is no whole SiT or DiT: {name} {seen}; use a whole state dict$"):
+    with pytest.raises(
+        ValueError, match=rf"^this is not a complete SiT or DiT: {name} {seen}; use a complete state dict$"
+    ):
         config_from_state_dict(tensors, num_heads=4)
 
 
@@ -377,17 +379,20 @@ def test_state_dicts_that_are_no_sit_are_refused(name: str, tensor: Tensor | Non
         ({"shape": (3,)}, r"shape must be \(C, \*grid\) with one to three grid axes, got \(3,\)"),
         ({"shape": (3, 2, 2, 2, 2)}, "one to three grid axes"),
         ({"shape": (3, 8, 7)}, r"the grid \(8, 7\) does not divide into patches of 2; change one of them"),
-        ({"shape": (3, 0, 8)}, "shape, patch, width, depth and heads count from 1 and classes from 0, got SiTConfig"),
-        ({"patch_size": 0}, "count from 1"),
-        ({"patch_size": (0, 2)}, "count from 1"),
+        (
+            {"shape": (3, 0, 8)},
+            "shape, patch, width, depth and heads must be at least 1, and classes at least 0, got SiTConfig",
+        ),
+        ({"patch_size": 0}, "must be at least 1"),
+        ({"patch_size": (0, 2)}, "must be at least 1"),
         ({"patch_size": (2, 3)}, r"the grid \(8, 8\) does not divide into patches of 2x3; change one of them"),
         ({"patch_size": (1, 2, 2)}, r"a patch of 1x2x2 does not fit the grid \(8, 8\); pass one edge for all axes"),
-        ({"depth": 0}, "count from 1"),
-        ({"num_heads": 0}, "count from 1"),
-        ({"num_classes": -1}, "classes from 0"),
+        ({"depth": 0}, "must be at least 1"),
+        ({"num_heads": 0}, "must be at least 1"),
+        ({"num_classes": -1}, "classes at least 0"),
         ({"hidden_size": 30}, "hidden size 30 does not divide into 4 heads; change one of them"),
-        ({"hidden_size": 33, "num_heads": 3}, "hidden size 33 has no room for positions; pass an even one"),
-        ({"hidden_size": 2, "num_heads": 1}, "hidden size 2 has no room for positions"),
+        ({"hidden_size": 33, "num_heads": 3}, "hidden size 33 is odd or too small for positions; pass an even one"),
+        ({"hidden_size": 2, "num_heads": 1}, "hidden size 2 is odd or too small for positions"),
     ],
 )
 def test_configurations_that_make_no_network_are_refused(change: dict[str, Any], message: str) -> None:
@@ -446,7 +451,7 @@ def test_no_condition_is_the_null_label() -> None:
 def test_samples_of_another_shape_are_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^samples have shape \(3, 16, 16\), SiT with 3 blocks of width 32, patch 2 takes \(3, 8, 8\); resize",
+        match=r"^samples have shape \(3, 16, 16\), but SiT with 3 blocks of width 32, patch 2 takes \(3, 8, 8\); resize",
     ):
         new_sit(SMALL, seed=0)(torch.zeros(1, 3, 16, 16), torch.tensor([0.5]))
 

@@ -163,7 +163,7 @@ def test_a_users_network_survives_with_tied_weights_and_odd_names(tmp_path: Path
     options: dict[str, Any] = {"layers": "*", "schedule": "flow", "prediction": "eps", "shape": (3,)}
     again = open_checkpoint(path, model=Tied, **options)
     assert_same_weights(again.module, made.state_dict())
-    with pytest.raises(ValueError, match=r"is of no known family .* pass --model file.py:factory"):
+    with pytest.raises(ValueError, match=r"belongs to no known family .* pass --model file.py:factory"):
         open_checkpoint(path)
 
 
@@ -180,10 +180,10 @@ def test_the_embedded_checkpoint_opens_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("change", "seen"),
     [
-        ({"family": "unet"}, r"says its family is 'unet', which this version does not know; update layerprobe"),
+        ({"family": "unet"}, r"is of family 'unet', which this version does not know; update layerprobe"),
         ({"config": {"shape": [1, 4, 4], "wings": 2}}, "has a damaged record .*wings"),
         ({"config": None}, "has a damaged record"),
-        ({"config": {"shape": [1, 4, 4], "depth": 0}}, "has a damaged record .*count from 1"),
+        ({"config": {"shape": [1, 4, 4], "depth": 0}}, "has a damaged record .*must be at least 1"),
         ({"config": {"shape": "14"}}, "has a damaged record"),
         ({"config": {"shape": [1, 4, 4], "hidden_size": 10**12, "num_heads": 1}}, "has a damaged record"),
         ({"schedule": {}}, "has a damaged record .*schedule"),
@@ -211,7 +211,7 @@ def test_records_that_are_no_records_are_refused(tmp_path: Path, record: str) ->
     path = tmp_path / "model.safetensors"
     save_file(weights(), path, metadata={"layerprobe": record})
     with pytest.raises(
-        ValueError, match=r"(damaged record|not a whole safetensors file) .*; copy or download it again"
+        ValueError, match=r"(damaged record|not a valid safetensors file) .*; copy or download it again"
     ):
         open_checkpoint(path)
 
@@ -321,25 +321,25 @@ def test_a_file_of_several_possible_families_asks_for_one(tmp_path: Path) -> Non
     path = official(tmp_path / "model.pt")
     with pytest.raises(
         ValueError,
-        match=r"model.pt could be of any of sit, layersync, .* which differ in what time means; pass --family$",
+        match=r"model.pt could belong to any of sit, layersync, .* which differ in their time convention; pass --family$",
     ):
         open_tiny(path, family=None)
     with pytest.raises(ValueError, match=r"^unknown family 'unet'; use one of sit, layersync, "):
         open_tiny(path, family="unet")
-    with pytest.raises(ValueError, match="width 8 is no preset's, so the number of heads is unknown; pass --num-heads"):
+    with pytest.raises(ValueError, match="no preset has width 8, so the number of heads is unknown; pass --num-heads"):
         open_tiny(path, num_heads=None)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds no weights, only nothing with a name; expected tensors by name, also under ema, model"),
+        ({}, "holds no weights; expected named tensors, possibly under ema, model"),
         ([torch.zeros(3)], "holds no weights"),
         (torch.zeros(3), "holds no weights"),
         ({"model": {"lr": 0.1}, "ema": 3}, "holds no weights, only model, ema"),
         (
             {"conv.weight": torch.zeros(3)},
-            r"is of no known family \(it begins with conv.weight\); pass --model file.py:factory",
+            r"belongs to no known family \(its first tensors are conv.weight\); pass --model file.py:factory",
         ),
     ],
 )
@@ -359,20 +359,20 @@ def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
     [
         (
             without("blocks.1.attn.qkv.bias"),
-            r"does not fit SiT: it lacks blocks.1.attn.qkv.bias \(1 missing, 0 surplus\)",
+            r"does not fit SiT: it lacks blocks.1.attn.qkv.bias \(1 missing, 0 unexpected\)",
         ),
-        (without("pos_embed"), "this is no whole SiT or DiT: pos_embed is missing"),
+        (without("pos_embed"), "this is not a complete SiT or DiT: pos_embed is missing"),
         (
             lambda tensors: tensors.update({"projectors.0.weight": torch.zeros(2)}),
-            r"does not fit SiT: it has projectors.0.weight besides \(0 missing, 1 surplus\); pass the network",
+            r"does not fit SiT: it also has projectors.0.weight \(0 missing, 1 unexpected\); pass the network",
         ),
         (
             lambda tensors: tensors.update({"blocks.0.mlp.fc2.bias": torch.zeros(8, dtype=torch.int8)}),
-            r"does not fit SiT: blocks.0.mlp.fc2.bias is of type torch.int8, .*; convert or dequantize it first",
+            r"does not fit SiT: blocks.0.mlp.fc2.bias has type torch.int8, .*; convert or dequantize it first",
         ),
         (
             lambda tensors: tensors.update({"blocks.0.mlp.fc2.bias": torch.zeros(9)}),
-            r"does not fit SiT: blocks.0.mlp.fc2.bias has shape \(9,\), the network \(8,\); pass the network",
+            r"does not fit SiT: blocks.0.mlp.fc2.bias has shape \(9,\), but the network expects \(8,\); pass the network",
         ),
         (
             lambda tensors: tensors["final_layer.linear.bias"].fill_(float("nan")),
@@ -460,7 +460,7 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, form: str) -> N
     n = len(whole)
     for length in (0, 1, 2, 7, 8, 9, 100, n // 4, n // 2, n - 1000, n - 23, n - 8, n - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"model\.\w+ (is not a whole|is empty|ends before the values)") as caught:
+        with pytest.raises(ValueError, match=r"model\.\w+ (is not a valid|is empty|ends before the values)") as caught:
             open_checkpoint(path, **options_of(form))
         caught.match(ONE_LINE)
     path.write_bytes(whole)
@@ -494,7 +494,7 @@ def test_flipped_bytes_give_a_backbone_or_one_line(tmp_path: Path, form: str) ->
 def test_files_of_something_else_are_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"(is not a whole|is empty|holds no weights)") as caught:
+    with pytest.raises(ValueError, match=r"(is not a valid|is empty|holds no weights)") as caught:
         open_checkpoint(path)
     caught.match(ONE_LINE)
 
@@ -502,14 +502,14 @@ def test_files_of_something_else_are_refused(tmp_path: Path, content: bytes, suf
 def test_a_safetensors_header_larger_than_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    with pytest.raises(ValueError, match=r"is not a whole safetensors file .*; copy or download it again"):
+    with pytest.raises(ValueError, match=r"is not a valid safetensors file .*; copy or download it again"):
         open_checkpoint(path)
 
 
 def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^there is no checkpoint file \S+nothing.pt; pass a "):
         open_checkpoint(tmp_path / "nothing.pt")
-    with pytest.raises(FileNotFoundError, match=r"has no checkpoint in it, but nothing; pass a "):
+    with pytest.raises(FileNotFoundError, match=r"contains no checkpoint; pass a "):
         open_checkpoint(tmp_path)
     official(tmp_path / "model.pt")
     assert open_tiny(tmp_path).layers == ("blocks.0", "blocks.1")
@@ -521,7 +521,7 @@ def test_devices_that_are_not_there_are_refused_before_the_file_is_read(tmp_path
     missing = "cuda:99" if torch.cuda.is_available() else "cuda"
     for device in (missing, "tpu-v9", ""):
         with pytest.raises(
-            ValueError, match=rf"^--device {device} is not to be had here \(.*\); pass cpu or auto$"
+            ValueError, match=rf"^--device {device} is not available \(.*\); pass cpu or auto$"
         ) as caught:
             open_checkpoint(tmp_path / "nothing.pt", device=device)
         caught.match(ONE_LINE)
@@ -546,7 +546,7 @@ def test_options_without_effect_on_our_own_files_are_refused(tmp_path: Path, opt
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, tiny(), weights(), training={})
     name = next(iter(option)).replace("_", "-")
-    with pytest.raises(ValueError, match=rf"says itself what it is: --{name} has no effect; leave it out$"):
+    with pytest.raises(ValueError, match=rf"records its own configuration: --{name} has no effect; leave it out$"):
         open_checkpoint(path, **option)
 
 
@@ -554,11 +554,11 @@ def test_options_without_effect_on_other_files_are_refused(tmp_path: Path) -> No
     path = official(tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"^without a model of your own: --lora has no effect; leave it out$"):
         open_tiny(path, lora="adapter")
-    with pytest.raises(ValueError, match=r"the label table has 3 classes and a row for no label, not 5 classes"):
+    with pytest.raises(ValueError, match=r"the label table has 3 classes and a null label, not 5 classes"):
         open_tiny(path, num_classes=5)
     with pytest.raises(ValueError, match=r"^with a model of your own: --family has no effect; leave it out$"):
         open_tiny(path, model=tiny)
-    with pytest.raises(ValueError, match=r"gives a whole Backbone: --schedule has no effect; leave it out$"):
+    with pytest.raises(ValueError, match=r"returns a complete Backbone: --schedule has no effect; leave it out$"):
         open_checkpoint(path, model=tiny, schedule="sit")
 
 
@@ -669,9 +669,9 @@ def test_a_network_can_come_from_an_installed_module_or_a_callable(
         ("{file}:Missing", r"cannot be imported \(.*no attribute 'Missing'\); pass file.py:name"),
         ("nowhere.py:Network", r"cannot be imported \(.*No such file.*\)"),
         ("no.such.package:Network", r"cannot be imported \(No module named 'no'\)"),
-        ("{file}:with_arguments", r"wants arguments \(missing a required argument: 'width'\); pass a function"),
-        ("{file}:wrong", "gives a str; it must give a torch.nn.Module or a layerprobe Backbone$"),
-        ("{file}:number", "gives a int; it must give a torch.nn.Module"),
+        ("{file}:with_arguments", r"needs arguments \(missing a required argument: 'width'\); pass a function"),
+        ("{file}:wrong", "returns a str; it must return a torch.nn.Module or a layerprobe Backbone$"),
+        ("{file}:number", "returns a int; it must return a torch.nn.Module"),
         ("{folder}.py:Network", "cannot be imported"),
     ],
 )
@@ -808,7 +808,7 @@ def test_mdm_is_recognized_and_reads_the_settings_beside_it(tmp_path: Path) -> N
         "seqTransEncoder.layers.1": [10, 8],
     }
     (tmp_path / "args.json").write_text("{")
-    with pytest.raises(ValueError, match=r"args.json is not valid JSON .*; mend or remove it"):
+    with pytest.raises(ValueError, match=r"args.json is not valid JSON .*; repair or remove it"):
         open_checkpoint(tmp_path / "model000100.pt", shape=(6, 10))
 
 
@@ -835,5 +835,5 @@ def test_factories_with_a_mistake_are_refused_in_one_line(tmp_path: Path) -> Non
 def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
     tensors = weights() | {"pos_embed": weights()["pos_embed"].to(torch.float8_e4m3fn)}
     torch.save(tensors, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"is of type torch.float8_e4m3fn, .*; convert or dequantize it first"):
+    with pytest.raises(ValueError, match=r"has type torch.float8_e4m3fn, .*; convert or dequantize it first"):
         open_tiny(tmp_path / "model.pt")

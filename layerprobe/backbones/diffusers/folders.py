@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprobe.files import MissingWeights, one_line
+from layerprobe.files import MissingWeights, needed, one_line
 
 REMOTE = "hf://"
 MAX_STEPS = 100_000  # a larger number means a damaged configuration, or one that would exhaust the memory
@@ -53,24 +53,9 @@ class ModelFolder:
         return next((f / n for f in folders for n in names if (f / n).is_file()), None)
 
 
-def import_diffusers() -> Any:
-    """Imports diffusers.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed; the message names the extra that installs it.
-    """
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "diffusers is not installed, and this checkpoint needs it; install layerprobe[diffusers]"
-        ) from error
-    return diffusers
-
-
 def exported_class(name: Any, kind: str) -> Any:
     """Returns the class that diffusers exports under this name, if it derives from `kind`; None otherwise."""
-    diffusers = import_diffusers()
+    diffusers = needed("diffusers", "diffusers")
     value = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return value if inspect.isclass(value) and issubclass(value, getattr(diffusers, kind)) else None
 

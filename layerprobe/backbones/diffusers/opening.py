@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape
-from layerprobe.backbones.diffusers.folders import REMOTE, import_diffusers, is_repository, locate_model, read_json
+from layerprobe.backbones.diffusers.folders import REMOTE, is_repository, locate_model, read_json
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.backbones.diffusers.generic import guess_family, measure_layers
 from layerprobe.backbones.diffusers.lora import with_lora
@@ -27,6 +27,7 @@ from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
 from layerprobe.backbones.diffusers.weights import load_denoiser
 from layerprobe.capture import match_layers
+from layerprobe.files import needed
 from layerprobe.noise import NoiseSchedule, Prediction
 
 MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
@@ -75,7 +76,7 @@ def open_diffusers(
         ValueError: If a file is damaged, needs code of its own or lies outside of the folder; if the class is
             unknown; if the size, schedule or prediction has to be passed.
     """
-    import_diffusers()
+    needed("diffusers", "diffusers")
     folder = locate_model(path, subfolder)
     module = load_denoiser(folder)
     if lora is not None:

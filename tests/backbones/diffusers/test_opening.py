@@ -24,7 +24,8 @@ from diffusers_models import CASES, LINEAR, SCALED, Case, flow  # noqa: E402
 
 from layerprobe.backbones.base import Backbone, layer_shapes  # noqa: E402
 from layerprobe.backbones.diffusers import opening as adapter  # noqa: E402
-from layerprobe.backbones.diffusers.class_table import CLASSES, from_patches, to_patches  # noqa: E402
+from layerprobe.backbones.diffusers.class_table import CLASSES  # noqa: E402
+from layerprobe.backbones.diffusers.diffusers_class import from_patches, to_patches  # noqa: E402
 from layerprobe.backbones.diffusers.opening import is_diffusers, open_diffusers  # noqa: E402
 from layerprobe.capture import capture  # noqa: E402
 from layerprobe.extraction.controls import random_weights  # noqa: E402
@@ -264,11 +265,11 @@ def test_without_a_scheduler_the_published_training_counts(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "ScoreSdeVeScheduler"}, "none of layerprobe's schedules; pass --schedule"),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "none of layerprobe's schedules"),
-        ({"_class_name": "OsScheduler"}, "no scheduler of diffusers"),
-        ({"_class_name": "../x"}, "no scheduler of diffusers"),
-        ({"_class_name": "DDIMScheduler", "beta_schedule": "wrong"}, "is no configuration of DDIMScheduler"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "is unknown to layerprobe; pass --schedule"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "is unknown to layerprobe"),
+        ({"_class_name": "OsScheduler"}, "is not a scheduler of diffusers"),
+        ({"_class_name": "../x"}, "is not a scheduler of diffusers"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "wrong"}, "is not a valid configuration of DDIMScheduler"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": -1}, "is damaged"),
         ([], "is damaged"),
     ],
@@ -446,12 +447,12 @@ def spoilt(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("unknown class", ValueError, "is a 'os', which is no model of diffusers .*update it"),
-        ("a function", ValueError, "is a 'logging', which is no model of diffusers"),
-        ("a scheduler", ValueError, "is a 'DDPMScheduler', which is no model of diffusers"),
-        ("remote code", ValueError, r"needs code of its own \(auto_map\), which is not run"),
-        ("component code", ValueError, r"needs code of its own \(evil\), which is not run"),
-        ("pipeline code", ValueError, "needs code of its own .*which is not run"),
+        ("unknown class", ValueError, "is a 'os', which is not a model of diffusers .*update diffusers"),
+        ("a function", ValueError, "is a 'logging', which is not a model of diffusers"),
+        ("a scheduler", ValueError, "is a 'DDPMScheduler', which is not a model of diffusers"),
+        ("remote code", ValueError, r"needs code of its own \(auto_map\), which is never run"),
+        ("component code", ValueError, r"needs code of its own \(evil\), which is never run"),
+        ("pipeline code", ValueError, "needs code of its own .*which is never run"),
         ("no denoiser", ValueError, "has no transformer and no unet; pass --subfolder, one of vae"),
         ("quantized", ValueError, "is quantized"),
         ("another width", ValueError, "cannot be opened as DiTTransformer2DModel|does not fit DiTTransformer2DModel"),
@@ -490,8 +491,8 @@ def test_bad_folders_are_refused_in_one_line_and_nothing_runs(
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("FluxTransformer2DModel", None, "does not say its size; pass --shape 4,H,W in latent units"),
-        ("WanTransformer3DModel", None, "does not say its size; pass --shape 4,F,H,W in latent units"),
+        ("FluxTransformer2DModel", None, "has no size; pass --shape 4,H,W in latent units"),
+        ("WanTransformer3DModel", None, "has no size; pass --shape 4,F,H,W in latent units"),
         ("DiTTransformer2DModel", (3, 8, 8), "takes shapes 4,H,W, not 3,8,8"),
         ("DiTTransformer2DModel", (4, 8), "takes shapes 4,H,W, not 4,8"),
         ("DiTTransformer2DModel", (4, 8, 7), "takes multiples of 2 along W, not 7"),
@@ -509,14 +510,14 @@ def test_wrong_shapes_are_refused(name: str, shape: Any, message: str, tmp_path:
 def test_an_oblong_that_the_class_folds_into_a_square_is_refused(tmp_path: Path) -> None:
     BY_NAME["DiTTransformer2DModel"].save(tmp_path)
     backbone = open_diffusers(tmp_path, shape=(4, 4, 16))
-    with pytest.raises(ValueError, match=r"gives \(4, 8, 8\) for \(4, 4, 16\); pass --shape"):
+    with pytest.raises(ValueError, match=r"returns shape \(4, 8, 8\) for \(4, 4, 16\); pass --shape"):
         backbone.predict(torch.zeros(1, 4, 4, 16), torch.tensor([0.5]))
 
 
 def test_classes_have_to_be_told_where_the_null_label_is_not_known(tmp_path: Path) -> None:
     BY_NAME["UNet2DModel-num_classes"].save(tmp_path)
     for given in (None, 6):
-        with pytest.raises(ValueError, match="has 6 rows of classes; pass --num-classes 5 if the last is the null"):
+        with pytest.raises(ValueError, match="has 6 rows of classes; pass --num-classes 5 if the last one is the null"):
             open_diffusers(tmp_path, num_classes=given)
     BY_NAME["UNet2DModel"].save(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no classes; leave --num-classes out"):
@@ -526,7 +527,7 @@ def test_classes_have_to_be_told_where_the_null_label_is_not_known(tmp_path: Pat
 def test_inputs_that_hold_another_image_are_refused(tmp_path: Path) -> None:
     case = BY_NAME["UNet2DModel"]
     replace(case, config={**case.config, "in_channels": 9}).save(tmp_path)
-    with pytest.raises(ValueError, match="takes 5 channels of a given image besides the 4 noisy ones"):
+    with pytest.raises(ValueError, match="takes 5 channels of a conditioning image besides the 4 noisy ones"):
         open_diffusers(tmp_path)
 
 
@@ -576,8 +577,8 @@ def test_a_class_without_an_entry_is_measured(name: str, tmp_path: Path, monkeyp
     ("name", "message"),
     [
         ("Lumina2Transformer2DModel", "layers.0 of .* holds image and text in one sequence; wrap"),
-        ("CogView3PlusTransformer2DModel", "wants original_size, which layerprobe cannot give; wrap"),
-        ("UNet1DModel", "is no denoiser of one sample"),
+        ("CogView3PlusTransformer2DModel", "needs the unknown argument original_size; wrap"),
+        ("UNet1DModel", "is not a denoiser of one sample"),
         ("LatteTransformer3DModel", "does not run as guessed .*; wrap"),
     ],
 )
@@ -613,7 +614,7 @@ def test_a_control_with_shuffled_weights_has_the_same_layers(tmp_path: Path) -> 
 def test_time_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BY_NAME["SD3Transformer2DModel"].save(tmp_path)
     monkeypatch.setattr(adapter, "CLASSES", {})
-    with pytest.raises(ValueError, match="what this class takes as time is not known; pass --schedule"):
+    with pytest.raises(ValueError, match="the native time of this class is unknown; pass --schedule"):
         open_diffusers(tmp_path)
 
 
@@ -850,7 +851,9 @@ def test_schedulers_that_count_no_sensible_number_of_times_are_refused(tmp_path:
     BY_NAME["UNet2DModel"].save(tmp_path)
     place = next(tmp_path.rglob("scheduler_config.json"))
     place.write_text(json.dumps(json.loads(place.read_text()) | {"num_train_timesteps": steps}))
-    with pytest.raises(ValueError, match=r"scheduler_config\.json counts .* times; pass --schedule, or mend it"):
+    with pytest.raises(
+        ValueError, match=r"scheduler_config\.json has .* timesteps, but 1 to 100000 are supported; pass"
+    ):
         open_diffusers(tmp_path)
 
 
