@@ -451,7 +451,7 @@ def test_no_condition_is_the_null_label() -> None:
 def test_samples_of_another_shape_are_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^samples have shape \(3, 16, 16\), but SiT with 3 blocks of width 32, patch 2 takes \(3, 8, 8\); resize",
+        match=r"^samples have shape \(3, 16, 16\), but SiT with 3 blocks of width 32, patch 2 takes \(3, 8, 8\); ",
     ):
         new_sit(SMALL, seed=0)(torch.zeros(1, 3, 16, 16), torch.tensor([0.5]))
 

@@ -321,7 +321,7 @@ def test_a_file_of_several_possible_families_asks_for_one(tmp_path: Path) -> Non
     path = official(tmp_path / "model.pt")
     with pytest.raises(
         ValueError,
-        match=r"model.pt could belong to any of sit, layersync, .* which differ in their time convention; pass --family$",
+        match=r"model.pt could belong to any of sit, layersync, .* which differ in their time convention; pass",
     ):
         open_tiny(path, family=None)
     with pytest.raises(ValueError, match=r"^unknown family 'unet'; use one of sit, layersync, "):
@@ -372,7 +372,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
         ),
         (
             lambda tensors: tensors.update({"blocks.0.mlp.fc2.bias": torch.zeros(9)}),
-            r"does not fit SiT: blocks.0.mlp.fc2.bias has shape \(9,\), but the network expects \(8,\); pass the network",
+            r"does not fit SiT: blocks.0.mlp.fc2.bias has shape \(9,\), but the network expects \(8,\); pass",
         ),
         (
             lambda tensors: tensors["final_layer.linear.bias"].fill_(float("nan")),
