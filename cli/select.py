@@ -27,20 +27,22 @@ def select(
     config: options.Config = None,
 ) -> None:
     """Rank the layer pairs of a run again, with reasons, write selection.json, and name layers for other uses."""
-    from layerprobe.analyses.runs import choose_layers, describe_selection, selection_record
-    from layerprobe.analyses.selection import recommendations
+    from layerprobe.analyses.runs import (
+        choose_layers,
+        describe_recommendations,
+        describe_selection,
+        recommend_layers,
+        selection_record,
+    )
+    from layerprobe.analyses.selection import PairLimits
 
-    chosen = options.given(
+    selection = choose_layers(
+        run,
         criteria=options.names(criteria) if criteria else None,
         label_free=label_free or None,
-        exclude_tail=exclude_tail,
-        min_distance=min_distance,
-        max_cka=max_cka,
+        limits=PairLimits(exclude_tail=exclude_tail, min_distance=min_distance, max_cka=max_cka),
     )
-    selection = choose_layers(run, **chosen)
-    found = recommendations(run, selection)
-    lines = [*describe_selection(selection, num_pairs=10), *(f"{answer.question:<8} {answer.text}" for answer in found)]
-    record = (
-        {"run": str(run)} | selection_record(selection) | {"recommendations": [answer.to_dict() for answer in found]}
-    )
-    emit(record, lines, as_json=as_json)
+    answers = recommend_layers(run, selection)
+    lines = [*describe_selection(selection, num_pairs=10), *describe_recommendations(answers)]
+    record = {"run": str(run)} | selection_record(selection)
+    emit(record | {"recommendations": [answer.to_dict() for answer in answers]}, lines, as_json=as_json)

@@ -4,14 +4,13 @@ from .confirm import confirmation_resolution as confirmation_resolution
 from .confirm import confirmation_training as confirmation_training
 from .confirm import trained_steps as trained_steps
 from .convention import examine_convention as examine_convention
-from .data import encoded as encoded
-from .data import load_splits as load_splits
 from .doctor import examine_machine as examine_machine
 from .figures import draw_figures as draw_figures
 from .folder import RunPlan as RunPlan
 from .inspect import examine_data as examine_data
 from .inspect import lines_of as lines_of
 from .inspect import peek as peek
+from .network import NewNetwork as NewNetwork
 from .pair_sweep import PairSweepStart as PairSweepStart
 from .pair_sweep import describe_pair_sweep as describe_pair_sweep
 from .pair_sweep import pair_sweep_run as pair_sweep_run
@@ -19,6 +18,7 @@ from .pair_sweep import pair_sweep_start as pair_sweep_start
 from .pair_sweep import wanted_pairs as wanted_pairs
 from .probe import analyze_run as analyze_run
 from .probe import choose_layers as choose_layers
+from .probe import recommend_layers as recommend_layers
 from .probe import extract_run as extract_run
 from .probe import forecast as forecast
 from .probe import probe_run as probe_run
@@ -32,12 +32,12 @@ from .score import score_run as score_run
 from .score import write_scores as write_scores
 from .text import describe_convention as describe_convention
 from .text import describe_labels as describe_labels
+from .text import describe_recommendations as describe_recommendations
 from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick
 from .train import encoded_once as encoded_once
 from .train import narrowness as narrowness
-from .train import new_config as new_config
 from .train import picked_pairs as picked_pairs
 from .train import train_run as train_run
 from .train import training_forecast as training_forecast

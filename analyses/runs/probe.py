@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 
 from layerprobe.analyses.generation import Extractor, all_features
 from layerprobe.analyses.report import write_report
-from layerprobe.analyses.runs.data import split_options
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, store_folder, write_environment
-from layerprobe.analyses.selection import Selection, cautions, rank_pairs
+from layerprobe.analyses.selection import (
+    RULE,
+    PairLimits,
+    Recommendation,
+    Selection,
+    equal_weights,
+    rank_pairs,
+    recommend,
+    with_control_cautions,
+)
 from layerprobe.analyses.tables import (
     ANALYSES,
     MODEL,
@@ -26,26 +34,24 @@ from layerprobe.analyses.tables import (
     RANDOM_WEIGHTS,
     RAW_INPUT,
     Analysis,
+    PairEvidence,
     ScoreKeeper,
     encoder_rows,
     measure,
-    pair_evidence,
-    read_evidence,
+    measure_evidence,
     read_quality,
     recoverability_table,
-    write_evidence,
     write_table,
 )
 from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.checkpoints import check_convention
-from layerprobe.data import Splits, for_probing, load
+from layerprobe.data import Splits
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
     FeatureStore,
     ablate_layers,
     extract,
     extract_evidence,
-    pair_layers,
     random_weights,
     raw_input,
     raw_pool_cells,
@@ -104,23 +110,23 @@ def extract_run(
     """
     run = Path(run)
     backbone, splits = plan.open(device=device, progress=progress)
-    plan.extraction(backbone)  # refuses a bad plan before the folder is made
     _check_frames(plan, splits)
     checked = (run / "convention.json").is_file()
     convention = None if checked else check_convention(backbone, splits.train, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
         raise ValueError(convention.message)
-    claim(run, "plan.json", asdict(plan), what="the results")
+    claim(run, "plan.json", plan.to_dict(), what="the results")
     if convention is not None:
         write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
     write_environment(run)
     extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
-    extract_evidence(backbone, splits, plan.extraction(backbone), run / "features" / "evidence", batch_size=batch_size)
+    evidence_folder = run / "features" / "evidence"
+    extract_evidence(backbone, splits, plan.extraction_from(backbone), evidence_folder, batch_size=batch_size)
     if not (run / "ablation.csv").is_file():
         skipped = ablate_layers(
             backbone,
             splits.validation,
-            plan.noise_levels,
+            plan.extraction.noise_levels,
             split="validation",
             seed=plan.seed,
             batch_size=batch_size,
@@ -159,10 +165,11 @@ def analyze_run(
     write_table(similarity, run / "similarity.csv")
     if len(stores[MODEL].token_rows):
         write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
-    contributions = read_quality(run / "ablation.csv")
-    evidence = pair_evidence(_evidence_store(run), scores=keeper.scores, quality=contributions)
-    write_evidence(evidence, run / "evidence.csv")
-    tables = [quality, contributions]
+    ablation = read_quality(run / "ablation.csv")
+    evidence_store = FeatureStore.open(run / "features" / "evidence")
+    evidence = measure_evidence(evidence_store, scores=keeper.scores, ablation=ablation)
+    evidence.write_csv(run / "evidence.csv")
+    tables = [quality, ablation]
     if encoder is not None:
         tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
     write_table(pd.concat(tables, ignore_index=True), run / "quality.csv")
@@ -171,17 +178,10 @@ def analyze_run(
 
 def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
     """What an encoder makes of the samples that the store's validation split has, shape (n, D)."""
-    reading = split_options(plan.data_options)[0]
-    samples = for_probing(load(plan.data, **reading), given=reading).validation
+    samples = plan.data.probing_splits().validation
     if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "validation"]):
-        raise ValueError(f"{plan.data} no longer has the samples that the features are of; extract them again")
+        raise ValueError(f"{plan.data.source} no longer has the samples that the features are of; extract them again")
     return all_features(encoder, samples, batch_size=64)
-
-
-def _evidence_store(run: Path) -> FeatureStore:
-    """The small extraction for evidence; runs of earlier versions have only the large one."""
-    folder = run / "features" / "evidence"
-    return FeatureStore.open(folder if folder.is_dir() else store_folder(run, MODEL))
 
 
 def extract_all(
@@ -202,7 +202,7 @@ def extract_all(
         RAW_INPUT: raw_input(backbone, places=frames),
     }
     for source, reader in readers.items():
-        extraction = plan.extraction(reader)
+        extraction = plan.extraction_from(reader)
         if source == RAW_INPUT and frames:
             extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
         elif source == RAW_INPUT:
@@ -225,35 +225,71 @@ def _frame_columns(splits: Splits) -> list[str]:
 
 def _check_frames(plan: RunPlan, splits: Splits) -> None:
     frames = _frame_columns(splits)
-    if frames and not plan.token_samples:
+    if frames and not plan.extraction.token_samples:
         raise ValueError(
             f"{frames[0]!r} labels every frame, which the kept tokens are probed for; pass --token-samples 200 or so"
         )
 
 
-def choose_layers(run: str | Path, **options: Any) -> Selection:
-    """Ranks layer pairs from the evidence of a run and writes `selection.json`; options as in `rank_pairs`.
+def choose_layers(
+    run: str | Path,
+    *,
+    criteria: Sequence[str] | None = None,
+    label_free: bool | None = None,
+    limits: PairLimits = PairLimits(),
+    num_pairs: int | None = None,
+) -> Selection:
+    """Ranks layer pairs from the evidence of a run and writes `selection.json`.
 
-    A run of an earlier version gets its evidence now, from the features that it has.
+    Args:
+        run: Folder of an analyzed run.
+        criteria: Criteria to rank by, with equal weights; the rule of `rank_pairs` if None.
+        label_free: Whether to use nothing that needs labels; only where the run has no probes if None.
+        limits: Limits that an admissible pair keeps.
+        num_pairs: Number of ranked pairs to keep; all if None.
+
+    Raises:
+        FileNotFoundError: If the run has not been analyzed.
+        ValueError: If a criterion is unknown or was not measured.
     """
     run = Path(run)
     quality, _ = read_tables(run)
-    store = FeatureStore.open(store_folder(run, MODEL))
-    if not (run / "evidence.csv").is_file():
-        write_evidence(pair_evidence(_evidence_store(run), quality=quality), run / "evidence.csv")
-    evidence = read_evidence(run / "evidence.csv")
-    options.setdefault("label_free", PROBE not in set(quality["metric"]))
-    layers, shapes = pair_layers(store.layers), store.manifest["layer_shapes"]
-    selection = rank_pairs(evidence, layers=layers, shapes=shapes, **options)
-    selection = replace(selection, warnings=(*selection.warnings, *cautions(selection, quality)))
+    evidence = read_evidence(run)
+    if label_free is None:
+        label_free = PROBE not in set(quality["metric"])
+    rule = equal_weights(criteria, label_free=label_free) if criteria else RULE
+    if missing := [name for name in criteria or () if not evidence.has(name)]:
+        raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")
+    shapes = FeatureStore.open(store_folder(run, MODEL)).manifest["layer_shapes"]
+    selection = rank_pairs(
+        evidence, label_free=label_free, rule=rule, limits=limits, num_pairs=num_pairs, shapes=shapes
+    )
+    selection = with_control_cautions(selection, quality)
     write_text(run / "selection.json", selection.to_json())
     return selection
+
+
+def read_evidence(run: str | Path) -> PairEvidence:
+    """Reads the evidence of a run.
+
+    Raises:
+        FileNotFoundError: If the run has not been analyzed.
+    """
+    path = Path(run) / "evidence.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no evidence.csv; run `layerprobe analyze {run}` first")
+    return PairEvidence.read_csv(path)
+
+
+def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:
+    """Which single layers of a run to use for features, for an outside encoder, and which to leave out."""
+    return recommend(read_tables(Path(run))[0], read_evidence(run), selection)
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     """What `probe_run` would do, without doing it; checks checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
-    extraction = plan.extraction(backbone)
+    extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
     shapes = layer_shapes(backbone)
     num = sum(len(samples) for _, samples in splits.items())

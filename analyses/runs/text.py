@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from layerprobe.analyses.figures import CLASS
-from layerprobe.analyses.selection import HYPOTHESIS, Selection
+from layerprobe.analyses.selection import Recommendation, Selection
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
+from layerprobe.analyses.wording import TRUST, caution_texts, recommendation_text, selection_reason
 
 
 def describe_convention(run: str | Path) -> list[str]:
-    """What the convention check of a run found, in lines for people."""
+    """The result of a run's convention check in lines for people."""
     record = json.loads((Path(run) / "convention.json").read_text(encoding="utf-8"))
     return [
         f"{'weights' if i == 0 else 'caution':<8} {line}"
@@ -22,9 +24,9 @@ def describe_convention(run: str | Path) -> list[str]:
 
 
 def describe_labels(run: str | Path) -> list[str]:
-    """What the model knows of each label column, in lines for people; none where there is only the class.
+    """The probe accuracy of each label column in lines for people; no lines where there is only the class.
 
-    The highest probe accuracy on the test split, and those of both controls at that noise level.
+    The highest accuracy of the model on the test split, and those of both controls at that noise level.
     """
     quality = read_quality(Path(run) / "quality.csv")
     columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
@@ -57,21 +59,23 @@ def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]
     """A selection in lines for people."""
     pick = selection.pick
     lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]
-    lines += [f"         {selection.reason}"]
+    lines += [f"         {selection_reason(selection)}"]
     if selection.ranked:
-        lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7} {'gain':>7}"]
+        lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7}"]
     lines += [
-        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.2f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f} "
-        + f"{'' if pair.gain is None else f'{pair.gain:+.1%}':>7}"
+        f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.2f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f}"
         + ("  tie" if pair.ties_with_first else "")
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
-    lines += [f"caution  {warning}" for warning in selection.warnings]
-    lines += [f"trust    {HYPOTHESIS}"] if pick else []
-    return [line.rstrip() for line in lines]
+    lines += [f"caution  {text}" for text in caution_texts(selection)]
+    return [*lines, f"trust    {TRUST}"] if pick else lines
+
+
+def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
+    """Single layers for other uses in lines for people."""
+    return [f"{answer.purpose:<8} {recommendation_text(answer)}" for answer in answers]
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:
-    """A selection as JSON."""
-    record: dict[str, Any] = json.loads(selection.to_json())
-    return record
+    """A selection as JSON values, with the reason for the pick and the cautions in words."""
+    return selection.to_dict() | {"reason": selection_reason(selection), "caution_texts": caution_texts(selection)}

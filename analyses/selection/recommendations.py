@@ -1,96 +1,101 @@
-"""Single layers that people ask for, from the tables of a run: for features, for an outside encoder, to leave out."""
+"""Single layers that people ask for: for features, to align with an outside encoder, to leave out.
+
+The records hold numbers. `layerprobe.analyses.wording` turns them into sentences.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
-from layerprobe.analyses.selection.pair_means import NOISE_LIDAR
-from layerprobe.analyses.selection.ranking import Selection
-from layerprobe.analyses.tables import (
-    MODEL,
-    PROBE,
-    STUDENT_NEED,
-    TEACHER_LIDAR,
-    TEACHER_NEED,
-    read_evidence,
-    read_quality,
-)
+from layerprobe.analyses.selection.records import Selection
+from layerprobe.analyses.tables import MODEL, NOISE_LIDAR, PROBE, PairEvidence
+from layerprobe.extraction import LOSS_INCREASE
 from layerprobe.layersync import depth_heuristic
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """One answer, and the layers that it names.
+class Candidate:
+    """A layer, at one noise level or averaged over all, and the number that it is judged by.
 
     Attributes:
-        question: "features", "encoder" or "prune".
-        text: For people, with its numbers and what it rests on.
-        layers: Best first; empty where there is none.
-        noise_level: Where it is of one noise level.
+        layer: Name of the layer.
+        noise_level: Noise level; None for the mean over all levels.
+        value: Value of the metric.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
     """
 
-    question: str
-    text: str
-    layers: tuple[str, ...]
-    noise_level: float | None = None
+    layer: str
+    noise_level: float | None
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The layers to use for one purpose.
+
+    Attributes:
+        purpose: "features" for use downstream, "encoder" to align with an outside encoder, "prune" to leave out.
+        metric: What the layers are judged by; "" where they are chosen by depth alone.
+        candidates: Layers, the best one first, then those that the data cannot tell from it. For "prune" all layers
+            that were skipped, the least needed one first; those whose interval reaches 0 can be left out.
+        test_value: Value of the best layer on the test split, which nothing was chosen on; None where there is none.
+        by_depth: Layer that is chosen by its depth alone, for "encoder"; "" otherwise.
+        encoder_similarity: Mean CKA of that layer with outside encoders, by metric.
+    """
+
+    purpose: Literal["features", "encoder", "prune"]
+    metric: str
+    candidates: tuple[Candidate, ...]
+    test_value: float | None = None
+    by_depth: str = ""
+    encoder_similarity: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, best first; for "prune" only those that can be left out."""
+        if self.by_depth:
+            return (self.by_depth,)
+        chosen = [c for c in self.candidates if c.low <= 0] if self.purpose == "prune" else self.candidates
+        return tuple(dict.fromkeys(candidate.layer for candidate in chosen))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """The record as JSON values."""
+        return asdict(self) | {"layers": list(self.layers)}
 
 
-def recommendations(run: str | Path, selection: Selection) -> list[Recommendation]:
-    """What the run says of single layers.
+def recommend(quality: pd.DataFrame, evidence: PairEvidence, selection: Selection) -> list[Recommendation]:
+    """Which single layers to use for which purpose.
 
     Args:
-        run: A run folder with quality.csv and evidence.csv.
-        selection: Of this run; without labels the answers are too.
+        quality: Quality table of the run.
+        evidence: Evidence of the run.
+        selection: Selection of the run; if it used no labels, the recommendations use none either.
     """
-    quality, evidence = read_quality(Path(run) / "quality.csv"), read_evidence(Path(run) / "evidence.csv")
     model = quality[quality["source"] == MODEL]
     return [
         for_features(model, evidence, label_free=selection.label_free),
-        for_encoder(model, selection.criteria.layers),
-        to_prune(evidence, selection.criteria.layers),
+        for_encoder(model, selection.basis.layers),
+        to_prune(evidence),
     ]
 
 
-def for_features(quality: pd.DataFrame, evidence: pd.DataFrame, *, label_free: bool = False) -> Recommendation:
-    """The layer and the noise level whose features tell most, for use downstream.
+def for_features(quality: pd.DataFrame, evidence: PairEvidence, *, label_free: bool = False) -> Recommendation:
+    """The layer and the noise level with the richest features: by probe accuracy, without labels by noise-LiDAR.
 
-    Chosen on the validation split, its accuracy told on the test split. Without labels by noise-LiDAR.
+    Chosen on the validation split; the accuracy on the test split stands beside it.
     """
     if label_free:
-        rows = evidence[(evidence["criterion"] == TEACHER_LIDAR) & evidence["noise_level"].notna()]
-        rows = rows.rename(columns={"teacher": "layer"}).drop_duplicates(["layer", "noise_level"])
-        metric = NOISE_LIDAR
-    else:
-        rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "validation")]
-        metric = PROBE
-    rows = rows.dropna(subset="value")
-    if rows.empty:
-        return Recommendation("features", f"Nothing is known of the features: the run has no {metric}.", ())
-    best = rows.sort_values("value", ascending=False, kind="stable").iloc[0]
-    close = rows[rows["value"] >= best["low"]].sort_values("value", ascending=False)
-    others = [f"{row.layer} at {row.noise_level:g}" for row in close.itertuples() if row.Index != best.name]
-    told = f"{metric} {best['value']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
-    if not label_free:
-        told += _on_test(quality, best)
-    tied = f"; {_listed(others)} cannot be told from it" if others else ""
-    text = f"The richest features are those of {best['layer']} at noise level {best['noise_level']:g}: {told}{tied}."
-    layers = tuple(dict.fromkeys([best["layer"], *close["layer"]]))
-    return Recommendation("features", text, layers, float(best["noise_level"]))
-
-
-def _on_test(quality: pd.DataFrame, best: Any) -> str:
-    same = quality[(quality["metric"] == PROBE) & (quality["split"] == "test")]
-    same = same[(same["layer"] == best["layer"]) & (same["noise_level"] == best["noise_level"])]
-    return f", {same['value'].item():.3f} on samples that nothing was chosen on" if len(same) == 1 else ""
+        return Recommendation("features", NOISE_LIDAR, _tied(_by_level(evidence, NOISE_LIDAR)))
+    rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "validation")].dropna(subset="value")
+    candidates = _tied([_candidate(row) for row in rows.itertuples()])
+    return Recommendation("features", PROBE, candidates, _on_test(quality, candidates))
 
 
 def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
@@ -102,38 +107,46 @@ def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
     Source: REPA, Yu et al. 2024 (arXiv:2410.06940), Table 2.
     """
     if len(layers) < 2:
-        return Recommendation("encoder", "There are fewer than two layers.", ())
+        return Recommendation("encoder", "", ())
     layer = depth_heuristic(tuple(layers)).student
-    known = quality[quality["metric"].str.startswith("CKA with ") & (quality["layer"] == layer)]
-    known = known.dropna(subset="value")
-    measured = "".join(
-        f" Its mean {metric} is {rows['value'].mean():.3f}." for metric, rows in known.groupby("metric", sort=False)
-    )
-    text = f"To align with an outside encoder: {layer}, at about 0.3 of the depth, where REPA aligns.{measured}"
-    return Recommendation("encoder", text, (layer,))
+    rows = quality[quality["metric"].str.startswith("CKA with ") & (quality["layer"] == layer)].dropna(subset="value")
+    similarity = tuple((str(metric), float(of["value"].mean())) for metric, of in rows.groupby("metric", sort=False))
+    return Recommendation("encoder", "", (), by_depth=layer, encoder_similarity=similarity)
 
 
-def to_prune(evidence: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
-    """Layers without which the loss does not rise beyond the uncertainty, each skipped alone."""
-    means = evidence[evidence["noise_level"].isna()]
-    known: dict[str, Any] = {}
-    for criterion, column in ((TEACHER_NEED, "teacher"), (STUDENT_NEED, "student")):
-        rows = means[means["criterion"] == criterion].dropna(subset="value")
-        known |= {getattr(row, column): row for row in rows.itertuples()}
-    if not known:
-        return Recommendation("prune", "What skipping a layer costs was not measured, or none can be skipped.", ())
-    order = sorted((layer for layer in layers if layer in known), key=lambda layer: known[layer].value)
-    free = tuple(layer for layer in order if known[layer].low <= 0)
-    least = order[0]
-    costs = f"the loss rises by {known[least].value:.4f} ({known[least].low:.4f} to {known[least].high:.4f})"
-    if free:
-        text = f"The network does as well without {_listed(free)}, each alone; without {least} {costs}."
-    else:
-        text = f"No layer can be left out; the one that is needed least is {least}: without it {costs}."
-    return Recommendation("prune", text, free)
+def to_prune(evidence: PairEvidence) -> Recommendation:
+    """The layers without which the loss does not rise beyond the uncertainty, each skipped alone."""
+    numbers = {layer: evidence.layer_number(LOSS_INCREASE, layer) for layer in evidence.layers}
+    candidates = [Candidate(layer, None, n.value, n.low, n.high) for layer, n in numbers.items() if n.value == n.value]
+    return Recommendation("prune", LOSS_INCREASE, tuple(sorted(candidates, key=lambda c: c.value)))
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    shown = list(names[:most])
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+def _by_level(evidence: PairEvidence, name: str) -> list[Candidate]:
+    quantity = evidence.by_layer.get(name)
+    if quantity is None:
+        return []
+    return [
+        Candidate(layer, level, *(float(of[v, i]) for of in (quantity.value, quantity.low, quantity.high)))
+        for v, level in enumerate(evidence.noise_levels)
+        for i, layer in enumerate(evidence.layers)
+        if quantity.value[v, i] == quantity.value[v, i]
+    ]
+
+
+def _candidate(row: Any) -> Candidate:
+    return Candidate(str(row.layer), float(row.noise_level), float(row.value), float(row.low), float(row.high))
+
+
+def _tied(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The best candidate, and those not below the lower end of its interval; all by falling value."""
+    ordered = sorted(candidates, key=lambda candidate: -candidate.value)
+    return tuple(candidate for candidate in ordered if candidate.value >= ordered[0].low or candidate is ordered[0])
+
+
+def _on_test(quality: pd.DataFrame, candidates: Sequence[Candidate]) -> float | None:
+    if not candidates:
+        return None
+    best = candidates[0]
+    rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "test") & (quality["layer"] == best.layer)]
+    rows = rows[rows["noise_level"] == best.noise_level]
+    return float(rows["value"].item()) if len(rows) == 1 else None

@@ -11,12 +11,24 @@ import pandas as pd
 from layerprobe.files import write_text
 
 
-def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Writes a table as CSV, whole or not at all; numbers keep all digits, nan is empty."""
-    write_text(Path(path), table.to_csv(index=False))
+def write_table(table: pd.DataFrame, path: str | Path, *, digits: int | None = None) -> None:
+    """Writes a table as CSV, whole or not at all; nan is empty.
+
+    Args:
+        table: The table.
+        path: Path of the file.
+        digits: Significant digits of the numbers; all of them if None.
+    """
+    write_text(Path(path), table.to_csv(index=False, float_format=None if digits is None else f"%.{digits}g"))
 
 
 def read_table(path: str | Path, columns: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """Reads a table whose columns are text, but for those named as numbers; an empty number is nan.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column is missing.
+    """
     # Everything as text first: a layer may be called "null", and the quick float parser loses the last digit.
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     missing = [column for column in columns if column not in table.columns]

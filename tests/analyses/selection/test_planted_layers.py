@@ -16,8 +16,8 @@ import torch
 from layerprobe.analyses.measures.linear_probes import linear_probe
 from layerprobe.analyses.selection.ranking import rank_pairs
 from layerprobe.analyses.selection.records import Selection
-from layerprobe.analyses.tables.evidence import pair_evidence
-from layerprobe.analyses.tables.pair_evidence import PROBE_GAP, PairEvidence
+from layerprobe.analyses.tables.evidence import PROBE_GAP, PairEvidence
+from layerprobe.analyses.tables.evidence_measures import measure_evidence
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.loading import load
 from layerprobe.data.samples import Splits
@@ -88,7 +88,7 @@ def evidence_of(plant: Callable[[Any], None], splits: Splits, folder: Path) -> P
             probed = linear_probe(*parts, inverse_penalties=(0.1,))
             scores["probe accuracy", layer, level] = probed.validation_correct.astype(np.float64)
             scores["knn accuracy", layer, level] = scores["probe accuracy", layer, level]
-    return pair_evidence(store, scores=scores, ablation=pd.DataFrame(skipped.rows()))
+    return measure_evidence(store, scores=scores, ablation=pd.DataFrame(skipped.rows()))
 
 
 def teachers(selection: Selection) -> set[str]:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from planted_evidence import planted_evidence, quantity
 from tiny import tiny_samples, tiny_sit
 
+from layerprobe.analyses.selection.filters import PairLimits
 from layerprobe.analyses.selection.ranking import RULE, rank_pairs
-from layerprobe.analyses.selection.while_training import AutoPick, Held, Rules, decide, held_pair, look
+from layerprobe.analyses.selection.while_training import AutoPick, Held, decide, held_pair, measure_layers
 from layerprobe.analyses.tables import evidence as e
+from layerprobe.analyses.tables.evidence import CRITERIA, PairEvidence
+from layerprobe.analyses.wording.decisions import decision_text
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiTConfig, new_sit
+from layerprobe.extraction.ablation import LOSS_INCREASE
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.training.loop import train
 from layerprobe.training.plan import TrainingPlan
@@ -35,33 +39,24 @@ def pair(student: int, teacher: int) -> LayerPair:
 
 def evidence(
     gaps: Mapping[tuple[int, int], float], *, cka: Mapping[tuple[int, int], float] | None = None, half: float = 0.001
-) -> pd.DataFrame:
+) -> PairEvidence:
     """Planted recoverability gaps, others 0.2, known to `half`; all else is equal and known exactly."""
-    values = {
-        e.RECOVERABILITY: [gaps.get(place, 0.2) for place in PLACES],
-        e.CKA: [(cka or {}).get(place, 0.9) for place in PLACES],
-        e.LIDAR_GAP: [0.1] * 28,
-        e.TEACHER_LIDAR: [5.0] * 28,
-        e.TEACHER_NEED: [1.0] * 28,
-        e.STUDENT_DEPTH: [s / 7 for s, _ in PLACES],
-        e.TEACHER_DEPTH: [t / 7 for _, t in PLACES],
+    by_pair = {
+        e.RECOVERABILITY: quantity([[gaps.get(place, 0.2) for place in PLACES]], half),
+        e.CKA: quantity([[(cka or {}).get(place, 0.9) for place in PLACES]], 0.0),
+        e.LIDAR_GAP: quantity([[0.1] * 28], 0.0),
     }
-    rows = [
-        (LAYERS[s], LAYERS[t], criterion, level, value, value - width, value + width, False, "")
-        for criterion, of in values.items()
-        for width in (half if criterion == e.RECOVERABILITY else 0.0,)
-        for (s, t), value in zip(PLACES, of, strict=True)
-        for level in (0.2, np.nan)
-    ]
-    return pd.DataFrame(rows, columns=list(e.EVIDENCE_COLUMNS))
+    by_layer = {e.NOISE_LIDAR: quantity([[5.0] * 8], 0.0), LOSS_INCREASE: quantity([[1.0] * 8], 0.0)}
+    return planted_evidence(by_layer, by_pair, noise_levels=(0.2,))
 
 
-def against(record: dict[str, Any], student: int, teacher: int) -> str:
+def against(record: dict[str, Any], student: int, teacher: int) -> list[str]:
     names = (LAYERS[student], LAYERS[teacher])
-    return "; ".join(next(p["against"] for p in record["pairs"] if (p["student"], p["teacher"]) == names))
+    refused = {(p["student"], p["teacher"]): p["objections"] for p in record["selection"]["rejected"]}
+    return [objection["code"] for objection in refused.get(names, [])]
 
 
-def score(found: pd.DataFrame, of: LayerPair) -> float:
+def score(found: PairEvidence, of: LayerPair) -> float:
     return next(p.score for p in rank_pairs(found, label_free=True).ranked if p.pair == of)
 
 
@@ -73,32 +68,26 @@ def test_the_decision_is_the_selection_s_without_labels() -> None:
     decision, selection = decide(found), rank_pairs(found, label_free=True)
     assert decision.pairs == (selection.pick,) == (pair(2, 4),)
     assert decision.record["decision"] == "picked"
-    assert decision.record["reason"] == f"blocks.2 <- blocks.4 is picked. {selection.reason}"
+    assert decision_text(decision.record).startswith("blocks.2 <- blocks.4 is picked. blocks.")
     assert decision.record["credit"] == selection.ranked[0].score
-    assert "among the last layer, which decode" in against(decision.record, 2, 7)
-    assert "they are 1 apart, and at least 2" in against(decision.record, 4, 5)
-    assert not set(RULE.weights) & set(e.NEED_LABELS)
+    assert against(decision.record, 2, 7) == ["teacher in the tail"]
+    assert against(decision.record, 4, 5) == ["too close"]
+    assert not any(CRITERIA[name].needs_labels for name in RULE)
 
 
-def test_the_record_is_json_and_holds_every_number_of_every_pair() -> None:
+def test_the_record_is_json_and_holds_every_number_of_every_layer_and_pair() -> None:
     record = json.loads(json.dumps(decide(evidence({(2, 4): 0.5})).record, allow_nan=False))
-    assert len(record["pairs"]) == 28
-    row = next(p for p in record["pairs"] if (p["student"], p["teacher"]) == ("blocks.2", "blocks.4"))
-    assert row[e.RECOVERABILITY] == [0.5, 0.499, 0.501]
-    assert row["score"] > 0
-    assert row["against"] == []
-    assert [layer["layer"] for layer in record["layers"]] == list(LAYERS)
-    assert record["noise_levels"] == [0.2]
+    assert len(record["evidence"]["by_pair"][e.RECOVERABILITY]) == 28
+    assert record["evidence"]["by_pair"][e.RECOVERABILITY]["blocks.2 <- blocks.4"] == [0.5, 0.499, 0.501]
+    assert record["evidence"]["by_layer"][e.NOISE_LIDAR] == dict.fromkeys(LAYERS, [5.0, 5.0, 5.0])
+    assert record["selection"]["ranked"][0]["score"] > 0
+    assert record["selection"]["basis"]["noise_levels"] == [0.2]
 
 
-@pytest.mark.parametrize(
-    ("rules", "allowed"),
-    [(Rules(), False), (Rules(max_cka=0.99), True)],
-)
-def test_the_rules_say_what_a_pair_must_be(rules: Rules, allowed: bool) -> None:
-    decision = decide(evidence({(2, 4): 0.5}, cka={(2, 4): 0.985}), rules)
-    assert (against(decision.record, 2, 4) == "") == allowed
-    assert allowed or "aligned already: mean CKA 0.985, above 0.9" in against(decision.record, 2, 4)
+@pytest.mark.parametrize(("limits", "allowed"), [(PairLimits(), False), (PairLimits(max_cka=0.99), True)])
+def test_the_limits_say_what_a_pair_must_be(limits: PairLimits, allowed: bool) -> None:
+    decision = decide(evidence({(2, 4): 0.5}, cka={(2, 4): 0.985}), limits)
+    assert against(decision.record, 2, 4) == ([] if allowed else ["already alike"])
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.04])
@@ -106,7 +95,7 @@ def test_where_students_could_give_all_by_themselves_no_pair_is_worth_it(gap: fl
     decision = decide(evidence(dict.fromkeys(PLACES, gap)))
     assert decision.pairs == ()
     assert (decision.record["decision"], decision.record["credit"]) == ("none", None)
-    assert decision.record["reason"].startswith("No pair is worth it yet. No admissible pair. Closest to one: what the")
+    assert decision_text(decision.record).startswith("No pair yet. No pair is admissible. Closest to it: what the")
 
 
 # ------------------------------------------------------------------------------------------------------- looking again
@@ -118,18 +107,21 @@ HELD = pair(2, 4)
 def test_a_pair_stays_while_it_has_the_largest_score() -> None:
     decision = decide(evidence({(2, 4): 0.5}), held=Held(HELD, 1.0))
     assert (decision.pairs, decision.record["decision"]) == ((HELD,), "kept")
-    assert "stays: it has the largest score" in decision.record["reason"]
+    assert "stays: it has the largest score" in decision_text(decision.record)
 
 
 @pytest.mark.parametrize(("half", "kept"), [(0.001, False), (1.0, True)])
 def test_another_pair_takes_over_only_beyond_the_uncertainty(half: float, kept: bool) -> None:
     found = evidence({(2, 4): 0.7, (1, 5): 0.9, **dict.fromkeys([(2, 5), (1, 4)], 0.8)}, half=half)
-    decision = decide(found, Rules(min_gap=-9.0), held=Held(HELD, -9.0))
+    decision = decide(found, PairLimits(min_gap=-9.0), held=Held(HELD, -9.0))
     assert decision.pairs == ((HELD,) if kept else (pair(1, 5),))
     expected = (
         "blocks.2 <- blocks.4 stays: " if kept else "blocks.1 <- blocks.5 takes the place of blocks.2 <- blocks.4"
     )
-    assert decision.record["reason"].startswith(expected)
+    assert decision_text(decision.record).startswith(expected)
+    ahead, low, high = decision.record["lead"]
+    assert low < ahead < high
+    assert (low <= 0) == kept
 
 
 def test_what_alignment_has_done_to_its_own_pair_is_not_held_against_it() -> None:
@@ -151,7 +143,7 @@ def test_the_credit_of_a_pair_grows_with_its_score() -> None:
 def test_a_held_pair_stays_when_none_is_admissible() -> None:
     decision = decide(evidence(dict.fromkeys(PLACES, 0.01)), held=Held(HELD, 1.0))
     assert decision.pairs == (HELD,)
-    assert "no pair is admissible at this step" in decision.record["reason"]
+    assert decision_text(decision.record).endswith("stays: no pair is admissible at this step.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the look
@@ -163,18 +155,20 @@ def model(seed: int = 0) -> Backbone:
 
 def test_a_look_depends_on_weights_samples_and_seed_and_never_on_labels() -> None:
     samples = tiny_samples(60, shape=SHAPE)
-    found = look(model(), samples, num_samples=48, noise_levels=(0.2,))
-    assert {LayerPair(*names) for names in zip(found["student"], found["teacher"], strict=True)} == set(PAIRS)
-    assert not found["needs_labels"].any()
+    found = measure_layers(model(), samples, num_samples=48, noise_levels=(0.2,))
+    assert {LayerPair(*names) for names in found.pairs} == set(PAIRS)
+    assert not {*found.by_layer, *found.by_pair} & set(e.LABEL_QUANTITIES)
     unlabeled = tiny_samples(60, shape=SHAPE, labeled=False)
-    pd.testing.assert_frame_equal(look(model(), unlabeled, num_samples=48, noise_levels=(0.2,)), found)
+    again = measure_layers(model(), unlabeled, num_samples=48, noise_levels=(0.2,))
+    for name in (e.CKA, e.RECOVERABILITY, e.LIDAR_GAP):
+        assert np.array_equal(again.by_pair[name].value, found.by_pair[name].value)
     for other in (
-        look(model(1), samples, num_samples=48, noise_levels=(0.2,)),
-        look(model(), samples, num_samples=48, seed=1, noise_levels=(0.2,)),
-        look(model(), tiny_samples(60, shape=SHAPE, seed=1), num_samples=48, noise_levels=(0.2,)),
+        measure_layers(model(1), samples, num_samples=48, noise_levels=(0.2,)),
+        measure_layers(model(), samples, num_samples=48, seed=1, noise_levels=(0.2,)),
+        measure_layers(model(), tiny_samples(60, shape=SHAPE, seed=1), num_samples=48, noise_levels=(0.2,)),
     ):
         for criterion in (e.CKA, e.RECOVERABILITY, e.TEACHER_NEED, e.LIDAR_GAP):
-            mine, theirs = (table.loc[table["criterion"] == criterion, "value"] for table in (found, other))
+            mine, theirs = (of.columns(criterion)[0] for of in (found, other))
             assert not np.isclose(mine, theirs, rtol=1e-9, atol=0).any(), criterion
 
 
@@ -183,7 +177,7 @@ def test_a_look_finds_the_network_as_it_was_and_the_random_numbers_too() -> None
     network.module.train()
     before = torch.random.get_rng_state()
     weights = {name: value.clone() for name, value in network.module.state_dict().items()}
-    look(network, tiny_samples(30, shape=SHAPE), num_samples=24, noise_levels=(0.2,))
+    measure_layers(network, tiny_samples(30, shape=SHAPE), num_samples=24, noise_levels=(0.2,))
     assert network.module.training
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(weights[name], value) for name, value in network.module.state_dict().items())
@@ -196,19 +190,18 @@ def test_blocks_that_do_nothing_have_nothing_to_teach() -> None:
     for index in range(2, 6):
         torch.nn.init.zeros_(network.module.blocks[index].adaLN_modulation[-1].weight)
         torch.nn.init.zeros_(network.module.blocks[index].adaLN_modulation[-1].bias)
-    decision = decide(look(network, tiny_samples(60, shape=SHAPE), num_samples=48, noise_levels=(0.2,)))
+    decision = decide(measure_layers(network, tiny_samples(60, shape=SHAPE), num_samples=48, noise_levels=(0.2,)))
     assert decision.pairs == ()
-    assert "aligned already: mean CKA 1.000" in against(decision.record, 1, 5)
-    assert "there is no recoverability gap: at noise level 0.2" in against(decision.record, 1, 5)
-    assert "the network does not need blocks.5: without it the loss rises by 0.0000" in against(decision.record, 1, 5)
+    codes = against(decision.record, 1, 5)
+    assert {"already alike", "not measured", "teacher not needed"} <= set(codes)
 
 
 def test_a_network_that_has_learned_nothing_gets_no_pair() -> None:
     """With adaLN-Zero every block of a new SiT is the identity."""
     fresh = new_sit(SiTConfig(SHAPE, 2, 16, 8, 2, 3), seed=0)
-    decision = decide(look(fresh, tiny_samples(60, shape=SHAPE), num_samples=48, noise_levels=(0.2,)))
+    decision = decide(measure_layers(fresh, tiny_samples(60, shape=SHAPE), num_samples=48, noise_levels=(0.2,)))
     assert decision.pairs == ()
-    assert decision.record["reason"].startswith("No pair is worth it yet.")
+    assert decision_text(decision.record).startswith("No pair yet.")
     json.dumps(decision.record, allow_nan=False)
 
 
@@ -216,12 +209,12 @@ def test_a_network_that_has_learned_nothing_gets_no_pair() -> None:
 
 
 PLAN = TrainingPlan(steps=6, batch_size=4, learning_rate=1e-3, ema_decay=0.5, log_every=1, checkpoint_every=2)
-EASY = Rules(max_cka=1.0, min_gap=0.0, min_distance=1, skip_first=0, exclude_tail=0.0)
+EASY = PairLimits(max_cka=1.0, min_gap=0.0, min_distance=1, skip_first=0, exclude_tail=0.0)
 
 
 def auto_train(folder: Path, *, stop_at: int | None = None) -> Backbone:
     samples = tiny_samples(40, shape=SHAPE)
-    auto = AutoPick(samples, folder, warmup_steps=2, every=2, num_samples=24, noise_levels=(0.5,), rules=EASY)
+    auto = AutoPick(samples, folder, warmup_steps=2, every=2, num_samples=24, noise_levels=(0.5,), limits=EASY)
 
     def interrupt(step: int, _: int, __: float) -> None:
         if step == stop_at:

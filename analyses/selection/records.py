@@ -1,0 +1,292 @@
+"""What a selection is: ranked and refused pairs with the numbers behind them.
+
+The records hold numbers and codes. `layerprobe.analyses.wording` turns them into sentences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from layerprobe.layersync import WEIGHT, LayerPair
+
+ObjectionCode = Literal[
+    "teacher in the tail",
+    "student in the head",
+    "too close",
+    "different shapes",
+    "not measured",
+    "student not weaker",
+    "already alike",
+    "within linear reach",
+    "teacher not needed",
+]
+CautionCode = Literal[
+    "no labels",
+    "effective rank for noise-LiDAR",
+    "needs not measured",
+    "gap within the uncertainty",
+    "ties with the pick",
+    "criterion not measured",
+    "probes not converged",
+    "control knows as much",
+]
+Metric = Literal["probe accuracy", "noise-LiDAR", "effective rank"]
+
+
+@dataclass(frozen=True)
+class Objection:
+    """One reason why a pair is refused.
+
+    Attributes:
+        code: Reason.
+        subject: What was measured: a criterion or a metric; "" where nothing was.
+        value: Value of the pair.
+        low: Lower end of its 95 % interval; None where there is none.
+        high: Upper end of its 95 % interval; None where there is none.
+        limit: Limit that the value does not keep; None where there is none.
+        note: Reason for a missing value, or the two shapes.
+    """
+
+    code: ObjectionCode
+    subject: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Caution:
+    """One fact that weakens a selection.
+
+    Attributes:
+        code: Fact.
+        subject: Criterion, layer or control that it is about; "" where it is about the selection.
+        value: Number of pairs or probes, or the quality of the teacher.
+        limit: Number that the value is compared with: all probes, or the best quality of the control.
+        note: Reason for a missing value.
+    """
+
+    code: CautionCode
+    subject: str = ""
+    value: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SelectionBasis:
+    """What a selection was made by.
+
+    Attributes:
+        metric: What the quality of a layer is. Noise-LiDAR and effective rank need no labels.
+        split: Split or splits that it was measured on.
+        noise_levels: Noise levels that the criteria are averaged over.
+        layers: All layers, in execution order.
+        tail: Layers that may not teach.
+        head: Layers that may not learn.
+        min_distance: Least number of layers between student and teacher.
+        max_cka: Largest mean CKA of a pair.
+        min_gap: Least recoverability gap, where it was measured.
+        weights: Weights of the criteria in the score, (name, weight).
+    """
+
+    metric: Metric
+    split: str
+    noise_levels: tuple[float, ...]
+    layers: tuple[str, ...]
+    tail: tuple[str, ...]
+    head: tuple[str, ...]
+    min_distance: int
+    max_cka: float
+    min_gap: float
+    weights: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """The quality of a layer, averaged over noise levels.
+
+    Attributes:
+        layer: Name of the layer.
+        quality: Mean over noise levels; None where a level is missing.
+        low: Lower end of the 95 % interval; None where there is none.
+        high: Upper end of the 95 % interval; None where there is none.
+        may_teach: Whether it has a quality, is of one shape with another layer, and lies before the tail.
+        ties_with_best: Whether it is the best layer that may teach, or within the interval of that layer.
+        note: Reason for a missing quality, otherwise "".
+    """
+
+    layer: str
+    quality: float | None
+    low: float | None
+    high: float | None
+    may_teach: bool = False
+    ties_with_best: bool = False
+    note: str = ""
+
+    @property
+    def known(self) -> float:
+        """The quality of a layer that has one."""
+        assert self.quality is not None
+        return self.quality
+
+
+@dataclass(frozen=True)
+class ScorePart:
+    """One criterion of a pair and what it adds to the score.
+
+    Attributes:
+        criterion: Name of the criterion.
+        value: Mean over noise levels.
+        low: Lower end of the 95 % interval; None where there is none.
+        high: Upper end of the 95 % interval; None where there is none.
+        adds: Amount that it adds to the score.
+    """
+
+    criterion: str
+    value: float
+    low: float | None
+    high: float | None
+    adds: float
+
+
+@dataclass(frozen=True)
+class RankedPair:
+    """An admissible pair and the numbers that rank it.
+
+    Attributes:
+        student: Layer that would learn.
+        teacher: Layer that would teach.
+        score: Score by the rule; 0 is the mean over all pairs of the network, 1 their standard deviation.
+        score_low: Lower end of the 95 % interval of the score.
+        score_high: Upper end of the 95 % interval of the score.
+        parts: Criteria that the score is the sum of.
+        teacher_quality: Quality of the teacher, averaged over noise levels.
+        student_quality: Quality of the student, averaged over noise levels.
+        gap: Quality of the teacher minus that of the student; below 0 only within the uncertainty.
+        gap_is_certain: Whether the interval of the gap lies above 0; None where there is no interval.
+        mean_cka: CKA between the two at equal noise levels, averaged.
+        distance: Number of layers from the student to the teacher.
+        teacher_is_best: Whether the teacher is the best layer that may teach, or ties with it.
+        ties_with_first: Whether the data cannot tell it from the pick.
+    """
+
+    student: str
+    teacher: str
+    score: float
+    score_low: float
+    score_high: float
+    parts: tuple[ScorePart, ...]
+    teacher_quality: float
+    student_quality: float
+    gap: float
+    gap_is_certain: bool | None
+    mean_cka: float
+    distance: int
+    teacher_is_best: bool
+    ties_with_first: bool
+
+    @property
+    def pair(self) -> LayerPair:
+        """The pair as LayerSync takes it."""
+        return LayerPair(self.student, self.teacher)
+
+
+@dataclass(frozen=True)
+class RejectedPair:
+    """A pair that is not admissible, with all objections."""
+
+    student: str
+    teacher: str
+    objections: tuple[Objection, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Ranked pairs, refused pairs, and what weakens the pick.
+
+    Attributes:
+        basis: What the selection was made by.
+        label_free: Whether no labels were used.
+        ranked: Admissible pairs, the pick first, then by falling score.
+        rejected: All other pairs of an earlier and a later layer.
+        layers: Quality of each layer, in execution order.
+        cautions: Facts that weaken the pick.
+        weight: Weight of the alignment to start with.
+    """
+
+    basis: SelectionBasis
+    label_free: bool
+    ranked: tuple[RankedPair, ...]
+    rejected: tuple[RejectedPair, ...]
+    layers: tuple[LayerQuality, ...]
+    cautions: tuple[Caution, ...]
+    weight: float = WEIGHT
+
+    @property
+    def pick(self) -> LayerPair | None:
+        """The first pair, or None if no pair is admissible."""
+        return self.ranked[0].pair if self.ranked else None
+
+    @property
+    def best_teacher(self) -> LayerQuality | None:
+        """The best layer that may teach, or None if no layer may."""
+        able = [layer for layer in self.layers if layer.may_teach]
+        return max(able, key=lambda layer: layer.known) if able else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON values, as in selection.json."""
+        pick = {"student": self.pick.student, "teacher": self.pick.teacher} if self.pick else None
+        return {"pick": pick} | asdict(self)
+
+    def to_json(self) -> str:
+        """The text of selection.json."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Selection:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is something else.
+        """
+        try:
+            record = json.loads(text)
+            basis = dict(record["basis"])
+            basis["weights"] = tuple((name, weight) for name, weight in basis["weights"])
+            return cls(
+                basis=_record(SelectionBasis, basis),
+                label_free=record["label_free"],
+                ranked=tuple(_nested(RankedPair, pair, "parts", ScorePart) for pair in record["ranked"]),
+                rejected=tuple(_nested(RejectedPair, pair, "objections", Objection) for pair in record["rejected"]),
+                layers=tuple(_record(LayerQuality, layer) for layer in record["layers"]),
+                cautions=tuple(_record(Caution, caution) for caution in record["cautions"]),
+                weight=record["weight"],
+            )._checked()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is not a selection ({error}); run `layerprobe select` again") from error
+
+    def _checked(self) -> Selection:
+        """Refuses codes that nobody can put into words."""
+        codes = [objection.code for pair in self.rejected for objection in pair.objections]
+        for code, known in ((codes, ObjectionCode), ([caution.code for caution in self.cautions], CautionCode)):
+            if unknown := sorted(set(code) - set(get_args(known))):
+                raise ValueError(f"unknown code {unknown[0]!r}")
+        return self
+
+
+_T = TypeVar("_T")
+
+
+def _record(kind: type[_T], fields: Mapping[str, Any]) -> _T:
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _nested(kind: type[_T], fields: Mapping[str, Any], name: str, inner: type[Any]) -> _T:
+    """A record with a tuple of other records in one field."""
+    return _record(kind, dict(fields) | {name: tuple(_record(inner, part) for part in fields[name])})

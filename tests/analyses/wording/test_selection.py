@@ -1,0 +1,129 @@
+"""Every code of a selection has its sentence, with the numbers that the record holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from layerprobe.analyses.selection.records import (
+    Caution,
+    CautionCode,
+    LayerQuality,
+    Objection,
+    ObjectionCode,
+    RankedPair,
+    RejectedPair,
+    ScorePart,
+    Selection,
+    SelectionBasis,
+)
+from layerprobe.analyses.wording.selection import (
+    caution_texts,
+    objection_texts,
+    pair_reasons,
+    score_sentence,
+    selection_reason,
+)
+
+BASIS = SelectionBasis("probe accuracy", "validation", (0.1,), ("a", "b", "c"), ("c",), ("a",), 2, 0.9, 0.05, ())
+LAYERS = (
+    LayerQuality("a", 0.25, 0.24, 0.26, may_teach=True),
+    LayerQuality("b", 0.5, 0.49, 0.51, may_teach=True, ties_with_best=True),
+    LayerQuality("c", 0.1, 0.09, 0.11),
+)
+PAIR = RankedPair(
+    student="a",
+    teacher="b",
+    score=1.5,
+    score_low=1.25,
+    score_high=1.75,
+    parts=(ScorePart("effective rank gap", 0.6875, 0.5, 0.75, 1.0), ScorePart("CKA", 0.729, 0.7, 0.75, 0.5)),
+    teacher_quality=0.5,
+    student_quality=0.25,
+    gap=0.25,
+    gap_is_certain=True,
+    mean_cka=0.729,
+    distance=1,
+    teacher_is_best=True,
+    ties_with_first=False,
+)
+
+
+def selection(*pairs: RankedPair, rejected: tuple[RejectedPair, ...] = (), **changes: object) -> Selection:
+    return replace(Selection(BASIS, False, pairs, rejected, LAYERS, ()), **changes)  # type: ignore[arg-type]
+
+
+def test_the_reason_for_a_pick_explains_the_score_that_ranked_it() -> None:
+    assert selection_reason(selection(PAIR)) == (
+        "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layers apart, and "
+        "their mean CKA at equal noise levels is 0.729. The score is +1.50 (+1.25 to +1.75): +1.00 for effective rank "
+        "gap 0.688 and +0.50 for CKA 0.729."
+    )
+    assert score_sentence(replace(PAIR, parts=PAIR.parts[:1])).endswith(": +1.00 for effective rank gap 0.688.")
+
+
+def test_a_teacher_that_ties_or_is_below_the_best_is_said_to() -> None:
+    tied = replace(PAIR, teacher="a", teacher_quality=0.49, gap=-0.01, gap_is_certain=False, ties_with_first=True)
+    reasons = pair_reasons(tied, selection(tied))
+    assert reasons[0] == "a ties with b, the best that may teach: probe accuracy 0.490 and 0.500."
+    assert reasons[1] == "a is 0.010 stronger, which is within the uncertainty."
+    assert reasons[-1] == "The data cannot tell it from the pick."
+    below = replace(tied, teacher_is_best=False)
+    assert pair_reasons(below, selection(below))[0].startswith("a is below b, the best that may teach: probe")
+
+
+OBJECTIONS = {
+    Objection("teacher in the tail", limit=1): "b is among the last layer, which decode",
+    Objection("student in the head", limit=2): "a is among the first 2 layers, which only take in the input",
+    Objection("too close", value=1, limit=2): "they are 1 apart, and at least 2 is required",
+    Objection("different shapes", note="a gives 16 x 64, b 4 x 64"): "their tokens differ in shape: a gives 16 x 64, b",
+    Objection("not measured", "CKA", note="at noise level 0.1, x"): "there is no CKA: at noise level 0.1, x",
+    Objection("not measured", note="the evidence has no such pair"): "the evidence has no such pair",
+    Objection("student not weaker", "probe accuracy gap", -0.1): "a is not weaker than b: probe accuracy 0.250 against",
+    Objection("already alike", "CKA", 0.99, 0.98, 1.0, 0.9): "they are alike already: mean CKA 0.990, above 0.9",
+    Objection("within linear reach", "recoverability gap", 0.06, -0.04, 0.16, 0.05): (
+        "what the teacher adds is within the student's linear reach: the gap is 0.060, its interval begins at -0.040"
+    ),
+    Objection("teacher not needed", "teacher loss increase", 0.001, -0.002, 0.004, 0.0): (
+        "the network does not need b: without it the loss rises by 0.0010 (-0.0020 to 0.0040)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("objection", "text"), OBJECTIONS.items(), ids=[o.code for o in OBJECTIONS])
+def test_an_objection_in_words(objection: Objection, text: str) -> None:
+    (found,) = objection_texts(RejectedPair("a", "b", (objection,)), selection())
+    assert found.startswith(text)
+
+
+CAUTIONS = {
+    Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker.",
+    Caution("effective rank for noise-LiDAR"): "The effective rank stands in for noise-LiDAR; it also counts the",
+    Caution("needs not measured"): "Whether the network needs its layers was not measured.",
+    Caution("gap within the uncertainty"): "The gap between a and b is within the uncertainty; use more samples.",
+    Caution("ties with the pick", value=3): "The data cannot tell 3 other pairs from the pick; use more samples.",
+    Caution("criterion not measured", "CKNNA", note="no CKNNA"): "Ranked without CKNNA (no CKNNA).",
+    Caution("probes not converged", value=1, limit=16): "1 of 16 probes did not converge.",
+    Caution("control knows as much", "raw input", 0.5, 0.55): "b does not beat the control 'raw input': 0.500 against",
+}
+
+
+@pytest.mark.parametrize(("caution", "text"), CAUTIONS.items(), ids=[c.code for c in CAUTIONS])
+def test_a_caution_in_words(caution: Caution, text: str) -> None:
+    (found,) = caution_texts(selection(PAIR, cautions=(caution,)))
+    assert found.startswith(text)
+
+
+def test_every_code_is_tried_above() -> None:
+    assert {objection.code for objection in OBJECTIONS} == set(get_args(ObjectionCode))
+    assert {caution.code for caution in CAUTIONS} == set(get_args(CautionCode))
+
+
+def test_without_an_admissible_pair_the_closest_one_is_named() -> None:
+    far = RejectedPair("a", "c", (Objection("teacher in the tail", limit=1), Objection("student in the head", limit=1)))
+    near = RejectedPair("a", "b", (Objection("too close", value=1, limit=2),))
+    expected = "No pair is admissible. Closest to it: they are 1 apart, and at least 2 is required."
+    assert selection_reason(selection(rejected=(far, near))) == expected
+    assert selection_reason(selection()) == ("No pair is admissible. Closest to it: there are fewer than two layers.")
