@@ -60,19 +60,19 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
     record = json.loads(out)
     assert code == 0
     assert record["arms"] == [
-        "no alignment",
+        "baseline",
         "pick (blocks.1 <- blocks.5)",
         "depth heuristic (blocks.1 <- blocks.4)",
-        "bad control (blocks.6 <- blocks.7)",
+        "negative control (blocks.6 <- blocks.7)",
     ]
     assert record["resolution"]["difference_in_spreads"] == pytest.approx(detectable(3))
     assert record["resolution"]["difference"] is None
     assert "costs at first" in record["cautions"][0]
     code, out, _ = cli("confirm", folder, "--dry-run", "--arms", "none,pick,random:2,learning-rate", "--spread", "0.05")
     assert code == 0
-    assert "learning rate (no alignment, steps as long as with blocks.1 <- blocks.5)" in out
+    assert "learning rate (baseline with steps as long as with blocks.1 <- blocks.5)" in out
     assert out.count("random pair") == 2
-    assert "With a spread of 5.0% of the distance (as stated) that is 16.3% of the distance." in out
+    assert "With a spread of 5.0% of the distance (as stated), that is 16.3% of the distance." in out
     assert not (folder / "confirmation").exists()
 
 
@@ -107,17 +107,18 @@ def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:
 
 
 def test_the_spread_is_that_of_the_runs_that_are_there(folder: Path, cli) -> None:
-    ends = {"no_alignment": (2.0, 2.2), "pick": (1.8, 1.9), "bad_control": (9.0, 1.0)}
+    ends = {"baseline": (2.0, 2.2), "pick": (1.8, 1.9), "negative_control": (9.0, 1.0)}
     scores(folder / "confirmation", **ends)
     code, out, _ = cli("confirm", folder, "--dry-run", "--json")
     own = json.loads(out)["resolution"]
     assert code == 0
-    # Differences of -0.2 and -0.3; the bad control does not count.
+    # Differences of -0.2 and -0.3; the negative control does not count.
     assert own["spread"] == pytest.approx(0.1 / 2**0.5 / 2.1)
     assert own["spread_from"] == "2 seeds of this confirmation, after 90 steps"
     shutil.move(folder / "confirmation", folder.parent / "pilot" / "confirmation")
     code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--pilot", folder.parent / "pilot")
-    assert json.loads(out)["resolution"] == own | {"spread_from": "2 seeds of the pilot, after 90 steps"}
+    source = {"spread_source": "pilot", "spread_from": "2 seeds of the pilot, after 90 steps"}
+    assert json.loads(out)["resolution"] == own | source
     code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--pilot", folder.parent / "pilot" / "confirmation")
     assert json.loads(out)["resolution"]["spread"] == own["spread"]
 
@@ -125,13 +126,13 @@ def test_the_spread_is_that_of_the_runs_that_are_there(folder: Path, cli) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--arms none,best", "there is no arm 'best'; pass some of none, pick"),
+        ("--arms none,best", "unknown arm 'best'; pass some of none, pick"),
         ("--arms pick", "the arms pick lack none"),
-        ("--stop-early", "stopping early takes 4 to 50 seeds (the first look is after 3), got 3"),
+        ("--stop-early", "stopping early needs 4 to 50 seeds (the first look is after 3), got 3"),
         ("--spread 0.1 --pilot .", "both a spread and a pilot are given; pass one of them"),
         ("--sync-decay linear", "a linear decay ends at the stop step; pass stop_step"),
-        ("--spread -1", "a spread must lie above 0, got -1.0; pass 0.05 for 5 % of the distance"),
-        ("--pilot nowhere", "nowhere holds no arms of two seeds that differ; pass a confirmed run or an atlas"),
+        ("--spread -1", "a spread must be positive, got -1.0; pass 0.05 for 5 % of the distance"),
+        ("--pilot nowhere", "nowhere holds no two seeds whose differences vary; pass a confirmed run or a pair sweep"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(folder: Path, cli, options: str, message: str) -> None:

@@ -276,7 +276,7 @@ def test_held_out_samples_are_not_trained_on(whole: Path) -> None:
     other = tiny_samples(6, first_id=900, seed=5)
     splits = replace(tiny_splits(24), test=other)
     run(whole.parent / "other", splits=splits, arms=TINY_ARMS[:2])
-    for arm in ("no-alignment", "pick"):
+    for arm in ("baseline", "pick"):
         models = [
             (folder / "seed-3" / arm / "model.safetensors").read_bytes() for folder in (whole, whole.parent / "other")
         ]
@@ -308,10 +308,10 @@ def test_it_stops_where_the_difference_is_clear(tmp_path: Path, monkeypatch: pyt
     assert 0.05 < more.error_rate < 0.1
 
 
-def test_an_earlier_verdict_on_the_same_arm_counts_as_looks(tmp_path: Path) -> None:
+def test_an_earlier_verdict_on_the_same_arm_counts_as_looks(tmp_path: Path, whole: Path) -> None:
     place = tmp_path / "verdict.json"
     assert earlier_looks(tmp_path, PICK) == {}
-    verdict = {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}
+    verdict = json.loads((whole / "verdict.json").read_text()) | {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}
     place.write_text(json.dumps(verdict))
     assert earlier_looks(tmp_path, HEURISTIC) == {3: 0.01, 4: 0.02}
     assert earlier_looks(tmp_path, PICK) == {}
@@ -347,7 +347,7 @@ def test_the_control_of_the_learning_rate_moves_as_far_as_the_pick(
 ) -> None:
     plan = replace(TINY, training=replace(TINY.training, weight=30.0, learning_rate=1e-3))
     wanted = ["none", "pick", "learning-rate"]
-    arms = arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS[:3], wanted=wanted)
+    arms = arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS[:3], names=wanted)
     found = run(tmp_path, plan=plan, arms=arms)
     kept = json.loads((tmp_path / "learning-rate.json").read_text())
     rate = found.arms[2].learning_rate
@@ -380,12 +380,12 @@ def test_the_spread_of_finished_arms_is_known(whole: Path, tmp_path: Path) -> No
     spread = kept_spread(folder, "this confirmation")
     assert spread is not None
     assert spread.share == pytest.approx(np.sqrt(np.mean(moves)) / ends[BASELINE].mean())
-    assert (spread.num_seeds, spread.source) == (2, "2 seeds of this confirmation, after 5 steps")
+    assert (spread.num_seeds, spread.source, spread.steps) == (2, "this confirmation", 5)
     # An arm whose second seed is under way does not count yet, nor does a seed without a baseline.
     (folder / "seed-4" / "depth-heuristic.json").write_text('{"0": {"Frechet distance": 1.0}}')
-    one = kept_spread(folder, "it")
+    one = kept_spread(folder, "pilot")
     assert one is not None
     assert one.share == pytest.approx(np.sqrt(moves[0]) / ends[BASELINE].mean())
-    (folder / "seed-4" / "no-alignment.json").unlink()
-    assert kept_spread(folder, "it") is None
-    assert kept_spread(tmp_path / "nothing", "it") is None
+    (folder / "seed-4" / "baseline.json").unlink()
+    assert kept_spread(folder, "pilot") is None
+    assert kept_spread(tmp_path / "nothing", "pilot") is None

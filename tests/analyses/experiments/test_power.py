@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import stats
 from layerprobe.analyses.experiments.power import (
     ENOUGH_STEPS,
     LEVEL,
+    Resolution,
     Spread,
     detectable,
     error_rate,
@@ -91,7 +93,7 @@ def test_a_large_difference_ends_the_looks_soon_and_a_small_one_is_hardly_missed
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 51])
 def test_stopping_early_takes_a_look_before_the_last(num_seeds: int) -> None:
-    with pytest.raises(ValueError, match=rf"stopping early takes 4 to 50 seeds \(the first look is.*, got {num_seeds}"):
+    with pytest.raises(ValueError, match=rf"stopping early needs 4 to 50 seeds \(the first look is.*, got {num_seeds}"):
         look_levels(num_seeds)
 
 
@@ -109,30 +111,21 @@ def test_equal_differences_prove_nothing() -> None:
 def test_the_spread_of_few_seeds_is_itself_uncertain() -> None:
     """Its interval holds the true spread in four of five cases, and a stated one has none."""
     shown = np.random.default_rng(0).normal(0, 0.05, (1500, 3)).std(1, ddof=1)
-    intervals = np.array([Spread(float(share), 3, "3 seeds").interval() for share in shown])
+    intervals = np.array([Spread(float(share), 3, "pilot", 9).interval() for share in shown])
     covered = (intervals[:, 0] <= 0.05) & (intervals[:, 1] >= 0.05)
     assert covered.mean() == pytest.approx(0.8, abs=0.042)
-    assert Spread(0.05, None, "as stated").interval() == (0.05, 0.05)
+    assert Spread(0.05, None, "stated").interval() == (0.05, 0.05)
     for share in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"a spread must lie above 0, got .*; pass 0.05 for 5 % of the distance"):
-            Spread(share, None, "as stated")
+        with pytest.raises(ValueError, match=r"a spread must be positive, got .*; pass 0.05 for 5 % of the distance"):
+            Spread(share, None, "stated")
 
 
-def test_what_can_be_found_is_said_before() -> None:
-    assert resolution(3).sentences() == [
-        "3 seeds find a difference of 3.3 times its spread over seeds with a chance of 80% at least (two-sided t test, "
-        "error rate 5%); how large that is nobody knows before the first seeds (pass --spread or --pilot)."
-    ]
-    known = resolution(3, spread=Spread(0.04, None, "as stated"))
-    assert known.share == pytest.approx(0.04 * detectable(3))
-    assert known.sentences()[1:] == [
-        "With a spread of 4.0% of the distance (as stated) that is 13.1% of the distance.",
-        "A difference half as large takes 6 seeds.",
-    ]
-    assert power(known.in_spreads / 2, 6) >= 0.8 > power(known.in_spreads / 2, 5)
-    pilot = resolution(3, spread=Spread(0.04, 2, "2 seeds of the pilot, after 9 steps"))
-    assert "that is 13.1% of the distance, 7.9% to 103.9% as so few seeds know" in pilot.sentences()[1]
-    assert pilot.to_dict()["spread_from"] == "2 seeds of the pilot, after 9 steps"
+def test_the_resolution_is_in_shares_of_the_distance_once_the_spread_is_known() -> None:
+    assert resolution(3).share is None
+    stated = resolution(3, spread=Spread(0.04, None, "stated"))
+    assert stated.share == pytest.approx(0.04 * detectable(3))
+    for record in (resolution(3), stated, resolution(3, spread=Spread(0.04, 2, "pilot", 9))):
+        assert Resolution.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
 def test_early_stops_cost_little_of_what_can_be_found() -> None:
@@ -143,14 +136,12 @@ def test_early_stops_cost_little_of_what_can_be_found() -> None:
     assert found >= 0.8  # the last look alone has this chance
 
 
-def test_short_trainings_are_told_that_they_measure_the_cost() -> None:
-    assert too_short(ENOUGH_STEPS) == []
-    (line,) = too_short(ENOUGH_STEPS - 1)
-    assert line.startswith("3999 steps show what alignment costs at first")
+def test_short_trainings_are_cautioned() -> None:
+    assert too_short(ENOUGH_STEPS) == ()
+    assert too_short(ENOUGH_STEPS - 1) == ("few steps",)
 
 
-def test_arms_shorter_than_the_training_say_so() -> None:
-    assert too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS) == []
-    (line,) = too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS + 1)
-    assert f"trained for {ENOUGH_STEPS + 1} steps, the arms for {ENOUGH_STEPS}" in line
-    assert len(too_short(10, trained_steps=20)) == 2
+def test_arms_shorter_than_the_training_are_cautioned() -> None:
+    assert too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS) == ()
+    assert too_short(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS + 1) == ("shorter than the training",)
+    assert too_short(10, trained_steps=20) == ("few steps", "shorter than the training")

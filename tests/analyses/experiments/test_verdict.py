@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from scipy import stats
 
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
-    CONTROL,
     FIRST,
     FRECHET,
     HELD_OUT,
     HEURISTIC,
     LEARNING_RATE,
+    NEGATIVE_CONTROL,
     PICK,
     RANDOM,
     Arm,
@@ -26,7 +26,14 @@ from layerprobe.analyses.experiments.arms import (
     arms_for,
 )
 from layerprobe.analyses.experiments.power import look_levels
-from layerprobe.analyses.experiments.verdict import Verdict, is_clear, judge, paired_interval, steps_to_reach
+from layerprobe.analyses.experiments.verdict import (
+    Comparison,
+    Verdict,
+    is_clear,
+    judge,
+    paired_interval,
+    steps_to_reach,
+)
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.training.plan import TrainingPlan
 
@@ -35,7 +42,8 @@ ARMS = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
 SEEDS = (0, 1, 2)
 STEPS = (0, 25, 50, 75, 100)
 PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
-SETTLED = (10.0, 6.0, 5.0, 4.1, 4.0)  # without alignment: improves by 2 % over the last quarter
+SETTLED = (10.0, 6.0, 5.0, 4.1, 4.0)  # the baseline: improves by 2 % over the last quarter
+FALL = (10, 6.5, 4.6, 3.6, 3.5)  # an arm that ends 0.5 lower
 NOISE = (-0.05, 0.0, 0.05)  # what the seeds differ by, the same in every arm
 JITTER = (0.01, -0.02, 0.01)  # what the differences differ by
 
@@ -64,41 +72,37 @@ def verdict(
 
 def test_a_pick_that_is_better_at_the_end_helps() -> None:
     found = verdict(SETTLED, (10, 6.5, 4.6, 3.6, 3.5))
-    assert found.answer == "helps"
-    assert found.paragraph.startswith("Aligning blocks.1 to blocks.7 changed the Fréchet distance by -0.5 (95 % inter")
-    assert "from 4 without alignment, after 100 steps from scratch, 3 seeds. The pair helps" in found.paragraph
-    assert "may not last" not in found.paragraph
+    assert (found.answer, found.cautions) == ("helps", ())
 
 
 def test_a_lead_over_a_baseline_that_still_improves_is_called_a_lead() -> None:
     found = verdict((10, 8, 7, 6, 5), (10, 7, 6, 5, 4))
-    assert found.answer == "helps"
-    assert "The baseline still improved by 17% since step 75, so the lead may not last." in found.paragraph
+    assert (found.answer, found.cautions) == ("helps", ("baseline still improves",))
+    trend = found.arms[0].trend
+    assert (trend.late_gain, trend.late_step) == (pytest.approx(1 / 6), 75)
 
 
 def test_a_pick_that_is_worse_when_both_have_levelled_off_hurts() -> None:
     found = verdict(SETTLED, (10, 7, 6, 5.1, 5.0))
-    assert found.answer == "hurts"
-    assert "the whole interval lies on the side of the loss, and both runs have levelled off" in found.paragraph
+    assert (found.answer, found.cautions) == ("hurts", ())
 
 
 def test_an_interval_that_includes_zero_is_no_difference() -> None:
     found = verdict(SETTLED, (10, 6.5, 5.1, 4.1, 4.0))
-    assert found.answer == "no difference found"
-    assert "the interval includes zero, and both runs have levelled off" in found.paragraph
+    assert (found.answer, found.cautions) == ("no difference found", ())
 
 
 @pytest.mark.parametrize("pick", [(10, 9, 8, 7, 6), (10, 8, 7, 6, 5)], ids=["behind", "level"])
 def test_it_is_too_early_while_the_baseline_improves(pick: Any) -> None:
     found = verdict((10, 8, 7, 6, 5), pick)
-    assert found.answer == "too early to tell"
-    assert "the baseline still improved by 17% since step 75, and alignment can cost quality" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("baseline still improves",))
 
 
 def test_it_is_too_early_while_the_aligned_run_catches_up() -> None:
     found = verdict(SETTLED, (10, 9, 8, 6, 4.5))
-    assert found.answer == "too early to tell"
-    assert "the aligned run still improved by 25% since step 75" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("aligned arm still improves",))
+    trend = found.arms[1].trend
+    assert (trend.late_gain, trend.late_step) == (pytest.approx(0.25), 75)
 
 
 def test_a_crossover_has_another_answer_before_than_after() -> None:
@@ -113,14 +117,14 @@ def test_a_crossover_has_another_answer_before_than_after() -> None:
 def test_a_baseline_that_training_made_worse_is_no_measure(pick: Any) -> None:
     """Not even for a pick that ends better than it: it is worse than what there was at step 50."""
     found = verdict((10, 6, 5, 7, 9), pick)
-    assert found.answer == "too early to tell"
-    assert "without alignment the distance was best at step 50 (5) and ended at 9, so there" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("baseline got worse",))
+    assert (found.arms[0].trend.best_step, found.arms[0].trend.best) == (50, pytest.approx(5))
 
 
 def test_a_branch_that_has_not_won_back_its_start_is_no_measure() -> None:
     found = verdict((0.19, 0.27, 0.25, 0.247, 0.247), (0.19, 0.3, 0.25, 0.248, 0.247))
-    assert found.answer == "too early to tell"
-    assert "best at step 0 (0.19)" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("baseline got worse",))
+    assert found.arms[0].trend.best_step == 0
 
 
 def test_a_pick_better_than_the_baseline_ever_was_helps_even_if_that_got_worse() -> None:
@@ -130,8 +134,7 @@ def test_a_pick_better_than_the_baseline_ever_was_helps_even_if_that_got_worse()
 @pytest.mark.parametrize("offset", [0.0, 0.1])
 def test_runs_that_have_not_begun_to_learn_show_nothing(offset: float) -> None:
     found = verdict((20.6, 20.55, 20.5, 20.4, 20.3), (20.6, 20.55, 20.5, 20.4 + offset, 20.3 + offset))
-    assert found.answer == "too early to tell"
-    assert "neither run moved by 5% since its start. Run more steps or raise the learning rate." in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("no arm moved",))
 
 
 def test_harm_to_a_checkpoint_that_has_converged_is_seen() -> None:
@@ -142,8 +145,8 @@ def test_one_evaluation_says_how_far_the_baseline_came_from_its_start() -> None:
     plan = replace(PLAN, num_evaluations=1)
     assert plan.evaluation_steps == (0, 100)
     found = verdict((10, 4), (10, 4.5), plan=plan, steps=(0, 100))
-    assert found.answer == "too early to tell"
-    assert "the baseline still improved by 60% since step 0" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("baseline still improves",))
+    assert (found.arms[0].trend.late_gain, found.arms[0].trend.late_step) == (pytest.approx(0.6), 0)
     assert verdict((10, 4), (10, 3), plan=plan, steps=(0, 100)).answer == "helps"
 
 
@@ -152,8 +155,8 @@ def test_more_frequent_evaluations_do_not_make_a_run_look_settled() -> None:
     steps = tuple(range(101))
     baseline = 10 * 0.98 ** np.arange(101)
     found = verdict(baseline, baseline * 1.1, steps=steps)
-    assert found.answer == "too early to tell"
-    assert "improved by 40% since step 75" in found.paragraph
+    assert (found.answer, found.cautions) == ("too early to tell", ("baseline still improves",))
+    assert (found.arms[0].trend.late_gain, found.arms[0].trend.late_step) == (pytest.approx(1 - 0.98**25), 75)
 
 
 def test_equal_differences_have_no_spread_to_judge_by() -> None:
@@ -164,7 +167,7 @@ def test_equal_differences_have_no_spread_to_judge_by() -> None:
         table.loc[table.arm == PICK, "value"] = base + change
         found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
         assert found.answer == answer
-        assert ("every seed gave the same difference" in found.paragraph) == (change != 0)
+        assert found.cautions == (("no spread over seeds",) if change else ())
 
 
 def test_a_perfect_baseline_divides_by_nothing() -> None:
@@ -174,21 +177,20 @@ def test_a_perfect_baseline_divides_by_nothing() -> None:
 
 
 def test_the_control_does_not_decide() -> None:
-    table = curves({BASELINE: SETTLED, PICK: (10, 7, 6, 5.1, 5.0), CONTROL: (10, 5, 3, 2.1, 2.0)})
+    table = curves({BASELINE: SETTLED, PICK: (10, 7, 6, 5.1, 5.0), NEGATIVE_CONTROL: (10, 5, 3, 2.1, 2.0)})
     for order in ((0, 1, 3), (0, 3, 1)):
         found = judge(table, [ARMS[i] for i in order], PLAN, extractor_name="x", start_name="y")
         assert found.answer == "hurts"
         assert [arm.name for arm in found.arms] == [ARMS[i].name for i in order]
-        assert {arm.name: arm.difference for arm in found.arms}[CONTROL] == pytest.approx(-2)
+        assert {arm.name: arm.difference for arm in found.arms}[NEGATIVE_CONTROL] == pytest.approx(-2)
 
 
 def test_without_a_pick_the_heuristic_is_judged_and_named() -> None:
     arms = arms_for([], LAYERS)
-    table = curves({BASELINE: SETTLED, HEURISTIC: (10, 6, 4, 3.1, 3), CONTROL: SETTLED})
+    table = curves({BASELINE: SETTLED, HEURISTIC: (10, 6, 4, 3.1, 3), NEGATIVE_CONTROL: SETTLED})
     found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert found.answer == "helps"
-    assert found.paragraph.startswith("Aligning blocks.2 to blocks.5 changed")
-    assert "No pick was among the arms, so this is the depth heuristic. The pair helps" in found.paragraph
+    assert (found.answer, found.judged) == ("helps", HEURISTIC)
+    assert found.cautions == ("judged arm is not the pick",)
 
 
 def test_arms_of_other_names_are_judged_too() -> None:
@@ -212,17 +214,44 @@ def test_the_numbers_of_the_verdict() -> None:
     # 4.6 at step 50 and 3.6 at step 75: the baseline's 4.0 is reached on the way.
     assert pick.steps_to_baseline[1] == pytest.approx(50 + 25 * (4.58 - 4.0) / 1.0)
     record = json.loads(found.to_json())
-    assert record["arms"][1] == json.loads(json.dumps(pick.__dict__))
-    assert {
-        key: record[key] for key in ("metric", "lower_is_better", "steps", "num_seeds", "curves_csv", "extractor")
-    } == {
+    assert record["arms"][1] == json.loads(json.dumps(asdict(pick)))
+    expected_record = {
         "metric": "Frechet distance",
         "lower_is_better": True,
         "steps": 100,
         "num_seeds": 3,
-        "curves_csv": "confirmation.csv",
         "extractor": "pixels",
     }
+    assert {key: record[key] for key in expected_record} == expected_record
+
+
+def test_a_verdict_reads_back_as_it_was_written() -> None:
+    drawn = {f"{RANDOM} 1": (10, 6, 5, 4, 3.9), LEARNING_RATE: SETTLED}
+    for found in (
+        verdict(SETTLED, FALL),
+        verdict((10, 8, 7, 6, 5), (10, 9, 8, 7, 6)),
+        judged((-0.5, -0.52, -0.48), EIGHT),
+        every("none,pick,random,learning-rate", {BASELINE: SETTLED, PICK: FALL, **drawn}),
+    ):
+        assert Verdict.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "pays"}, "this is not a verdict \\(unknown code 'pays'\\)"),
+        ({"cautions": ["odd"]}, "unknown code 'odd'"),
+        ({"looks": 3}, "this is not a verdict \\(AttributeError"),
+        ({"paragraph": "It helps."}, "this is not a verdict \\(TypeError"),
+    ],
+)
+def test_another_record_is_no_verdict(change: dict[str, Any], message: str) -> None:
+    record = json.loads(verdict(SETTLED, FALL).to_json()) | change
+    with pytest.raises(ValueError, match=message) as error:
+        Verdict.from_dict(record)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="this is not a verdict"):
+        Verdict.from_json("[]")
 
 
 def test_the_order_of_rows_and_of_seeds_does_not_matter() -> None:
@@ -244,7 +273,7 @@ def test_the_order_of_rows_and_of_seeds_does_not_matter() -> None:
         ),
         (
             lambda t: t[~((t.arm == BASELINE) & (t.seed == 2) & (t.step == 50))],
-            "no alignment, seed 2 has no finite .* step 50",
+            "baseline, seed 2 has no finite .* step 50",
         ),
         (
             lambda t: t.assign(value=t.value.where(t.step != 75, np.nan)),
@@ -267,15 +296,15 @@ def test_incomplete_curves_give_no_verdict(change: Any, message: str) -> None:
 
 
 BAD_ARMS = [
-    ([], "the first arm must be the one without alignment"),
-    (ARMS[1:], "the first arm must be the one without alignment"),
-    (ARMS[:1], "every arm after the first must align layers or match the steps of one that does, and one must align"),
-    ([ARMS[0], Arm(LEARNING_RATE, None, matched=ARMS[1].pair)], "and one must align; pass arms with a pair"),
-    ([replace(ARMS[0], matched=ARMS[1].pair), ARMS[1]], "the first arm must be the one without alignment"),
-    ([ARMS[0], Arm("other", None)], "every arm after the first must align layers"),
+    ([], "the first arm must be the baseline"),
+    (ARMS[1:], "the first arm must be the baseline"),
+    (ARMS[:1], "every arm after the baseline must align layers or match the steps of one that does, and at least one"),
+    ([ARMS[0], Arm(LEARNING_RATE, None, matched=ARMS[1].pair)], "at least one must align; pass arms with a pair"),
+    ([replace(ARMS[0], matched=ARMS[1].pair), ARMS[1]], "the first arm must be the baseline"),
+    ([ARMS[0], Arm("other", None)], "every arm after the baseline must align layers"),
     (
         [ARMS[0], ARMS[1], Arm(PICK, ARMS[2].pair)],
-        r"two arms have the same name \(no alignment, pick, pick\); give every",
+        r"two arms have the same name \(baseline, pick, pick\); give every",
     ),
 ]
 
@@ -321,7 +350,7 @@ EIGHT = replace(PLAN, seeds=tuple(range(8)), stop_early=True)
 
 
 def ends(differences: Any, *, base: float = 4.0) -> pd.DataFrame:
-    """Settled curves whose pick differs from no alignment by these in the end, one for each seed."""
+    """Settled curves whose pick differs from the baseline by these in the end, one for each seed."""
     rows = []
     for seed, difference in enumerate(differences):
         for step, value in zip(STEPS, SETTLED, strict=True):
@@ -345,9 +374,7 @@ def test_a_clear_difference_stops_and_an_unclear_one_does_not() -> None:
     assert not is_clear(ends((-0.5, -0.5, -0.5)), ARMS[:2], EIGHT)  # no spread to judge by
     found = judged(clear, EIGHT)
     assert (found.answer, found.num_seeds, found.planned_seeds) == ("helps", 3, 8)
-    told = "at levels that keep the error rate of all looks at 5%, and the difference was clear after 3 of 8."
-    assert told in found.paragraph
-    assert found.error_rate == 0.05
+    assert (found.stop_early, found.error_rate, found.cautions) == (True, 0.05, ())
 
 
 def test_a_clear_loss_stops_too_although_the_verdict_is_open() -> None:
@@ -408,57 +435,54 @@ def test_a_verdict_after_more_seeds_counts_the_first_one() -> None:
     assert (alone.looks, alone.error_rate) == ({6: 0.05}, 0.05)
     assert again.looks == {3: 0.05, 6: 0.05}
     assert 0.08 < again.error_rate < 0.1
-    assert "looked at" not in alone.paragraph
-    assert "looked at after 3 and 6 seeds, with levels that were not planned together: where there" in again.paragraph
-    assert f"one would be found in {again.error_rate:.1%} of cases" in again.paragraph
+    assert (alone.cautions, again.cautions) == ((), ("looks not planned together",))
     # The same look again is no second one, and planned looks are none either.
     assert judged(differences, plan, looked={6: 0.05}) == alone
     clear = judged(differences[:4], EIGHT, looked={3: look_levels(8)[3]})
     assert clear == judged(differences[:4], EIGHT)
     mixed = judged(differences[:4], EIGHT, looked={3: 0.05})
     assert (mixed.looks[3], mixed.looks[4]) == (0.05, look_levels(8)[4])
-    assert "not planned together" in mixed.paragraph
+    assert mixed.cautions == ("looks not planned together",)
 
 
-# ---------------------------------------------------------------------------------------------------- what else is said
-
-FALL = (10, 6.5, 4.6, 3.6, 3.5)
+# ------------------------------------------------------------------------------------------------- cautions and others
 
 
-def every(wanted: str, arms: dict[str, Any], **options: Any) -> Verdict:
-    chosen = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, wanted=wanted.split(","))
+def every(names: str, arms: dict[str, Any], **options: Any) -> Verdict:
+    chosen = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=names.split(","))
     chosen = tuple(replace(arm, learning_rate=2e-4) if arm.matched else arm for arm in chosen)
     return judge(curves(arms), chosen, PLAN, extractor_name="pixels", start_name="from scratch", **options)
 
 
 def test_a_gain_that_the_learning_rate_gives_too_is_not_the_pairs() -> None:
-    wanted = "none,pick,learning-rate"
-    found = every(wanted, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: FALL})
+    names = "none,pick,learning-rate"
+    found = every(names, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: FALL})
     assert found.answer == "helps"
-    assert "(learning rate 0.0002) is +0 (+0 to +0), so the gain may be that of its steps." in found.paragraph
+    assert found.cautions == ("gain may come from step length",)
+    assert found.comparisons == (Comparison("learning rate", 1, 0.0, 0.0, 0.0),)
     assert (found.arms[2].learning_rate, found.arms[2].weight, found.arms[2].student) == (2e-4, 0.0, None)
     assert found.arms[2].difference is not None
-    found = every(wanted, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: (10, 6, 5, 4.1, 4.05)})
-    assert "so longer or shorter steps are not the reason." in found.paragraph
-    assert found.judged == PICK
+    found = every(names, {BASELINE: SETTLED, PICK: FALL, LEARNING_RATE: (10, 6, 5, 4.1, 4.05)})
+    assert (found.judged, found.cautions) == (PICK, ())
+    assert found.comparisons[0].high < 0
 
 
 def test_random_pairs_stand_beside_the_pick_in_their_mean() -> None:
     drawn = {f"{RANDOM} 1": (10, 6, 5, 4, 3.9), f"{RANDOM} 2": (10, 6, 5, 4, 3.7)}
     found = every("none,pick,random:2", {BASELINE: SETTLED, PICK: FALL, **drawn})
-    assert "Its difference to the mean of 2 random pairs is -0.3 (" in found.paragraph
-    assert "Of the 4 arms, that arm ended lowest (3.5)." in found.paragraph
+    (comparison,) = found.comparisons
+    assert (comparison.against, comparison.num_arms) == ("random pairs", 2)
+    assert comparison.difference == pytest.approx(-0.3)
     alone = every("none,random", {BASELINE: SETTLED, f"{RANDOM} 1": FALL})
     assert alone.judged == "random pair 1"
-    assert "No pick was among the arms, so this is the random pair 1." in alone.paragraph
+    assert (alone.cautions, alone.comparisons) == (("judged arm is not the pick",), ())
 
 
 def test_the_first_ranked_pair_is_judged_where_the_selection_advised_against_all() -> None:
-    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, wanted=["none", "pick"], advised=False)
+    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=["none", "pick"], advised=False)
     table = curves({BASELINE: SETTLED, FIRST: (10, 7, 6, 5.1, 5.0)})
     found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert found.answer == "hurts"
-    assert "The selection advises against every pair; this is the one that it ranks first." in found.paragraph
+    assert (found.answer, found.cautions) == ("hurts", ("selection advised against every pair",))
 
 
 def test_no_difference_says_what_could_have_been_found() -> None:
@@ -467,6 +491,4 @@ def test_no_difference_says_what_could_have_been_found() -> None:
     spread = np.std(JITTER, ddof=1) / np.mean([4 * (1 + move) for move in NOISE])
     assert found.resolution.spread.share == pytest.approx(spread, rel=1e-9)
     assert found.resolution.share == pytest.approx(3.264 * spread, rel=1e-3)
-    assert "With the spread that these seeds show, 3 seeds find a difference of 0.057 (1%) with" in found.paragraph
     assert json.loads(found.to_json())["resolution"]["difference"] == found.resolution.share
-    assert "With the spread" not in verdict(SETTLED, FALL).paragraph
