@@ -1,4 +1,4 @@
-"""All figures. The only room that imports matplotlib."""
+"""All figures of analyses. No other room imports matplotlib or seaborn."""
 
 import lazy_loader
 

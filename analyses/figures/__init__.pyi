@@ -5,6 +5,8 @@ from .confirmation import confirmation_curves as confirmation_curves
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS
 from .label_columns import knowledge_curves as knowledge_curves
+from .labels import capital as capital
+from .labels import wrap_title as wrap_title
 from .pair_sweep import pair_sweep_heatmap as pair_sweep_heatmap
 from .quality import layer_quality_curves as layer_quality_curves
 from .quality import metric_panels as metric_panels
@@ -14,12 +16,10 @@ from .samples import strip as strip
 from .style import BACKGROUND as BACKGROUND
 from .style import GRAY as GRAY
 from .style import INK as INK
-from .style import SPARE_COLORS as SPARE_COLORS
+from .style import LINE_COLORS as LINE_COLORS
 from .style import WIDTH_IN as WIDTH_IN
-from .style import capital as capital
 from .style import save_figure as save_figure
 from .style import styled as styled
 from .style import to_svg as to_svg
-from .style import wrap_title as wrap_title
 from .token_maps import token_maps as token_maps
 from .training import training_curves as training_curves

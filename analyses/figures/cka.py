@@ -1,40 +1,24 @@
-"""The heatmap of CKA between all layers at all noise levels."""
+"""Heatmap of CKA between all layers at all noise levels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Figure
+from matplotlib.figure import Figure
 
-from layerprobe.analyses.figures.style import (
-    WIDTH_IN,
-    Array,
-    annotate_cells,
-    cell_box,
-    draw_matrix,
-    label_layers,
-    nanmean,
-    pick_in,
-    require_columns,
-    short_names,
-    styled,
-    value_range,
-    wrap_title,
-)
+from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
+from layerprobe.analyses.figures.labels import label_layers, short_names, wrap_title
+from layerprobe.analyses.figures.style import WIDTH_IN, nanmean, pick_in, require_columns, styled
+from layerprobe.analyses.measures import Floats
+from layerprobe.analyses.tables import SIMILARITY_COLUMNS
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
-
-SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka")
-
-
-# ----------------------------------------------------------------------------------------------------------- similarity
 
 
 @styled()
@@ -44,12 +28,14 @@ def cka_heatmap(
     selection: Selection | None = None,
     layers: Sequence[str] | None = None,
 ) -> Figure:
-    """How alike the representations are: every layer at every noise level, and layer by layer at equal noise levels.
+    """Draws the CKA of all representations, and its mean over equal noise levels for every pair of layers.
+
+    A representation is one layer at one noise level.
 
     Args:
         similarity: Similarity table, one row per pair of representations, in one or both orders.
-        selection: Whose pick to mark, or None.
-        layers: Layer names in execution order; the order of the table where not given.
+        selection: Selection whose pick is marked, or None.
+        layers: Layer names in execution order; None for the order of the table.
 
     Raises:
         ValueError: If a column or a layer of the pick is missing, the table is empty, or `layers` leaves a layer out.
@@ -58,45 +44,46 @@ def cka_heatmap(
     pair = pick_in(selection, names)
     blocks = matrix.reshape(len(levels), len(names), len(levels), len(names))
     mean = nanmean(np.stack([blocks[i, :, i, :] for i in range(len(levels))]))
-    norm = value_range(matrix)
+    limits = value_range(matrix)
     figure = Figure(figsize=(WIDTH_IN, 6.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-    image = draw_matrix(left, matrix, mpl.colormaps["viridis"], norm, square=True)
+    mesh = draw_heatmap(left, matrix, limits=limits, width_in=5.2, square=True)
     _label_blocks(left, names, levels, 5.2)
-    left.set_title(f"All {len(matrix)} representations", pad=34 if len(levels) > 1 else 6)
-    draw_matrix(right, mean, mpl.colormaps["viridis"], norm, square=True)
+    hatched = "" if np.isfinite(matrix).all() else "; hatched: not measured"
+    left.set_title(f"All {len(matrix)} representations{hatched}", pad=34 if len(levels) > 1 else 6)
+    draw_heatmap(right, mean, limits=limits, width_in=4.2, text="{:.2f}".format, square=True)
     right.set_title("Mean over equal noise levels" if len(levels) > 1 else f"Noise level {levels[0]:g}")
-    label_layers(right, names, 3.4)
-    label_layers(right, names, 3.4, vertical=True)
+    label_layers(right, names, 3.4, first=0.5)
+    label_layers(right, names, 3.4, first=0.5, vertical=True)
     right.set(xlabel=short_names(names)[1], ylabel=short_names(names)[1])
-    if len(names) <= 16:
-        annotate_cells(right, mean, image, "{:.2f}".format, size=min(8.5, 80 / len(names)))
     if pair is not None:
-        _mark_cell(right, names.index(pair.student), names.index(pair.teacher))
+        student, teacher = names.index(pair.student), names.index(pair.teacher)
+        mark_cell(right, student, teacher)
+        mark_cell(right, teacher, student)
     label = "debiased linear CKA (1: equal)"
-    figure.colorbar(image, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=label)
+    figure.colorbar(mesh, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=label)
     figure.suptitle(wrap_title(_cka_title(names, levels, mean, pair)), x=0.008, ha="left")
     return figure
 
 
-def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple[list[str], list[float], Array]:
-    """Level-major matrix, shape (levels * layers, levels * layers), symmetric."""
+def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple[list[str], list[float], Floats]:
+    """Layers, noise levels and the level-major matrix, shape (levels * layers, levels * layers), symmetric."""
     require_columns(similarity, SIMILARITY_COLUMNS, "similarity table")
     if similarity.empty:
         raise ValueError("the similarity table has no rows; run the similarity analysis first")
-    seen = list(dict.fromkeys([*similarity["layer_a"].astype(str), *similarity["layer_b"].astype(str)]))
-    names = seen if layers is None else [name for name in layers if name in set(seen)]
-    if left_out := set(seen) - set(names):
-        raise ValueError(f"the similarity table has layer {min(left_out)!r}, which `layers` has not; pass all layers")
+    in_table = list(dict.fromkeys([*similarity["layer_a"].astype(str), *similarity["layer_b"].astype(str)]))
+    names = in_table if layers is None else [name for name in layers if name in set(in_table)]
+    if left_out := set(in_table) - set(names):
+        raise ValueError(f"`layers` does not contain {min(left_out)!r} of the similarity table; pass all its layers")
     levels = sorted({*similarity["noise_level_a"].astype(float), *similarity["noise_level_b"].astype(float)})
     position = {key: i for i, key in enumerate((level, name) for level in levels for name in names)}
     a = [position[key] for key in zip(similarity["noise_level_a"], similarity["layer_a"].astype(str), strict=True)]
     b = [position[key] for key in zip(similarity["noise_level_b"], similarity["layer_b"].astype(str), strict=True)]
     matrix = np.full((len(position), len(position)), np.nan)
     matrix[a, b] = matrix[b, a] = similarity["cka"].to_numpy(dtype=np.float64)
-    # A table of distinct pairs leaves the diagonal out; a degenerate representation stays nan there too.
-    alive = np.isfinite(matrix).any(axis=1) & np.isnan(matrix.diagonal())
-    matrix[alive, alive] = 1.0
+    # A table of distinct pairs has no diagonal; a degenerate representation has nan everywhere and keeps it there.
+    valid = np.isfinite(matrix).any(axis=1) & np.isnan(matrix.diagonal())
+    matrix[valid, valid] = 1.0
     return names, levels, matrix
 
 
@@ -104,8 +91,8 @@ def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], sid
     """Layers on the left and below, noise levels above and on the right, white lines between the levels."""
     short, pattern = short_names(names)
     step = max(1, int(np.ceil(len(names) * len(levels) * 0.125 / side_in)))
-    ticks = [i * len(names) + j for i in range(len(levels)) for j in range(0, max(len(names) - step + 1, 1), step)]
-    labels = [short[tick % len(names)] for tick in ticks]
+    rows = [i * len(names) + j for i in range(len(levels)) for j in range(0, max(len(names) - step + 1, 1), step)]
+    ticks, labels = [row + 0.5 for row in rows], [short[row % len(names)] for row in rows]
     axes.set_xticks(ticks, labels, rotation=90, fontsize=7)
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.set_xlabel(pattern)
@@ -113,9 +100,9 @@ def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], sid
     if len(levels) == 1:
         return
     for i in range(1, len(levels)):
-        axes.axhline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
-        axes.axvline(i * len(names) - 0.5, color="#ffffff", linewidth=1.2)
-    centers = [(i + 0.5) * len(names) - 0.5 for i in range(len(levels))]
+        axes.axhline(i * len(names), color="#ffffff", linewidth=1.2)
+        axes.axvline(i * len(names), color="#ffffff", linewidth=1.2)
+    centers = [(i + 0.5) * len(names) for i in range(len(levels))]
     for side in (axes.secondary_xaxis("top"), axes.secondary_yaxis("right")):
         side.tick_params(length=0)
         side.spines[:].set_visible(False)
@@ -126,13 +113,7 @@ def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], sid
     side_y.set_ylabel("noise level")
 
 
-def _mark_cell(axes: Axes, student: int, teacher: int) -> None:
-    for x, y in ((teacher, student), (student, teacher)):
-        axes.add_patch(cell_box(x, y, "#000000", width=3.0))
-        axes.add_patch(cell_box(x, y, "#ffffff", width=1.2))
-
-
-def _cka_title(names: Sequence[str], levels: Sequence[float], mean: Array, pair: LayerPair | None) -> str:
+def _cka_title(names: Sequence[str], levels: Sequence[float], mean: Floats, pair: LayerPair | None) -> str:
     kind, where = ("mean CKA", "") if len(levels) > 1 else ("CKA", f" at noise level {levels[0]:g}")
     if pair is not None:
         value = mean[names.index(pair.student), names.index(pair.teacher)]

@@ -1,34 +1,33 @@
-"""A grid of images."""
+"""Images side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure as Figure
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike
 
+from layerprobe.analyses.figures.labels import counted
 from layerprobe.analyses.figures.style import WIDTH_IN, styled
-
-# -------------------------------------------------------------------------------------------------------------- samples
 
 
 @styled()
 def sample_grid(x: ArrayLike, labels: Sequence[object] | None = None, *, columns: int = 8) -> Figure:
-    """Images side by side, enlarged without smoothing.
+    """Draws images side by side, enlarged without smoothing.
 
     Args:
-        x: Shape (n, C, H, W) with C 1 (gray) or 3 (RGB), values in [-1, 1]; values outside are clipped.
+        x: Images, shape (n, C, H, W) with C = 1 (gray) or 3 (RGB), values in [-1, 1]; values outside are clipped.
         labels: One text per image, written above it, or None.
-        columns: Images in a row, at least 1.
+        columns: Number of images in a row, at least 1.
 
     Raises:
-        ValueError: If x has another shape or nan values, or labels another length, or columns < 1.
+        ValueError: If x has another shape or contains nan, labels has another length, or columns < 1.
     """
     images = np.asarray(x, dtype=np.float32)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.size == 0:
-        raise ValueError(f"samples have shape {images.shape}; pass images (n, 1 or 3, height, width), latents decoded")
+        raise ValueError(f"samples have shape {images.shape}; pass images (n, 1 or 3, height, width), decode latents")
     if np.isnan(images).any():
         bad = int(np.isnan(images).any(axis=(1, 2, 3)).sum())
         raise ValueError(f"{bad} of {len(images)} samples contain nan; leave them out")
@@ -51,6 +50,5 @@ def sample_grid(x: ArrayLike, labels: Sequence[object] | None = None, *, columns
         all_axes[i].imshow(image, interpolation="none")
         if labels is not None:
             all_axes[i].set_title(str(labels[i]), loc="center", fontsize=8.5, pad=2)
-    noun = "sample" if len(images) == 1 else "samples"
-    figure.suptitle(f"{len(images)} {noun}, {width} x {height} pixels", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{counted(len(images), 'sample')}, {width} x {height} pixels", x=0.01, ha="left", fontsize=10)
     return figure

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure as Figure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, symmetric_range, value_range
+from layerprobe.analyses.figures.labels import capital, label_layers, num_decimals, short_names, wrap_title
 from layerprobe.analyses.figures.style import (
     BACKGROUND,
     GRAY,
@@ -22,59 +22,65 @@ from layerprobe.analyses.figures.style import (
     STUDENT,
     TEACHER,
     WIDTH_IN,
-    Array,
-    annotate_cells,
-    capital,
-    cell_box,
-    draw_matrix,
-    label_layers,
+    fit_y_limits,
     level_colors,
-    num_decimals,
     pick_in,
     point_marker,
     require_columns,
-    short_names,
     styled,
-    value_range,
-    widen_range,
-    wrap_title,
 )
+from layerprobe.analyses.measures import Floats
+from layerprobe.analyses.tables import MODEL, QUALITY_COLUMNS, RANDOM_WEIGHTS, RAW_INPUT
+from layerprobe.extraction import SPLITS
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
 
-
-QUALITY_COLUMNS = ("source", "layer", "layer_index", "noise_level", "metric", "split", "value", "low", "high")
-SPLITS = ("test", "validation", "train")
-
-
-# -------------------------------------------------------------------------------------------------------- layer quality
+PAIR_LINES: dict[str, dict[str, Any]] = {
+    "student": {"color": STUDENT, "linestyle": (0, (5, 2)), "linewidth": 1.2},
+    "teacher": {"color": TEACHER, "linewidth": 1.2},
+}
 
 
 @dataclass(frozen=True)
 class QualityCurves:
-    """One metric on one split; the last axis of the arrays is (value, low, high), nan where nothing was measured."""
+    """One metric on one split, with its controls.
+
+    The last axis of the arrays is (value, low, high): the value and its 95 % interval, nan where it was not measured.
+
+    Attributes:
+        metric: Name of the metric.
+        split: Name of the split.
+        layers: Layer names in execution order.
+        levels: Noise levels in ascending order.
+        model: Values of the trained model, shape (levels, layers, 3).
+        random: Values of the same network with random weights, shape (levels, layers, 3).
+        raw: Values of the raw input, shape (levels, 1, 3).
+    """
 
     metric: str
     split: str
     layers: tuple[str, ...]
     levels: tuple[float, ...]
-    model: Array  # (levels, layers, 3)
-    random: Array  # (levels, layers, 3)
-    raw: Array  # (levels, 1, 3)
+    model: Floats
+    random: Floats
+    raw: Floats
 
     @property
     def is_fraction(self) -> bool:
+        """Whether values lie in [0, 1]."""
         return "accuracy" in self.metric
 
     def text(self, value: float) -> str:
+        """Returns a value as text: two decimals for a fraction, three significant digits otherwise."""
         if np.isnan(value):
             return "nan"
         return f"{value:.2f}" if self.is_fraction or value == 0 else f"{value:.{num_decimals(value, 3)}f}"
 
     @property
     def unit(self) -> str:
+        """The unit for axis labels."""
         return f"fraction of the {self.split} split" if self.is_fraction else f"{self.split} split"
 
 
@@ -86,16 +92,16 @@ def layer_quality_curves(
     split: str | None = None,
     selection: Selection | None = None,
 ) -> Figure:
-    """What each layer knows at each noise level, beside the two controls.
+    """Draws the quality of every layer at every noise level, beside the two controls.
 
     The upper panel compares noise levels. Below, one panel per noise level compares the trained model (with its 95 %
-    interval) with the same network at random weights (dashed) and with the raw input (dotted).
+    interval) with the same network with random weights (dashed) and with the raw input (dotted).
 
     Args:
         quality: Quality table, one row per source, layer, noise level, metric and split.
-        metric: One of the metrics in the table, for example "probe accuracy".
-        split: Split to show; "test" where the metric has it, else "validation", else "train".
-        selection: Whose pick to mark, or None.
+        metric: Name of a metric in the table, for example "probe accuracy".
+        split: Split to show; None for "test" where the metric has it, else "validation", else "train".
+        selection: Selection whose pick is marked, or None.
 
     Raises:
         ValueError: If a column, the metric, the split or a layer of the pick is not in the table.
@@ -108,7 +114,7 @@ def layer_quality_curves(
     overview = num_levels > 1
     heights = [3.0] * overview + [2.15 if overview else 4.0] * rows
     longest = max(map(len, short_names(curves.layers)[0]))
-    names_in = (1 + overview) * 0.08 * max(longest - 4, 0)  # they stand upright
+    names_in = (1 + overview) * 0.08 * max(longest - 4, 0)  # long names stand upright
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 1.3 + names_in), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     colors = level_colors(num_levels)
@@ -136,25 +142,26 @@ def layer_quality_curves(
 
 @styled()
 def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: Selection | None = None) -> Figure:
-    """Several metrics side by side, each over layers with one line per noise level; random weights dashed.
+    """Draws several metrics side by side, each over layers with one line per noise level; random weights are dashed.
 
     Args:
         quality: Quality table.
-        metrics: Which, in this order; each on the split that `layer_quality_curves` would show.
-        selection: Whose pick to mark, or None.
+        metrics: Names of the metrics in the order of the panels; each on the split that `layer_quality_curves` shows.
+        selection: Selection whose pick is marked, or None.
 
     Raises:
         ValueError: If there is no metric, or a column or metric is not in the table.
     """
     if not metrics:
-        raise ValueError("there is no metric to draw; pass at least one of the table's")
-    found = [quality_curves(quality, metric, None) for metric in metrics]
-    columns = min(3, len(found))
-    rows = int(np.ceil(len(found) / columns))
+        raise ValueError("there is no metric to draw; pass at least one metric of the table")
+    panels = [quality_curves(quality, metric, None) for metric in metrics]
+    layers = panels[0].layers
+    columns = min(3, len(panels))
+    rows = int(np.ceil(len(panels) / columns))
     figure = Figure(figsize=(WIDTH_IN, 2.3 * rows + 1.0), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
-    for axes, curves in zip(grid, found, strict=False):
+    for axes, curves in zip(grid, panels, strict=False):
         x = np.arange(len(curves.layers))
         for i, (level, color) in enumerate(zip(curves.levels, level_colors(len(curves.levels)), strict=True)):
             (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=color, linewidth=1.6)
@@ -163,15 +170,12 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
         _mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
         label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
         axes.set_xlabel(short_names(curves.layers)[1])
-    for axes in grid[len(found) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     handles["random weights"] = Line2D([], [], color=INK, linewidth=0.9, linestyle="--")
-    if pick_in(selection, found[0].layers) is not None:
-        handles["student"] = Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2)
-        handles["teacher"] = Line2D([], [], color=TEACHER, linewidth=1.2)
-    title = (
-        f"{len(found)} more measures of {len(found[0].layers)} layers; no one of them alone says which layer is best"
-    )
+    if pick_in(selection, layers) is not None:
+        handles |= {role: Line2D([], [], **line) for role, line in PAIR_LINES.items()}
+    title = f"{len(panels)} more measures of {len(layers)} layers; no single one tells which layer is best"
     figure.suptitle(wrap_title(title), x=0.008, ha="left")
     figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside lower left", ncols=7)
     return figure
@@ -179,12 +183,12 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
 
 @styled()
 def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = None) -> Figure:
-    """One metric over layers and noise levels; below it, what training added over random weights.
+    """Draws one metric over layers and noise levels and, below it, the difference from random weights.
 
     Args:
         quality: Quality table.
-        metric: One of the metrics in the table.
-        split: Split to show; "test" where the metric has it, else "validation", else "train".
+        metric: Name of a metric in the table.
+        split: Split to show; None for "test" where the metric has it, else "validation", else "train".
 
     Raises:
         ValueError: If a column, the metric or the split is not in the table.
@@ -192,87 +196,93 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     curves = quality_curves(quality, metric, split)
     model = curves.model[..., 0]
     gain = model - curves.random[..., 0]
-    panels: list[tuple[str, str, Array, Colormap, Normalize]] = [
-        (
-            f"{capital(metric)} ({curves.unit}), trained model",
-            metric,
-            model,
-            mpl.colormaps["viridis"],
-            value_range(model),
-        )
-    ]
+    panels = [(f"{capital(metric)} ({curves.unit}), trained model", metric, model)]
     if np.isfinite(gain).any():
-        limit = max(float(np.nanmax(np.abs(gain))), 1e-12)
-        title = "Trained model minus random weights"
-        panels.append((title, "difference", gain, mpl.colormaps["PuOr_r"], Normalize(-limit, limit)))
-    height = (
-        1.1 + 0.08 * max(map(len, short_names(curves.layers)[0])) + len(panels) * (0.85 + 0.32 * len(curves.levels))
-    )
+        panels.append(("Trained model minus random weights", "difference", gain))
+    longest = max(map(len, short_names(curves.layers)[0]))
+    height = 1.1 + 0.08 * longest + len(panels) * (0.85 + 0.32 * len(curves.levels))
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, label, values, colormap, norm) in zip(all_axes, panels, strict=True):
-        image = draw_matrix(axes, values, colormap, norm)
-        if len(curves.layers) <= 36 and values.size <= 600:
-            annotate_cells(axes, values, image, curves.text, size=min(8.5, 215 / len(curves.layers)))
-        axes.set_title(title)
+    for axes, (title, label, values) in zip(all_axes, panels, strict=True):
+        draw_heatmap(
+            axes,
+            values,
+            limits=symmetric_range(values) if values is gain else value_range(values),
+            colormap="PuOr_r" if values is gain else "viridis",
+            width_in=WIDTH_IN - 1.8,
+            text=curves.text,
+            colorbar={"pad": 0.01, "aspect": 6 + 2 * len(curves.levels), "label": label},
+        )
+        axes.set_title(title if np.isfinite(values).all() else f"{title}; hatched: not measured")
         axes.set_ylabel("noise level")
-        axes.set_yticks(range(len(curves.levels)), [f"{level:g}" for level in curves.levels])
-        figure.colorbar(image, ax=axes, pad=0.01, aspect=6 + 2 * len(curves.levels), label=label)
+        axes.set_yticks(np.arange(len(curves.levels)) + 0.5, [f"{level:g}" for level in curves.levels])
         if np.isfinite(values).any():
-            row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
-            axes.add_patch(cell_box(int(column), int(row), "#000000"))
-            axes.add_patch(cell_box(int(column), int(row), "#ffffff", width=0.8))
-    label_layers(all_axes[-1], curves.layers, WIDTH_IN - 1.8)
+            mark_cell(axes, *_argmax(values))
+    label_layers(all_axes[-1], curves.layers, WIDTH_IN - 1.8, first=0.5)
     all_axes[-1].set_xlabel(short_names(curves.layers)[1])
     figure.suptitle(wrap_title(_heatmap_title(curves, gain)), x=0.008, ha="left")
     return figure
 
 
 def quality_curves(quality: pd.DataFrame, metric: str, split: str | None) -> QualityCurves:
+    """Returns one metric of the quality table as arrays.
+
+    Args:
+        quality: Quality table.
+        metric: Name of a metric in the table.
+        split: Split; None for "test" where the metric has it, else "validation", else "train".
+
+    Raises:
+        ValueError: If a column, the metric, the split or the trained model is not in the table.
+    """
     require_columns(quality, QUALITY_COLUMNS, "quality table")
     rows = quality[quality["metric"] == metric]
     if rows.empty:
-        known = ", ".join(sorted(map(str, quality["metric"].unique()))) or "no rows at all"
-        raise ValueError(f"metric {metric!r} is not in the quality table, which has {known}; pass one of those")
-    present = [name for name in SPLITS if (rows["split"] == name).any()]
-    if split is not None and split not in present:
-        raise ValueError(
-            f"{metric!r} has no values on split {split!r}, only on {', '.join(present)}; pass one of those"
-        )
-    split = split or present[0]
+        metrics = ", ".join(sorted(map(str, quality["metric"].unique()))) or "no rows at all"
+        raise ValueError(f"metric {metric!r} is not in the quality table, which has {metrics}; pass one of those")
+    splits = [name for name in reversed(SPLITS) if (rows["split"] == name).any()]
+    if split is not None and split not in splits:
+        raise ValueError(f"{metric!r} has no values on split {split!r}, only on {', '.join(splits)}; pass one of those")
+    split = split or splits[0]
     rows = rows[rows["split"] == split]
-    model = rows[rows["source"] == "model"]
+    model = rows[rows["source"] == MODEL]
     if model.empty:
         raise ValueError(f"the quality table has only controls for {metric!r}; analyze the model itself first")
     order = model.sort_values("layer_index", kind="stable")["layer"].astype(str)
     layers, levels = tuple(dict.fromkeys(order)), tuple(sorted(map(float, model["noise_level"].unique())))
-    raw = rows[rows["source"] == "raw input"]
+    raw = rows[rows["source"] == RAW_INPUT]
     return QualityCurves(
         metric=metric,
         split=split,
         layers=layers,
         levels=levels,
         model=_cube(model, layers, levels),
-        random=_cube(rows[rows["source"] == "random weights"], layers, levels),
+        random=_cube(rows[rows["source"] == RANDOM_WEIGHTS], layers, levels),
         raw=_cube(raw.assign(layer="input"), ("input",), levels),
     )
 
 
-def _cube(rows: pd.DataFrame, layers: Sequence[str], levels: Sequence[float]) -> Array:
-    """Shape (levels, layers, 3); several rows for one cell (say, several random networks) are averaged."""
+def _cube(rows: pd.DataFrame, layers: Sequence[str], levels: Sequence[float]) -> Floats:
+    """Shape (levels, layers, 3); several rows for one cell, such as several random networks, are averaged."""
     mean = rows.groupby(["noise_level", "layer"])[["value", "low", "high"]].mean()
     index = pd.MultiIndex.from_product([levels, layers], names=["noise_level", "layer"])
     return mean.reindex(index).to_numpy(dtype=np.float64).reshape(len(levels), len(layers), 3)
 
 
-def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[Any], pair: LayerPair | None) -> None:
+def _argmax(values: Floats) -> tuple[int, int]:
+    """Row and column of the largest finite value."""
+    row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    return int(row), int(column)
+
+
+def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[str], pair: LayerPair | None) -> None:
     x = np.arange(len(curves.layers))
     for level, values, color in zip(curves.levels, curves.model[..., 0], colors, strict=True):
-        axes.plot(x, values, color=color, label=f"{level:g}", marker=point_marker(values), markersize=3)
+        axes.plot(x, values, color=color, linewidth=1.5, label=f"{level:g}", marker=point_marker(values), markersize=3)
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
             axes.plot(x[best], values[best], "o", color=color, markeredgecolor=BACKGROUND, markersize=8)
-    widen_range(axes, curves.model[..., 0])
+    fit_y_limits(axes, curves.model[..., 0])
     axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
     axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
@@ -283,7 +293,7 @@ def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[Any], pai
     axes.set_xlabel(short_names(curves.layers)[1])
 
 
-def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: Any, pair: LayerPair | None) -> None:
+def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: str, pair: LayerPair | None) -> None:
     x = np.arange(len(curves.layers))
     model, random, raw = curves.model[level], curves.random[level], curves.raw[level, 0]
     axes.fill_between(x, random[:, 1], random[:, 2], color=GRAY, alpha=0.2, linewidth=0)
@@ -302,19 +312,20 @@ def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: Any, pair:
     else:
         title += "nothing measured"
     axes.set_title(title)
-    widen_range(axes, np.stack([curves.model.ravel(), curves.random.ravel(), np.resize(curves.raw, curves.model.size)]))
+    # All levels share their limits.
+    fit_y_limits(axes, np.concatenate([block.ravel() for block in (curves.model, curves.random, curves.raw)]))
     axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
 
 
 def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
     if pair is not None:
-        axes.axvline(layers.index(pair.student), color=STUDENT, linewidth=1.2, linestyle=(0, (5, 2)), zorder=1)
-        axes.axvline(layers.index(pair.teacher), color=TEACHER, linewidth=1.2, zorder=1)
+        axes.axvline(layers.index(pair.student), **PAIR_LINES["student"], zorder=1)
+        axes.axvline(layers.index(pair.teacher), **PAIR_LINES["teacher"], zorder=1)
 
 
 def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
-    """Write the roles above the frame, pointing away from each other so that neighbors do not collide."""
+    """Write the roles above the frame, on opposite sides of their lines so that neighbors do not collide."""
     if pair is None:
         return
     short = short_names(layers)[0]
@@ -336,7 +347,7 @@ def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> Non
     axes.set_title(axes.get_title(loc="left"), pad=18)
 
 
-def _level_legend(curves: QualityCurves, colors: Sequence[Any], pair: LayerPair | None) -> list[Any]:
+def _level_legend(curves: QualityCurves, colors: Sequence[str], pair: LayerPair | None) -> list[Any]:
     color = colors[0]
     handles: list[Any] = [Line2D([], [], color=color, linewidth=1.8, label="trained model")]
     if np.isfinite(curves.model[..., 1:]).any():
@@ -348,8 +359,7 @@ def _level_legend(curves: QualityCurves, colors: Sequence[Any], pair: LayerPair 
     if np.isnan(curves.model[..., 0]).any():
         handles.append(Line2D([], [], color=GRAY, linestyle="", marker="x", label="not measured"))
     if pair is not None:
-        handles.append(Line2D([], [], color=STUDENT, linestyle=(0, (5, 2)), linewidth=1.2, label="student"))
-        handles.append(Line2D([], [], color=TEACHER, linewidth=1.2, label="teacher"))
+        handles += [Line2D([], [], **line, label=role) for role, line in PAIR_LINES.items()]
     return handles
 
 
@@ -357,12 +367,12 @@ def _curves_title(curves: QualityCurves) -> str:
     metric, values = capital(curves.metric), curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{metric} could not be measured in any layer"
-    level, layer = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    level, layer = _argmax(values)
     peak = float(values[level, layer])
     title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
     controls = {
         name: float(np.nanmax(block))
-        for name, block in (("random weights", curves.random[level, :, 0]), ("raw input", curves.raw[level, :, 0]))
+        for name, block in ((RANDOM_WEIGHTS, curves.random[level, :, 0]), (RAW_INPUT, curves.raw[level, :, 0]))
         if np.isfinite(block).any()
     }
     if not controls:
@@ -373,16 +383,16 @@ def _curves_title(curves: QualityCurves) -> str:
     return f"{title}; the highest control there is {name} ({curves.text(controls[name])})"
 
 
-def _heatmap_title(curves: QualityCurves, gain: Array) -> str:
+def _heatmap_title(curves: QualityCurves, gain: Floats) -> str:
     values = curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{capital(curves.metric)} could not be measured in any layer"
-    best = np.unravel_index(int(np.nanargmax(values)), values.shape)
-    title = f"Highest {curves.metric}: {curves.layers[best[1]]} at noise level {curves.levels[best[0]]:g}"
+    level, layer = _argmax(values)
+    title = f"Highest {curves.metric}: {curves.layers[layer]} at noise level {curves.levels[level]:g}"
     if not np.isfinite(gain).any():
         return title
-    most = np.unravel_index(int(np.nanargmax(gain)), gain.shape)
-    if gain[most] <= 0:
+    level, layer = _argmax(gain)
+    if gain[level, layer] <= 0:
         return f"{title}; training adds nothing over random weights"
-    where = f"{curves.layers[most[1]]} at noise level {curves.levels[most[0]]:g} (+{curves.text(float(gain[most]))})"
-    return f"{title}; training adds most at {where}"
+    place = f"{curves.layers[layer]} at noise level {curves.levels[level]:g}"
+    return f"{title}; training adds most at {place} (+{curves.text(float(gain[level, layer]))})"

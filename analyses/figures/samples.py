@@ -1,6 +1,7 @@
-"""Samples of every modality as pictures: spectrograms, film strips of bodies and of clips, and films.
+"""Samples of every modality as pictures: spectrograms, film strips of movements and video clips, and films.
 
-Time runs from left to right. Samples come as a model sees them, and their rendering turns them into what they stand for.
+Time runs from left to right. Samples come with the values that a model sees; their rendering converts them to sound,
+joint positions or frames. The pictures have axes in seconds or none, so they are drawn with matplotlib's `imshow`.
 """
 
 from __future__ import annotations
@@ -21,38 +22,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.analyses.figures.image_grid import sample_grid
-from layerprobe.analyses.figures.style import GRAY, INK, WIDTH_IN, styled
+from layerprobe.analyses.figures.labels import counted
+from layerprobe.analyses.figures.style import GRAY, INK, LINE_COLORS, WIDTH_IN, styled
+from layerprobe.analyses.measures import Floats
 from layerprobe.data import AudioDecoder, Rendering, Skeleton, leftwards
 from layerprobe.files import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Floats = NDArray[np.float64]
-
-# Okabe and Ito 2008: limbs of either side, and the trunk between them.
-SIDE_COLORS = {1: "#d55e00", -1: "#0072b2", 0: INK}
-POSES, FRAMES = 10, 8  # in a film strip
-DECIBELS = 60.0  # below the loudest place of a recording nothing is told apart
-# Seen from the side one arm hides the other, and from the front a step is hidden: between them nothing is.
+SIDE_COLORS = {1: LINE_COLORS[1], -1: LINE_COLORS[0], 0: INK}  # left and right limbs, and the trunk between them
+NUM_POSES, NUM_FRAMES = 10, 8  # in a film strip
+DECIBELS = 60.0  # range of the color scale below the loudest point of a recording
+# From the side one arm hides the other, and from the front a step cannot be seen; from between them all is visible.
 VIEW_DEGREES = 40.0
-FILM_RATE = {"motion": 30.0, "video": 8.0}  # frames per second, where the data says nothing
+FILM_RATE = {"motion": 30.0, "video": 8.0}  # frames per second, if the data has no rate
 MAX_FILM_RATE, FILM_COLORS = 15, 64  # more make large files
-FILM_SIDE, FILM_TITLE, FILM_COLUMNS = 128, 16, 5  # pixels of a sample in a film and of its title; samples in a row
+FILM_SIDE, FILM_TITLE, FILM_COLUMNS = 128, 16, 5  # pixels of a sample and height of its title; samples in a row
 
 
 @styled()
 def strip(x: Tensor, rendering: Rendering | None, titles: Sequence[str], *, mask: Tensor | None = None) -> Figure:
-    """Samples as pictures: spectrograms, or poses or frames at even steps of time.
+    """Draws samples as pictures: images, spectrograms, or poses or frames at equal steps of time.
 
     Args:
-        x: Shape (n, C, *grid), as a model sees or makes them.
-        rendering: What they stand for; None for images.
+        x: Samples, shape (n, C, *grid), with the values that a model sees or generates.
+        rendering: Rendering that converts the values; None for images.
         titles: One text per sample.
-        mask: Shape (n, *grid), bool, what is no padding; None where nothing is.
+        mask: Mask of the values that are no padding, shape (n, *grid), bool; None without padding.
 
     Raises:
-        ValueError: If there are no samples, some are not finite, or there is not one title for each.
+        ValueError: If there are no samples, some are not finite, or the number of titles differs.
     """
     if not len(x) or len(titles) != len(x):
         raise ValueError(f"{len(x)} samples and {len(titles)} titles; pass at least one sample and a title for each")
@@ -69,26 +69,26 @@ def strip(x: Tensor, rendering: Rendering | None, titles: Sequence[str], *, mask
 def film(
     x: Tensor, rendering: Rendering, titles: Sequence[str], path: str | Path, *, mask: Tensor | None = None
 ) -> None:
-    """Writes samples of motion or video as a GIF in which all move side by side, over and over.
+    """Writes samples of motion or video side by side as a GIF in a loop.
 
     Args:
-        x: Shape (n, C, *grid).
-        rendering: What they stand for.
+        x: Samples, shape (n, C, *grid), with the values that a model sees or generates.
+        rendering: Rendering that converts the values.
         titles: One text per sample.
-        path: The file.
-        mask: As in `strip`; a sample stays at its last frame until the longest has ended.
+        path: Path of the file.
+        mask: Mask as in `strip`; a sample stays at its last frame until the longest one has ended.
     """
     lengths = _lengths(x, rendering, mask)
     paint = _painted_poses if rendering.modality == "motion" else _painted_frames
-    shown = [paint(sample, rendering, length) for sample, length in zip(x, lengths, strict=True)]
-    pages = [_page([frames[min(t, len(frames) - 1)] for frames in shown], titles) for t in range(max(lengths))]
+    clips = [paint(sample, rendering, length) for sample, length in zip(x, lengths, strict=True)]
+    pages = [_page([frames[min(t, len(frames) - 1)] for frames in clips], titles) for t in range(max(lengths))]
     rate = rendering.rate or FILM_RATE[rendering.modality]
     stride = -(-int(rate) // MAX_FILM_RATE)
     pages = [page.quantize(FILM_COLORS) for page in pages[::stride]]
-    pause = round(100 * stride / rate) * 10  # GIF counts in hundredths of a second
+    duration_ms = round(100 * stride / rate) * 10  # a GIF counts in hundredths of a second
     with whole(Path(path)) as partial:
         pages[0].save(
-            partial, format="GIF", save_all=True, append_images=pages[1:], duration=pause, loop=0, optimize=True
+            partial, format="GIF", save_all=True, append_images=pages[1:], duration=duration_ms, loop=0, optimize=True
         )
 
 
@@ -123,8 +123,8 @@ def _spectrograms(x: Tensor, rendering: Rendering, titles: Sequence[str], length
         axes.label_outer()
     figure.supxlabel("seconds", fontsize=9)
     figure.supylabel("kHz", fontsize=9)
-    figure.colorbar(image, ax=all_axes, label="dB below the loudest place", aspect=30, pad=0.01, fraction=0.03)
-    figure.suptitle(f"{_count(len(x), 'recording')} as log-mel spectrograms", x=0.01, ha="left")
+    figure.colorbar(image, ax=all_axes, label="dB relative to the loudest point", aspect=30, pad=0.01, fraction=0.03)
+    figure.suptitle(f"{counted(len(x), 'recording')} as log-mel spectrograms", x=0.01, ha="left")
     return figure
 
 
@@ -144,7 +144,7 @@ def _label_frequencies(axes: Axes, decoder: AudioDecoder, mels: int) -> None:
     ticks = [hertz for hertz in (250, 1000, 3000, 8000) if hertz < top]
     axes.set_yticks([mels * np.log1p(hertz / 700) / np.log1p(top / 700) for hertz in ticks])
     axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda _, place: f"{ticks[place] / 1000:g}" if place is not None else "")
+        FuncFormatter(lambda _, index: f"{ticks[index] / 1000:g}" if index is not None else "")
     )
 
 
@@ -155,28 +155,30 @@ def _movements(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: 
     if rendering.skeleton is None:
         return _channels(x, rendering, titles, lengths)
     skeleton = rendering.skeleton
-    clips = [_seen(rendering.positions(sample, length), skeleton) for sample, length in zip(x, lengths, strict=True)]
+    clips = [_project(rendering.positions(sample, length), skeleton) for sample, length in zip(x, lengths, strict=True)]
     low, high = _height(clips, skeleton)
-    tall = high - low
+    height = high - low
     figure, all_axes = _panels(len(x), columns=2, height_in=0.95)
     for i, (axes, clip) in enumerate(zip(all_axes, clips, strict=True)):
-        gap = 0.7 * tall
-        for place, pose in enumerate(clip[_even(len(clip), POSES)]):
-            _draw_pose(axes, pose + np.array([place * gap, 0.0]), skeleton, tall)
+        gap = 0.7 * height
+        for position, pose in enumerate(clip[_even_indices(len(clip), NUM_POSES)]):
+            _draw_pose(axes, pose + np.array([position * gap, 0.0]), skeleton, height)
         axes.axhline(low, color=GRAY, linewidth=0.8, zorder=0)
-        axes.set(xlim=(-0.6 * gap, (POSES - 0.4) * gap), ylim=(low - 0.06 * tall, high + 0.1 * tall), aspect="equal")
+        axes.set(xlim=(-0.6 * gap, (NUM_POSES - 0.4) * gap), ylim=(low - 0.06 * height, high + 0.1 * height))
+        axes.set_aspect("equal")
         axes.set_axis_off()
         axes.set_title(f"{titles[i]} ({_duration(lengths[i], rendering)})")
     figure.suptitle(
-        f"{_count(len(x), 'movement')}, each as {POSES} poses from its beginning to its end", x=0.01, ha="left"
+        f"{counted(len(x), 'movement')}, each as {NUM_POSES} poses from its beginning to its end", x=0.01, ha="left"
     )
     return figure
 
 
-def _seen(clip: Floats, skeleton: Skeleton) -> Floats:
-    """A clip (frames, joints, 3) as the camera sees it, shape (frames, joints, 2), which goes along with the body.
+def _project(clip: Floats, skeleton: Skeleton) -> Floats:
+    """Project a clip (frames, joints, 3) into a picture, shape (frames, joints, 2), that moves along with the body.
 
-    The camera stands obliquely before the body as it is turned at the beginning, which walks to the right.
+    The view is oblique from the front, relative to the direction that the body faces at the beginning, so that it walks
+    to the right.
     """
     up = np.asarray(skeleton.up)
     start = clip[: max(len(clip) // 10, 1)]
@@ -190,14 +192,14 @@ def _seen(clip: Floats, skeleton: Skeleton) -> Floats:
 
 
 def _height(clips: Sequence[Floats], skeleton: Skeleton) -> tuple[float, float]:
-    """Where most bodies stand and how high hands reach; the few that a model throws into the air do not count."""
+    """Lower and upper limit of the picture: the few bodies that a model places far above the others are cut off."""
     lows = [clip[:, skeleton.joints, 1].min() for clip in clips]
     highs = [clip[:, skeleton.joints, 1].max() for clip in clips]
     low, usual = float(np.median(lows)), float(np.median(highs))
     return low, min(float(np.max(highs)), low + 1.4 * (usual - low))
 
 
-def _draw_pose(axes: Axes, pose: Floats, skeleton: Skeleton, tall: float) -> None:
+def _draw_pose(axes: Axes, pose: Floats, skeleton: Skeleton, height: float) -> None:
     bones = sorted(skeleton.bones, key=lambda bone: -_side(bone, skeleton))
     lines = LineCollection(
         [pose[list(bone)] for bone in bones],
@@ -207,27 +209,28 @@ def _draw_pose(axes: Axes, pose: Floats, skeleton: Skeleton, tall: float) -> Non
     )
     axes.add_collection(lines)
     if skeleton.head is not None:
-        axes.add_patch(Circle((pose[skeleton.head, 0], pose[skeleton.head, 1]), 0.05 * tall, color=INK, linewidth=0))
+        axes.add_patch(Circle((pose[skeleton.head, 0], pose[skeleton.head, 1]), 0.05 * height, color=INK, linewidth=0))
 
 
 def _side(bone: tuple[int, int], skeleton: Skeleton) -> int:
-    """Of a limb where either end is of one."""
+    """Side of a bone: that of the first of its joints that belongs to a limb."""
     return skeleton.sides[bone[0]] or skeleton.sides[bone[1]]
 
 
 def _channels(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: Sequence[int]) -> Figure:
-    """What is no positions, as a picture of all channels over time."""
+    """Draw all channels over time, for data that has no joint positions."""
     figure, all_axes = _panels(len(x), columns=3, height_in=1.4)
     for i, axes in enumerate(all_axes):
         values = x[i, :, : lengths[i]].numpy()
         image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=-2.5, vmax=2.5, interpolation="none")
         axes.set(title=f"{titles[i]} ({_duration(lengths[i], rendering)})", xlim=(-0.5, max(lengths) - 0.5))
         axes.grid(False)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.label_outer()
     figure.supxlabel("frame", fontsize=9)
     figure.supylabel("channel", fontsize=9)
     figure.colorbar(image, ax=all_axes, label="standard deviations from the mean", aspect=30, pad=0.01, fraction=0.03)
-    figure.suptitle(f"{_count(len(x), 'movement')}: all channels over time (they are no positions)", x=0.01, ha="left")
+    figure.suptitle(f"{counted(len(x), 'movement')}: all channels over time (no joint positions)", x=0.01, ha="left")
     return figure
 
 
@@ -236,21 +239,21 @@ def _painted_poses(x: Tensor, rendering: Rendering, length: int) -> list[Image]:
 
     skeleton = rendering.skeleton
     assert skeleton is not None
-    clip = _seen(rendering.positions(x, length), skeleton)
+    clip = _project(rendering.positions(x, length), skeleton)
     low, high = _height([clip], skeleton)
-    side = 2 * FILM_SIDE  # drawn twice as large, so that lines become smooth
+    side = 2 * FILM_SIDE  # drawn at twice the size, so that lines become smooth
     unit = 0.85 * side / max(high - low, 1e-9)
     frames = []
     for pose in clip:
         image = Image.new("RGB", (side, side), "white")
         pen = ImageDraw.Draw(image)
-        at = np.stack([side / 2 + unit * pose[:, 0], 0.95 * side - unit * (pose[:, 1] - low)], axis=-1)
+        pixels = np.stack([side / 2 + unit * pose[:, 0], 0.95 * side - unit * (pose[:, 1] - low)], axis=-1)
         pen.line([(0, 0.95 * side), (side, 0.95 * side)], fill=GRAY, width=2)
         for bone in sorted(skeleton.bones, key=lambda bone: -_side(bone, skeleton)):
-            ends = [(float(at[joint, 0]), float(at[joint, 1])) for joint in bone]
+            ends = [(float(pixels[joint, 0]), float(pixels[joint, 1])) for joint in bone]
             pen.line(ends, fill=SIDE_COLORS[_side(bone, skeleton)], width=6)
         if skeleton.head is not None:
-            pen.circle(tuple(at[skeleton.head].tolist()), 0.055 * unit * (high - low), fill=INK)
+            pen.circle(tuple(pixels[skeleton.head].tolist()), 0.055 * unit * (high - low), fill=INK)
         frames.append(image.resize((FILM_SIDE, FILM_SIDE), Image.Resampling.LANCZOS))
     return frames
 
@@ -262,20 +265,20 @@ def _clips(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: Sequ
     figure, all_axes = _panels(len(x), columns=2, height_in=0.68)
     for i, (axes, sample) in enumerate(zip(all_axes, x, strict=True)):
         frames = _pixels(sample, rendering, lengths[i])
-        chosen = frames[_even(len(frames), FRAMES)]
+        chosen = frames[_even_indices(len(frames), NUM_FRAMES)]
         margin = max(1, chosen.shape[2] // 16)
         framed = np.pad(chosen, ((0, 0), (0, 0), (0, margin), (0, 0)), constant_values=255)
         axes.imshow(np.concatenate(list(framed), axis=1), interpolation="none")
         axes.set_axis_off()
         axes.set_title(f"{titles[i]} ({_duration(lengths[i], rendering)})")
     figure.suptitle(
-        f"{_count(len(x), 'clip')}, each as {FRAMES} frames from its beginning to its end", x=0.01, ha="left"
+        f"{counted(len(x), 'clip')}, each as {NUM_FRAMES} frames from its beginning to its end", x=0.01, ha="left"
     )
     return figure
 
 
 def _pixels(x: Tensor, rendering: Rendering, length: int) -> NDArray[np.uint8]:
-    """Shape (frames, height, width, 3)."""
+    """Frames of a clip, shape (frames, height, width, 3)."""
     values = rendering.values(x, length).clamp(-1, 1)
     pixels: NDArray[np.uint8] = ((values + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy()
     return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
@@ -292,19 +295,19 @@ def _painted_frames(x: Tensor, rendering: Rendering, length: int) -> list[Image]
 
 
 def _panels(n: int, *, columns: int, height_in: float, legend_in: float = 0.3) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels, row by row; alone in its row, a panel is as wide as all others together."""
+    """A figure with n panels, row by row; panels share the width, so a single one is as wide as the figure."""
     per_row = min(columns, n)
     rows = -(-n // per_row)
     size = (WIDTH_IN, rows * (height_in * columns / per_row + 0.25) + legend_in)
     figure = Figure(figsize=size, layout="constrained")
-    every = list(figure.subplots(rows, per_row, squeeze=False).flat)
-    for axes in every[n:]:
+    all_axes = list(figure.subplots(rows, per_row, squeeze=False).flat)
+    for axes in all_axes[n:]:
         axes.remove()
-    return figure, every[:n]
+    return figure, all_axes[:n]
 
 
 def _page(images: Sequence[Image], titles: Sequence[str]) -> Image:
-    """Images side by side under their titles."""
+    """One frame of a film: images side by side under their titles."""
     from PIL import Image, ImageDraw
 
     columns = min(FILM_COLUMNS, len(images))
@@ -318,14 +321,10 @@ def _page(images: Sequence[Image], titles: Sequence[str]) -> Image:
     return page
 
 
-def _even(n: int, wanted: int) -> NDArray[np.int64]:
-    """So many places from the first to the last of n."""
-    return np.linspace(0, n - 1, wanted).round().astype(np.int64)
+def _even_indices(length: int, count: int) -> NDArray[np.int64]:
+    """Evenly spaced indices from 0 to length - 1."""
+    return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
 def _duration(length: int, rendering: Rendering) -> str:
     return f"{length} frames" if rendering.rate is None else f"{length / rendering.rate:.1f} s"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"

@@ -1,4 +1,4 @@
-"""The figure of one training: its loss, its loss on unseen samples, and how alike the aligned layers are."""
+"""Figure of one training: its loss, its held-out loss, and the cosine of the aligned layers."""
 
 from __future__ import annotations
 
@@ -9,36 +9,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from layerprobe.analyses.figures.style import (
-    GRAY,
-    INK,
-    SPARE_COLORS,
-    WIDTH_IN,
-    label_ends,
-    level_colors,
-    require_columns,
-    styled,
-    wrap_title,
-)
+from layerprobe.analyses.figures.labels import label_ends, wrap_title
+from layerprobe.analyses.figures.style import GRAY, INK, LINE_COLORS, WIDTH_IN, level_colors, require_columns, styled
 
 COSINE = "cosine "
 
 
 @styled()
 def training_curves(log: pd.DataFrame, held_out: pd.DataFrame) -> Figure:
-    """Loss, held-out loss by noise level and, where layers are aligned, their cosine; each over the steps.
+    """Draws loss, held-out loss by noise level and, for aligned layers, their cosine over the training steps.
 
     Args:
-        log: The trainer's `log.csv`: columns step and loss, and "cosine STUDENT <- TEACHER" for each pair.
-        held_out: `held_out.csv`: column step, one further column per noise level.
+        log: Table in the `log.csv` of a training: columns step and loss, and "cosine STUDENT <- TEACHER" for each pair.
+        held_out: Table in its `held_out.csv`: column step, and one column per noise level.
 
     Raises:
-        ValueError: If a table has no rows or lacks these columns.
+        ValueError: If a table has no rows or lacks one of these columns.
     """
     require_columns(log, ("step", "loss"), "log of the training")
     require_columns(held_out, ("step",), "table of held-out losses")
     if log.empty or held_out.empty:
-        raise ValueError("there is nothing to draw before the first row of the log; train for more steps")
+        raise ValueError("the training has not logged anything yet; train for more steps")
     held_out = held_out.sort_values("step").set_index("step")
     cosines = log.set_index("step").filter(regex=f"^{COSINE}")
     panels: list[Callable[[Axes], None]] = [
@@ -63,13 +54,13 @@ def _draw_loss(axes: Axes, log: pd.DataFrame) -> None:
     if window > 1:
         axes.plot(log["step"], log["loss"], color=GRAY, linewidth=0.7, alpha=0.7)
     axes.plot(log["step"], log["loss"].rolling(window, min_periods=1).mean(), color=INK, linewidth=2.2)
-    # The first rows are far above the rest and would press it flat.
+    # A log scale, because the first values are far above the rest.
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("loss (squared error)")
-    averaged = f"; thick: mean of the last {window} rows of the log" if window > 1 else ""
-    axes.set_title(f"Training batches, the network itself{averaged}")
+    smoothed = f"; thick: mean of the last {window} rows of the log" if window > 1 else ""
+    axes.set_title(f"Training batches, current weights{smoothed}")
 
 
 def _draw_levels(axes: Axes, held_out: pd.DataFrame) -> None:
@@ -82,28 +73,27 @@ def _draw_levels(axes: Axes, held_out: pd.DataFrame) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("loss (squared error)")
-    axes.set_title("Unseen samples with the null label, averaged weights, by noise level")
+    axes.set_title("Held-out samples with the null label, averaged weights, by noise level")
     label_ends(axes, ends, colors)
 
 
 def _draw_cosines(axes: Axes, cosines: pd.DataFrame) -> None:
-    spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(cosines.shape[1])]
-    colors = dict(zip((str(name).removeprefix(COSINE) for name in cosines), spare, strict=True))
+    colors = {str(name).removeprefix(COSINE): LINE_COLORS[i % len(LINE_COLORS)] for i, name in enumerate(cosines)}
     ends = {}
     for pair, color in colors.items():
         values = cosines[COSINE + pair].dropna()
         axes.plot(values.index, values, color=color, linewidth=1.8)
         ends[pair] = (float(values.index[-1]), float(values.iloc[-1]))
     axes.set_ylabel("cosine (1: same direction)")
-    axes.set_title("Tokens of each student with those of its teacher, in the training batches")
+    axes.set_title("Tokens of each student and of its teacher, in the training batches")
     label_ends(axes, ends, colors)
 
 
 def _title(held_out: pd.DataFrame, cosines: pd.DataFrame) -> str:
     mean = {int(step): float(loss) for step, loss in zip(held_out.index, held_out.mean(axis=1), strict=True)}
     first, last, lowest = min(mean), max(mean), min(mean, key=lambda step: mean[step])
-    went = "fell" if mean[last] < mean[first] else "rose"
-    text = f"The held-out loss {went} from {mean[first]:.3g} to {mean[last]:.3g} between steps {first:,} and {last:,}"
+    change = "fell" if mean[last] < mean[first] else "rose"
+    text = f"The held-out loss {change} from {mean[first]:.3g} to {mean[last]:.3g} between steps {first:,} and {last:,}"
     text += "" if lowest == last else f", with its lowest value, {mean[lowest]:.3g}, at step {lowest:,}"
     ends = {str(name).removeprefix(COSINE): float(column.dropna().iloc[-1]) for name, column in cosines.items()}
     if len(ends) > 2:
