@@ -21,7 +21,15 @@ from scipy import stats
 from torch import Tensor
 
 from layerprobe.analyses.generation.distances import frechet_distance, gaussian, kernel_distance, leave_out_gaussians
-from layerprobe.analyses.measures import TILE_BYTES, Features, Floats, as_tensor, centered, centering, nearest
+from layerprobe.analyses.measures import (
+    TILE_BYTES,
+    Features,
+    Floats,
+    as_tensor,
+    feature_statistics,
+    nearest,
+    subtract_mean,
+)
 from layerprobe.progress import StepProgress
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
@@ -171,11 +179,11 @@ def neighborhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: i
     """
     _check_neighbors(k, len(x), len(reference))
     fakes, reals = as_tensor(x), as_tensor(reference)
-    known = centering(reals)
+    known = feature_statistics(reals)
     scale = known.square_norms.mean().sqrt()
     scale = torch.where(scale > 0, scale, 1)
     fake_radii, real_radii = (
-        _square_radii(z, centered(z, known.mean, torch.float64) / scale, k, tile_bytes) for z in (fakes, reals)
+        _square_radii(z, subtract_mean(z, known.mean, torch.float64) / scale, k, tile_bytes) for z in (fakes, reals)
     )
     around = torch.zeros(len(fakes), dtype=torch.long)  # real balls around each generated sample
     covered, recalled = (torch.zeros(len(reals), dtype=torch.bool) for _ in range(2))
@@ -217,7 +225,7 @@ class _Pairs:
         return [self._settled(x, distances, slack, limit) for limit in limits]
 
     def _narrow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = centered(x, self._mean, torch.float64) / self._scale
+        wide = subtract_mean(x, self._mean, torch.float64) / self._scale
         return wide.float(), wide.square().sum(1).float()
 
     def _settled(self, x: Tensor, distances: Tensor, slack: Tensor, limit: Tensor) -> Tensor:

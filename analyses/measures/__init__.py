@@ -1,4 +1,7 @@
-"""Pure mathematics on arrays: probes, neighbors, similarities and spectra. Imports nothing else of layerprobe."""
+"""Measures of representations, as pure functions of arrays: probes, neighbors, similarities and spectra.
+
+This room imports nothing else of layerprobe.
+"""
 
 import lazy_loader
 

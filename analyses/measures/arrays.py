@@ -1,4 +1,4 @@
-"""What every analysis does to its features first: check them, then center them in float64.
+"""Checks and centering that the measures of NumPy arrays share.
 
 Features are arrays of shape (n, D): one row per sample, one column per channel.
 """
@@ -13,9 +13,18 @@ from numpy.typing import NDArray
 Features = NDArray[Any]
 Floats = NDArray[np.float64]
 
+SPLITS = ("train", "validation", "test")
+NEGLIGIBLE = 1e-12  # smaller than this, relative to the largest variance, is rounding error
+NOT_FINITE = "the features hold nan or inf"
+CONSTANT = "the features are the same for all samples"
+
 
 def checked(x: Features, name: str = "features") -> Features:
-    """`x` as given, once it is known to be usable.
+    """Returns `x` unchanged after checking that it can be analyzed.
+
+    Args:
+        x: Features, shape (n, D).
+        name: Name of the features in the error message.
 
     Raises:
         ValueError: If `x` is not of shape (n, D) with n, D >= 1, or holds nan or inf.
@@ -23,25 +32,25 @@ def checked(x: Features, name: str = "features") -> Features:
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} of shape {x.shape} cannot be analyzed; pass samples by channels, (n, D)")
     if not np.isfinite(x).all():
-        broken = np.count_nonzero(~np.isfinite(x))
-        raise ValueError(f"{name} hold {broken} values that are nan or inf; extract them again in float32")
+        num_broken = np.count_nonzero(~np.isfinite(x))
+        raise ValueError(f"{name} hold {num_broken} values that are nan or inf; extract them again in float32")
     return x
 
 
 def centered(x: Features) -> Floats:
-    """`x` minus its mean over samples, shape (n, D), in float64.
+    """Returns `x` minus its mean over samples, shape (n, D), in float64.
 
-    Residual streams drift to a large mean, and float32 loses everything but that mean in a product.
+    Residual streams drift to a large mean, and products in float32 lose everything but that mean.
     """
     wide = x.astype(np.float64)
     wide -= wide.mean(axis=0)
-    # The first mean is rounded at the size of the offset, the second at the size of the spread.
+    # The first mean has rounding errors of the size of the offset, the second of the size of the spread.
     wide -= wide.mean(axis=0)
     return wide
 
 
 def unusable(x: Features) -> str:
-    """Why no analysis of the differences between samples is possible, or ""."""
+    """Returns why samples cannot be compared by these features, or "" if they can."""
     if not np.isfinite(x).all():
-        return "the features hold nan or inf"
-    return "the features are the same for all samples" if (x == x[:1]).all() else ""
+        return NOT_FINITE
+    return CONSTANT if (x == x[:1]).all() else ""

@@ -1,9 +1,9 @@
-"""Whether two representations agree on who is whose neighbor: mutual-kNN, cycle-kNN and CKNNA for all pairs.
+"""Whether two representations agree on the neighbors of each sample: mutual-kNN, cycle-kNN and CKNNA for all pairs.
 
-Neighbors are searched for once per representation, never per pair; the comparisons then only look at the n k
-neighbors, so all pairs take M^2 n k steps and not M^2 n^2.
+Neighbors are searched once per representation, never per pair. The comparisons then only read the n k neighbors, so
+all pairs take M^2 n k steps instead of M^2 n^2.
 
-Source: Huh et al. 2024, "The Platonic Representation Hypothesis" (arXiv:2405.07987), whose definitions these are.
+Source: Huh et al. 2024, "The Platonic Representation Hypothesis" (arXiv:2405.07987), which defines the measures.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from scipy.sparse import csr_array
 
 from layerprobe.analyses.measures.arrays import Floats
 from layerprobe.analyses.measures.knn import TILE_BYTES, nearest, unit_rows
-from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, as_tensor, centered, centering
+from layerprobe.analyses.measures.tensors import (
+    FeatureMatrix,
+    PairMatrix,
+    as_tensor,
+    feature_statistics,
+    subtract_mean,
+)
 
 Kernel = Literal["cosine", "linear"]
 
 
 @dataclass(frozen=True, eq=False)
 class NeighborGraph:
-    """The nearest neighbors of every sample among the others.
+    """The nearest neighbors of every sample among the other samples.
 
     Attributes:
-        positions: Nearest first, shape (n, k).
-        similarities: Of sample and neighbor, shape (n, k).
+        positions: Positions of the neighbors, nearest first, shape (n, k).
+        similarities: Similarities of sample and neighbor, shape (n, k).
         reason: Why there are no meaningful neighbors, or "".
     """
 
@@ -43,20 +49,20 @@ class NeighborGraph:
 def neighbor_graph(
     x: FeatureMatrix, *, k: int = 10, kernel: Kernel = "cosine", center: bool = True, tile_bytes: int = TILE_BYTES
 ) -> NeighborGraph:
-    """The k samples with the largest inner product with each sample, itself excepted, exact to float64.
+    """Finds the k other samples with the largest inner product with each sample, exact to float64.
 
-    Of equally similar samples the first is nearer, so duplicates have an order of their own in shuffled data.
+    Of equally similar samples the first counts as nearer, so the order of duplicates depends on the order of the data.
 
     Args:
         x: Features, array or tensor of shape (n, D), any dtype.
         k: Number of neighbors, in [1, n - 1].
-        kernel: "cosine" divides every sample by its norm, "linear" takes it as it is, up to a common factor.
-        center: Subtract the mean over samples first. The paper does in its definition, its code does not; for that
-            choose False.
-        tile_bytes: Memory beside three copies of the features in float64.
+        kernel: "cosine" divides every sample by its norm, "linear" uses it as it is, up to a common factor.
+        center: Whether to subtract the mean over samples first. The paper does so in its definition but not in its
+            code; choose False to follow the code.
+        tile_bytes: Memory in bytes in addition to three copies of the features in float64.
 
     Raises:
-        ValueError: If `x` is not (n, D), k is not in [1, n - 1] or the kernel is not known.
+        ValueError: If `x` is not (n, D), k is not in [1, n - 1] or the kernel is unknown.
     """
     features = as_tensor(x)
     n = len(features)
@@ -64,65 +70,72 @@ def neighbor_graph(
         raise ValueError(f"k is {k} for {n} samples; pass k between 1 and {n - 1}")
     if kernel not in ("cosine", "linear"):
         raise ValueError(f"kernel {kernel!r} is not known; use 'cosine' or 'linear'")
-    known = centering(features)
-    if known.reason:
-        return NeighborGraph(np.zeros((n, k), np.intp), np.full((n, k), np.nan), known.reason)
-    z = centered(features, known.mean if center else torch.zeros_like(known.mean), torch.float64)
+    statistics = feature_statistics(features)
+    if statistics.reason:
+        return NeighborGraph(np.zeros((n, k), np.intp), np.full((n, k), np.nan), statistics.reason)
+    z = subtract_mean(features, statistics.mean if center else torch.zeros_like(statistics.mean), torch.float64)
     z = unit_rows(z) if kernel == "cosine" else z / z.square().sum(1).mean().sqrt()
     return NeighborGraph(*nearest(z, None, k=k, score="inner product", tile_bytes=tile_bytes), "")
 
 
 def mutual_knn(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
-    """The share of neighbors that two representations have in common, averaged over samples; in [0, 1].
+    """Computes the share of neighbors that two representations have in common, averaged over samples; in [0, 1].
 
     Unrelated representations share k / (n - 1) on average.
 
     Args:
         xs: M graphs of the same samples in the same order with the same k.
-        ys: M' more to compare them with; without them `xs` are compared with one another.
+        ys: M' graphs to compare them with; without them `xs` are compared with one another.
 
     Raises:
-        ValueError: If there is no graph, or they disagree on n or k.
+        ValueError: If there is no graph, or graphs disagree on n or k.
     """
-    left, right = _sides(xs, ys)
-    return _matrix(_compared(left, right, _common_share), left, right)
+    left, right = _sparse_graphs(xs, ys)
+    return _matrix(_compare_all(left, right, _common_share), left, right)
 
 
 def cycle_knn(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
-    """The share of samples that, in representation a, are a neighbor of one of their neighbors in b; in [0, 1].
+    """Computes the share of samples that, in representation a, are a neighbor of one of their neighbors in b.
 
-    Row a, column b; not symmetric. Arguments and errors as for `mutual_knn`.
+    Values are in [0, 1]; a is the row and b the column, and the matrix is not symmetric.
+
+    Args:
+        xs: M graphs of the same samples in the same order with the same k.
+        ys: M' graphs to compare them with; without them `xs` are compared with one another.
+
+    Raises:
+        ValueError: If there is no graph, or graphs disagree on n or k.
     """
-    left, right = _sides(xs, ys)
-    return _matrix(_compared(left, right, _returning_share), left, right)
+    left, right = _sparse_graphs(xs, ys)
+    return _matrix(_compare_all(left, right, _returning_share), left, right)
 
 
 def cknna(xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None = None) -> PairMatrix:
-    """Centered kernel nearest-neighbor alignment: debiased CKA of kernels that keep common neighbors only.
+    """Computes the centered kernel nearest-neighbor alignment: debiased CKA of kernels with common neighbors only.
 
-    With k = n - 1 and the linear kernel it is debiased linear CKA. As in the authors' code the masked kernels are not
-    made symmetric, so the values are not quite symmetric either. nan where the alignment of a representation with
-    itself is estimated as 0 or less.
+    With k = n - 1 and the linear kernel it equals debiased linear CKA. As in the authors' code the masked kernels are
+    not made symmetric, so the values are not quite symmetric either. Values are nan where the alignment of a
+    representation with itself is estimated as 0 or less.
 
     Args:
-        xs: As in `mutual_knn`, like `ys`; k >= 2 and n >= 4.
-        ys: The second set, if any.
+        xs: M graphs of the same n >= 4 samples in the same order with the same k >= 2.
+        ys: M' graphs to compare them with; without them `xs` are compared with one another.
 
     Raises:
-        ValueError: As `mutual_knn`, or if k or n is too small.
+        ValueError: If there is no graph, graphs disagree on n or k, or k or n is too small.
     """
-    left, right = _sides(xs, ys)
+    left, right = _sparse_graphs(xs, ys)
     n, k = left[0].n, left[0].k
     if k < 2 or n < 4:
         raise ValueError(f"CKNNA needs k >= 2 and 4 samples or more, got k = {k} and {n} samples")
-    values = _compared(left, right, _alignment)
-    own = [np.array([np.nan if a.reason else _alignment(a, a) for a in side]) for side in (left, right)]
-    roots = [np.sqrt(np.where(values > 1e-12, values, np.nan)) for values in own]
+    values = _compare_all(left, right, _alignment)
+    self_values = [np.array([np.nan if a.reason else _alignment(a, a) for a in side]) for side in (left, right)]
+    roots = [np.sqrt(np.where(values > 1e-12, values, np.nan)) for values in self_values]
     return _matrix(values / np.outer(*roots), left, right, roots)
 
 
 class SparseGraph:
-    """A graph as matrices of shape (n, n) that hold something at (sample, neighbor) and nothing elsewhere."""
+    """A neighbor graph as sparse matrices of shape (n, n) with entries at (sample, neighbor)."""
 
     def __init__(self, graph: NeighborGraph) -> None:
         self.reason = graph.reason
@@ -130,32 +143,38 @@ class SparseGraph:
         self.n, self.k = graph.positions.shape
         self.columns = np.take_along_axis(graph.positions, order, axis=1).ravel()
         self.similarities = np.take_along_axis(graph.similarities, order, axis=1).ravel()
-        self.marks = self._matrix(np.ones(self.n * self.k))
+        self.mask = self._matrix(np.ones(self.n * self.k))
 
     def _matrix(self, entries: NDArray[Any]) -> Any:
-        starts = np.arange(0, self.n * self.k + 1, self.k)
-        return csr_array((entries, self.columns, starts), shape=(self.n, self.n))
+        row_starts = np.arange(0, self.n * self.k + 1, self.k)
+        return csr_array((entries, self.columns, row_starts), shape=(self.n, self.n))
 
     @cached_property
-    def back(self) -> Any:
+    def transposed_mask(self) -> Any:
         """1 at (neighbor, sample)."""
-        return self.marks.T.tocsr()
+        return self.mask.T.tocsr()
 
     @cached_property
     def numbers(self) -> Any:
-        """1, 2, ... at the entries in their order: products with 0 and 1 then say which entries are left."""
+        """1, 2, ... at the entries in their order: products with a mask then show which entries are left."""
         return self._matrix(np.arange(1.0, self.n * self.k + 1))
 
     @cached_property
-    def returned(self) -> Floats:
-        """The similarities, where the sample is a neighbor of its neighbor too, else 0; shape (n k,)."""
-        kept = np.zeros(self.n * self.k)
-        where = self.numbers.multiply(self.back).data.astype(np.intp) - 1
-        kept[where] = self.similarities[where]
-        return kept
+    def mutual_similarities(self) -> Floats:
+        """The similarities where the sample is a neighbor of its neighbor too, else 0; shape (n k,)."""
+        similarities = np.zeros(self.n * self.k)
+        entries = self.numbers.multiply(self.transposed_mask).data.astype(np.intp) - 1
+        similarities[entries] = self.similarities[entries]
+        return similarities
 
 
-def _sides(
+def shared_entries(a: SparseGraph, b: SparseGraph) -> NDArray[np.intp]:
+    """Returns which of a's n k entries, counted sample by sample, are neighbors in b too."""
+    entries: NDArray[np.intp] = a.numbers.multiply(b.mask).data.astype(np.intp) - 1
+    return entries
+
+
+def _sparse_graphs(
     xs: Sequence[NeighborGraph], ys: Sequence[NeighborGraph] | None
 ) -> tuple[list[SparseGraph], list[SparseGraph]]:
     if not xs:
@@ -167,7 +186,7 @@ def _sides(
     return left, left if ys is None else [SparseGraph(graph) for graph in ys]
 
 
-def _compared(
+def _compare_all(
     left: Sequence[SparseGraph], right: Sequence[SparseGraph], compare: Callable[[SparseGraph, SparseGraph], float]
 ) -> Floats:
     values = [[np.nan if a.reason or b.reason else compare(a, b) for b in right] for a in left]
@@ -185,28 +204,22 @@ def _matrix(
 
 
 def _common_share(a: SparseGraph, b: SparseGraph) -> float:
-    return float(a.marks.multiply(b.marks).nnz / a.marks.nnz)
+    return float(a.mask.multiply(b.mask).nnz / a.mask.nnz)
 
 
 def _returning_share(a: SparseGraph, b: SparseGraph) -> float:
-    return float(np.mean(np.diff(b.marks.multiply(a.back).indptr) > 0))
+    return float(np.mean(np.diff(b.mask.multiply(a.transposed_mask).indptr) > 0))
 
 
 def _alignment(a: SparseGraph, b: SparseGraph) -> float:
-    """Unbiased HSIC of the two kernels on common neighbors, but for a factor of n.
+    """Unbiased HSIC of the two kernels on common neighbors, up to a factor that depends on n.
 
     Song et al. 2012, eq. 5, for K and L with entries at common neighbors only: <K, L^T>, the sums of both, and the
-    columns of K against the rows of L.
+    columns of K times the rows of L.
     """
     n = a.n
     in_a, in_b = shared_entries(a, b), shared_entries(b, a)
     columns = np.bincount(a.columns[in_a], a.similarities[in_a], minlength=n)
     rows = np.bincount(in_b // b.k, b.similarities[in_b], minlength=n)
-    inner = a.returned[in_a] @ b.returned[in_b]
+    inner = a.mutual_similarities[in_a] @ b.mutual_similarities[in_b]
     return float(inner + columns.sum() * rows.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (columns @ rows))
-
-
-def shared_entries(a: SparseGraph, b: SparseGraph) -> NDArray[np.intp]:
-    """Which of a's neighbors, counted sample by sample, are b's too."""
-    entries: NDArray[np.intp] = a.numbers.multiply(b.marks).data.astype(np.intp) - 1
-    return entries

@@ -1,11 +1,11 @@
-"""Spatial structure of tokens: how the similarity of two tokens depends on where they are.
+"""Spatial structure of tokens: how the similarity of two tokens depends on their positions.
 
 Tokens are arrays (n, T, D) on a grid of any number of axes: (frames,), (height, width), (frames, height, width); T
 runs over the grid in C order. Distances between tokens are Manhattan distances in cells. Similarity is the cosine.
 
 Source: iREPA (arXiv:2512.10794), where such scores of the teacher followed the quality of generation closely and its
-ImageNet accuracy did not. Where its text and its code differ (what is near and far in LDS and SRSS) this follows the
-code.
+ImageNet accuracy did not. Where its text and its code differ (the definition of near and far in LDS and SRSS) this
+module follows the code.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 
 from layerprobe.analyses.measures.arrays import Features, Floats, checked
 
-FAR_DISTANCE = 6  # of LDS and SRSS, cells
-DECAY_DISTANCE = 8  # of CDS, cells
+FAR_DISTANCE = 6  # cells, of LDS and SRSS
+DECAY_DISTANCE = 8  # cells, of CDS
 
 
 @dataclass(frozen=True, eq=False)
 class SpatialStructure:
-    """How tokens of the same sample resemble each other, by distance; nan for samples without an answer.
+    """Similarity of tokens of the same sample by distance; nan for samples without a result.
 
     Attributes:
-        correlogram: Mean cosine of the pairs of tokens at distance 0, 1, 2, ... cells, shape (n, distances); nan where
-            no two tokens are that far apart.
-        pair_counts: Pairs at each distance, shape (distances,).
+        correlogram: Mean cosine of the pairs of tokens at distance 0, 1, 2, ... cells, shape (n, distances); nan at
+            distances that no two tokens have.
+        pair_counts: Number of pairs at each distance, shape (distances,).
         rmsc: RMS spatial contrast: root mean square distance of a sample's unit tokens from their mean, shape (n,), in
             [0, 1].
-        far_distance: Distance in cells from which `lds` calls a pair distant.
-        reason: Why some or all samples have no answer, or "".
+        far_distance: Smallest distance in cells of a distant pair in `lds`.
+        reason: Why some or all samples have no result, or "".
     """
 
     correlogram: Floats = field(repr=False)
@@ -44,47 +44,48 @@ class SpatialStructure:
 
     @property
     def lds(self) -> Floats:
-        """Local against distant similarity, shape (n,): mean cosine of neighbors minus that of distant pairs.
+        """Local minus distant similarity (LDS), shape (n,): mean cosine of neighbors minus that of distant pairs.
 
         Neighbors share an edge (4 in two dimensions); distant pairs are `far_distance` or more cells apart.
         """
-        far = self.pair_counts[self.far_distance :]
-        if not (len(far) and far.any() and self.pair_counts[1]):
+        far_counts = self.pair_counts[self.far_distance :]
+        if not (len(far_counts) and far_counts.any() and self.pair_counts[1]):
             return np.full(len(self.rmsc), np.nan)
-        held = far > 0
-        distant = self.correlogram[:, self.far_distance :][:, held] @ (far[held] / far.sum())
+        occurs = far_counts > 0
+        weights = far_counts[occurs] / far_counts.sum()
+        distant = self.correlogram[:, self.far_distance :][:, occurs] @ weights
         contrast: Floats = self.correlogram[:, 1] - distant
         return contrast
 
     @property
     def cds(self) -> Floats:
-        """Correlation decay slope, shape (n,): fall of the mean cosine per cell over distances 1 to 8.
+        """Correlation decay slope (CDS), shape (n,): decrease of the mean cosine per cell over distances 1 to 8.
 
         Minus the slope of a least-squares line through the correlogram; smaller grids have fewer distances.
         """
         distances = 1 + np.flatnonzero(self.pair_counts[1 : DECAY_DISTANCE + 1])
         if len(distances) < 2:
             return np.full(len(self.rmsc), np.nan)
-        along = distances - distances.mean()
-        slope: Floats = self.correlogram[:, distances] @ along / (along @ along)
+        deviations = distances - distances.mean()
+        slope: Floats = self.correlogram[:, distances] @ deviations / (deviations @ deviations)
         return -slope
 
 
 def spatial_structure(
     tokens: Features, grid: Sequence[int], *, positions: Sequence[int] | None = None, center: bool = False
 ) -> SpatialStructure:
-    """Correlogram, LDS, CDS and RMSC of every sample.
+    """Computes correlogram, LDS, CDS and RMSC of every sample.
 
-    Local against distant similarity needs room: the published 6 cells are used where the grid is 12 or more long from
-    corner to corner (Manhattan), and half of that length, rounded up and at least 2, on smaller grids. Numbers from
-    grids of different size do not compare.
+    Distant pairs of LDS are the published 6 cells apart if the grid is 12 or more cells long from corner to corner
+    (Manhattan). On smaller grids they are half of that length apart, rounded up and at least 2. Numbers from grids of
+    different sizes cannot be compared.
 
     Args:
-        tokens: Shape (n, T, D), any float dtype; computed in float64, T^2 D per sample.
-        grid: Cells along each axis, of product T.
-        positions: Which cells the tokens come from, where only some were kept: T indices into the flattened grid.
-        center: Take the mean over all samples and tokens away first. A large common part makes all cosines nearly 1
-            and differences between layers a matter of that part; without it the scores are as published.
+        tokens: Tokens, shape (n, T, D), any float dtype; computed in float64, in T^2 D steps per sample.
+        grid: Number of cells along each axis, of product T.
+        positions: Cells of the tokens, if only some cells were kept: T indices into the flattened grid.
+        center: Whether to subtract the mean over all samples and tokens first. A large common part makes all cosines
+            nearly 1, and layers then differ by that part only; without centering the scores are as published.
 
     Raises:
         ValueError: If tokens are not finite, or tokens, grid and positions do not fit together.
@@ -98,27 +99,27 @@ def spatial_structure(
     if reason:
         return SpatialStructure(correlogram, _pairs(counts), rmsc, far, reason)
     mean = _mean(tokens) if center else np.zeros(tokens.shape[2])
-    broken = 0
+    num_broken = 0
     for i, sample in enumerate(tokens):
         units = _units(sample, mean)
         if units is None:
-            broken += 1
+            num_broken += 1
             continue
         cosines = np.bincount(distances.ravel(), weights=(units @ units.T).ravel())
         np.divide(cosines, counts, out=correlogram[i], where=counts > 0)
         rmsc[i] = np.sqrt(np.square(units - units.mean(axis=0)).sum(axis=1).mean())
-    if broken:
-        reason = f"{broken} of {len(tokens)} samples have tokens that are zero vectors"
+    if num_broken:
+        reason = f"{num_broken} of {len(tokens)} samples have tokens that are zero vectors"
     return SpatialStructure(correlogram, _pairs(counts), rmsc, far, reason)
 
 
 def spatial_contrast(tokens: Features) -> Floats:
-    """RMSC of every sample, centered, shape (n,), as `spatial_structure(tokens, grid, center=True).rmsc` has it.
+    """Computes the centered RMSC of every sample, shape (n,): `spatial_structure(tokens, grid, center=True).rmsc`.
 
-    It needs no grid, so some of a sample's tokens will do. nan for samples with a token that is the zero vector.
+    It needs no grid, so a part of each sample's tokens is enough. nan for samples with a token that is the zero vector.
 
     Args:
-        tokens: Shape (n, T, D), any float dtype; computed in float64.
+        tokens: Tokens, shape (n, T, D), any float dtype; computed in float64.
     """
     wide = tokens.astype(np.float64) - _mean(tokens)
     lengths = np.linalg.norm(wide, axis=2, keepdims=True)
@@ -130,27 +131,27 @@ def spatial_contrast(tokens: Features) -> Floats:
 def semantic_similarity(
     tokens: Features, grid: Sequence[int], masks: NDArray[np.bool_], *, positions: Sequence[int] | None = None
 ) -> Floats:
-    """SRSS, semantic-region self-similarity: an object's tokens against their neighbors in it and the far background.
+    """Computes the semantic-region self-similarity (SRSS) of an object's tokens with each other and the background.
 
-    For every token inside the mask: its mean cosine with neighbors inside minus that with tokens outside at
-    `far_distance(grid)` or more cells; averaged over the tokens that have both.
+    For every token inside the mask it is the mean cosine with neighbors inside minus that with tokens outside at
+    `far_distance(grid)` or more cells, averaged over the tokens that have both.
 
     Args:
-        tokens: Shape (n, T, D), any float dtype; computed in float64.
-        grid: Cells along each axis, of product T.
-        masks: Where each sample's object is, shape (n, T).
-        positions: As in `spatial_structure`.
+        tokens: Tokens, shape (n, T, D), any float dtype; computed in float64.
+        grid: Number of cells along each axis, of product T.
+        masks: Whether each token belongs to the sample's object, shape (n, T), bool.
+        positions: Cells of the tokens, as in `spatial_structure`.
 
     Returns:
-        Shape (n,); nan for samples where no token has both, or some token is the zero vector.
+        SRSS of every sample, shape (n,); nan for samples where no token has both, or some token is the zero vector.
 
     Raises:
         ValueError: If tokens are not finite, or tokens, grid, masks and positions do not fit together.
     """
     distances = _distances(tokens, grid, positions)
     if masks.shape != tokens.shape[:2] or masks.dtype != np.bool_:
-        seen = f"masks of shape {masks.shape} and dtype {masks.dtype} do not fit tokens of shape {tokens.shape}"
-        raise ValueError(f"{seen}; pass one bool per token, (n, T)")
+        types = f"masks of shape {masks.shape} and dtype {masks.dtype} do not fit tokens of shape {tokens.shape}"
+        raise ValueError(f"{types}; pass one bool per token, (n, T)")
     near, far = distances == 1, distances >= far_distance(grid)
     scores = np.full(len(tokens), np.nan)
     for i, (sample, inside) in enumerate(zip(tokens, masks, strict=True)):
@@ -168,30 +169,30 @@ def semantic_similarity(
 
 
 def far_distance(grid: Sequence[int]) -> int:
-    """From how many cells on two tokens of this grid count as distant: 6, less on grids shorter than 12."""
+    """Returns the smallest distance in cells of distant tokens of a grid: 6, or less on grids shorter than 12."""
     return min(FAR_DISTANCE, max(2, (sum(grid) - len(grid) + 1) // 2))
 
 
 def _distances(tokens: Features, grid: Sequence[int], positions: Sequence[int] | None) -> NDArray[np.int64]:
-    """Manhattan distance in cells between any two tokens, shape (T, T), once the arguments fit together."""
+    """Manhattan distance in cells between any two tokens, shape (T, T), after checking the arguments."""
     if tokens.ndim != 3 or 0 in tokens.shape:
         raise ValueError(f"tokens of shape {tokens.shape} have no place on a grid; pass (n, T, D)")
     checked(tokens.reshape(-1, tokens.shape[2]), "tokens")
     size = int(np.prod(grid))
-    where = np.arange(size) if positions is None else np.asarray(positions)
-    if where.shape != tokens.shape[1:2]:
-        kept = f"grid {tuple(grid)} has {size} cells" if positions is None else f"{len(where)} positions are given"
-        raise ValueError(f"{tokens.shape[1]} tokens but {kept}; pass the grid, and positions where only some were kept")
-    if where.min() < 0 or where.max() >= size or len(np.unique(where)) < len(where):
-        seen = f"positions are not different cells of the grid {tuple(grid)}"
-        raise ValueError(f"{seen}; pass indices from 0 to {size - 1}")
-    cells = np.stack(np.unravel_index(where, tuple(grid)))
+    indices = np.arange(size) if positions is None else np.asarray(positions)
+    if indices.shape != tokens.shape[1:2]:
+        count = f"grid {tuple(grid)} has {size} cells" if positions is None else f"{len(indices)} positions are given"
+        raise ValueError(f"{tokens.shape[1]} tokens but {count}; pass the grid, and positions if only some were kept")
+    if indices.min() < 0 or indices.max() >= size or len(np.unique(indices)) < len(indices):
+        problem = f"positions are not different cells of the grid {tuple(grid)}"
+        raise ValueError(f"{problem}; pass indices from 0 to {size - 1}")
+    cells = np.stack(np.unravel_index(indices, tuple(grid)))
     distances: NDArray[np.int64] = np.abs(cells[:, :, None] - cells[:, None, :]).sum(axis=0)
     return distances
 
 
 def _units(sample: Features, mean: Floats) -> Floats | None:
-    """Tokens (T, D) minus the mean, at length 1, or None if one of them has no direction."""
+    """Tokens (T, D) minus the mean, at length 1, or None if one of them is the zero vector."""
     wide = sample.astype(np.float64) - mean
     wide /= np.abs(wide).max() or 1.0
     lengths = np.linalg.norm(wide, axis=1)
@@ -204,12 +205,12 @@ def _mean(tokens: Features) -> Floats:
 
 
 def _pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Unordered pairs by distance; a token is no pair with itself, but stays in front so that indices are distances."""
+    """Number of unordered pairs by distance; the number of tokens comes first, so that indices are distances."""
     pairs = counts // 2
     pairs[0] = counts[0]
     return pairs
 
 
-def _row_means(values: Floats, chosen: NDArray[np.bool_]) -> Floats:
-    means: Floats = (values * chosen).sum(axis=1) / chosen.sum(axis=1)
+def _row_means(values: Floats, mask: NDArray[np.bool_]) -> Floats:
+    means: Floats = (values * mask).sum(axis=1) / mask.sum(axis=1)
     return means

@@ -1,7 +1,7 @@
-"""What the comparisons of many representations share: arrays or tensors in, centered tensors out.
+"""Conversion and centering that the comparisons of many representations share.
 
-A representation is a NumPy array or a torch tensor of shape (n, D). Work happens where a tensor lies, so features on a
-GPU are compared there; results are NumPy arrays either way.
+A representation is a NumPy array or a torch tensor of shape (n, D). Computation runs on the device of the tensor, so
+features on a GPU are compared there; results are NumPy arrays in either case.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import Floats
+from layerprobe.analyses.measures.arrays import CONSTANT, NOT_FINITE, Floats
 
 FeatureMatrix = NDArray[Any] | Tensor
 
@@ -25,9 +25,9 @@ class PairMatrix:
     """One number for every pair of representations.
 
     Attributes:
-        values: Shape (M, M'); nan in the rows and columns of representations that have none.
-        reasons: Why a representation of the first set has none, or ""; M strings.
-        other_reasons: The same for the second set, M' strings; equal to `reasons` where a set was compared with itself.
+        values: Values by pair, shape (M, M'); nan in the rows and columns of representations without a value.
+        reasons: Why each representation of the first set has no value, or ""; M strings.
+        other_reasons: The same for the second set, M' strings; equal to `reasons` if a set was compared with itself.
     """
 
     values: Floats
@@ -36,12 +36,12 @@ class PairMatrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Centering:
-    """What has to be known about a representation before it is centered in single precision.
+class FeatureStatistics:
+    """Statistics of a representation that are needed before it is centered in single precision.
 
     Attributes:
-        mean: Over samples, shape (D,), float64.
-        square_norms: Of the centered samples, shape (n,), float64.
+        mean: Mean over samples, shape (D,), float64.
+        square_norms: Square norms of the centered samples, shape (n,), float64.
         reason: Why samples cannot be compared in this representation, or "".
     """
 
@@ -51,7 +51,9 @@ class Centering:
 
 
 def as_tensor(x: FeatureMatrix) -> Tensor:
-    """`x` as a tensor that shares its memory where it can; integers and half precision become wider floats.
+    """Converts `x` to a tensor of float32 or float64 that shares its memory if possible.
+
+    Integers become float64, half precision becomes float32.
 
     Raises:
         ValueError: If `x` is not of shape (n, D) with n, D >= 1.
@@ -65,36 +67,51 @@ def as_tensor(x: FeatureMatrix) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def num_samples(representations: Sequence[FeatureMatrix], least: int, why: str) -> int:
-    """The number of samples that all representations share.
+def num_samples(representations: Sequence[FeatureMatrix], minimum: int, measure: str) -> int:
+    """Returns the number of samples of the first representation.
+
+    Args:
+        representations: Arrays or tensors of shape (n, D).
+        minimum: Smallest number of samples that the measure allows.
+        measure: Name of the measure in the error message.
 
     Raises:
-        ValueError: If there is no representation, or fewer than `least` samples.
+        ValueError: If there is no representation, or fewer than `minimum` samples.
     """
     if not len(representations):
         raise ValueError("no representation was given; pass at least one array of shape (n, D)")
     n = len(representations[0])
-    if n < least:
-        raise ValueError(f"{why} needs {least} samples or more, got {n}")
+    if n < minimum:
+        raise ValueError(f"{measure} needs {minimum} samples or more, got {n}")
     return n
 
 
-def centering(x: Tensor) -> Centering:
-    """Mean and spread of a representation, in float64."""
+def centered_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `x` minus its mean over samples, shape (n, D), and that mean, shape (D,), both in float64."""
     wide = x.double()
     mean = wide.mean(0)
     wide = wide - mean
-    # The first mean is rounded at the size of the offset, the second at the size of the spread.
-    rest = wide.mean(0)
-    wide -= rest
-    return Centering(mean + rest, wide.square_().sum(1), _unusable(x))
+    # The first mean has rounding errors of the size of the offset, the second of the size of the spread.
+    correction = wide.mean(0)
+    return wide.sub_(correction), mean + correction
 
 
-def centered(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x - mean`, shape (n, D), in float32 or float64, right to the last digits whatever the offset.
+def feature_statistics(x: Tensor) -> FeatureStatistics:
+    """Computes mean and spread of a representation (n, D) in float64."""
+    wide, mean = centered_with_mean(x)
+    return FeatureStatistics(mean, wide.square_().sum(1), _unusable(x))
 
-    Residual streams drift to a large mean. Subtracting its float32 part is exact there, and what float32 could not
-    hold of it follows.
+
+def subtract_mean(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `x - mean`, shape (n, D), accurate in float32 or float64 whatever the size of the mean.
+
+    Residual streams drift to a large mean. Subtracting the float32 part of the mean is exact for them; the remainder,
+    which float32 cannot represent, is subtracted after it.
+
+    Args:
+        x: Features, shape (n, D).
+        mean: Mean to subtract, shape (D,), float64.
+        dtype: Type of the result, float32 or float64.
     """
     x = x.double() if dtype == torch.float64 else x
     high = mean.to(x.dtype)
@@ -104,5 +121,5 @@ def centered(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unusable(x: Tensor) -> str:
     if not bool(torch.isfinite(x).all()):
-        return "the features hold nan or inf"
-    return "the features are the same for all samples" if bool((x == x[:1]).all()) else ""
+        return NOT_FINITE
+    return CONSTANT if bool((x == x[:1]).all()) else ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
+from layerprobe.analyses.measures import effective_rank as effective_rank_of_features
 from layerprobe.layersync.alignment import (
     MAX_RANK_TOKENS,
     Projectors,

@@ -11,7 +11,7 @@ from residual_network import WEIGHT, Network, X, cosines_of, residuals, task
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerprobe.analyses.measures.spectrum import effective_rank as effective_rank_of_features
+from layerprobe.analyses.measures import effective_rank as effective_rank_of_features
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair

@@ -1,1 +1,1 @@
-"""Solvers of the multinomial logistic regression behind the probes."""
+"""Multinomial logistic regression of the probes: the fits, and the solvers that certify their optimum."""

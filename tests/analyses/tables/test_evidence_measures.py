@@ -12,12 +12,11 @@ import pytest
 import torch
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
+from layerprobe.analyses.measures import TokenMoments, effective_rank, lidar, recoverability
 from layerprobe.analyses.measures.cka import cka_matrix
 from layerprobe.analyses.measures.jackknife import Z95
 from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbor_graph
-from layerprobe.analyses.measures.recoverability import TokenMoments, recoverability
 from layerprobe.analyses.measures.spatial import spatial_structure
-from layerprobe.analyses.measures.spectrum import effective_rank, lidar
 from layerprobe.analyses.tables import evidence as e
 from layerprobe.analyses.tables.evidence import CRITERIA, Number, PairEvidence
 from layerprobe.analyses.tables.evidence_measures import ScoreKeeper, measure_evidence

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
+from layerprobe.analyses.measures import effective_rank, lidar, spectrum
 from layerprobe.analyses.measures.cka import linear_cka
 from layerprobe.analyses.measures.knn import knn_accuracy
 from layerprobe.analyses.measures.linear_probes import linear_probe
 from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbor_graph
-from layerprobe.analyses.measures.spectrum import effective_rank, lidar, spectrum
 from layerprobe.analyses.tables import measurements as measurements_module
 from layerprobe.analyses.tables.csv_files import write_table
 from layerprobe.analyses.tables.measurements import Measurement, Representation
