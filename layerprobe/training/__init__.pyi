@@ -1,12 +1,12 @@
 from .batches import TrainingBatch as TrainingBatch
 from .batches import noise_levels as noise_levels
-from .distributed import Ranks as Ranks
-from .distributed import processes as processes
 from .loop import Decision as Decision
 from .loop import train as train
 from .losses import held_out_loss as held_out_loss
 from .losses import prediction_loss as prediction_loss
 from .plan import TrainingPlan as TrainingPlan
+from .ranks import Ranks as Ranks
+from .ranks import processes as processes
 from .state import checkpoints as checkpoints
 from .trackers import Trackers as Trackers
 from .trackers import open_trackers as open_trackers

@@ -1,7 +1,7 @@
-"""The data side of training: which samples a step sees, with which noise, at which levels.
+"""Training batches: the samples of each step, their noise, noise levels and dropped labels.
 
-All of it depends on (seed, sample id, epoch) only, so a step's batch is the same however a run was cut into pieces or
-spread over processes. A thread prepares batches ahead, so that the device need not wait for them.
+Everything depends only on (seed, sample id, epoch), so the batch of a step is the same after an interruption and with
+any number of processes. A thread prepares batches in advance, so that the device does not wait for them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from layerprobe.training.plan import TrainingPlan
 
 Item = TypeVar("Item")
-# The teacher's levels draw from the levels' streams, from this draw on: no run has as many epochs.
+# The teacher's noise levels use the same streams as the noise levels, with draws that no epoch reaches.
 FIRST_TEACHER_DRAW = 2**32
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What a step, or a part of it, learns from.
+    """The batch of a training step, or a part of it.
 
     Attributes:
-        x: Shape (B, C, *grid).
-        eps: The noise, like x.
+        x: Samples, shape (B, C, *grid).
+        eps: Noise, shape (B, C, *grid).
         level: Noise levels, shape (B,), float64.
-        condition: Labels, dropped ones replaced by the null label, shape (B,); None for unlabeled samples.
-        mask: As in `Batch`, shape (B, *grid), or None.
-        teacher_draw: Uniform numbers for the teacher's noise levels, shape (B,); None without a noise gap.
+        condition: Labels, with dropped ones replaced by the null label, shape (B,); None for unlabeled samples.
+        mask: Positions that are not padding, as in `Batch`, shape (B, *grid), or None.
+        teacher_draw: Uniform numbers for the noise levels of the teacher, shape (B,); None without a noise gap.
     """
 
     x: Tensor
@@ -50,12 +50,12 @@ class TrainingBatch:
     teacher_draw: Tensor | None = None
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TrainingBatch:
-        """The batch with the function applied to every tensor."""
+        """Returns the batch with a function applied to every tensor."""
         columns = (getattr(self, column.name) for column in fields(self))
         return TrainingBatch(*(None if column is None else function(column) for column in columns))  # type: ignore[arg-type]
 
     def split(self, parts: int) -> list[TrainingBatch]:
-        """Equal parts, in order."""
+        """Splits the batch into equal parts, in order."""
         size = len(self.x) // parts
         return [self.mapped(itemgetter(slice(i * size, (i + 1) * size))) for i in range(parts)]
 
@@ -66,69 +66,78 @@ def batches(
     plan: TrainingPlan,
     *,
     start: int = 0,
-    mine: Callable[[range], Sequence[int]] = list,
+    select: Callable[[range], Sequence[int]] = list,
 ) -> Iterator[TrainingBatch]:
-    """The batches of steps `start` ... `plan.steps - 1`; epochs follow one another without a gap.
+    """Yields the batches of steps `start` ... `plan.steps - 1`; a batch may continue into the next epoch.
 
     Args:
-        backbone: The model, whose schedule and prediction say which noise levels there are.
-        samples: What there is to learn from.
-        plan: Batch size, seed, label drop and the choice of noise levels.
-        start: The first step.
-        mine: Which of a step's positions this process takes; all of them where there is one process.
+        backbone: The model; its schedule and prediction determine the range of noise levels.
+        samples: Training samples.
+        plan: Batch size, seed, label drop and distribution of noise levels.
+        start: First step.
+        select: Function that selects this process' positions from those of a step; all by default.
     """
     order, n, permutations = RandomStream(plan.seed, "order"), len(samples), {}
     for step in range(start, plan.steps):
-        positions = mine(range(step * plan.batch_size, (step + 1) * plan.batch_size))
+        positions = select(range(step * plan.batch_size, (step + 1) * plan.batch_size))
         parts = []
         for epoch in sorted({position // n for position in positions}):
             if epoch not in permutations:
                 permutations = {epoch: order.permutation(n, draw=epoch)}
-            here = [position - epoch * n for position in positions if position // n == epoch]
-            batch = samples.batch(permutations[epoch][here].tolist())
-            parts.append(_noised(batch, epoch, backbone, samples, plan))
+            in_epoch = [position - epoch * n for position in positions if position // n == epoch]
+            batch = samples.batch(permutations[epoch][in_epoch].tolist())
+            parts.append(_with_noise(batch, epoch, backbone, samples, plan))
         yield parts[0] if len(parts) == 1 else _concatenate(parts)
 
 
 def noise_levels(uniform: Tensor, backbone: Backbone, plan: TrainingPlan) -> Tensor:
-    """Noise levels as the plan samples them, from uniform numbers in [0, 1); shapes (B,), float64.
+    """Converts uniform numbers in [0, 1) to noise levels with the distribution of the plan.
 
-    What is sampled is the time of the model's path, 0 at data and 1 at noise, which on most paths is the noise level
-    itself. "uniform" takes the numbers as times; "logit-normal" takes the times whose logit is normal with the plan's
-    mean and standard deviation, which gives more of the middle. Times that the prediction cannot use are left out.
+    The plan defines the distribution of path time, which is 0 at data, 1 at noise, and on most paths the noise level
+    itself. "uniform" uses the numbers as times. "logit-normal" gives times whose logit is normal with the plan's mean
+    and standard deviation, so that intermediate times are more frequent. Path times that the prediction cannot use are
+    excluded, see `time_range`.
+
+    Args:
+        uniform: Uniform numbers in [0, 1), shape (B,), float64.
+        backbone: The model.
+        plan: Distribution of path time.
+
+    Returns:
+        Noise levels, shape (B,), float64.
 
     Source: Esser et al. 2024 (arXiv:2403.03206), section 3.1.
     """
     time = uniform
     if plan.time_sampling == "logit-normal":
-        # scipy gives an element the same bits wherever it stands in the batch; vectorized functions may not.
+        # scipy returns the same bits at every position of the batch; vectorized functions of torch may not.
         time = torch.from_numpy(expit(plan.time_mean + plan.time_std * ndtri(uniform.numpy())))
     low, high = time_range(backbone.prediction, backbone.schedule)
     return backbone.schedule.level_at(low + (high - low) * time)
 
 
 def prefetched(items: Iterator[Item], *, ahead: int = 2) -> Generator[Item]:
-    """The same items, of which a thread prepares the next few while the present one is used.
+    """Yields the items, while a thread prepares the next ones.
 
-    An exception is raised where its item would have come. Close the generator, and the thread has ended.
+    An exception is raised at the position of its item. Closing the generator ends the thread.
 
     Args:
-        items: Used in the thread only.
-        ahead: How many items wait at most.
+        items: Iterator, which is used in the thread only.
+        ahead: Maximal number of items prepared in advance.
     """
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         try:
-            waiting = deque(pool.submit(next, items, end) for _ in range(ahead))
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, items, end))
+            queue = deque(pool.submit(next, items, end) for _ in range(ahead))
+            while (item := queue.popleft().result()) is not end:
+                queue.append(pool.submit(next, items, end))
                 yield item  # type: ignore[misc]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _noised(batch: Batch, epoch: int, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> TrainingBatch:
-    """Samples of one epoch with their noise, levels and dropped labels."""
+def _with_noise(batch: Batch, epoch: int, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> TrainingBatch:
+    """Adds noise, noise levels and dropped labels to samples of one epoch."""
     levels = RandomStream(plan.seed, "level")
     drop = RandomStream(plan.seed, "label drop").uniform(batch.ids, draw=epoch) < plan.label_drop
     return TrainingBatch(

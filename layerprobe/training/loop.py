@@ -1,8 +1,8 @@
-"""The trainer: flow matching and diffusion with or without LayerSync, interruptible at any moment.
+"""The trainer: flow matching and diffusion with or without LayerSync, resumable after any interruption.
 
-Order, noise, noise level and label drop of a sample depend on (seed, sample id, epoch) only. Runs that share a seed
-and differ in their layer pairs therefore see the same batches and the same noise, and a run that was killed ends
-bit-equal to one that was not.
+Order, noise, noise level and label drop of a sample depend only on (seed, sample id, epoch). Runs with the same seed
+and different layer pairs therefore see the same batches and the same noise, and a resumed run gives the same bits as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.progress import TrainingProgress
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
 from layerprobe.training.distributed import (
-    Ranks,
     accumulating,
     announced,
     average_gradients,
     clip_gradients,
     gradient_norm,
     parallel,
-    processes,
     unsharded,
 )
 from layerprobe.training.losses import condition_of, loss_weights, prediction_loss
 from layerprobe.training.plan import TrainingPlan
+from layerprobe.training.ranks import Ranks, processes
 from layerprobe.training.state import (
     TrainingState,
     diverged,
@@ -57,11 +56,11 @@ from layerprobe.training.state import (
 
 @dataclass(frozen=True)
 class Decision:
-    """Which layers a training aligns from now on, decided on the way.
+    """A decision during training about the layers to align from now on.
 
     Attributes:
-        pairs: Empty for no alignment.
-        record: The evidence; JSON.
+        pairs: Layer pairs to align; empty for no alignment.
+        record: Evidence for the decision, JSON-compatible.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -87,34 +86,36 @@ def train(
     direct_at: Collection[int] = (),
     fsdp: bool = False,
 ) -> Backbone:
-    """Trains a model from the weights it has, and gives it back with averaged weights.
+    """Trains a model from its current weights, and returns it with averaged weights.
 
-    Under torchrun or srun, every process calls this with the same arguments; the first one calls what is to be called
-    and writes the folder, which may be continued by any number of processes: with the same number, bit for bit.
+    Under torchrun or srun, every process calls this with the same arguments. The first process writes the folder and
+    calls the functions passed in. A run may be resumed by any number of processes; with the same number, the result is
+    the same bit for bit.
 
-    The folder holds `training.json` (plan and data), `checkpoints/` (to go on from), `log.jsonl`, `log.csv` and, at
-    the end, `model.safetensors` (the averaged weights). Repeating the call continues where the last checkpoint was; a
-    finished run returns at once. The backbone passed in keeps its weights.
+    The folder contains `training.json` (plan and data), `checkpoints/`, `log.jsonl`, `log.csv` and, at the end,
+    `model.safetensors` (averaged weights). Repeating the call resumes from the last checkpoint; a finished run returns
+    at once. The backbone passed in keeps its weights.
 
     Args:
         backbone: The model to start from.
-        samples: What it learns; labels are used where the model knows classes. Read by a thread of its own.
-        plan: How it is trained.
-        folder: Where the run is kept.
-        observe: Called with (step, averaged model) after each step of `observe_at`, and before the first for step 0.
-        observe_at: Steps to observe; those passed before an interruption are not observed again.
-        progress: Called with (steps done, steps in all, loss).
-        log: Called with (step, row) for each row of the log.
-        direct: Called with (step, averaged model) after each step of `direct_at`, and before the first for step 0; its
-            pairs are aligned from the next step on. Decisions are kept in `decisions.jsonl` and not made again.
-        direct_at: Steps to decide at.
-        fsdp: With several processes, spread weights, gradients and the optimizer's state over them.
+        samples: Training samples, read in a separate thread; labels are used if the model is conditioned on classes.
+        plan: Plan of the training.
+        folder: Folder of the run.
+        observe: Function called with (step, averaged model) after each step of `observe_at`; step 0 is the start.
+        observe_at: Steps to observe; steps before an interruption are not observed again.
+        progress: Function called after each step with (steps done, steps in total, loss).
+        log: Function called with (step, row) for each row of the log.
+        direct: Function called with (step, averaged model) after each step of `direct_at`; step 0 is the start. The
+            pairs of its decision are aligned from the next step on. Decisions are stored in `decisions.jsonl` and not
+            repeated after an interruption.
+        direct_at: Steps of the decisions.
+        fsdp: Whether several processes share weights, gradients and optimizer state (FSDP2).
 
     Raises:
-        ValueError: If the data does not fit, the folder holds another run, or the loss, the gradient or a weight is
-            not finite; the last checkpoint stays. Also if the run has more steps already than the plan, or the batch
-            cannot be cut for the processes.
-        ConnectionError: If another process was killed; the last checkpoint stays.
+        ValueError: If the data does not match the model, the folder belongs to another run, the run already has more
+            steps than the plan, the batch cannot be split over the processes, or the loss, the gradient or a weight is
+            not finite. The last checkpoint is kept.
+        ConnectionError: If another process was killed; the last checkpoint is kept.
     """
     folder = Path(folder)
     with ExitStack() as stack:
@@ -123,7 +124,7 @@ def train(
         _check_ranks(plan, ranks, fsdp=fsdp)
         if ranks.is_first:
             claim(folder, "training.json", _record(backbone, samples, plan), what="a training")
-        # Networks that draw random numbers themselves, for dropout, leave the caller's generators alone.
+        # Random numbers of the network itself, such as dropout, must not change the caller's generators.
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         aligned = stack.enter_context(ExitStack())
         content = announced(newest_checkpoint(folder) if ranks.is_first else None, ranks)
@@ -132,13 +133,13 @@ def train(
         state = _start(live.module, backbone, plan, aligned, content, ranks)
         if state.step > plan.steps:
             raise ValueError(
-                f"{folder} holds {state.step} steps, more than the {plan.steps} wanted; "
+                f"{folder} has {state.step} steps already, more than the {plan.steps} of this plan; "
                 "pass more --steps or another --out"
             )
         if state.step < plan.steps and ranks.is_first:
-            write_logs(state, folder)  # Without the rows of steps that an interruption took back.
+            write_logs(state, folder)  # Removes rows of steps after the last checkpoint.
 
-        def visit() -> None:
+        def between_steps() -> None:
             undecided = state.step not in [row["step"] for row in state.decisions]
             decide = direct is not None and state.step in direct_at and undecided
             if direct and decide:
@@ -154,19 +155,19 @@ def train(
                 save(state, folder, ranks, keep_last=plan.keep_last)
 
         if state.step == 0:
-            visit()
-        began, seen = time.perf_counter(), 0
+            between_steps()
+        began, num_samples = time.perf_counter(), 0
         for batch in stack.enter_context(closing(_ready_batches(live, samples, plan, state.step, ranks))):
             loss, norm = _step(live, state, batch, plan, folder, ranks)
-            seen += plan.batch_size
+            num_samples += plan.batch_size
             if state.step % plan.log_every == 0 and ranks.is_first:
-                row = _row(state, loss, norm, seen / (time.perf_counter() - began))
-                began, seen = time.perf_counter(), 0
+                row = _row(state, loss, norm, num_samples / (time.perf_counter() - began))
+                began, num_samples = time.perf_counter(), 0
                 log_row(state, row, folder)
                 if log:
                     log(state.step, row)
             paused = time.perf_counter()
-            visit()
+            between_steps()
             began += time.perf_counter() - paused
             if progress and ranks.is_first:
                 progress(state.step, plan.steps, loss)
@@ -178,7 +179,7 @@ def train(
 def _step(
     live: Backbone, state: TrainingState, batch: TrainingBatch, plan: TrainingPlan, folder: Path, ranks: Ranks
 ) -> tuple[float, float]:
-    """One step of the optimizer; gives the prediction loss and the norm of the gradient before clipping."""
+    """Takes one optimizer step; returns the prediction loss and the norm of the gradient before clipping."""
     _reseed(plan, state.step, ranks.rank)
     for group in state.optimizer.param_groups:
         group["lr"] = plan.learning_rate * min(1.0, (state.step + 1) / (plan.warmup_steps + 1))
@@ -194,11 +195,11 @@ def _step(
     parameters = state.parameters()
     average_gradients(state.sync.parameters() if state.sync else (), ranks)
     loss, norm = ranks.mean(loss), gradient_norm(parameters)
-    # The one place where the device is waited for: before the update, which then runs while the next step is prepared.
-    loss_now, norm_now = torch.stack([loss, norm.to(loss)]).tolist()
-    for what, value in (("loss", loss_now), ("gradient's norm", norm_now)):
+    # The only synchronization with the device. It comes before the update, which overlaps with the next step.
+    loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+    for name, value in (("loss", loss_value), ("gradient norm", norm_value)):
         if not math.isfinite(value):
-            raise diverged(f"the {what} is {value}", state.step + 1, folder)
+            raise diverged(f"the {name} is {value}", state.step + 1, folder)
     if plan.clip_norm:
         clip_gradients(parameters, plan.clip_norm, norm)
     state.optimizer.step()
@@ -206,13 +207,13 @@ def _step(
     state.average()
     if state.sync and plan.sync.teacher_decay:
         state.sync.update_teacher()
-    return loss_now, norm_now
+    return loss_value, norm_value
 
 
 def _losses(live: Backbone, state: TrainingState, batch: TrainingBatch, plan: TrainingPlan) -> tuple[Tensor, Tensor]:
-    """The mean prediction loss of some samples, and with the alignment."""
+    """Computes the mean prediction loss of a batch, without and with the alignment."""
     batch = batch.mapped(lambda tensor: tensor.to(live.device, non_blocking=True))
-    tokens = _real_tokens(live, state, batch)
+    token_mask = _real_tokens(state, batch)
     with torch.autocast(live.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
         losses = prediction_loss(live, batch)
         if plan.loss_weighting != "none":
@@ -223,11 +224,11 @@ def _losses(live: Backbone, state: TrainingState, batch: TrainingBatch, plan: Tr
             _teach(live, state.sync, batch, plan)
     if state.sync is None:
         return loss, loss
-    return loss, loss + state.sync.loss(state.step, noise_level=batch.level, mask=tokens)
+    return loss, loss + state.sync.loss(state.step, noise_level=batch.level, mask=token_mask)
 
 
 def _teach(live: Backbone, sync: LayerSync, batch: TrainingBatch, plan: TrainingPlan) -> None:
-    """Shows the teacher the batch, with the same noise at its own levels."""
+    """Runs the teacher on the batch, with the same noise at the noise levels of the teacher."""
     level = batch.level
     if batch.teacher_draw is not None:
         level = plan.sync.teacher_level(level, batch.teacher_draw)
@@ -237,17 +238,19 @@ def _teach(live: Backbone, sync: LayerSync, batch: TrainingBatch, plan: Training
         teacher.predict(x_t, level.to(x_t.dtype), condition_of(live, batch))
 
 
-def _real_tokens(live: Backbone, state: TrainingState, batch: TrainingBatch) -> Tensor | None:
-    """Which tokens of the aligned layers are no padding, shape (B, T); None where all of them count."""
+def _real_tokens(state: TrainingState, batch: TrainingBatch) -> Tensor | None:
+    """Returns which tokens of the aligned layers are not padding, shape (B, T); None without padding."""
     if batch.mask is None or state.sync is None:
         return None
     if state.token_grid is None:
-        raise ValueError("the aligned layers' tokens lie on no grid like the input's; cut all samples to one length")
+        raise ValueError(
+            "the tokens of the aligned layers have no grid that matches the input; cut all samples to one length"
+        )
     return real_tokens(batch.mask, state.token_grid)
 
 
 def _row(state: TrainingState, loss: float, norm: float, rate: float) -> dict[str, float]:
-    """A row of the log."""
+    """Creates a row of the log."""
     row = {"step": state.step, "loss": loss, "grad_norm": norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
     return row | {"samples_per_s": round(rate, 1)} | (state.sync.statistics() if state.sync else {})
 
@@ -255,10 +258,10 @@ def _row(state: TrainingState, loss: float, norm: float, rate: float) -> dict[st
 def _ready_batches(
     backbone: Backbone, samples: Samples, plan: TrainingPlan, start: int, ranks: Ranks
 ) -> Generator[TrainingBatch]:
-    """The batches of the steps to come, prepared ahead; in pinned memory for a GPU, which copies them unwaited."""
-    made = batches(backbone, samples, plan, start=start, mine=ranks.positions)
-    pinned = (batch.mapped(Tensor.pin_memory) for batch in made)
-    return prefetched(pinned if backbone.device.type == "cuda" else made)
+    """Prepares the batches of the next steps in advance; for a GPU in pinned memory, which it copies asynchronously."""
+    prepared = batches(backbone, samples, plan, start=start, select=ranks.positions)
+    pinned = (batch.mapped(Tensor.pin_memory) for batch in prepared)
+    return prefetched(pinned if backbone.device.type == "cuda" else prepared)
 
 
 def _start(
@@ -269,7 +272,7 @@ def _start(
     content: dict[str, Any] | None,
     ranks: Ranks,
 ) -> TrainingState:
-    """The state before the first step, or that of a checkpoint."""
+    """Creates the state before the first step, or restores that of a checkpoint."""
     fused = backbone.device.type in ("cpu", "cuda")
     decays = (plan.ema_decay, *plan.more_ema_decays)
     state = new_state(module, decays, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused)
@@ -287,7 +290,7 @@ def _start(
 def _align(
     state: TrainingState, backbone: Backbone, plan: TrainingPlan, pairs: tuple[LayerPair, ...], aligned: ExitStack
 ) -> None:
-    """Aligns these pairs from now on, and no others."""
+    """Replaces the aligned pairs."""
     aligned.close()
     for parameter in [p for group in state.optimizer.param_groups[1:] for p in group["params"]]:
         state.optimizer.state.pop(parameter, None)
@@ -298,45 +301,46 @@ def _align(
     _reseed(plan, state.step)
     sync = LayerSync(state.module, pairs, weight=plan.weight, options=plan.sync, tokens=backbone.tokens)
     if plan.sync.projector_width:
-        arguments, named = _arguments(replace(backbone, module=state.module))
-        sync.prepare(*arguments, **named)
+        args, kwargs = _network_arguments(replace(backbone, module=state.module))
+        sync.prepare(*args, **kwargs)
         state.optimizer.add_param_group({"params": list(sync.parameters())})
     state.sync = aligned.enter_context(sync)
-    # Of the backbone as it was given: one that is sharded bears no inference mode.
+    # Measured on the original backbone, since sharded modules do not support inference mode.
     with evaluating(backbone.module):
-        count, _ = layer_shapes(backbone, [pairs[0].student])[pairs[0].student]
-    state.token_grid = token_grid(count, backbone.shape[1:], known=backbone.token_grid)
+        num_tokens, _ = layer_shapes(backbone, [pairs[0].student])[pairs[0].student]
+    state.token_grid = token_grid(num_tokens, backbone.shape[1:], known=backbone.token_grid)
 
 
-def _arguments(backbone: Backbone) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the network itself is called with, whatever the backbone makes of its arguments."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = backbone.module.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+def _network_arguments(backbone: Backbone) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments with which the backbone calls its network."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = backbone.module.register_forward_pre_hook(lambda _, *arguments: calls.append(arguments), with_kwargs=True)
     with evaluating(backbone.module), torch.no_grad():
         device = backbone.device
         backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
     hook.remove()
-    return seen[0]
+    return calls[0]
 
 
 def _decide(
     state: TrainingState, backbone: Backbone, plan: TrainingPlan, decision: Decision, aligned: ExitStack
 ) -> None:
-    before = state.sync.pairs if state.sync else ()
+    """Records a decision and aligns its pairs."""
+    current_pairs = state.sync.pairs if state.sync else ()
     row = {"step": state.step, "pairs": [[p.student, p.teacher] for p in decision.pairs], "record": decision.record}
     state.decisions.append(json.loads(json.dumps(row)))
-    if decision.pairs != before:
+    if decision.pairs != current_pairs:
         _align(state, backbone, plan, decision.pairs, aligned)
 
 
 def _reseed(plan: TrainingPlan, step: int, rank: int = 0) -> None:
-    """What a network draws itself depends on the seed, the step and the process."""
+    """Seeds the random numbers of the network itself, such as dropout, by seed, step and process."""
     entropy = (plan.seed, step, rank) if rank else (plan.seed, step)
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def _record(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> dict[str, Any]:
-    """What a folder's run is: everything that decides its numbers."""
+    """Returns the description of the run in `training.json`: everything that determines its results."""
     return {
         "plan": plan.identity(),
         "data": samples.fingerprint,
@@ -348,7 +352,7 @@ def _record(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> dict[st
 
 
 def _averaged(backbone: Backbone, state: TrainingState, decay: float | None = None) -> Backbone:
-    """The model with averaged weights; those of the first average unless told otherwise."""
+    """Returns the model with averaged weights, by default those of the first average."""
     average = next(iter(state.averages.values())) if decay is None else state.averages[decay]
     module = copy.deepcopy(backbone.module).eval()
     weights = state.module.state_dict() | average
@@ -359,24 +363,25 @@ def _averaged(backbone: Backbone, state: TrainingState, decay: float | None = No
 def _write_models(
     backbone: Backbone, samples: Samples, plan: TrainingPlan, state: TrainingState, folder: Path, ranks: Ranks
 ) -> None:
-    """Every average, unless it is there."""
-    made = plan.identity() | {
+    """Writes the models of all averages that are not written yet."""
+    record = plan.identity() | {
         "steps": state.step,
         "data": samples.fingerprint,
         "class_names": list(samples.class_names),
     }
     for decay in state.averages:
         name = "model.safetensors" if decay == plan.ema_decay else f"model-ema-{decay}.safetensors"
-        # A run that was killed between its last checkpoint and here may hold the model of an earlier, shorter run.
-        if ranks.broadcast(ranks.is_first and _steps_of(folder / name) != state.step):
+        # If the run was extended and then killed after its last checkpoint, the file has the model of fewer steps.
+        if ranks.broadcast(ranks.is_first and _num_steps(folder / name) != state.step):
             weights = _averaged(backbone, state, decay).module.state_dict()
             if ranks.is_first:
                 rendering = rendering_of(samples)
-                kept = {} if rendering is None else {"rendering": rendering.to_dict()}
-                save_checkpoint(folder / name, backbone, weights, training=made | {"ema_decay": decay} | kept)
+                extra = {} if rendering is None else {"rendering": rendering.to_dict()}
+                save_checkpoint(folder / name, backbone, weights, training=record | {"ema_decay": decay} | extra)
 
 
-def _steps_of(path: Path) -> int | None:
+def _num_steps(path: Path) -> int | None:
+    """Returns the number of training steps of a model file, or None if it does not exist."""
     if not path.is_file():
         return None
     steps: int | None = training_record(path).get("steps")
@@ -386,7 +391,7 @@ def _steps_of(path: Path) -> int | None:
 def _check_ranks(plan: TrainingPlan, ranks: Ranks, *, fsdp: bool) -> None:
     if fsdp and ranks.world_size == 1:
         raise ValueError(
-            "one process has nobody to share the weights with; start several with torchrun or srun, or leave out --fsdp"
+            "--fsdp needs several processes to share the weights; start them with torchrun or srun, or leave out --fsdp"
         )
     parts = plan.accumulate * ranks.world_size
     if plan.batch_size < parts or (plan.accumulate > 1 and plan.batch_size % parts):
@@ -395,7 +400,7 @@ def _check_ranks(plan: TrainingPlan, ranks: Ranks, *, fsdp: bool) -> None:
             f"{ranks.world_size} processes; change batch_size or accumulate"
         )
     if fsdp and plan.sync.teacher_decay:
-        raise ValueError("a teacher of its own is a whole copy of the network on every process; leave out --fsdp")
+        raise ValueError("an averaged teacher is a whole copy of the network on every process; leave out --fsdp")
 
 
 def _check(backbone: Backbone, samples: Samples) -> None:
@@ -407,6 +412,6 @@ def _check(backbone: Backbone, samples: Samples) -> None:
         raise ValueError("there are no samples to train on")
     if backbone.num_classes and samples.num_classes and backbone.num_classes != samples.num_classes:
         raise ValueError(
-            f"{backbone.name} knows {backbone.num_classes} classes, the data has {samples.num_classes}; "
+            f"{backbone.name} has {backbone.num_classes} classes, the data has {samples.num_classes}; "
             "pass data with the same labels"
         )

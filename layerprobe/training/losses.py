@@ -1,4 +1,4 @@
-"""The loss of a prediction, its weighting over noise levels, and the loss on held-out samples."""
+"""Prediction loss, its weighting over noise levels, and the loss on held-out samples."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ HELD_OUT_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def prediction_loss(backbone: Backbone, batch: TrainingBatch) -> Tensor:
-    """Mean squared error of each sample in what the model predicts (velocity on the linear path), shape (B,).
+    """Computes the mean squared error of the prediction for each sample, shape (B,).
 
-    Of a padded sample, only what is real counts. The error of a score is counted in units of 1 / sigma, as published.
+    Padding does not count. The error of a score is measured in units of 1 / sigma, as published.
     """
     batch = batch.mapped(lambda tensor: tensor.to(backbone.device))
     x, eps, level = batch.x, batch.eps, batch.level
     x_t = backbone.schedule.corrupt(x, eps, level)
-    wanted = target(backbone.prediction, backbone.schedule, x=x, eps=eps, level=level)
+    expected = target(backbone.prediction, backbone.schedule, x=x, eps=eps, level=level)
     output = backbone.masked(batch.mask).predict(x_t, level.to(x.dtype), condition_of(backbone, batch))
-    error = (output.float() - wanted) ** 2
+    error = (output.float() - expected) ** 2
     if batch.mask is not None:
         real = batch.mask.unsqueeze(1).expand_as(error).flatten(1)
         loss = error.flatten(1).masked_fill(~real, 0.0).sum(1) / real.sum(1)
@@ -37,34 +37,41 @@ def prediction_loss(backbone: Backbone, batch: TrainingBatch) -> Tensor:
 
 
 def loss_weights(backbone: Backbone, level: Tensor, *, weighting: LossWeighting, snr_gamma: float = 5.0) -> Tensor:
-    """The factor of each sample's prediction loss, shape (B,), float64.
+    """Computes the factor of each sample's prediction loss, shape (B,), float64.
 
-    A weighting is defined for one kind of prediction; at a given x_t the errors of all kinds are proportional, which
-    turns it into the factor for what this network predicts.
+    Each weighting is defined for one kind of prediction. At a given x_t the errors of all kinds are proportional, which
+    gives the factor for the prediction of this network.
 
     - "none": 1.
     - "min-snr": min(snr, gamma) on the error of x_0 (Hang et al. 2023, arXiv:2303.09556).
-    - "velocity": 1 on the error of the velocity, so that a network of any kind is trained as one of velocities.
-    - "likelihood": (Song et al. 2021, arXiv:2101.09258) as SiT has it (arXiv:2401.08740): g / sigma^2 on the error of
-      eps, where g is the drift's variance, and the velocity's error is g / sigma times that of eps.
+    - "velocity": 1 on the error of the velocity, whatever the network predicts.
+    - "likelihood": likelihood weighting (Song et al. 2021, arXiv:2101.09258) in the form of SiT (arXiv:2401.08740):
+      g / sigma^2 on the error of eps, where g is chosen such that the error of the velocity is g / sigma times that
+      of eps.
 
-    The factors are those at 1e-3 and 1 - 1e-3 beyond these levels, where some are infinite.
+    Some factors are infinite at the ends, so noise levels are clamped to [1e-3, 1 - 1e-3].
+
+    Args:
+        backbone: The model.
+        level: Noise levels, shape (B,).
+        weighting: Name of the weighting.
+        snr_gamma: Upper limit gamma of "min-snr".
     """
     if weighting == "none":
         return torch.ones_like(level)
     schedule, at = backbone.schedule, level.double().clamp(END, 1 - END)
     alpha, sigma = schedule.alpha(at), schedule.sigma(at)
-    # x_t stays where it is while eps moves by alpha and x_0 by -sigma; so far do predictions move then.
-    own, velocity = (
+    # A change of eps by alpha and of x_0 by -sigma leaves x_t unchanged; these are the changes of the predictions.
+    prediction, velocity = (
         target(kind, schedule, x=-sigma, eps=alpha, level=at) for kind in (backbone.prediction, "velocity")
     )
     if weighting == "min-snr":
-        wanted = schedule.log_snr(at).exp().clamp(max=snr_gamma) * sigma**2
+        weighted_error = schedule.log_snr(at).exp().clamp(max=snr_gamma) * sigma**2
     elif weighting == "velocity":
-        wanted = velocity**2
+        weighted_error = velocity**2
     else:
-        wanted = velocity * alpha / sigma
-    return wanted / (own**2 * error_weight(backbone.prediction, schedule, at))
+        weighted_error = velocity * alpha / sigma
+    return weighted_error / (prediction**2 * error_weight(backbone.prediction, schedule, at))
 
 
 @torch.inference_mode()
@@ -76,7 +83,18 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[float, float]:
-    """Mean prediction loss on unseen samples, by noise level, with the null label; noise is keyed by (seed, id)."""
+    """Computes the mean prediction loss on held-out samples with the null label.
+
+    Args:
+        backbone: The model.
+        samples: Held-out samples.
+        levels: Noise levels.
+        seed: Seed of the noise, which is keyed by (seed, sample id).
+        batch_size: Samples per forward pass.
+
+    Returns:
+        Mean loss by noise level.
+    """
     sums = dict.fromkeys(levels, 0.0)
     with evaluating(backbone.module):
         for start in range(0, len(samples), batch_size):
@@ -90,4 +108,5 @@ def held_out_loss(
 
 
 def condition_of(backbone: Backbone, batch: TrainingBatch) -> Tensor | None:
+    """The labels of a batch, shape (B,), or None if the model is not conditioned on classes."""
     return batch.condition if backbone.num_classes else None

@@ -1,8 +1,8 @@
-"""TensorBoard, Weights & Biases and trackio behind one call: `trackers(step, row)`.
+"""Logging to TensorBoard, Weights & Biases and trackio by one call: `trackers(step, row)`.
 
-The trainer's own `log.jsonl` and `log.csv` are complete without them. A run keeps its identity in `trackers.json`, so
-that a training that goes on after an interruption goes on in the same curves, and steps that a tracker has are not
-sent to it again. Nothing is opened before the first row: a training that is refused leaves no trace anywhere.
+`log.jsonl` and `log.csv` of the run are complete without them. `trackers.json` stores the identity of the run and the
+last step sent to each tracker. A resumed run therefore continues the same curves and sends no step twice. Trackers are
+opened at the first row, so that a run that fails before leaves no trace.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Tracker:
 
 
 class Trackers:
-    """The trackers of one training; made by `open_trackers`."""
+    """The trackers of one training run, created by `open_trackers`."""
 
     def __init__(
         self,
@@ -46,39 +46,43 @@ class Trackers:
         self._names = tuple(dict.fromkeys(names))
         self._folder, self._config, self._run_name, self._warn = folder, dict(config), run_name, warn
         self._open: dict[str, _Tracker] = {}
-        self._record: dict[str, Any] = {}  # what trackers.json holds; empty before the first row
-        self._before: dict[str, int] = {}  # the last step that each tracker had when this process began
+        self._record: dict[str, Any] = {}  # content of trackers.json; empty before the first row
+        self._sent_before: dict[str, int] = {}  # last step sent to each tracker before this process
 
     def __call__(self, step: int, row: Row) -> None:
-        """Sends a row; steps that a tracker had before an interruption are left out.
+        """Sends a row to all trackers, except for steps that they received before an interruption.
 
-        A tracker that fails is given up with one warning: no training ends because a service is down.
+        A tracker that fails is closed with one warning, so that training continues when a service is down.
+
+        Args:
+            step: Training step.
+            row: Values by name.
         """
         if not self._names:
             return
         if not self._record:
             self._begin()
         for name, tracker in list(self._open.items()):
-            if step > self._before.get(name, -1):
-                with self._given_up_where_it_fails(name):
+            if step > self._sent_before.get(name, -1):
+                with self._dropped_on_failure(name):
                     tracker.log(step, row)
                     self._record["last"][name] = step
         write_text(self._folder / "trackers.json", json.dumps(self._record, indent=1))
 
     def close(self) -> None:
-        """Waits until everything is written or sent."""
+        """Closes the trackers, after everything is written or sent."""
         for name, tracker in list(self._open.items()):
-            with self._given_up_where_it_fails(name):
+            with self._dropped_on_failure(name):
                 tracker.close()
 
     def _begin(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        place = self._folder / "trackers.json"
+        path = self._folder / "trackers.json"
         new: dict[str, Any] = {"id": secrets.token_hex(4), "last": {}}
-        self._record = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else new
-        self._before = dict(self._record["last"])
+        self._record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
+        self._sent_before = dict(self._record["last"])
         for name in self._names:
-            with self._given_up_where_it_fails(name):
+            with self._dropped_on_failure(name):
                 self._open[name] = self._connect(name)
 
     def _connect(self, name: str) -> _Tracker:
@@ -88,7 +92,7 @@ class Trackers:
             writer.add_text("config", f"```\n{json.dumps(self._config, indent=1)}\n```")
             return _Tracker(lambda step, row: _write(writer, step, row), writer.close)
         if name == "wandb":
-            # Without `console` it would replace standard output and error, and the progress with them.
+            # By default wandb replaces standard output and error, which breaks the progress bars.
             run = module.init(
                 project=PROJECT,
                 name=self._run_name,
@@ -99,25 +103,25 @@ class Trackers:
                 settings=module.Settings(console="off"),
             )
         else:
-            # trackio goes on with a run by its name, which folders of one name must not share.
+            # trackio resumes runs by name, and different folders may have the same name.
             run = module.init(
                 project=PROJECT, name=f"{self._run_name}-{run_id}", resume="allow", config=self._config, embed=False
             )
         return _Tracker(lambda step, row: run.log(dict(row), step=step), module.finish)
 
     @contextlib.contextmanager
-    def _given_up_where_it_fails(self, name: str) -> Iterator[None]:
+    def _dropped_on_failure(self, name: str) -> Iterator[None]:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
                 yield
         except Exception as error:
             self._open.pop(name, None)
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self._warn(f"{name} failed and gets no more rows ({what}); {self._folder / 'log.csv'} has them all")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._warn(f"{name} failed and gets no more rows ({reason}); {self._folder / 'log.csv'} has them all")
 
 
 def require(names: Sequence[str]) -> None:
-    """Checks that trackers are known and installed.
+    """Checks that trackers exist and are installed.
 
     Raises:
         ValueError: If a name is unknown.
@@ -130,7 +134,7 @@ def require(names: Sequence[str]) -> None:
             importlib.import_module(MODULES[name])
         except ImportError as error:
             raise ModuleNotFoundError(
-                f"the tracker {name} needs a package that is not here ({error}): pip install 'layerprobe[trackers]'"
+                f"the tracker {name} needs a missing package ({error}): pip install 'layerprobe[trackers]'"
             ) from error
 
 
@@ -142,14 +146,14 @@ def open_trackers(
     run_name: str,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Trackers for a training; call the result with (step, row) and `close` it at the end.
+    """Creates trackers for a training run; call the result with (step, row) and `close` it at the end.
 
     Args:
-        names: Of "tensorboard", "wandb" and "trackio"; those not named cost nothing.
-        folder: The training's folder. TensorBoard and Weights & Biases write into it; trackio into its own place.
-        config: What the training is, as JSON; shown beside the curves.
-        run_name: How the run is called in them; the project is "layerprobe".
-        warn: Called with one line when a tracker fails.
+        names: Names of trackers, from "tensorboard", "wandb" and "trackio".
+        folder: Folder of the run. TensorBoard and Weights & Biases write into it, trackio into its own folder.
+        config: Configuration of the run, JSON-compatible, which the trackers show with the curves.
+        run_name: Name of the run in the trackers; the project is "layerprobe".
+        warn: Function called with one line when a tracker fails.
 
     Raises:
         ValueError: If a name is unknown.
@@ -162,4 +166,4 @@ def open_trackers(
 def _write(writer: Any, step: int, row: Row) -> None:
     for name, value in row.items():
         writer.add_scalar(name, value, step)
-    writer.flush()  # or a run that is killed loses two minutes of rows that count as sent
+    writer.flush()  # A killed run would otherwise lose two minutes of rows that are recorded as sent.

@@ -19,6 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
+from layerprobe.options import (
+    LAYERSYNC_PANEL,
+    LEARNING_PANEL,
+    NETWORK_PANEL,
+    OPTIMIZER_PANEL,
+    RUNNING_PANEL,
+    option_fields,
+)
 
 TRAIN = shlex.split(
     "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
@@ -184,7 +192,7 @@ def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pyt
     assert json.loads(cli("train", "--config", file, "--dry-run", "--json")[1])["steps"] == 6
     assert json.loads(cli("train", "--config", file, "--steps", 7, "--dry-run", "--json")[1])["steps"] == 7
     (tmp_path / "bad.yaml").write_text("stepz: 5\n")
-    assert "the key 'stepz', which train does not know" in refused("train", "--config", tmp_path / "bad.yaml")
+    assert "the key 'stepz', which is not an option of train" in refused("train", "--config", tmp_path / "bad.yaml")
 
 
 # Every option of `train` beside those that say where and how long, none at its default.
@@ -235,6 +243,8 @@ def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, mo
 
     from layerprobe.analyses.runs import train as training_runs
     from layerprobe.cli.main import app
+    from layerprobe.cli.options import COUNTS as COUNTS_OF_A_PROBE
+    from layerprobe.data.sources import DataSource
 
     given: dict[str, object] = {}
     monkeypatch.setattr(
@@ -262,14 +272,8 @@ def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, mo
     tested = {line.split(" = ")[0].replace("-", "_") for line in TRAINING.strip().splitlines()}
     elsewhere = {"data", "out", "steps", "from", "preset", "selection", "sync"}
     elsewhere |= {"sync_begin", "sync_every", "device", "dry_run", "json", "config"}
-    reading = {flag.lstrip("-").replace("-", "_") for flag in _flags_of_reading(command)}
-    assert known == tested | elsewhere | reading
-
-
-def _flags_of_reading(command) -> set[str]:
-    from layerprobe.cli.options import READING
-
-    return {flag for option in command.params if option.name in READING for flag in option.opts}
+    reading = {option.flag.lstrip("-").replace("-", "_") for option in option_fields(DataSource)}
+    assert known == tested | elsewhere | reading - set(COUNTS_OF_A_PROBE)
 
 
 def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
@@ -280,17 +284,17 @@ def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
 
     assert "--pair, --selection and --sync each say what is aligned" in train("--pair 1:3 --sync auto")
     assert "unknown --sync 'always'" in train("--sync always")
-    assert "--sync-every is about --sync auto" in train("--pair 1:3 --sync-every 5")
+    assert "--sync-every has no effect without --sync auto" in train("--pair 1:3 --sync-every 5")
     assert "the first pick at step 1000 is not before the end at step 12" in train("--sync auto")
-    assert "--pair 1:3:half does not end in a number" in train("--pair 1:3:half")
+    assert "--pair 1:3:half does not end with a number" in train("--pair 1:3:half")
     assert "is not student:teacher" in train("--pair 1:2:3:4")
     assert "blocks.9" in train("--pair 1:9")
     assert "a linear decay ends at the stop step" in train("--pair 1:3 --sync-decay linear")
-    assert "two rising levels in [0, 1], got (0.5,)" in train("--pair 1:3 --sync-noise-range 0.5")
+    assert "--sync-noise-range 0.5 is not 2 numbers" in train("--pair 1:3 --sync-noise-range 0.5")
     assert "--sync-noise-range x is not a list of numbers" in train("--pair 1:3 --sync-noise-range x")
-    assert "noise_gap in [0, 1]" in train("--pair 1:3 --sync-noise-gap 2")
-    assert "unknown time_sampling 'beta'" in train("--time-sampling beta")
-    assert "unknown loss_weighting 'sigma'" in train("--loss-weighting sigma")
+    assert "--sync-noise-gap in [0, 1]" in train("--pair 1:3 --sync-noise-gap 2")
+    assert "unknown --time-sampling 'beta'" in train("--time-sampling beta")
+    assert "unknown --loss-weighting 'sigma'" in train("--loss-weighting sigma")
     assert "cannot be cut into 5 equal parts" in train("--accumulate 5")
     assert "different decays in [0, 1), got 0.9999, 1.5" in train("--more-ema-decays 1.5")
     assert "unknown path 'cosine'; use linear, gvp, vp" in train("--path cosine")
@@ -303,7 +307,7 @@ def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
 def test_a_tracker_that_is_not_installed_is_exit_code_3(tmp_path: Path, refused, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     line = refused(*TRAIN, "--out", tmp_path / "t", "--tracker", "trackio", "--dry-run", code=3)
-    assert "the tracker trackio needs a package that is not here" in line
+    assert "the tracker trackio needs a missing package" in line
 
 
 def test_the_help_of_train_is_in_parts(cli) -> None:
@@ -311,7 +315,7 @@ def test_the_help_of_train_is_in_parts(cli) -> None:
     assert code == 0
     titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
     assert titles[0] == "Options"
-    assert titles[2:] == ["LayerSync", "What is learned", "The optimizer", "How it runs and what it leaves"]
+    assert titles[2:] == [NETWORK_PANEL, LAYERSYNC_PANEL, OPTIMIZER_PANEL, LEARNING_PANEL, RUNNING_PANEL]
 
 
 def test_of_two_processes_one_prints(tmp_path: Path) -> None:
@@ -429,7 +433,7 @@ def test_folders_of_other_runs_are_refused(trained: Path, tmp_path: Path, refuse
     before = (trained / "run" / "quality.csv").read_bytes()
     others = [*COUNTS[:-1], "0.3,0.6"]
     message = refused("probe", checkpoint, "--data", "digits", "--out", trained / "run", *others)
-    assert "results of another run (different: noise_levels)" in message
+    assert "results of another run (different: extraction.noise_levels)" in message
     assert (trained / "run" / "quality.csv").read_bytes() == before
     message = refused(*TRAIN, "--out", trained / "training", "--learning-rate", "0.5")
     assert "another run (different: plan.learning_rate)" in message

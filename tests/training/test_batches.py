@@ -1,4 +1,4 @@
-"""Batches are the same however a run is cut up; the thread that prepares them never outlives it."""
+"""Batches do not depend on interruptions or processes, and the thread that prepares them always ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM = 12
 
 
 def numbers(purpose: int, sample_id: int, epoch: int) -> np.random.Generator:
-    """The stream of a sample: key (seed, id), counter (0, 0, draw, purpose)."""
+    """The stream of a sample, with key (seed, id) and counter (0, 0, draw, purpose)."""
     key, counter = np.array([PLAN.seed, sample_id], np.uint64), np.array([0, 0, epoch, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
@@ -36,7 +36,7 @@ def equal(a: TrainingBatch, b: TrainingBatch) -> bool:
     return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
 
 
-def test_epochs_follow_one_another_without_a_gap() -> None:
+def test_epochs_follow_each_other_without_a_gap() -> None:
     samples, plan = tiny_samples(NUM, first_id=30), replace(PLAN, steps=24)  # 10 epochs of 12 in 24 batches of 5
     x = torch.cat([batch.x for batch in batches(tiny_sit(), samples, plan)])
     rows = [int((samples.x == one).flatten(1).all(1).nonzero()) for one in x]
@@ -51,15 +51,15 @@ def test_noise_and_level_of_a_sample_depend_on_seed_id_and_epoch_only() -> None:
     for size in (5, 12, 40):  # 40: more than three epochs in one batch
         plan = replace(PLAN, steps=3, batch_size=size)
         for index, batch in enumerate(batches(tiny_sit(), samples, plan)):
-            for place in range(size):
-                row = int((samples.x == batch.x[place]).flatten(1).all(1).nonzero())
-                epoch = (index * size + place) // NUM
+            for position in range(size):
+                row = int((samples.x == batch.x[position]).flatten(1).all(1).nonzero())
+                epoch = (index * size + position) // NUM
                 eps = numbers(0, 30 + row, epoch).standard_normal(16, np.float32).reshape(SHAPE)
-                np.testing.assert_array_equal(batch.eps[place].numpy(), eps)
-                assert batch.level[place].item() == numbers(1, 30 + row, epoch).random()
+                np.testing.assert_array_equal(batch.eps[position].numpy(), eps)
+                assert batch.level[position].item() == numbers(1, 30 + row, epoch).random()
 
 
-def test_what_is_aligned_and_how_does_not_change_the_batches() -> None:
+def test_alignment_and_optimizer_do_not_change_the_batches() -> None:
     samples = tiny_samples(NUM)
     other = replace(PLAN, pairs=(PAIR,), weight=0.7, learning_rate=1.0, warmup_steps=0, ema_decay=0.5, clip_norm=0.0)
     assert all(
@@ -71,7 +71,7 @@ def test_what_is_aligned_and_how_does_not_change_the_batches() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 5, 12, 13])
-def test_batches_from_the_middle_are_the_tail_of_all(start: int) -> None:
+def test_batches_from_a_later_step_are_the_end_of_all_batches(start: int) -> None:
     samples = tiny_samples(NUM)
     whole, tail = list(batches(tiny_sit(), samples, PLAN)), list(batches(tiny_sit(), samples, PLAN, start=start))
     assert len(whole) == 13
@@ -79,21 +79,21 @@ def test_batches_from_the_middle_are_the_tail_of_all(start: int) -> None:
     assert all(equal(a, b) for a, b in zip(whole[start:], tail, strict=True))
 
 
-def test_labels_are_dropped_at_the_rate_asked_for() -> None:
+def test_labels_are_dropped_at_the_rate_of_the_plan() -> None:
     samples, plan = tiny_samples(300), replace(PLAN, steps=20, batch_size=300)
     dropped = []
     for batch in batches(tiny_sit(), samples, plan):
         assert batch.condition is not None
         rows = [int((samples.x == one).flatten(1).all(1).nonzero()) for one in batch.x[:20]]
         true = samples.labels[rows]  # type: ignore[index]
-        assert all(seen in (label, 3) for seen, label in zip(batch.condition[:20], true, strict=True))
+        assert all(condition in (label, 3) for condition, label in zip(batch.condition[:20], true, strict=True))
         dropped.append(batch.condition == 3)
     share = torch.stack(dropped).float().mean().item()
     assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 6000)  # four standard deviations of the binomial
-    for rate, seen in ((0.0, False), (1.0, True)):
-        only = next(iter(batches(tiny_sit(), samples, replace(plan, label_drop=rate))))
-        assert only.condition is not None
-        assert ((only.condition == 3) == seen).all()
+    for rate, all_dropped in ((0.0, False), (1.0, True)):
+        batch = next(iter(batches(tiny_sit(), samples, replace(plan, label_drop=rate))))
+        assert batch.condition is not None
+        assert ((batch.condition == 3) == all_dropped).all()
 
 
 def test_unlabeled_samples_have_no_condition() -> None:
@@ -104,8 +104,8 @@ def test_two_processes_take_every_other_position() -> None:
     samples = tiny_samples(NUM)
     whole = list(batches(tiny_sit(), samples, PLAN))
     for rank in (0, 1):
-        mine = list(batches(tiny_sit(), samples, PLAN, mine=lambda positions, rank=rank: positions[rank::2]))
-        assert all(equal(a.mapped(lambda t, r=rank: t[r::2]), b) for a, b in zip(whole, mine, strict=True))
+        part = list(batches(tiny_sit(), samples, PLAN, select=lambda positions, rank=rank: positions[rank::2]))
+        assert all(equal(a.mapped(lambda t, r=rank: t[r::2]), b) for a, b in zip(whole, part, strict=True))
 
 
 def test_a_batch_is_split_into_equal_parts_in_order() -> None:
@@ -120,7 +120,7 @@ def test_a_batch_is_split_into_equal_parts_in_order() -> None:
             assert torch.equal(torch.cat(columns), getattr(whole, field.name))
 
 
-def test_masks_come_along_over_the_end_of_an_epoch() -> None:
+def test_masks_stay_with_their_samples_over_the_end_of_an_epoch() -> None:
     samples = tiny_samples(NUM, labeled=False)
     mask = torch.ones(NUM, *SHAPE[1:], dtype=torch.bool)
     mask[:, 2:] = torch.arange(NUM).view(-1, 1, 1) % 2 == 0
@@ -135,8 +135,8 @@ def test_masks_come_along_over_the_end_of_an_epoch() -> None:
 # -------------------------------------------------------------------------------------------------------- noise levels
 
 
-def test_logit_normal_levels_are_keyed_and_as_asked_for() -> None:
-    """Esser et al. 2024: t = sigmoid(u), u normal; here u is made of the sample's own uniform number."""
+def test_logit_normal_levels_are_keyed_and_have_the_mean_and_std_of_the_plan() -> None:
+    """Esser et al. 2024: t = sigmoid(u) with normal u, here computed from the uniform number of the sample."""
     samples = tiny_samples(NUM, first_id=30)
     plan = replace(PLAN, time_sampling="logit-normal", time_mean=0.5, time_std=0.8, steps=1, batch_size=NUM)
     batch = next(iter(batches(tiny_sit(), samples, plan)))
@@ -152,7 +152,7 @@ def test_logit_normal_levels_are_keyed_and_as_asked_for() -> None:
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
 @pytest.mark.parametrize("name", ["sit", "flow-1000", "ddpm-linear", "edm", "sit-gvp", "sit-vp"])
-def test_the_lowest_and_highest_numbers_give_levels_that_can_be_trained_at(name: str, sampling: str) -> None:
+def test_extreme_uniform_numbers_give_usable_levels(name: str, sampling: str) -> None:
     uniform = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     predictions = {"edm": ("x0",), "ddpm-linear": ("eps", "x0", "v")}.get(name, ("velocity",))
     for prediction in predictions:
@@ -161,7 +161,7 @@ def test_the_lowest_and_highest_numbers_give_levels_that_can_be_trained_at(name:
         assert ((level >= 0) & (level <= 1) & (level.diff(prepend=level[:1] - 1) > 0)).all()
 
 
-def test_uniform_times_of_the_cosine_path_are_those_of_sit() -> None:
+def test_uniform_times_of_the_cosine_path_equal_those_of_sit() -> None:
     """t uniform, and alpha = sin(pi t / 2), sigma = cos(pi t / 2) with data at t = 1."""
     backbone = tiny_sit(schedule=schedule_from_name("sit-gvp"))
     time = torch.rand(100, dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_uniform_times_of_the_cosine_path_are_those_of_sit() -> None:
     torch.testing.assert_close(backbone.schedule.native_time(level), 1 - time)
 
 
-def test_a_teachers_draws_are_its_own() -> None:
+def test_draws_of_the_teacher_are_independent_of_the_levels() -> None:
     samples, gap = tiny_samples(NUM), replace(PLAN, sync=SyncOptions(noise_gap=0.2), pairs=(PAIR,))
     for plain, batch in zip(batches(tiny_sit(), samples, PLAN), batches(tiny_sit(), samples, gap), strict=True):
         assert batch.teacher_draw is not None
@@ -187,39 +187,39 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_prefetched_items_are_the_same_and_made_in_another_thread() -> None:
-    made_in = []
+def test_prefetched_items_are_the_same_and_come_from_another_thread() -> None:
+    item_threads = []
 
     def items() -> Iterator[int]:
         for i in range(20):
-            made_in.append(threading.current_thread())
+            item_threads.append(threading.current_thread())
             yield i
 
     assert list(prefetched(items())) == list(range(20))
-    assert threading.main_thread() not in made_in
+    assert threading.main_thread() not in item_threads
     assert threads() == []
     assert list(prefetched(iter([None, 0, None]))) == [None, 0, None]
     assert list(prefetched(iter(()))) == []
 
 
-def test_no_more_wait_than_were_asked_for() -> None:
-    made = 0
+def test_at_most_the_given_number_of_items_is_prepared_in_advance() -> None:
+    num_prepared = 0
 
     def items() -> Iterator[int]:
-        nonlocal made
+        nonlocal num_prepared
         while True:
-            made += 1
-            yield made
+            num_prepared += 1
+            yield num_prepared
 
     with closing(prefetched(items(), ahead=3)) as ready:
-        for taken in range(1, 10):
-            assert next(ready) == taken
+        for num_used in range(1, 10):
+            assert next(ready) == num_used
             threading.Event().wait(0.01)
-            assert made <= taken + 3
+            assert num_prepared <= num_used + 3
     assert threads() == []
 
 
-def test_an_exception_comes_where_its_item_would_have_come_and_the_thread_ends() -> None:
+def test_an_exception_is_raised_at_its_item_and_the_thread_ends() -> None:
     def items() -> Iterator[int]:
         yield from range(3)
         raise OSError("the disk is gone")

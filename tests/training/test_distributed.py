@@ -1,4 +1,4 @@
-"""Several processes train as one does, end together, and go on from each other's checkpoints."""
+"""Several processes train like one, end together, and resume each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from places import HELPERS
 from safetensors.torch import load_file
 from tiny import SHAPE, tiny_samples, tiny_sit
@@ -33,19 +30,10 @@ from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
-from layerprobe.training.distributed import (
-    Ranks,
-    average_gradients,
-    clip_gradients,
-    first_host,
-    gathered,
-    gradient_norm,
-    parallel,
-    processes,
-    ranks_of,
-)
+from layerprobe.training.distributed import average_gradients, clip_gradients, gathered, gradient_norm, parallel
 from layerprobe.training.loop import Decision, train
 from layerprobe.training.plan import TrainingPlan
+from layerprobe.training.ranks import Ranks, processes
 
 PAIR = LayerPair("blocks.0", "blocks.2")
 PLAN = TrainingPlan(
@@ -61,46 +49,36 @@ PLAN = TrainingPlan(
     log_every=1,
     pairs=(PAIR,),
 )
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_STEP_NUM_TASKS": "6",
-    "SLURM_LOCALID": "2",
-    "SLURM_STEP_NODELIST": "gpu[07-09,12],login1",
-    "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_ID": "3",
-}
-# Of a batch script: one process, whatever the number of tasks.
-SBATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "4711"}
 
-# Its processes are forked from one that has imported everything and run nothing.
+# Processes are forked from one that has imported everything and run nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
-# Of a lost connection torch warns in lines of its own, sometimes. What is tested is what we say.
+# torch itself sometimes logs lost connections, which these tests do not check.
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 PROCESSES.set_forkserver_preload(["hypothesis", "layerprobe.training.loop", "pytest", "torch.distributed.fsdp"])
 
 
 class Started:
-    """function(*arguments) in several processes, which meet as those of torchrun do.
+    """Runs function(*arguments) in several processes, which meet like those of torchrun.
 
     Attributes:
-        processes: By rank.
-        said: By rank, the file of what it wrote to standard error, an exception in one line.
+        processes: Processes by rank.
+        stderr_files: Files with the standard error of the processes, by rank; an exception is one line.
     """
 
     def __init__(self, folder: Path, function: Callable[..., Any], *arguments: Any, num: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(num)}
+            port = str(free.getsockname()[1])
         folder.mkdir(exist_ok=True)
-        self.said = [folder / f"said-{rank}" for rank in range(num)]
+        self.stderr_files = [folder / f"stderr-{rank}" for rank in range(num)]
         self.processes: list[Any] = []
         self._receivers = []
         for rank in range(num):
             receiver, sender = PROCESSES.Pipe(duplex=False)
-            environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num)}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = PROCESSES.Process(
-                target=_begin, args=(function, arguments, environment, self.said[rank], sender), daemon=True
+                target=_begin, args=(function, arguments, environment, self.stderr_files[rank], sender), daemon=True
             )
             process.start()
             sender.close()
@@ -108,7 +86,7 @@ class Started:
             self._receivers.append(receiver)
 
     def results(self) -> list[Any]:
-        """What they gave, by rank."""
+        """The results by rank."""
         received = [receiver.recv_bytes() if receiver.poll(90) else None for receiver in self._receivers]
         assert self.exit_codes() == [0] * len(received)
         return [pickle.loads(result) for result in received if result is not None]
@@ -116,7 +94,7 @@ class Started:
     def exit_codes(self) -> list[int]:
         for process in self.processes:
             process.join(30)
-            assert process.exitcode is not None, "it hangs"
+            assert process.exitcode is not None, "the process hangs"
         return [process.exitcode for process in self.processes]
 
 
@@ -124,12 +102,12 @@ def _begin(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     environment: dict[str, str],
-    said: Path,
+    stderr_file: Path,
     sender: Connection,
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(stderr_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     try:
         result = function(*arguments)
     except Exception as error:
@@ -138,69 +116,8 @@ def _begin(
     sender.send_bytes(pickle.dumps(result))
 
 
-# ------------------------------------------------------------------------------------------------------- who is who
-
-
-def test_torchrun_tells_who_is_who() -> None:
-    assert ranks_of(TORCHRUN) == (Ranks(3, 8, 1), "env://")
-    assert ranks_of(TORCHRUN | SRUN) == (Ranks(3, 8, 1), "env://")  # a torchrun on each node, started by srun
-
-
-def test_srun_tells_who_is_who() -> None:
-    ranks, url = ranks_of(SRUN)
-    assert ranks == Ranks(5, 6, 2)
-    assert re.fullmatch(r"tcp://gpu07:[23]\d{4}", url)
-    assert ranks_of(SRUN | {"SLURM_STEP_ID": "4"})[1] != url
-    assert ranks_of(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})[1] == "tcp://10.0.0.1:1234"
-
-
-@pytest.mark.parametrize("environment", [{}, SBATCH, {"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "4"}])
-def test_one_process_is_one_process(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ranks_of(environment)[0] == Ranks(0, 1, 0)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with processes() as ranks:
-        assert ranks == Ranks()
-        assert not dist.is_initialized()
-        ranks.barrier()
-        tensor, item = torch.ones(2), object()
-        assert ranks.mean(tensor) is tensor
-        assert ranks.broadcast(item) is item
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("gpu1", "gpu1"),
-        ("gpu1,gpu2", "gpu1"),
-        ("gpu[07-09,12],login1", "gpu07"),
-        ("gpu[3,5]", "gpu3"),
-        ("rack[0-1]node[2-3].cluster", "rack0node2.cluster"),
-    ],
-)
-def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
-    assert first_host(nodes) == host
-
-
-def test_an_environment_that_cannot_be_right_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^MASTER_ADDR is not set, so the processes cannot meet; start them with"):
-        ranks_of({"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(ValueError, match=r"^this is process 2 of 2, but ranks go from 0 to world size - 1; check RANK"):
-        ranks_of(TORCHRUN | {"RANK": "2", "WORLD_SIZE": "2"})
-
-
-@given(num=st.integers(1, 9), start=st.integers(0, 50), size=st.integers(0, 30))
-def test_every_position_belongs_to_one_process(num: int, start: int, size: int) -> None:
-    parts = [Ranks(rank, num).positions(range(start, start + size)) for rank in range(num)]
-    assert sorted(p for part in parts for p in part) == list(range(start, start + size))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    if size:  # The mean over processes of weighted means is the mean over all.
-        values = [Ranks(0, num).share(len(part), size) * (sum(part) / len(part) if part else 0) for part in parts]
-        assert sum(values) / num == pytest.approx(start + (size - 1) / 2)
-
-
 def test_one_process_does_not_shard() -> None:
-    with pytest.raises(ValueError, match=r"^one process has nobody to share the weights with; start several with"):
+    with pytest.raises(ValueError, match=r"^--fsdp needs several processes to share the weights; start them with"):
         parallel(tiny_sit(), Ranks(), fsdp=True)
 
 
@@ -208,7 +125,7 @@ def test_one_process_does_not_shard() -> None:
 
 
 class Strange(nn.Module):
-    """It has a parameter that nothing uses, one that is shorter than the number of processes, and two streams."""
+    """A network with an unused parameter, one shorter than the number of processes, and two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +138,7 @@ class Strange(nn.Module):
 
 def strange() -> Backbone:
     def forward(module: Any, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        assert module.factor.shape == (1,)  # Adapters look at the network.
+        assert module.factor.shape == (1,)  # Adapters use attributes of the network.
         output: Tensor = module(x, t)[0]
         return output
 
@@ -235,18 +152,18 @@ MODELS = {"sit": tiny_sit, "strange": strange}
 
 
 def trained_a_step(ranks: Ranks, backbone: Backbone, *, size: int, fsdp: bool = False) -> dict[str, Any]:
-    """Loss, gradients and their norm of a batch of this size, LayerSync included; shards are put together."""
+    """Loss, gradients and their norm for a batch of this size, with LayerSync; shards are gathered."""
     generator = torch.Generator().manual_seed(1)
     x, level = torch.randn(size, *SHAPE, generator=generator), torch.rand(size, generator=generator)
-    wanted, condition = torch.randn(size, *SHAPE, generator=generator), torch.arange(size) % 3
-    mine = list(ranks.positions(range(size)))
-    share = ranks.share(len(mine), size)
+    targets, condition = torch.randn(size, *SHAPE, generator=generator), torch.arange(size) % 3
+    rows = list(ranks.positions(range(size)))
+    share = ranks.share(len(rows), size)
     backbone.module.train()
     live = parallel(backbone, ranks, fsdp=fsdp)
-    extra = nn.Parameter(torch.ones(3))  # As of a projector: neither sharded nor in the network.
+    extra = nn.Parameter(torch.ones(3))  # Like a projector: neither sharded nor in the network.
     with LayerSync(backbone.module, [(backbone.layers[0], backbone.layers[-1])], weight=0.5) as sync:
-        output = live.predict(x[mine], level[mine], condition[mine])
-        loss = (output - wanted[mine]).square().mean() + sync.loss() + extra.square().sum()
+        output = live.predict(x[rows], level[rows], condition[rows])
+        loss = (output - targets[rows]).square().mean() + sync.loss() + extra.square().sum()
         (loss * share).backward()
     average_gradients([extra], ranks)
     parameters = [*backbone.module.parameters(), extra]
@@ -277,7 +194,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return Started(tmp_path_factory.mktemp("steps"), steps_of_models).results()
 
 
-@pytest.mark.parametrize("size", [6, 5])  # 5: one has three samples, the other two
+@pytest.mark.parametrize("size", [6, 5])  # 5: three samples on one process, two on the other
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("model", MODELS)
 def test_two_processes_have_the_gradients_of_one(
@@ -291,7 +208,7 @@ def test_two_processes_have_the_gradients_of_one(
     assert first["gradients"].keys() == one["gradients"].keys()
     torch.testing.assert_close(first["extra"], one["extra"])
     for name, gradient in one["gradients"].items():
-        # Sums of float32 in another order.
+        # float32 sums in another order.
         torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-4, atol=1e-7)
 
 
@@ -329,14 +246,14 @@ def run(folder: Path, plan: TrainingPlan, fsdp: bool = False, steps: int | None 
 
 
 def all_trainings(folder: Path) -> list[dict[str, Tensor]]:
-    """The averaged weights that every process gets, and what it was shown on the way."""
+    """The averaged weights that every process gets, and the calls of its functions."""
     with processes() as ranks:
         for name, fsdp in TRAININGS:
             run(folder / f"{name}-{fsdp}", PLANS[name], fsdp)
-        seen: list[Any] = []
+        calls: list[Any] = []
 
         def direct(step: int, model: Backbone) -> Decision:
-            seen.append(("direct", step, type(model.module).__name__))
+            calls.append(("direct", step, type(model.module).__name__))
             return Decision((LayerPair("blocks.1", "blocks.2"),), {"because": step})
 
         trained = train(
@@ -344,15 +261,15 @@ def all_trainings(folder: Path) -> list[dict[str, Tensor]]:
             tiny_samples(),
             replace(PLAN, pairs=()),
             folder / "directed",
-            observe=lambda step, model: seen.append(("observe", step, ranks.rank)),
+            observe=lambda step, model: calls.append(("observe", step, ranks.rank)),
             observe_at=(0, 5),
-            log=lambda step, row: seen.append(("log", step)),
-            progress=lambda *now: seen.append(("progress", *now[:2])),
+            log=lambda step, row: calls.append(("log", step)),
+            progress=lambda *now: calls.append(("progress", *now[:2])),
             direct=direct,
             direct_at=(4,),
             fsdp=ranks.world_size > 1,
         )
-    return [dict(trained.module.state_dict()), {"seen": seen}]  # type: ignore[dict-item]
+    return [dict(trained.module.state_dict()), {"calls": calls}]  # type: ignore[dict-item]
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +283,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Runs of two processes, and what each gave."""
+    """Runs of two processes, and their results."""
     folder = tmp_path_factory.mktemp("both")
     return folder, Started(folder, all_trainings, folder).results()
 
@@ -375,42 +292,42 @@ def log(folder: Path, *columns: str) -> list[list[float]]:
     return [[row[name] for name in columns] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
 
 
-def assert_close(folder: Path, wanted: Path) -> None:
-    for place in sorted(wanted.glob("*.safetensors")):
-        found, tensors = load_file(folder / place.name), load_file(place)
-        for name, tensor in tensors.items():
-            if not name.endswith("qkv.bias"):  # The bias of the keys has a gradient of nothing but rounding.
-                # Adam divides by the gradient's size: the rounding of a small one grows to a part of a step of 1e-3.
-                torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5)
+def assert_close(folder: Path, expected_folder: Path) -> None:
+    for path in sorted(expected_folder.glob("*.safetensors")):
+        tensors, expected = load_file(folder / path.name), load_file(path)
+        for name, tensor in expected.items():
+            if not name.endswith("qkv.bias"):  # The gradient of the keys' bias consists of rounding errors.
+                # Adam divides by the size of the gradient, so rounding of a small one becomes a part of a step of 1e-3.
+                torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "fsdp"), TRAININGS)
 def test_two_processes_have_the_loss_curve_of_one(both: tuple[Path, Any], alone: Path, name: str, fsdp: bool) -> None:
     folder = both[0] / f"{name}-{fsdp}"
-    found, wanted = (torch.tensor(log(place, "step", "loss", "grad_norm")) for place in (folder, alone / name))
-    assert len(found) == 8
-    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)  # Eight steps of rounding.
+    rows, expected = (torch.tensor(log(path, "step", "loss", "grad_norm")) for path in (folder, alone / name))
+    assert len(rows) == 8
+    torch.testing.assert_close(rows[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=0)  # rounding of eight steps
     assert_close(folder, alone / name)
 
 
-def test_the_first_alone_calls_and_all_get_the_model(both: tuple[Path, list[Any]]) -> None:
+def test_only_the_first_process_calls_functions_and_all_get_the_model(both: tuple[Path, list[Any]]) -> None:
     folder, ((weights, first), (others, second)) = both
-    assert second == {"seen": []}
-    assert [what for what in first["seen"] if what[0] in ("observe", "direct")] == [
+    assert second == {"calls": []}
+    assert [call for call in first["calls"] if call[0] in ("observe", "direct")] == [
         ("observe", 0, 0),
         ("direct", 4, "SiT"),
         ("observe", 5, 0),
     ]
-    assert [what for what in first["seen"] if what[0] == "log"] == [("log", step) for step in range(1, 9)]
-    assert [what for what in first["seen"] if what[0] == "progress"] == [("progress", step, 8) for step in range(1, 9)]
+    assert [call for call in first["calls"] if call[0] == "log"] == [("log", step) for step in range(1, 9)]
+    assert [call for call in first["calls"] if call[0] == "progress"] == [("progress", step, 8) for step in range(1, 9)]
     written = load_file(folder / "directed" / "model.safetensors")
     for name, tensor in written.items():
         assert torch.equal(weights[name], tensor)
         assert torch.equal(others[name], tensor)
 
 
-def test_a_decision_of_the_first_holds_for_all(both: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_decision_of_the_first_process_holds_for_all(both: tuple[Path, Any], tmp_path: Path) -> None:
     decided = Decision((LayerPair("blocks.1", "blocks.2"),), {"because": 4})
     plan = replace(PLAN, pairs=())
     train(tiny_sit(), tiny_samples(), plan, tmp_path, direct=lambda *_: decided, direct_at=(4,))
@@ -424,7 +341,7 @@ def in_pieces(folder: Path, fsdp: bool, steps: list[int]) -> None:
         run(folder, PLAN, fsdp, step)
 
 
-def test_any_number_of_processes_continues_any_other(alone: Path, tmp_path: Path) -> None:
+def test_any_number_of_processes_resumes_a_run_of_any_other(alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for num, fsdp, steps in ((2, True, 2), (3, False, 4), (1, False, 5), (3, True, 6), (2, False, 8)):
         Started(tmp_path, in_pieces, folder, fsdp, [steps], num=num).results() if num > 1 else run(
@@ -436,15 +353,15 @@ def test_any_number_of_processes_continues_any_other(alone: Path, tmp_path: Path
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_three_processes_resume_bit_for_bit(tmp_path: Path, fsdp: bool) -> None:
-    """Three, since a sum of two has no order; DDP makes its buckets anew after the first step of a start."""
+    """Three, since a sum of two does not depend on the order; DDP rebuilds its buckets after the first step."""
     for name, steps in (("whole", [8]), ("pieces", [3, 8])):
         Started(tmp_path, in_pieces, tmp_path / name, fsdp, steps, num=3).results()
     assert_bit_equal(tmp_path / "pieces", tmp_path / "whole")
 
 
-def assert_bit_equal(folder: Path, wanted: Path) -> None:
-    assert (folder / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
-    assert log(folder, "step", "loss", "grad_norm") == log(wanted, "step", "loss", "grad_norm")
+def assert_bit_equal(folder: Path, expected: Path) -> None:
+    assert (folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert log(folder, "step", "loss", "grad_norm") == log(expected, "step", "loss", "grad_norm")
 
 
 # -------------------------------------------------------------------------------------------------------- endings
@@ -465,7 +382,7 @@ def long_runs(folders: list[Path], fsdp: bool) -> None:
 
 
 def kill_at(step: int, rank: int, folder: Path, fsdp: bool) -> None:
-    """SIGKILL for one process at this step or soon after; the others end by themselves."""
+    """Kills one process at this step or soon after; the others end by themselves."""
     reached = folder.parent / "step"
     reached.write_text("0")
     started = Started(folder.parent, long_run, folder, fsdp)
@@ -476,29 +393,29 @@ def kill_at(step: int, rank: int, folder: Path, fsdp: bool) -> None:
     started.processes[rank].kill()
     codes = started.exit_codes()
     assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] != 0, "the run was over"
+    assert codes[1 - rank] != 0, "the run was finished"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_killed_five_times_it_ends_bit_equal(tmp_path: Path, fsdp: bool) -> None:
+def test_a_run_killed_five_times_ends_bit_equal(tmp_path: Path, fsdp: bool) -> None:
     for lowest in range(1, 26, 5):
         kill_at(lowest + random.randrange(4), random.randrange(2), tmp_path / "again", fsdp)
     Started(tmp_path, long_runs, [tmp_path / "again", tmp_path / "whole"], fsdp).results()
     assert_bit_equal(tmp_path / "again", tmp_path / "whole")
 
 
-def test_a_killed_process_is_told_of_in_one_line(tmp_path: Path) -> None:
+def test_a_killed_process_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "step").write_text("0")
     started = Started(tmp_path, long_run, tmp_path / "run", False, num=3)
     while int((tmp_path / "step").read_text() or 0) < 5:
         time.sleep(0.002)
     started.processes[2].kill()
     assert sorted(started.exit_codes()) == [-signal.SIGKILL, 1, 2]
-    said = "".join(place.read_text() for place in started.said)
-    assert said == (
-        "ConnectionError: another process was killed, or its machine is gone; "
-        "repeat the command to go on from the last checkpoint\n"
+    stderr = "".join(path.read_text() for path in started.stderr_files)
+    assert stderr == (
+        "ConnectionError: another process was killed, or its machine is unreachable; "
+        "repeat the command to continue from the last checkpoint\n"
     )
 
 
@@ -536,11 +453,14 @@ def failing(folder: Path, where: int | None, what: str) -> None:
         ("batch", None, "ValueError: a batch of 2 cannot be cut into 2 equal parts on each of 2 processes; change .*"),
     ],
 )
-def test_an_error_ends_all_and_is_told_once(tmp_path: Path, what: str, where: int | None, message: str) -> None:
+def test_an_error_ends_all_processes_and_is_reported_once(
+    tmp_path: Path, what: str, where: int | None, message: str
+) -> None:
     started = Started(tmp_path, failing, tmp_path / "run", where, what)
     assert sorted(started.exit_codes()) == [1, 2]
-    # torch itself logs that its store is gone where the first process kept it; under torchrun the agent does.
-    lines = [line for place in started.said for line in place.read_text().splitlines() if re.match(r"\w+Error: ", line)]
+    # torch itself logs the loss of its store, which the first process holds; under torchrun the agent holds it.
+    lines = "".join(path.read_text() for path in started.stderr_files).splitlines()
+    lines = [line for line in lines if re.match(r"\w+Error: ", line)]
     assert len(lines) == 1
     assert re.fullmatch(message, lines[0])
     if where is not None:

@@ -1,4 +1,4 @@
-"""Training is what its few lines say, sees the same batches whatever it aligns, and can be killed at any moment."""
+"""Training equals a short loop written by hand, with any alignment, and survives interruptions at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from layerprobe.checkpoints.opening import open_checkpoint, training_record
 from layerprobe.data.samples import TensorSamples
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
-from layerprobe.noise.predictions import convert_prediction
-from layerprobe.noise.schedules import DDPM, LinearPath, schedule_from_name
+from layerprobe.noise.schedules import LinearPath
 from layerprobe.training import loop
 from layerprobe.training.batches import TrainingBatch, batches
 from layerprobe.training.loop import Decision, train
-from layerprobe.training.losses import HELD_OUT_LEVELS, held_out_loss, loss_weights, prediction_loss
+from layerprobe.training.losses import prediction_loss
 from layerprobe.training.plan import TrainingPlan
 
 PAIR = LayerPair("blocks.0", "blocks.2")
@@ -80,174 +79,13 @@ def interrupt_at(step: int) -> Callable[[int, int, float], None]:
     return progress
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
-
-
-@pytest.fixture
-def batch() -> TrainingBatch:
-    return next(iter(batches(tiny_sit(), tiny_samples(NUM), PLAN)))
-
-
-@pytest.mark.parametrize("data_time", [1, 0])
-def test_the_loss_of_flow_matching(batch: TrainingBatch, data_time: int) -> None:
-    """Official SiT predicts data - noise at a time that is 1 at the data; others noise - data at the noise level."""
-    backbone = tiny_sit(schedule=LinearPath(data_time, 1 - data_time))
-    level = batch.level.float().view(-1, 1, 1, 1)
-    x_t = (1 - level) * batch.x + level * batch.eps
-    wanted, time = (batch.x - batch.eps, 1 - level) if data_time else (batch.eps - batch.x, level)
-    expected = (backbone.module(x_t, time.flatten(), batch.condition) - wanted).square().mean((1, 2, 3))
-    # Rounding of a float32 network; the squared error is of order 1.
-    torch.testing.assert_close(prediction_loss(backbone, batch), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_the_loss_of_ddpm(batch: TrainingBatch, prediction: Any) -> None:
-    schedule = DDPM.from_name("linear")
-    backbone = tiny_sit(schedule=schedule, prediction=prediction)
-    level = batch.level.view(-1, 1, 1, 1)
-    norm = torch.sqrt(level**2 + (1 - level) ** 2)
-    alpha, sigma = ((1 - level) / norm).float(), (level / norm).float()
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    log_snr = 2 * (torch.log1p(-batch.level) - torch.log(batch.level))
-    time = (torch.log(abar / (1 - abar)) - log_snr[:, None]).abs().argmin(1)
-    wanted = {"eps": batch.eps, "x0": batch.x, "v": alpha * batch.eps - sigma * batch.x}[prediction]
-    output = backbone.module(alpha * batch.x + sigma * batch.eps, time, batch.condition)
-    expected = (output - wanted).square().mean((1, 2, 3))
-    torch.testing.assert_close(prediction_loss(backbone, batch), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "prediction"), [("sit-gvp", "velocity"), ("sit-gvp", "score"), ("sit-vp", "velocity")]
-)
-def test_the_loss_of_sits_curved_paths(batch: TrainingBatch, name: str, prediction: Any) -> None:
-    """Written in SiT's time t, 1 at data: velocity d x_t / dt, and (sigma score + eps)^2."""
-    backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)
-    time = backbone.schedule.native_time(batch.level).requires_grad_()
-    if name == "sit-gvp":
-        alpha, sigma = torch.sin(time * math.pi / 2), torch.cos(time * math.pi / 2)
-    else:
-        alpha = torch.exp(-((1 - time) ** 2) * (20 - 0.1) / 4 - (1 - time) * 0.1 / 2)
-        sigma = torch.sqrt(1 - alpha**2)
-    (alpha_rate,) = torch.autograd.grad(alpha.sum(), time, retain_graph=True)
-    (sigma_rate,) = torch.autograd.grad(sigma.sum(), time)
-    alpha, sigma, alpha_rate, sigma_rate = (
-        c.detach().float().view(-1, 1, 1, 1) for c in (alpha, sigma, alpha_rate, sigma_rate)
-    )
-    output = backbone.module(alpha * batch.x + sigma * batch.eps, time.detach().float(), batch.condition)
-    error = output - (alpha_rate * batch.x + sigma_rate * batch.eps)
-    if prediction == "score":
-        error = sigma * output + batch.eps
-    # The velocity of VP is of order 10: a relative tolerance of float32 through a network.
-    torch.testing.assert_close(prediction_loss(backbone, batch), error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
-
-
-def test_padding_has_no_part_in_the_loss(batch: TrainingBatch) -> None:
-    backbone, mask = tiny_sit(), torch.ones(5, 4, 4, dtype=torch.bool)
-    mask[:, 2:] = False
-    mask[0] = True
-    losses = prediction_loss(backbone, replace(batch, mask=mask))
-    other = batch.x.masked_fill(~mask.unsqueeze(1), 7.0)
-    assert torch.equal(prediction_loss(backbone, replace(batch, x=other, mask=mask)), losses)
-    torch.testing.assert_close(losses[:1], prediction_loss(backbone, batch)[:1])
-    level = batch.level.float().view(-1, 1, 1, 1)
-    x_t = (1 - level) * batch.x + level * batch.eps
-    output = backbone.module(x_t, 1 - level.flatten(), batch.condition, mask)
-    error = (output - (batch.x - batch.eps)).square()
-    torch.testing.assert_close(losses[1:], error[1:, :, :2].mean((1, 2, 3)))
-
-
-PREDICTED = [
-    ("sit", "velocity"),
-    ("sit", "x0"),
-    ("ddpm-linear", "eps"),
-    ("ddpm-linear", "x0"),
-    ("ddpm-linear", "v"),
-    ("sit-gvp", "velocity"),
-    ("sit-gvp", "score"),
-    ("sit-vp", "eps"),
-]
-
-
-@pytest.mark.parametrize(("name", "prediction"), PREDICTED)
-def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(batch: TrainingBatch, name: str, prediction: Any) -> None:
-    """Hang et al. 2023: min(SNR, gamma) (x0 - predicted x0)^2, the prediction converted by itself."""
-    backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)
-    level = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.9], dtype=torch.float64)
-    batch, schedule = replace(batch, level=level), backbone.schedule
-    x_t = schedule.corrupt(batch.x, batch.eps, level)
-    output = backbone.predict(x_t, level.float(), batch.condition)
-    x0 = convert_prediction(output, x_t, level, schedule, source=prediction, to="x0")
-    snr = (schedule.alpha(level) / schedule.sigma(level)) ** 2
-    expected = snr.clamp(max=4.0) * (x0 - batch.x).double().square().mean((1, 2, 3))
-    weights = loss_weights(backbone, level, weighting="min-snr", snr_gamma=4.0)
-    # Converting in float32 costs digits where x_t is nearly noise.
-    torch.testing.assert_close(weights * prediction_loss(backbone, batch).double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_min_snr_gives_the_papers_weights() -> None:
-    level = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    snr = ((1 - level) / level) ** 2
-    least = snr.clamp(max=5)
-    for prediction, expected in (("x0", least), ("eps", least / snr), ("v", least / (snr + 1))):
-        backbone = tiny_sit(schedule=DDPM.from_name("cosine"), prediction=prediction)  # type: ignore[arg-type]
-        torch.testing.assert_close(loss_weights(backbone, level, weighting="min-snr"), expected)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "score"])
-def test_velocity_and_likelihood_weights_are_those_of_sit(prediction: Any) -> None:
-    """In SiT's t on its cosine path: g = alpha' / alpha sigma^2 - sigma sigma', on the squared error of eps."""
-    backbone = tiny_sit(schedule=schedule_from_name("sit-gvp"), prediction=prediction)
-    time = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
-    angle = time * math.pi / 2
-    alpha, sigma, rate = torch.sin(angle), torch.cos(angle), math.pi / 2
-    g = rate * torch.cos(angle) / alpha * sigma**2 + sigma * rate * torch.sin(angle)
-    level = backbone.schedule.noise_level(time)
-    for weighting, expected in (("velocity", (g / sigma) ** 2), ("likelihood", g / sigma**2)):
-        torch.testing.assert_close(loss_weights(backbone, level, weighting=weighting), expected)  # type: ignore[arg-type]
-
-
-def test_weights_are_finite_at_the_ends_and_one_where_there_are_none() -> None:
-    ends = torch.tensor([0.0, 1e-3, 1 - 1e-3, 1.0], dtype=torch.float64)
-    for name, prediction in PREDICTED:
-        backbone = tiny_sit(schedule=schedule_from_name(name), prediction=prediction)  # type: ignore[arg-type]
-        assert (loss_weights(backbone, ends, weighting="none") == 1).all()
-        for weighting in ("min-snr", "velocity", "likelihood"):
-            weights = loss_weights(backbone, ends, weighting=weighting)  # type: ignore[arg-type]
-            assert (weights.isfinite() & (weights > 0)).all()
-            assert torch.equal(weights[::3], weights[1:3])
-    same = loss_weights(tiny_sit(), ends, weighting="velocity")
-    torch.testing.assert_close(same, torch.ones_like(same))
-
-
-def test_a_model_without_classes_ignores_labels(batch: TrainingBatch) -> None:
-    backbone = tiny_sit(num_classes=0)
-    torch.testing.assert_close(
-        prediction_loss(backbone, batch), prediction_loss(backbone, replace(batch, condition=None))
-    )
-
-
-def test_held_out_loss_equals_a_plain_loop() -> None:
-    backbone, samples = tiny_sit(), tiny_samples(7, first_id=20)
-    expected = dict.fromkeys(HELD_OUT_LEVELS, 0.0)
-    for level in HELD_OUT_LEVELS:
-        for row in range(7):
-            stream = np.random.Philox(key=np.array([9, 20 + row], np.uint64), counter=np.zeros(4, np.uint64))
-            eps = torch.from_numpy(np.random.Generator(stream).standard_normal(16, np.float32)).view(SHAPE)
-            x_t = (1 - level) * samples.x[row] + level * eps
-            with torch.no_grad():
-                output = backbone.module(x_t[None], torch.tensor([1 - level]), torch.tensor([3]))
-            expected[level] += (output[0] - (samples.x[row] - eps)).square().mean().item() / 7
-    for size in (2, 256):
-        assert held_out_loss(backbone, samples, seed=9, batch_size=size) == pytest.approx(expected, rel=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def few_lines(
     backbone: Backbone, plan: TrainingPlan, pairs_at: Callable[[int], tuple[LayerPair, ...]] | None = None
 ) -> dict[str, Tensor]:
-    """The whole recipe by hand, with hooks instead of LayerSync; gives the averaged weights."""
+    """The averaged weights of the whole recipe, written by hand with hooks instead of LayerSync."""
     module: Any = backbone.module
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
@@ -278,7 +116,7 @@ def few_lines(
 
 
 def test_training_is_bit_equal_to_a_plain_loop(tmp_path: Path) -> None:
-    """The numbers of the first version: nothing that was added since may touch them."""
+    """The numbers of the first version, which later additions must not change."""
     module = tiny_sit().module.train()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
@@ -297,27 +135,27 @@ def test_training_is_bit_equal_to_a_plain_loop(tmp_path: Path) -> None:
         losses.append(float(loss.detach()))
         for name, p in trained.items():
             ema[name].lerp_(p.detach(), 1 - min(0.8, (step + 2) / (step + 11)))
-    told: list[float] = []
-    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path, progress=lambda _, __, loss: told.append(loss))
-    assert told == losses
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[name], average) for name, average in ema.items())
+    reported: list[float] = []
+    train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path, progress=lambda _, __, loss: reported.append(loss))
+    assert reported == losses
+    averages = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(averages[name], average) for name, average in ema.items())
 
 
 @pytest.mark.parametrize("pairs", [(), (PAIR,), (PAIR, LayerPair("blocks.0", "blocks.1"))], ids=len)
-def test_training_equals_a_few_lines(tmp_path: Path, pairs: tuple[LayerPair, ...]) -> None:
+def test_training_equals_a_short_loop(tmp_path: Path, pairs: tuple[LayerPair, ...]) -> None:
     plan = replace(PLAN, pairs=pairs)
     trained = train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
     expected = few_lines(tiny_sit(), plan)
     for name, tensor in expected.items():
-        found = trained.module.get_parameter(name).detach()
-        if name.endswith("qkv.bias"):  # A softmax ignores the bias of the keys: its gradient is nothing but rounding.
-            found, tensor = found[[*range(16), *range(32, 48)]], tensor[[*range(16), *range(32, 48)]]
-        # Adam divides by the gradient's size, so the rounding of a small gradient grows to 1e-3 of a step of 1e-2.
-        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=3e-5)
+        weight = trained.module.get_parameter(name).detach()
+        if name.endswith("qkv.bias"):  # Softmax ignores the bias of the keys: its gradient consists of rounding errors.
+            weight, tensor = weight[[*range(16), *range(32, 48)]], tensor[[*range(16), *range(32, 48)]]
+        # Adam divides by the size of the gradient, so rounding of a small one becomes 1e-3 of a step of 1e-2.
+        torch.testing.assert_close(weight, tensor, rtol=1e-4, atol=3e-5)
 
 
-def test_alignment_changes_training_through_its_loss_only(tmp_path: Path) -> None:
+def test_alignment_changes_training_only_through_its_loss(tmp_path: Path) -> None:
     for name, pairs, weight in (("none", (), 0.3), ("without weight", (PAIR,), 0.0), ("aligned", (PAIR,), 0.3)):
         train(tiny_sit(), tiny_samples(NUM), replace(PLAN, pairs=pairs, weight=weight), tmp_path / name)
     none, same, aligned = (load_file(tmp_path / n / "model.safetensors") for n in ("none", "without weight", "aligned"))
@@ -327,7 +165,7 @@ def test_alignment_changes_training_through_its_loss_only(tmp_path: Path) -> Non
     assert first[0] == first[1]
 
 
-def test_the_start_is_left_alone_and_the_result_is_what_the_file_holds(tmp_path: Path) -> None:
+def test_the_start_is_unchanged_and_the_file_contains_the_result(tmp_path: Path) -> None:
     backbone = tiny_sit()
     before = {name: tensor.clone() for name, tensor in backbone.module.state_dict().items()}
     trained = train(backbone, tiny_samples(NUM), PLAN, tmp_path)
@@ -343,65 +181,65 @@ def test_the_start_is_left_alone_and_the_result_is_what_the_file_holds(tmp_path:
 
 
 def test_observers_see_the_averaged_model(tmp_path: Path) -> None:
-    backbone, seen = tiny_sit(), {}
+    backbone, states = tiny_sit(), {}
 
     def observe(step: int, observed: Backbone) -> None:
         assert not observed.module.training
-        seen[step] = observed.module.state_dict()
+        states[step] = observed.module.state_dict()
 
     trained = train(backbone, tiny_samples(NUM), PLAN, tmp_path, observe=observe, observe_at=(0, 5, 13))
-    assert list(seen) == [0, 5, 13]
+    assert list(states) == [0, 5, 13]
     shorter = train(backbone, tiny_samples(NUM), replace(PLAN, steps=5), tmp_path / "shorter")
-    for name in seen[0]:
-        assert torch.equal(seen[0][name], backbone.module.state_dict()[name])
-        assert torch.equal(seen[5][name], shorter.module.state_dict()[name])
-        assert torch.equal(seen[13][name], trained.module.state_dict()[name])
+    for name in states[0]:
+        assert torch.equal(states[0][name], backbone.module.state_dict()[name])
+        assert torch.equal(states[5][name], shorter.module.state_dict()[name])
+        assert torch.equal(states[13][name], trained.module.state_dict()[name])
 
 
-def test_the_log_has_a_row_every_so_many_steps(tmp_path: Path) -> None:
-    told: list[tuple[int, int, float]] = []
+def test_the_log_has_a_row_every_log_every_steps(tmp_path: Path) -> None:
+    reported: list[tuple[int, int, float]] = []
     plan = replace(PLAN, pairs=(PAIR,))
-    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda *state: told.append(state))
-    assert [(step, steps) for step, steps, _ in told] == [(step, 13) for step in range(1, 14)]
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda *state: reported.append(state))
+    assert [(step, steps) for step, steps, _ in reported] == [(step, 13) for step in range(1, 14)]
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
-    assert [row["loss"] for row in rows] == [told[step - 1][2] for step in (3, 6, 9, 12)]
+    assert [row["loss"] for row in rows] == [reported[step - 1][2] for step in (3, 6, 9, 12)]
     assert all(-1 <= row["cosine blocks.0 <- blocks.2"] <= 1 for row in rows)
 
 
 def test_half_precision_trains_nearly_the_same(tmp_path: Path) -> None:
-    ends = {}
+    losses_by_precision = {}
     for precision in ("float32", "bfloat16"):
-        told: list[float] = []
+        losses: list[float] = []
         train(
             tiny_sit(),
             tiny_samples(NUM),
             replace(PLAN, precision=precision),
             tmp_path / precision,
-            progress=lambda _, __, loss, told=told: told.append(loss),
+            progress=lambda _, __, loss, losses=losses: losses.append(loss),
         )
-        ends[precision] = told
-    assert ends["bfloat16"] != ends["float32"]
+        losses_by_precision[precision] = losses
+    assert losses_by_precision["bfloat16"] != losses_by_precision["float32"]
     # bfloat16 keeps 3 digits, and the losses are near 1.
-    np.testing.assert_allclose(ends["bfloat16"], ends["float32"], rtol=0.05)
+    np.testing.assert_allclose(losses_by_precision["bfloat16"], losses_by_precision["float32"], rtol=0.05)
 
 
 @pytest.mark.parametrize("options", [{}, {"noise_range": (0.2, 0.7)}], ids=["plain", "range"])
-def test_an_accumulated_step_is_the_step_of_the_whole_batch(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_an_accumulated_step_equals_the_step_of_the_whole_batch(tmp_path: Path, options: dict[str, Any]) -> None:
     plan = replace(PLAN, batch_size=6, pairs=(PAIR,), sync=SyncOptions(**options), loss_weighting="min-snr")
-    losses = {}
+    losses_by_parts = {}
     for parts in (1, 3):
-        told: list[float] = []
+        losses: list[float] = []
         train(
             tiny_sit(),
             tiny_samples(NUM),
             replace(plan, accumulate=parts),
             tmp_path / str(parts),
-            progress=lambda _, __, loss, told=told: told.append(loss),
+            progress=lambda _, __, loss, losses=losses: losses.append(loss),
         )
-        losses[parts] = told
-    # Rounding, which Adam turns into at most 1e-3 of its step of 1e-2 in 13 steps.
-    np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
+        losses_by_parts[parts] = losses
+    # Rounding errors, which Adam amplifies to at most 1e-3 of its step of 1e-2 in 13 steps.
+    np.testing.assert_allclose(losses_by_parts[3], losses_by_parts[1], rtol=1e-4)
     whole, cut = (load_file(tmp_path / str(parts) / "model.safetensors") for parts in (1, 3))
     for name, tensor in whole.items():
         if not name.endswith("qkv.bias"):  # see above
@@ -423,12 +261,12 @@ def test_every_average_has_a_file(tmp_path: Path) -> None:
         train(backbone, tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(6))
     train(backbone, tiny_samples(NUM), plan, tmp_path)
     names = {0.8: "model.safetensors", 0.0: "model-ema-0.0.safetensors", 0.5: "model-ema-0.5.safetensors"}
-    assert {place.name for place in tmp_path.glob("*.safetensors")} == {*names.values()}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {*names.values()}
     for decay, name in names.items():
         alone = tmp_path.with_name(f"alone-{decay}")
         train(backbone, tiny_samples(NUM), replace(PLAN, ema_decay=decay), alone)
-        found, expected = load_file(tmp_path / name), load_file(alone / "model.safetensors")
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        averages, expected = load_file(tmp_path / name), load_file(alone / "model.safetensors")
+        assert all(torch.equal(averages[key], tensor) for key, tensor in expected.items())
         opened = open_checkpoint(tmp_path / name)
         assert torch.equal(opened.module.pos_embed, backbone.module.pos_embed)
         assert training_record(tmp_path / name)["ema_decay"] == decay
@@ -444,7 +282,7 @@ def test_other_grids_are_trained_alike(tmp_path: Path, shape: tuple[int, ...]) -
     assert all(math.isfinite(value) for row in log(tmp_path) for value in row.values())
 
 
-def test_padding_has_no_part_in_training(tmp_path: Path) -> None:
+def test_padding_does_not_affect_training(tmp_path: Path) -> None:
     ends = []
     for value in (0.0, 5.0):
         samples = tiny_samples(NUM)
@@ -457,18 +295,18 @@ def test_padding_has_no_part_in_training(tmp_path: Path) -> None:
     assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
 
 
-def test_rows_go_to_the_log_at_once_to_the_caller_and_to_the_table(tmp_path: Path) -> None:
-    told: list[tuple[int, dict[str, float]]] = []
+def test_rows_go_to_the_log_immediately_to_the_caller_and_to_the_table(tmp_path: Path) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
 
-    def tell(step: int, row: dict[str, float]) -> None:
-        told.append((step, dict(row)))
+    def keep(step: int, row: dict[str, float]) -> None:
+        logged.append((step, dict(row)))
         assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1]) == row
 
     plan = replace(PLAN, pairs=(PAIR,), checkpoint_every=100)
-    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, log=tell)
-    assert [step for step, _ in told] == [3, 6, 9, 12]
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, log=keep)
+    assert [step for step, _ in logged] == [3, 6, 9, 12]
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row for _, row in told] == rows
+    assert [row for _, row in logged] == rows
     table = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert list(table[0])[:5] == ["step", "loss", "grad_norm", "learning_rate", "samples_per_s"]
     assert [{name: float(value) for name, value in row.items()} for row in table] == rows
@@ -482,18 +320,18 @@ OTHER = LayerPair("blocks.1", "blocks.2")
 
 
 def deciding(calls: list[int]) -> Callable[[int, Backbone], Decision]:
-    """PAIR after step 4, none after step 9; the evidence is a number of the averaged model."""
+    """Decides for PAIR after step 4 and for no pair after step 9; the evidence depends on the averaged model."""
 
     def direct(step: int, averaged: Backbone) -> Decision:
         calls.append(step)
         assert not averaged.module.training
-        seen = float(averaged.module.get_parameter("final_layer.linear.weight").detach().sum())
-        return Decision({4: (PAIR,), 9: ()}[step], {"seen": seen, "because": f"step {step}"})
+        weight_sum = float(averaged.module.get_parameter("final_layer.linear.weight").detach().sum())
+        return Decision({4: (PAIR,), 9: ()}[step], {"weight_sum": weight_sum, "because": f"step {step}"})
 
     return direct
 
 
-def test_decided_pairs_are_aligned_from_the_next_step_on(tmp_path: Path) -> None:
+def test_decided_pairs_are_aligned_from_the_next_step(tmp_path: Path) -> None:
     plan, calls = replace(PLAN, pairs=(OTHER,), log_every=1), []
     trained = train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, direct=deciding(calls), direct_at=(4, 9))
     assert calls == [4, 9]
@@ -509,7 +347,7 @@ def test_decided_pairs_are_aligned_from_the_next_step_on(tmp_path: Path) -> None
     assert [row["record"]["because"] for row in rows] == ["step 4", "step 9"]
 
 
-def test_an_interrupted_run_does_not_decide_again(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_repeat_decisions(tmp_path: Path) -> None:
     calls: list[int] = []
     options = {"direct": deciding(calls), "direct_at": (4, 9)}
     plan = replace(PLAN, checkpoint_every=100)
@@ -525,7 +363,7 @@ def test_an_interrupted_run_does_not_decide_again(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "decisions.jsonl").read_text() == (tmp_path / "whole" / "decisions.jsonl").read_text()
 
 
-def test_a_decision_before_the_first_step_is_the_plan(tmp_path: Path) -> None:
+def test_a_decision_before_the_first_step_equals_a_plan(tmp_path: Path) -> None:
     def direct(step: int, averaged: Backbone) -> Decision:
         return Decision((PAIR,), {})
 
@@ -546,7 +384,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 11, 13])
-def test_interrupted_by_an_exception_it_ends_bit_equal(tmp_path: Path, whole: Path, step: int) -> None:
+def test_a_run_interrupted_by_an_exception_ends_bit_equal(tmp_path: Path, whole: Path, step: int) -> None:
     plan = replace(PLAN, pairs=(PAIR,))
     with pytest.raises(Interruption):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(step))
@@ -560,7 +398,7 @@ def test_interrupted_by_an_exception_it_ends_bit_equal(tmp_path: Path, whole: Pa
 @pytest.mark.parametrize(
     ("name", "time"), [("step-0000008.pt", 1), ("step-0000012.pt", 1), ("log.csv", 3), ("model.safetensors", 1)]
 )
-def test_interrupted_while_writing_it_ends_bit_equal(
+def test_a_run_interrupted_while_writing_ends_bit_equal(
     tmp_path: Path, whole: Path, name: str, time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, replaced = replace(PLAN, pairs=(PAIR,)), []
@@ -590,44 +428,44 @@ def test_interrupted_while_writing_it_ends_bit_equal(
     ids=["projector and schedule", "EMA teacher and noise gap"],
 )
 def test_every_kind_of_alignment_ends_bit_equal(tmp_path: Path, options: dict[str, Any]) -> None:
-    """The state of projectors and teachers is kept too; a decision gives the new pair new ones."""
+    """Projectors and teachers are part of the state; a decision creates new ones for its pair."""
     plan = replace(PLAN, pairs=(OTHER,), sync=SyncOptions(**options), checkpoint_every=3, steps=10)
-    given = {"direct": deciding([]), "direct_at": (4,)}
-    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "whole", **given)
+    decisions = {"direct": deciding([]), "direct_at": (4,)}
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "whole", **decisions)
     for step in (4, 7):
         with pytest.raises(Interruption):
-            train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", progress=interrupt_at(step), **given)
-    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", **given)
+            train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", progress=interrupt_at(step), **decisions)
+    train(tiny_sit(), tiny_samples(NUM), plan, tmp_path / "again", **decisions)
     assert model(tmp_path / "again") == model(tmp_path / "whole")
     assert log(tmp_path / "again") == log(tmp_path / "whole")
-    train(tiny_sit(), tiny_samples(NUM), replace(plan, sync=SyncOptions()), tmp_path / "plain", **given)
+    train(tiny_sit(), tiny_samples(NUM), replace(plan, sync=SyncOptions()), tmp_path / "plain", **decisions)
     assert model(tmp_path / "plain") != model(tmp_path / "whole")
 
 
-def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path, whole: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Path, whole: Path) -> None:
     plan = replace(PLAN, pairs=(PAIR,), keep_last=2)
     with pytest.raises(Interruption):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(13))
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
-    places = sorted((tmp_path / "checkpoints").iterdir())
-    assert [place.name for place in places] == ["step-0000012.pt", "step-0000013.pt"]
-    places[1].write_bytes(places[1].read_bytes()[:-100])
+    paths = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in paths] == ["step-0000012.pt", "step-0000013.pt"]
+    paths[1].write_bytes(paths[1].read_bytes()[:-100])
     steps: list[int] = []
-    with pytest.warns(UserWarning, match=r"step-0000013.pt is damaged; going on from step-0000012.pt"):
+    with pytest.warns(UserWarning, match=r"step-0000013.pt is damaged; continuing from step-0000012.pt"):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=lambda step, *_: steps.append(step))
     assert steps == [13]
     assert log(tmp_path) == log(whole)
-    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert sorted((tmp_path / "checkpoints").iterdir()) == places
-    for place in places:
-        place.write_bytes(b"")
+    tensors, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths
+    for path in paths:
+        path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"step-0000013.pt and all older ones are damaged; delete them to start"):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
 
 
 def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) -> None:
-    """It kept one checkpoint, `state.pt`, with one average; its plan knew nothing of what has come since."""
+    """It kept one checkpoint, `state.pt`, with one average; its plan has none of the later fields."""
     plan = replace(PLAN, pairs=(PAIR,))
     with pytest.raises(Interruption):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(9))
@@ -635,8 +473,8 @@ def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) ->
     old = {name: content[name] for name in ("step", "module", "optimizer", "log")} | {"ema": content["averages"][0.8]}
     torch.save(old, tmp_path / "state.pt")
     shutil.rmtree(tmp_path / "checkpoints")
-    known = set(json.loads((tmp_path / "training.json").read_text())["plan"])
-    assert known == {
+    fields_of_plan = set(json.loads((tmp_path / "training.json").read_text())["plan"])
+    assert fields_of_plan == {
         *("batch_size", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "ema_decay", "label_drop"),
         *("pairs", "weight", "precision", "compile", "seed"),
     }
@@ -655,33 +493,33 @@ plan = TrainingPlan(
     steps=120, batch_size=5, learning_rate=1e-2, ema_decay=0.8, seed=3, checkpoint_every=3, log_every=5,
     pairs=(LayerPair("blocks.0", "blocks.2"),), keep_last=2,
 )
-def run(folder, told=None):
-    train(tiny_sit(), tiny_samples(12), plan, folder, progress=told and (lambda *_: os.write(told, b".")))
+def run(folder, pipe=None):
+    train(tiny_sit(), tiny_samples(12), plan, folder, progress=pipe and (lambda *_: os.write(pipe, b".")))
 for _ in range(5):
-    ours, told = os.pipe()
-    child = os.fork()  # a process of its own, without the seconds that importing torch takes
+    reader, writer = os.pipe()
+    child = os.fork()  # faster than a new process, which must import torch
     if child == 0:
-        run(sys.argv[1], told)
+        run(sys.argv[1], writer)
         os._exit(0)
-    os.close(told)
+    os.close(writer)
     for _ in range(random.randint(1, 20)):
-        assert os.read(ours, 1), "it ended by itself"
-    os.kill(child, signal.SIGKILL)  # it goes on until the signal arrives: anywhere, in the middle of a write too
+        assert os.read(reader, 1), "it ended by itself"
+    os.kill(child, signal.SIGKILL)  # it runs until the signal arrives, possibly in the middle of a write
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    os.close(ours)
+    os.close(reader)
 run(sys.argv[1])
 run(sys.argv[2])
 """
 
 
-def test_killed_at_a_random_step_five_times_in_a_row_it_ends_bit_equal(tmp_path: Path) -> None:
+def test_a_run_killed_five_times_at_random_steps_ends_bit_equal(tmp_path: Path) -> None:
     path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     folders = tmp_path / "killed", tmp_path / "whole"
     subprocess.run([sys.executable, "-c", CHILD, *map(str, folders)], env=environment, check=True)
     assert model(folders[0]) == model(folders[1])
     assert log(folders[0]) == log(folders[1])
-    assert [place.name for place in sorted((folders[0] / "checkpoints").iterdir())] == [
+    assert [path.name for path in sorted((folders[0] / "checkpoints").iterdir())] == [
         "step-0000117.pt",
         "step-0000120.pt",
     ]
@@ -696,7 +534,7 @@ class Dropout(nn.Module):
         return self.drop(self.layer(x.flatten(1))).view_as(x)
 
 
-def test_a_network_with_random_numbers_of_its_own_ends_bit_equal_too(tmp_path: Path) -> None:
+def test_a_network_with_dropout_ends_bit_equal(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = wrap(Dropout(), layers="layer", schedule="flow", prediction="velocity", shape=SHAPE)
     state = torch.random.get_rng_state()
@@ -725,7 +563,7 @@ def test_a_finished_run_returns_at_once(tmp_path: Path, monkeypatch: pytest.Monk
         assert torch.equal(tensor, again.module.state_dict()[name])
 
 
-def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
+def test_more_steps_extend_a_finished_run(tmp_path: Path) -> None:
     for steps in (6, 13):
         train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=steps), tmp_path / "grown")
     train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path / "whole")
@@ -733,8 +571,8 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     assert log(tmp_path / "grown") == log(tmp_path / "whole")
 
 
-def test_a_continued_run_never_keeps_the_shorter_runs_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is killed after its last checkpoint, before its model is written."""
+def test_an_extended_run_replaces_the_model_of_the_shorter_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed after its last checkpoint, before its model is written."""
 
     def killed(*_: object, **__: object) -> None:
         raise Interruption
@@ -749,15 +587,17 @@ def test_a_continued_run_never_keeps_the_shorter_runs_model(tmp_path: Path, monk
     assert model(tmp_path / "grown") == model(tmp_path / "whole")
 
 
-def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+def test_fewer_steps_than_done_are_refused(tmp_path: Path) -> None:
     train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
     before = model(tmp_path)
-    with pytest.raises(ValueError, match="holds 13 steps, more than the 6 wanted; pass more --steps or another --out"):
+    with pytest.raises(
+        ValueError, match="has 13 steps already, more than the 6 of this plan; pass more --steps or another --out"
+    ):
         train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=6), tmp_path)
     assert model(tmp_path) == before
 
 
-def test_no_steps_give_the_start(tmp_path: Path) -> None:
+def test_zero_steps_return_the_start(tmp_path: Path) -> None:
     backbone = tiny_sit()
     trained = train(backbone, tiny_samples(NUM), replace(PLAN, steps=0), tmp_path)
     for name, tensor in backbone.module.state_dict().items():
@@ -792,24 +632,6 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_how_long_a_run_is_and_how_often_it_writes_is_not_its_identity() -> None:
-    free = {"steps": 7, "checkpoint_every": 7, "log_every": 7, "accumulate": 5, "keep_last": 7}
-    for name, value in free.items():
-        assert replace(PLAN, **{name: value}).identity() == PLAN.identity()
-    others = {
-        "sync": SyncOptions(centered=True),
-        "time_sampling": "logit-normal",
-        "time_mean": 1.0,
-        "time_std": 2.0,
-        "loss_weighting": "min-snr",
-        "snr_gamma": 1.0,
-        "more_ema_decays": (0.5,),
-    }
-    assert {*PLAN.identity(), *free, *others} == {field.name for field in fields(TrainingPlan)}
-    for name, value in others.items():
-        assert set(replace(PLAN, **{name: value}).identity()) - set(PLAN.identity()) == {name}
-
-
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"is not empty and contains other files \(thesis.tex\); choose another --out"):
@@ -818,23 +640,23 @@ def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 100, -100])
-def test_a_damaged_state_is_named(tmp_path: Path, keep: int) -> None:
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path, keep: int) -> None:
     train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=2), tmp_path)
-    place = tmp_path / "checkpoints" / "step-0000002.pt"
-    place.write_bytes(place.read_bytes()[:keep])
+    path = tmp_path / "checkpoints" / "step-0000002.pt"
+    path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"step-0000002.pt is damaged; delete it to start this run again$"):
         train(tiny_sit(), tiny_samples(NUM), PLAN, tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_whole(
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    loss, left = loop.prediction_loss, iter(range(7))
+    loss, good_steps = loop.prediction_loss, iter(range(7))
     train(tiny_sit(), tiny_samples(NUM), replace(PLAN, steps=4), tmp_path / "four")
 
     def breaking(*arguments: Any) -> Tensor:
-        return loss(*arguments) * (1 if next(left, None) is not None else value)
+        return loss(*arguments) * (1 if next(good_steps, None) is not None else value)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "prediction_loss", breaking)
@@ -849,36 +671,36 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_whole(
     assert not (tmp_path / "broken" / "model.safetensors").exists()
 
 
-def test_a_finite_loss_with_a_gradient_that_is_not_never_reaches_a_checkpoint(
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss, left = loop.prediction_loss, iter(range(7))
+    loss, good_steps = loop.prediction_loss, iter(range(7))
 
     def breaking(backbone: Backbone, batch: TrainingBatch) -> Tensor:
         values = loss(backbone, batch)
-        if next(left, None) is not None:
+        if next(good_steps, None) is not None:
             return values
         weight = next(p for p in backbone.module.parameters() if p.requires_grad)
         return values + (weight.sum() * 0).abs().sqrt()  # 0, with the gradient 0 / 0
 
     monkeypatch.setattr(loop, "prediction_loss", breaking)
     with pytest.raises(
-        ValueError, match=r"the gradient\'s norm is nan at step 8; lower the learning rate .*step-0000004.pt is kept in"
+        ValueError, match=r"the gradient norm is nan at step 8; lower the learning rate .*step-0000004.pt is kept in"
     ):
         train(tiny_sit(), tiny_samples(NUM), replace(PLAN, clip_norm=0.0), tmp_path)
-    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-0000004.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004.pt"]
 
 
 def test_weights_that_overflow_never_reach_a_checkpoint(tmp_path: Path) -> None:
-    """The gradient is finite, the decayed weight is not."""
+    """The gradient is finite, but the decayed weight is not."""
     plan = replace(PLAN, weight_decay=1e25, learning_rate=1e20, checkpoint_every=1)
     train(tiny_sit(), tiny_samples(NUM), replace(plan, steps=0), tmp_path)
     with pytest.raises(ValueError, match=r"is not finite at step 1; lower .*step-0000000.pt is kept in"):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
-    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-0000000.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000000.pt"]
 
 
-def test_a_training_that_diverges_at_once_says_that_nothing_is_kept(
+def test_divergence_at_the_first_step_reports_that_there_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = loop.prediction_loss
@@ -897,12 +719,12 @@ class FailingSamples(TensorSamples):
         return super().batch(indices)
 
 
-def test_data_that_cannot_be_read_stops_at_its_step_with_the_last_checkpoint_whole(tmp_path: Path) -> None:
+def test_unreadable_data_stops_at_its_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     whole, steps = tiny_samples(NUM), []
     samples = FailingSamples(whole.x, whole.labels)
     with pytest.raises(OSError, match="the disk is gone"):
         train(tiny_sit(), samples, PLAN, tmp_path, progress=lambda step, *_: steps.append(step))
-    assert steps == [1, 2, 3, 4]  # 5 of 12 samples a step: the third and the fifth are read in two parts
+    assert steps == [1, 2, 3, 4]  # 5 of 12 samples per step: the third and the fifth batch are read in two parts
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
     train(tiny_sit(), whole, PLAN, tmp_path)
     train(tiny_sit(), whole, PLAN, tmp_path.with_name("whole"))
@@ -918,47 +740,11 @@ def test_data_that_cannot_be_read_stops_at_its_step_with_the_last_checkpoint_who
             r"samples have shape \(1, 6, 6\), .* takes \(1, 4, 4\); pass --size",
         ),
         (tiny_sit(), tiny_samples(0), "there are no samples to train on"),
-        (tiny_sit(num_classes=5), tiny_samples(6), "knows 5 classes, the data has 3; pass data with the same labels"),
+        (tiny_sit(num_classes=5), tiny_samples(6), "has 5 classes, the data has 3; pass data with the same labels"),
     ],
 )
-def test_data_that_does_not_fit_is_refused(tmp_path: Path, backbone: Backbone, samples: Any, message: str) -> None:
+def test_data_that_does_not_match_is_refused(tmp_path: Path, backbone: Backbone, samples: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         train(backbone, samples, PLAN, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"log_every": 0}, "log_every must be at least 1"),
-        ({"steps": -1}, "need steps >= 0"),
-        ({"learning_rate": 0.0}, "learning_rate > 0"),
-        ({"learning_rate": float("nan")}, "learning_rate > 0"),
-        ({"label_drop": 1.5}, r"label_drop in \[0, 1\]"),
-        ({"ema_decay": 1.0}, r"ema_decay in \[0, 1\); got 13, 0.01, 0.25, 1.0"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
-        ({"clip_norm": float("nan")}, "clip_norm must be at least 0, got nan"),
-        ({"weight": float("inf")}, "the weight of the alignment must be finite, got inf"),
-        ({"precision": "bf16"}, "unknown precision 'bf16'; use float32 or bfloat16"),
-        ({"seed": -1}, "seed must be between 0 and"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"accumulate": 2}, "a batch of 5 cannot be cut into 2 equal parts; change accumulate"),
-        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
-        ({"time_sampling": "cosine"}, "unknown time_sampling 'cosine'; use one of uniform, logit-normal"),
-        ({"loss_weighting": "snr"}, "unknown loss_weighting 'snr'; use one of none, min-snr, velocity, likelihood"),
-        ({"time_std": 0.0}, "time_std must be above 0, got 0.0"),
-        ({"time_mean": float("nan")}, "time_mean must be finite, got nan"),
-        ({"snr_gamma": 0.0}, "snr_gamma must be above 0, got 0.0"),
-        ({"more_ema_decays": (1.5,)}, r"averages need different decays in \[0, 1\), got 0.8, 1.5"),
-        ({"more_ema_decays": (0.8,)}, "averages need different decays"),
-    ],
-)
-def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        replace(PLAN, **options)
-    assert "\n" not in str(error.value)

@@ -1,3 +1,5 @@
+"""Trackers receive every step once, also after an interruption, and never stop a training run."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,7 @@ from layerprobe.training.trackers import open_trackers
 
 
 class FakeService:
-    """Stands for wandb or trackio: keeps what every run was sent, by run; can be made to fail."""
+    """A fake of wandb or trackio that keeps the rows of each run and can be made to fail."""
 
     def __init__(self) -> None:
         self.runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
@@ -58,7 +60,7 @@ def _log(trackers, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_resumed_training_goes_on_in_the_same_run_and_sends_no_step_twice(name, services, tmp_path, capsys) -> None:
+def test_a_resumed_training_continues_the_same_run_and_sends_no_step_twice(name, services, tmp_path, capsys) -> None:
     _log(_open(tmp_path, name), 10, 20, 30)
     _log(_open(tmp_path, name), 20, 30, 40, 50)  # killed after 30, with a checkpoint at 10
     service = services[name]
@@ -67,11 +69,11 @@ def test_a_resumed_training_goes_on_in_the_same_run_and_sends_no_step_twice(name
     assert [options["resume"] for options in service.opened] == ["allow", "allow"]
     assert service.opened[0]["config"] == {"steps": 9}
     assert service.closed == 2
-    assert capsys.readouterr().out == ""  # results only
+    assert capsys.readouterr().out == ""  # standard output is for results only
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_folders_of_one_name_are_two_runs(name, services, tmp_path) -> None:
+def test_folders_with_the_same_name_are_two_runs(name, services, tmp_path) -> None:
     _log(_open(tmp_path / "a" / "t", name), 10)
     _log(_open(tmp_path / "b" / "t", name), 10)
     assert len(services[name].runs) == 2
@@ -87,7 +89,7 @@ def test_two_rows_of_one_step_are_both_sent(services, tmp_path) -> None:
     ]
 
 
-def test_a_tracker_that_fails_is_given_up_with_one_warning_and_the_others_go_on(services, tmp_path) -> None:
+def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_others_continue(services, tmp_path) -> None:
     warnings: list[str] = []
     trackers = _open(tmp_path, "wandb", "trackio", warnings=warnings)
     trackers(10, {"loss": 1.0})
@@ -97,13 +99,13 @@ def test_a_tracker_that_fails_is_given_up_with_one_warning_and_the_others_go_on(
     assert "wandb failed and gets no more rows (ConnectionError: the service is down)" in warnings[0]
     assert [step for rows in services["trackio"].runs.values() for step, _ in rows] == [10, 20, 30]
     assert (services["wandb"].closed, services["trackio"].closed) == (0, 1)
-    # A later process tries again, from where it broke off.
+    # A later process tries again and sends the missing steps.
     services["wandb"].broken = False
     _log(_open(tmp_path, "wandb"), 10, 20, 40)
     assert [step for rows in services["wandb"].runs.values() for step, _ in rows] == [10, 20, 40]
 
 
-def test_interrupting_is_no_failure_of_the_tracker(services, tmp_path, monkeypatch) -> None:
+def test_an_interruption_is_not_a_failure_of_the_tracker(services, tmp_path, monkeypatch) -> None:
     def interrupted(**options: object) -> None:
         raise KeyboardInterrupt
 
@@ -128,7 +130,7 @@ def test_bad_names_and_missing_packages(tmp_path, monkeypatch) -> None:
         _open(tmp_path, "wandb")
 
 
-def test_tensorboard_reads_what_was_written_once_over_an_interruption(tmp_path) -> None:
+def test_tensorboard_has_every_step_once_after_an_interruption(tmp_path) -> None:
     pytest.importorskip("tensorboard", reason="the extra layerprobe[trackers] is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
