@@ -1,4 +1,4 @@
-"""Data sets as Samples: tensors in about [-1, 1], labels where known, and an id that never changes."""
+"""Data sets as `Samples`: tensors in about [-1, 1], optional labels, and stable ids."""
 
 import lazy_loader
 

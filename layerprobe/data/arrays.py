@@ -1,8 +1,8 @@
-"""Samples in one NumPy file, read in place.
+"""Samples in a single NumPy file, read in place.
 
-| file | holds |
+| file | content |
 |---|---|
-| `.npz` | `arr_0`, uint8 (n, H, W, C): images as ADM's evaluation takes them |
+| `.npz` | `arr_0`, uint8 (n, H, W, C): images as in the evaluation of ADM |
 | `.npy` | floating point (n, C, *grid) in about [-1, 1], one to three grid axes |
 
 Source of the `.npz` format: openai/guided-diffusion, scripts/image_sample.py.
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from layerprobe.data.samples import Batch, Samples, pixels_to_float
+from layerprobe.files import one_line
 
 _ARRAY = "arr_0"
 _MODALITIES = {1: "audio", 2: "image", 3: "video"}
@@ -28,43 +29,43 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 class ArraySamples(Samples):
-    """Unlabeled samples of an array that may lie on disk.
+    """Unlabeled samples in an array, which may be memory-mapped.
 
     Args:
-        array: Shape (n, H, W, C) and uint8, or (n, C, *grid) and floating point.
-        source: Where it comes from, for errors.
+        array: Samples, shape (n, H, W, C) and uint8, or (n, C, *grid) and floating point.
+        source: Origin of the array, for error messages.
 
     Attributes:
-        value_range: The smallest and the largest value, as `batch` gives them.
+        value_range: Smallest and largest value in the batches.
 
     Raises:
-        ValueError: If there is no sample, or one is not finite.
+        ValueError: If there are no samples, or a sample is not finite.
     """
 
     def __init__(self, array: NDArray[Any], *, source: str) -> None:
         if not array.size:
-            raise ValueError(f"{source} holds no samples (shape {array.shape}); pass a file that does")
+            raise ValueError(f"{source} contains no samples (shape {array.shape}); pass a file with samples")
         self._array, self._source = array, source
         channels, *grid = (array.shape[-1], *array.shape[1:-1]) if array.dtype == np.uint8 else array.shape[1:]
         self.shape, self.modality = (channels, *grid), _MODALITIES[len(grid)]
         self.num_classes, self.class_names, self.labels = 0, (), None
         self.ids = torch.arange(len(array))
-        self.fingerprint, self.value_range = _examined(array, source)
+        self.fingerprint, self.value_range = _hash_and_range(array, source)
 
     def __len__(self) -> int:
         return len(self._array)
 
     def gray(self) -> ArraySamples:
-        """The samples with one channel, where an `.npz` holds gray images three times over, as ADM's format wants it.
+        """Returns the samples with a single channel, for gray images stored as three equal channels (ADM's format).
 
         Raises:
             ValueError: If a sample is in color.
         """
-        one = self._array[..., :1] if self._array.dtype == np.uint8 else self._array[:, :1]
+        first_channel = self._array[..., :1] if self._array.dtype == np.uint8 else self._array[:, :1]
         for start in range(0, len(self), 4096):
-            if (self._array[start : start + 4096] != one[start : start + 4096]).any():
-                raise ValueError(f"{self._source} holds color images but the data is gray; pass --channels 3")
-        return ArraySamples(one, source=self._source)
+            if (self._array[start : start + 4096] != first_channel[start : start + 4096]).any():
+                raise ValueError(f"{self._source} contains color images but the data is gray; pass --channels 3")
+        return ArraySamples(first_channel, source=self._source)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         index = torch.as_tensor(indices, dtype=torch.long)
@@ -75,13 +76,13 @@ class ArraySamples(Samples):
 
 
 def load_array(path: str | Path) -> ArraySamples:
-    """The samples in a file of the table above.
+    """Opens a file of samples in a format of the table above.
 
-    An `.npz` that was written with compression is held in memory, all else stays on disk.
+    A compressed `.npz` is read into memory; all other files stay on disk.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or holds no samples, other things, or values that are not finite.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged, contains no samples or other content, or has values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,17 +92,18 @@ def load_array(path: str | Path) -> ArraySamples:
     try:
         array = _npz_array(path) if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
     except KeyError:
-        raise ValueError(f"{path} holds no {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
+        raise ValueError(f"{path} has no array {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is no whole {path.suffix} of numbers ({reason}); write it again") from error
+        raise ValueError(
+            f"{path} is not a complete {path.suffix} of numbers ({one_line(error)}); write it again"
+        ) from error
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an .npz by content; rename it")
-    what = f"{path} holds {array.dtype} of shape {array.shape}"
+        raise ValueError(f"{path} has the content of an .npz; rename it")
+    content = f"{path} contains {array.dtype} of shape {array.shape}"
     if path.suffix == ".npz" and (array.dtype != np.uint8 or array.ndim != 4):
-        raise ValueError(f"{what}; an .npz must hold images as uint8 (n, H, W, C)")
+        raise ValueError(f"{content}; an .npz must contain images as uint8 (n, H, W, C)")
     if path.suffix != ".npz" and (array.dtype.kind != "f" or not 3 <= array.ndim <= 5):
-        raise ValueError(f"{what}; an .npy must hold floating point (n, C, *grid) in about [-1, 1]")
+        raise ValueError(f"{content}; an .npy must contain floating point (n, C, *grid) in about [-1, 1]")
     return ArraySamples(array, source=str(path))
 
 
@@ -118,9 +120,9 @@ def _npz_array(path: Path) -> NDArray[Any]:
             shape, fortran, dtype = read(file)
             header_bytes = file.tell()
     if dtype.hasobject:
-        raise ValueError("Python objects")
+        raise ValueError("it contains Python objects")
     with path.open("rb") as file:
-        # A local header has 30 bytes, then the name and an extra field of the lengths it gives.
+        # A local header has 30 bytes, followed by the name and an extra field, whose lengths it states.
         file.seek(member.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2")
     start = member.header_offset + 30 + int(lengths.sum()) + header_bytes
@@ -129,8 +131,8 @@ def _npz_array(path: Path) -> NDArray[Any]:
     return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
 
 
-def _examined(array: NDArray[Any], source: str) -> tuple[str, tuple[float, float]]:
-    """A hash of the content, and the range of the values as samples; in one pass over the file."""
+def _hash_and_range(array: NDArray[Any], source: str) -> tuple[str, tuple[float, float]]:
+    """Hash of the content and range of the values, in one pass over the file."""
     digest = hashlib.sha256(f"array, {array.dtype.str} {array.shape};".encode())
     rows = max(1, _CHUNK_BYTES // (array[0].nbytes or 1))
     low, high = np.inf, -np.inf

@@ -1,4 +1,4 @@
-"""The embedded data set: 1797 scans of handwritten digits, 8 x 8 pixels, as scikit-learn carries them."""
+"""The built-in data set: 1797 scans of handwritten digits, 8 x 8 pixels, as shipped with scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.data.splits import keyed_order
 
-_NUM_TRAIN, _NUM_VALIDATION = 1000, 397  # and 400 for the test split
+_NUM_TRAIN, _NUM_VALIDATION = 1000, 397  # the other 400 are the test split
 
 
 def digits() -> Splits:
-    """1000 samples for training, 397 for validation and 400 for testing; always the same, with every class in proportion.
+    """Returns the digits in fixed, stratified splits of 1000 training, 397 validation and 400 test samples.
 
-    x has shape (B, 1, 8, 8), ink is 1 and paper is -1; ids are the rows in scikit-learn.
+    Batches have x of shape (B, 1, 8, 8) with ink at 1 and paper at -1. Ids are the rows in scikit-learn.
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI repository (its test part).
     """
-    from sklearn.datasets import load_digits  # a second of imports
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 8 - 1

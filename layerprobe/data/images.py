@@ -1,10 +1,10 @@
-"""Image data sets: their rows come from `tables`, and Pillow decodes them here, to 8 bits per channel.
+"""Image data sets: rows are read by `tables` and decoded by Pillow to 8 bits per channel.
 
-A value p in 0 ... 255 stands for p / 127.5 - 1. Channels come first, rows from top to bottom.
+A pixel value p in 0 to 255 becomes p / 127.5 - 1. Channels come first, rows run from top to bottom.
 
-Gray images have 1 channel and color images 3. A palette counts as color; transparent pixels are laid over white; the
-orientation in EXIF is applied; of several frames the first is taken. More than 8 bits per pixel of gray are refused,
-because they have no agreed range.
+Gray images have 1 channel and color images 3. Palette images count as color, transparent pixels are composited over
+white, the EXIF orientation is applied, and only the first frame is read. Gray images of more than 8 bits per pixel are
+refused, because their value range is not standardized.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash, pixels_to_float
+from layerprobe.data.samples import (
+    MEMORY_BUDGET_BYTES,
+    Batch,
+    LabelColumn,
+    Samples,
+    content_hash,
+    pixels_to_float,
+)
+from layerprobe.files import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-MEMORY_BUDGET_BYTES = 2 * 2**30
-
 _IMAGE_COLUMNS = ("image", "img", "images")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
-# Not every format that Pillow knows: some of them start other programs (EPS starts Ghostscript).
+# Not all formats of Pillow: some of them start other programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
@@ -51,27 +57,30 @@ def load_images(
     skip_bad: int = 0,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
 ) -> dict[str, Samples]:
-    """The parts of an image data set by name ("train", "test", ...).
+    """Loads the parts of an image data set.
 
-    A sample's id is its row, counted per part from `tables.first_id`. Image files are sorted by path.
+    The id of a sample is its row, counted per part from `tables.first_id`. Image files are sorted by path.
 
     Args:
-        source: A .parquet or .arrow file; a folder of them, of image files (a folder per class) or from `save_to_disk`;
-            or "owner/name" on the Hugging Face Hub, the only case that uses the network.
-        size: Side of the square in pixels. The largest centered square is resized to it, bicubic with antialiasing. None
-            keeps the images as they are.
-        channels: 1 or 3; None keeps what the images have.
-        split: The only part to read.
-        image_column: Where the images are; found by type and name where not given.
-        label_column: Where the labels are; see `tables.label_column`. Without one the samples are unlabeled.
-        probe_labels: Further label columns, see `tables.further_columns`.
-        skip_bad: So many images of each part may be unreadable and are left out. All are then decoded once beforehand:
-            a damaged one may have a sound header.
-        memory_budget_bytes: If all pixels fit, an image is decoded on first access and kept as uint8, else it is
-            decoded at every access. The values are the same.
+        source: A .parquet or .arrow file; a folder of such files, of image files (one folder per class) or written by
+            `save_to_disk`; or "owner/name" on the Hugging Face Hub, the only case that uses the network.
+        size: Side of the square samples in pixels. The largest centered square is resized to it, bicubic with
+            antialiasing. None keeps the size of the images.
+        channels: Number of channels, 1 or 3; None keeps the channels of the images.
+        split: Name of the only part to read; None for all parts.
+        image_column: Column of the images; None finds it by type and name.
+        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        probe_labels: Extra label columns, separated by commas.
+        skip_bad: Maximum number of unreadable images per part, which are left out. If it is not 0, all images are
+            decoded once in advance, because a damaged image may have a valid header.
+        memory_budget_bytes: Memory budget. If the pixels of all images fit, decoded images are kept as uint8; otherwise
+            images are decoded at every access. The values are the same.
+
+    Returns:
+        Samples by part name ("train", "test", ...).
 
     Raises:
-        ValueError: If the source cannot be read, an item is no image, or the images do not have one shape.
+        ValueError: If the source cannot be read, an item is not an image, or the images differ in shape.
     """
     if size is not None and size < 1:
         raise ValueError(f"--size is {size}; pass a positive number of pixels")
@@ -92,21 +101,21 @@ def load_images(
         name: ImageSamples(
             images[name],
             shape,
-            labels=None if own is None else own[images[name].row_numbers],
+            labels=None if part_labels is None else part_labels[images[name].row_numbers],
             class_names=class_names,
             first_id=tables.first_id(name),
             content=headers[name].content,
             keep=num_bytes <= memory_budget_bytes,
             columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
         )
-        for name, own in labels.items()
+        for name, part_labels in labels.items()
     }
 
 
 def _read(source: str | Path, split: str | None) -> dict[str, Dataset]:
-    """Rows of encoded images.
+    """Reads rows of encoded images.
 
-    `datasets` would leave out images that a metadata.csv does not name, and the classes of their folders.
+    With a metadata.csv, `datasets` would drop the images that it does not name, and the classes of the folders.
     """
     root = Path(source).expanduser()
     if not root.is_dir() or next(root.rglob("metadata.csv"), None) is None:
@@ -125,13 +134,13 @@ class ImageSamples(Samples):
 
     Args:
         images: The encoded images.
-        shape: Shape (C, H, W) to decode to.
-        labels: Shape (n,), or None.
-        class_names: One per class.
-        first_id: The id of row 0.
-        content: A hash of the encoded images.
-        keep: Keep what was decoded in memory, as uint8.
-        columns: Further labels.
+        shape: Shape (C, H, W) of the decoded images.
+        labels: Class labels, shape (n,), or None for unlabeled data.
+        class_names: Class names, one per class.
+        first_id: Id of row 0.
+        content: Hash of the encoded images.
+        keep: Whether to keep decoded images in memory, as uint8.
+        columns: Extra label columns.
     """
 
     def __init__(
@@ -151,7 +160,7 @@ class ImageSamples(Samples):
         self.ids = first_id + images.row_numbers
         self.fingerprint = content_hash("images, version 1", content, shape, labels, class_names, first_id)
         self.images = images
-        # Memory that was never written to costs nothing: pages are handed out as images are decoded.
+        # Memory that was never written costs nothing: the system allocates pages as images are decoded.
         self._pixels = torch.empty((len(images), *shape), dtype=torch.uint8) if keep else None
         self._decoded = torch.zeros(len(images), dtype=torch.bool)
 
@@ -175,19 +184,24 @@ class ImageSamples(Samples):
 
 @dataclass(frozen=True)
 class _Headers:
-    """What the headers say: channels, height and width as shown, shape (n, 3); and a hash of all bytes."""
+    """Channels, height and width of the images as displayed, shape (n, 3), and a hash of their bytes."""
 
     shapes: NDArray[Any]
     content: str
 
 
 class EncodedImages:
-    """One column of encoded images.
+    """A column of encoded images.
+
+    Args:
+        rows: Rows of the data set.
+        column: Column of the images.
+        part: Name of the part, for error messages.
 
     Attributes:
-        rows: Those that are kept.
-        row_numbers: Their places in the data, shape (n,).
-        bad: What is wrong with the images that were left out, by name.
+        rows: Rows that are kept.
+        row_numbers: Positions of these rows in the data set, shape (n,).
+        bad: Errors of the images that were left out, by name of the image.
     """
 
     def __init__(self, rows: Dataset, column: str, *, part: str) -> None:
@@ -204,10 +218,10 @@ class EncodedImages:
         return len(self.rows)
 
     def headers(self, *, skip_bad: int = 0) -> _Headers:
-        """What the headers say, after up to `skip_bad` images that cannot be read have been left out.
+        """Reads the headers of all images, after leaving out up to `skip_bad` unreadable images.
 
         Raises:
-            ValueError: If more cannot be read, or none can.
+            ValueError: If more images are unreadable, or all of them.
         """
         if skip_bad:
             self._leave_out_bad(skip_bad)
@@ -229,19 +243,19 @@ class EncodedImages:
                 with self._errors(row):
                     decode_image(encoded, _shape(encoded))
             except ValueError as error:
-                self.bad[self.name(row)] = tables.one_line(error.__cause__ or error)
+                self.bad[self.name(row)] = one_line(error.__cause__ or error)
                 if len(self.bad) > skip_bad:
-                    seen = f"{len(self.bad)} images cannot be read, --skip-bad allows {skip_bad}"
-                    raise ValueError(f"{seen}; the last: {error}") from error
+                    counts = f"{len(self.bad)} images cannot be read, --skip-bad allows {skip_bad}"
+                    raise ValueError(f"{counts}; the last: {error}") from error
             else:
                 kept.append(row)
         if not kept:
-            seen = next(f"{name}: {error}" for name, error in self.bad.items())
-            raise ValueError(f"{self.part} has no image that can be read; the first is {seen}; pass other data")
+            first = next(f"{name}: {error}" for name, error in self.bad.items())
+            raise ValueError(f"{self.part} has no readable image; the first is {first}; pass other data")
         self.rows, self.row_numbers = self.rows.select(kept), self.row_numbers[kept]
 
     def decode(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The images in these rows as uint8, shape (B, *shape)."""
+        """Decodes the images in these rows to uint8, shape (B, *shape)."""
         pixels = np.empty((len(index), *shape), np.uint8)
         rows = index.tolist()
         for out, row, encoded in zip(pixels, rows, self._encoded(rows), strict=True):
@@ -250,6 +264,7 @@ class EncodedImages:
         return torch.from_numpy(pixels)
 
     def name(self, row: int) -> str:
+        """Returns the position and path of an image, for messages."""
         item = self.rows[row][self.column]
         path = item.get("path") if isinstance(item, dict) else None
         return f"image {int(self.row_numbers[row])} of {self.part}" + (f" ({path})" if path else "")
@@ -267,14 +282,14 @@ class EncodedImages:
 
     @contextmanager
     def _errors(self, row: int) -> Iterator[None]:
-        # Decoders meet damaged data with almost any exception: OSError, SyntaxError, struct.error, IndexError, ...
+        # Decoders raise almost any exception on damaged data: OSError, SyntaxError, struct.error, IndexError, ...
         try:
             yield
         except MemoryError:
             raise
         except Exception as error:
-            seen = f"{self.name(row)} cannot be read: {tables.one_line(error)}"
-            raise ValueError(f"{seen}; mend or remove it, or pass --skip-bad 1 or more") from error
+            problem = f"{self.name(row)} cannot be read: {one_line(error)}"
+            raise ValueError(f"{problem}; repair or remove it, or pass --skip-bad 1 or more") from error
 
 
 def _open(encoded: bytes) -> Image:
@@ -282,8 +297,8 @@ def _open(encoded: bytes) -> Image:
 
     try:
         image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-    except UnidentifiedImageError:  # whose message names an object in memory
-        raise ValueError(f"it is no {', '.join(_FORMATS)} image") from None
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError(f"it is not a {', '.join(_FORMATS)} image") from None
     if image.mode not in _MODE_CHANNELS:
         raise ValueError(f"its pixels are {image.mode}, not 8-bit gray or color")
     return image
@@ -294,16 +309,21 @@ def _orientation(image: Image) -> int:
 
 
 def _shape(encoded: bytes) -> tuple[int, int, int]:
-    """Channels, height and width by the header alone."""
+    """Channels, height and width according to the header."""
     image = _open(encoded)
     width, height = image.size
-    if _orientation(image) >= 5:  # turned by a quarter
+    if _orientation(image) >= 5:  # rotated by 90 degrees
         width, height = height, width
     return _MODE_CHANNELS[image.mode], height, width
 
 
 def decode_image(encoded: bytes, shape: tuple[int, ...]) -> NDArray[Any]:
-    """An encoded image as uint8 of shape (C, H, W), see the top of this module."""
+    """Decodes an image to uint8 of shape (C, H, W), by the conventions of this module.
+
+    Args:
+        encoded: Content of an image file.
+        shape: Shape (C, H, W) to crop and resize to.
+    """
     from PIL import Image, ImageOps
 
     channels, height, width = shape
@@ -325,11 +345,12 @@ def _common_shape(
 ) -> tuple[int, int, int]:
     shapes = np.concatenate([part.shapes for part in headers.values()])
     if channels is None:
-        kinds, counts = np.unique(shapes[:, 0], return_counts=True)
-        if len(kinds) > 1:
-            seen = f"{counts[0]} images are gray and {counts[1]} are in color"
-            raise ValueError(f"{seen}; pass --channels 1 or --channels 3")
-        channels = int(kinds[0])
+        values, counts = np.unique(shapes[:, 0], return_counts=True)
+        if len(values) > 1:
+            raise ValueError(
+                f"{counts[0]} images are gray and {counts[1]} are in color; pass --channels 1 or --channels 3"
+            )
+        channels = int(values[0])
     if size is not None:
         return channels, size, size
     height, width = (int(side) for side in shapes[0, 1:])
@@ -339,7 +360,7 @@ def _common_shape(
             _, h, w = part.shapes[different[0]]
             raise ValueError(
                 f"{images[name].name(int(different[0]))} is {h}x{w} but the first is {height}x{width}; "
-                f"pass --size {min(height, width)} or another, to resize and crop them all"
+                f"pass --size {min(height, width)} or another size to crop and resize all images"
             )
     return channels, height, width
 
@@ -350,12 +371,12 @@ def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     named = [name for name in _IMAGE_COLUMNS if name in columns]
     column = given or next(iter(named or columns), None)
     if column is None:
-        raise ValueError(f"no column holds encoded images but {', '.join(features)}; pass image data")
+        raise ValueError(f"none of the columns {', '.join(features)} contains encoded images; pass image data")
     tables.check_column(parts, column, "--image-column")
     if column not in columns:
         raise ValueError(
-            f"column {column!r} holds no encoded images; pass one of {', '.join(columns)} as --image-column"
+            f"column {column!r} contains no encoded images; pass one of {', '.join(columns)} as --image-column"
         )
     if not given and not named and len(columns) > 1:
-        raise ValueError(f"the columns {', '.join(columns)} all hold images; pass one as --image-column")
+        raise ValueError(f"the columns {', '.join(columns)} all contain images; pass one as --image-column")
     return column

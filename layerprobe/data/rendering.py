@@ -1,7 +1,7 @@
-"""How samples of a model become what people look at and hear: recordings, moving bodies, clips.
+"""Rendering: conversion of generated samples to recordings, joint positions and video clips.
 
-A model sees normalized values on a grid of fixed size. Their rendering is what undoes that, kept with the model: it needs no
-data to be looked at.
+A model sees normalized values on a grid of fixed size. A rendering undoes the normalization and the padding. It is
+saved with the model, so samples can be rendered without the data set.
 """
 
 from __future__ import annotations
@@ -12,37 +12,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data.samples import Samples, Subset
 from layerprobe.data.sequences.audio import AudioDecoder
+from layerprobe.data.sequences.bvh import Floats
 from layerprobe.data.sequences.items import Decoder, MediaSamples, Normalization, file_bytes
 from layerprobe.data.sequences.motion import MotionDecoder
 from layerprobe.data.sequences.skeleton import MAX_CLIPS, Skeleton, find_skeleton
 from layerprobe.data.sequences.video import VideoDecoder
-from layerprobe.files import needed
+from layerprobe.files import import_optional
 from layerprobe.noise import RandomStream
 
-Positions = NDArray[np.float64]
-
-QUANTILES = 11  # of the lengths, from the shortest to the longest
+QUANTILES = 11  # number of quantiles of the lengths, from the shortest to the longest
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """What a sample, shape (C, *grid), stands for.
+    """The meaning of the values of a sample, shape (C, *grid).
 
     Attributes:
-        modality: "audio", "motion" or "video".
-        time_axis: Which axis of (C, *grid) is that of time.
-        normalization: What the values were divided by; None where they are pixels in [-1, 1].
-        lengths: Where samples are padded, quantiles of their lengths at even steps from 0 to 1: a row for each class,
-            or one for all. Empty where every sample fills its grid.
-        rate: Steps of time per second, where the data says.
-        audio: How sound was made a picture or frames.
-        skeleton: The body, where the values are positions of joints.
-        root: The joint that the others are relative to, as in `MotionDecoder`, and its axis of the height.
+        modality: Modality: "audio", "motion" or "video".
+        time_axis: Time axis of (C, *grid).
+        normalization: Normalization of the values; None for pixels in [-1, 1].
+        lengths: Quantiles of the sample lengths, equally spaced from 0 to 1, one row per class or a single row for all.
+            Empty if no sample is padded.
+        rate: Time steps per second, or None if unknown.
+        audio: Decoder that produced the spectrograms or frames of audio samples.
+        skeleton: Skeleton of the body, if the values are joint positions.
+        root: Root joint, as in `MotionDecoder`, and the up axis; None without a root.
     """
 
     modality: str
@@ -55,48 +53,50 @@ class Rendering:
     root: tuple[int, int] | None = None
 
     def values(self, x: Tensor, length: int) -> Tensor:
-        """A sample (C, *grid) in the units of the data and without its padding."""
+        """Converts a sample (C, *grid) to the units of the data and removes its padding."""
         real = x.narrow(self.time_axis, 0, length)
         return real if self.normalization is None else self.normalization.invert(real)
 
-    def positions(self, x: Tensor, length: int) -> Positions:
-        """Positions of the joints, shape (length, joints, 3), of a motion with a skeleton."""
-        return _placed(self.values(x, length), self.root)
+    def positions(self, x: Tensor, length: int) -> Floats:
+        """Returns the joint positions of a motion sample, shape (length, joints, 3)."""
+        return _positions(self.values(x, length), self.root)
 
     def waveform(self, x: Tensor, length: int) -> Tensor:
-        """The recording that a sample of audio stands for, shape (samples,), `audio.rate` of them a second."""
+        """Returns the waveform of an audio sample, shape (samples,), at the sampling rate `audio.rate`."""
         assert self.audio is not None
         return self.audio.waveform(self.values(x, length))
 
     def draw_lengths(self, ids: Tensor, labels: Tensor | None, *, seed: int) -> Tensor:
-        """Lengths as the data has them, shape (n,), int64; that of a sample depends on seed, id and label only.
+        """Draws lengths from the distribution of the data, shape (n,), int64.
+
+        The length of a sample depends on the seed, its id and its label only.
 
         Args:
-            ids: Shape (n,).
-            labels: Shape (n,), with the number of classes for "no label", which takes the lengths of any class; None
-                for no labels at all.
-            seed: Of the lengths.
+            ids: Sample ids, shape (n,).
+            labels: Class labels, shape (n,), where the number of classes stands for the null label and draws from all
+                classes; None for unlabeled samples.
+            seed: Seed of the lengths.
         """
         table, key = torch.tensor(self.lengths, dtype=torch.float64), RandomStream(seed, "length")
         row = (key.uniform(ids, draw=1) * len(table)).long()
         if labels is not None and len(table) > 1:
             row = torch.where(labels < len(table), labels, row)
-        place = key.uniform(ids) * (table.shape[1] - 1)
-        below = place.long()
+        position = key.uniform(ids) * (table.shape[1] - 1)
+        below = position.long()
         low, high = table[row, below], table[row, below + 1]
-        return (low + (place - below) * (high - low)).round().long()
+        return (low + (position - below) * (high - low)).round().long()
 
     def mask(self, lengths: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What is no padding in samples (C, *grid) of these lengths, shape (n, *grid), bool."""
+        """Returns the mask of samples (C, *grid) of these lengths, shape (n, *grid), bool; False for padding."""
         steps = torch.arange(shape[self.time_axis]).view(-1, *[1] * (len(shape) - 1 - self.time_axis))
         return (steps < lengths.view(-1, *[1] * (len(shape) - 1))).expand(len(lengths), *shape[1:])
 
     def lengths_of(self, mask: Tensor) -> Tensor:
-        """The lengths (n,) of samples with this mask (n, *grid)."""
+        """Returns the lengths, shape (n,), of samples with this mask, shape (n, *grid)."""
         return mask.movedim(self.time_axis, 1).flatten(2).any(2).sum(1) if mask.ndim > 2 else mask.sum(1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON, kept with a model."""
+        """Converts the rendering to JSON, which is saved with a model."""
         return {
             "modality": self.modality,
             "time_axis": self.time_axis,
@@ -110,7 +110,7 @@ class Rendering:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Rendering:
-        """What `to_dict` gave."""
+        """Creates a rendering from the result of `to_dict`."""
         return cls(
             record["modality"],
             record["time_axis"],
@@ -124,7 +124,7 @@ class Rendering:
 
 
 def rendering_of(samples: Samples) -> Rendering | None:
-    """How what a model makes of such samples becomes what people look at and hear; None for images and latents."""
+    """Returns the rendering for generated samples of a model of this data; None for images and latents."""
     while isinstance(samples, Subset):
         samples = samples.samples
     if not isinstance(samples, MediaSamples):
@@ -135,7 +135,7 @@ def rendering_of(samples: Samples) -> Rendering | None:
         if decoder.root is not None and decoder.up_axis is not None:
             root = (decoder.root, decoder.up_axis)
         chosen = np.linspace(0, len(items) - 1, min(len(items), MAX_CLIPS)).round().astype(int)
-        skeleton = find_skeleton([_placed(items[int(i)], root) for i in chosen])
+        skeleton = find_skeleton([_positions(items[int(i)], root) for i in chosen])
     return Rendering(
         decoder.modality,
         axis,
@@ -152,36 +152,36 @@ def _quantiles(lengths: Tensor, longest: int, labels: Tensor | None, num_classes
     if bool((lengths >= longest).all()):
         return ()
     lengths = lengths.clamp(max=longest).double()
-    every = [lengths] if labels is None else [lengths[labels == label] for label in range(num_classes)]
-    steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-    # A class that this part lacks has the lengths of all.
-    rows = [torch.quantile(own if len(own) else lengths, steps) for own in every]
+    by_class = [lengths] if labels is None else [lengths[labels == label] for label in range(num_classes)]
+    fractions = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    # A class without samples in this part gets the quantiles of all classes.
+    rows = [torch.quantile(of_class if len(of_class) else lengths, fractions) for of_class in by_class]
     return tuple(tuple(row.round().long().tolist()) for row in rows)
 
 
 def _rate(decoder: Decoder, item: Any) -> float | None:
-    """Steps of time per second, where the decoder or an item says."""
+    """Time steps per second according to the decoder or an item, or None if unknown."""
     if isinstance(decoder, AudioDecoder):
         return decoder.rate / decoder.hop
     if isinstance(decoder, VideoDecoder) and not isinstance(item, list):
-        with needed("av", "video").open(file_bytes(item)) as container:
+        with import_optional("av", "video").open(file_bytes(item)) as container:
             rate = container.streams.video[0].average_rate
         return float(rate) / decoder.stride if rate else None
     path = item.get("path") if isinstance(item, dict) else item
     if isinstance(decoder, MotionDecoder) and isinstance(path, str) and path.lower().endswith(".bvh"):
         words = file_bytes(item).read().decode().split()
-        seconds = float(words[words.index("Time:") + 1])
-        return 1 / (seconds * decoder.stride) if seconds > 0 else None
+        frame_s = float(words[words.index("Time:") + 1])
+        return 1 / (frame_s * decoder.stride) if frame_s > 0 else None
     return None
 
 
-def _placed(values: Tensor, root: tuple[int, int] | None) -> Positions:
-    """Positions (frames, joints, 3) of values (3 joints, frames); all go where the root goes."""
-    positions: Positions = values.T.double().numpy().reshape(values.shape[1], -1, 3).copy()
+def _positions(values: Tensor, root: tuple[int, int] | None) -> Floats:
+    """Joint positions (frames, joints, 3) of values (3 joints, frames); with a root, all joints follow its path."""
+    positions: Floats = values.T.double().numpy().reshape(values.shape[1], -1, 3).copy()
     if root is not None:
         joint, up = root
-        place = positions[:, joint].copy()
-        place[:, up] = 0
-        positions += place[:, None]
-        positions[:, joint] -= place
+        path = positions[:, joint].copy()
+        path[:, up] = 0
+        positions += path[:, None]
+        positions[:, joint] -= path
     return positions

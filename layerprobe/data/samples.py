@@ -1,7 +1,7 @@
-"""What a data set is to layerprobe.
+"""The common interface of all data sets: samples, batches, labels and splits.
 
-Tensors are float32 with the channel first, (C, *grid), in about [-1, 1]. A sample's id is stable: noise is keyed by it,
-so it must not depend on the order or the size of the subset that is read.
+Tensors are float32 with the channel first, (C, *grid), in about [-1, 1]. Sample ids are stable: noise is keyed by the
+id, so it must not depend on the order or the size of the subset that is read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples.
+    """A batch of samples.
 
     Attributes:
-        x: Shape (B, C, *grid), float32.
-        labels: Shape (B,), int64, or None for unlabeled data.
-        ids: Shape (B,), int64.
-        mask: Shape (B, *grid), bool: where a sample is real, and not padding up to the common shape, which is 0 in x.
-            None where every sample fills its grid.
+        x: Samples, shape (B, C, *grid), float32; 0 where padded.
+        labels: Class labels, shape (B,), int64, or None for unlabeled data.
+        ids: Sample ids, shape (B,), int64.
+        mask: Mask, shape (B, *grid), bool, True for data and False for padding up to the common shape. None if no
+            sample is padded.
     """
 
     x: Tensor
@@ -34,26 +34,26 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """The mask, all True where there is none."""
+        """The mask; all True if no sample is padded."""
         return torch.ones(len(self.x), *self.x.shape[2:], dtype=torch.bool) if self.mask is None else self.mask
 
 
-MISSING = -1  # the label of a row that has none
+MEMORY_BUDGET_BYTES = 2 * 2**30  # for decoded items that are kept
+MISSING = -1  # label of rows without a label
 
 
 @dataclass(frozen=True, eq=False)
 class LabelColumn:
-    """What else is known of samples than the class that a model is conditioned on: their speaker, style, direction.
+    """Extra labels for probes, besides the class that a model is conditioned on: speaker, style, direction.
 
     Attributes:
-        name: Of the column.
-        labels: Shape (n,), int64, in [0, len(class_names)), or `MISSING`; or (n, frames) with a label for every step
-            along the axis of time.
-        class_names: One per class.
-        axis: Of the grid (not of the channels), along which labels of steps run.
+        name: Name of the column.
+        labels: Labels, shape (n,), or (n, frames) for labels of frames; int64 in [0, len(class_names)), or `MISSING`.
+        class_names: Class names, one per class.
+        axis: Grid axis (not counting the channels) that the frames of labels (n, frames) run along.
 
     Raises:
-        ValueError: If a label is no class.
+        ValueError: If a label is out of range.
     """
 
     name: str
@@ -64,11 +64,13 @@ class LabelColumn:
     def __post_init__(self) -> None:
         bad = self.labels[(self.labels < MISSING) | (self.labels >= len(self.class_names))]
         if len(bad):
-            seen = f"{self.name!r} holds label {int(bad[0])} but names {len(self.class_names)} classes"
-            raise ValueError(f"{seen}; pass 0 to {len(self.class_names) - 1}, or {MISSING} where there is none")
+            raise ValueError(
+                f"{self.name!r} has label {int(bad[0])} but names {len(self.class_names)} classes; "
+                f"pass 0 to {len(self.class_names) - 1}, or {MISSING} for a missing label"
+            )
 
     def at(self, index: Tensor) -> LabelColumn:
-        """The rows at these positions."""
+        """Returns the column for the samples at these positions."""
         return replace(self, labels=self.labels[index])
 
 
@@ -77,13 +79,13 @@ class Samples(ABC):
 
     Attributes:
         shape: Shape (C, *grid) of one sample.
-        modality: "image", "audio", "motion" or "video".
-        num_classes: 0 for unlabeled data.
-        class_names: One name per class, or empty.
-        fingerprint: Changes whenever the content does; further label columns, which no model sees, do not count.
-        labels: Shape (n,), int64, in [0, num_classes), or None for unlabeled data. In memory, unlike the samples.
-        ids: Shape (n,), int64; in memory too.
-        columns: Further labels, for probes.
+        modality: Modality: "image", "audio", "motion" or "video".
+        num_classes: Number of classes; 0 for unlabeled data.
+        class_names: Class names, one per class, or empty.
+        fingerprint: Hash that changes with the content. Extra label columns are left out, because no model sees them.
+        labels: Class labels, shape (n,), int64, in [0, num_classes), or None for unlabeled data; held in memory.
+        ids: Sample ids, shape (n,), int64; held in memory.
+        columns: Extra label columns, for probes.
     """
 
     shape: tuple[int, ...]
@@ -100,23 +102,25 @@ class Samples(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at these positions, in this order."""
+        """Returns the samples at these positions, in this order."""
 
 
 class TensorSamples(Samples):
     """Samples held in memory.
 
     Args:
-        x: Shape (n, C, *grid), floating point, or uint8 that stands for [-1, 1].
-        labels: Shape (n,), integers in [0, num_classes), or None.
-        ids: Shape (n,); positions where not given.
-        mask: Shape (n, *grid), bool, see `Batch`; padding becomes 0.
-        fingerprint: A hash of the content where not given.
-        columns: Further labels, one row per sample.
+        x: Samples, shape (n, C, *grid), floating point in about [-1, 1], or uint8 that represents [-1, 1].
+        labels: Class labels, shape (n,), integers in [0, num_classes), or None for unlabeled data.
+        ids: Sample ids, shape (n,); None for the positions 0 to n - 1.
+        mask: Mask as in `Batch`, shape (n, *grid), bool; padding is set to 0.
+        modality: Modality of the samples.
+        class_names: Class names, one per class, or empty.
+        fingerprint: Fingerprint of the content; None computes a hash.
+        columns: Extra label columns, one row per sample.
 
     Raises:
-        ValueError: If the numbers of samples, labels, ids and rows of a column differ, a label is no class, a sample is
-            not finite, or one is nothing but padding.
+        ValueError: If the numbers of samples, labels, ids and column rows differ, a label is out of range, a sample is
+            not finite, or a sample consists of padding only.
     """
 
     def __init__(
@@ -137,13 +141,15 @@ class TensorSamples(Samples):
             raise ValueError(f"{len(x)} samples but {len(ids)} ids; pass one id per sample")
         for column in columns:
             if len(column.labels) != len(x):
-                rows = len(column.labels)
-                raise ValueError(f"{len(x)} samples but {rows} labels in {column.name!r}; pass one label per sample")
+                num_labels = len(column.labels)
+                raise ValueError(
+                    f"{len(x)} samples but {num_labels} labels in {column.name!r}; pass one label per sample"
+                )
         self.columns = columns
-        self.mask = None if mask is None else _some_real(mask, x)
+        self.mask = None if mask is None else _checked_mask(mask, x)
         if self.mask is not None:
             x = torch.where(self.mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
-        self.x = x if x.dtype == torch.uint8 else _finite(x)
+        self.x = x if x.dtype == torch.uint8 else _checked_floats(x)
         self.labels = None if labels is None else labels.long()
         self.ids = torch.arange(len(x)) if ids is None else ids.long()
         self.shape = tuple(x.shape[1:])
@@ -167,7 +173,13 @@ class TensorSamples(Samples):
 
 
 class Subset(Samples):
-    """Some positions of other samples, in a given order; ids are kept."""
+    """A view of the samples at given positions, in that order; ids are kept.
+
+    Args:
+        samples: The samples to select from.
+        indices: Positions in `samples`, shape (n,).
+        name: Name of the selection, which becomes part of the fingerprint.
+    """
 
     def __init__(self, samples: Samples, indices: Sequence[int] | Tensor, *, name: str) -> None:
         self.samples, self.indices = samples, torch.as_tensor(indices, dtype=torch.long)
@@ -186,7 +198,7 @@ class Subset(Samples):
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches of one kind of samples as one."""
+    """Concatenates batches of samples of one shape."""
     labels = [batch.labels for batch in batches if batch.labels is not None]
     x = torch.cat([batch.x for batch in batches])
     padded = any(batch.mask is not None for batch in batches)
@@ -196,24 +208,30 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint samples: to fit probes, to choose penalties and layers, and to report the numbers that are shown."""
+    """Disjoint training, validation and test splits.
+
+    Attributes:
+        train: Samples that probes are fitted on.
+        validation: Samples that penalties and layers are chosen on.
+        test: Samples that reported numbers are computed on.
+    """
 
     train: Samples
     validation: Samples
     test: Samples
 
     def items(self) -> list[tuple[str, Samples]]:
-        """The three splits with their names, in this order."""
+        """Returns the names and samples of the three splits: training, validation, test."""
         return [("train", self.train), ("validation", self.validation), ("test", self.test)]
 
 
 def pixels_to_float(pixels: Tensor) -> Tensor:
-    """Values 0 ... 255 as float32 in [-1, 1], any shape."""
+    """Converts values 0 to 255 of any shape to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def content_hash(*parts: object) -> str:
-    """32 hexadecimal digits that change with any part: tensors by type, shape and values, all else by its repr."""
+    """Returns a hash of all parts, 32 hexadecimal digits: tensors by type, shape and values, other objects by repr."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -224,10 +242,10 @@ def content_hash(*parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def _finite(x: Tensor) -> Tensor:
+def _checked_floats(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(
-            f"samples have type {x.dtype}; pass floating point in about [-1, 1], or uint8 that stands for it"
+            f"samples have type {x.dtype}; pass floating point in about [-1, 1], or uint8 that represents it"
         )
     bad = (~x.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
@@ -237,17 +255,19 @@ def _finite(x: Tensor) -> Tensor:
     return x.float()
 
 
-def _some_real(mask: Tensor, x: Tensor) -> Tensor:
+def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     if mask.shape != (len(x), *x.shape[2:]) or mask.dtype != torch.bool:
         raise ValueError(
             f"the mask has type {mask.dtype} and shape {tuple(mask.shape)}; pass bool of shape "
-            f"{(len(x), *x.shape[2:])}, True where a sample is real"
+            f"{(len(x), *x.shape[2:])}, True where a sample is not padding"
         )
     if x.dtype == torch.uint8:
-        raise ValueError("uint8 has no value that stands for padding; pass floating point with a mask")
+        raise ValueError("uint8 has no value for padding; pass floating point with a mask")
     empty = (~mask.flatten(1).any(1)).nonzero()
     if len(empty):
-        raise ValueError(f"{len(empty)} of {len(x)} samples are all padding (first: {empty[0].item()}); remove them")
+        raise ValueError(
+            f"{len(empty)} of {len(x)} samples consist of padding only (first: {empty[0].item()}); remove them"
+        )
     return mask
 
 
@@ -256,6 +276,6 @@ def _num_classes(labels: Tensor, class_names: tuple[str, ...]) -> int:
         return len(class_names)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (class_names and high >= len(class_names)):
-        allowed = f"0 to {len(class_names) - 1}" if class_names else "0 and up"
-        raise ValueError(f"labels run from {low} to {high}; pass {allowed}, and None for unlabeled data")
+        allowed = f"labels from 0 to {len(class_names) - 1}" if class_names else "labels from 0"
+        raise ValueError(f"labels range from {low} to {high}; pass {allowed}, or None for unlabeled data")
     return len(class_names) or high + 1

@@ -1,8 +1,8 @@
-"""Which samples fit probes, which choose penalties and layers, and which give the numbers that are shown.
+"""Division of a data set into training, validation and test splits.
 
-Samples are put in one fixed order that depends on their ids, their labels and a seed (`keyed_order`). Each split owns a
-zone of that order, and a count takes the beginning of the zone. So a sample never changes sides when a count changes:
-what one run fitted no later run reports.
+Samples are sorted in a fixed order that depends on their ids, their labels and a seed (`keyed_order`). Each split is a
+section of that order, and a count takes the first samples of the section. A sample therefore never changes its split
+when a count changes: no run is tested on samples that another run was trained on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from layerprobe.data.samples import MISSING, Samples, Splits, Subset
 
-# What probing reads at most unless told otherwise: more changes no conclusion and takes proportionally longer.
+# Default maximum for probing: more samples change no conclusion and take proportionally longer.
 PROBING_COUNTS = {"train": 8000, "validation": 2000, "test": 5000}
-_REPORT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+_TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def split(
@@ -32,18 +32,19 @@ def split(
 ) -> Splits:
     """Divides a data set into disjoint training, validation and test splits.
 
-    With a "train" part and a "test" (else "validation") part, fit and choose own 80 % and 20 % of the former and report
-    owns the latter. A single part, or "train" alone, is divided 60/20/20. Classes keep their proportions everywhere.
+    If the data set has a "train" part and a "test" (or "validation") part, 80 % of the former become the training
+    split, 20 % the validation split, and the latter part becomes the test split. A single part, or "train" alone, is
+    divided 60/20/20. All splits are stratified by class.
 
     Args:
-        sources: The parts of a data set by name, or a single part.
-        num_train: Samples to take of those that fit owns, at least one per class; None for all of them.
-        num_validation: Likewise.
-        num_test: Likewise.
-        seed: Decides who owns which sample.
+        sources: Parts of a data set by name, or a single part.
+        num_train: Number of training samples, at least one per class; None for all.
+        num_validation: Number of validation samples; None for all.
+        num_test: Number of test samples; None for all.
+        seed: Seed of the assignment of samples to splits.
 
     Raises:
-        ValueError: If more is asked for than there is, the training split lacks a class, a class has fewer than two samples,
+        ValueError: If a count exceeds its split, the training split lacks a class, a class has fewer than two samples,
             or the parts do not belong together.
     """
     train, held_out = _parts({"all": sources} if isinstance(sources, Samples) else sources)
@@ -51,111 +52,124 @@ def split(
     order = keyed_order(train, seed=seed)
     if held_out is None:
         ends = [round(0.6 * len(train)), round(0.8 * len(train))]
-        report = Subset(train, order[ends[1] :], name="test")
+        test = Subset(train, order[ends[1] :], name="test")
     else:
         _check_related(train, held_out)
         ends = [round(0.8 * len(train)), len(train)]
-        report = Subset(held_out, keyed_order(held_out, seed=seed), name="test")
-    owned = Splits(
+        test = Subset(held_out, keyed_order(held_out, seed=seed), name="test")
+    splits = Splits(
         Subset(train, order[: ends[0]], name="train"),
         Subset(train, order[ends[0] : ends[1]], name="validation"),
-        report,
+        test,
     )
-    if not all(len(samples) for _, samples in owned.items()):
+    if not all(len(samples) for _, samples in splits.items()):
         raise ValueError(f"{len(train)} samples are too few for three splits; pass at least 5")
-    return take(owned, num_train=num_train, num_validation=num_validation, num_test=num_test)
+    return take(splits, num_train=num_train, num_validation=num_validation, num_test=num_test)
 
 
 def take(
     splits: Splits, *, num_train: int | None = None, num_validation: int | None = None, num_test: int | None = None
 ) -> Splits:
-    """The first samples of each split; None takes them all.
+    """Returns the first samples of each split.
+
+    Args:
+        splits: The splits.
+        num_train: Number of training samples; None for all.
+        num_validation: Number of validation samples; None for all.
+        num_test: Number of test samples; None for all.
 
     Raises:
-        ValueError: If more is asked for than there is, or the training split then lacks a class.
+        ValueError: If a count exceeds its split, the training split then lacks a class, or an id occurs twice.
     """
     counts = {"train": num_train, "validation": num_validation, "test": num_test}
-    taken = Splits(**{name: _first(samples, counts[name], name) for name, samples in splits.items()})
-    fit = taken.train
-    if fit.labels is not None:
-        missing = [c for c, count in enumerate(_class_sizes(fit)) if count == 0]
+    subsets = Splits(**{name: _first(samples, counts[name], name) for name, samples in splits.items()})
+    train = subsets.train
+    if train.labels is not None:
+        missing = [c for c, count in enumerate(_class_sizes(train)) if count == 0]
         if missing:
             raise ValueError(
-                f"the training split of {len(fit)} samples lacks {len(missing)} of {fit.num_classes} classes "
-                f"(first: {_class_name(fit, missing[0])}); pass a larger --num-train"
+                f"the training split of {len(train)} samples lacks {len(missing)} of {train.num_classes} classes "
+                f"(first: {_class_name(train, missing[0])}); pass a larger --num-train"
             )
-    ids = torch.cat([samples.ids for _, samples in taken.items()])
-    num_twice = len(ids) - len(set(ids.tolist()))
-    if num_twice:
-        raise ValueError(f"{num_twice} sample ids stand twice; give every sample an id of its own")
-    return taken
+    ids = torch.cat([samples.ids for _, samples in subsets.items()])
+    num_duplicates = len(ids) - len(set(ids.tolist()))
+    if num_duplicates:
+        raise ValueError(f"{num_duplicates} sample ids occur twice; give every sample a unique id")
+    return subsets
 
 
 def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
-    """At most `PROBING_COUNTS` samples of each split that `given` does not count (num_train, num_validation, num_test).
+    """Limits each split to `PROBING_COUNTS` samples, unless the user set its count, and checks the extra label columns.
 
-    Splits are stratified by the class alone, so a class of a further column may be absent from one.
+    Splits are stratified by the class alone, so a class of an extra label column may be missing from a split.
+
+    Args:
+        splits: The splits.
+        given: Options set by the user; those named num_train, num_validation and num_test exempt their split.
 
     Raises:
-        ValueError: If a further column does not allow a probe, see `check_probed`.
+        ValueError: If a probe cannot be fitted on an extra label column, see `check_probed`.
     """
     counts = {
         f"num_{name}": min(len(samples), PROBING_COUNTS[name])
         for name, samples in splits.items()
         if f"num_{name}" not in given
     }
-    taken = take(splits, **counts)
-    for columns in zip(*(samples.columns for _, samples in taken.items()), strict=True):
-        names = (name for name, _ in taken.items())
+    subsets = take(splits, **counts)
+    for columns in zip(*(samples.columns for _, samples in subsets.items()), strict=True):
+        names = (name for name, _ in subsets.items())
         check_probed(columns[0].name, {name: c.labels.numpy() for name, c in zip(names, columns, strict=True)})
-    return taken
+    return subsets
 
 
 def known_labels(labels: NDArray[np.int64], train_labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which labels of a further column a probe can get right: those whose class the training split has.
+    """Returns which labels of an extra column a probe can predict: those whose class occurs in the training split.
 
     Args:
-        labels: Any shape.
-        train_labels: Those of the training split.
+        labels: Labels of any shape.
+        train_labels: Labels of the training split.
 
     Returns:
-        As `labels`.
+        Mask of the shape of `labels`; False for missing labels.
     """
     known: NDArray[np.bool_] = (labels != MISSING) & np.isin(labels, train_labels)
     return known
 
 
 def check_probed(name: str, labels: Mapping[str, NDArray[np.int64]]) -> None:
-    """Raises ValueError if a probe cannot be fitted, chosen and scored on a further label column.
+    """Checks that a probe can be fitted, chosen and scored on an extra label column.
 
     Args:
-        name: Of the column.
-        labels: Of the samples of "train", "validation" and "test".
+        name: Name of the column.
+        labels: Labels of the samples by split: "train", "validation" and "test".
+
+    Raises:
+        ValueError: If the training split has fewer than two classes, or another split has no known label.
     """
     remedy = f"pass a larger --num-train, or leave {name!r} out of --probe-labels"
     num_classes = len(np.unique(labels["train"][labels["train"] != MISSING]))
     if num_classes < 2:
-        seen = "one class" if num_classes else "no label"
-        raise ValueError(f"{name!r} has {seen} in the training split, and a probe needs two classes; {remedy}")
-    for split, those in labels.items():
-        if not known_labels(those, labels["train"]).any():
+        content = "one class" if num_classes else "no label"
+        raise ValueError(f"{name!r} has {content} in the training split, and a probe needs two classes; {remedy}")
+    for split, split_labels in labels.items():
+        if not known_labels(split_labels, labels["train"]).any():
             raise ValueError(
-                f"no label of {name!r} in the {split} split has a class that the training split has; {remedy}"
+                f"no label of {name!r} in the {split} split has a class that occurs in the training split; {remedy}"
             )
 
 
 def keyed_order(samples: Samples, *, seed: int) -> Tensor:
-    """Positions in a pseudo-random order in which every beginning holds the classes in proportion.
+    """Returns the positions in a pseudo-random order in which every prefix is stratified by class.
 
-    Samples of a class are ranked by a hash of (seed, id); the j-th of n stands at the fraction (j + 1/2) / n of the
-    order, and ties go by the hash. The order does not depend on the order in which the samples come.
+    Samples of a class are ranked by a hash of (seed, id). The j-th of n samples is placed at the fraction (j + 1/2) / n
+    of the order, and ties are broken by the hash. The result does not depend on the input order.
 
     Args:
-        samples: n samples.
-        seed: Non-negative.
+        samples: The n samples.
+        seed: Seed of the order, non-negative.
 
     Returns:
-        Shape (n,), int64.
+        Positions, shape (n,), int64.
     """
     key = _hash(samples.ids.numpy(), seed)
     labels = np.zeros(len(key), np.int64) if samples.labels is None else samples.labels.numpy()
@@ -169,7 +183,7 @@ def keyed_order(samples: Samples, *, seed: int) -> Tensor:
 def _hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """64 bits per id, one-to-one for a given seed.
 
-    NoiseKey would do, but takes a minute for a million ids.
+    `RandomStream` would also work, but takes a minute for a million ids.
 
     Source: SplitMix64, Steele et al. 2014, "Fast splittable pseudorandom number generators".
     """
@@ -189,13 +203,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _parts(sources: Mapping[str, Samples]) -> tuple[Samples, Samples | None]:
-    """The samples to fit and choose from, and those to report on, or None where one part serves all."""
+    """The training part and the held-out part, or None if a single part serves all splits."""
     if len(sources) == 1:
         return next(iter(sources.values())), None
     if "train" not in sources:
         names = ", ".join(sources) or "nothing"
-        raise ValueError(f"the data has the parts {names}, and none is called train; pass one of them as --split")
-    return sources["train"], next((sources[name] for name in _REPORT_NAMES if name in sources), None)
+        raise ValueError(f"the data has the parts {names}, but none is named train; pass one of them as --split")
+    return sources["train"], next((sources[name] for name in _TEST_NAMES if name in sources), None)
 
 
 def _check_related(train: Samples, held_out: Samples) -> None:
@@ -209,9 +223,9 @@ def _check_related(train: Samples, held_out: Samples) -> None:
             f"train has {train.num_classes} classes and test has {held_out.num_classes}, or their names differ; "
             "pass parts of one data set"
         )
-    kinds = [{column.name: column.class_names for column in part.columns} for part in (train, held_out)]
-    if kinds[0] != kinds[1]:
-        raise ValueError("train and test have other further label columns or classes; pass parts of one data set")
+    class_names = [{column.name: column.class_names for column in part.columns} for part in (train, held_out)]
+    if class_names[0] != class_names[1]:
+        raise ValueError("train and test have different extra label columns or classes; pass parts of one data set")
 
 
 def _check_class_sizes(samples: Samples) -> None:
@@ -241,6 +255,6 @@ def _first(samples: Samples, num: int | None, name: str) -> Samples:
         raise ValueError(f"--num-{name} is {num}; pass at least 1")
     if num > len(samples):
         raise ValueError(
-            f"--num-{name} asks for {num} samples but that split owns {len(samples)}; pass at most {len(samples)}"
+            f"--num-{name} asks for {num} samples but that split has {len(samples)}; pass at most {len(samples)}"
         )
     return Subset(samples, range(num), name=f"first-{num}")

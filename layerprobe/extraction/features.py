@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from layerprobe.files import claim, whole
+from layerprobe.files import atomic_write, claim
 
 SPLITS = ("train", "validation", "test")
 
@@ -198,7 +198,7 @@ def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str,
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Writes a safetensors file atomically."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         # safetensors silently writes strided arrays in memory order.
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial)
 
@@ -223,7 +223,7 @@ def filled_tensors(
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         start = file.tell()
         file.truncate(start + end)

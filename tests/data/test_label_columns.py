@@ -32,11 +32,13 @@ from layerprobe.analyses.runs import text as text_module
 from layerprobe.analyses.tables.measurements import frame_probes, headlines, spatial
 from layerprobe.analyses.tables.quality import measure, recoverability_table
 from layerprobe.checkpoints.saving import save_checkpoint
+from layerprobe.checkpoints.source import CheckpointSource
 from layerprobe.data import Splits, TensorSamples, load
 from layerprobe.data.digits import digits
 from layerprobe.data.images import load_images
 from layerprobe.data.samples import MISSING, LabelColumn, Subset
 from layerprobe.data.sequences.motion import load_motion
+from layerprobe.data.sources import DataSource
 from layerprobe.data.splits import for_probing, split
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, raw_input, raw_pool_cells
 from layerprobe.extraction.features import (
@@ -132,11 +134,11 @@ def test_images_have_columns_too(tmp_path: Path) -> None:
     [
         ("speaker", "train has no column 'speaker'; pass one of .*who.* as --probe-labels"),
         ("who,,style", "train has no column ''"),
-        ("who,who", "'who' in --probe-labels stands twice; name it once"),
+        ("who,who", "'who' in --probe-labels occurs twice; name it once"),
         ("label", "'label' in --probe-labels is the --label-column, which is probed anyway"),
         ("nobody", r"no row has a label in 'nobody' \(empty or negative\); leave it out of --probe-labels"),
-        ("pitch", "column 'pitch' holds 0.5, which is no class; pass another --probe-labels"),
-        ("motion", "column 'motion' holds .*, which is no class; pass another --probe-labels"),
+        ("pitch", "column 'pitch' contains 0.5, which is not a class; pass another --probe-labels"),
+        ("motion", "column 'motion' contains .*, which is not a class; pass another --probe-labels"),
     ],
 )
 def test_a_column_that_cannot_be_probed_is_named_in_one_line(tmp_path: Path, names: str, message: str) -> None:
@@ -225,8 +227,8 @@ class TestMetadata:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("file_name,who\na/9.npy,ann\n", "metadata.csv names 9.npy, which is not there; mend or remove that row"),
-            ("who\nann\n", "metadata.csv has a row without file_name or with too many cells; mend it"),
+            ("file_name,who\na/9.npy,ann\n", "metadata.csv names 9.npy, which does not exist; fix or remove that row"),
+            ("who\nann\n", "metadata.csv has a row without file_name or with too many cells; fix it"),
             ("file_name,who\na/0.npy,ann,eve\n", "metadata.csv has a row without file_name or with too many cells"),
         ],
     )
@@ -483,7 +485,8 @@ class TestFrames:
         return Splits(*(Subset(every, range(i, i + 30), name=str(i)) for i in (0, 30, 60)))
 
     def test_frames_are_read_from_tokens_beside_both_controls(self, tmp_path: Path) -> None:
-        plan = folder_module.RunPlan("-", "-", (0.1,), token_samples=30)
+        extraction = ExtractionPlan(noise_levels=(0.1,), token_samples=30)
+        plan = folder_module.RunPlan(CheckpointSource("-"), DataSource("-"), extraction)
         found = {}
         for told in ("sign", "nothing"):
             stores = probe.extract_all(tiny_sit(shape=(2, 8)), self.splits(told), plan, tmp_path / told)
@@ -597,7 +600,7 @@ def test_one_run_tells_what_every_layer_knows_of_every_column(
     run = tmp_path / "r"
     code, _, err = cli("extract", *reading, *asked, "--out", run)
     assert code == 0, err
-    assert json.loads((run / "plan.json").read_text())["data_options"]["probe_labels"] == "round,who"
+    assert json.loads((run / "plan.json").read_text())["data"]["probe_labels"] == "round,who"
     probe.analyze_run(run)
     quality = pd.read_csv(run / "quality.csv")
     for name in ("round", "who"):

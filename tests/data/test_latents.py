@@ -219,7 +219,7 @@ def test_other_folders_are_not_taken_for_latents(tmp_path: Path) -> None:
     assert latent_format(tmp_path / "dataset.json") is None
     assert latent_format(tmp_path / "nothing") is None
     assert latent_format("digits") is None
-    with pytest.raises(ValueError, match="holds no latents; pass a folder as REPA"):
+    with pytest.raises(ValueError, match="contains no latents; pass a folder as REPA"):
         load_latents(tmp_path)
 
 
@@ -300,8 +300,11 @@ def fast_dit_with_labels(label: Any) -> Callable[[Path], None]:
 ONES = torch.ones(1, 4, 1, 1)
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no labels file": (repa_without_labels, r"the labels file .*dataset\.json is missing; copy it"),
-    "damaged labels": (repa_with_record('{"labels": [['), r"dataset\.json holds no labels of the form \[file, label\]"),
-    "other labels": (repa_with_record('["a"]'), r"dataset\.json holds no labels of the form"),
+    "damaged labels": (
+        repa_with_record('{"labels": [['),
+        r"dataset\.json contains no labels of the form \[file, label\]",
+    ),
+    "other labels": (repa_with_record('["a"]'), r"dataset\.json contains no labels of the form"),
     "a file without label": (
         repa_with_record('{"labels": [["00000/img-mean-std-00000000.npy", 1]]}'),
         r"no class for 2 of 3 files \(first: 00000/img-mean-std-00000001\.npy\)",
@@ -315,31 +318,31 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
             write_repa(folder, numbers(1, *SHAPE), numbers(1, *SHAPE)),
             np.save(folder / "vae-sd" / "00000" / "img-mean-std-00000000.npy", np.zeros((7, 3, 2))),
         ],
-        "has 7 channels, which is no mean and deviation",
+        "has 7 channels, which cannot be a mean and a standard deviation",
     ),
     "cut": (
         repa_with_file(lambda path: path.write_bytes(path.read_bytes()[:-5])),
-        r"00000001\.npy is no whole \.npy file",
+        r"00000001\.npy is not a complete \.npy file",
     ),
     "objects": (
         repa_with_file(lambda path: np.save(path, np.array([{"a": 1}]), allow_pickle=True)),
-        r"00000001\.npy is no whole \.npy file of numbers",
+        r"00000001\.npy is not a complete \.npy file of numbers",
     ),
     "NaN": (
         repa_with_file(lambda path: np.save(path, np.full((8, 3, 2), np.nan, np.float32))),
         r"00000001\.npy has NaN or infinite values; encode that image again",
     ),
-    "empty": (repa_empty, "vae-sd holds no .npy file"),
+    "empty": (repa_empty, "vae-sd contains no .npy file"),
     "no statistics": (lightningdit_with_stats(None), r"latents_stats\.pt is missing.*or pass --latent-scale"),
-    "other statistics": (lightningdit_with_stats({"mean": ONES}), "holds no mean and std of 4 channels"),
+    "other statistics": (lightningdit_with_stats({"mean": ONES}), "contains no mean and std of 4 channels"),
     "fewer channels": (
         lightningdit_with_stats({"mean": ONES[:, :3], "std": ONES[:, :3]}),
-        "holds no mean and std of 4 channels",
+        "contains no mean and std of 4 channels",
     ),
     "no spread": (lightningdit_with_stats({"mean": ONES, "std": 0 * ONES}), "or a std of 0"),
     "mixed shards": (
         lightningdit_with(latents=torch.zeros(2, 4, 3, 3), labels=torch.zeros(2)),
-        r"rank09_shard000\.safetensors holds latents of shape \(2, 4, 3, 3\), not \(n, 4, 3, 2\) like latents_rank00",
+        r"rank09_shard000\.safetensors contains latents of shape \(2, 4, 3, 3\), not \(n, 4, 3, 2\) like latents_rank",
     ),
     "labels of other shards": (
         lightningdit_with(latents=torch.zeros(2, *SHAPE), labels=torch.zeros(3)),
@@ -347,7 +350,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights": (
         lightningdit_with(weight=torch.zeros(1)),
-        "has no labels and no latents; pass a folder as LightningDiT",
+        "lacks labels and latents; pass a folder as LightningDiT",
     ),
     "NaN in a shard": (
         lightningdit_with(latents=torch.full((2, *SHAPE), torch.nan), labels=torch.zeros(2)),
@@ -357,15 +360,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lightningdit_with(latents=torch.zeros(1, *SHAPE), labels=torch.tensor([-1])),
         "label -1 is negative; labels count from 0",
     ),
-    "cut shard": (lightningdit_cut, r"rank01_shard000\.safetensors is no whole safetensors file; copy it again"),
+    "cut shard": (lightningdit_cut, r"rank01_shard000\.safetensors is not a complete safetensors file; copy it again"),
     "no labels folder": (fast_dit_without("imagenet256_labels"), "the labels folder .*imagenet256_labels is missing"),
     "no partner": (
         fast_dit_without("imagenet256_labels/3.npy"),
-        r"1 files have no partner: 3\.npy is in imagenet256_features, not in imagenet256_labels",
+        r"1 files have no counterpart: 3\.npy is in imagenet256_features but not in imagenet256_labels",
     ),
-    "two resolutions": (fast_dit_twice, "holds both imagenet256_features and imagenet512_features; move one of them"),
+    "two resolutions": (
+        fast_dit_twice,
+        "contains both imagenet256_features and imagenet512_features; move one of them",
+    ),
     "half a class": (fast_dit_with_labels(np.array([0.5])), "not one class"),
-    "two classes": (fast_dit_with_labels(np.array([1, 2])), "holds 2 numbers of type int64, not one class"),
+    "two classes": (fast_dit_with_labels(np.array([1, 2])), "contains 2 numbers of type int64, not one class"),
 }
 
 
@@ -547,11 +553,13 @@ def test_without_diffusers_it_is_asked_for(
 
 
 def test_images_that_do_not_fit_the_autoencoder(tmp_path: Path, vae_folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"images of 3 channels, these have shape \(1, 8, 8\); pass --channels"):
+    with pytest.raises(ValueError, match=r"images of 3 channels but these have shape \(1, 8, 8\); pass --channels"):
         encode(TensorSamples(torch.zeros(2, 1, 8, 8)), vae_folders["plain"], tmp_path)
-    with pytest.raises(ValueError, match="multiples of 2, the images have 8x7; pass --size"):
+    with pytest.raises(ValueError, match="multiples of 2 but the images have 8x7; pass --size"):
         encode(TensorSamples(torch.zeros(2, 3, 8, 7)), vae_folders["plain"], tmp_path)
-    with pytest.raises(ValueError, match=r"latents have shape \(1, 3, 2, 2\), the autoencoder decodes \(B, 4, h, w\)"):
+    with pytest.raises(
+        ValueError, match=r"latents have shape \(1, 3, 2, 2\) but the autoencoder decodes \(B, 4, h, w\)"
+    ):
         decode(torch.zeros(1, 3, 2, 2), vae_folders["plain"])
     assert not list(tmp_path.iterdir())
 
@@ -566,25 +574,25 @@ def test_autoencoders_that_cannot_be_used(tmp_path: Path, vae_folders: dict[str,
         assert "\n" not in str(caught.value)
         assert not list((tmp_path / "cache").rglob("moments.npy"))
 
-    check(tmp_path / "nothing", FileNotFoundError, "there is no config.json in")
+    check(tmp_path / "nothing", FileNotFoundError, "nothing contains no config.json")
     place = folder("class")
     (place / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
-    check(place, ValueError, "holds a AutoencoderDC, only AutoencoderKL can be read")
+    check(place, ValueError, "contains a AutoencoderDC but only AutoencoderKL is supported")
     for text in ("[1", "[1]"):
         (place / "config.json").write_text(text)
-        check(place, ValueError, "is no configuration of a diffusers model")
+        check(place, ValueError, "is not a configuration of a diffusers model")
     (place / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": "four"}')
-    check(place, ValueError, "is no configuration of an AutoencoderKL")
+    check(place, ValueError, "is not a configuration of an AutoencoderKL")
     place = folder("weights")
     weights = place / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     del tensors["encoder.conv_in.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    check(place, ValueError, "is no whole AutoencoderKL .*encoder.conv_in.weight")
+    check(place, ValueError, "is not a complete AutoencoderKL .*encoder.conv_in.weight")
     weights.write_bytes(weights.read_bytes()[:1000])
-    check(place, ValueError, "is no whole AutoencoderKL")
+    check(place, ValueError, "is not a complete AutoencoderKL")
     weights.unlink()
-    check(place, FileNotFoundError, "holds no diffusion_pytorch_model")
+    check(place, FileNotFoundError, "contains no diffusion_pytorch_model")
 
 
 def test_an_autoencoder_that_gives_nan_is_refused(tmp_path: Path, vae_folders: dict[str, Path]) -> None:

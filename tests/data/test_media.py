@@ -128,10 +128,10 @@ class TestMotion:
     @pytest.mark.parametrize(
         ("clip", "said"),
         [
-            (np.full((4, 3), np.nan), "it holds NaN or infinite values"),
+            (np.full((4, 3), np.nan), "it contains NaN or infinite values"),
             (np.zeros((0, 3)), r"it has shape \(0, 3\)"),
             (np.zeros(5), r"it has shape \(5,\), not \(frames, channels\)"),
-            (np.array(["a", "b"]), "it holds values of type <U1"),
+            (np.array(["a", "b"]), "it contains values of type <U1"),
         ],
     )
     def test_a_bad_clip_is_named(self, tmp_path: Path, clip: NDArray[Any], said: str) -> None:
@@ -217,11 +217,11 @@ class TestBvh:
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [
-            ("HIERARCHY", "SKELETON", "it is no BVH file"),
+            ("HIERARCHY", "SKELETON", "it is not a BVH file"),
             ("Frames: 2", "Frames: 3", "it declares 3 frames of 9 values but holds 18"),
-            ("Xposition", "Wposition", "channel 'Wposition' is none of BVH's"),
-            ("  End Site", "  Hello", "its HIERARCHY holds 'Hello' out of place"),
-            ("MOTION", "} MOTION", "pop from empty list"),
+            ("Xposition", "Wposition", "channel 'Wposition' is not a BVH channel"),
+            ("  End Site", "  Hello", "its HIERARCHY contains 'Hello' in the wrong place"),
+            ("MOTION", "} MOTION", "the braces of its HIERARCHY do not match"),
         ],
     )
     def test_damage_is_one_line(self, tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -301,7 +301,7 @@ class TestAudio:
 
     @pytest.mark.parametrize(
         ("content", "said"),
-        [(b"", "it is empty"), (wav_bytes(np.zeros(0)), "it has no length"), (b"RIFFgarbage", "cannot be read")],
+        [(b"", "it is empty"), (wav_bytes(np.zeros(0)), "it has length 0"), (b"RIFFgarbage", "cannot be read")],
     )
     def test_a_bad_recording_is_named(self, tmp_path: Path, content: bytes, said: str) -> None:
         self.folder(tmp_path, {"a": wav_bytes(tone(500)), "b": content})
@@ -386,7 +386,7 @@ class TestVideo:
 def test_options_of_another_modality_are_refused(tmp_path: Path) -> None:
     for i in range(6):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).normal(size=(4, 3)))
-    with pytest.raises(ValueError, match="holds motion data, for which --rate --mels means nothing"):
+    with pytest.raises(ValueError, match="holds motion data, for which --rate --mels has no effect"):
         load(tmp_path, rate=8000, mels=3)
     with pytest.raises(ValueError, match="unknown modality 'smell'; use one of image, audio, motion, video"):
         load(tmp_path, modality="smell")

@@ -91,6 +91,8 @@ def test_masks_that_fit_nothing_are_refused() -> None:
         sample(backbone, range(2), mask=padding((0, 8)))
     network = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
     own = wrap(network, layers="0", schedule="sit", prediction="velocity", shape=(2, 8))
-    with pytest.raises(ValueError, match=r"Sequential takes no mask, all its samples have shape \(2, 8\); leave out the mask"):
+    with pytest.raises(
+        ValueError, match=r"Sequential takes no mask, all its samples have shape \(2, 8\); leave out the mask"
+    ):
         sample(own, range(4), mask=padding())
     assert sample(replace(own, forward=lambda module, x, *_: module(x)), range(2)).shape == (2, 2, 8)

@@ -1,1 +1,1 @@
-"""Latents as people store them, and the autoencoder that makes them."""
+"""Stored latents in common formats, and the autoencoder that encodes and decodes them."""

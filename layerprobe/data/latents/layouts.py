@@ -1,14 +1,14 @@
-"""Latents of an autoencoder as Samples: encoded by other people's tools, or here from images, once.
+"""Latents that were encoded by the tools of REPA, LightningDiT or fast-DiT, as `Samples`.
 
-What a diffusion model sees is `(z - shift) * scale` of the autoencoder's z, shape (C, H, W). Files either hold such
-tensors or the posterior of z, its mean and standard deviation; then z is drawn, keyed by the sample's id, so that a
-sample is the same at every access. Nothing is held in memory but labels and ids.
+A diffusion model sees `(z - shift) * scale`, where z is the latent of the autoencoder, shape (C, H, W). Files contain
+either z or the mean and standard deviation of its posterior. In the latter case z is drawn with noise keyed by the
+sample id, so a sample is the same at every access. Only labels and ids are held in memory.
 
-| format | holds | scale unless told otherwise |
+| format | content | default scale |
 |---|---|---|
-| `vae-sd` (REPA) | a .npy (2C, H, W) per image, mean and standard deviation; labels in `dataset.json` | 0.18215 |
-| `lightningdit` | safetensors shards of z and labels; each channel's mean and std in `latents_stats.pt` | 1 / std |
-| `fast-dit` | a .npy (1, C, H, W) per image in `*features`, scaled already; one per label in `*labels` | 1 |
+| `vae-sd` (REPA) | one .npy (2C, H, W) per image, mean and standard deviation; labels in `dataset.json` | 0.18215 |
+| `lightningdit` | safetensors shards of z and labels; mean and std per channel in `latents_stats.pt` | 1 / std |
+| `fast-dit` | one .npy (1, C, H, W) per image in `*features`, already scaled; one per label in `*labels` | 1 |
 
 Source: the data loaders of REPA (sihyun-yu/REPA, dataset.py and train.py), LightningDiT (hustvl/LightningDiT,
 datasets/img_latent_dataset.py) and fast-DiT (chuanyangjin/fast-DiT, train.py).
@@ -40,7 +40,7 @@ _STATS = "latents_stats.pt"
 
 
 def latent_format(source: str | Path) -> Format | None:
-    """Which kind of latents a folder holds, by what lies in it; None if it is no folder or holds none."""
+    """Returns the format of the latents in a folder; None if it is not a folder or contains no latents."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return None
@@ -52,21 +52,21 @@ def latent_format(source: str | Path) -> Format | None:
 
 
 def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 0) -> Samples:
-    """The latents in a folder; a sample's id is its row, files and shards sorted as strings.
+    """Loads the latents in a folder; the id of a sample is its row, with files and shards sorted as strings.
 
     Args:
-        source: A folder for which `latent_format` is not None. For `vae-sd` also the folder around it. `latents_flip`
-            in LightningDiT's shards, which training takes half of the time, is left alone.
-        scale: The factor of z, after the normalization if there is one; None for the one in the table above. Given,
-            `lightningdit` latents without statistics are taken as they are.
-        seed: Of the draws from the posterior.
+        source: Folder for which `latent_format` is not None; for `vae-sd` also its parent folder. The `latents_flip` in
+            the shards of LightningDiT, a horizontal-flip augmentation, are ignored.
+        scale: Factor of z, applied after the normalization if there is one; None for the default in the table above.
+            With a factor, `lightningdit` latents without statistics are read without normalization.
+        seed: Seed of the draws from the posterior.
 
     Raises:
-        ValueError: If a part is missing or damaged, or the files do not fit together.
+        ValueError: If files are missing, damaged or inconsistent.
     """
     folder, kind = Path(source).expanduser(), latent_format(source)
     if kind is None:
-        raise ValueError(f"{source} holds no latents; pass a folder as REPA, LightningDiT or fast-DiT write them")
+        raise ValueError(f"{source} contains no latents; pass a folder as REPA, LightningDiT or fast-DiT write them")
     check_scale(scale)
     if kind == "vae-sd":
         return _load_moments(_moments_folder(folder) or folder, SD_SCALE if scale is None else scale, seed)
@@ -76,11 +76,11 @@ def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 
 
 
 def _moments_folder(folder: Path) -> Path | None:
-    """Where REPA's latents are: here or in `vae-sd`."""
+    """The folder of REPA's latents: this one or `vae-sd` in it."""
     if (folder / "vae-sd").is_dir():
         return folder / "vae-sd"
-    told = folder.name == "vae-sd" or (folder / "dataset.json").is_file()
-    return folder if told and next(folder.rglob("*.npy"), None) else None
+    is_repa = folder.name == "vae-sd" or (folder / "dataset.json").is_file()
+    return folder if is_repa and next(folder.rglob("*.npy"), None) else None
 
 
 def _feature_folders(folder: Path) -> list[Path]:
@@ -88,10 +88,10 @@ def _feature_folders(folder: Path) -> list[Path]:
 
 
 def _load_moments(folder: Path, scale: float, seed: int) -> Samples:
-    # As strings, as the official loader sorts them: `Path` would sort "a/b" before "a-b".
+    # Sorted as strings like in the official loader: `Path` would sort "a/b" before "a-b".
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy"))
     if not names:
-        raise ValueError(f"{folder} holds no .npy file; pass the folder of the latents")
+        raise ValueError(f"{folder} contains no .npy file; pass the folder of the latents")
     labels = _dataset_labels(folder / "dataset.json", names)
     paths = [folder / name for name in names]
     return LatentSamples(
@@ -105,19 +105,21 @@ def _load_moments(folder: Path, scale: float, seed: int) -> Samples:
 
 
 def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
-    """The labels of these files; None where the file says that there are none."""
+    """The labels of these files; None if the file declares the data unlabeled."""
     if not path.is_file():
         raise ValueError(f'the labels file {path} is missing; copy it, or write {{"labels": null}} for unlabeled data')
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["labels"]
         table = None if entries is None else {str(name): label for name, label in entries}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no labels of the form [file, label]; write it again") from error
+        raise ValueError(f"{path} contains no labels of the form [file, label]; write it again") from error
     if table is None:
         return None
     missing = [name for name in names if not isinstance(table.get(name), int)]
     if missing:
-        raise ValueError(f"{path} has no class for {len(missing)} of {len(names)} files (first: {missing[0]}); add it")
+        raise ValueError(
+            f"{path} has no class for {len(missing)} of {len(names)} files (first: {missing[0]}); add them"
+        )
     return torch.tensor([table[name] for name in names])
 
 
@@ -130,7 +132,7 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
             labels.append(file.get_tensor("labels").long().flatten())
     if scale is None and not stats.is_file():
         raise ValueError(
-            f"{stats} is missing, so the latents cannot be normalized; copy it from where the model was trained, or "
+            f"{stats} is missing, so the latents cannot be normalized; copy it from the training data of the model, or "
             "pass --latent-scale for a model trained without it"
         )
     mean, deviation = _read_stats(stats, rows.shape[0]) if stats.is_file() else (torch.zeros(()), torch.ones(()))
@@ -148,26 +150,27 @@ def _read_stats(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         mean, deviation = (content[key].float().view(channels, 1, 1) for key in ("mean", "std"))
-    except Exception as error:  # A damaged file can fail in any way.
-        raise ValueError(f"{path} holds no mean and std of {channels} channels; copy it again") from error
+    except Exception as error:  # a damaged file can raise any exception
+        raise ValueError(f"{path} contains no mean and std of {channels} channels; copy it again") from error
     if not bool(mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
-        raise ValueError(f"{path} holds a mean or std that is not finite, or a std of 0; copy it again")
+        raise ValueError(f"{path} contains a mean or std that is not finite, or a std of 0; copy it again")
     return mean, deviation
 
 
 def _load_pairs(folder: Path, scale: float) -> Samples:
     features, *others = _feature_folders(folder)
     if others:
-        raise ValueError(f"{folder} holds both {features.name} and {others[0].name}; move one of them elsewhere")
+        raise ValueError(f"{folder} contains both {features.name} and {others[0].name}; move one of them elsewhere")
     labels = features.with_name(f"{features.name.removesuffix('features')}labels")
     if not labels.is_dir():
         raise ValueError(f"the labels folder {labels} is missing; copy it beside {features.name}")
     names = sorted(path.name for path in features.glob("*.npy"))
-    alone = sorted(set(names) ^ {path.name for path in labels.glob("*.npy")})
-    if alone:
-        has, lacks = (features, labels) if (features / alone[0]).exists() else (labels, features)
+    unmatched = sorted(set(names) ^ {path.name for path in labels.glob("*.npy")})
+    if unmatched:
+        has, lacks = (features, labels) if (features / unmatched[0]).exists() else (labels, features)
         raise ValueError(
-            f"{len(alone)} files have no partner: {alone[0]} is in {has.name}, not in {lacks.name}; copy it"
+            f"{len(unmatched)} files have no counterpart: {unmatched[0]} is in {has.name} but not in {lacks.name}; "
+            "copy it"
         )
     paths = [features / name for name in names]
     rows = FileRows(paths)
@@ -183,5 +186,5 @@ def _load_pairs(folder: Path, scale: float) -> Samples:
 def _one_label(path: Path) -> int:
     array = load_npy(path)
     if array.size != 1 or not float(array.item()).is_integer():
-        raise ValueError(f"{path} holds {array.size} numbers of type {array.dtype}, not one class; encode it again")
+        raise ValueError(f"{path} contains {array.size} numbers of type {array.dtype}, not one class; encode it again")
     return int(array.item())

@@ -1,4 +1,4 @@
-"""Latents on disk as samples, whatever files they are stored in."""
+"""Samples of latents on disk, independent of their file format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
 from layerprobe.noise import RandomStream
 
 Format = Literal["vae-sd", "lightningdit", "fast-dit"]
-# What Stable Diffusion's autoencoder is scaled by, which REPA's training does on the fly and fast-DiT's did on disk.
+# Scale of Stable Diffusion's latents: REPA applies it during training, fast-DiT before storing them.
 SD_SCALE = 0.18215
-# Beyond it, names, sizes and times of change stand for the bytes: ImageNet's latents take many minutes to read.
+# Above this size, names, sizes and modification times are hashed: reading ImageNet's latents takes many minutes.
 MOST_HASHED_BYTES = 2 * 2**30
 
 
@@ -30,17 +30,18 @@ class LatentSamples(Samples):
 
     Args:
         rows: The stored tensors.
-        content: A hash of them.
-        labels: Shape (n,), integers, or None.
-        ids: Shape (n,); rows where not given.
-        class_names: One per class, or empty.
-        columns: Further labels.
-        shift: Taken off z, a number or shape (C, 1, 1).
-        scale: Multiplies it then, likewise.
-        posterior_seed: Of the draws of z where mean and standard deviation are stored, (2C, H, W); None where z is.
+        content: Hash of the stored tensors.
+        labels: Class labels, shape (n,), integers, or None for unlabeled data.
+        ids: Sample ids, shape (n,); None for the row numbers.
+        class_names: Class names, one per class, or empty.
+        columns: Extra label columns.
+        shift: Shift that is subtracted from z, a number or shape (C, 1, 1).
+        scale: Factor that multiplies the shifted z, a number or shape (C, 1, 1).
+        posterior_seed: Seed for drawing z from stored means and standard deviations, shape (2C, H, W); None if z itself
+            is stored.
 
     Raises:
-        ValueError: If labels are negative, or their number is not that of the rows.
+        ValueError: If labels are negative, or the numbers of labels and rows differ.
     """
 
     def __init__(
@@ -63,7 +64,10 @@ class LatentSamples(Samples):
         self._rows, self._shift, self._scale, self._seed = rows, shift, scale, posterior_seed
         channels, *grid = rows.shape
         if posterior_seed is not None and channels % 2:
-            raise ValueError(f"{rows.name(0)} has {channels} channels, which is no mean and deviation; encode it again")
+            raise ValueError(
+                f"{rows.name(0)} has {channels} channels, which cannot be a mean and a standard deviation; "
+                "encode it again"
+            )
         self.shape = (channels if posterior_seed is None else channels // 2, *grid)
         self.modality = "image"
         self.labels, self.class_names, self.columns = labels, class_names, columns
@@ -91,10 +95,10 @@ class LatentSamples(Samples):
 
 
 class Rows(ABC):
-    """Tensors of one shape on disk.
+    """Tensors of equal shape on disk.
 
     Attributes:
-        shape: Of one of them.
+        shape: Shape of one tensor.
     """
 
     shape: tuple[int, ...]
@@ -104,20 +108,20 @@ class Rows(ABC):
 
     @abstractmethod
     def read(self, rows: Sequence[int]) -> Tensor:
-        """These tensors in this order, shape (B, *shape), float32, not empty."""
+        """Reads tensors in this order, shape (B, *shape), float32; there must be at least one row."""
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Where a tensor is, for people."""
+        """Returns the location of a tensor, for messages."""
 
 
 class FileRows(Rows):
-    """A .npy file per row, with or without a leading axis of length 1."""
+    """Rows in one .npy file each, with or without a leading axis of length 1."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self.shape = self._load(0).shape
-        # A file of another shape has another size, and opening a million files would take minutes.
+        # Only files of another size are opened here, because opening a million files would take minutes.
         sizes = [path.stat().st_size for path in paths]
         for row, size in enumerate(sizes):
             if size != sizes[0]:
@@ -137,13 +141,15 @@ class FileRows(Rows):
         array = array[0] if array.ndim == 4 and len(array) == 1 else array
         expected = getattr(self, "shape", array.shape)
         if array.shape != expected or array.ndim != 3:
-            like = f"not {expected} like {self._paths[0].name}" if array.ndim == 3 else "not (C, H, W)"
-            raise ValueError(f"{self._paths[row]} has shape {array.shape}, {like}; keep latents of one shape together")
+            problem = f"not {expected} like {self._paths[0].name}" if array.ndim == 3 else "not (C, H, W)"
+            raise ValueError(
+                f"{self._paths[row]} has shape {array.shape}, {problem}; keep latents of one shape together"
+            )
         return array
 
 
 class ShardRows(Rows):
-    """Safetensors files with many rows each, in `latents`."""
+    """Rows in the tensor `latents` of safetensors files."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -155,7 +161,7 @@ class ShardRows(Rows):
         for path, shape in zip(paths, shapes, strict=True):
             if len(shape) != 4 or shape[1:] != self.shape:
                 raise ValueError(
-                    f"{path} holds latents of shape {shape}, not (n, {', '.join(map(str, self.shape))}) like "
+                    f"{path} contains latents of shape {shape}, not (n, {', '.join(map(str, self.shape))}) like "
                     f"{paths[0].name}; keep latents of one shape together"
                 )
         self._ends = np.cumsum([shape[0] for shape in shapes])
@@ -165,17 +171,18 @@ class ShardRows(Rows):
 
     def read(self, rows: Sequence[int]) -> Tensor:
         out = torch.empty(len(rows), *self.shape)
-        shards, inside = self._locate(rows)
+        shards, offsets = self._locate(rows)
         for shard in np.unique(shards):
             with open_shard(self._paths[shard]) as file:
                 latents = file.get_slice("latents")
-                for place in np.flatnonzero(shards == shard):
-                    out[place] = latents[int(inside[place]) : int(inside[place]) + 1][0]
+                for position in np.flatnonzero(shards == shard):
+                    offset = int(offsets[position])
+                    out[position] = latents[offset : offset + 1][0]
         return out
 
     def name(self, row: int) -> str:
-        (shard,), (inside,) = self._locate([row])
-        return f"latent {inside} of {self._paths[shard]}"
+        (shard,), (offset,) = self._locate([row])
+        return f"latent {offset} of {self._paths[shard]}"
 
     def _locate(self, rows: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
         index = np.asarray(rows)
@@ -184,7 +191,7 @@ class ShardRows(Rows):
 
 
 class ArrayRows(Rows):
-    """One .npy file, memory-mapped; opened at each access, so that a worker process gets a path and no data."""
+    """Rows of one memory-mapped .npy file, opened at each access, so that worker processes receive only its path."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -203,42 +210,63 @@ class ArrayRows(Rows):
 
 
 def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
+    """Loads a .npy file of numbers.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or contains anything else.
+    """
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no whole .npy file of numbers; encode it again") from error
+        raise ValueError(f"{path} is not a complete .npy file of numbers; encode it again") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ValueError(f"{path} holds no array of numbers; encode it again")
+        raise ValueError(f"{path} contains no array of numbers; encode it again")
     return array
 
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file with `latents` and `labels`.
+
+    Raises:
+        ValueError: If the file is damaged or lacks one of the two tensors.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             missing = {"latents", "labels"} - set(file.keys())
             if not missing:
                 yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file; copy it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file; copy it again") from error
     if missing:
-        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}; pass a folder as LightningDiT writes it")
+        raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}; pass a folder as LightningDiT writes it")
 
 
 def check_scale(scale: float | None) -> None:
+    """Checks the factor of the latents.
+
+    Raises:
+        ValueError: If the factor is given and is not positive and finite.
+    """
     if scale is not None and not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"--latent-scale is {scale}; pass a positive number")
 
 
 def files_hash(paths: Sequence[Path], root: Path | None = None) -> str:
-    """A hash of files; see `MOST_HASHED_BYTES`."""
+    """Returns a hash of files, of their content up to `MOST_HASHED_BYTES` in total.
+
+    Args:
+        paths: The files.
+        root: Folder that file names are relative to; None uses the last part of each path.
+    """
     digest, stats = hashlib.sha256(), [path.stat() for path in paths]
-    whole_bytes = sum(stat.st_size for stat in stats) <= MOST_HASHED_BYTES
+    hash_content = sum(stat.st_size for stat in stats) <= MOST_HASHED_BYTES
     for path, stat in zip(paths, stats, strict=True):
         digest.update(f"{path.relative_to(root) if root else path.name} {stat.st_size};".encode())
-        if whole_bytes:
+        if hash_content:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
-from layerprobe.files import MissingWeights, claim, whole, write_text
+from layerprobe.files import MissingWeights, atomic_write, claim, one_line, write_text
 from layerprobe.progress import StepProgress
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -29,24 +29,25 @@ def encode(
     device: str | torch.device = "cpu",
     progress: StepProgress | None = None,
 ) -> Samples:
-    """Images as latents of a diffusers `AutoencoderKL`, encoded once and kept on disk.
+    """Encodes images into latents of a diffusers `AutoencoderKL`, once, and stores them on disk.
 
-    The mean and standard deviation of each image's posterior go to a file in `cache_folder` that belongs to these
-    weights and these images: 8 bytes per latent number. An interrupted encoding continues, a finished one returns at
-    once and does not need diffusers.
+    The mean and standard deviation of the posterior of each image are written to a file in `cache_folder` that is keyed
+    by the weights and the images, 8 bytes per latent value. An interrupted encoding continues; a finished one returns
+    at once and does not need diffusers.
 
     Args:
-        samples: Images, shape (3, H, W) in [-1, 1]; labels, further columns and ids are kept.
-        vae_folder: What `save_pretrained` wrote, with safetensors weights; or a pipeline with such a `vae` in it.
-        cache_folder: Made if it is not there; may hold other encodings too.
-        scale: Instead of the `scaling_factor` of the autoencoder's configuration.
-        seed: Of the draws from the posterior.
-        batch_size: Images at a time; it changes the latents by rounding only.
-        device: Where the autoencoder runs.
-        progress: Called with (images done, images in all).
+        samples: Images, shape (3, H, W) in [-1, 1]; their labels, extra columns and ids are kept.
+        vae_folder: Folder written by `save_pretrained`, with safetensors weights; or a pipeline folder that contains
+            such a `vae`.
+        cache_folder: Folder of the encodings; created if it does not exist, and shared by all encodings.
+        scale: Scale of the latents; None for the `scaling_factor` of the autoencoder's configuration.
+        seed: Seed of the draws from the posterior.
+        batch_size: Images per batch; it changes the latents by rounding only.
+        device: Device that the autoencoder runs on.
+        progress: Called with (images done, images in total).
 
     Raises:
-        ValueError: If the folder holds no `AutoencoderKL`, the images do not fit it, or a latent is not finite.
+        ValueError: If the folder contains no `AutoencoderKL`, the images do not fit it, or a latent is not finite.
         ModuleNotFoundError: If diffusers is not installed.
     """
     folder = _vae_folder(vae_folder)
@@ -55,9 +56,9 @@ def encode(
     shape = (2 * channels, *grid)
     record = {"latents": 1, "vae": files_hash([folder / "config.json", *_vae_weights(folder)])}
     record |= {"data": samples.fingerprint, "shape": [len(samples), *shape]}
-    place = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
-    claim(place, "latents.json", record, what="latents")
-    path = place / "moments.npy"
+    encoding_dir = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
+    claim(encoding_dir, "latents.json", record, what="latents")
+    path = encoding_dir / "moments.npy"
     if not path.is_file():
         _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
     return LatentSamples(
@@ -74,20 +75,25 @@ def encode(
 
 
 def latent_shape(shape: tuple[int, ...], vae_folder: str | Path) -> tuple[int, int, int]:
-    """Shape (C, h, w) of the latents of images of this shape.
+    """Returns the shape (C, h, w) of the latents of images of this shape.
+
+    Args:
+        shape: Shape (3, H, W) of an image.
+        vae_folder: Folder of the autoencoder, as in `encode`.
 
     Raises:
-        ValueError: If the folder holds no `AutoencoderKL`, or the images do not fit it.
+        ValueError: If the folder contains no `AutoencoderKL`, or the images do not fit it.
     """
     config = _vae_config(_vae_folder(vae_folder))
     stride, channels = 2 ** (len(config["block_out_channels"]) - 1), config["in_channels"]
     if len(shape) != 3 or shape[0] != channels:
         raise ValueError(
-            f"the autoencoder takes images of {channels} channels, these have shape {shape}; pass --channels {channels}"
+            f"the autoencoder takes images of {channels} channels but these have shape {shape}; "
+            f"pass --channels {channels}"
         )
     if any(edge % stride for edge in shape[1:]):
         raise ValueError(
-            f"the autoencoder takes sides that are multiples of {stride}, the images have {shape[1]}x{shape[2]}; "
+            f"the autoencoder needs sides that are multiples of {stride} but the images have {shape[1]}x{shape[2]}; "
             "pass --size"
         )
     return config["latent_channels"], shape[1] // stride, shape[2] // stride
@@ -102,17 +108,20 @@ def decode(
     batch_size: int = 16,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Images of latents, shape (B, 3, H, W) in [-1, 1], on the CPU.
+    """Decodes latents into images.
 
     Args:
-        latents: As a model sees them, shape (B, C, h, w).
-        vae_folder: See `encode`, like what follows.
-        scale: Instead of the `scaling_factor` of the autoencoder's configuration.
-        batch_size: Latents at a time.
-        device: Where the autoencoder runs.
+        latents: Latents as a diffusion model sees them, shape (B, C, h, w).
+        vae_folder: Folder of the autoencoder, as in `encode`.
+        scale: Scale of the latents; None for the `scaling_factor` of the autoencoder's configuration.
+        batch_size: Latents per batch.
+        device: Device that the autoencoder runs on.
+
+    Returns:
+        Images, shape (B, 3, H, W) in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: If the folder holds no `AutoencoderKL`, or the latents do not fit it.
+        ValueError: If the folder contains no `AutoencoderKL`, or the latents do not fit it.
         ModuleNotFoundError: If diffusers is not installed.
     """
     folder = _vae_folder(vae_folder)
@@ -121,7 +130,8 @@ def decode(
     channels = config["latent_channels"]
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(
-            f"latents have shape {tuple(latents.shape)}, the autoencoder decodes (B, {channels}, h, w); pass its own"
+            f"latents have shape {tuple(latents.shape)} but the autoencoder decodes (B, {channels}, h, w); "
+            "pass its own latents"
         )
     vae = _autoencoder(folder, device)
     z = latents.cpu().float() / factor + shift
@@ -133,7 +143,7 @@ def _vae_folder(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     if not (inner / "config.json").is_file():
-        raise FileNotFoundError(f"there is no config.json in {source}; pass the folder of a diffusers AutoencoderKL")
+        raise FileNotFoundError(f"{source} contains no config.json; pass the folder of a diffusers AutoencoderKL")
     return inner
 
 
@@ -143,28 +153,28 @@ def _vae_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no configuration of a diffusers model; copy it again") from error
+        raise ValueError(f"{path} is not a configuration of a diffusers model; copy it again") from error
     if kind != "AutoencoderKL":
         raise ValueError(
-            f"{folder} holds a {kind}, only AutoencoderKL can be read; encode the images with its own tools"
+            f"{folder} contains a {kind} but only AutoencoderKL is supported; encode the images with its own tools"
         )
-    # What diffusers takes where the configuration says nothing.
+    # Defaults of diffusers for missing entries.
     config = {"in_channels": 3, "latent_channels": 4, "block_out_channels": [64], "scaling_factor": SD_SCALE} | config
-    whole_numbers = all(isinstance(config[name], int) for name in ("in_channels", "latent_channels"))
-    if not whole_numbers or not isinstance(config["block_out_channels"], list):
-        raise ValueError(f"{path} is no configuration of an AutoencoderKL; copy it again")
+    are_integers = all(isinstance(config[name], int) for name in ("in_channels", "latent_channels"))
+    if not are_integers or not isinstance(config["block_out_channels"], list):
+        raise ValueError(f"{path} is not a configuration of an AutoencoderKL; copy it again")
     return config
 
 
 def _vae_weights(folder: Path) -> list[Path]:
     weights = sorted(folder.glob(_VAE_WEIGHTS), key=str)
     if not weights:
-        raise MissingWeights(f"{folder} holds no {_VAE_WEIGHTS}; put the safetensors weights there")
+        raise MissingWeights(f"{folder} contains no {_VAE_WEIGHTS}; put the safetensors weights there")
     return weights
 
 
 def _factors(config: dict[str, Any], scale: float | None) -> tuple[Tensor, Tensor]:
-    """Shift and scale: numbers, or shape (C, 1, 1) where the configuration has a mean and deviation per channel."""
+    """Shift and scale: numbers, or shape (C, 1, 1) if the configuration has statistics per channel."""
     check_scale(scale)
     factor = torch.tensor(float(config["scaling_factor"] if scale is None else scale))
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
@@ -191,10 +201,10 @@ def _autoencoder(folder: Path, device: str | torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of diffusers, safetensors, torch, ...
-        seen = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} is no whole AutoencoderKL ({seen}); copy it again") from error
-    if info["missing_keys"]:  # diffusers would go on with random weights
-        raise ValueError(f"{folder} is no whole AutoencoderKL (it lacks {info['missing_keys'][0]}); copy it again")
+        raise ValueError(f"{folder} is not a complete AutoencoderKL ({one_line(error)}); copy it again") from error
+    if info["missing_keys"]:  # diffusers would continue with random weights
+        key = info["missing_keys"][0]
+        raise ValueError(f"{folder} is not a complete AutoencoderKL (it lacks {key}); copy it again")
     return vae.to(device).eval()
 
 
@@ -211,7 +221,7 @@ def _encode(
 ) -> None:
     vae, n = _autoencoder(folder, device), len(samples)
     counter = path.with_name("done.json")
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         # The count is written after the rows, so that every row below it is on disk.
         done = json.loads(counter.read_text()) if counter.is_file() and partial.stat().st_size else 0
         mode = "r+" if done else "w+"
@@ -222,7 +232,9 @@ def _encode(
             moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
             bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
             if len(bad):
-                raise ValueError(f"the autoencoder gives values that are not finite for image {int(bad[0])}; remove it")
+                raise ValueError(
+                    f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it"
+                )
             stored[start : start + len(moments)] = moments.numpy()
             stored.flush()
             write_text(counter, json.dumps(start + len(moments)))

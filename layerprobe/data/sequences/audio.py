@@ -1,8 +1,8 @@
-"""Audio: one channel at one sampling rate, as a log-mel picture or as frames of the waveform.
+"""Audio: mono recordings at one sampling rate, as log-mel spectrograms or as frames of the waveform.
 
-A log-mel sample is (1, mels, T), a 2-D grid of frequency and time; a waveform sample is (frame, T), a 1-D grid whose
-channels are the values within a frame. Several channels are averaged. What a model makes can be turned back into a
-waveform: exactly from frames, and by Griffin & Lim from log-mel pictures.
+A log-mel sample has shape (1, mels, T), a 2-D grid of frequency and time. A waveform sample has shape (hop, T), a 1-D
+grid whose channels are the values of a frame. Recordings with several channels are averaged. Generated samples can be
+converted back to a waveform: exactly from frames, and by the Griffin-Lim algorithm from log-mel spectrograms.
 
 Source: the mel scale of O'Shaughnessy 1987 (the "HTK" formula); Griffin & Lim 1984, "Signal estimation from modified
 short-time Fourier transform".
@@ -23,11 +23,11 @@ from torch import Tensor
 from layerprobe.data import tables
 from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media, read_items, undecoded
-from layerprobe.files import needed
+from layerprobe.files import import_optional
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COLUMNS = ("audio", "sound", "wav", "file")
-# Below the quantization of 16 bits in any band; the logarithm needs a floor.
+# Lower bound of amplitudes for the logarithm, below the 16-bit quantization in every band.
 FLOOR = 1e-5
 
 AudioForm = Literal["log-mel", "waveform"]
@@ -35,13 +35,13 @@ AudioForm = Literal["log-mel", "waveform"]
 
 @dataclass(frozen=True)
 class AudioDecoder(Decoder):
-    """Recordings as log-mel pictures or frames.
+    """Decoder of recordings to log-mel spectrograms or waveform frames.
 
     Attributes:
-        rate: Samples per second; other rates are resampled to it.
-        form: "log-mel" or "waveform".
-        mels: Bands of the picture.
-        hop: Samples from one column or frame to the next.
+        rate: Sampling rate in Hz; recordings with other rates are resampled.
+        form: Form of the samples: "log-mel" or "waveform".
+        mels: Number of mel bands of a spectrogram.
+        hop: Hop in samples between two spectrogram columns or frames.
     """
 
     rate: int
@@ -52,40 +52,40 @@ class AudioDecoder(Decoder):
 
     def __post_init__(self) -> None:
         if self.rate < 1 or self.mels < 1 or self.hop < 1:
-            raise ValueError(f"rate, mels and hop count from 1, got {self.rate}, {self.mels}, {self.hop}")
+            raise ValueError(f"rate, mels and hop must be at least 1, got {self.rate}, {self.mels}, {self.hop}")
         if self.form not in ("log-mel", "waveform"):
-            raise ValueError(f"unknown form {self.form!r} of audio; use log-mel or waveform")
+            raise ValueError(f"unknown audio form {self.form!r}; use log-mel or waveform")
 
     @property
     def time_axis(self) -> int:  # type: ignore[override]
-        """Columns of the picture, or frames."""
+        """Axis of the spectrogram columns or of the frames."""
         return 2 if self.form == "log-mel" else 1
 
     @property
     def window(self) -> int:
-        """Samples under one column of the picture: four hops."""
+        """Window length in samples of a spectrogram column: four hops."""
         return 4 * self.hop
 
     def __call__(self, item: Any) -> Tensor:
-        """Shape (1, mels, T) or (hop, T)."""
+        """Decodes a recording, shape (1, mels, T) or (hop, T)."""
         wave, rate = read_audio(item)
         wave = resampled(wave, rate, self.rate)
         if self.form == "waveform":
-            whole = np.pad(wave, (0, -len(wave) % self.hop))
-            return torch.from_numpy(whole.reshape(-1, self.hop).T.copy())
+            padded = np.pad(wave, (0, -len(wave) % self.hop))
+            return torch.from_numpy(padded.reshape(-1, self.hop).T.copy())
         return self.log_mel(torch.from_numpy(wave))
 
     def log_mel(self, wave: Tensor) -> Tensor:
-        """The picture of a waveform (samples,): the logarithm of amplitudes, shape (1, mels, T)."""
+        """Returns the log-mel spectrogram (log amplitudes) of a waveform (samples,), shape (1, mels, T)."""
         power = self._spectrum(wave).abs().square()
         return (mel_filters(self.rate, self.window, self.mels) @ power).clamp(min=FLOOR**2).log().unsqueeze(0) / 2
 
     def waveform(self, values: Tensor, *, iterations: int = 60) -> Tensor:
-        """A recording that looks like these values (before normalization), shape (samples,).
+        """Converts decoded values back to a waveform, shape (samples,).
 
         Args:
-            values: As the decoder gives them.
-            iterations: Of Griffin & Lim, which finds phases for a picture that has none.
+            values: Values as returned by the decoder, without normalization.
+            iterations: Iterations of Griffin-Lim, which estimates the phases of a spectrogram.
         """
         if self.form == "waveform":
             return values.T.reshape(-1)
@@ -100,7 +100,7 @@ class AudioDecoder(Decoder):
         return torch.istft(magnitude * phase, self.window, self.hop, window=self._taper(), length=length)
 
     def _spectrum(self, wave: Tensor) -> Tensor:
-        # Reflection at the ends needs more samples than half a window; shorter recordings get silence.
+        # Reflection padding needs more samples than half a window; shorter recordings are padded with zeros.
         mode = "reflect" if len(wave) > self.window // 2 else "constant"
         return torch.stft(
             wave, self.window, self.hop, window=self._taper(), center=True, pad_mode=mode, return_complex=True
@@ -124,54 +124,69 @@ def load_audio(
     probe_labels: str = "",
     skip_bad: int = 0,
 ) -> dict[str, Samples]:
-    """The parts of an audio data set.
+    """Loads the parts of an audio data set.
 
     Args:
-        source: What `tables.read_items` takes: sound files in a folder per class, or rows with a column of encoded
-            sound.
-        rate: Samples per second; that of the data where not given, if all have one.
-        form: "log-mel" or "waveform".
-        mels: Bands of the log-mel picture.
-        hop: Samples between columns; 16 ms where not given.
-        length: Columns or frames of a sample.
-        split: The only part to read.
-        column: Where the sound is; found by name where not given.
-        label_column: Where the labels are.
-        probe_labels: Further label columns, see `load_media`.
-        skip_bad: See `load_media`.
+        source: Source as in `tables.read_items`: audio files with a folder per class, or rows with a column of encoded
+            audio.
+        rate: Sampling rate in Hz; None for the common rate of all recordings.
+        form: Form of the samples: "log-mel" or "waveform".
+        mels: Number of mel bands.
+        hop: Hop in samples between columns or frames; None for 16 ms.
+        length: Number of columns or frames of a sample; None for the longest recording.
+        split: Name of the only part to read; None for all parts.
+        column: Column of the audio; None finds it by name and type.
+        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        probe_labels: Extra label columns, as in `load_media`.
+        skip_bad: Maximum number of unreadable recordings per part, which are left out.
+
+    Returns:
+        Samples by part name.
 
     Raises:
-        ValueError: If the data cannot be read, or has several sampling rates and none is given.
+        ValueError: If the data cannot be read, or has several sampling rates and `rate` is None.
         ModuleNotFoundError: If soundfile is not installed.
     """
-    needed("soundfile", "audio")
+    import_optional("soundfile", "audio")
     parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
-    found = tables.item_column(parts, column, usual=COLUMNS, what="audio", fits=tables.holds_bytes)
+    item_column = tables.item_column(parts, column, usual=COLUMNS, what="audio", fits=tables.holds_bytes)
     if rate is None:
-        rate = _common_rate(parts, found)
+        rate = _common_rate(parts, item_column)
     decoder = AudioDecoder(rate, form, mels, hop or max(round(0.016 * rate), 1))
     return load_media(
-        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+        parts,
+        item_column,
+        decoder,
+        label_column=label_column,
+        probe_labels=probe_labels,
+        length=length,
+        skip_bad=skip_bad,
     )
 
 
 def read_audio(item: Any) -> tuple[NDArray[np.float32], int]:
-    """An encoded recording as one channel in [-1, 1], shape (samples,), and its sampling rate."""
-    soundfile = needed("soundfile", "audio")
+    """Decodes a recording to one channel in [-1, 1], shape (samples,), and its sampling rate in Hz."""
+    soundfile = import_optional("soundfile", "audio")
     wave, rate = soundfile.read(file_bytes(item), dtype="float32", always_2d=True)
     if not len(wave):
-        raise ValueError("it has no length")
+        raise ValueError("it has length 0")
     return np.ascontiguousarray(wave.mean(1)), int(rate)
 
 
 def write_wav(path: str | Path, wave: Tensor, rate: int) -> None:
-    """A waveform (samples,) as a 16-bit file, scaled down where it is louder than full scale."""
-    soundfile = needed("soundfile", "audio")
+    """Writes a waveform (samples,) to a 16-bit file, scaled down if it exceeds full scale.
+
+    Args:
+        path: The file to write.
+        wave: Waveform in [-1, 1].
+        rate: Sampling rate in Hz.
+    """
+    soundfile = import_optional("soundfile", "audio")
     soundfile.write(str(path), (wave / max(1.0, float(wave.abs().max()))).numpy(), rate, subtype="PCM_16")
 
 
 def resampled(wave: NDArray[np.float32], rate: int, to: int) -> NDArray[np.float32]:
-    """The waveform at another sampling rate, band-limited."""
+    """Resamples a waveform from one sampling rate to another, with band limiting."""
     if rate == to:
         return wave
     from scipy.signal import resample_poly
@@ -182,14 +197,14 @@ def resampled(wave: NDArray[np.float32], rate: int, to: int) -> NDArray[np.float
 
 
 def mel_filters(rate: int, window: int, mels: int) -> Tensor:
-    """Triangles of equal width on the mel scale, from 0 to half the rate, each with sum 1; (mels, window // 2 + 1)."""
+    """Returns triangular filters of equal width on the mel scale, each with sum 1, shape (mels, window // 2 + 1)."""
     frequencies = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)
     top = 2595 * math.log10(1 + rate / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, mels + 2, dtype=torch.float64) / 2595) - 1)
     rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
     triangles = torch.minimum(rising, falling).clamp(min=0)
-    # Low bands may lie between two frequencies: such a band takes the nearest one.
+    # A low band may lie between two frequencies; it then gets the nearest one.
     empty = triangles.sum(1) == 0
     nearest = (frequencies - edges[1:-1, None]).abs().argmin(1)
     triangles[empty, nearest[empty]] = 1.0
@@ -197,17 +212,17 @@ def mel_filters(rate: int, window: int, mels: int) -> Tensor:
 
 
 def _common_rate(parts: dict[str, Any], column: str) -> int:
-    soundfile = needed("soundfile", "audio")
+    soundfile = import_optional("soundfile", "audio")
     rates: dict[int, str] = {}
     for name, rows in parts.items():
         for row, item in read_items(undecoded(rows.select_columns(column), column), column):
             try:
                 rates.setdefault(int(soundfile.info(file_bytes(item)).samplerate), f"item {row} of {name}")
             except Exception:
-                continue  # It is named when it is decoded.
+                continue  # reported when the item is decoded
     if not rates:
-        raise ValueError("no item has a readable sampling rate; pass sound files")
+        raise ValueError("no item has a readable sampling rate; pass audio files")
     if len(rates) > 1:
-        seen = ", ".join(f"{rate} ({where})" for rate, where in rates.items())
-        raise ValueError(f"the recordings have several sampling rates: {seen}; pass --rate {min(rates)} or another")
+        examples = ", ".join(f"{rate} ({item})" for rate, item in rates.items())
+        raise ValueError(f"the recordings have several sampling rates: {examples}; pass --rate {min(rates)} or another")
     return next(iter(rates))

@@ -11,14 +11,16 @@ Floats = NDArray[np.float64]
 
 
 def bvh_positions(text: str) -> Floats:
-    """World positions of all joints of a BVH file, shape (frames, joints, 3), in its unit; end sites are left out.
+    """Returns the world positions of all joints of a BVH file, shape (frames, joints, 3), in the unit of the file.
+
+    End sites are left out.
 
     Raises:
-        ValueError: If the text is no BVH file.
+        ValueError: If the text is not a BVH file.
     """
     words = text.split()
     if words[:1] != ["HIERARCHY"] or "MOTION" not in words:
-        raise ValueError("it is no BVH file: HIERARCHY or MOTION is missing")
+        raise ValueError("it is not a BVH file: HIERARCHY or MOTION is missing")
     split = words.index("MOTION")
     joints = _skeleton(words[1:split])
     motion = words[split + 1 :]
@@ -41,35 +43,37 @@ class _Joint:
 def _skeleton(words: list[str]) -> list[_Joint]:
     joints: list[_Joint] = []
     open_joints: list[int] = []  # -1 stands for an end site
-    place = 0
-    while place < len(words):
-        word = words[place]
+    position = 0
+    while position < len(words):
+        word = words[position]
         if word in ("ROOT", "JOINT", "End"):
             if word == "End":
                 open_joints.append(-1)
             else:
                 joints.append(_Joint(next((j for j in reversed(open_joints) if j >= 0), -1), np.zeros(3), ()))
                 open_joints.append(len(joints) - 1)
-            place += 3  # the word, the name, the brace
+            position += 3  # the word, the name, the brace
         elif word == "OFFSET":
             if open_joints[-1] >= 0:
                 old = joints[open_joints[-1]]
-                joints[open_joints[-1]] = _Joint(old.parent, np.array(words[place + 1 : place + 4], float), ())
-            place += 4
+                joints[open_joints[-1]] = _Joint(old.parent, np.array(words[position + 1 : position + 4], float), ())
+            position += 4
         elif word == "CHANNELS":
-            count = int(words[place + 1])
+            count = int(words[position + 1])
             old = joints[open_joints[-1]]
-            names = tuple(words[place + 2 : place + 2 + count])
+            names = tuple(words[position + 2 : position + 2 + count])
             unknown = [name for name in names if name[1:] not in ("position", "rotation") or name[0] not in "XYZ"]
             if unknown:
-                raise ValueError(f"channel {unknown[0]!r} is none of BVH's")
+                raise ValueError(f"channel {unknown[0]!r} is not a BVH channel")
             joints[open_joints[-1]] = _Joint(old.parent, old.offset, names)
-            place += 2 + count
+            position += 2 + count
         elif word == "}":
+            if not open_joints:
+                raise ValueError("the braces of its HIERARCHY do not match")
             open_joints.pop()
-            place += 1
+            position += 1
         else:
-            raise ValueError(f"its HIERARCHY holds {word!r} out of place")
+            raise ValueError(f"its HIERARCHY contains {word!r} in the wrong place")
     if open_joints or not joints:
         raise ValueError("the braces of its HIERARCHY do not match")
     return joints

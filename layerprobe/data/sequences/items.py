@@ -1,8 +1,8 @@
-"""What audio, motion and video have in common: items of unequal length, decoded one by one, as samples of one shape.
+"""Common parts of audio, motion and video: items of different lengths, decoded one by one, as samples of one shape.
 
-An item becomes (C, *grid) with one axis of time. Samples longer than the wanted length are cut to their middle, shorter
-ones are padded behind their end and masked. Values are normalized by the statistics of the training part, which the
-samples carry, so that what a model makes can be turned back.
+An item becomes (C, *grid) with one time axis. Longer samples are cropped to their middle, shorter ones are padded at
+their end and masked. Values are normalized by the statistics of the training part. The samples keep these statistics,
+so that generated samples can be converted back.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.samples import MISSING, Batch, LabelColumn, Samples, content_hash
+from layerprobe.data.samples import MEMORY_BUDGET_BYTES, MISSING, Batch, LabelColumn, Samples, content_hash
+from layerprobe.files import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-MEMORY_BUDGET_BYTES = 2 * 2**30
-
-
 class Decoder(ABC):
-    """How an item of a column becomes a tensor; what it depends on is in its `repr`.
+    """Conversion of an item of a column to a tensor; the `repr` contains all settings that affect the values.
 
     Attributes:
-        modality: "audio", "motion" or "video".
-        time_axis: Which axis of (C, *grid) may differ in length.
-        normalized: Whether values are brought to mean 0 and standard deviation 1 per channel.
-        row_format: How `datasets` gives the items: None as Python objects, "numpy" as arrays.
+        modality: Modality: "audio", "motion" or "video".
+        time_axis: Axis of (C, *grid) whose length may differ between items.
+        normalized: Whether values are normalized to mean 0 and standard deviation 1 per channel.
+        row_format: Format in which `datasets` returns items: None for Python objects, "numpy" for arrays.
     """
 
     modality: str
@@ -46,10 +44,10 @@ class Decoder(ABC):
 
     @abstractmethod
     def __call__(self, item: Any) -> Tensor:
-        """The item, shape (C, *grid), float32.
+        """Decodes an item, shape (C, *grid), float32.
 
         Raises:
-            Exception: Whatever is wrong with the item; its message ends up in one line.
+            Exception: Any exception if the item cannot be decoded; the first line of its message is reported.
         """
 
 
@@ -61,25 +59,35 @@ class Normalization:
     std: Tensor
 
     def apply(self, values: Tensor) -> Tensor:
-        """Values (..., C, *grid) of one sample, shape (C, *grid), as the model sees them."""
+        """Normalizes the values of a sample, shape (C, *grid)."""
         return (values - _columns(self.mean, values)) / _columns(self.std, values)
 
     def invert(self, x: Tensor) -> Tensor:
-        """What the model sees, or makes, shape (C, *grid), as values."""
+        """Converts normalized or generated values, shape (C, *grid), back to the units of the data."""
         return x * _columns(self.std, x) + _columns(self.mean, x)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """JSON, kept with a model."""
+        """Converts the statistics to JSON, which is saved with a model."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Sequence[float]]) -> Normalization:
-        """What `to_dict` gave."""
+        """Creates a normalization from the result of `to_dict`."""
         return cls(torch.tensor(record["mean"]), torch.tensor(record["std"]))
 
 
 class MediaSamples(Samples):
-    """Items of one part of a data set; see `load_media`."""
+    """Samples of one part of a data set, see `load_media`.
+
+    Args:
+        items: The items.
+        shape: Shape (C, *grid) of the samples.
+        labels: Class labels, shape (n,), or None for unlabeled data.
+        class_names: Class names, one per class.
+        normalization: Normalization of the values, or None.
+        first_id: Id of row 0.
+        columns: Extra label columns.
+    """
 
     normalization: Normalization | None
 
@@ -114,35 +122,35 @@ class MediaSamples(Samples):
         index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
         x = torch.zeros(len(index), *self.shape)
         mask = torch.zeros(len(index), *self.shape[1:], dtype=torch.bool)
-        for row, (place, real) in enumerate(zip(x, mask, strict=True)):
+        for row, (sample, sample_mask) in enumerate(zip(x, mask, strict=True)):
             values = _middle(self.items[int(index[row])], self.shape, self.items.decoder.time_axis)
             inside = tuple(slice(edge) for edge in values.shape)
-            place[inside] = values if self.normalization is None else self.normalization.apply(values)
-            real[inside[1:]] = True
+            sample[inside] = values if self.normalization is None else self.normalization.apply(values)
+            sample_mask[inside[1:]] = True
         labels = None if self.labels is None else self.labels[index]
         return Batch(x, labels, self.ids[index], mask if self._padded else None)
 
 
 class Items:
-    """One column, every item decoded once to learn its shape; what fits the memory is kept.
+    """A column of items, each decoded once in advance to find its shape; decoded items are kept within a memory budget.
 
     Args:
-        rows: The data set.
-        column: Where the items are.
-        decoder: How they are decoded.
-        part: Name of the part.
-        budget_bytes: Decoded items are kept up to this size.
-        skip_bad: So many items that cannot be decoded are left out.
+        rows: Rows of the data set.
+        column: Column of the items.
+        decoder: Decoder of the items.
+        part: Name of the part, for error messages.
+        budget_bytes: Memory budget for decoded items.
+        skip_bad: Maximum number of unreadable items, which are left out.
 
     Attributes:
-        shapes: Shape (C, *grid) of each item that is kept in the data, shape (n, 1 + axes).
-        rows_kept: Their rows, shape (n,).
-        content: A hash of all items.
-        bad: What is wrong with the items that were left out, by name.
-        column: Where they are.
+        shapes: Shape (C, *grid) of each readable item, shape (n, 1 + axes).
+        rows_kept: Rows of the readable items, shape (n,).
+        content: Hash of the decoded items.
+        bad: Errors of the items that were left out, by name of the item.
+        column: Column of the items.
 
     Raises:
-        ValueError: If an item cannot be decoded and no more may be left out, or none is left.
+        ValueError: If more than `skip_bad` items are unreadable, or all of them.
     """
 
     def __init__(
@@ -157,10 +165,10 @@ class Items:
         for row, item in read_items(self._rows, column):
             try:
                 value = _checked(decoder(item))
-            except (MemoryError, ModuleNotFoundError):  # neither is the item's fault
+            except (MemoryError, ModuleNotFoundError):  # not caused by the item
                 raise
-            except Exception as error:  # decoders meet damaged data with almost any
-                self.bad[self.name(row)] = tables.one_line(error)
+            except Exception as error:  # decoders raise almost any exception on damaged data
+                self.bad[self.name(row)] = one_line(error)
                 if len(self.bad) > skip_bad:
                     raise ValueError(self._complaint(skip_bad)) from error
                 continue
@@ -171,8 +179,8 @@ class Items:
             if budget_bytes >= 0:
                 self._values[row] = value
         if not kept:
-            seen = next(f"{name}: {said}" for name, said in self.bad.items())
-            raise ValueError(f"{part} has no item that can be read; the first is {seen}; pass other data")
+            first = next(f"{name}: {error}" for name, error in self.bad.items())
+            raise ValueError(f"{part} has no readable item; the first is {first}; pass other data")
         self.shapes, self.rows_kept, self.content = torch.tensor(shapes), torch.tensor(kept), digest.hexdigest()
 
     def __len__(self) -> int:
@@ -180,30 +188,30 @@ class Items:
 
     @property
     def num_bytes(self) -> int:
-        """Of the decoded items in memory."""
+        """Size of the decoded items in memory."""
         return sum(value.nbytes for value in self._values.values())
 
     def __getitem__(self, index: int) -> Tensor:
         row = int(self.rows_kept[index])
-        found = self._values.get(row)
-        return self.decoder(self._rows[row][self.column]) if found is None else found
+        value = self._values.get(row)
+        return self.decoder(self._rows[row][self.column]) if value is None else value
 
     def undecoded(self, index: int) -> Any:
-        """The item as the data holds it."""
+        """Returns an item as stored in the data set."""
         return self._rows[int(self.rows_kept[index])][self.column]
 
     def name(self, row: int) -> str:
-        """For people."""
+        """Returns the row and path of an item, for messages."""
         item = self._rows[row][self.column]
         path = item if isinstance(item, str) else item.get("path") if isinstance(item, dict) else None
         return f"item {row} of {self.part}" + (f" ({path})" if path else "")
 
     def _complaint(self, skip_bad: int) -> str:
         name, error = list(self.bad.items())[-1]
-        seen = f"{name} cannot be read: {error}; mend or remove it"
+        problem = f"{name} cannot be read: {error}; repair or remove it"
         if skip_bad:
-            return f"{len(self.bad)} items cannot be read, --skip-bad allows {skip_bad}; the last: {seen}"
-        return f"{seen}, or pass --skip-bad 1 or more"
+            return f"{len(self.bad)} items cannot be read, --skip-bad allows {skip_bad}; the last: {problem}"
+        return f"{problem}, or pass --skip-bad 1 or more"
 
 
 def load_media(
@@ -217,20 +225,23 @@ def load_media(
     skip_bad: int = 0,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
 ) -> dict[str, Samples]:
-    """The parts of a data set as samples of one shape.
+    """Converts the parts of a data set to samples of one shape.
 
     Args:
-        parts: Rows by the name of the part.
-        column: Where the items are.
-        decoder: How they are decoded.
-        label_column: As in `tables.label_column`.
-        probe_labels: Further label columns, comma-separated; a list in one of them labels every frame of its item.
-        length: Along the axis of time; the longest item's where not given.
-        skip_bad: So many items of each part may be unreadable and are left out.
-        memory_budget_bytes: Decoded items are kept up to this size, the others are decoded at every access.
+        parts: Rows of the data set by part name.
+        column: Column of the items.
+        decoder: Decoder of the items.
+        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        probe_labels: Extra label columns, separated by commas; a column of lists labels every frame of its items.
+        length: Length along the time axis; None for the longest item.
+        skip_bad: Maximum number of unreadable items per part, which are left out.
+        memory_budget_bytes: Memory budget for decoded items; other items are decoded at every access.
+
+    Returns:
+        Samples by part name.
 
     Raises:
-        ValueError: If items cannot be read, or differ in shape elsewhere than in their length.
+        ValueError: If items cannot be read, or differ in shape apart from their length.
     """
     if length is not None and length < 1:
         raise ValueError(f"--length is {length}; pass at least 1")
@@ -238,9 +249,9 @@ def load_media(
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
     labels_in = tables.label_column(parts, label_column)
     labels, class_names = tables.read_labels(parts, labels_in)
-    further = tables.further_columns(probe_labels, labels_in)
-    framed = {name: tables.read_frame_labels(parts, name) for name in further if tables.holds_lists(parts, name)}
-    columns = tables.read_columns(parts, [name for name in further if name not in framed])
+    extra = tables.further_columns(probe_labels, labels_in)
+    frame_labels = {name: tables.read_frame_labels(parts, name) for name in extra if tables.holds_lists(parts, name)}
+    columns = tables.read_columns(parts, [name for name in extra if name not in frame_labels])
     items = {}
     for name, rows in parts.items():
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
@@ -249,11 +260,11 @@ def load_media(
     statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalized else None
     samples: dict[str, Samples] = {}
     for name, part in items.items():
-        own = labels[name]
+        part_labels = labels[name]
         samples[name] = MediaSamples(
             part,
             shape,
-            labels=None if own is None else own[part.rows_kept],
+            labels=None if part_labels is None else part_labels[part.rows_kept],
             class_names=class_names,
             normalization=statistics,
             first_id=tables.first_id(name),
@@ -263,7 +274,7 @@ def load_media(
                     LabelColumn(
                         column, _frame_labels(part, column, rows[name], shape), class_names, decoder.time_axis - 1
                     )
-                    for column, (rows, class_names) in framed.items()
+                    for column, (rows, class_names) in frame_labels.items()
                 ),
             ),
         )
@@ -271,16 +282,19 @@ def load_media(
 
 
 def read_items(rows: Dataset, column: str) -> Iterator[tuple[int, Any]]:
-    """Rows and their items, a few in memory at a time."""
+    """Yields row numbers and items, with only a few items in memory at a time."""
     for start in range(0, len(rows), 64):
         yield from enumerate(rows[start : start + 64][column], start)
 
 
 def file_bytes(item: Any) -> io.BytesIO:
-    """The content of an encoded item: bytes, a path, or a record of both as `datasets` keeps them.
+    """Returns the content of an encoded item.
+
+    Args:
+        item: Bytes, a path, or a record of both, as `datasets` stores it.
 
     Raises:
-        ValueError: If it is empty.
+        ValueError: If the item is empty.
     """
     content, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
     if isinstance(content, str):
@@ -294,24 +308,24 @@ def file_bytes(item: Any) -> io.BytesIO:
 
 def _checked(value: Tensor) -> Tensor:
     if not value.numel():
-        raise ValueError("it has no length")
+        raise ValueError("it has length 0")
     if not bool(value.isfinite().all()):
-        raise ValueError("it holds NaN or infinite values")
+        raise ValueError("it contains NaN or infinite values")
     return value.float().contiguous()
 
 
 def undecoded(rows: Dataset, column: str) -> Dataset:
-    """The rows with what `datasets` would decode left as bytes and paths: it needs other packages than we do."""
+    """Disables the decoding of a column by `datasets`, which needs other packages; items stay bytes and paths."""
     feature = _undecoded(rows.features[column])
     if feature is None:
         return rows
     rows = copy.deepcopy(rows)
-    rows.info.features[column] = feature  # All that a cast does, which would write a copy of the data for lists.
+    rows.info.features[column] = feature  # a cast does the same, but copies the data of list columns
     return rows
 
 
 def _undecoded(feature: Any) -> Any:
-    """The type of a column, or of what its lists hold, without decoding; None where nothing is decoded anyway."""
+    """The type of a column, or of its list elements, without decoding; None if the type is never decoded."""
     from datasets import Audio, Image, Video
 
     if isinstance(feature, (Audio, Image, Video)):
@@ -322,50 +336,50 @@ def _undecoded(feature: Any) -> Any:
 
 def _common_shape(items: Mapping[str, Items], time_axis: int, length: int | None) -> tuple[int, ...]:
     shapes = torch.cat([part.shapes for part in items.values()])
-    wanted = shapes[0].clone()
-    wanted[time_axis] = int(shapes[:, time_axis].max()) if length is None else length
+    common = shapes[0].clone()
+    common[time_axis] = int(shapes[:, time_axis].max()) if length is None else length
     for part in items.values():
-        rest = part.shapes.clone()
-        rest[:, time_axis] = wanted[time_axis]
-        different = (rest != wanted).any(1).nonzero()
+        with_common_length = part.shapes.clone()
+        with_common_length[:, time_axis] = common[time_axis]
+        different = (with_common_length != common).any(1).nonzero()
         if len(different):
-            seen, first = ("x".join(map(str, s.tolist())) for s in (part.shapes[int(different[0])], shapes[0]))
+            shape, first = ("x".join(map(str, s.tolist())) for s in (part.shapes[int(different[0])], shapes[0]))
             name = part.name(int(part.rows_kept[int(different[0])]))
-            raise ValueError(f"{name} is {seen} but the first is {first}; pass data of one kind")
-    return tuple(wanted.tolist())
+            raise ValueError(f"{name} is {shape} but the first is {first}; pass data of one kind")
+    return tuple(common.tolist())
 
 
 def _middle(values: Tensor, shape: tuple[int, ...], time_axis: int) -> Tensor:
-    """At most `shape[time_axis]` steps, from the middle."""
+    """Crops the values to at most `shape[time_axis]` steps in the middle."""
     extra = max(values.shape[time_axis] - shape[time_axis], 0)
     return values.narrow(time_axis, extra // 2, values.shape[time_axis] - extra)
 
 
 def _frame_labels(items: Items, column: str, rows: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The labels of the frames that samples keep, shape (n, frames), `MISSING` where there is none.
+    """Labels of the frames of the samples, shape (n, frames), `MISSING` for frames without a label.
 
     Args:
         items: The n items.
-        column: Where the labels are, for errors.
-        rows: A label per frame of each row of the data, before a stride; empty for a row without labels.
-        shape: Of a sample.
+        column: Column of the labels, for error messages.
+        rows: Labels of the frames of every row before the stride; empty for rows without labels.
+        shape: Shape of a sample.
     """
     axis = items.decoder.time_axis
     labels = torch.full((len(items), shape[axis]), MISSING)
-    for place, row, steps in zip(labels, items.rows_kept.tolist(), items.shapes[:, axis].tolist(), strict=True):
-        own = rows[row][:: getattr(items.decoder, "stride", 1)] if len(rows[row]) != steps else rows[row]
-        if len(own) not in (0, steps):
-            seen = f"{items.name(row)} has {steps} frames but {len(rows[row])} labels in {column!r}"
-            raise ValueError(f"{seen}; pass a label for every frame")
-        kept = _middle(own, shape[axis : axis + 1], 0)
-        place[: len(kept)] = kept
+    for sample_labels, row, steps in zip(labels, items.rows_kept.tolist(), items.shapes[:, axis].tolist(), strict=True):
+        row_labels = rows[row][:: getattr(items.decoder, "stride", 1)] if len(rows[row]) != steps else rows[row]
+        if len(row_labels) not in (0, steps):
+            counts = f"{items.name(row)} has {steps} frames but {len(rows[row])} labels in {column!r}"
+            raise ValueError(f"{counts}; pass a label for every frame")
+        cropped = _middle(row_labels, shape[axis : axis + 1], 0)
+        sample_labels[: len(cropped)] = cropped
     return labels
 
 
 def _statistics(items: Items) -> Normalization:
-    """Over all values of a channel; a channel that never changes keeps its unit."""
+    """Mean and standard deviation over all values of a channel; a constant channel gets standard deviation 1."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    # Two passes: float32 squares lose the variance of channels with a large mean.
+    # Two passes, because the sum of squares loses the variance of channels with a large mean.
     for index in range(len(items)):
         values = items[index].double().flatten(1)
         count, total = count + values.shape[1], total + values.sum(1)
@@ -373,8 +387,8 @@ def _statistics(items: Items) -> Normalization:
     for index in range(len(items)):
         squares = squares + (items[index].double().flatten(1) - mean.unsqueeze(1)).square().sum(1)
     std = (squares / count).sqrt()
-    flat = std <= 1e-6 * mean.abs().clamp(min=1e-12)
-    return Normalization(mean.float(), std.masked_fill(flat, 1.0).float())
+    constant = std <= 1e-6 * mean.abs().clamp(min=1e-12)
+    return Normalization(mean.float(), std.masked_fill(constant, 1.0).float())
 
 
 def _columns(statistic: Tensor, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A body found in its movements: which joints are joined by bones, which way is up, which limbs mirror each other.
+"""Estimation of a skeleton from joint positions: the bones, the vertical axis and the mirrored limbs.
 
-Positions of joints come without their meaning. But a bone keeps its length while all other distances change, so the
-bones are the spanning tree of the distances that change least.
+Joint positions come without names or bones. A bone keeps its length while other distances change, so the bones are the
+minimum spanning tree of the distances that vary least.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-Floats = NDArray[np.float64]
-Edge = tuple[int, int]
-Limb = list[int]  # its joints, from the trunk outwards
+from layerprobe.data.sequences.bvh import Floats
 
-# A bone's length varies by less than this share of it: soft markers do by a few percent, distances across a joint by
-# far more.
+Edge = tuple[int, int]
+Limb = list[int]  # joints, from the trunk outwards
+
+# Maximum relative standard deviation of a bone's length. Markers on soft tissue vary by a few percent, distances across
+# a joint by far more.
 RIGID = 0.1
-# Between distances that vary alike, as within the pelvis, the shorter one is the bone.
+# Weight of the length of a bone: of distances that vary equally, as within the pelvis, the shorter one is the bone.
 SHORTNESS = 0.01
-# Joints lie in one rigid part where their distances vary no more than so many times what a bone does.
+# Joints belong to one rigid part if their distances vary at most this many times as much as a bone.
 STIFF = 1.3
-# Bones of a limb and its mirror image differ in length by less than this share.
+# Maximum relative difference in length between the bones of a limb and of its mirror image.
 ALIKE = 0.1
 MAX_CLIPS, MAX_FRAMES = 64, 64
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """How to draw and to turn a body.
+    """Skeleton of a body, for drawing and rotating it.
 
     Attributes:
-        bones: Pairs of joints. Joints without a bone are no part of the body, such as a fixed origin.
-        sides: For each joint 1 or -1 where it belongs to one of two limbs that mirror each other, 0 elsewhere. Where
-            bodies walk forwards in right-handed coordinates, 1 is left.
-        up: Unit vector, shape (3,).
-        head: The highest joint at an end of the trunk, or None.
+        bones: Bones as pairs of joints. Joints without a bone, such as a fixed origin, do not belong to the body.
+        sides: Side of each joint: 1 or -1 for joints of mirrored limbs, 0 for all others. For bodies that walk forwards
+            in right-handed coordinates, 1 is left.
+        up: Unit vector that points upwards, shape (3,).
+        head: Highest end joint of the trunk, or None.
     """
 
     bones: tuple[Edge, ...]
@@ -50,23 +51,23 @@ class Skeleton:
 
     @property
     def joints(self) -> list[int]:
-        """Those of the body."""
+        """Joints of the body, in ascending order."""
         return sorted({joint for bone in self.bones for joint in bone})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON."""
+        """Converts the skeleton to JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Skeleton:
-        """What `to_dict` gave."""
+        """Creates a skeleton from the result of `to_dict`."""
         x, y, z = record["up"]
         bones = tuple((int(a), int(b)) for a, b in record["bones"])
         return cls(bones, tuple(record["sides"]), (x, y, z), record["head"])
 
 
 def find_skeleton(clips: Sequence[Floats]) -> Skeleton | None:
-    """The body that moves in these clips; None where nothing keeps its distance, as in what is no positions.
+    """Estimates the skeleton of the body in clips; None if no distances are constant, as in data other than positions.
 
     Args:
         clips: Positions of the same joints, shape (frames, joints, 3) each; the first `MAX_CLIPS` are used.
@@ -86,10 +87,10 @@ def find_skeleton(clips: Sequence[Floats]) -> Skeleton | None:
 
 
 def _bones(clips: Sequence[Floats]) -> dict[Edge, float]:
-    """The bones of the largest rigid tree and their lengths."""
+    """Bones of the largest connected tree of rigid distances, with their lengths."""
     mean = np.zeros((clips[0].shape[1],) * 2)
     spread = np.zeros_like(mean)
-    for clip in clips:  # Within a clip: bodies of other clips may be larger.
+    for clip in clips:  # variation is measured within a clip, because bodies differ between clips
         distance = np.linalg.norm(clip[:, :, None] - clip[:, None], axis=-1)
         mean, spread = mean + distance.mean(0) / len(clips), spread + distance.std(0) / len(clips)
     tree = minimum_spanning_tree(_weights(mean, spread)).toarray()
@@ -100,11 +101,11 @@ def _bones(clips: Sequence[Floats]) -> dict[Edge, float]:
 
 
 def _weights(mean: Floats, spread: Floats) -> Floats:
-    """Low between joints that a bone may join.
+    """Edge weights of the spanning tree, low between joints that may share a bone.
 
-    Within a rigid part any tree would do; bones go out from its middle, which keeps the halves of a body alike.
+    Within a rigid part every tree is valid; bones start at its center, which keeps the two sides of the body symmetric.
     """
-    # No weight is 0, which to scipy is no edge.
+    # Weights must not be 0, which scipy treats as a missing edge.
     weights = spread + SHORTNESS * mean + 1e-9 * max(float(mean.max()), 1e-9)
     tree = minimum_spanning_tree(weights).nonzero()
     stiff = spread <= STIFF * (np.median(spread[tree]) if len(tree[0]) else 0.0) + 1e-9 * mean
@@ -120,7 +121,7 @@ def _weights(mean: Floats, spread: Floats) -> Floats:
 
 
 def _up(clips: Sequence[Floats], joints: list[int]) -> Floats:
-    """Bodies are upright more than they lie, and what touches the floor is slower than what is on top."""
+    """The vertical direction: bodies are mostly upright, and joints near the floor move slower than high ones."""
     axis = int(np.mean([np.ptp(clip[:, joints], axis=1).mean(0) for clip in clips], axis=0).argmax())
     faster_on_top = 0.0
     for clip in clips:
@@ -134,28 +135,28 @@ def _up(clips: Sequence[Floats], joints: list[int]) -> Floats:
 
 
 def _mirrored_limbs(lengths: Mapping[Edge, float]) -> list[tuple[Limb, Limb]]:
-    """Pairs of limbs alike that begin at one joint, seen from where most joints belong to such limbs."""
+    """Pairs of similar limbs that start at the same joint, from the root joint that gives the most paired joints."""
     neighbors: dict[int, dict[int, float]] = {}
     for (a, b), length in lengths.items():
         neighbors.setdefault(a, {})[b] = length
         neighbors.setdefault(b, {})[a] = length
 
     def limb(joint: int, parent: int, depth: int = 0) -> list[tuple[int, float, int]]:
-        """Depth, length and end of every bone from the parent onwards, sorted."""
+        """Depth, length and end joint of every bone from the parent outwards, sorted."""
         further = [bone for other in neighbors[joint] if other != parent for bone in limb(other, joint, depth + 1)]
         return sorted([(depth, neighbors[joint][parent], joint), *further])
 
     def pairs_from(joint: int, parent: int | None) -> list[tuple[Limb, Limb]]:
         limbs = [limb(other, joint) for other in neighbors[joint] if other != parent]
         alike = [(a, b) for a, b in itertools.combinations(limbs, 2) if _alike(a, b)]
-        if len(alike) > 1:  # Fingers or the like, of which none mirrors another.
+        if len(alike) > 1:  # more than two similar limbs, such as fingers, are not mirrored
             alike = []
-        found = [([end for *_, end in a], [end for *_, end in b]) for a, b in alike]
-        taken = {joint for pair in found for joints in pair for joint in joints}
+        pairs = [([end for *_, end in a], [end for *_, end in b]) for a, b in alike]
+        paired = {joint for pair in pairs for joints in pair for joint in joints}
         children = [bones[0][2] for bones in limbs]
-        return found + [pair for child in children if child not in taken for pair in pairs_from(child, joint)]
+        return pairs + [pair for child in children if child not in paired for pair in pairs_from(child, joint)]
 
-    return max((pairs_from(joint, None) for joint in neighbors), key=lambda found: sum(len(a) for a, _ in found))
+    return max((pairs_from(joint, None) for joint in neighbors), key=lambda pairs: sum(len(a) for a, _ in pairs))
 
 
 def _alike(a: Sequence[tuple[int, float, int]], b: Sequence[tuple[int, float, int]]) -> bool:
@@ -165,7 +166,7 @@ def _alike(a: Sequence[tuple[int, float, int]], b: Sequence[tuple[int, float, in
 
 
 def _sides(clips: Sequence[Floats], limbs: Sequence[tuple[Limb, Limb]], up: Floats) -> NDArray[np.int64]:
-    """For each joint 1, -1 or 0: arms and legs of a side alike, and 1 on the left of where bodies go."""
+    """Side of each joint, 1, -1 or 0: consistent between arms and legs, and 1 on the left of the walking direction."""
     sides = np.zeros(clips[0].shape[1], np.int64)
     across = [np.concatenate([clip[:, a[0]] - clip[:, b[0]] for clip in clips]) for a, b in limbs]
     for (a, b), vectors in zip(limbs, across, strict=True):
@@ -181,6 +182,11 @@ def _sides(clips: Sequence[Floats], limbs: Sequence[tuple[Limb, Limb]], up: Floa
 
 
 def leftwards(clip: Floats, sides: Sequence[int] | NDArray[np.int64]) -> Floats:
-    """From the middle of one side to that of the other, shape (frames, 3), for a clip (frames, joints, 3)."""
+    """Returns the vectors from the center of the right side to that of the left side, shape (frames, 3).
+
+    Args:
+        clip: Joint positions, shape (frames, joints, 3).
+        sides: Side of each joint, as in `Skeleton`.
+    """
     left: Floats = clip[:, np.asarray(sides) == 1].mean(1) - clip[:, np.asarray(sides) == -1].mean(1)
     return left

@@ -1,6 +1,7 @@
-"""Video: frames of files, or of columns with a list of images or an encoded file, as (C, frames, height, width).
+"""Video: clips of shape (C, frames, height, width), from files or columns.
 
-Pixels are in [-1, 1] as those of images. Files are decoded by PyAV.
+A column contains lists of encoded images or encoded video files, which PyAV decodes. Pixels are in [-1, 1], as for
+images.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from layerprobe.data import tables
 from layerprobe.data.images import decode_image
 from layerprobe.data.samples import Samples, pixels_to_float
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
-from layerprobe.files import needed
+from layerprobe.files import import_optional
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,12 +29,12 @@ COLUMNS = ("video", "videos", "frames", "clip")
 
 @dataclass(frozen=True)
 class VideoDecoder(Decoder):
-    """Clips as (C, frames, size, size).
+    """Decoder of clips to (C, frames, size, size).
 
     Attributes:
-        size: Side of the square in pixels; the largest centered square of a frame is resized to it.
-        channels: 1 or 3.
-        stride: Every stride-th frame is kept.
+        size: Side of the square frames in pixels; the largest centered square of a frame is resized to it.
+        channels: Number of channels, 1 or 3.
+        stride: Stride between the frames that are kept.
     """
 
     size: int
@@ -43,18 +44,18 @@ class VideoDecoder(Decoder):
     normalized = False
 
     def __call__(self, item: Any) -> Tensor:
-        """Shape (channels, frames, size, size)."""
+        """Decodes a clip, shape (channels, frames, size, size)."""
         if isinstance(item, list):
             shape = (self.channels, self.size, self.size)
             frames = [decode_image(file_bytes(frame).getvalue(), shape) for frame in item[:: self.stride]]
         else:
             frames = [self._pixels(frame) for frame in self._file_frames(item)]
         if len(frames) < 2:
-            raise ValueError(f"it has {'one frame' if frames else 'no frames'}, and a video has several")
+            raise ValueError(f"it has {'one frame' if frames else 'no frames'}, but a video needs at least two")
         return pixels_to_float(torch.from_numpy(np.stack(frames, axis=1)))
 
     def _file_frames(self, item: Any) -> list[Image]:
-        av = needed("av", "video")
+        av = import_optional("av", "video")
         with av.open(file_bytes(item)) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
@@ -83,38 +84,49 @@ def load_video(
     probe_labels: str = "",
     skip_bad: int = 0,
 ) -> dict[str, Samples]:
-    """The parts of a video data set.
+    """Loads the parts of a video data set.
 
     Args:
-        source: What `tables.read_items` takes: video files in a folder per class, or rows with a column of encoded
+        source: Source as in `tables.read_items`: video files with a folder per class, or rows with a column of encoded
             files or of lists of images.
-        size: Side of the square in pixels.
-        channels: 1 or 3.
-        length: Frames of a sample, after the stride.
-        stride: Every stride-th frame is kept.
-        split: The only part to read.
-        column: Where the clips are; found by name where not given.
-        label_column: Where the labels are.
-        probe_labels: Further label columns, see `load_media`.
-        skip_bad: See `load_media`.
+        size: Side of the square frames in pixels.
+        channels: Number of channels, 1 or 3.
+        length: Number of frames of a sample, after the stride; None for the longest clip.
+        stride: Stride between the frames that are kept.
+        split: Name of the only part to read; None for all parts.
+        column: Column of the clips; None finds it by name and type.
+        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        probe_labels: Extra label columns, as in `load_media`.
+        skip_bad: Maximum number of unreadable clips per part, which are left out.
+
+    Returns:
+        Samples by part name.
 
     Raises:
         ValueError: If the data cannot be read.
         ModuleNotFoundError: If PyAV is needed and not installed.
     """
     if size < 1 or stride < 1 or channels not in (1, 3):
-        raise ValueError(f"--size and --stride count from 1 and --channels is 1 or 3, got {size}, {stride}, {channels}")
+        raise ValueError(
+            f"--size and --stride must be at least 1 and --channels 1 or 3, got {size}, {stride} and {channels}"
+        )
     parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
-    found = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
-    if found == tables.FILE:
-        needed("av", "video")
+    item_column = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
+    if item_column == tables.FILE:
+        import_optional("av", "video")
     decoder = VideoDecoder(size, channels, stride)
     return load_media(
-        parts, found, decoder, label_column=label_column, probe_labels=probe_labels, length=length, skip_bad=skip_bad
+        parts,
+        item_column,
+        decoder,
+        label_column=label_column,
+        probe_labels=probe_labels,
+        length=length,
+        skip_bad=skip_bad,
     )
 
 
 def holds_video(feature: Any) -> bool:
-    """Whether a column's type is a list of encoded images, or an encoded file."""
+    """Returns whether a column of this type contains lists of encoded images, or encoded files."""
     inner = getattr(feature, "feature", None)
     return tables.holds_bytes(feature) or (inner is not None and tables.holds_bytes(inner))

@@ -167,7 +167,7 @@ class TestWhatIsFound:
             "label",
             "further labels",
         )
-        assert "the columns digit, way all hold classes; pass one as --label-column" in text
+        assert "the columns digit, way all contain classes; pass one as --label-column" in text
         # A training asks.
         line = refused(tmp_path / "v.parquet", "--size", 4, "--out", tmp_path / "t", "--steps", 1, command="train")
         assert "pass one as --label-column" in line
@@ -202,8 +202,8 @@ class TestWhatIsFound:
         items[2][1][3] = float("nan")
         Dataset.from_dict({"motion": items, "label": [0, 1] * 6}).to_parquet(tmp_path / "m.parquet")
         record, text = inspected(tmp_path / "m.parquet")
-        assert record["bad"] == {"item 2 of train": "it holds NaN or infinite values"}
-        assert "1, pass --skip-bad 1 to leave them out: item 2 of train: it holds NaN" in text
+        assert record["bad"] == {"item 2 of train": "it contains NaN or infinite values"}
+        assert "1, pass --skip-bad 1 to leave them out: item 2 of train: it contains NaN" in text
 
     def test_unlabeled_data_and_a_class_that_a_split_lacks(self, inspected, tmp_path: Path) -> None:
         Dataset.from_dict({"motion": clips([4] * 10)}).to_parquet(tmp_path / "m.parquet")
@@ -303,7 +303,7 @@ class TestRefusals:
         code, _, err = cli("inspect")
         assert (code, "nothing to inspect; pass a checkpoint, or a data set as --data" in err) == (2, True)
         code, _, err = cli("inspect", "--data", "digits", "--num-heads", 4)
-        assert (code, "--num-heads opens a checkpoint; pass one, or leave it out" in err) == (2, True)
+        assert (code, "--num-heads has no effect without CHECKPOINT; pass CHECKPOINT too, or leave out --num-heads" in err) == (2, True)
         code, _, err = cli("inspect", "digits", "--data", "digits", "--out", "x")
         assert (code, "--out is for pictures of --data without a checkpoint" in err) == (2, True)
 
@@ -326,21 +326,21 @@ class TestRefusals:
         for i in range(6):
             (tmp_path / "d" / f"{i}.wav").write_text("no sound")
         both("readable sampling rate", tmp_path / "d")
-        assert "has no item that can be read; the first is item 0 of train" in refused(tmp_path / "d", "--rate", 8000)
+        assert "has no readable item; the first is item 0 of train" in refused(tmp_path / "d", "--rate", 8000)
 
     def test_zero_length_audio_and_mixed_rates(self, both, refused, tmp_path: Path) -> None:
         pytest.importorskip("soundfile")
         (tmp_path / "d").mkdir()
         for i in range(6):
             (tmp_path / "d" / f"{i}.wav").write_bytes(wav(0))
-        both("it has no length", tmp_path / "d")
+        both("it has length 0", tmp_path / "d")
         for i in range(6):
             (tmp_path / "d" / f"{i}.wav").write_bytes(wav(900, rate=RATE * (1 + i % 2)))
         both("several sampling rates: 8000 (item 0 of train), 16000", tmp_path / "d")
 
     def test_motion_of_nan_alone(self, both, refused, tmp_path: Path) -> None:
         Dataset.from_dict({"motion": [[[float("nan")] * 3] * 4] * 6}).to_parquet(tmp_path / "m.parquet")
-        both("it holds NaN or infinite values", tmp_path / "m.parquet")
+        both("it contains NaN or infinite values", tmp_path / "m.parquet")
 
     @pytest.mark.parametrize(("frames", "said"), [(0, "no frames"), (1, "one frame"), (3, "one frame")])
     def test_video_without_several_frames_or_size(self, frames: int, said: str, both, refused, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ class TestRefusals:
         options = ["--size", 4, *(["--stride", 3] if frames == 3 else [])]
         line = refused(tmp_path / "v.parquet", *options, "--skip-bad", 0)
         line += refused(tmp_path / "v.parquet", *options, "--out", tmp_path / "t", "--steps", 1, command="train")
-        assert line.count(f"item 4 of train cannot be read: it has {said}, and a video has several") == 2
+        assert line.count(f"item 4 of train cannot be read: it has {said}, but a video needs at least two") == 2
 
     def test_missing_labels(self, both, refused, tmp_path: Path) -> None:
         rows = {"motion": clips([4] * 6), "label": [0, 1, None, 1, 0, 1]}
@@ -360,12 +360,12 @@ class TestRefusals:
 
     def test_a_table_without_items(self, both, refused, tmp_path: Path) -> None:
         Dataset.from_dict({"text": ["a"] * 6, "label": [0, 1] * 3}).to_parquet(tmp_path / "t.parquet")
-        both("no column holds encoded images but text, label", tmp_path / "t.parquet")
+        both("none of the columns text, label contains encoded images", tmp_path / "t.parquet")
         for modality, extra in (("audio", []), ("motion", []), ("video", ["--size", 8])):
             if modality == "audio":
                 pytest.importorskip("soundfile")
             both(
-                f"no column holds {modality} but text, label; pass {modality}, or --item-column",
+                f"none of the columns text, label contains {modality}; pass {modality} data, or --item-column",
                 tmp_path / "t.parquet",
                 "--modality",
                 modality,
