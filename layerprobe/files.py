@@ -16,7 +16,7 @@ class MissingWeights(FileNotFoundError):
     """A weight file that another file refers to is missing."""
 
 
-def needed(module: str, extra: str) -> Any:
+def import_optional(module: str, extra: str) -> Any:
     """Imports a module of an optional dependency.
 
     Args:
@@ -38,15 +38,15 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def whole(path: Path, *, rivals: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` when the block ends without an exception.
 
     Args:
         path: Path of the finished file.
-        rivals: Whether other processes may write the same file at the same time; the last one to finish wins. Otherwise
-            the temporary name is always the same, so that the remains of a killed process are overwritten.
+        concurrent: Whether other processes may write the same file at the same time; the last one to finish wins.
+            Otherwise the temporary name is always the same, so that the remains of a killed process are overwritten.
     """
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial" if rivals else f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial" if concurrent else f"{path.name}.partial")
     partial.touch()
     mode = partial.stat().st_mode
     try:
@@ -54,13 +54,13 @@ def whole(path: Path, *, rivals: bool = False) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors creates files that only their owner can read.
         os.replace(partial, path)
     finally:
-        if rivals:  # No later call would overwrite this name.
+        if concurrent:  # No later call would overwrite this name.
             partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically: readers see the old content or the new one, never a part."""
-    with whole(path, rivals=True) as partial:
+    with atomic_write(path, concurrent=True) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

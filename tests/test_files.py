@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from layerprobe.files import claim, differences, needed, one_line, whole, write_text
+from layerprobe.files import atomic_write, claim, differences, import_optional, one_line, write_text
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
@@ -28,14 +28,14 @@ def test_text_is_written_and_replaced(tmp_path: Path) -> None:
 
 def test_a_file_has_the_permissions_of_its_neighbors(tmp_path: Path) -> None:
     (tmp_path / "neighbor").touch()
-    with whole(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         partial.write_text("x")
         partial.chmod(0o600)  # as safetensors does
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "neighbor").stat().st_mode
 
 
 def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
-    with whole(tmp_path / "a", rivals=True) as one, whole(tmp_path / "a", rivals=True) as other:
+    with atomic_write(tmp_path / "a", concurrent=True) as one, atomic_write(tmp_path / "a", concurrent=True) as other:
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "a").read_text() == "one"  # which finished last
@@ -147,9 +147,9 @@ def test_one_line_is_the_start_of_the_message_or_the_type(message: str, line: st
 
 
 def test_a_missing_optional_module_is_reported_with_its_extra() -> None:
-    assert needed("json", "audio") is json
+    assert import_optional("json", "audio") is json
     with pytest.raises(ModuleNotFoundError, match=r"^nonsense is not installed; install layerprobe\[audio\]$"):
-        needed("nonsense", "audio")
+        import_optional("nonsense", "audio")
 
 
 def test_differences_are_dotted_keys() -> None:

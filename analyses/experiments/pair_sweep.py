@@ -34,7 +34,7 @@ from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.backbones import Backbone, fresh_sit, network_record
 from layerprobe.checkpoints import weights_hash
 from layerprobe.data import Splits
-from layerprobe.files import claim, whole, write_text
+from layerprobe.files import atomic_write, claim, write_text
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.sampling import SamplingPlan
@@ -256,7 +256,7 @@ def _take_over(state: Path, backbone: Backbone, splits: Splits, training: Traini
     content = {name: content[name] for name in ("step", "module", "optimizer")}
     content |= {"averages": dict.fromkeys(decays, average), "log": [], "decisions": []}
     folder.mkdir()
-    with whole(folder / f"step-{content['step']:07d}.pt") as partial_path:
+    with atomic_write(folder / f"step-{content['step']:07d}.pt") as partial_path:
         torch.save(content, partial_path)
 
 

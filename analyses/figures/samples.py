@@ -26,7 +26,7 @@ from layerprobe.analyses.figures.labels import counted
 from layerprobe.analyses.figures.style import GRAY, INK, LINE_COLORS, WIDTH_IN, styled
 from layerprobe.analyses.measures import Floats
 from layerprobe.data import AudioDecoder, Rendering, Skeleton, leftwards
-from layerprobe.files import whole
+from layerprobe.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +86,7 @@ def film(
     stride = -(-int(rate) // MAX_FILM_RATE)
     pages = [page.quantize(FILM_COLORS) for page in pages[::stride]]
     duration_ms = round(100 * stride / rate) * 10  # a GIF counts in hundredths of a second
-    with whole(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         pages[0].save(
             partial, format="GIF", save_all=True, append_images=pages[1:], duration=duration_ms, loop=0, optimize=True
         )

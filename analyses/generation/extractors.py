@@ -1,4 +1,4 @@
-"""Networks that turn samples into the features in which distances are measured."""
+"""Networks that map samples to the features in which distances are measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from layerprobe.analyses.generation.distances import row_blocks
 from layerprobe.data import Samples, content_hash
-from layerprobe.files import whole
+from layerprobe.files import atomic_write
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
 
@@ -26,7 +26,13 @@ FEATURE_WIDTH = 64
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named function from samples (B, C, *grid) on a device to features (B, D)."""
+    """A named function from samples to features.
+
+    Attributes:
+        name: Name that is recorded with every score.
+        features: Function from samples (B, C, *grid) to features (B, D).
+        device: Device on which the function expects its samples.
+    """
 
     name: str
     features: Callable[[Tensor], Tensor]
@@ -35,17 +41,26 @@ class Extractor:
 
 @torch.inference_mode()
 def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -> NDArray[np.float32]:
-    """Features of samples (n, C, *grid), shape (n, D).
+    """Computes features of samples, shape (n, D).
+
+    Args:
+        extractor: Extractor of the features.
+        x: Samples, shape (n, C, *grid).
+        batch_size: Number of samples per call of the extractor.
 
     Raises:
-        ValueError: If the extractor gives anything else.
+        ValueError: If the extractor returns anything but a matrix with one row per sample.
     """
     parts = []
     for part in torch.split(x, batch_size):
         features = extractor.features(part.to(extractor.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
-            seen = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-            raise ValueError(f"{extractor.name} gives {seen} for {len(part)} samples; it must give features (B, D)")
+            returned = (
+                f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            )
+            raise ValueError(
+                f"{extractor.name} returns {returned} for {len(part)} samples; it must return features (B, D)"
+            )
         parts.append(features.float().cpu())
     return torch.cat(parts).numpy()
 
@@ -53,9 +68,13 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
 def all_features(
     extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: StepProgress | None = None
 ) -> NDArray[np.float32]:
-    """Features of a whole data set, read batch by batch, shape (n, D).
+    """Computes features of a whole data set, read batch by batch, shape (n, D).
 
-    `progress` is called with (samples done, samples in all).
+    Args:
+        extractor: Extractor of the features.
+        samples: Data set.
+        batch_size: Number of samples per batch.
+        progress: Callback with (samples done, total samples).
     """
     parts = []
     for rows in row_blocks(len(samples), batch_size):
@@ -68,13 +87,13 @@ def all_features(
 def embedded_extractor(
     samples: Samples, folder: str | Path | None = None, *, seed: int = 0, progress: StepProgress | None = None
 ) -> Extractor:
-    """The extractor that needs no file: `classifier_extractor`, with its weights kept in a folder.
+    """Returns the extractor that needs no file: `classifier_extractor`, with its weights cached in a folder.
 
     Args:
-        samples: What it is trained on.
-        folder: Keeps the weights of each training under a name of its own.
-        seed: Of weights and order.
-        progress: Called with (steps done, steps in all) while it is trained.
+        samples: Samples to train it on.
+        folder: Folder of the cache, which has one file per training; None for no cache.
+        seed: Seed of initial weights and data order.
+        progress: Callback with (steps done, total steps) while it is trained.
     """
     name = f"classifier-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
     return classifier_extractor(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
@@ -89,28 +108,28 @@ def classifier_extractor(
     seed: int = 0,
     progress: StepProgress | None = None,
 ) -> Extractor:
-    """The last hidden layer of a small convolutional classifier trained on the data's own labels.
+    """Trains a small convolutional classifier on the data's own labels; its last hidden layer is the extractor.
 
-    Works offline, for any grid of one to three dimensions. Without labels the network keeps its random weights, which
-    still separates good samples from bad ones (docs/decisions/0007), and says so in its name.
+    It works offline, for grids of one to three dimensions. Without labels the network keeps its random weights, which
+    still separate good samples from bad ones (docs/decisions/0007), and its name says so.
 
     Args:
-        samples: What it is trained on.
-        cache: A `.safetensors` file that keeps the weights; read if it is there.
-        steps: Training steps.
-        batch_size: Samples per step.
-        seed: Of weights and order.
-        progress: Called with (steps done, steps in all).
+        samples: Samples to train it on.
+        cache: `.safetensors` file of the weights, which is read if it exists and written otherwise.
+        steps: Number of training steps.
+        batch_size: Number of samples per step.
+        seed: Seed of initial weights and data order.
+        progress: Callback with (steps done, total steps).
 
     Raises:
-        ValueError: If the cache is damaged, or of other data or another training.
+        ValueError: If the cache is damaged, or belongs to other data or another training.
     """
     network = _new_network(samples, max(samples.num_classes, 1), seed)
     origin = f"{samples.fingerprint}, {steps} steps of {batch_size}, seed {seed}"
-    if not _is_kept(network, cache, origin):
+    if not _load_cached(network, cache, origin):
         if samples.num_classes:
             _train(network, samples, steps, batch_size, seed, progress)
-        _keep(network, cache, origin)
+        _save(network, cache, origin)
     kind = (
         f"a classifier trained {steps} steps on the labels" if samples.num_classes else "a random network (no labels)"
     )
@@ -157,9 +176,9 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     key, per_epoch = RandomStream(seed, "order"), max(len(samples) // batch_size, 1)
     for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
+        epoch, index = divmod(step, per_epoch)
         order = key.permutation(len(samples), draw=epoch)
-        batch = samples.batch(order[place * batch_size : (place + 1) * batch_size].tolist())
+        batch = samples.batch(order[index * batch_size : (index + 1) * batch_size].tolist())
         assert batch.labels is not None
         loss = F.cross_entropy(network(batch.x), batch.labels)
         optimizer.zero_grad()
@@ -170,18 +189,18 @@ def _train(
             progress(step + 1, steps)
 
 
-def _is_kept(network: _Classifier, cache: str | Path | None, origin: str) -> bool:
-    """Loads the weights if the cache has them."""
+def _load_cached(network: _Classifier, cache: str | Path | None, origin: str) -> bool:
+    """Loads the weights if the cache exists, and returns whether it does."""
     if cache is None or not Path(cache).is_file():
         return False
     network.load_state_dict(_read_cache(Path(cache), origin))
     return True
 
 
-def _keep(network: _Classifier, cache: str | Path | None, origin: str) -> None:
+def _save(network: _Classifier, cache: str | Path | None, origin: str) -> None:
     if cache is not None:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        with whole(Path(cache), rivals=True) as partial:  # shards of an atlas
+        with atomic_write(Path(cache), concurrent=True) as partial:  # shards of a pair sweep
             save_file(network.state_dict(), partial, metadata={"origin": origin})
 
 
@@ -189,7 +208,7 @@ def _read_cache(cache: Path, origin: str) -> dict[str, Tensor]:
     try:
         with safe_open(cache, framework="pt") as file:
             if (file.metadata() or {}).get("origin") != origin:
-                raise ValueError(f"{cache} is an extractor of other data or another training; delete it")
+                raise ValueError(f"{cache} is an extractor for other data or of another training; delete it")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{cache} is damaged ({error}); delete it") from error

@@ -1,11 +1,11 @@
-"""Samples of a checkpoint, drawn and saved: pictures, films and recordings, or an archive to score."""
+"""The job of `layerprobe sample`: samples as pictures, films and recordings, or as an archive to score."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,43 @@ from torch import Tensor
 from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
-from layerprobe.data import Rendering, content_hash, decode, load, rendering_of, write_wav
-from layerprobe.files import claim, whole
+from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
+from layerprobe.files import atomic_write, claim
 from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import processes
 
-PART = 256  # samples in a file that an interruption leaves; the same for any batch size and number of processes
-SHOWN = 20  # samples in a figure or film, where they are no images
+PART = 256  # samples in a partial file; independent of the batch size and the number of processes
+SHOWN = 20  # samples in a figure or film, if they are not images
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a model's samples stand for.
+    """What the samples of a model represent.
 
     Attributes:
-        rendering: None for images and latents.
-        class_names: One per class, or empty.
+        rendering: How samples become pictures, films or sound; None for images and latents.
+        class_names: Name of each class, or empty.
     """
 
     rendering: Rendering | None = None
     class_names: tuple[str, ...] = ()
 
 
-def find_meaning(
-    checkpoint: str, backbone: Backbone, data: str | None = None, reading: Mapping[str, Any] | None = None
-) -> Meaning:
-    """What a checkpoint's samples stand for: as its data says where that is given, else as its training wrote down.
+def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = None) -> Meaning:
+    """Returns what the samples of a checkpoint represent.
 
     Args:
-        checkpoint: The file that the backbone was opened from.
+        checkpoint: Path of the checkpoint, whose training record says it if no data is given.
         backbone: The model.
-        data: What it was trained on.
-        reading: Options that read the data.
+        data: Data that the model was trained on.
 
     Raises:
-        ValueError: If the data cannot be read or is of another shape, or there are options for none.
+        ValueError: If the data cannot be read or has another shape.
     """
     if data is not None:
-        samples = load(data, **(reading or {}), expect_shape=backbone.shape).train
+        samples = data.load(expect_shape=backbone.shape).train
         return Meaning(rendering_of(samples), samples.class_names)
-    if reading:
-        flags = " ".join(f"--{name.replace('_', '-')}" for name in reading)
-        raise ValueError(f"{flags} says how data is read; add --data, or leave it out")
     record = {} if checkpoint == "digits" else training_record(checkpoint)
     rendering = Rendering.from_dict(record["rendering"]) if "rendering" in record else None
     return Meaning(rendering, tuple(record.get("class_names", ())))
@@ -77,30 +71,33 @@ def draw_samples(
     meaning: Meaning | None = None,
     length: int | None = None,
 ) -> Path:
-    """Draws samples, class after class where the model knows classes, and saves them as `samples.png` and `.svg`.
+    """Draws samples, one class after another if the model has classes, and saves them as `samples.png` and `.svg`.
 
-    Images make a grid. Of other samples the figure shows the first `SHOWN`, as spectrograms or film strips; motion and
-    video also become `samples.gif`, and every recording a file in `wav/`.
+    Images are shown in a grid. Of other samples the figure shows the first `SHOWN`, as spectrograms or film strips;
+    motion and video are also saved as `samples.gif`, and each recording as a file in `wav/`.
 
     Args:
         backbone: The model.
-        folder: Where the files go.
-        num: How many.
+        folder: Folder of the files.
+        num: Number of samples.
         plan: Solver, steps, guidance and seed.
-        keep: Also save the samples themselves, shape (num, C, *grid), as `samples.npy`, padding as zeros; and the
-            lengths (num,) of padded ones as `lengths.npy`.
-        vae: Folder of the autoencoder whose latents the model makes; the images are decoded and saved.
-        meaning: What the samples stand for; images where not given.
-        length: Of every sample along its axis of time; as in the training data where not given.
+        keep: Also save the samples themselves, shape (num, C, *grid), as `samples.npy` with zeros as padding; and the
+            lengths (num,) of padded samples as `lengths.npy`.
+        vae: Folder of the autoencoder that decodes the samples of a model of latents.
+        meaning: What the samples represent; images if None.
+        length: Length of every sample along its time axis; as in the training data if None.
+
+    Returns:
+        The path of `samples.png`.
 
     Raises:
-        ValueError: If nobody knows what the samples stand for, or they cannot have that length.
+        ValueError: If it is unknown what the samples represent, or they cannot have that length.
     """
     meaning, plan = meaning or Meaning(), plan or SamplingPlan()
     rendering = meaning.rendering
     if rendering is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
         raise ValueError(
-            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they stand for; "
+            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they represent; "
             "pass --data with what it was trained on, or --vae for latents"
         )
     labels = _labels(backbone, range(num))
@@ -126,15 +123,15 @@ def sample_mask(
     seed: int,
     length: int | None = None,
 ) -> Tensor | None:
-    """What of each sample is to be no padding, shape (num, *grid); None for samples that fill their grid.
+    """Returns the positions of each sample that are not padding, shape (num, *grid); None if samples fill their grid.
 
     Args:
         backbone: The model.
-        rendering: Tells the axis of time, and the lengths that the data has.
-        num: How many.
-        labels: Shape (num,), or None.
-        seed: Of the lengths.
-        length: Of all samples, instead.
+        rendering: Time axis, and the lengths of the training data.
+        num: Number of samples.
+        labels: Class of each sample, shape (num,), or None.
+        seed: Seed of the lengths.
+        length: Length of all samples, in place of drawn lengths.
 
     Raises:
         ValueError: If the model makes no samples of that length.
@@ -144,10 +141,10 @@ def sample_mask(
             return None
         return rendering.mask(rendering.draw_lengths(torch.arange(num), labels, seed=seed), backbone.shape)
     if rendering is None:
-        raise ValueError("--frames is about audio, motion and video; leave it out")
+        raise ValueError("--frames has an effect on audio, motion and video only; leave it out")
     longest = backbone.shape[rendering.time_axis]
     if not 1 <= length <= longest:
-        raise ValueError(f"--frames is {length}, and {backbone.name} makes 1 to {longest}")
+        raise ValueError(f"--frames is {length}, but {backbone.name} makes 1 to {longest}; change --frames")
     return None if length == longest else rendering.mask(torch.full((num,), length), backbone.shape)
 
 
@@ -196,32 +193,35 @@ def draw_archive(
     vae: str | Path | None = None,
     progress: TaskProgress | None = None,
 ) -> Path:
-    """Draws samples into `samples.npz`, in the format that ADM's evaluation and its kin read.
+    """Draws samples into `samples.npz`, in the format of ADM's evaluation and similar tools.
 
-    `arr_0` holds the images, shape (num, H, W, 3), uint8, gray ones three times over; where the model knows classes,
-    `arr_1` holds the labels, class after class. Image i is the same for any batch size and number of processes up to
-    rounding. Every process of torchrun or srun draws every so-manieth part; finished parts outlive an interruption, and
-    a finished archive is not made again. Memory holds one part, whatever `num`.
+    `arr_0` contains the images, shape (num, H, W, 3), uint8, with equal channels for gray ones; if the model has
+    classes, `arr_1` contains the labels, one class after another. Image i is the same for any batch size and number of
+    processes up to rounding. The processes of torchrun or srun share the parts. After an interruption, finished parts
+    are kept, and a finished archive is not drawn again. Memory holds one part, independent of `num`.
 
     Args:
         backbone: The model, of images in [-1, 1] or of latents.
-        folder: Gets `sampling.json`, `parts/` while it runs, and `samples.npz`.
-        num: How many; 50 000 is the custom.
+        folder: Folder of `sampling.json`, `samples.npz`, and `parts/` during the run.
+        num: Number of samples; 50 000 is usual.
         plan: Solver, steps, guidance and seed.
-        batch_size: Samples at a time.
-        vae: Folder of the autoencoder whose latents the model makes.
-        progress: Called with (what, parts of this process done, parts of this process).
+        batch_size: Samples per batch.
+        vae: Folder of the autoencoder that decodes the samples of a model of latents.
+        progress: Called with (task name, parts of this process done, parts of this process).
+
+    Returns:
+        The path of `samples.npz`.
 
     Raises:
-        ValueError: If the model makes no images and no autoencoder is given, there is none to draw, or the folder holds
-            other things.
+        ValueError: If the model makes no images and no autoencoder is given, if `num` or `batch_size` is below 1, or if
+            the folder contains other files.
     """
     folder, plan = Path(folder), plan or SamplingPlan()
     if num < 1 or batch_size < 1:
         raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
     if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
         raise ValueError(
-            f"{backbone.name} makes samples of shape {backbone.shape}, which are no images; pass --vae with the "
+            f"{backbone.name} makes samples of shape {backbone.shape}, which are not images; pass --vae with the "
             "autoencoder that decodes them"
         )
     archive, parts = folder / "samples.npz", range(-(-num // PART))
@@ -231,16 +231,16 @@ def draw_archive(
             (folder / "parts").mkdir(exist_ok=True)
         ranks.barrier()
         finished = ranks.broadcast(archive.is_file())
-        own = () if finished else ranks.positions(parts)
-        for done, part in enumerate(own, 1):
-            place = _part(folder, part)
-            if not place.is_file():
+        my_parts = () if finished else ranks.positions(parts)
+        for done, part in enumerate(my_parts, 1):
+            path = _part(folder, part)
+            if not path.is_file():
                 indices = range(part * PART, min((part + 1) * PART, num))
                 images = _images(backbone, indices, plan, batch_size, vae)
-                with whole(place) as partial_place, partial_place.open("wb") as file:
+                with atomic_write(path) as partial_path, partial_path.open("wb") as file:
                     np.save(file, images)
             if progress:
-                progress("samples", done, len(own))
+                progress("samples", done, len(my_parts))
         ranks.barrier()
         if ranks.is_first and not finished:
             _join([_part(folder, part) for part in parts], archive, labels=_labels(backbone, range(num)))
@@ -251,7 +251,7 @@ def draw_archive(
 
 
 def pixels(x: Tensor) -> NDArray[np.uint8]:
-    """Images (B, 1 or 3, H, W) in [-1, 1] as ADM and SiT store them: (B, H, W, 3), uint8, halves rounded up."""
+    """Converts images (B, 1 or 3, H, W) in [-1, 1] to uint8 (B, H, W, 3), rounding halves up as ADM and SiT do."""
     levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     stored: NDArray[np.uint8] = levels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()
     return stored
@@ -271,7 +271,7 @@ def _images(
 
 
 def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
-    """Everything that decides the archive."""
+    """Returns everything that determines the archive."""
     return {
         "weights": weights_hash(backbone.module),
         "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
@@ -287,11 +287,11 @@ def _part(folder: Path, part: int) -> Path:
 
 
 def _join(parts: Sequence[Path], archive: Path, *, labels: Tensor | None) -> None:
-    """One `.npz` of all parts, read one after another."""
+    """Writes one `.npz` from all parts, reading one after another."""
     first = np.load(parts[0], mmap_mode="r")
     num = PART * (len(parts) - 1) + len(np.load(parts[-1], mmap_mode="r"))
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
-    with whole(archive) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as zipped:
+    with atomic_write(archive) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as zipped:
         with zipped.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:

@@ -16,7 +16,7 @@ from torch import Tensor
 from layerprobe.checkpoints.formats import METADATA_KEY
 from layerprobe.checkpoints.unpickling import printable
 from layerprobe.checkpoints.weight_sets import read_weights
-from layerprobe.files import whole
+from layerprobe.files import atomic_write
 
 
 def convert_checkpoint(
@@ -65,7 +65,7 @@ def convert_checkpoint(
         metadata = {"format": "pt"}
         if checkpoint.record:
             metadata[METADATA_KEY] = json.dumps(checkpoint.record, sort_keys=True)
-        with whole(out) as partial, whole(description) as partial_description:
+        with atomic_write(out) as partial, atomic_write(description) as partial_description:
             partial_description.write_text(json.dumps(record, indent=1), encoding="utf-8")
             try:
                 save_file(_separate(checkpoint.tensors), partial, metadata=metadata)

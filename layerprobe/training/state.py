@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.files import whole, write_text
+from layerprobe.files import atomic_write, write_text
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.training.distributed import gathered, local, placed
 from layerprobe.training.ranks import Ranks
@@ -162,7 +162,7 @@ def save(state: TrainingState, folder: Path, ranks: Ranks, *, keep_last: int) ->
     write_logs(state, folder)
     path = folder / "checkpoints" / f"step-{state.step:07d}.pt"
     path.parent.mkdir(exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         torch.save(content, partial)
     # Checkpoints of later steps are damaged, since this run has continued from an earlier one.
     paths = checkpoints(folder)

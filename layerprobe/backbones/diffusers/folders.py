@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprobe.files import MissingWeights, needed, one_line
+from layerprobe.files import MissingWeights, import_optional, one_line
 
 REMOTE = "hf://"
 MAX_STEPS = 100_000  # a larger number means a damaged configuration, or one that would exhaust the memory
@@ -55,7 +55,7 @@ class ModelFolder:
 
 def exported_class(name: Any, kind: str) -> Any:
     """Returns the class that diffusers exports under this name, if it derives from `kind`; None otherwise."""
-    diffusers = needed("diffusers", "diffusers")
+    diffusers = import_optional("diffusers", "diffusers")
     value = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return value if inspect.isclass(value) and issubclass(value, getattr(diffusers, kind)) else None
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from layerprobe.backbones.diffusers.folders import read_json
 from layerprobe.backbones.diffusers.weights import quiet_libraries
-from layerprobe.files import needed, one_line
+from layerprobe.files import import_optional, one_line
 
 
 def with_lora(module: nn.Module, path: Path, *, component: str) -> nn.Module:
@@ -26,7 +26,7 @@ def with_lora(module: nn.Module, path: Path, *, component: str) -> nn.Module:
         FileNotFoundError: If the adapter is missing.
         ValueError: If the adapter is damaged, of another kind or of another model.
     """
-    needed("peft", "diffusers")
+    import_optional("peft", "diffusers")
     names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
     file = next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":

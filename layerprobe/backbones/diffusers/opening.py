@@ -27,7 +27,7 @@ from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
 from layerprobe.backbones.diffusers.weights import load_denoiser
 from layerprobe.capture import match_layers
-from layerprobe.files import needed
+from layerprobe.files import import_optional
 from layerprobe.noise import NoiseSchedule, Prediction
 
 MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
@@ -76,7 +76,7 @@ def open_diffusers(
         ValueError: If a file is damaged, needs code of its own or lies outside of the folder; if the class is
             unknown; if the size, schedule or prediction has to be passed.
     """
-    needed("diffusers", "diffusers")
+    import_optional("diffusers", "diffusers")
     folder = locate_model(path, subfolder)
     module = load_denoiser(folder)
     if lora is not None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, weight_files
-from layerprobe.files import needed, one_line
+from layerprobe.files import import_optional, one_line
 
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
 
@@ -76,7 +76,7 @@ def _model_class(folder: ModelFolder) -> Any:
         raise ValueError(f"{folder.model} is quantized, so its features are not the model's; open the unquantized one")
     model_class = exported_class(name, "ModelMixin")
     if model_class is None:
-        version = needed("diffusers", "diffusers").__version__
+        version = import_optional("diffusers", "diffusers").__version__
         raise ValueError(
             f"{folder.model} is a {name!r}, which is not a model of diffusers {version}; "
             "update diffusers, or wrap the module yourself"
