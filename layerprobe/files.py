@@ -104,7 +104,7 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
 
 
 def absolute_source(source: str) -> str:
-    """Returns an existing local path as an absolute path; other sources, such as "digits" or "owner/name", unchanged."""
+    """Returns an existing local path as an absolute path, and other sources ("digits", "owner/name") unchanged."""
     return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source
 
 
