@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import rank_correlation, read_case
 from torch import Tensor
 
 from layerprobe.analyses.runs import load_splits, pair_sweep_start, wanted_pairs
@@ -26,6 +26,9 @@ from layerprobe.capture import capture
 from layerprobe.data import Samples
 from layerprobe.layersync import LayerPair, mean_cosine
 from layerprobe.training import TrainingBatch, prediction_loss, train
+
+sys.path.append(str(Path(__file__).parent / "pair_rules"))
+from sweep_cases import rank_correlation, read_case
 
 STEPS = (50, 100, 250, 500, 1000, 2000, 4000, 8000)
 BATCHES, BATCH_SIZE = 8, 256

@@ -15,24 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cases import (
-    DEPTHS,
-    Case,
-    by_model,
-    ceiling,
-    correlations,
-    false_alarms,
-    noise,
-    pooled,
-    rank_correlation,
-    read_case,
-    worth,
-)
-from plots import criteria_figure, expectations_figure, picks_figure
-from rules import (
+from pair_rules import (
     Fitter,
-    Prediction,
-    Scorer,
+    PairScorer,
+    Rule,
+    RulePrediction,
     as_selected,
     chosen,
     fixed,
@@ -46,10 +33,24 @@ from rules import (
     scores,
     single,
 )
+from rule_figures import criteria_figure, expectations_figure, picks_figure
 from scipy import stats
+from sweep_cases import (
+    DEPTHS,
+    Case,
+    by_model,
+    ceiling,
+    correlations,
+    false_alarms,
+    noise,
+    pooled,
+    rank_correlation,
+    read_case,
+    worth,
+)
 
 from layerprobe.analyses.experiments import FRECHET, HELD_OUT, read_pair_sweep
-from layerprobe.analyses.figures import save
+from layerprobe.analyses.figures import save_figure
 from layerprobe.analyses.selection import RULE
 from layerprobe.analyses.tables import CKA, RECOVERABILITY
 
@@ -68,7 +69,7 @@ def main() -> None:
     if options.out:
         cases = [case for metric in options.metrics for case in read(paths, metric, options, quiet=True)]
         if cases:
-            save(criteria_figure(cases), options.out, "calibration-criteria")
+            save_figure(criteria_figure(cases), options.out, "calibration-criteria")
 
 
 def parsed() -> argparse.Namespace:
@@ -207,11 +208,11 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
     return candidates | {
         CHOSEN: chosen(candidates),
         "RARE's signs": fixed({RECOVERABILITY: 1.0, CKA: -1.0}),
-        "select's weights": lambda _: RULE,
+        "select's weights": fixed(RULE),
         "select's order, refused pairs last": refused_last(label_free=False),
         "select's order, label-free": refused_last(label_free=True),
-        "select": as_selected(lambda _: RULE),
-        "select, label-free": as_selected(lambda _: RULE, label_free=True),
+        "select": as_selected(fixed(RULE)),
+        "select, label-free": as_selected(fixed(RULE), label_free=True),
         "ridge within select's limits": as_selected(ridge(everything)),
         "ridge within select's limits, label-free": as_selected(ridge(free), label_free=True),
     }
@@ -219,12 +220,12 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
 
 def refused_last(*, label_free: bool) -> Fitter:
     """As select orders all pairs: those within its limits by score, then those that it refuses, by score."""
-    selected = as_selected(lambda _: RULE, label_free=label_free)
+    selected = as_selected(fixed(RULE), label_free=label_free)
 
-    def fit(cases: Sequence[Case]) -> Scorer:
+    def fit(cases: Sequence[Case]) -> PairScorer:
         within = selected(cases)
         assert callable(within)
-        return lambda case: scores(RULE, case) - 1000 * np.isnan(within(case))
+        return lambda case: scores(Rule(RULE), case) - 1000 * np.isnan(within(case))
 
     return fit
 
@@ -256,11 +257,11 @@ def show(title: str, table: pd.DataFrame) -> None:
     print(f"\n## {title}\n{table.to_string(float_format='{:.3f}'.format, na_rep='-')}")
 
 
-def draw(predictions: Sequence[Prediction], out: Path) -> None:
+def draw(predictions: Sequence[RulePrediction], out: Path) -> None:
     metric = predictions[0].case.metric.replace(" ", "-").lower()
-    save(picks_figure(predictions), out, f"calibration-picks-{metric}")
+    save_figure(picks_figure(predictions), out, f"calibration-picks-{metric}")
     own = [one for one in predictions if one.rule == CHOSEN]
-    save(expectations_figure(own), out, f"calibration-expected-{metric}")
+    save_figure(expectations_figure(own), out, f"calibration-expected-{metric}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -10,27 +11,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cases import (
-    DEPTHS,
-    Case,
-    by_model,
-    ceiling,
-    correlations,
-    execution_order,
-    false_alarms,
-    noise,
-    pooled,
-    rank_correlation,
-    read_case,
-    worth,
-)
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
-from plots import criteria_figure, expectations_figure, picks_figure
-from rules import (
+from scipy import stats
+
+from layerprobe.analyses.experiments import FRECHET, HELD_OUT, PAIR_SWEEP_COLUMNS
+from layerprobe.analyses.selection import RULE, rank_pairs
+from layerprobe.analyses.tables import CKA, PROBE_GAP, PairEvidence, Quantity
+from layerprobe.layersync import LayerPair
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pair_rules import (
     Fitter,
-    Scorer,
+    PairScorer,
+    Rule,
     as_selected,
     chosen,
     fixed,
@@ -45,15 +40,24 @@ from rules import (
     scores,
     single,
 )
-from scipy import stats
-
-from layerprobe.analyses.experiments import FRECHET, HELD_OUT, PAIR_SWEEP_COLUMNS
-from layerprobe.analyses.selection import RULE, Calibration, Rule, rank_pairs
-from layerprobe.analyses.tables import CKA, EVIDENCE_COLUMNS, PROBE_GAP, TEACHER_PROBE
-from layerprobe.layersync import LayerPair
+from rule_figures import criteria_figure, expectations_figure, picks_figure
+from sweep_cases import (
+    DEPTHS,
+    Case,
+    by_model,
+    ceiling,
+    correlations,
+    execution_order,
+    false_alarms,
+    noise,
+    pooled,
+    rank_correlation,
+    read_case,
+    worth,
+)
 
 Floats = NDArray[np.float64]
-DOCS = Path(__file__).parents[1] / "docs" / "atlas"
+DOCS = Path(__file__).parents[2] / "docs" / "atlas"
 
 
 def ends_of(depth: int) -> NDArray[np.int64]:
@@ -112,10 +116,23 @@ def small_atlas(path: Path, *, seeds: Sequence[int] = (0, 1), leave_out: Sequenc
     return write_atlas(path, rows)
 
 
-def write_evidence(path: Path, rows: list[tuple[str, str, str, float, float, bool]]) -> Path:
-    table = pd.DataFrame(rows, columns=["student", "teacher", "criterion", "noise_level", "value", "needs_labels"])
-    table = table.assign(low=np.nan, high=np.nan, note="")[list(EVIDENCE_COLUMNS)]
-    table.to_csv(path, index=False)
+def quantity(values: Sequence[Sequence[float]], half: float = 0.01) -> Quantity:
+    value = np.array(values, np.float64)
+    return Quantity.from_ends(value, value - half, value + half, [[""] * value.shape[1]] * len(value))
+
+
+def evidence_of(
+    by_pair: dict[str, Quantity],
+    layers: Sequence[str],
+    by_layer: dict[str, Quantity] | None = None,
+    levels: tuple[float, ...] = (0.1,),
+) -> PairEvidence:
+    ends = ends_of(len(layers))
+    return PairEvidence(tuple(layers), levels, ends[:, 0], ends[:, 1], by_layer or {}, by_pair)
+
+
+def written(path: Path, evidence: PairEvidence) -> Path:
+    evidence.write_csv(path)
     return path
 
 
@@ -148,24 +165,24 @@ def test_without_evidence_there_are_the_depths(tmp_path: Path) -> None:
     assert criteria.to_numpy() == pytest.approx(np.array([[0, 0.5, 0.5], [0, 1, 1], [0.5, 1, 0.5]]))
 
 
-def test_criteria_are_means_over_noise_levels(tmp_path: Path) -> None:
-    rows = [
-        ("b.9", "b.10", "gap", np.nan, 3.0, True),  # a mean of its own beats the mean of the levels
-        ("b.9", "b.10", "gap", 0.5, 9.0, True),
-        ("b.9", "b.10", "CKA", 0.1, 0.2, False),
-        ("b.9", "b.10", "CKA", 0.5, 0.4, False),
-        ("b.9", "b.11", "CKA", 0.1, np.nan, False),
-        ("b.9", "b.77", "CKA", 0.1, 7.0, False),  # a pair that was not trained
-        ("b.9", "b.10", "distance", np.nan, 123.0, False),
-        ("b.9", "b.10", "cosine", np.nan, np.nan, False),  # tokens were not kept, say
-    ]
-    case = read_case(small_atlas(tmp_path / "x.csv"), write_evidence(tmp_path / "e.csv", rows))
+def test_criteria_are_means_over_noise_levels_of_the_pairs_that_were_trained(tmp_path: Path) -> None:
+    nan = np.nan
+    evidence = evidence_of(
+        {
+            PROBE_GAP: quantity([[3, 1, nan, 1, 1, 1], [9, 1, 1, 1, 1, 1]]),
+            CKA: quantity([[0.2, 1, 1, 1, 1, 1], [0.4, 1, 1, 1, 1, 1]]),
+            "cosine": quantity([[nan] * 6] * 2),  # tokens were not kept, say
+        },
+        ("b.9", "b.10", "b.11", "b.77"),
+        levels=(0.1, 0.5),
+    )
+    case = read_case(small_atlas(tmp_path / "x.csv"), written(tmp_path / "e.csv", evidence))
     first = case.criteria.iloc[0]
-    assert (first["gap"], first["distance"]) == (3, 123)
-    assert first["CKA"] == pytest.approx(0.3)
-    assert case.criteria.iloc[1:][["gap", "CKA"]].isna().all(axis=None)
-    assert case.needs_labels == {"gap"}
-    assert known_criteria([case], labels=False) == ("CKA", "distance", "student depth", "teacher depth")
+    assert first[PROBE_GAP] == 6
+    assert first[CKA] == pytest.approx(0.3)
+    assert case.needs_labels == {PROBE_GAP}
+    assert known_criteria([case], labels=False) == (CKA, *DEPTHS)
+    assert first["distance"] == pytest.approx(1 / 3)
 
 
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -174,7 +191,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         read_case(atlas, None, metric="FID")
     with pytest.raises(ValueError, match=r"at step 7 .* steps \[5, 10\]"):
         read_case(atlas, None, step=7)
-    other = write_evidence(tmp_path / "e.csv", [("up.0", "up.1", "CKA", 0.1, 0.2, False)])
+    other = written(tmp_path / "e.csv", evidence_of({CKA: quantity([[0.2]])}, ("up.0", "up.1")))
     with pytest.raises(ValueError, match="knows none of the atlas's pairs"):
         read_case(atlas, other)
     with pytest.raises(
@@ -226,10 +243,11 @@ def test_the_partial_correlation_is_that_of_the_inverse_matrix_of_ranks() -> Non
 
 def test_half_an_atlas_is_read_by_the_layers_of_its_evidence(tmp_path: Path) -> None:
     """As while it is trained: the layers that no pair has yet are there all the same."""
-    rows = [(f"b.{s}", f"b.{t}", "CKA", np.nan, s / t, False) for s, t in combinations(range(12), 2)]
-    case = read_case(small_atlas(tmp_path / "x.csv"), write_evidence(tmp_path / "e.csv", rows))
+    cka = quantity([[s / t for s, t in combinations(range(12), 2)]])
+    evidence = evidence_of({CKA: cka}, [f"b.{i}" for i in range(12)])
+    case = read_case(small_atlas(tmp_path / "x.csv"), written(tmp_path / "e.csv", evidence))
     assert case.layers == tuple(f"b.{i}" for i in range(12))
-    assert case.criteria["CKA"].tolist() == pytest.approx([9 / 10, 9 / 11, 10 / 11])
+    assert case.criteria["CKA"].tolist() == pytest.approx([9 / 10, 9 / 11, 10 / 11], rel=1e-5)
     assert case.criteria["student depth"].tolist() == pytest.approx([9 / 11, 9 / 11, 10 / 11])
 
 
@@ -507,7 +525,7 @@ def test_no_rule_is_calibrated_or_chosen_on_a_model_it_was_fitted_on(wrap: Calla
     cases += [replace(case, name=f"{case.name}-later") for case in cases]
     scored: list[tuple[frozenset[str], str]] = []
 
-    def watched(known: Sequence[Case]) -> Scorer:
+    def watched(known: Sequence[Case]) -> PairScorer:
         seen = frozenset(case.model for case in known)
 
         def order(case: Case) -> Floats:
@@ -544,37 +562,35 @@ def test_everything_runs_with_one_seed_and_with_evidence_missing(tmp_path: Path)
     assert len(correlations(cases)) == 3 + 3 + 1 + 3
 
 
-def measured(rng: np.random.Generator) -> pd.DataFrame:
+def measured(rng: np.random.Generator) -> PairEvidence:
     """Evidence of 8 layers as `select` needs it: deeper layers know more, up to the last two."""
     knows = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.4, 0.3]) + 0.01 * rng.standard_normal(8)
-    rows = []
-    for student, teacher in ends_of(8):
-        gap = knows[teacher] - knows[student]
-        values = {PROBE_GAP: gap, TEACHER_PROBE: knows[teacher], CKA: 0.9 - 0.05 * (teacher - student)}
-        for criterion, value in values.items():
-            row = (f"blocks.{student}", f"blocks.{teacher}", criterion, np.nan, value, value - 0.01, value + 0.01)
-            rows.append((*row, criterion != CKA, ""))
-            rows.append((*row[:3], 0.5, *row[4:], criterion != CKA, ""))
-    return pd.DataFrame(rows, columns=list(EVIDENCE_COLUMNS))
+    ends = ends_of(8)
+    by_pair = {
+        PROBE_GAP: quantity([knows[ends[:, 1]] - knows[ends[:, 0]]]),
+        CKA: quantity([0.9 - 0.05 * (ends[:, 1] - ends[:, 0])]),
+    }
+    return evidence_of(by_pair, [f"blocks.{i}" for i in range(8)], {"probe accuracy": quantity([knows])})
 
 
 def test_a_rule_as_selected_picks_what_the_command_picks_and_refuses_what_it_refuses() -> None:
     rng = np.random.default_rng(28)
     evidence, (case,) = measured(rng), models(rng, 1, depths=(8,))
     known = models(rng, 2)
-    prediction = predict("select", as_selected(lambda _: RULE), known, replace(case, evidence=evidence))
-    selection = rank_pairs(evidence, layers=case.layers)
+    prediction = predict("select", as_selected(fixed(RULE)), known, replace(case, evidence=evidence))
+    selection = rank_pairs(evidence)
     assert prediction.pick is not None
     assert case.pairs[prediction.pick] == selection.pick
     refused = {LayerPair(pair.student, pair.teacher) for pair in selection.rejected}
     assert {pair for pair, at in zip(case.pairs, prediction.order, strict=True) if np.isnan(at)} == refused
     assert len(refused) > 5
-    for silent in (case, replace(case, evidence=evidence[evidence["criterion"] == CKA])):  # no evidence, no labels
-        row = judged([predict("select", as_selected(lambda _: RULE), known, silent)]).iloc[0]
+    for silent in (
+        case,
+        replace(case, evidence=replace(evidence, by_pair={CKA: evidence.by_pair[CKA]})),
+    ):  # no evidence, no labels
+        row = judged([predict("select", as_selected(fixed(RULE)), known, silent)]).iloc[0]
         assert (row["none"], row["taken"], row["student"]) == (True, 0, "")
     assert np.isfinite(row["regret"])
-    worthless = Rule({CKA: -1.0}, Calibration(-0.5, 0.01, 0.1, 0.05, "test"))
-    assert predict("x", as_selected(lambda _: worthless), known, replace(case, evidence=evidence)).none
 
 
 def test_what_is_learned_of_all_models_is_a_rule_that_selection_can_use() -> None:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from cases import Case, ceiling, correlations, pooled, worth
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from rules import Prediction, judged
+from pair_rules import RulePrediction, judged
+from sweep_cases import Case, ceiling, correlations, pooled, worth
 
 from layerprobe.analyses.figures import (
     ARM_COLORS,
     BACKGROUND,
     GRAY,
     INK,
-    SPARE_COLORS,
+    LINE_COLORS,
     WIDTH_IN,
     capital,
     styled,
@@ -27,7 +27,7 @@ from layerprobe.analyses.figures import (
 from layerprobe.layersync import LayerPair, depth_heuristic
 
 MARKERS = "osD^vPX*"
-COLORS = (ARM_COLORS["pick"], ARM_COLORS["depth heuristic"], ARM_COLORS["runner-up"], *SPARE_COLORS[:2])
+COLORS = (ARM_COLORS["pick"], ARM_COLORS["depth heuristic"], ARM_COLORS["runner-up"], *LINE_COLORS[-2:])
 
 
 @styled()
@@ -94,7 +94,7 @@ def _best(pool: pd.DataFrame, metric: str) -> str:
 
 
 @styled()
-def picks_figure(predictions: Sequence[Prediction]) -> Figure:
+def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
     """What each rule's pick gains on models the rule was not fitted on, one panel an atlas, beside what luck brings.
 
     The solid line is the best pair (too large by luck), the dashed one the best pair of the other seed; the band is
@@ -149,7 +149,7 @@ def _regret_title(table: pd.DataFrame, metric: str) -> str:
 
 
 @styled()
-def expectations_figure(predictions: Sequence[Prediction]) -> Figure:
+def expectations_figure(predictions: Sequence[RulePrediction]) -> Figure:
     """Expected and true gain of every pair under one rule that did not know the model, one panel an atlas.
 
     Args:
@@ -184,7 +184,7 @@ def expectations_figure(predictions: Sequence[Prediction]) -> Figure:
     return figure
 
 
-def _expectation_panel(axes: Axes, one: Prediction) -> None:
+def _expectation_panel(axes: Axes, one: RulePrediction) -> None:
     x, y, case = 100 * one.expected, 100 * one.case.gain, one.case
     color, pick = ARM_COLORS["pick"], one.pick
     others = ~one.ties & (np.arange(len(x)) != pick)

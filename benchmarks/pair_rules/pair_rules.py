@@ -18,19 +18,52 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from cases import CONFIDENCE, Case, by_model, rank_correlation, worth
 from numpy.typing import NDArray
 from scipy import optimize, stats
+from sweep_cases import CONFIDENCE, Case, by_model, rank_correlation, worth
 
 from layerprobe.analyses.measures import Z95, Floats
-from layerprobe.analyses.selection import Calibration, Rule, rank_pairs, standard_ranks
+from layerprobe.analyses.selection import rank_pairs, standard_ranks
 
 # ---------------------------------------------------------------------------------------------------------------- rules
 
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a rule's scores are worth, learned on sweeps of other models.
+
+    Attributes:
+        level: Mean gain of all pairs of a network: the share by which a pair undercuts the score without alignment.
+        slope: Gain per unit of score.
+        half_width: Half width of the 95 % interval of an expected gain.
+        error: Standard error of the difference between two pairs' gains beyond what the score explains.
+        source: Sweeps that it was learned on.
+    """
+
+    level: float
+    slope: float
+    half_width: float
+    error: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which criteria count how much.
+
+    Attributes:
+        weights: Weights of the criteria; the sign says which end is good.
+        calibration: What the scores are worth; None as long as nothing is known of it.
+    """
+
+    weights: Mapping[str, float]
+    calibration: Calibration | None = None
+
+
 # The order that is expected of a case's pairs, shape (P,): larger is better, nan for pairs that are refused.
-Scorer = Callable[[Case], Floats]
+PairScorer = Callable[[Case], Floats]
 # A rule, or anything else that can order pairs, from the cases to learn from.
-Fitter = Callable[[Sequence[Case]], Rule | Scorer]
+Fitter = Callable[[Sequence[Case]], Rule | PairScorer]
 
 
 def scores(rule: Rule, case: Case) -> Floats:
@@ -72,7 +105,7 @@ def as_selected(fitter: Fitter, *, label_free: bool = False) -> Fitter:
     Without evidence, or without what the limits need of it, every pair is refused.
     """
 
-    def fit(cases: Sequence[Case]) -> Scorer:
+    def fit(cases: Sequence[Case]) -> PairScorer:
         rule = fitter(cases)
         assert isinstance(rule, Rule)
 
@@ -81,7 +114,7 @@ def as_selected(fitter: Fitter, *, label_free: bool = False) -> Fitter:
             try:
                 if case.evidence is None:
                     return place
-                selection = rank_pairs(case.evidence, layers=case.layers, label_free=label_free, rule=rule)
+                selection = rank_pairs(case.evidence, label_free=label_free, rule=rule.weights)
             except ValueError:
                 return place
             ranked = {} if selection.pick is None else {pair.pair: -i for i, pair in enumerate(selection.ranked)}
@@ -135,7 +168,7 @@ def ridge(criteria: Sequence[str], *, penalty: float = 1.0) -> Fitter:
     return fit
 
 
-def same_depths(cases: Sequence[Case]) -> Scorer:
+def same_depths(cases: Sequence[Case]) -> PairScorer:
     """What pairs at the same depths were worth in the models known, whatever was measured: what evidence must beat.
 
     A pair's score is the mean standard gain of the other models' pairs, weighed by a Gaussian of the distance in
@@ -165,7 +198,7 @@ def chosen(candidates: Mapping[str, Fitter]) -> Fitter:
     The best of several rules in a comparison is partly lucky. This one is what choosing the best brings.
     """
 
-    def fit(cases: Sequence[Case]) -> Rule | Scorer:
+    def fit(cases: Sequence[Case]) -> Rule | PairScorer:
         if len(by_model(cases)) < 2:
             return next(iter(candidates.values()))(cases)
         merits = {name: _merit(fitter, cases) for name, fitter in candidates.items()}
@@ -188,7 +221,7 @@ def _left_out(fitter: Fitter, cases: Sequence[Case]) -> list[tuple[Case, Floats]
     return pairs
 
 
-def _ordered(rule: Rule | Scorer, case: Case) -> Floats:
+def _ordered(rule: Rule | PairScorer, case: Case) -> Floats:
     return scores(rule, case) if isinstance(rule, Rule) else rule(case)
 
 
@@ -208,7 +241,7 @@ def _moments(cases: Sequence[Case], criteria: Sequence[str]) -> tuple[Floats, Fl
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class RulePrediction:
     """What a rule that has not seen this model says about its pairs.
 
     Attributes:
@@ -291,9 +324,9 @@ def learned(fitter: Fitter, cases: Sequence[Case]) -> Rule:
     return replace(rule, calibration=calibrate(fitter, cases))
 
 
-def predict(name: str, fitter: Fitter, known: Sequence[Case], case: Case) -> Prediction:
+def predict(name: str, fitter: Fitter, known: Sequence[Case], case: Case) -> RulePrediction:
     """What a rule fitted on known atlases expects of another one."""
-    return Prediction(name, case, _ordered(fitter(known), case), calibrate(fitter, known))
+    return RulePrediction(name, case, _ordered(fitter(known), case), calibrate(fitter, known))
 
 
 def _unit(values: Floats) -> Floats:
@@ -305,7 +338,7 @@ def _unit(values: Floats) -> Floats:
     return centered / size if size > 0 else centered
 
 
-def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) -> list[Prediction]:
+def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) -> list[RulePrediction]:
     """Every rule's prediction for every case, fitted on the cases of all other models.
 
     Raises:
@@ -320,12 +353,12 @@ def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) ->
     ]
 
 
-def judged(predictions: Sequence[Prediction]) -> pd.DataFrame:
+def judged(predictions: Sequence[RulePrediction]) -> pd.DataFrame:
     """How each prediction fared.
 
     Columns rule, atlas, model; student and teacher of the pick; none (whether no pair was recommended); gain (as
-    `Prediction.gain`) and taken (0 where none); rank (of such a gain, 1 the best); rho, low, high (of order and gains,
-    over the pairs that were not refused); regret and regret_elsewhere (shares of `Worth.best` and
+    `RulePrediction.gain`) and taken (0 where none); rank (of such a gain, 1 the best); rho, low, high (of order and
+    gains, over the pairs that were not refused); regret and regret_elsewhere (shares of `Worth.best` and
     `Worth.best_elsewhere` that are missed, nan where nothing is to gain beyond the noise); harm (whether what was taken
     is worse than no alignment beyond the noise: one-sided, 5 %); ties (how many), ties_within (share of them whose gain
     differs from the pick's by less than the uncertainty stated, 1.96 standard errors); covered (share of gains within
@@ -334,7 +367,7 @@ def judged(predictions: Sequence[Prediction]) -> pd.DataFrame:
     return pd.DataFrame([_judged(one) for one in predictions])
 
 
-def _judged(one: Prediction) -> dict[str, Any]:
+def _judged(one: RulePrediction) -> dict[str, Any]:
     case, value = one.case, worth(one.case)
     gain, taken = one.gain, 0.0 if one.none else one.gain
     found = rank_correlation(one.order, case.gain, case.ends)

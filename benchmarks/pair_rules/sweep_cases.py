@@ -36,7 +36,7 @@ from scipy import stats
 
 from layerprobe.analyses.experiments import FRECHET, read_pair_sweep
 from layerprobe.analyses.measures import Floats
-from layerprobe.analyses.tables import DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, read_evidence
+from layerprobe.analyses.tables import CRITERIA, DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, PairEvidence
 from layerprobe.layersync import LayerPair, depth_heuristic
 
 DEPTHS = (STUDENT_DEPTH, TEACHER_DEPTH, DISTANCE)
@@ -61,7 +61,7 @@ class Case:
         gains: Share by which no alignment is undercut, shape (P, seeds).
         criteria: Mean over noise levels, a row for each pair, a column for each criterion; nan where not measured.
         needs_labels: Criteria that cannot be had without labels.
-        evidence: The whole table, if there is one.
+        evidence: All evidence, if there is any.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Case:
     gains: Floats
     criteria: pd.DataFrame
     needs_labels: frozenset[str] = frozenset()
-    evidence: pd.DataFrame | None = None
+    evidence: PairEvidence | None = None
 
     @property
     def gain(self) -> Floats:
@@ -122,9 +122,9 @@ def read_case(
     name = name or (atlas.parent.name if atlas.name == "atlas.csv" else atlas.stem)
     model = model or name.split("-steps-")[0]
     gains, step = _finished(read_pair_sweep(atlas), metric, step, name)
-    known = None if evidence is None else read_evidence(evidence)
+    known = None if evidence is None else PairEvidence.read_csv(evidence)
     names = gains.index.tolist()
-    layers = execution_order(names + ([] if known is None else known[["student", "teacher"]].to_numpy().tolist()))
+    layers = execution_order(names + ([] if known is None else list(known.pairs)))
     names.sort(key=lambda pair: [layers.index(layer) for layer in pair])
     pairs = tuple(LayerPair(student, teacher) for student, teacher in names)
     criteria, needs_labels = _criteria(known, pairs, layers)
@@ -184,26 +184,21 @@ def _natural(layer: str) -> list[tuple[bool, int, str]]:
 
 
 def _criteria(
-    evidence: pd.DataFrame | None, pairs: tuple[LayerPair, ...], layers: tuple[str, ...]
+    evidence: PairEvidence | None, pairs: tuple[LayerPair, ...], layers: tuple[str, ...]
 ) -> tuple[pd.DataFrame, frozenset[str]]:
     index = pd.MultiIndex.from_tuples([(pair.student, pair.teacher) for pair in pairs], names=["student", "teacher"])
     measured, needs_labels = pd.DataFrame(index=index), frozenset[str]()
     if evidence is not None:
-        # Where there is no row for the mean over noise levels, the mean over those that there are.
-        means = evidence[evidence["noise_level"].isna()]
-        by_level = evidence[~evidence["criterion"].isin(means["criterion"])]
-        rows = pd.concat([means, by_level])
-        found = rows.groupby(["student", "teacher", "criterion"], sort=False)["value"].mean().unstack("criterion")
-        if not found.index.isin(index).any():
+        own = pd.MultiIndex.from_tuples(evidence.pairs, names=["student", "teacher"])
+        if not own.isin(index).any():
             raise ValueError("the evidence knows none of the atlas's pairs; it is of another model")
-        measured = found.reindex(index=index, columns=list(dict.fromkeys(evidence["criterion"])))
-        measured = measured.dropna(axis=1, how="all")
-        needs_labels = frozenset(evidence.loc[evidence["needs_labels"], "criterion"])
+        columns = {name: evidence.columns(name)[0] for name in CRITERIA if name not in DEPTHS and evidence.has(name)}
+        measured = pd.DataFrame(columns, index=own).reindex(index).dropna(axis=1, how="all")
+        needs_labels = frozenset(name for name in columns if CRITERIA[name].needs_labels)
     ends = [(layers.index(pair.student), layers.index(pair.teacher)) for pair in pairs]
     # Whole numbers are subtracted first: distances that are equal must stay equal, they are ranked.
-    own = pd.DataFrame([(s, t, t - s) for s, t in ends], index=index, columns=list(DEPTHS)) / (len(layers) - 1)
-    absent = [name for name in DEPTHS if name not in measured.columns]
-    return measured.join(own[absent]), needs_labels
+    depths = pd.DataFrame([(s, t, t - s) for s, t in ends], index=index, columns=list(DEPTHS)) / (len(layers) - 1)
+    return measured.join(depths), needs_labels
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise
