@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from plain_sit import official_shapes, plain_sit
 from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone, layer_shapes, wrap
+from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.sit import (
     SiT,
     SiTConfig,
@@ -38,7 +38,11 @@ from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.noise.schedules import LinearPath, schedule_from_name
 
 SMALL = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5)
+
+
 GRIDS = [(12,), (8, 4), (4, 2, 6)]
+
+
 PATCHED = [((12,), 2), ((8, 4), 2), ((4, 2, 6), 2), ((8, 6), (4, 1)), ((4, 2, 6), (1, 2, 3))]
 
 
@@ -58,9 +62,6 @@ def inputs(config: SiTConfig, n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, *config.shape, generator=generator)
     return x, torch.rand(n, generator=generator), torch.randint(0, config.num_classes + 1, (n,), generator=generator)
-
-
-# --- the network
 
 
 @pytest.mark.parametrize(("grid", "patch"), PATCHED)
@@ -400,9 +401,6 @@ def test_configurations_that_make_no_network_are_refused(change: dict[str, Any],
         replace(SMALL, **change)
 
 
-# --- the backbone around it
-
-
 def test_fresh_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(5)
     one, state = new_sit(SMALL, seed=0).module.state_dict(), torch.get_rng_state()
@@ -463,78 +461,6 @@ def test_backbone_names_its_blocks_in_order() -> None:
     assert backbone.device == torch.device("cpu")
 
 
-class Denoiser(nn.Module):
-    """A user's own network, with dropout so that evaluation mode can be told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.drop = nn.Linear(4, 6), nn.Linear(6, 4), nn.Dropout(0.5)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = self.second(self.drop(self.first(x).relu())) + time.view(-1, 1)
-        return output
-
-
-def test_wrap_makes_a_backbone_of_any_module() -> None:
-    module = Denoiser()
-    backbone = wrap(module, layers=["second", "fir*"], schedule="flow-1000", prediction="x0", shape=[4])
-    assert (backbone.layers, backbone.shape, backbone.name) == (("first", "second"), (4,), "Denoiser")
-    assert not module.training
-    x, level = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
-    denoised = module(x, 1000 * level)
-    torch.testing.assert_close(backbone(x, level), (x - denoised) / level.view(-1, 1))
-    assert layer_shapes(backbone) == {"first": (1, 6), "second": (1, 4)}
-    assert wrap(module, layers="first", schedule="sit", prediction="x0", shape=(4,), name="mine").name == "mine"
-
-
-def test_wrap_calls_the_module_as_it_is_told() -> None:
-    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        output: Tensor = module(x + label.view(-1, 1), time) if label is not None else module(x, time)
-        return output
-
-    backbone = wrap(
-        Denoiser(),
-        layers="*",
-        schedule=LinearPath(0, 1),
-        prediction="velocity",
-        shape=(4,),
-        num_classes=3,
-        forward=forward,
-    )
-    x, level = torch.zeros(2, 4), torch.tensor([0.1, 0.5])
-    torch.testing.assert_close(backbone(x, level), backbone.module(x + 3, level))
-
-
-def test_wrap_refuses_what_it_does_not_know() -> None:
-    good = {"layers": "first", "schedule": "sit", "prediction": "eps", "shape": (4,)}
-    for change, message in (
-        ({"layers": "third"}, "third is not in Denoiser, which has first, second, drop"),
-        ({"layers": []}, "no layer is named; name some of Denoiser"),
-        ({"schedule": "vp"}, "unknown schedule 'vp'"),
-        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; use one of velocity, eps, x0, v"),
-    ):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            wrap(Denoiser(), **(good | change))
-    with pytest.raises(ValueError, match="unknown prediction 'epsilon'"):
-        sit_backbone(SiT(SMALL), prediction="epsilon")
-
-
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = self.layer(self.layer(x))
-        return output
-
-
-def test_layer_shapes_notice_a_layer_that_runs_twice() -> None:
-    backbone = wrap(Shared(), layers="layer", schedule="sit", prediction="x0", shape=(4,))
-    with pytest.raises(ValueError, match=r"^layer ran twice in one forward pass"):
-        layer_shapes(backbone)
-
-
 @torch.no_grad()
 def test_tokens_of_unequal_patches_are_pooled_on_their_own_grid(tmp_path: Path) -> None:
     """Patches of 4x1 on 8x12 make 2x12 tokens; their number alone would say 4x6."""
@@ -557,9 +483,6 @@ def test_tokens_of_unequal_patches_are_pooled_on_their_own_grid(tmp_path: Path) 
     whole = Splits(*(TensorSamples(part, ids=torch.arange(2) + 2 * i) for i, part in enumerate(x.split(2))))
     kept = extract(backbone, whole, ExtractionPlan(backbone.layers, (0.5,), token_samples=2), tmp_path / "whole")
     assert kept.grid("blocks.1") == (2, 12)
-
-
-# --- precision and compilation
 
 
 @torch.no_grad()

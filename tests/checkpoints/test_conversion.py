@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from checkpoint_files import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,16 +19,6 @@ from layerprobe.checkpoints import conversion
 from layerprobe.checkpoints.conversion import convert_checkpoint
 from layerprobe.checkpoints.weight_sets import read_weights
 from layerprobe.cli.convert import convert as command
-
-
-class Payload:
-    """Runs a shell command when it is unpickled by a reader that trusts it."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.place}'",)
 
 
 @pytest.fixture

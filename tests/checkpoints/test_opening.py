@@ -1,27 +1,25 @@
-"""Files become backbones, or one line that says why not; nothing that a file says is ever run."""
+"""Files become backbones, or one line that says why not; no code from a file is run."""
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import pickle
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import ONE_LINE, Payload
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from tiny_checkpoints import TINY, assert_same_weights, official, open_tiny, tiny, weights
+from torch import Tensor
 
-from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.backbones.mdm import MDM, MDMConfig
-from layerprobe.backbones.sit import SiT, SiTConfig, new_sit, sit_backbone
-from layerprobe.checkpoints import saving
+from layerprobe.backbones.sit import SiT
 from layerprobe.checkpoints.opening import (
     describe_checkpoint,
     embedded_checkpoint,
@@ -31,140 +29,7 @@ from layerprobe.checkpoints.opening import (
 )
 from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
 from layerprobe.files import MissingWeights
-from layerprobe.noise.schedules import DDPM, EDM, LinearPath, NoiseSchedule
-
-TINY = SiTConfig(shape=(1, 4, 4), patch_size=2, hidden_size=8, depth=2, num_heads=2, num_classes=3)
-ONE_LINE = r"\A[^\n]+\Z"
-
-
-def tiny(seed: int = 0, **options: Any) -> Backbone:
-    return new_sit(TINY, seed=seed, **options)
-
-
-def weights(seed: int = 0) -> dict[str, Tensor]:
-    return tiny(seed).module.state_dict()
-
-
-def open_tiny(path: Path, **options: Any) -> Backbone:
-    return open_checkpoint(path, **({"family": "sit", "num_heads": 2, "device": "cpu"} | options))
-
-
-def assert_same_weights(module: nn.Module, wanted: Mapping[str, Tensor]) -> None:
-    got = module.state_dict()
-    assert got.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(got[name], tensor), name
-
-
-def official(path: Path, *, prefix: str = "", seed: int = 0, **more: Any) -> Path:
-    """A file as the training scripts of SiT, DiT and LayerSync write it; the averaged weights are those of `seed`."""
-    model = {prefix + name: tensor for name, tensor in weights(seed + 100).items()}
-    ema = collections.OrderedDict((prefix + name, tensor) for name, tensor in weights(seed).items())
-    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters())
-    args = argparse.Namespace(model="SiT-XL/2", global_batch_size=256, cfg_scale=1.5, ckpt=None)
-    torch.save({"model": model, "ema": ema, "opt": optimizer.state_dict(), "args": args, **more}, path)
-    return path
-
-
-# --- our own files
-
-
-@pytest.mark.parametrize(
-    ("schedule", "prediction"),
-    [
-        (LinearPath(), "velocity"),
-        (LinearPath(0, 1000), "v"),
-        (DDPM.from_name("cosine", 20), "eps"),
-        (EDM(0.3, 0.01, 10.0), "x0"),
-    ],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_our_files_say_all_that_it_takes_to_open_them(tmp_path: Path, schedule: NoiseSchedule, prediction: Any) -> None:
-    backbone, path = tiny(3, schedule=schedule, prediction=prediction), tmp_path / "model.safetensors"
-    save_checkpoint(path, backbone, backbone.module.state_dict(), training={"steps": 7, "class_names": ["a", "b"]})
-    again = open_checkpoint(path, device="cpu")
-    assert_same_weights(again.module, backbone.module.state_dict())
-    assert isinstance(again.module, SiT)
-    assert again.module.config == TINY
-    assert not again.module.training
-    assert again.schedule.to_config() == schedule.to_config()
-    assert (again.prediction, again.layers, again.shape, again.num_classes, again.name) == (
-        prediction,
-        backbone.layers,
-        backbone.shape,
-        backbone.num_classes,
-        backbone.name,
-    )
-    assert training_record(path) == {"steps": 7, "class_names": ["a", "b"]}
-    assert weights_hash(again.module) == weights_hash(backbone.module)
-
-
-@pytest.mark.parametrize("shape", [(2, 6), (1, 4, 8), (1, 4, 2, 4)])
-def test_every_grid_comes_back(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    backbone = new_sit(replace(TINY, shape=shape), seed=0)
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, backbone, backbone.module.state_dict(), training={})
-    assert open_checkpoint(path).shape == shape
-
-
-def test_the_weights_given_are_what_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, tiny(0), weights(1), training={})
-    assert_same_weights(open_checkpoint(path).module, weights(1))
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, tiny(), weights(0), training={})
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-    save_checkpoint(path, tiny(), weights(1), training={})
-    assert_same_weights(open_checkpoint(path).module, weights(1))
-
-    def full_disk(tensors: Any, place: Path, metadata: Any) -> None:
-        Path(place).write_bytes(b"half of")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(saving, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(path, tiny(), weights(2), training={})
-    assert_same_weights(open_checkpoint(path).module, weights(1))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
-def test_files_are_as_readable_as_the_user_wants_files_to_be(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        save_checkpoint(tmp_path / "model.safetensors", tiny(), weights(), training={})
-    finally:
-        os.umask(before)
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
-
-
-class Tied(nn.Module):
-    """A user's network whose two tensors are one, and with a part called like a wrapper's prefix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = nn.Linear(3, 3)
-        self.copy = nn.Linear(3, 3)
-        self.copy.weight = self.module.weight
-        self.register_buffer("slanted", torch.arange(6.0).view(2, 3).t())
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = self.copy(self.module(x))
-        return output
-
-
-def test_a_users_network_survives_with_tied_weights_and_odd_names(tmp_path: Path) -> None:
-    made = Tied()
-    backbone = wrap(made, layers=["module", "copy"], schedule="flow", prediction="eps", shape=(3,))
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, backbone, made.state_dict(), training={})
-    options: dict[str, Any] = {"layers": "*", "schedule": "flow", "prediction": "eps", "shape": (3,)}
-    again = open_checkpoint(path, model=Tied, **options)
-    assert_same_weights(again.module, made.state_dict())
-    with pytest.raises(ValueError, match=r"belongs to no known family .* pass --model file.py:factory"):
-        open_checkpoint(path)
+from layerprobe.noise.schedules import DDPM, EDM, LinearPath
 
 
 def test_the_embedded_checkpoint_opens_by_its_name() -> None:
@@ -214,9 +79,6 @@ def test_records_that_are_no_records_are_refused(tmp_path: Path, record: str) ->
         ValueError, match=r"(damaged record|not a valid safetensors file) .*; copy or download it again"
     ):
         open_checkpoint(path)
-
-
-# --- other people's files
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.module."])
@@ -396,19 +258,6 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(
     caught.match(ONE_LINE)
 
 
-# --- files that are damaged or mean harm
-
-
-class Payload:
-    """Runs a shell command when it is unpickled by a reader that trusts it."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.place}'",)
-
-
 def test_the_payload_does_harm_where_it_is_trusted(tmp_path: Path) -> None:
     """The control of the tests below."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "planted")))
@@ -527,9 +376,6 @@ def test_devices_that_are_not_there_are_refused_before_the_file_is_read(tmp_path
         caught.match(ONE_LINE)
 
 
-# --- options
-
-
 @pytest.mark.parametrize(
     "option",
     [
@@ -579,123 +425,6 @@ def test_layers_can_be_chosen_by_name_or_pattern(tmp_path: Path, layers: Any) ->
         open_tiny(path, layers=[])
 
 
-FACTORIES = """
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-from layerprobe.backbones.base import wrap
-
-
-@dataclass
-class Settings:
-    width: int = 4
-
-
-class Network(nn.Module):
-    def __init__(self, width=Settings().width):
-        super().__init__()
-        self.first, self.second = nn.Linear(3, width), nn.Linear(width, 3)
-
-    def forward(self, x, time):
-        return self.second(self.first(x))
-
-
-def backbone():
-    return wrap(Network(), layers="first", schedule="flow", prediction="eps", shape=(3,), name="theirs")
-
-
-def with_arguments(width):
-    return Network(width)
-
-
-def wrong():
-    return "a network"
-
-
-instance, number = Network(), 3
-"""
-
-
-@pytest.fixture
-def factories(tmp_path: Path) -> Path:
-    """A user's file, and beside it the weights of its network."""
-    path = tmp_path / "random.py"  # a name that the standard library has taken
-    path.write_text(FACTORIES)
-    made = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 3)})
-    torch.save(made.state_dict(), tmp_path / "model.pt")
-    return path
-
-
-TOLD: dict[str, Any] = {"layers": "*", "schedule": "flow", "prediction": "eps", "shape": (3,)}
-
-
-@pytest.mark.parametrize("name", ["Network", "instance"])
-def test_a_users_network_is_made_by_the_users_code(factories: Path, name: str) -> None:
-    weights_path = factories.with_name("model.pt")
-    backbone = open_checkpoint(weights_path, model=f"{factories}:{name}", **TOLD)
-    assert_same_weights(backbone.module, torch.load(weights_path))
-    assert (backbone.layers, backbone.name, backbone.num_classes) == (("first", "second"), "Network", 0)
-    assert not backbone.module.training
-    import random
-
-    assert hasattr(random, "shuffle")  # the user's random.py is not the library's
-
-
-def test_a_users_backbone_needs_nothing_else(factories: Path) -> None:
-    backbone = open_checkpoint(factories.with_name("model.pt"), model=f"{factories}:backbone")
-    assert (backbone.layers, backbone.name) == (("first",), "theirs")
-
-
-def test_a_network_can_come_from_an_installed_module_or_a_callable(
-    factories: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    factories.rename(factories.with_name("an_installed_module.py"))
-    monkeypatch.syspath_prepend(factories.parent)
-    path = factories.with_name("model.pt")
-    backbone = open_checkpoint(path, model="an_installed_module:Network", **TOLD)
-    assert type(backbone.module).__module__ == "an_installed_module"
-    again = open_checkpoint(path, model=lambda: backbone.module, **TOLD)
-    assert again.module is backbone.module
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("Network", r"^--model Network names no object; pass file.py:name or package.module:name$"),
-        ("{file}:Missing", r"cannot be imported \(.*no attribute 'Missing'\); pass file.py:name"),
-        ("nowhere.py:Network", r"cannot be imported \(.*No such file.*\)"),
-        ("no.such.package:Network", r"cannot be imported \(No module named 'no'\)"),
-        ("{file}:with_arguments", r"needs arguments \(missing a required argument: 'width'\); pass a function"),
-        ("{file}:wrong", "returns a str; it must return a torch.nn.Module or a layerprobe Backbone$"),
-        ("{file}:number", "returns a int; it must return a torch.nn.Module"),
-        ("{folder}.py:Network", "cannot be imported"),
-    ],
-)
-def test_factories_that_are_none_are_refused(factories: Path, spec: str, message: str) -> None:
-    (factories.parent / "folder.py").mkdir()
-    spec = spec.format(file=factories, folder=factories.parent / "folder")
-    with pytest.raises(ValueError, match=message) as caught:
-        open_checkpoint(factories.with_name("model.pt"), model=spec, **TOLD)
-    caught.match(ONE_LINE)
-
-
-def test_a_bare_module_needs_to_be_described(factories: Path) -> None:
-    path = factories.with_name("model.pt")
-    with pytest.raises(
-        ValueError, match=r"^Network is not a known family; pass --layers, --schedule, --prediction, --shape$"
-    ):
-        open_checkpoint(path, model=f"{factories}:Network")
-    with pytest.raises(ValueError, match=r"^Network is not a known family; pass --shape$"):
-        open_checkpoint(path, model=f"{factories}:Network", **(TOLD | {"shape": None}))
-
-
-# --- what a checkpoint is
-
-
 def test_describe_tells_what_a_checkpoint_is_as_json(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     backbone = tiny(schedule=DDPM.from_name("linear"), prediction="eps")
@@ -730,43 +459,6 @@ def test_describe_takes_the_options_of_open(tmp_path: Path) -> None:
     assert told["latents"] == "latents of Stable Diffusion's VAE x 0.18215"
     other = describe_checkpoint(tmp_path / "model.pt", family="sit", num_heads=2, weights="model")
     assert (other["weights"], other["weights_hash"] == told["weights_hash"]) == ("model", False)
-
-
-def test_weights_hash_depends_on_names_types_and_values_and_on_nothing_else() -> None:
-    module = tiny().module
-    before = weights_hash(module)
-    assert len(before) == 16
-    assert before == weights_hash(tiny().module.eval())
-    assert before != weights_hash(tiny(1).module)
-    assert before != weights_hash(tiny().module.double())
-
-    class Two(nn.Module):
-        def __init__(self, first: str, second: str, shape: tuple[int, ...] = (2,)) -> None:
-            super().__init__()
-            for value, name in enumerate((first, second)):
-                self.register_buffer(name, torch.full(shape, float(value)))
-
-    assert weights_hash(Two("a", "b")) != weights_hash(Two("b", "a"))
-    assert weights_hash(Two("a", "b", (2, 1))) != weights_hash(Two("a", "b", (1, 2)))
-    # Scalars, bits and views have a hash, too.
-    odd = nn.Module()
-    odd.register_buffer("scalar", torch.tensor(3))
-    odd.register_buffer("bits", torch.tensor([True, False]))
-    odd.register_buffer("view", torch.arange(6.0).view(2, 3).t())
-    odd.register_buffer("empty", torch.zeros(0, 4, dtype=torch.bfloat16))
-    flat = nn.Module()
-    for name, tensor in odd.state_dict().items():
-        flat.register_buffer(name, tensor.clone().contiguous())
-    assert weights_hash(odd) == weights_hash(flat)
-
-
-def test_a_sit_built_by_hand_is_saved_with_its_convention(tmp_path: Path) -> None:
-    backbone = sit_backbone(SiT(TINY), schedule=LinearPath(0, 1))
-    save_checkpoint(tmp_path / "m.safetensors", backbone, backbone.module.state_dict(), training={})
-    assert open_checkpoint(tmp_path / "m.safetensors").schedule.time_direction == 1
-
-
-# --- other people's folders and families, through the one door
 
 
 def test_a_diffusers_folder_opens_by_its_path(tmp_path: Path) -> None:
@@ -822,14 +514,6 @@ def test_opening_takes_no_second_copy_of_the_weights(tmp_path: Path) -> None:
             parameter.add_(1)
     assert path.read_bytes() == before
     assert_same_weights(open_tiny(path).module, weights())
-
-
-def test_factories_with_a_mistake_are_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "odd.py").write_text("def broken(:\n")
-    path = official(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"odd.py:broken cannot be imported \(.*\); pass file.py:name") as caught:
-        open_tiny(path, family=None, num_heads=None, model=f"{tmp_path / 'odd.py'}:broken")
-    caught.match(ONE_LINE)
 
 
 def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A network that layerprobe has never seen takes the same path: a convolutional DDPM and its published checkpoint."""
+"""Any module becomes a backbone; a published DDPM, which layerprobe does not know, takes the same path."""
 
 from __future__ import annotations
 
@@ -11,19 +11,94 @@ import pytest
 import torch
 from ddpm_unet import DDPMUNet
 from places import HELPERS
+from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, alignable_layers, layer_shapes, wrap
+from layerprobe.backbones.sit import SiT, SiTConfig, sit_backbone
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.loading import load
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.noise.random_stream import RandomStream
+from layerprobe.noise.schedules import LinearPath
 
 NETWORK = f"{HELPERS / 'ddpm_unet.py'}:DDPMUNet"
 CONVENTION = {"schedule": "ddpm-linear", "prediction": "eps", "shape": (1, 28, 28)}
 # Mean squared error of the noise on test images by time, from the checkpoints' README.
 EPS_MSE = {10: 0.157, 100: 0.068, 300: 0.033, 500: 0.017, 800: 0.003}
+
+
+class Denoiser(nn.Module):
+    """A user's own network, with dropout so that evaluation mode can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(4, 6), nn.Linear(6, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = self.second(self.drop(self.first(x).relu())) + time.view(-1, 1)
+        return output
+
+
+def test_wrap_makes_a_backbone_of_any_module() -> None:
+    module = Denoiser()
+    backbone = wrap(module, layers=["second", "fir*"], schedule="flow-1000", prediction="x0", shape=[4])
+    assert (backbone.layers, backbone.shape, backbone.name) == (("first", "second"), (4,), "Denoiser")
+    assert not module.training
+    x, level = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+    denoised = module(x, 1000 * level)
+    torch.testing.assert_close(backbone(x, level), (x - denoised) / level.view(-1, 1))
+    assert layer_shapes(backbone) == {"first": (1, 6), "second": (1, 4)}
+    assert wrap(module, layers="first", schedule="sit", prediction="x0", shape=(4,), name="mine").name == "mine"
+
+
+def test_wrap_calls_the_module_as_it_is_told() -> None:
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        output: Tensor = module(x + label.view(-1, 1), time) if label is not None else module(x, time)
+        return output
+
+    backbone = wrap(
+        Denoiser(),
+        layers="*",
+        schedule=LinearPath(0, 1),
+        prediction="velocity",
+        shape=(4,),
+        num_classes=3,
+        forward=forward,
+    )
+    x, level = torch.zeros(2, 4), torch.tensor([0.1, 0.5])
+    torch.testing.assert_close(backbone(x, level), backbone.module(x + 3, level))
+
+
+def test_wrap_refuses_what_it_does_not_know() -> None:
+    good = {"layers": "first", "schedule": "sit", "prediction": "eps", "shape": (4,)}
+    for change, message in (
+        ({"layers": "third"}, "third is not in Denoiser, which has first, second, drop"),
+        ({"layers": []}, "no layer is named; name some of Denoiser"),
+        ({"schedule": "vp"}, "unknown schedule 'vp'"),
+        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; use one of velocity, eps, x0, v"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            wrap(Denoiser(), **(good | change))
+    with pytest.raises(ValueError, match="unknown prediction 'epsilon'"):
+        sit_backbone(SiT(SiTConfig(shape=(3, 8, 8))), prediction="epsilon")
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = self.layer(self.layer(x))
+        return output
+
+
+def test_layer_shapes_notice_a_layer_that_runs_twice() -> None:
+    backbone = wrap(Shared(), layers="layer", schedule="sit", prediction="x0", shape=(4,))
+    with pytest.raises(ValueError, match=r"^layer ran twice in one forward pass"):
+        layer_shapes(backbone)
 
 
 def own(checkpoint: Path) -> Backbone:
