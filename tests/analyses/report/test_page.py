@@ -1,4 +1,4 @@
-"""The page of a run: what it says, that it asks the network for nothing, and that no file smuggles anything into it."""
+"""The page of a run: its content, that it needs no network, and that no text from a file becomes markup."""
 
 from __future__ import annotations
 
@@ -6,21 +6,37 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from figure_tables import BLOCKS, confirmation_table, quality_table, similarity_table
+from matplotlib.figure import Figure
 
+from layerprobe.analyses.experiments.verdict import ArmResult, Trend, Verdict
 from layerprobe.analyses.figures import image_grid, style
+from layerprobe.analyses.report.inline_svg import inline_svg
 from layerprobe.analyses.report.page import write_report
-from layerprobe.analyses.selection.ranking import select
+from layerprobe.analyses.selection.records import (
+    Caution,
+    LayerQuality,
+    Objection,
+    RankedPair,
+    RejectedPair,
+    ScorePart,
+    Selection,
+    SelectionBasis,
+)
 from layerprobe.analyses.tables.csv_files import write_table
+from layerprobe.analyses.wording.selection import caution_texts, objection_texts, pair_reasons, selection_reason
+from layerprobe.analyses.wording.verdict import verdict_paragraph
 
 LEVELS = (0.1, 0.3)
+ARMS = {"baseline": 1.0, "pick": 0.8, "negative control": 1.2}
 EVIL = "<script>alert(1)</script>"
 SECTIONS = ["curves", "heatmap", "similarity", "pairs", "confirmation", "samples", "numbers", "run", "reading"]
 
@@ -53,34 +69,103 @@ class Page(HTMLParser):
         return [str(value) for _, attrs in self.elements for name, value in attrs.items() if name in names]
 
 
-def verdict(**changes: Any) -> dict[str, Any]:
-    arm = {"weight": 0.3, "final": [1.2, 1.25, 1.3], "steps_to_baseline": [1500.0, 1600.0, None]}
-    arms = [
-        arm | {"name": "no alignment", "student": None, "teacher": None, "difference": None, "low": None, "high": None},
-        arm
-        | {"name": "pick", "student": "blocks.1", "teacher": "blocks.4", "difference": -0.3, "low": -0.4, "high": -0.2},
+def verdict(*, extractor: str = "a small classifier", metric: str = "Frechet distance", name: str = "pick") -> Verdict:
+    trend = Trend(best=1.2, best_step=2000, late_gain=0.0, late_step=1500)
+    arm = ArmResult(
+        name="baseline",
+        student=None,
+        teacher=None,
+        weight=0.0,
+        final=[1.5, 1.5, 1.5],
+        difference=None,
+        low=None,
+        high=None,
+        steps_to_baseline=[2000.0, 2000.0, 2000.0],
+        learning_rate=1e-3,
+        trend=trend,
+    )
+    aligned = replace(
+        arm,
+        name=name,
+        student="blocks.1",
+        teacher="blocks.4",
+        weight=0.3,
+        final=[1.2, 1.2, 1.2],
+        difference=-0.3,
+        low=-0.4,
+        high=-0.2,
+        steps_to_baseline=[1500.0, 1600.0, None],
+    )
+    return Verdict(
+        metric=metric,
+        extractor=extractor,
+        lower_is_better=True,
+        start="from scratch",
+        steps=2000,
+        num_seeds=3,
+        num_samples=500,
+        answer="helps",
+        cautions=(),
+        arms=(arm, aligned),
+        judged=name,
+        comparisons=(),
+        planned_seeds=3,
+        stop_early=False,
+        level=0.05,
+    )
+
+
+def selection_of(layers: list[str], *, num_ranked: int = 7) -> Selection:
+    """A selection that ranks the first pairs of the layers and rejects the others as too close."""
+    pairs = list(combinations(layers, 2))
+    ranked = [
+        RankedPair(
+            student=student,
+            teacher=teacher,
+            score=2.0 - 0.1 * i,
+            score_low=1.0,
+            score_high=3.0,
+            parts=(ScorePart("CKA", 0.5, 0.4, 0.6, 0.5),),
+            teacher_quality=0.9,
+            student_quality=0.6,
+            gap=0.3,
+            gap_is_certain=True,
+            mean_cka=0.5,
+            distance=layers.index(teacher) - layers.index(student),
+            teacher_is_best=True,
+            ties_with_first=i == 1,
+        )
+        for i, (student, teacher) in enumerate(pairs[:num_ranked])
     ]
-    record = {
-        "metric": "Frechet distance",
-        "extractor": "a small classifier",
-        "lower_is_better": True,
-        "steps": 2000,
-        "num_seeds": 3,
-        "answer": "helps",
-        "paragraph": "Aligning blocks.1 to blocks.4 pays.",
-        "arms": arms,
-        "curves_csv": "confirmation.csv",
-    }
-    return record | changes
+    rejected = [RejectedPair(*pair, (Objection("too close", value=1, limit=2),)) for pair in pairs[num_ranked:]]
+    basis = SelectionBasis(
+        metric="probe accuracy",
+        split="validation",
+        noise_levels=LEVELS,
+        layers=tuple(layers),
+        tail=(),
+        head=(),
+        min_distance=2,
+        max_cka=0.9,
+        min_gap=0.05,
+        weights=(("CKA", -1.0),),
+    )
+    return Selection(
+        basis=basis,
+        label_free=False,
+        ranked=tuple(ranked),
+        rejected=tuple(rejected),
+        layers=tuple(LayerQuality(layer, 0.9, 0.85, 0.95, may_teach=True) for layer in layers),
+        cautions=(Caution("ties with the pick", value=1),),
+    )
 
 
-def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, label_free: bool = False) -> Path:
+def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, num_ranked: int = 7) -> Path:
     """A run folder before its confirmation."""
-    similarity = similarity_table(layers, LEVELS)
     (folder / "features" / "model").mkdir(parents=True)
     write_table(quality, folder / "quality.csv")
-    write_table(similarity, folder / "similarity.csv")
-    (folder / "selection.json").write_text(select(quality, similarity, layers, label_free=label_free).to_json())
+    write_table(similarity_table(layers, LEVELS), folder / "similarity.csv")
+    (folder / "selection.json").write_text(selection_of(layers, num_ranked=num_ranked).to_json())
     manifest = {"model": "SiT 8 x 64", "model_hash": "abc123", "data": {"train": "f00d"}, "plan": {"layers": layers}}
     (folder / "features" / "model" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "plan.json").write_text(
@@ -93,8 +178,8 @@ def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, label_fr
 
 
 def confirm_run(folder: Path) -> None:
-    write_table(confirmation_table(), folder / "confirmation.csv")
-    (folder / "verdict.json").write_text(json.dumps(verdict()))
+    write_table(confirmation_table(arms=ARMS), folder / "confirmation.csv")
+    (folder / "verdict.json").write_text(verdict().to_json())
 
 
 def probed(num_layers: int = 8) -> pd.DataFrame:
@@ -115,6 +200,10 @@ def full_page(full_run: Path) -> Page:
     return Page((full_run / "report.html").read_text(encoding="utf-8"))
 
 
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
 def test_sections_stand_in_order(full_page: Page) -> None:
     assert [attrs["id"] for tag, attrs in full_page.elements if tag == "section"] == SECTIONS
     links = [attrs["href"] for tag, attrs in full_page.elements if tag == "a"]
@@ -123,17 +212,18 @@ def test_sections_stand_in_order(full_page: Page) -> None:
 
 
 def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path) -> None:
-    chosen = json.loads((full_run / "selection.json").read_text())
+    selection = Selection.from_json((full_run / "selection.json").read_text())
     opening = full_page.text[: full_page.text.index("What each layer knows")]
     assert "Verdict: helps" in opening
-    assert f"{chosen['pick']['student']} should learn from {chosen['pick']['teacher']}. {chosen['reason']}" in opening
-    assert opening.rstrip().endswith("Aligning blocks.1 to blocks.4 pays.")
+    assert f"blocks.0 should learn from blocks.1. {selection_reason(selection)}" in opening
+    assert opening.rstrip().endswith(verdict_paragraph(verdict()))
 
 
 def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
-    chosen = json.loads((full_run / "selection.json").read_text())
-    assert " ".join(chosen["ranked"][0]["reasons"]) in full_page.text
-    assert "; ".join(chosen["rejected"][0]["reasons"]) in full_page.text
+    selection = Selection.from_json((full_run / "selection.json").read_text())
+    assert all(" ".join(pair_reasons(pair, selection)) in full_page.text for pair in selection.ranked)
+    assert all("; ".join(objection_texts(pair, selection)) in full_page.text for pair in selection.rejected)
+    assert all(text in full_page.text for text in caution_texts(selection))
     for fact in (
         "abc123",
         "f00d",
@@ -166,13 +256,13 @@ def test_page_asks_the_network_for_nothing(full_page: Page) -> None:
     assert re.findall(r"url\((?!#)", full_page.html) == []
 
 
-def test_policy_allows_no_script_but_the_own(full_page: Page) -> None:
+def test_policy_allows_no_other_script(full_page: Page) -> None:
     policy = next(
         attrs["content"] for tag, attrs in full_page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
     )
     assert len(full_page.scripts) == 1
-    own = base64.b64encode(hashlib.sha256(full_page.scripts[0].encode()).digest()).decode()
-    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'"
+    sha256 = base64.b64encode(hashlib.sha256(full_page.scripts[0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{sha256}'"
 
 
 def test_ids_are_unique_and_references_lead_somewhere(full_page: Page) -> None:
@@ -208,9 +298,9 @@ def test_quality_alone_makes_a_page_that_says_what_is_missing(tmp_path: Path) ->
 
 def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", probed(6), BLOCKS[:6])
-    table = confirmation_table()
+    table = confirmation_table(arms=ARMS)
     write_table(table[table["metric"] == "held-out loss"], folder / "confirmation.csv")
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    page = page_of(folder)
     assert f"Not finished: layerprobe confirm {folder}" in page.text
     assert "Pick: held-out loss" in page.text
     assert "Not confirmed yet" in page.text
@@ -219,33 +309,63 @@ def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
     layers = BLOCKS[:2]
-    folder = make_run(
-        tmp_path / "run", quality_table(layers, LEVELS, metrics=["effective rank"]), layers, label_free=True
-    )
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    quality = quality_table(layers, LEVELS, metrics=["effective rank"])
+    page = page_of(make_run(tmp_path / "run", quality, layers, num_ranked=0))
     assert "The data has no labels" in page.text
-    assert "No admissible pair." in page.text[: page.text.index("What each layer knows")]
+    assert "No pair is admissible." in page.text[: page.text.index("What each layer knows")]
 
 
 def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
     layers = [f'{EVIL}"onload="alert(2).{i}' for i in range(4)]
-    table = quality_table(layers, LEVELS, metrics=["probe accuracy"])
-    table["note"] = EVIL
-    folder = make_run(tmp_path / "run <img src=x onerror=alert(3)> & 'co'", table, layers)
-    arms = [verdict()["arms"][1] | {"name": f"arm {EVIL}", "student": EVIL}]
-    (folder / "verdict.json").write_text(
-        json.dumps(verdict(paragraph=EVIL, extractor=EVIL, answer=EVIL, metric=EVIL, arms=arms))
-    )
-    confirmation = confirmation_table()
+    quality = quality_table(layers, LEVELS, metrics=["probe accuracy", f"probe accuracy of {EVIL}"])
+    quality["note"] = EVIL
+    folder = make_run(tmp_path / "run <img src=x onerror=alert(3)> & 'co'", quality, layers, num_ranked=3)
+    confirmation = confirmation_table(arms=ARMS).replace({"pick": f"arm {EVIL}"})
     confirmation["metric"] = EVIL
-    write_table(confirmation.replace("pick", f"arm {EVIL}"), folder / "confirmation.csv")
+    write_table(confirmation, folder / "confirmation.csv")
+    (folder / "verdict.json").write_text(verdict(extractor=EVIL, metric=EVIL, name=f"arm {EVIL}").to_json())
     (folder / "plan.json").write_text(json.dumps({EVIL: {EVIL: [EVIL, {EVIL: EVIL}]}}))
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    (folder / "environment.json").write_text(json.dumps({"command": f"layerprobe probe '{EVIL}' </code>{EVIL}"}))
+    (folder / "features" / "model" / "manifest.json").write_text(json.dumps({"model": EVIL}))
+    (folder / "figures").mkdir()
+    (folder / "figures" / "samples\"onerror='alert(4)'><script>.png").write_bytes(b"")
+    page = page_of(folder)
     assert len(page.scripts) == 1
     assert "alert" not in page.scripts[0]
-    assert [tag for tag, _ in page.elements if tag == "img"] == []
+    assert [attrs["src"] for tag, attrs in page.elements if tag == "img"] == ["data:image/png;base64,"]
     assert [name for _, attrs in page.elements for name in attrs if name.startswith("on")] == []
     assert page.text.count(EVIL) > 40  # it is shown, as text
+
+
+def test_text_of_a_file_is_not_read_as_a_template(tmp_path: Path) -> None:
+    quality = probed(3)
+    quality["note"] = "{{ 7 * 7 }} {% include 'script.js' %}"
+    write_table(quality, tmp_path / "quality.csv")
+    assert "{{ 7 * 7 }} {% include 'script.js' %}" in page_of(tmp_path).text
+
+
+@pytest.mark.filterwarnings("ignore:Glyph 11")  # fonts draw no control characters
+@pytest.mark.parametrize("text", ['url(#x) id="y"', "\x0b", style.INK])
+def test_texts_of_figures_stay_as_they_are(text: str) -> None:
+    figure = Figure()
+    figure.suptitle(f"title {text}")
+    figure.text(0.5, 0.5, f"label {text}")
+    page = Page(inline_svg(figure, "first"))
+    assert f"label {text}".replace("\x0b", "\N{REPLACEMENT CHARACTER}") in page.text
+    assert page.attributes("aria-label")[0].split() == f"title {text}".split()
+
+
+def test_metrics_of_similar_names_do_not_share_ids(tmp_path: Path) -> None:
+    metrics = ["probe accuracy", "probe accuracy of a b", "probe accuracy of a-b"]
+    write_table(quality_table(BLOCKS[:3], LEVELS, metrics=metrics), tmp_path / "quality.csv")
+    ids = page_of(tmp_path).attributes("id")
+    assert len(ids) == len(set(ids))
+
+
+def test_filters_offer_what_the_cells_show(full_page: Page) -> None:
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", full_page.html[full_page.html.index('<table id="quality"') :])
+    options = [attrs["value"] for tag, attrs in full_page.elements if tag == "option" and attrs["value"]]
+    assert {"model", "0.1", "probe accuracy", "test"} <= set(options) <= set(cells)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +378,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
         ),
         ("selection.json", '{"ranked": []}', "selection.json cannot be read: this is not a selection"),
         ("verdict.json", "{'a': 1}", "verdict.json cannot be read: Expecting property name .*; delete it or run"),
+        ("verdict.json", "{}", "verdict.json cannot be read: this is not a verdict"),
         ("plan.json", "[1]", "plan.json cannot be read: it holds list, not an object"),
         ("similarity.csv", "layer_a,cka\nx,1\n", "similarity.csv cannot be read: .* has no column noise_level_a"),
         ("quality.csv", "a,b\n1,2\n", "quality.csv cannot be read: .* has no column source"),

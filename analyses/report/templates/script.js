@@ -15,7 +15,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const order = (a, b) => {
         if (!numeric) return sign * key(a, column).localeCompare(key(b, column), "en", { numeric: true });
         const x = parseFloat(key(a, column)), y = parseFloat(key(b, column));
-        return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : sign * (x - y);  // nan always last
+        return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : sign * (x - y);  // rows without a number come last
       };
       rows.sort(order);
       body.append(...rows);
@@ -28,10 +28,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const apply = () => {
     let shown = 0;
     for (const row of rows) {
-      const wanted = selects.every((s) => !s.value || key(row, Number(s.dataset.column)) === s.value)
+      const matches = selects.every((s) => !s.value || key(row, Number(s.dataset.column)) === s.value)
         && row.textContent.toLowerCase().includes(search.value.toLowerCase());
-      row.hidden = !wanted;
-      shown += wanted;
+      row.hidden = !matches;
+      shown += matches;
     }
     count.textContent = `${shown} of ${rows.length} rows`;
   };

@@ -1,0 +1,118 @@
+"""The files of a run folder that the page shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from layerprobe.analyses.experiments import Verdict
+from layerprobe.analyses.figures import CONFIRMATION_COLUMNS
+from layerprobe.analyses.selection import Selection
+from layerprobe.analyses.tables import MODEL, headlines, read_quality, read_similarity
+from layerprobe.files import one_line
+
+T = TypeVar("T")
+Record = Mapping[str, Any]
+
+RECORDS = {
+    "Features": "features/model/manifest.json",
+    "Plan": "plan.json",
+    "Convention check": "convention.json",
+    "Environment": "environment.json",
+}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Contents of a run folder; None for a file that does not exist.
+
+    Attributes:
+        folder: Run folder.
+        quality: Quality table.
+        similarity: Similarity table.
+        selection: Ranked pairs.
+        verdict: Result of the confirmation.
+        confirmation: Curves of the confirmation's arms.
+        records: JSON records of what was run, by title.
+        pictures: PNG files of samples.
+    """
+
+    folder: Path
+    quality: pd.DataFrame
+    similarity: pd.DataFrame | None
+    selection: Selection | None
+    verdict: Verdict | None
+    confirmation: pd.DataFrame | None
+    records: Mapping[str, Record | None]
+    pictures: tuple[Path, ...]
+
+    @property
+    def model_rows(self) -> pd.DataFrame:
+        """Rows of the quality table that measure the model, not a control."""
+        return self.quality[self.quality["source"] == MODEL]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics of the model, the most informative first."""
+        measured = self.model_rows["metric"].unique()
+        first = headlines(measured)
+        return first + [metric for metric in measured if metric not in first]
+
+    @property
+    def headlines(self) -> list[str]:
+        """Metrics that are shown in detail."""
+        return headlines(self.metrics) or self.metrics[:1]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: If `quality.csv` is missing.
+        ValueError: If a file does not have the content that its name promises.
+    """
+    quality = _read(folder / "quality.csv", read_quality)
+    if quality is None:
+        raise FileNotFoundError(f"{folder} holds no quality.csv; run `layerprobe probe` first")
+    return RunFiles(
+        folder=folder,
+        quality=quality,
+        similarity=_read(folder / "similarity.csv", read_similarity),
+        selection=_read(folder / "selection.json", lambda path: Selection.from_json(path.read_text(encoding="utf-8"))),
+        verdict=_read(folder / "verdict.json", lambda path: Verdict.from_json(path.read_text(encoding="utf-8"))),
+        confirmation=_read(folder / "confirmation.csv", _confirmation_curves),
+        records={title: _read(folder / name, _json) for title, name in RECORDS.items()},
+        pictures=tuple(sorted((folder / "figures").glob("samples*.png"))),
+    )
+
+
+def _read(path: Path, reader: Callable[[Path], T]) -> T | None:
+    """What the reader returns for a file, or None if the file does not exist."""
+    if not path.is_file():
+        return None
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read: {one_line(error)}; delete it or run the command that wrote it again"
+        ) from error
+
+
+def _confirmation_curves(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    missing = [column for column in CONFIRMATION_COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}")
+    return table
+
+
+def _json(path: Path) -> Record:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds {type(record).__name__}, not an object")
+    return record
