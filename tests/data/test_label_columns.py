@@ -24,7 +24,6 @@ from tiny import SHAPE, tiny_sit
 from layerprobe.analyses.figures.label_columns import knowledge_curves
 from layerprobe.analyses.measures.dense_probes import dense_probe
 from layerprobe.analyses.measures.linear_probes import linear_probe
-from layerprobe.analyses.report import page as page_module
 from layerprobe.analyses.report.page import write_report
 from layerprobe.analyses.runs import figures, probe
 from layerprobe.analyses.runs import folder as folder_module
@@ -614,7 +613,8 @@ def test_one_run_tells_what_every_layer_knows_of_every_column(
     monkeypatch.setattr(figures, "save_figure", lambda figure, folder, name: (Path(name),))
     drawn = {path.name for path in figures.draw_figures(run)}
     assert {"what-each-layer-knows", "probe-accuracy-of-round-curves", "probe-accuracy-of-who-heatmap"} <= drawn
-    monkeypatch.setattr(page_module, "to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+    svg = '<svg viewBox="0 0 1 1"></svg>'
+    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: svg)
     page = write_report(run).read_text(encoding="utf-8")
     assert page.index("above the controls") < page.index("Probe accuracy peaks") < page.index("Probe accuracy of who")
 
