@@ -24,8 +24,8 @@ DIGITS = {
 
 
 def make(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, Any]:
-    """Runs the script as from the shell, on pictures of noise: each is unlike the others."""
-    from datasets import Dataset, Features, Value
+    """Runs the script as from the shell, on distinct images of noise."""
+    from datasets import Dataset, Features, Value, enable_progress_bars
     from datasets import Image as ImageFeature
 
     (folder / "mnist").mkdir(exist_ok=True)
@@ -33,9 +33,12 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> di
         rows = {"image": [Image.fromarray(x) for x in pictures], "label": [i % 10 for i in range(len(pictures))]}
         features = Features({"image": ImageFeature(), "label": Value("int64")})
         Dataset.from_dict(rows, features=features).to_parquet(folder / "mnist" / f"{part}.parquet")
-    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["moving_digits.py", str(folder / "mnist"), str(folder / "out"), *given])
-    return runpy.run_path(str(SCRIPT), run_name="__main__")
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["moving_digits.py", str(folder / "mnist"), str(folder / "out"), *arguments])
+    try:
+        return runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        enable_progress_bars()  # the script disables them for the whole process
 
 
 def test_labeled_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
