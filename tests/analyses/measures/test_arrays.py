@@ -1,4 +1,4 @@
-"""What every analysis does to its features first."""
+"""Checks of features, and centering without losing digits."""
 
 from __future__ import annotations
 

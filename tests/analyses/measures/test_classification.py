@@ -1,4 +1,4 @@
-"""Scores of probabilities against scikit-learn and against numbers worked out by hand."""
+"""Scores of probabilities against scikit-learn and against hand calculations."""
 
 from __future__ import annotations
 

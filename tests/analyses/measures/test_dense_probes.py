@@ -90,12 +90,12 @@ def test_ignored_area_is_nobodys() -> None:
 def test_scores_equal_scikit_learn() -> None:
     rng = np.random.default_rng(2)
     truth = rng.integers(0, 4, size=(5, 60))
-    found = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 4, size=truth.shape))
-    confusions = np.stack([confusion_matrix(t, f, labels=range(4)) for t, f in zip(truth, found, strict=True)])
+    result = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 4, size=truth.shape))
+    confusions = np.stack([confusion_matrix(t, f, labels=range(4)) for t, f in zip(truth, result, strict=True)])
     score = SegmentationScore(np.arange(4), confusions)
-    assert score.iou == pytest.approx(jaccard_score(truth.ravel(), found.ravel(), average=None))
-    assert score.mean_iou == pytest.approx(jaccard_score(truth.ravel(), found.ravel(), average="macro"))
-    assert score.pixel_accuracy == pytest.approx(accuracy_score(truth.ravel(), found.ravel()))
+    assert score.iou == pytest.approx(jaccard_score(truth.ravel(), result.ravel(), average=None))
+    assert score.mean_iou == pytest.approx(jaccard_score(truth.ravel(), result.ravel(), average="macro"))
+    assert score.pixel_accuracy == pytest.approx(accuracy_score(truth.ravel(), result.ravel()))
 
 
 def test_a_class_that_never_occurs_has_no_iou_and_does_not_count() -> None:
@@ -115,12 +115,12 @@ def test_a_class_that_never_occurs_has_no_iou_and_does_not_count() -> None:
 )
 def test_planted_labels_are_found_and_shuffled_ones_are_not(grid: tuple[int, ...], size: tuple[int, ...]) -> None:
     tokens, labels = planted(grid, size)
-    found = dense_probe(tokens, labels, grid, inverse_penalties=(0.1, 1.0))
-    assert found.converged
-    assert found.test.mean_iou == pytest.approx(found.ceiling.mean_iou, abs=0.08)
+    result = dense_probe(tokens, labels, grid, inverse_penalties=(0.1, 1.0))
+    assert result.converged
+    assert result.test.mean_iou == pytest.approx(result.ceiling.mean_iou, abs=0.08)
     if grid == size:
-        assert found.ceiling.mean_iou == 1.0
-        assert found.test.mean_iou > 0.98
+        assert result.ceiling.mean_iou == 1.0
+        assert result.test.mean_iou > 0.98
     rng = np.random.default_rng(3)
     shuffled = {split: x[rng.permutation(len(x))] for split, x in tokens.items()}
     chance = dense_probe(shuffled, labels, grid, inverse_penalties=(0.1,))
@@ -131,7 +131,7 @@ def test_planted_labels_are_found_and_shuffled_ones_are_not(grid: tuple[int, ...
 def test_labels_per_frame_equal_a_probe_of_frames_by_scikit_learn() -> None:
     """On a grid as fine as the labels nothing is interpolated: audio and motion with a label per frame."""
     tokens, labels = planted((16,), (16,), noise=3.0)
-    found = dense_probe(tokens, labels, (16,), inverse_penalties=(1.0,))
+    result = dense_probe(tokens, labels, (16,), inverse_penalties=(1.0,))
     fit = tokens["train"].reshape(-1, 6)
     mean, scale = fit.mean(axis=0), fit.std(axis=0)
     reference = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
@@ -139,7 +139,7 @@ def test_labels_per_frame_equal_a_probe_of_frames_by_scikit_learn() -> None:
     predicted = reference.predict((tokens["test"].reshape(-1, 6) - mean) / scale).reshape(12, 16)
     for i in range(12):
         expected = confusion_matrix(labels["test"][i], predicted[i], labels=range(3))
-        np.testing.assert_array_equal(found.test.confusions[i], expected)
+        np.testing.assert_array_equal(result.test.confusions[i], expected)
 
 
 def test_ignored_pixels_are_neither_learned_nor_scored() -> None:
@@ -148,30 +148,30 @@ def test_ignored_pixels_are_neither_learned_nor_scored() -> None:
     masked = {split: y.copy() for split, y in labels.items()}
     for y in masked.values():
         y[:, :2] = VOID  # the first row of tokens
-    found = dense_probe(tokens, masked, (4, 4), ignore=VOID, inverse_penalties=(0.1,))
-    assert found.test.classes.tolist() == [0, 1, 2]
-    assert found.test.confusions.sum() == 12 * 8 * 6
-    assert found.test.mean_iou == pytest.approx(expected.test.mean_iou, abs=0.05)
+    result = dense_probe(tokens, masked, (4, 4), ignore=VOID, inverse_penalties=(0.1,))
+    assert result.test.classes.tolist() == [0, 1, 2]
+    assert result.test.confusions.sum() == 12 * 8 * 6
+    assert result.test.mean_iou == pytest.approx(expected.test.mean_iou, abs=0.05)
 
 
 def test_a_class_that_was_not_learned_is_never_predicted_and_counts_as_missed() -> None:
     tokens, labels = planted((4, 4), (8, 8))
     labels["test"][0, :2, :2] = 7
-    found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,))
-    assert found.test.classes.tolist() == [0, 1, 2, 7]
-    assert found.test.confusions[..., 3].sum() == 0
-    assert found.test.iou[3] == 0.0
-    assert np.isnan(found.validation.iou[3])
+    result = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,))
+    assert result.test.classes.tolist() == [0, 1, 2, 7]
+    assert result.test.confusions[..., 3].sum() == 0
+    assert result.test.iou[3] == 0.0
+    assert np.isnan(result.validation.iou[3])
 
 
-def test_the_penalty_is_the_best_on_the_choose_split() -> None:
+def test_the_penalty_is_the_best_on_the_validation_split() -> None:
     tokens, labels = planted((4, 4), (4, 4), noise=6.0, sizes={"train": 3, "validation": 20, "test": 5})
     scores = {
         c: dense_probe(tokens, labels, (4, 4), inverse_penalties=(c,)).validation.mean_iou for c in (1e-3, 1e-1, 1e2)
     }
-    found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(1e2, 1e-1, 1e-3))
-    assert found.validation.mean_iou == max(scores.values())
-    assert scores[found.inverse_penalty] == max(scores.values())
+    result = dense_probe(tokens, labels, (4, 4), inverse_penalties=(1e2, 1e-1, 1e-3))
+    assert result.validation.mean_iou == max(scores.values())
+    assert scores[result.inverse_penalty] == max(scores.values())
 
 
 def test_offsets_scales_and_constant_channels_change_nothing() -> None:
@@ -185,23 +185,23 @@ def test_offsets_scales_and_constant_channels_change_nothing() -> None:
         {split: x * factors for split, x in tokens.items()},
         {split: np.concatenate([x, np.full_like(x[..., :1], 0.1)], axis=2) for split, x in tokens.items()},
     ):
-        found = dense_probe(moved, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
-        np.testing.assert_array_equal(found, expected)
+        result = dense_probe(moved, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_many_samples_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, labels = planted((4, 4), (8, 8))
     expected = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
-    monkeypatch.setattr("layerprobe.analyses.measures.dense_probes._BATCH", 5)
-    found = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
-    np.testing.assert_array_equal(found, expected)
+    monkeypatch.setattr("layerprobe.analyses.measures.dense_probes._BATCH_SAMPLES", 5)
+    result = dense_probe(tokens, labels, (4, 4), inverse_penalties=(0.1,)).test.confusions
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     tokens, labels = planted((4, 4), (8, 8), sizes={"train": 3, "validation": 2, "test": 2})
     with pytest.raises(ValueError, match="no tokens or labels of the split 'test'"):
         dense_probe({k: v for k, v in tokens.items() if k != "test"}, labels, (4, 4))
-    with pytest.raises(ValueError, match=r"tokens of the training split have shape \(3, 16, 6\), the grid \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"tokens of the train split have shape \(3, 16, 6\), the grid \(5, 4\)"):
         dense_probe(tokens, labels, (5, 4))
     with pytest.raises(ValueError, match=r"labels of the validation split have shape \(2, 8\) for 2 samples on a grid"):
         dense_probe(tokens, labels | {"validation": labels["validation"][:, 0]}, (4, 4))
@@ -235,15 +235,15 @@ def test_street_scenes_are_read_from_raw_patches(shared_data: Path) -> None:
         with torch.inference_mode(), capture(backbone.module, ["blocks.1"]) as outputs:
             backbone.predict(x, torch.full((num,), 0.05))
         tokens[split] = outputs["blocks.1"].numpy()
-    found = dense_probe(tokens, labels, (9, 12), ignore=VOID, inverse_penalties=(1e-2,))
-    assert found.converged
-    assert found.test.classes.tolist() == list(range(11))
-    sky, road = found.test.iou[[0, 3]]
+    result = dense_probe(tokens, labels, (9, 12), ignore=VOID, inverse_penalties=(1e-2,))
+    assert result.converged
+    assert result.test.classes.tolist() == list(range(11))
+    sky, road = result.test.iou[[0, 3]]
     assert sky > 0.5
     assert road > 0.5
-    majority = found.test.confusions.sum(axis=(0, 2)).max() / found.test.confusions.sum()
-    assert found.test.pixel_accuracy > majority + 0.2
-    assert found.test.mean_iou < found.ceiling.mean_iou < 1
+    majority = result.test.confusions.sum(axis=(0, 2)).max() / result.test.confusions.sum()
+    assert result.test.pixel_accuracy > majority + 0.2
+    assert result.test.mean_iou < result.ceiling.mean_iou < 1
     mirrored = {split: y[:, ::-1] for split, y in labels.items()}
     wrong = dense_probe(tokens, labels | {"test": mirrored["test"]}, (9, 12), ignore=VOID, inverse_penalties=(1e-2,))
-    assert wrong.test.mean_iou < found.test.mean_iou / 2
+    assert wrong.test.mean_iou < result.test.mean_iou / 2

@@ -1,4 +1,4 @@
-"""Estimates equal the analyses they are of, and their intervals those of resampling by brute force."""
+"""Estimates equal the measures, and their intervals those of resampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from layerprobe.analyses.measures.jackknife import (
     stacked,
 )
 from layerprobe.analyses.measures.neighbor_graphs import cknna, neighbor_graph
-from layerprobe.analyses.measures.spectrum import effective_rank, lidar
+from layerprobe.analyses.measures.spectra import effective_rank, lidar
 
 
 def layers(n: int, seed: int, *, offset: float = 0.0) -> list[Any]:
@@ -45,16 +45,16 @@ def bootstrap_sd(statistic: Callable[[Any], Any], arrays: Any, *, resamples: int
 
 
 def spread(statistic: Callable[[Any], Any], n: int, *, repeats: int) -> Any:
-    """Standard deviation of a statistic over new samples from the same source: what an interval is to tell."""
+    """Standard deviation of a statistic over new samples from the same source: which an interval estimates."""
     return np.std([statistic(layers(n, seed)) for seed in range(repeats)], axis=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_estimates_are_what_the_analyses_say(offset: float) -> None:
+def test_estimates_equal_the_measures(offset: float) -> None:
     x, y, z = layers(60, 0, offset=offset)
     exact = 1e-9 if offset == 0 else 1e-6  # digits that an offset of a thousand leaves
-    found = cka_estimates([x[:, 0], y[:, 0], z[:, 0]]).value
-    np.testing.assert_allclose(found, cka_matrix([x[:, 0], y[:, 0], z[:, 0]]).values, atol=exact)
+    result = cka_estimates([x[:, 0], y[:, 0], z[:, 0]]).value
+    np.testing.assert_allclose(result, cka_matrix([x[:, 0], y[:, 0], z[:, 0]]).values, atol=exact)
     graphs = [neighbor_graph(a[:, 0], k=7) for a in (x, y, z)]
     np.testing.assert_allclose(np.triu(cknna_estimates(graphs).value), np.triu(cknna(graphs).values), atol=1e-12)
     for a in (x, y, z):
@@ -70,8 +70,8 @@ def test_the_jackknife_of_cka_is_cka_without_each_sample() -> None:
 
 
 @pytest.mark.parametrize("which", ["effective rank", "noise-LiDAR"])
-def test_the_influence_on_a_rank_is_its_derivative_by_the_sample_s_weight(which: str) -> None:
-    """A sample that counts a little more: 20 copies of all samples, and one of one of them."""
+def test_the_influence_on_a_rank_is_its_derivative_by_the_weight_of_the_sample(which: str) -> None:
+    """The derivative by differences: many copies of all samples, and one more copy of a single sample."""
     x = layers(40, 1)[1]
     chosen, copies = (3, 17), 400
     of = (lambda a: effective_rank(a[:, 0])) if which == "effective rank" else (lambda a: lidar(a).debiased_rank)
@@ -84,7 +84,7 @@ def test_the_influence_on_a_rank_is_its_derivative_by_the_sample_s_weight(which:
         assert moved == pytest.approx(float(estimate.influence[i]), rel=0.03, abs=0.02)
 
 
-def test_the_interval_of_a_mean_and_of_a_paired_difference_is_the_bootstrap_s() -> None:
+def test_the_interval_of_a_mean_and_of_a_paired_difference_is_the_bootstraps() -> None:
     generator = np.random.default_rng(0)
     hard = generator.random(400) < 0.5
     student, teacher = ((generator.random(400) < np.where(hard, a, b)).astype(float) for a, b in ((0.1, 0.9), (0.2, 1)))
@@ -92,12 +92,12 @@ def test_the_interval_of_a_mean_and_of_a_paired_difference_is_the_bootstrap_s() 
     gap = estimate[1] - estimate[0]
     by_force = bootstrap_sd(lambda rows: rows[1].mean() - rows[0].mean(), [student, teacher], resamples=1000)
     assert gap.value == pytest.approx(teacher.mean() - student.mean())
-    assert gap.half_width == pytest.approx(Z95 * by_force, rel=0.1)  # the spread of 1000 resamples is known to 2 %
-    # Paired: the same samples are hard for both, so the difference is surer than of two independent numbers.
+    assert gap.half_width == pytest.approx(Z95 * by_force, rel=0.1)  # the spread of 1000 resamples is accurate to 2 %
+    # Paired: the same samples are hard for both, so the interval of the difference is smaller.
     assert gap.half_width < 0.75 * np.hypot(*estimate.half_width)
 
 
-def test_the_interval_of_a_ratio_is_the_bootstrap_s() -> None:
+def test_the_interval_of_a_ratio_is_the_bootstraps() -> None:
     generator = np.random.default_rng(1)
     size = generator.gamma(2.0, size=300)
     missed = size * generator.beta(2, 5, size=300)
@@ -107,19 +107,19 @@ def test_the_interval_of_a_ratio_is_the_bootstrap_s() -> None:
     assert estimate.half_width == pytest.approx(Z95 * by_force, rel=0.1)
 
 
-def test_the_interval_of_ranks_is_the_bootstrap_s() -> None:
+def test_the_interval_of_ranks_is_the_bootstraps() -> None:
     x, _, z = layers(400, 2)
     ranks = [effective_rank_estimate(a[:, 0]) for a in (x, z)]
     lidars = [lidar_estimate(a) for a in (x, z)]
-    found = [ranks[0], ranks[1] - ranks[0], lidars[0], lidars[1].log() - lidars[0].log()]
+    result = [ranks[0], ranks[1] - ranks[0], lidars[0], lidars[1].log() - lidars[0].log()]
 
     def by_force(rows: Any) -> list[float]:
         rank, directions = ([of(a) for a in rows] for of in (lambda a: effective_rank(a[:, 0]), _directions))
         return [rank[0], rank[1] - rank[0], directions[0], np.log(directions[1]) - np.log(directions[0])]
 
     expected = bootstrap_sd(by_force, [x, z])
-    # 300 resamples know a spread to 4 %; resamples hold samples twice, which moves ranks a little.
-    np.testing.assert_allclose([e.half_width for e in found], Z95 * expected, rtol=0.2)
+    # 300 resamples give a spread to 4 %; resamples hold samples twice, which moves ranks a little.
+    np.testing.assert_allclose([e.half_width for e in result], Z95 * expected, rtol=0.2)
 
 
 def _directions(x: Any) -> float:
@@ -135,9 +135,9 @@ def test_the_interval_of_similarities_is_the_spread_over_new_samples() -> None:
 
     arrays = layers(150, 1000)
     graphs = [neighbor_graph(a[:, 0], k=10) for a in arrays]
-    found = [cka_estimates([a[:, 0] for a in arrays])[0, 2], cknna_estimates(graphs)[0, 2]]
-    # 80 repeats know a spread to 8 %, the intervals vary from sample to sample too.
-    np.testing.assert_allclose([e.half_width for e in found], Z95 * spread(of, 150, repeats=80), rtol=0.3)
+    result = [cka_estimates([a[:, 0] for a in arrays])[0, 2], cknna_estimates(graphs)[0, 2]]
+    # 80 repeats give a spread to 8 %, the intervals vary from sample to sample too.
+    np.testing.assert_allclose([e.half_width for e in result], Z95 * spread(of, 150, repeats=80), rtol=0.3)
 
 
 def test_a_mean_over_levels_takes_account_of_the_same_samples_in_all() -> None:
@@ -152,25 +152,25 @@ def test_a_mean_over_levels_takes_account_of_the_same_samples_in_all() -> None:
 def test_influences_cancel_and_intervals_do_not_depend_on_units(seed: int, n: int) -> None:
     x = np.random.default_rng(seed).standard_normal((n, 2, 4))
     for make in (lambda a: effective_rank_estimate(a[:, 0]), lidar_estimate):
-        found, scaled = make(x), make(1000 * x + 5)
-        assert abs(found.influence.mean()) < 1e-6 * max(1.0, float(np.abs(found.influence).max()))
-        assert scaled.half_width == pytest.approx(float(found.half_width), rel=1e-4, abs=1e-9)
+        result, scaled = make(x), make(1000 * x + 5)
+        assert abs(result.influence.mean()) < 1e-6 * max(1.0, float(np.abs(result.influence).max()))
+        assert scaled.half_width == pytest.approx(float(result.half_width), rel=1e-4, abs=1e-9)
 
 
-def test_pure_noise_has_no_direction_and_no_doubt_of_it() -> None:
+def test_pure_noise_has_no_direction_and_an_interval_of_0() -> None:
     generator = np.random.default_rng(0)
     draw = generator.standard_normal((50, 1, 6))
     mirrored = np.concatenate([draw, -draw], axis=1)  # all means are 0
-    found = lidar_estimate(mirrored)
-    assert (found.value, found.half_width) == (1.0, 0.0)
+    result = lidar_estimate(mirrored)
+    assert (result.value, result.half_width) == (1.0, 0.0)
 
 
-def test_a_layer_without_an_estimate_leaves_the_others_theirs() -> None:
+def test_a_layer_without_an_estimate_does_not_affect_the_others() -> None:
     x, y, _ = (a[:, 0] for a in layers(40, 0))
-    found = cka_estimates([x, np.ones_like(x), y])
-    assert np.isnan(found.value[1]).all()
-    assert found.value[0, 2] == pytest.approx(cka_matrix([x, y]).values[0, 1])
-    assert np.isfinite(found[0, 2].half_width)
+    result = cka_estimates([x, np.ones_like(x), y])
+    assert np.isnan(result.value[1]).all()
+    assert result.value[0, 2] == pytest.approx(cka_matrix([x, y]).values[0, 1])
+    assert np.isfinite(result[0, 2].half_width)
 
 
 def test_estimates_stack_and_index() -> None:

@@ -49,17 +49,17 @@ def test_equals_scikit_learn_on_real_digits() -> None:
     assert result.accuracy > 0.9
 
 
-def plain_nearest(bank: Array, queries: Array, k: int, score: NeighborScore, *, own: bool = False) -> Array:
+def plain_nearest(bank: Array, queries: Array, k: int, score: NeighborScore, *, excludes_self: bool = False) -> Array:
     """Every score by itself in float64, and a stable sort."""
     scores = (queries[:, None] * bank).sum(-1)
     if score == "distance":
         scores -= np.square(bank).sum(1) / 2
-    if own:
+    if excludes_self:
         np.fill_diagonal(scores, -np.inf)
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def found(bank: Array, queries: Array | None, k: int, score: NeighborScore, **options: int) -> Array:
+def positions_of(bank: Array, queries: Array | None, k: int, score: NeighborScore, **options: int) -> Array:
     wide = None if queries is None else torch.from_numpy(queries)
     return nearest(torch.from_numpy(bank), wide, k=k, score=score, **options)[0]
 
@@ -68,8 +68,10 @@ def found(bank: Array, queries: Array | None, k: int, score: NeighborScore, **op
 @pytest.mark.parametrize("k", [1, 7, 199])
 def test_neighbors_equal_a_plain_search(score: NeighborScore, k: int) -> None:
     bank, queries = samples(2)[0], samples(3)[0]
-    np.testing.assert_array_equal(found(bank, queries, k, score), plain_nearest(bank, queries, k, score))
-    np.testing.assert_array_equal(found(bank, None, k, score), plain_nearest(bank, bank, k, score, own=True))
+    np.testing.assert_array_equal(positions_of(bank, queries, k, score), plain_nearest(bank, queries, k, score))
+    np.testing.assert_array_equal(
+        positions_of(bank, None, k, score), plain_nearest(bank, bank, k, score, excludes_self=True)
+    )
 
 
 def test_neighbors_that_float32_cannot_tell_apart_are_told_apart() -> None:
@@ -79,13 +81,15 @@ def test_neighbors_that_float32_cannot_tell_apart_are_told_apart() -> None:
     queries = np.full((3, 4), 2.0)
     expected = plain_nearest(bank, queries, 5, "distance")
     assert not np.array_equal(np.argsort(-(bank.astype(np.float32) @ queries[0].astype(np.float32)))[:5], expected[0])
-    np.testing.assert_array_equal(found(bank, queries, 5, "distance"), expected)
+    np.testing.assert_array_equal(positions_of(bank, queries, 5, "distance"), expected)
 
 
 def test_one_sample_far_from_all_others_costs_no_digits() -> None:
     bank, queries = samples(4)[0], samples(5)[0]
     bank[3] *= 1e6
-    np.testing.assert_array_equal(found(bank, queries, 5, "distance"), plain_nearest(bank, queries, 5, "distance"))
+    np.testing.assert_array_equal(
+        positions_of(bank, queries, 5, "distance"), plain_nearest(bank, queries, 5, "distance")
+    )
 
 
 @given(seed=st.integers(0, 10**6), copies=st.integers(2, 40), k=st.integers(1, 30))
@@ -94,9 +98,9 @@ def test_of_duplicates_the_first_is_nearer(seed: int, copies: int, k: int) -> No
     bank = np.tile(distinct, (copies, 1))
     k = min(k, len(bank) - 1)
     for score in ("inner product", "distance"):
-        positions = found(bank, distinct, k, score)
+        positions = positions_of(bank, distinct, k, score)
         np.testing.assert_array_equal(positions, plain_nearest(bank, distinct, k, score))
-        positions = found(bank, None, k, score)
+        positions = positions_of(bank, None, k, score)
         assert not (positions == np.arange(len(bank))[:, None]).any()
 
 
@@ -111,8 +115,8 @@ def test_tiles_change_nothing(rows: int) -> None:
 
 def test_of_equally_distant_neighbors_the_first_counts() -> None:
     bank, query = np.array([[0.0], [4.0], [0.0], [4.0], [4.0]]), np.array([[3.0]])
-    assert found(bank, query, 2, "distance").tolist() == [[1, 3]]
-    assert found(bank, query, 4, "distance").tolist() == [[1, 3, 4, 0]]
+    assert positions_of(bank, query, 2, "distance").tolist() == [[1, 3]]
+    assert positions_of(bank, query, 4, "distance").tolist() == [[1, 3, 4, 0]]
 
 
 def test_of_equally_common_labels_the_smallest_wins() -> None:

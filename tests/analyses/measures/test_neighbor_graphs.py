@@ -63,8 +63,8 @@ def plain(measure: Measure, x: Array, y: Array, k: int, kernel: str = "cosine", 
     if measure is cycle_knn:
         return float(np.mean([any(in_x[j, i] for j in np.flatnonzero(in_y[i])) for i in range(len(x))]))
     both = in_x & in_y
-    own = plain_hsic(in_x * gram_x, in_x * gram_x) * plain_hsic(in_y * gram_y, in_y * gram_y)
-    return plain_hsic(both * gram_x, both * gram_y) / float(np.sqrt(own))
+    self_alignments = plain_hsic(in_x * gram_x, in_x * gram_x) * plain_hsic(in_y * gram_y, in_y * gram_y)
+    return plain_hsic(both * gram_x, both * gram_y) / float(np.sqrt(self_alignments))
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -114,8 +114,8 @@ def test_two_channels_times_1000_leave_what_these_two_know() -> None:
     xs = related(3)
     massive = xs[2].copy()
     massive[:, :2] *= 1000
-    found = mutual_knn(graphs([massive], k=5), graphs([massive[:, :2]], k=5)).values[0, 0]
-    assert found > 0.95
+    share = mutual_knn(graphs([massive], k=5), graphs([massive[:, :2]], k=5)).values[0, 0]
+    assert share > 0.95
     expected = plain(cknna, massive, xs[0], 5)
     assert cknna(graphs([massive], k=5), graphs([xs[0]], k=5)).values[0, 0] == pytest.approx(expected, abs=1e-9)
 

@@ -1,4 +1,4 @@
-"""Many items at a time give what one at a time gives."""
+"""Computation of several items at a time gives the results of one at a time."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def test_within_a_worker_and_within_one_thread_numpy_has_one_too() -> None:
 
 
 def test_items_are_taken_as_they_are_needed() -> None:
-    taken, done, held = 0, [], []
+    num_taken, done, num_held = 0, [], []
 
     def items() -> Iterator[int]:
-        nonlocal taken
+        nonlocal num_taken
         for i in range(10):
-            taken += 1
-            held.append(taken - len(done))
+            num_taken += 1
+            num_held.append(num_taken - len(done))
             yield i
 
     in_parallel(done.append, items(), workers=2)
-    assert max(held) <= 2
+    assert max(num_held) <= 2
     assert sorted(done) == list(range(10))
 
 

@@ -26,15 +26,15 @@ def layer(n: int = 6, tokens: int = 50, width: int = 12, seed: int = 0) -> Array
 def test_colors_are_the_first_three_components() -> None:
     x = layer()
     pca = PCA(3).fit(x.reshape(-1, 12))
-    found = pca_rgb(x)
-    assert found.explained == pytest.approx(pca.explained_variance_ratio_, rel=1e-10)
-    for color, scores in zip(found.rgb.reshape(-1, 3).T, pca.transform(x.reshape(-1, 12)).T, strict=True):
+    result = pca_rgb(x)
+    assert result.explained == pytest.approx(pca.explained_variance_ratio_, rel=1e-10)
+    for color, scores in zip(result.rgb.reshape(-1, 3).T, pca.transform(x.reshape(-1, 12)).T, strict=True):
         low, high = np.percentile(scores, [1, 99])
         expected = np.clip((scores - low) / (high - low), 0, 1)
         flipped = np.clip((high - scores) / (high - low), 0, 1)
         assert min(np.abs(color - expected).max(), np.abs(color - flipped).max()) < 1e-6
-    assert found.rgb.dtype == np.float32
-    assert (found.rgb.min(), found.rgb.max()) == (0, 1)
+    assert result.rgb.dtype == np.float32
+    assert (result.rgb.min(), result.rgb.max()) == (0, 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,10 +77,10 @@ def test_outliers_do_not_turn_the_rest_gray() -> None:
 @pytest.mark.parametrize(("width", "rank"), [(1, 1), (2, 2), (8, 2)])
 def test_missing_components_are_flat(width: int, rank: int) -> None:
     rng = np.random.default_rng(3)
-    found = pca_rgb(rng.normal(size=(4, 30, rank)) @ rng.normal(size=(rank, width)))
-    assert (found.rgb[..., rank:] == 0.5).all()
-    assert found.rgb[..., :rank].std(axis=(0, 1)).min() > 0.1
-    assert found.explained.sum() == pytest.approx(1)
+    result = pca_rgb(rng.normal(size=(4, 30, rank)) @ rng.normal(size=(rank, width)))
+    assert (result.rgb[..., rank:] == 0.5).all()
+    assert result.rgb[..., :rank].std(axis=(0, 1)).min() > 0.1
+    assert result.explained.sum() == pytest.approx(1)
 
 
 def test_one_token_in_many_that_differs_is_seen() -> None:
@@ -93,10 +93,10 @@ def test_one_token_in_many_that_differs_is_seen() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_a_constant_layer_has_no_colors(value: float) -> None:
-    found = pca_rgb(np.full((2, 9, 4), value, np.float32))
-    assert found.reason == "all tokens are the same"
-    assert np.isnan(found.rgb).all()
-    assert found.rgb.shape == (2, 9, 3)
+    result = pca_rgb(np.full((2, 9, 4), value, np.float32))
+    assert result.reason == "all tokens are the same"
+    assert np.isnan(result.rgb).all()
+    assert result.rgb.shape == (2, 9, 3)
 
 
 def test_what_is_no_map_is_refused() -> None:
@@ -112,12 +112,12 @@ def test_what_is_no_map_is_refused() -> None:
 def cells(figure: Figure) -> dict[tuple[int, float], Array]:
     """Pixels of every cell by its column and row."""
     (axes,) = figure.axes
-    found = {}
+    result = {}
     for image in axes.get_images():
         assert isinstance(image, AxesImage)
         left, right, bottom, top = image.get_extent()
-        found[round((left + right) / 2), round((bottom + top) / 2, 2)] = np.asarray(image.get_array())
-    return found
+        result[round((left + right) / 2), round((bottom + top) / 2, 2)] = np.asarray(image.get_array())
+    return result
 
 
 def rows(figure: Figure) -> dict[float, str]:
@@ -137,7 +137,7 @@ def test_layers_are_columns_and_levels_rows_for_each_sample() -> None:
     np.testing.assert_array_equal(shown[2, 3.35], maps["blocks.2", 0.5].rgb[0].reshape(2, 3, 3))
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
     assert figure.axes[0].get_xlabel() == "layer (blocks.*)"
-    shares = [100 * found.explained.sum() for found in maps.values()]
+    shares = [100 * result.explained.sum() for result in maps.values()]
     expected = f"the three colors of a cell hold {min(shares):.0f} to {max(shares):.0f} % of the variance"
     title = " ".join(figure.get_suptitle().split())
     assert title == f"Tokens of 2 samples in 3 layers at 2 noise levels; {expected}"
@@ -177,12 +177,12 @@ def test_the_figure_leaves_pyplot_alone() -> None:
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
-    found = pca_rgb(layer(2, 6))
+    result = pca_rgb(layer(2, 6))
     with pytest.raises(ValueError, match="there is no map to draw"):
         token_maps({}, {})
-    with pytest.raises(ValueError, match=r"a at noise level 0\.1 has 6 tokens, its grid is \(2, 2\)"):
-        token_maps({("a", 0.1): found}, {"a": (2, 2)})
+    with pytest.raises(ValueError, match=r"a at noise level 0\.1 has 6 tokens, but its grid is \(2, 2\)"):
+        token_maps({("a", 0.1): result}, {"a": (2, 2)})
     with pytest.raises(ValueError, match="sample 2 is not in the maps, which have 2"):
-        token_maps({("a", 0.1): found}, {"a": (2, 3)})
+        token_maps({("a", 0.1): result}, {"a": (2, 3)})
     with pytest.raises(ValueError, match="pass a grid of one to three axes"):
-        token_maps({("a", 0.1): RgbMap(found.rgb, found.explained, "")}, {"a": (1, 1, 2, 3)})
+        token_maps({("a", 0.1): RgbMap(result.rgb, result.explained, "")}, {"a": (1, 1, 2, 3)})

@@ -1,4 +1,4 @@
-"""Spatial scores against plain loops over pairs of tokens, and against fields whose structure is known."""
+"""Spatial scores against plain loops over pairs of tokens, and on fields of known structure."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def cosine(a: Array, b: Array) -> float:
 
 
 def pairs_by_distance(sample: Array, cells: Sequence[tuple[int, ...]]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
+    result: dict[int, list[float]] = {}
     for i, j in combinations(range(len(cells)), 2):
         distance = sum(abs(p - q) for p, q in zip(cells[i], cells[j], strict=True))
-        found.setdefault(distance, []).append(cosine(sample[i], sample[j]))
-    return found
+        result.setdefault(distance, []).append(cosine(sample[i], sample[j]))
+    return result
 
 
 def scores_by_loops(sample: Array, cells: Sequence[tuple[int, ...]], far: int) -> tuple[float, float, float]:
@@ -52,25 +52,25 @@ def field(grid: tuple[int, ...], *, n: int = 3, width: int = 5, smooth: float = 
 def test_scores_equal_the_loops_over_pairs(grid: tuple[int, ...]) -> None:
     tokens = field(grid) + 0.3
     cells = list(product(*map(range, grid)))
-    found = spatial_structure(tokens, grid)
+    result = spatial_structure(tokens, grid)
     for i, sample in enumerate(tokens):
         lds, cds, rmsc = scores_by_loops(sample, cells, far_distance(grid))
-        assert found.lds[i] == pytest.approx(lds, abs=1e-12)
-        assert found.cds[i] == pytest.approx(cds, abs=1e-12)
-        assert found.rmsc[i] == pytest.approx(rmsc, abs=1e-12)
-    assert found.reason == ""
+        assert result.lds[i] == pytest.approx(lds, abs=1e-12)
+        assert result.cds[i] == pytest.approx(cds, abs=1e-12)
+        assert result.rmsc[i] == pytest.approx(rmsc, abs=1e-12)
+    assert result.reason == ""
     pairs = pairs_by_distance(tokens[0], cells)
-    assert found.pair_counts[1:].tolist() == [len(pairs[d]) for d in range(1, len(found.pair_counts))]
+    assert result.pair_counts[1:].tolist() == [len(pairs[d]) for d in range(1, len(result.pair_counts))]
 
 
 def test_kept_tokens_are_compared_where_they_stand() -> None:
     grid, positions = (6, 6), [0, 1, 7, 13, 20, 34, 35]
     tokens = field(grid)[:, positions]
     cells = [divmod(p, 6) for p in positions]
-    found = spatial_structure(tokens, grid, positions=positions)
+    result = spatial_structure(tokens, grid, positions=positions)
     for i, sample in enumerate(tokens):
         lds, cds, rmsc = scores_by_loops(sample, cells, far_distance(grid))
-        assert (found.lds[i], found.cds[i], found.rmsc[i]) == pytest.approx((lds, cds, rmsc), abs=1e-12)
+        assert (result.lds[i], result.cds[i], result.rmsc[i]) == pytest.approx((lds, cds, rmsc), abs=1e-12)
 
 
 def test_smoother_fields_have_more_structure_and_shuffled_tokens_none() -> None:
@@ -80,11 +80,11 @@ def test_smoother_fields_have_more_structure_and_shuffled_tokens_none() -> None:
     shuffled = np.random.default_rng(0).permuted(field((16, 16), n=20, smooth=2.0), axis=1)
     order = np.random.default_rng(0).permutation(256)
     shuffled = field((16, 16), n=20, smooth=2.0)[:, order]
-    found = spatial_structure(shuffled, (16, 16))
-    assert abs(found.lds.mean()) < 0.02
-    assert abs(found.cds.mean()) < 0.005
+    result = spatial_structure(shuffled, (16, 16))
+    assert abs(result.lds.mean()) < 0.02
+    assert abs(result.cds.mean()) < 0.005
     # The spread of a set of tokens does not know where they stand.
-    np.testing.assert_allclose(found.rmsc, smooth.rmsc, rtol=1e-12)
+    np.testing.assert_allclose(result.rmsc, smooth.rmsc, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_distant_means_six_cells_or_half_of_a_small_grid(grid: tuple[int, ...], 
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e30])
 def test_scale_does_not_matter(factor: float) -> None:
     tokens = field((6, 6))
-    found, scaled = (spatial_structure(x, (6, 6)) for x in (tokens, tokens * factor))
+    result, scaled = (spatial_structure(x, (6, 6)) for x in (tokens, tokens * factor))
     for name in ("lds", "cds", "rmsc"):
-        np.testing.assert_allclose(getattr(scaled, name), getattr(found, name), rtol=1e-10)
+        np.testing.assert_allclose(getattr(scaled, name), getattr(result, name), rtol=1e-10)
 
 
 def test_a_large_common_part_hides_structure_and_centering_brings_it_back() -> None:
@@ -109,16 +109,16 @@ def test_a_large_common_part_hides_structure_and_centering_brings_it_back() -> N
     moved = (tokens + 1e4).astype(np.float32)
     assert 0 < spatial_structure(moved, (8, 8)).lds.mean() < 1e-6
     expected = spatial_structure(tokens, (8, 8), center=True)
-    found = spatial_structure(moved, (8, 8), center=True)
-    np.testing.assert_allclose(found.lds, expected.lds, rtol=1e-8)
-    assert found.lds.mean() > 0.3
+    result = spatial_structure(moved, (8, 8), center=True)
+    np.testing.assert_allclose(result.lds, expected.lds, rtol=1e-8)
+    assert result.lds.mean() > 0.3
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_a_constant_layer_has_no_scores(value: float) -> None:
-    found = spatial_structure(np.full((2, 16, 3), value, np.float32), (4, 4))
-    assert found.reason == "all tokens are the same"
-    for scores in (found.lds, found.cds, found.rmsc):
+    result = spatial_structure(np.full((2, 16, 3), value, np.float32), (4, 4))
+    assert result.reason == "all tokens are the same"
+    for scores in (result.lds, result.cds, result.rmsc):
         assert np.isnan(scores).all()
         assert scores.shape == (2,)
 
@@ -127,11 +127,11 @@ def test_zero_tokens_spoil_their_own_sample_only() -> None:
     tokens = field((4, 4))
     expected = spatial_structure(tokens, (4, 4)).lds
     tokens[1, 3] = 0
-    found = spatial_structure(tokens, (4, 4))
-    assert found.reason == "1 of 3 samples have tokens that are zero vectors"
-    np.testing.assert_array_equal(found.lds[[0, 2]], expected[[0, 2]])
-    assert np.isnan(found.lds[1])
-    assert np.isnan(found.rmsc[1])
+    result = spatial_structure(tokens, (4, 4))
+    assert result.reason == "1 of 3 samples have tokens that are zero vectors"
+    np.testing.assert_array_equal(result.lds[[0, 2]], expected[[0, 2]])
+    assert np.isnan(result.lds[1])
+    assert np.isnan(result.rmsc[1])
 
 
 @pytest.mark.parametrize(("grid", "positions"), [((1,), None), ((2,), None), ((9, 9), [0, 40, 80])])
@@ -178,8 +178,8 @@ def test_samples_without_object_or_background_have_no_answer() -> None:
     tokens, masks = field((8, 8)), np.zeros((3, 64), bool)
     masks[0] = True
     masks[2, :16] = True
-    found = semantic_similarity(tokens, (8, 8), masks)
-    assert np.isnan(found).tolist() == [True, True, False]
+    result = semantic_similarity(tokens, (8, 8), masks)
+    assert np.isnan(result).tolist() == [True, True, False]
 
 
 # ---------------------------------------------------------------------------------------------- errors

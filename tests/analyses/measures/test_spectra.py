@@ -1,4 +1,4 @@
-"""Numbers of the spectrum against spectra that are known and against the papers' formulas, written out."""
+"""Numbers of the spectrum against planted spectra and the formulas of the papers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import linalg
 
-from layerprobe.analyses.measures.spectrum import effective_rank, lidar, massive_channels, spectrum
+from layerprobe.analyses.measures.spectra import effective_rank, exponential_entropy, lidar, spectrum
 
 Array = NDArray[Any]
 NUMBERS = ("effective_rank", "rank_me", "participation_ratio", "anisotropy")
@@ -37,30 +37,30 @@ def on_a_lattice(*shape: int) -> Array:
 
 @pytest.mark.parametrize(("n", "width"), [(50, 12), (12, 50), (13, 13), (13, 12)])
 def test_equal_singular_values_give_their_number(n: int, width: int) -> None:
-    found = spectrum(with_spectrum(np.full(7, 3.0), n=n, width=width))
-    assert found.effective_rank == pytest.approx(7.0, rel=1e-9)
-    assert found.participation_ratio == pytest.approx(7.0, rel=1e-9)
+    result = spectrum(with_spectrum(np.full(7, 3.0), n=n, width=width))
+    assert result.effective_rank == pytest.approx(7.0, rel=1e-9)
+    assert result.participation_ratio == pytest.approx(7.0, rel=1e-9)
     # Its epsilon lets the missing directions count a little.
-    assert found.rank_me == pytest.approx(7.0, rel=1e-4)
+    assert result.rank_me == pytest.approx(7.0, rel=1e-4)
 
 
 def test_equals_the_formulas_for_a_known_spectrum() -> None:
     values = np.array([4.0, 2.0, 1.0, 1.0])
     p = values / 8
-    found = spectrum(with_spectrum(values, n=30, width=6))
-    assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
-    assert found.participation_ratio == pytest.approx((16 + 4 + 1 + 1) ** 2 / (256 + 16 + 1 + 1), rel=1e-9)
-    np.testing.assert_allclose(found.singular_values[:4], values, rtol=1e-9)
-    assert found.singular_values.shape == found.uncentered.shape == (6,)
+    result = spectrum(with_spectrum(values, n=30, width=6))
+    assert result.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
+    assert result.participation_ratio == pytest.approx((16 + 4 + 1 + 1) ** 2 / (256 + 16 + 1 + 1), rel=1e-9)
+    np.testing.assert_allclose(result.singular_values[:4], values, rtol=1e-9)
+    assert result.singular_values.shape == result.uncentered.shape == (6,)
 
 
 @pytest.mark.parametrize(("n", "width"), [(40, 9), (9, 40), (10, 10), (9, 10), (2, 5)])
 def test_both_decompositions_are_those_of_numpy(n: int, width: int) -> None:
     x = np.random.default_rng(1).normal(size=(n, width)) + 3.0
-    found = spectrum(x)
-    np.testing.assert_allclose(found.uncentered, np.linalg.svd(x, compute_uv=False), rtol=1e-10)
+    result = spectrum(x)
+    np.testing.assert_allclose(result.uncentered, np.linalg.svd(x, compute_uv=False), rtol=1e-10)
     expected = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
-    np.testing.assert_allclose(found.singular_values, expected, atol=1e-12 * expected[0])
+    np.testing.assert_allclose(result.singular_values, expected, atol=1e-12 * expected[0])
 
 
 @pytest.mark.parametrize(("n", "width"), [(60, 8), (8, 60)])
@@ -80,9 +80,9 @@ def test_a_large_mean_hides_the_rank_from_rank_me_only() -> None:
 
 
 def test_one_direction_has_rank_one() -> None:
-    found = spectrum(np.outer(np.arange(10.0) - 4.5, np.ones(4)))
+    result = spectrum(np.outer(np.arange(10.0) - 4.5, np.ones(4)))
     for name in ("effective_rank", "participation_ratio"):
-        assert getattr(found, name) == pytest.approx(1.0, abs=1e-9)
+        assert getattr(result, name) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_small_singular_values_are_exact() -> None:
@@ -121,10 +121,10 @@ def test_two_huge_channels_leave_two_directions() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, 12345.678])
 @pytest.mark.parametrize("n", [9, 1])
 def test_constant_features_have_no_spectrum(value: float, n: int) -> None:
-    found = spectrum(np.full((n, 3), value, np.float32))
-    assert found.reason == "the features are the same for all samples"
-    assert all(np.isnan(getattr(found, name)) for name in NUMBERS)
-    assert np.isnan(found.power_law.exponent)
+    result = spectrum(np.full((n, 3), value, np.float32))
+    assert result.reason == "the features are the same for all samples"
+    assert all(np.isnan(getattr(result, name)) for name in NUMBERS)
+    assert np.isnan(result.power_law.exponent)
 
 
 def test_refuses_what_is_not_finite() -> None:
@@ -135,6 +135,11 @@ def test_refuses_what_is_not_finite() -> None:
 def test_the_shortcut_is_the_property() -> None:
     x = np.random.default_rng(5).normal(size=(20, 5))
     assert effective_rank(x) == spectrum(x).effective_rank
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7])
+def test_the_exponential_entropy_counts_equal_values(epsilon: float) -> None:
+    assert exponential_entropy(np.array([2.0, 2.0, 2.0, 0.0]), epsilon=epsilon) == pytest.approx(3, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- power law
@@ -190,54 +195,9 @@ def test_opposite_vectors_have_the_smallest_anisotropy() -> None:
 
 
 def test_a_zero_vector_points_nowhere() -> None:
-    found = spectrum(np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
-    assert np.isnan(found.anisotropy)
-    assert found.effective_rank > 1
-
-
-# ------------------------------------------------------------------------------------ massive channels
-
-
-def test_planted_massive_channels_are_found_in_order() -> None:
-    x = np.random.default_rng(8).normal(size=(500, 64)).astype(np.float32)
-    x[:, 7] *= 50
-    x[:, 3] = 1000.0  # the same for every input, as massive activations are
-    found = massive_channels(x)
-    assert found.channels.tolist() == [3, 7]
-    assert found.magnitudes == pytest.approx([1000, 50], rel=0.1)
-    assert found.ratios == pytest.approx([1000, 50], rel=0.15)
-    squares = np.square(x.astype(np.float64)).sum(axis=0)
-    assert found.energy_shares == pytest.approx(squares[[3, 7]] / squares.sum(), rel=1e-12)
-    assert found.energy_share == pytest.approx(found.energy_shares.sum())
-
-
-def test_ordinary_channels_are_not_massive() -> None:
-    found = massive_channels(np.random.default_rng(9).normal(size=(500, 64)))
-    assert len(found.channels) == 0
-    assert found.energy_share == 0.0
-
-
-@given(exponent=st.integers(-150, 150))
-@settings(max_examples=10, deadline=None)
-def test_massive_channels_do_not_depend_on_the_scale(exponent: int) -> None:
-    x = np.random.default_rng(10).normal(size=(50, 9))
-    x[:, 4] *= 20
-    found = massive_channels(x * 10.0**exponent)
-    assert found.channels.tolist() == [4]
-    assert found.ratios == pytest.approx(massive_channels(x).ratios)
-
-
-def test_mostly_dead_channels_have_no_median_to_compare_with() -> None:
-    x = np.zeros((5, 4))
-    x[:, 0] = 1
-    found = massive_channels(x)
-    assert found.reason == "3 of 4 channels are 0, and so is the median"
-    assert np.isnan(found.energy_share)
-
-
-def test_a_ratio_of_one_or_less_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ratio is 1\.0; pass a number above 1"):
-        massive_channels(np.ones((2, 2)), ratio=1.0)
+    result = spectrum(np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    assert np.isnan(result.anisotropy)
+    assert result.effective_rank > 1
 
 
 # ------------------------------------------------------------------------------------------------ LiDAR
@@ -259,17 +219,17 @@ def test_lidar_is_the_published_formula(shape: tuple[int, int, int]) -> None:
     between = np.cov(means.T)
     ridge = 1e-4 * np.median(np.linalg.eigvalsh(within))
     expected = linalg.eigh(between, within + ridge * np.eye(width), eigvals_only=True)[::-1][: min(n - 1, width)]
-    found = lidar(x)
-    np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-8)
+    result = lidar(x)
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-8)
     p = expected / expected.sum() + 1e-7
-    assert found.rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-8)
+    assert result.rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-8)
 
 
 def test_lidar_counts_the_directions_that_tell_samples_apart() -> None:
     signal = np.zeros((400, 32))
     signal[:, :5] = 20 * np.random.default_rng(12).normal(size=(400, 5))
-    found = lidar(draws(signal, num=8))
-    assert found.rank == pytest.approx(5.0, rel=0.05)
+    result = lidar(draws(signal, num=8))
+    assert result.rank == pytest.approx(5.0, rel=0.05)
     # The ordinary rank counts the noise too.
     assert effective_rank(draws(signal, num=8)[:, 0]) > 10
 
@@ -277,9 +237,9 @@ def test_lidar_counts_the_directions_that_tell_samples_apart() -> None:
 def test_few_draws_of_noise_look_like_rank_until_debiased() -> None:
     signal = np.zeros((2000, 32))
     signal[:, :3] = 3 * np.random.default_rng(13).normal(size=(2000, 3))
-    found = lidar(draws(signal, num=2))
-    assert found.rank > 8
-    assert 3 <= found.debiased_rank < 4.5  # what scatters above 1 / num_draws is left
+    result = lidar(draws(signal, num=2))
+    assert result.rank > 8
+    assert 3 <= result.debiased_rank < 4.5  # random excess above 1 / num_draws remains
 
 
 @given(seed=st.integers(0, 10**6), exponent=st.integers(-100, 100))
@@ -302,10 +262,10 @@ def test_lidar_survives_an_offset_of_1e4_in_float32() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_lidar_needs_draws_that_differ(value: float) -> None:
     for x in (np.full((5, 3, 2), value), np.repeat(np.arange(10.0).reshape(5, 1, 2), 3, axis=1)):
-        found = lidar(x)
-        assert found.reason == "the features are the same for all draws of a sample"
-        assert np.isnan(found.rank)
-        assert np.isnan(found.debiased_rank)
+        result = lidar(x)
+        assert result.reason == "the features are the same for all draws of a sample"
+        assert np.isnan(result.rank)
+        assert np.isnan(result.debiased_rank)
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 3), (1, 5, 3), (5, 3)])
