@@ -212,7 +212,7 @@ def _is_lightningdit(tensors: Mapping[str, Tensor], *, width: int) -> bool:
 
 
 def _families_with_arguments(args: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the families whose training scripts have such arguments; all families if they tell nothing."""
+    """Returns the families whose training scripts have such arguments; all families if none matches."""
     marked = tuple(name for name, family in FAMILIES.items() if family.mark in args)
     if marked:
         return marked

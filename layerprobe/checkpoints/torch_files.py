@@ -44,8 +44,8 @@ _STORAGES: dict[str, torch.dtype] = {
     "ComplexFloat": torch.complex64,
 }
 _STORAGE_DTYPES = {
-    **{f"{place}.{name}Storage": dtype for name, dtype in _STORAGES.items() for place in ("torch", "torch.cuda")},
-    **{f"torch.{place}UntypedStorage": torch.uint8 for place in ("", "storage.", "cuda.")},
+    **{f"{module}.{name}Storage": dtype for name, dtype in _STORAGES.items() for module in ("torch", "torch.cuda")},
+    **{f"torch.{module}UntypedStorage": torch.uint8 for module in ("", "storage.", "cuda.")},
 }
 
 
@@ -187,14 +187,14 @@ def read_stream(view: memoryview) -> tuple[str, Any, tuple[str, ...]]:
 
 
 def read_distributed(
-    metadata: memoryview, part: Callable[[str], memoryview], wanted: Callable[[str], bool]
+    metadata: memoryview, part: Callable[[str], memoryview], selected: Callable[[str], bool]
 ) -> tuple[Any, tuple[str, ...]]:
     """Reads a folder of torch.distributed.checkpoint, as FSDP writes it.
 
     Args:
         metadata: Bytes of `.metadata`.
         part: Function that returns the bytes of another file of the folder, by the name in the metadata.
-        wanted: Function that tells whether to read values other than tensors, by the first part of their name.
+        selected: Function that returns whether to read values other than tensors, by the first part of their name.
 
     Returns:
         A tree of dictionaries, and the unknown names in it, as in `unpickle`.
@@ -206,18 +206,18 @@ def read_distributed(
     """
     content, foreign = unpickle(_Window(metadata), known=_KNOWN | _KNOWN_METADATA)
     metadata_state = state(content)
-    places: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
-    for index, place in metadata_state["storage_data"].items():
+    locations: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+    for index, location in metadata_state["storage_data"].items():
         chunk = state(index)
-        places.setdefault(chunk["fqn"], {})[tuple(chunk.get("offset") or ())] = state(place)
+        locations.setdefault(chunk["fqn"], {})[tuple(chunk.get("offset") or ())] = state(location)
     tree: dict[str, Any] = {}
     for name, entry in metadata_state["state_dict_metadata"].items():
         path = (metadata_state.get("planner_data") or {}).get(name) or name.partition(".")[::2]
         *parents, last = [str(key) for key in path if key != ""]
-        chunks = {offset: _chunk(place, part) for offset, place in places[name].items()}
+        chunks = {offset: _chunk(location, part) for offset, location in locations[name].items()}
         if "chunks" in state(entry):
             value: Any = _joined(name, state(entry), chunks)
-        elif wanted(str(path[0])):
+        elif selected(str(path[0])):
             value, more = read_zip(next(iter(chunks.values()))())
             foreign += tuple(other for other in more if other not in foreign)
         else:
@@ -229,13 +229,13 @@ def read_distributed(
     return tree, foreign
 
 
-def _chunk(place: Mapping[str, Any], part: Callable[[str], memoryview]) -> Callable[[], memoryview]:
+def _chunk(location: Mapping[str, Any], part: Callable[[str], memoryview]) -> Callable[[], memoryview]:
     """Checks that one stored chunk is complete, and returns a function that returns its bytes."""
-    file, start, length = part(place["relative_path"]), place["offset"], place["length"]
-    if place.get("transform_descriptors"):
-        raise Refused(f"is compressed ({place['transform_descriptors']!r:.40}); save it without compression")
+    file, start, length = part(location["relative_path"]), location["offset"], location["length"]
+    if location.get("transform_descriptors"):
+        raise Refused(f"is compressed ({location['transform_descriptors']!r:.40}); save it without compression")
     if start < 0 or length <= 0 or start + length > len(file):
-        raise Refused(f"has a half-written shard, {printable(place['relative_path'])}; copy or download it again")
+        raise Refused(f"has a half-written shard, {printable(location['relative_path'])}; copy or download it again")
     return lambda: file[start : start + length]
 
 
@@ -254,14 +254,14 @@ def _joined(
         parts = {offset: _only_tensor(name, chunks[offset](), size) for offset, size in pieces.items()}
         if len(parts) == 1:
             return next(iter(parts.values())).read()
-        whole: Tensor | None = None
+        joined: Tensor | None = None
         for offset, piece in parts.items():
             values = piece.read()
-            whole = torch.empty(shape, dtype=values.dtype) if whole is None else whole
-            whole[tuple(slice(at, at + n) for at, n in zip(offset, values.shape, strict=True))] = values
+            joined = torch.empty(shape, dtype=values.dtype) if joined is None else joined
+            joined[tuple(slice(at, at + n) for at, n in zip(offset, values.shape, strict=True))] = values
             _release(chunks[offset]())  # Otherwise the file would stay in memory beside the copy.
-        assert whole is not None
-        return whole
+        assert joined is not None
+        return joined
 
     return LazyTensor(shape, read)
 
@@ -399,12 +399,12 @@ _KNOWN: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys([*_DTYPES, *_STORAGE_DTYPES]),
 }
 # Classes in `.metadata`; the others there only say how tensors were laid out in the memory of the run.
-_PLACE = "torch.distributed.checkpoint"
+_DCP = "torch.distributed.checkpoint"
 _KNOWN_METADATA: dict[str, Callable[..., Any] | None] = dict.fromkeys(
     [
-        *(f"{_PLACE}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "TensorProperties", "StorageMeta")),
-        *(f"{_PLACE}.metadata.{name}StorageMetadata" for name in ("Chunk", "Tensor", "Bytes")),
-        f"{_PLACE}.metadata._MEM_FORMAT_ENCODING",
-        f"{_PLACE}.filesystem._StorageInfo",
+        *(f"{_DCP}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "TensorProperties", "StorageMeta")),
+        *(f"{_DCP}.metadata.{name}StorageMetadata" for name in ("Chunk", "Tensor", "Bytes")),
+        f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
+        f"{_DCP}.filesystem._StorageInfo",
     ]
 )
