@@ -23,7 +23,7 @@ from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens
 from layerprobe.noise.random_stream import RandomStream
-from layerprobe.sampling import guided
+from layerprobe.sampling.solvers import guided
 
 LENGTHS = torch.tensor([6, 8, 3, 5])
 

@@ -17,8 +17,8 @@ from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.noise.predictions import target
 from layerprobe.noise.random_stream import RandomStream
 from layerprobe.noise.schedules import DDPM, EDM, GVP, VP, LinearPath, NoiseSchedule
-from layerprobe.sampling import (
-    SamplingPlan,
+from layerprobe.sampling.plan import SamplingPlan
+from layerprobe.sampling.solvers import (
     diffuse,
     diffusion,
     dopri5_step,

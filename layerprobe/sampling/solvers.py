@@ -17,7 +17,7 @@ from torch import Tensor
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
 from layerprobe.noise import END, NoiseSchedule, RandomStream
-from layerprobe.sampling_plan import SamplingPlan as SamplingPlan
+from layerprobe.sampling.plan import SamplingPlan
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

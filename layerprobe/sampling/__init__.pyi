@@ -1,0 +1,2 @@
+from .plan import SamplingPlan as SamplingPlan
+from .solvers import sample as sample
