@@ -18,7 +18,6 @@ from scipy import stats
 
 from layerprobe.analyses.experiments import (
     BASELINE,
-    FIRST,
     HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
@@ -35,7 +34,6 @@ from layerprobe.analyses.wording import answer_title
 ARM_COLORS = {
     BASELINE: INK,
     PICK: LINE_COLORS[0],
-    FIRST: LINE_COLORS[0],
     RUNNER_UP: LINE_COLORS[2],
     HEURISTIC: LINE_COLORS[3],
     LEARNING_RATE: LINE_COLORS[4],

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 INK, BACKGROUND, GRAY = "#1b1f24", "#fffefd", "#7a828c"
 # Blue, vermilion, green and purple of Okabe and Ito 2008, whose other colors are too light for lines; then four more.
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d31", "#4b6e6e", "#d81fb8", "#7a4fd0")
-STUDENT, TEACHER = LINE_COLORS[1], LINE_COLORS[3]  # neither is near a color of a noise level
+STUDENT, TEACHER = LINE_COLORS[1], LINE_COLORS[3]  # of vertical lines, dashed and solid
 LEVEL_COLORS = ("#5a5fd0", "#0d86b5", "#1d9a77", "#8f9200")  # from clean to noise, blended for levels in between
 MISSING: dict[str, Any] = {"facecolor": "#c9ced6", "edgecolor": "#59626d", "hatch": "////", "linewidth": 0}
 WIDTH_IN = 11.0

@@ -1,16 +1,40 @@
-"""Tables of runs that were never made, for tests of figures and of the report."""
+"""Tables with planted values, for tests of figures and of the report, and what these tests read from a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from layerprobe.analyses.figures import to_svg
+from layerprobe.layersync import LayerPair
 
 BLOCKS = [f"blocks.{i}" for i in range(8)]
 LEVELS = (0.1, 0.3, 0.5)
+DIT = [f"transformer.transformer_blocks.{i}" for i in range(28)]
+UNET = [
+    "conv_in",
+    *(
+        f"down_blocks.{i}.{kind}.{j}"
+        for i in range(3)
+        for kind, j in (("resnets", 0), ("attentions", 0), ("resnets", 1))
+    ),
+    "mid_block.resnets.0",
+    "mid_block.attentions.0",
+    *(f"up_blocks.{i}.{kind}.{j}" for i in range(3) for kind, j in (("resnets", 0), ("attentions", 0))),
+]
+MODELS: dict[str, tuple[list[str], tuple[float, ...]]] = {  # layers and noise levels
+    "DiT": (DIT, (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)),
+    "U-Net": (UNET, (0.1, 0.3, 0.5, 0.7)),
+    "small": (BLOCKS, LEVELS),
+}
 COLUMNS = ["source", "layer", "layer_index", "noise_level", "metric", "split", "value", "low", "high", "note"]
 
 
@@ -59,7 +83,7 @@ def similarity_table(
     return pd.DataFrame(rows, columns=["layer_a", "noise_level_a", "layer_b", "noise_level_b", *measures])
 
 
-ARMS = {"no alignment": 1.0, "pick": 0.8, "bad control": 1.2}
+ARMS = {"baseline": 1.0, "pick": 0.8, "negative control": 1.2}
 
 
 def confirmation_table(num_seeds: int = 3, arms: Mapping[str, float] = ARMS) -> pd.DataFrame:
@@ -74,5 +98,49 @@ def confirmation_table(num_seeds: int = 3, arms: Mapping[str, float] = ARMS) -> 
     return pd.DataFrame(rows, columns=["arm", "seed", "step", "metric", "value"])
 
 
+def selection(student: str = "blocks.1", teacher: str = "blocks.4") -> Any:
+    return SimpleNamespace(pick=LayerPair(student, teacher))
+
+
 def title_of(figure: Figure) -> str:
     return " ".join(figure.get_suptitle().split())
+
+
+def panel(figure: Figure, start: str) -> Axes:
+    return next(axes for axes in figure.axes if axes.get_title(loc="left").startswith(start))
+
+
+def cells(axes: Axes) -> Any:
+    """The values of a heatmap, nan where a cell is empty."""
+    mesh = axes.collections[0]
+    array = np.ma.filled(mesh.get_array(), np.nan)
+    return np.asarray(array).reshape(mesh.get_coordinates().shape[0] - 1, -1)
+
+
+def _visible_texts(figure: Figure) -> list[Text]:
+    """Every text that is drawn: ticks beyond the limits of their axis exist but are not."""
+    hidden = set()
+    for axes in figure.findobj(Axes):
+        for axis, (low, high), at in (
+            (axes.xaxis, sorted(axes.get_xlim()), 0),
+            (axes.yaxis, sorted(axes.get_ylim()), 1),
+        ):
+            ticks = axis.get_majorticklabels() + axis.get_minorticklabels()
+            hidden |= {tick for tick in ticks if not low <= tick.get_position()[at] <= high}
+    return [
+        text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in hidden
+    ]
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts that overlap, and texts that leave the figure."""
+    to_svg(figure)  # fixes the layout, and leaves labels where they are at the 72 dpi of SVG
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    # The extent of an annotation would include its arrow.
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text, renderer).shrunk(0.9, 0.9)) for text in _visible_texts(figure)
+    ]
+    page = figure.bbox
+    outside = [(text, "the edge") for text, box in boxes if not (page.contains(*box.min) and page.contains(*box.max))]
+    return outside + [(a, b) for (a, one), (b, two) in combinations(boxes, 2) if one.overlaps(two)]

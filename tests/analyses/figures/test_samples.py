@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from layerprobe.analyses.figures.samples import FILM_COLUMNS, FILM_SIDE, FRAMES, POSES, SIDE_COLORS, film, strip
+from layerprobe.analyses.figures.samples import FILM_COLUMNS, FILM_SIDE, NUM_FRAMES, NUM_POSES, SIDE_COLORS, film, strip
 from layerprobe.analyses.figures.style import save_figure
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
@@ -49,7 +49,7 @@ def test_a_body_is_seen_alike_wherever_it_stands_and_goes() -> None:
     x, rendering = moved([clip, turned(clip, 77) + np.array([5, 0, -3])])
     figure = strip(x, rendering, ["as it is", "elsewhere"])
     first, second = poses(figure, 0), poses(figure, 1)
-    assert len(first) == len(second) == POSES
+    assert len(first) == len(second) == NUM_POSES
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
@@ -62,7 +62,7 @@ def test_bodies_walk_upright_to_the_right() -> None:
     # Who has one foot ahead in space has it to the right in the picture.
     assert rendering.skeleton is not None
     feet = [NAMES.index("foot1"), NAMES.index("foot2")]
-    shown = np.linspace(0, 24, POSES).round().astype(int)
+    shown = np.linspace(0, 24, NUM_POSES).round().astype(int)
     ahead = clip[shown, feet[0], 2] - clip[shown, feet[1], 2]
     bones = sorted(
         rendering.skeleton.bones,
@@ -109,7 +109,7 @@ def test_movements_without_a_body_show_their_channels() -> None:
     figure = strip(torch.randn(2, 7, 20), Rendering("motion", 1), ["a", "b"])
     image = figure.axes[0].images[0]
     assert image.get_array().shape == (7, 20)
-    assert "no positions" in figure.get_suptitle()
+    assert "no joint positions" in figure.get_suptitle()
 
 
 def tone(hertz: float, seconds: float) -> Tensor:
@@ -147,7 +147,7 @@ def test_frames_of_a_clip_stand_side_by_side_in_order() -> None:
     mask = VIDEO.mask(torch.tensor([8]), (1, 15, 6, 6))
     figure = strip(brightness, VIDEO, ["fades"], mask=mask)
     row = np.asarray(figure.axes[0].images[0].get_array())[3, :, 0].astype(int)
-    assert np.abs(row[3::7] - (np.linspace(-1, 1, 15)[:FRAMES] + 1) * 127.5).max() <= 0.5
+    assert np.abs(row[3::7] - (np.linspace(-1, 1, 15)[:NUM_FRAMES] + 1) * 127.5).max() <= 0.5
     assert figure.axes[0].get_title(loc="left") == "fades (1.6 s)"
 
 

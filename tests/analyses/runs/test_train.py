@@ -9,27 +9,28 @@ import pytest
 import torch
 
 from layerprobe.analyses.figures import training as training_plots
-from layerprobe.analyses.runs import data as runs
 from layerprobe.analyses.runs import train as training_runs
+from layerprobe.analyses.runs.network import NewNetwork
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.data.sources import DataSource
 from layerprobe.data.splits import take
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.training.plan import TrainingPlan
 
-TINY = SiTConfig((1, 8, 8), 2, 16, 6, 2, 10)
+TINY = {"width": 16, "depth": 6, "heads": 2}
 PLAN = TrainingPlan(steps=20, batch_size=16, learning_rate=1e-3, checkpoint_every=5, log_every=2)
 PAIR = (LayerPair("blocks.1", "blocks.4"),)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return take(runs.load_splits("digits", {})[0], num_train=120, num_validation=40)
+    return take(DataSource("digits").load(), num_train=120, num_validation=40)
 
 
 def _start(**options):
-    return training_runs.training_start(None, TINY, seed=0, device="cpu", **options)
+    return training_runs.training_start(None, NewNetwork(**TINY, **options), (1, 8, 8), 10, seed=0, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_checkpoint_remembers_its_path_and_prediction(path, prediction, digits
 
 def test_a_checkpoint_is_trained_on_its_own_path(tmp_path) -> None:
     with pytest.raises(ValueError, match="digits has a path and a prediction; leave out --path and --prediction"):
-        training_runs.training_start("digits", TINY, seed=0, path="linear")
+        training_runs.training_start("digits", NewNetwork(path="linear"), (1, 8, 8), 10, seed=0)
     with pytest.raises(ValueError, match="unknown path 'cosine'; use linear, gvp, vp"):
         _start(path="cosine")
     with pytest.raises(ValueError, match="unknown prediction 'noise'"):
@@ -58,14 +59,16 @@ def test_a_checkpoint_is_trained_on_its_own_path(tmp_path) -> None:
 
 
 def test_sizes_beside_a_preset_replace_its_own() -> None:
-    new = training_runs.new_config
+    def new(shape: tuple[int, ...], num_classes: int, **sizes: object) -> SiTConfig:
+        return NewNetwork(**sizes).config(shape, num_classes)
+
     assert new((1, 8, 8), 10) == SiTConfig((1, 8, 8), 2, 128, 8, 4, 10)
     assert new((1, 8, 8), 10, width=64) == SiTConfig((1, 8, 8), 2, 64, 8, 4, 10)
     assert new((3, 16, 32, 32), 0, preset="tiny") == SiTConfig((3, 16, 32, 32), (4, 8, 8), 64, 8, 4, 0)
     changed = new((3, 16, 32, 32), 0, preset="tiny", patch_size=(1, 8, 8), depth=3, heads=2)
     assert changed == SiTConfig((3, 16, 32, 32), (1, 8, 8), 64, 3, 2, 0)
     # What a preset would choose does not matter where it is replaced: 509 is prime.
-    assert new((66, 509), 0, preset="tiny", patch_size=1).grid == (509,)
+    assert new((66, 509), 0, preset="tiny", patch_size=(1,)).grid == (509,)
 
 
 def test_patches_by_axis_from_the_shell(cli, tmp_path) -> None:
@@ -81,7 +84,7 @@ def test_patches_by_axis_from_the_shell(cli, tmp_path) -> None:
     code, out, err = cli(*told, "--out", tmp_path / "u", "--from", tmp_path / "t" / "model.safetensors", "--json")
     assert (code, json.loads(out)["tokens"]) == (0, "8 of width 16")
     for wrong, said in (
-        ("2,4,4", "a patch of 2x4x4 does not fit the grid (8, 8); pass one edge for all axes, or one for each"),
+        ("2,4,4", "a patch of 2x4x4 does not fit the grid (8, 8); pass one edge for all axes, or one edge per axis"),
         ("2,3", "the grid (8, 8) does not divide into patches of 2x3; change one of them"),
         ("two", "--patch-size two is not a list of whole numbers"),
         ("0", "count from 1"),
@@ -97,7 +100,7 @@ def test_tokens_narrower_than_their_patches_are_warned_of(cli, tmp_path) -> None
     # A network of such tokens learned nothing of 66 x 4 numbers at width 32, and made noise of 192 at width 96.
     network = ("--width", 8, "--depth", 1, "--heads", 2, "--steps", 1, "--dry-run", "--out", tmp_path / "run")
     _, _, narrow = cli("train", "--data", "digits", "--patch-size", 4, *network)
-    assert "a patch of 4 holds 16 numbers and a token only 8" in narrow and "--width 16 or more" in narrow
+    assert "a patch of 4 has 16 values but a token only 8" in narrow and "--width 16 or more" in narrow
     assert cli("train", "--data", "digits", "--patch-size", 2, *network)[2] == ""
 
 
@@ -206,5 +209,5 @@ def test_the_figure_says_what_is_in_the_tables() -> None:
 
 def test_nothing_to_draw() -> None:
     empty = pd.DataFrame({"step": [], "loss": []})
-    with pytest.raises(ValueError, match="nothing to draw before the first row of the log"):
+    with pytest.raises(ValueError, match="the training has not logged anything yet"):
         training_plots.training_curves(empty, empty)
