@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from layerprobe.backbones import sit
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.family import Family, Opened, build_transformer
 from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
@@ -262,3 +264,42 @@ def config_from_state_dict(
         gated_mlp=GATED_MLP in tensors,
         shift=modulation is None or modulation.numel() != 4 * width,
     )
+
+
+def recognize_lightningdit(tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether these are the weights of a SiT with any of the changes of LightningDiT."""
+    patch, modulation = tensors.get("x_embedder.proj.weight"), tensors.get("blocks.0.adaLN_modulation.1.bias")
+    if patch is None or "final_layer.linear.weight" not in tensors:
+        return False
+    added = (ROTARY, GATED_MLP, "blocks.0.norm1.weight")
+    shared = modulation is not None and modulation.numel() == 4 * patch.shape[:1].numel()
+    return any(name in tensors for name in added) or shared
+
+
+def _make(
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    *,
+    num_heads: int | None,
+    shape: Sequence[int] | None,
+    **convention: Any,
+) -> Backbone:
+    config = config_from_state_dict(tensors, num_heads=num_heads, shape=shape)
+    with torch.device("meta"):
+        module = LightningDiT(config)
+    return lightningdit_backbone(module, **convention)
+
+
+def _build(tensors: Mapping[str, Tensor], family: Family, **options: Any) -> Opened:
+    return build_transformer(_make, tensors, family, **options)
+
+
+FAMILY = Family(
+    "LightningDiT",
+    "sit",
+    "velocity",
+    mark="transport",
+    latents="latents of the VA-VAE, (z - mean) / std by channel with the statistics of latents_stats.pt",
+    recognizes=recognize_lightningdit,
+    build=_build,
+)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.family import Family, Opened
 from layerprobe.capture import as_tokens
 from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 
@@ -312,3 +313,21 @@ def _integer(args: Mapping[str, Any], name: str, default: int) -> int:
 def _forward(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
     output: Tensor = module(x_t, native_time, condition)
     return output
+
+
+def _build(tensors: Mapping[str, Tensor], family: Family, **options: Any) -> Opened:
+    if not recognize_mdm(tensors):
+        raise ValueError(
+            "this is not an MDM: it lacks input_process, output_process or embed_timestep; pass an MDM's file"
+        )
+    return Opened(*build_mdm(tensors, **options))
+
+
+FAMILY = Family(
+    "MDM",
+    "ddpm-cosine",
+    "x0",
+    latents="motions, normalized as in the code of the training data",
+    recognizes=recognize_mdm,
+    build=_build,
+)

@@ -18,7 +18,8 @@ from plain_sit import official_shapes, plain_sit
 from torch import Tensor
 
 from layerprobe.backbones.base import Backbone
-from layerprobe.backbones.families import FAMILIES, Opened, _convention, build, recognize
+from layerprobe.backbones.families import FAMILIES, build, recognize
+from layerprobe.backbones.family import Opened, _convention
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.capture import capture
 from layerprobe.noise.predictions import convert_prediction
