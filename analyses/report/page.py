@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +78,14 @@ def _render(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     figure_numbers = count(1)
-    environment.filters |= {
+    filters: Mapping[str, Callable[..., str | list[str]]] = {
         "capital": capital,
         "inline_svg": lambda figure: inline_svg(figure, f"figure-{next(figure_numbers)}"),
         "name_parts": _name_parts,
         "number": _number,
         "shell_quoted": shlex.quote,
     }
+    environment.filters.update(filters)
     script = environment.get_template("script.js").render()
     script_sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(context, script_sha256=script_sha256)
