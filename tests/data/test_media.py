@@ -218,7 +218,7 @@ class TestBvh:
         ("old", "new", "said"),
         [
             ("HIERARCHY", "SKELETON", "it is not a BVH file"),
-            ("Frames: 2", "Frames: 3", "it declares 3 frames of 9 values but holds 18"),
+            ("Frames: 2", "Frames: 3", "it declares 3 frames of 9 values but contains 18"),
             ("Xposition", "Wposition", "channel 'Wposition' is not a BVH channel"),
             ("  End Site", "  Hello", "its HIERARCHY contains 'Hello' in the wrong place"),
             ("MOTION", "} MOTION", "the braces of its HIERARCHY do not match"),

@@ -29,7 +29,7 @@ def bvh_positions(text: str) -> Floats:
     num_frames, num_values = int(motion[1]), sum(len(joint.channels) for joint in joints)
     values = np.array(motion[5:], np.float64)
     if num_frames < 1 or values.size != num_frames * num_values:
-        raise ValueError(f"it declares {num_frames} frames of {num_values} values but holds {values.size} values")
+        raise ValueError(f"it declares {num_frames} frames of {num_values} values but contains {values.size} values")
     return _forward_kinematics(joints, values.reshape(num_frames, num_values))
 
 
