@@ -18,7 +18,7 @@ TEXTS = {
     "files": "files that appear whole",
     "options": "options of dataclasses",
     "progress": "progress callbacks",
-    "noise": "schedules, predictions, randomness",
+    "noise": "schedules, predictions",
     "capture": "outputs of layers",
     "data": "samples, splits, sources",
     "backbones": "all families in one convention",
@@ -80,8 +80,6 @@ def main() -> None:
         rooms = [room for room in ARROWS if levels[room] == level]
         for i, room in enumerate(rooms):
             places[room] = ((i - (len(rooms) - 1) / 2) * 3.4, level * 1.2)
-    places["analyses.measures"] = (5.1, levels["analyses.measures"] * 1.2)
-    places["training"] = (-1.7, levels["training"] * 1.2)
     for room, other in direct(ARROWS):
         (x, y), (to_x, to_y) = places[room], places[other]
         style = {"arrowstyle": "-|>", "color": "#5b6470", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
@@ -90,7 +88,9 @@ def main() -> None:
         building, _, name = room.rpartition(".")
         color = COLORS.get(building or room, COLORS["layerprobe"])
         corners = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch((x - 1.6, y - 0.35), 3.2, 0.7, boxstyle=corners, fc=color, ec="#3a4149", zorder=2))
+        axes.add_patch(
+            FancyBboxPatch((x - 1.6, y - 0.35), 3.2, 0.7, boxstyle=corners, fc=color, ec="#3a4149", zorder=2)
+        )
         axes.text(x, y + 0.13, name, ha="center", va="center", fontsize=11, weight="bold", zorder=3)
         axes.text(x, y - 0.16, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
     top = max(levels.values()) * 1.2
