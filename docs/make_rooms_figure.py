@@ -70,6 +70,7 @@ def direct(arrows: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
+    """Draws the figure."""
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "rooms", "font.family": "sans-serif"}
     # Measures stand below the tables that are made of them, although they could stand on the ground.
     levels = floors(ARROWS)
@@ -77,7 +78,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(11.5, 9))
     places = {}
     for level in range(max(levels.values()) + 1):
-        rooms = [room for room in ARROWS if levels[room] == level]
+        rooms = sorted((room for room in ARROWS if levels[room] == level), key=lambda room: room == "analyses.measures")
         for i, room in enumerate(rooms):
             places[room] = ((i - (len(rooms) - 1) / 2) * 3.4, level * 1.2)
     for room, other in direct(ARROWS):
