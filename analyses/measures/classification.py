@@ -62,19 +62,20 @@ def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: N
     is_known = np.isin(y, classes)
     targets = np.empty(len(y), np.intp)
     targets[is_known] = np.searchsorted(classes, y[is_known])
-    targets[~is_known] = num_classes + np.unique(y[~is_known], return_inverse=True)[1]
+    unknown_labels, unknown_codes = np.unique(y[~is_known], return_inverse=True)
+    targets[~is_known] = num_classes + unknown_codes
     predicted = log_probabilities.argmax(axis=1)
     correct = predicted == targets
+    codes = np.arange(num_classes + len(unknown_labels))
+    class_accuracy = recall_score(targets, predicted, labels=codes, average=None, zero_division=np.nan)
     log_likelihood = np.full(len(y), -np.inf)
     log_likelihood[is_known] = log_probabilities[is_known, targets[is_known]]
     # Stable, so that of equal probabilities the lower class comes first, as in argmax.
     top5 = np.argsort(-log_probabilities, axis=1, kind="stable")[:, :5]
     return ClassificationScores(
         accuracy=float(correct.mean()),
-        balanced_accuracy=float(recall_score(targets, predicted, labels=np.unique(targets), average="macro")),
-        class_accuracy=recall_score(
-            targets, predicted, labels=np.arange(num_classes), average=None, zero_division=np.nan
-        ),
+        balanced_accuracy=float(np.nanmean(class_accuracy)),
+        class_accuracy=class_accuracy[:num_classes],
         top5_accuracy=float((top5 == targets[:, None]).any(axis=1).mean()),
         negative_log_likelihood=float(-log_likelihood.mean()),
         calibration_error=_calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
