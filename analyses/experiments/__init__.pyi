@@ -1,5 +1,4 @@
 from .arms import BASELINE as BASELINE
-from .arms import FIRST as FIRST
 from .arms import FRECHET as FRECHET
 from .arms import HELD_OUT as HELD_OUT
 from .arms import HEURISTIC as HEURISTIC

@@ -30,8 +30,7 @@ from layerprobe.training import TrainingPlan
 
 FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
 BASELINE, PICK, RUNNER_UP, HEURISTIC = "baseline", "pick", "runner-up", "depth heuristic"
-FIRST, RANDOM, LEARNING_RATE = "first-ranked pair", "random pair", "learning rate"
-NEGATIVE_CONTROL = "negative control"
+RANDOM, LEARNING_RATE, NEGATIVE_CONTROL = "random pair", "learning rate", "negative control"
 # The names by which arms are requested, in the order in which they are trained.
 NAMES = ("none", "pick", "heuristic", "runner-up", "random", "learning-rate", "bad")
 
@@ -114,7 +113,6 @@ def arms_for(
     layers: Sequence[str],
     *,
     names: Sequence[str] | None = None,
-    advised: bool = True,
     seed: int = 0,
 ) -> tuple[Arm, ...]:
     """Returns the arms that test a selection, the baseline first.
@@ -127,7 +125,6 @@ def arms_for(
         names: Requested arms, some of `NAMES`; "random:3" requests three random pairs. The default is the baseline,
             the pick, the depth heuristic (where the pick is the heuristic's pair, the runner-up too) and the negative
             control.
-        advised: Whether the selection picks its first pair; False if it advises against all pairs.
         seed: Seed of the random pairs.
 
     Raises:
@@ -141,7 +138,7 @@ def arms_for(
     num_random, pairs_of_others = counts.get("random", 0), {heuristic, control, *ranked[:2]}
     available = {
         "none": [Arm(BASELINE, None)],
-        "pick": [Arm(PICK if advised else FIRST, pair) for pair in ranked[:1]],
+        "pick": [Arm(PICK, pair) for pair in ranked[:1]],
         "heuristic": [Arm(HEURISTIC, heuristic)],
         "runner-up": [Arm(RUNNER_UP, pair) for pair in ranked[1:2]],
         "random": _random_arms(layers, pairs_of_others, num_random, seed),

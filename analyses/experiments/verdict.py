@@ -20,7 +20,6 @@ import pandas as pd
 from scipy import stats
 
 from layerprobe.analyses.experiments.arms import (
-    FIRST,
     FRECHET,
     HEURISTIC,
     LEARNING_RATE,
@@ -48,7 +47,6 @@ LAST_PART = 0.25
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
 Caution = Literal[
-    "selection advised against every pair",
     "judged arm is not the pick",
     "no spread over seeds",
     "baseline got worse",
@@ -442,8 +440,6 @@ def _moved(curve: pd.DataFrame) -> bool:
 
 
 def _role(name: str) -> tuple[Caution, ...]:
-    if name == FIRST:
-        return ("selection advised against every pair",)
     not_the_pick = name in (HEURISTIC, RUNNER_UP) or name.startswith(RANDOM)
     return ("judged arm is not the pick",) if not_the_pick else ()
 

@@ -1,4 +1,4 @@
-"""How good generated samples are: extractors, distances and scores."""
+"""Quality of generated samples: extractors, distances and scores."""
 
 import lazy_loader
 

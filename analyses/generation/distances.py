@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Frechet distance and kernel distance."""
+"""Distances between two sets of features: Fréchet distance and kernel distance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and covariance (D, D) of features, float64, of n samples."""
+    """Gaussian fitted to features.
+
+    Attributes:
+        mean: Mean, shape (D,), float64.
+        covariance: Covariance, shape (D, D), float64.
+        n: Number of samples.
+    """
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
@@ -19,7 +25,10 @@ class Gaussian:
 
 
 def gaussian(features: NDArray[np.floating]) -> Gaussian:
-    """Fits a Gaussian to features of shape (n, D).
+    """Fits a Gaussian to features.
+
+    Args:
+        features: Features, shape (n, D).
 
     Raises:
         ValueError: If n < 2 or a feature is not finite.
@@ -33,10 +42,14 @@ def gaussian(features: NDArray[np.floating]) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+    """Computes the Fréchet distance |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    The trace of the root is the sum of the singular values of S_a^(1/2) S_b^(1/2), which stays real and keeps its
-    digits when the covariances are singular.
+    The trace of the root is computed as the sum of the singular values of S_a^(1/2) S_b^(1/2), which stays real and
+    accurate when the covariances are singular.
+
+    Args:
+        a: Gaussian of one set of features.
+        b: Gaussian of the other set.
 
     Raises:
         ValueError: If the Gaussians differ in width.
@@ -44,21 +57,23 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv:1706.08500).
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of width {len(a.mean)} and {len(b.mean)} do not compare; use one extractor")
+        raise ValueError(
+            f"features of width {len(a.mean)} and {len(b.mean)} cannot be compared; use one extractor for both"
+        )
     mixed = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False)
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * mixed.sum()
-    # Not below zero by rounding.
+    # Rounding must not make the distance negative.
     return float(max(((a.mean - b.mean) ** 2).sum() + trace, 0.0))
 
 
 def leave_out_gaussians(features: NDArray[np.floating], groups: NDArray[np.integer]) -> list[Gaussian]:
-    """The Gaussian of the samples outside of each group 0, 1, ..., in one pass over features (n, D).
+    """Fits a Gaussian to the samples outside each group 0, 1, ..., in one pass over the features.
 
     Args:
-        features: Shape (n, D).
-        groups: The group of each sample, shape (n,); none empty.
+        features: Features, shape (n, D).
+        groups: Group of each sample, shape (n,); no group is empty.
     """
-    # Centered first: differences of raw second moments lose the digits that a large mean takes.
+    # Centered first, because differences of raw second moments are inaccurate where the mean is large.
     center = features.mean(0, dtype=np.float64)
     parts = (features[groups == group] - center for group in range(int(groups.max()) + 1))
     counts, sums, moments = (np.stack(z) for z in zip(*((len(p), p.sum(0), p.T @ p) for p in parts), strict=True))
@@ -71,17 +86,17 @@ def leave_out_gaussians(features: NDArray[np.floating], groups: NDArray[np.integ
 
 
 def kernel_distance(x: NDArray[np.floating], y: NDArray[np.floating], *, rows: int = 1024) -> float:
-    """Unbiased squared maximum mean discrepancy of features under the kernel (x.y / D + 1)^3: the KID.
+    """Computes the unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, known as KID.
 
-    Expected to be 0 for samples of one distribution at any n, so single values below 0 are possible.
+    Its expectation is 0 for two sets from one distribution at any size, so single values below 0 are possible.
 
     Args:
-        x: Shape (n, D), n at least 2.
-        y: Shape (m, D), m at least 2.
-        rows: Samples at a time; memory grows with rows * max(n, m).
+        x: Features, shape (n, D), n at least 2.
+        y: Features, shape (m, D), m at least 2.
+        rows: Number of samples processed at a time; memory grows with rows * max(n, m).
 
     Raises:
-        ValueError: If the shapes do not fit, or a feature is not finite.
+        ValueError: If the shapes do not match, or a feature is not finite.
 
     Source: Bińkowski et al. 2018 (arXiv:1801.01401); estimator of Gretton et al. 2012.
     """
@@ -101,7 +116,7 @@ def _kernel(products: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def _kernel_sum(x: NDArray[np.float64], y: NDArray[np.float64], rows: int) -> float:
-    """Of the kernel over all pairs."""
+    """The sum of the kernel over all pairs of samples."""
     return float(sum(_kernel(x[part.start : part.stop] @ y.T, x.shape[1]).sum() for part in row_blocks(len(x), rows)))
 
 
@@ -112,5 +127,6 @@ def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def row_blocks(n: int, size: int) -> Iterator[range]:
+    """Yields consecutive ranges of at most `size` rows that cover n rows."""
     for start in range(0, n, size):
         yield range(start, min(start + size, n))

@@ -1,10 +1,10 @@
-"""Outside encoders to compare layers and samples with, as LayerSync and REPA compare layers with DINOv2.
+"""External encoders to compare layers and samples with, as LayerSync and REPA compare layers with DINOv2.
 
-An encoder is an `Extractor`: it sees clean samples and gives one vector for each.
+An encoder is an `Extractor`: it maps each clean sample to one vector.
 
-A TorchScript file is a program. PyTorch's interpreter runs it, which knows tensors and no Python; of what that can do,
-reading and writing files, operators of other libraries and C++ classes are refused before anything is loaded. What
-remains is arithmetic: a hostile file can give wrong features, print, and use up memory and time.
+A TorchScript file is a program, run by PyTorch's interpreter, which handles tensors and no Python. Programs that read
+or write files, or use operators of other libraries or C++ classes, are refused before anything is loaded. What remains
+is arithmetic: a hostile file can return wrong features, print, and use up memory and time.
 """
 
 from __future__ import annotations
@@ -24,80 +24,83 @@ from torch.nn import functional as F
 
 from layerprobe.analyses.generation.extractors import Extractor
 from layerprobe.checkpoints import import_object
-from layerprobe.files import MissingWeights
+from layerprobe.files import MissingWeights, one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# In any place of a program, strings and comments included: who reads only names can be led to read them wrongly.
+# Searched in the whole program, strings and comments included, because a parser of names could be deceived.
 _REFUSED_CODE = {
     rb"\b(save|from_file)\b": "operators that touch files",
     rb"\bops\b(?!\.(aten|prim)\b)": "operators of other libraries",
     rb"\bclasses\b": "C++ classes",
 }
-# The name of an object's class stands in a pickle in full, with a line break before its last part.
+# A pickle holds the full name of an object's class, with a line break before its last part.
 _REFUSED_DATA = {rb"torch[.\n]classes\b": "C++ classes"}
 
 
 def open_encoder(spec: str | Path, *, option: str = "--encoder", device: torch.device | str = "cpu") -> Extractor:
-    """An encoder by name.
+    """Opens an encoder.
 
     Args:
-        spec: A folder of an image model that transformers saved, such as DINOv2, MAE or CLIP's image half: images are
-            resized and normalized as its configuration says, and its patch tokens averaged. Or a TorchScript file, or
-            "file.py:function" or "package.module:function", a function from samples (B, C, *grid), about in [-1, 1],
-            to features (B, D).
-        option: What the caller calls it, for errors.
-        device: Where a folder's or a file's weights go. A function gets its samples on the CPU.
+        spec: One of three kinds of encoder. A folder of an image model saved by transformers, such as DINOv2, MAE or
+            the image encoder of CLIP: images are resized and normalized by its configuration, and its patch tokens are
+            averaged. A TorchScript file. Or "file.py:function" or "package.module:function", a function from samples
+            (B, C, *grid), roughly in [-1, 1], to features (B, D).
+        option: Name of the option in error messages.
+        device: Device of the weights of a folder or a file; a function gets its samples on the CPU.
 
     Raises:
-        FileNotFoundError: If there is no such folder or file, or it holds no weights.
+        FileNotFoundError: If the folder or file does not exist, or contains no weights.
         ModuleNotFoundError: If it is a folder and transformers is not installed.
-        ValueError: If the folder asks for code of its own, or holds no image model; if the file is no TorchScript, or
-            one that does more than arithmetic.
+        ValueError: If the folder requires custom code or holds no image model; if the file is not TorchScript, or does
+            more than arithmetic.
     """
-    place = Path(spec)
-    if place.is_dir():
-        return Extractor(place.name, _ImageModel(place, device, option).features, device)
-    if place.is_file():
-        return Extractor(place.name, _script(place, device), device)
+    path = Path(spec)
+    if path.is_dir():
+        return Extractor(path.name, _ImageModel(path, device, option).features, device)
+    if path.is_file():
+        return Extractor(path.name, _script(path, device), device)
     if ":" not in str(spec):
         raise FileNotFoundError(
-            f"there is no {option} {spec}; pass a folder that transformers saved, a TorchScript file, "
-            "or file.py:function"
+            f"{option} {spec} does not exist; pass a folder saved by transformers, a TorchScript file or "
+            "file.py:function"
         )
     function = import_object(str(spec), option)
     if not callable(function):
-        raise ValueError(f"{option} {spec} is no function; name one from samples (B, C, *grid) to features (B, D)")
+        raise ValueError(f"{option} {spec} is not a function; name one from samples (B, C, *grid) to features (B, D)")
     return Extractor(str(spec).rpartition(":")[2], function)
 
 
 class _ImageModel:
-    """A vision transformer of transformers, from pixels in [-1, 1] to the mean of its patch tokens."""
+    """A vision transformer from the transformers library, from pixels in [-1, 1] to the mean of its patch tokens."""
 
     def __init__(self, folder: Path, device: torch.device | str, option: str) -> None:
         config = _read_json(folder / "config.json")
         config = config.get("vision_config", config)
         if "auto_map" in _read_json(folder / "config.json"):
-            raise ValueError(f"{folder} wants code of its own to be run, which is refused; pass a file.py:function")
+            raise ValueError(f"{folder} requires custom code, which is refused; pass a file.py:function instead")
         if not isinstance(config.get("image_size"), int) or not isinstance(config.get("patch_size"), int):
-            raise ValueError(f"{folder} says no image_size and patch_size; pass a file.py:function instead")
+            raise ValueError(
+                f"{folder} has a config.json without image_size and patch_size; pass a file.py:function instead"
+            )
         if not any(folder.glob("*.safetensors")):
-            raise MissingWeights(f"{folder} holds no safetensors weights; put them there")
+            raise MissingWeights(f"{folder} contains no safetensors weights; copy them there")
         self.size, self.num_patches = config["image_size"], (config["image_size"] // config["patch_size"]) ** 2
-        place = folder / "preprocessor_config.json"
-        said = _read_json(place) if place.is_file() else {}
-        self.mean, self.std = said.get("image_mean", IMAGENET_MEAN), said.get("image_std", IMAGENET_STD)
+        path = folder / "preprocessor_config.json"
+        preprocessing = _read_json(path) if path.is_file() else {}
+        self.mean = preprocessing.get("image_mean", IMAGENET_MEAN)
+        self.std = preprocessing.get("image_std", IMAGENET_STD)
         self.module = _load(folder, option).to(device)
 
     def features(self, x: Tensor) -> Tensor:
-        """Pixels (B, 1 or 3, H, W) in [-1, 1] -> (B, D)."""
+        """Maps pixels (B, 1 or 3, H, W) in [-1, 1] to features (B, D)."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(
-                f"samples of shape {tuple(x.shape[1:])} are no images; pass a file.py:function as the encoder"
+                f"samples of shape {tuple(x.shape[1:])} are not images; pass a file.py:function as the encoder"
             )
         pixels = F.interpolate(x.expand(-1, 3, -1, -1), (self.size, self.size), mode="bicubic", antialias=True)
         mean, std = (x.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (self.mean, self.std))
         tokens: Tensor = self.module(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state
-        # The class token and registers stand before the patches.
+        # The class token and the registers come before the patch tokens.
         return tokens[:, -min(self.num_patches, tokens.shape[1]) :].mean(1)
 
 
@@ -116,7 +119,7 @@ def _load(folder: Path, option: str) -> Any:
         )
     except Exception as error:  # A damaged file can fail in any way.
         raise ValueError(
-            f"{folder} does not open as a model of transformers ({_first_line(error)}); check the folder"
+            f"transformers cannot open the model in {folder} ({one_line(error)}); check the folder"
         ) from error
     return getattr(model, "vision_model", model).eval()
 
@@ -124,38 +127,40 @@ def _load(folder: Path, option: str) -> Any:
 def _script(path: Path, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     program = _checked_script(path)
     with warnings.catch_warnings():
-        # Deprecated, and the format that published feature networks come in.
+        # The format is deprecated, but published feature networks come in it.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             module = torch.jit.load(program, map_location=device).eval()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise ValueError(f"{path} does not open as TorchScript ({_first_line(error)}); save it again") from error
+            raise ValueError(f"{path} cannot be opened as TorchScript ({one_line(error)}); save it again") from error
 
     def features(x: Tensor) -> Tensor:
         try:
             result: Tensor = module(x)
         except RuntimeError as error:
             last = str(error).strip().splitlines()[-1][:160]
-            raise ValueError(f"{path} does not take samples of shape {tuple(x.shape)} ({last})") from error
+            raise ValueError(f"{path} does not accept samples of shape {tuple(x.shape)} ({last})") from error
         return result
 
     return features
 
 
 def _checked_script(path: Path) -> io.BytesIO:
-    """The archive again, made of what was checked: another reader of zip files may see other things in the file.
+    """A new archive of the files that were checked, because another zip reader may see other files in the original.
 
     Raises:
-        ValueError: If it is no TorchScript archive, or would do more than arithmetic.
+        ValueError: If it is not a TorchScript archive, or does more than arithmetic.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
     except Exception as error:  # A damaged file can fail in any way.
-        raise ValueError(f"{path} is no TorchScript file ({_first_line(error)}); pass one of torch.jit.save") from error
+        raise ValueError(
+            f"{path} is not a TorchScript file ({one_line(error)}); pass one saved by torch.jit.save"
+        ) from error
     code = {name for name in files if name.lower().endswith(".py")}
     if not code or not any(name.endswith("/constants.pkl") for name in files):
-        raise ValueError(f"{path} is no TorchScript file; pass one of torch.jit.save")
+        raise ValueError(f"{path} is not a TorchScript file; pass one saved by torch.jit.save")
     for name, content in files.items():
         for pattern, what in (_REFUSED_CODE if name in code else _REFUSED_DATA).items():
             if re.search(pattern, content):
@@ -168,15 +173,11 @@ def _checked_script(path: Path) -> io.BytesIO:
     return program
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
-def _read_json(place: Path) -> dict[str, Any]:
-    if not place.is_file():
-        raise FileNotFoundError(f"there is no {place}; pass a folder that transformers saved")
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; pass a folder saved by transformers")
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{place} is not valid JSON ({error}); copy or download it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from error
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Training the arms that put the pick of a run to the test."""
+"""Confirmation of a run: training the arms that test its pick."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from layerprobe.analyses.experiments import (
     resolution,
 )
 from layerprobe.analyses.report import write_report
-from layerprobe.analyses.runs.data import training_splits
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import read_plan, read_selection
 from layerprobe.analyses.selection import Selection
 from layerprobe.backbones import alignable_layers, fresh_sit
-from layerprobe.checkpoints import open_checkpoint, training_record
-from layerprobe.progress import TaskProgress
+from layerprobe.checkpoints import training_record
+from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -44,24 +43,24 @@ def confirm_run(
     device: str = "auto",
     progress: TaskProgress | None = None,
 ) -> Verdict:
-    """Trains the arms that put the pick of a run to the test, and writes verdict, figures and report.
+    """Trains the arms that test the pick of a run, and writes verdict, figures and report.
 
     Args:
-        run: A folder with a selection.
-        training: Steps, batch size, learning rate and weight; shared by all arms.
-        seeds: At least two.
-        arms: See `arms_for`.
-        stop_early: See `ConfirmationPlan`.
-        from_scratch: Fresh weights for every seed instead of branching from the checkpoint.
-        num_evaluations: See `ConfirmationPlan`, like the next two.
-        num_samples: Drawn for each Fréchet distance.
-        sampling: How samples are drawn.
-        device: Where the models run.
-        progress: Called with (what is running, steps done, steps in all).
+        run: Run folder with a selection.
+        training: Training plan that all arms share, see `confirmation_training`.
+        seeds: Seeds of the runs, at least two.
+        arms: Names of the requested arms, see `arms_for`.
+        stop_early: Whether to stop once the difference is clear, see `ConfirmationPlan`.
+        from_scratch: Whether each seed starts from fresh weights instead of the checkpoint.
+        num_evaluations: Number of evaluations, evenly spaced over the steps.
+        num_samples: Number of samples drawn for each Fréchet distance.
+        sampling: Sampling plan for these samples.
+        device: Device of the models.
+        progress: Callback with (name of the running arm, steps done, total steps).
     """
     run, plan = Path(run), read_plan(run)
     selection = read_selection(run)
-    backbone = open_checkpoint(plan.checkpoint, device=device, **plan.checkpoint_options)
+    backbone = plan.checkpoint.open(device=device)
     confirmation = ConfirmationPlan(
         training,
         seeds,
@@ -70,12 +69,13 @@ def confirm_run(
         sampling or SamplingPlan(solver="heun", steps=12),
         stop_early,
     )
-    chosen = _arms(selection, alignable_layers(backbone), arms, seeds)
-    splits = training_splits(plan.data, backbone.shape, plan.data_options, progress=progress)
+    trained_arms = _arms(selection, alignable_layers(backbone), arms, seeds)
+    encoding = named_progress(progress, "encoding images")
+    splits = plan.data.training_splits(backbone.shape, progress=encoding)
     verdict = confirm_pair(
         lambda seed: fresh_sit(backbone, seed) if from_scratch else backbone,
         splits,
-        chosen,
+        trained_arms,
         confirmation,
         run / "confirmation",
         start_name="from scratch" if from_scratch else "from the checkpoint",
@@ -88,43 +88,48 @@ def confirm_run(
     return verdict
 
 
-def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = False, **given: Any) -> TrainingPlan:
-    """How the arms of a run are trained: as its checkpoint was, where the checkpoint says so, unless given otherwise.
+def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = False, **options: Any) -> TrainingPlan:
+    """Returns the training plan of the arms of a run: that of its checkpoint, where recorded, changed by the options.
 
-    The averaged weights look back over a tenth of the steps, so that they show what the arm has learned. A branch
-    starts with an empty optimizer state, so its learning rate warms up over the first tenth. From scratch it warms up
-    as the checkpoint's did: a longer warm-up is worse without alignment, and the gains would be too large.
+    The averaged weights average over about a tenth of the steps, so that they show what the arm has learned. A branch
+    starts with an empty optimizer state, so its learning rate warms up over the first tenth of the steps. From scratch
+    it warms up as in the checkpoint's training: a longer warm-up harms the baseline and would make gains too large.
+
+    Args:
+        run: Run folder.
+        steps: Training steps of each arm.
+        from_scratch: Whether the arms start from fresh weights.
+        **options: Fields of `TrainingPlan`.
     """
-    path = read_plan(run).checkpoint
-    trained = training_record(path)
-    known: dict[str, Any] = {
+    trained = training_record(read_plan(run).checkpoint.path)
+    recorded: dict[str, Any] = {
         name: trained[name]
         for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
         if name in trained
     }
     if from_scratch and "warmup_steps" in trained:
-        known["warmup_steps"] = trained["warmup_steps"]
+        recorded["warmup_steps"] = trained["warmup_steps"]
     default = {"steps": steps, "warmup_steps": steps // 10, "ema_decay": max(0.0, 1 - 10 / steps)}
-    return TrainingPlan(**default | known | given)
+    return TrainingPlan(**default | recorded | options)
 
 
 def trained_steps(run: str | Path) -> int | None:
-    """How long the checkpoint of a run was trained, where it says so."""
-    steps: int | None = training_record(read_plan(run).checkpoint).get("steps")
+    """Returns the number of steps that the checkpoint of a run was trained for; None if it is not recorded."""
+    steps: int | None = training_record(read_plan(run).checkpoint.path).get("steps")
     return steps
 
 
 def _arms(
-    selection: Selection, layers: Sequence[str], wanted: Sequence[str] | None, seeds: Sequence[int]
+    selection: Selection, layers: Sequence[str], names: Sequence[str] | None, seeds: Sequence[int]
 ) -> tuple[Arm, ...]:
     ranked = [pair.pair for pair in selection.ranked]
-    return arms_for(ranked, layers, wanted=wanted, advised=selection.pick is not None, seed=seeds[0])
+    return arms_for(ranked, layers, names=names, seed=seeds[0])
 
 
-def arm_names(run: str | Path, wanted: Sequence[str] | None = None, *, seed: int = 0) -> list[str]:
-    """The arms that a confirmation of this run would train, with their pairs; see `arms_for`."""
+def arm_names(run: str | Path, names: Sequence[str] | None = None, *, seed: int = 0) -> list[str]:
+    """Returns the arms that a confirmation of this run would train, with their pairs; see `arms_for`."""
     selection = read_selection(run)
-    return [str(arm) for arm in _arms(selection, selection.criteria.layers, wanted, (seed,))]
+    return [str(arm) for arm in _arms(selection, selection.basis.layers, names, (seed,))]
 
 
 def confirmation_resolution(
@@ -135,27 +140,27 @@ def confirmation_resolution(
     spread: float | None = None,
     pilot: str | Path | None = None,
 ) -> Resolution:
-    """The difference that a confirmation of a run can be expected to find.
+    """Returns the difference that a confirmation of a run can be expected to find.
 
     Args:
-        run: The run folder; what its confirmation has trained already tells the spread, if nothing else does.
-        num_seeds: In all.
-        stop_early: See `ConfirmationPlan`.
-        spread: Standard deviation over seeds of a difference, as a share of the distance, where it is known.
-        pilot: Another run that was confirmed with two seeds or more, or an atlas of them, whose spread to take.
+        run: Run folder; without `spread` and `pilot` the spread is that of the seeds its confirmation has finished.
+        num_seeds: Number of seeds.
+        stop_early: Whether the seeds may stop early, see `ConfirmationPlan`.
+        spread: Standard deviation of a difference over seeds, as a share of the distance.
+        pilot: Folder of another confirmed run or of a pair sweep, with two seeds or more, whose spread is used.
 
     Raises:
-        ValueError: If both are given, or the pilot tells no spread.
+        ValueError: If both a spread and a pilot are given, or the pilot has no spread.
     """
     if spread is not None and pilot is not None:
         raise ValueError("both a spread and a pilot are given; pass one of them")
     if spread is not None:
-        known: Spread | None = Spread(spread, None, "as stated")
+        estimate: Spread | None = Spread(spread, None, "stated")
     elif pilot is not None:
         inner = Path(pilot) / "confirmation"
-        known = kept_spread(inner if inner.is_dir() else Path(pilot), "the pilot")
-        if known is None:
-            raise ValueError(f"{pilot} holds no arms of two seeds that differ; pass a confirmed run or an atlas")
+        estimate = kept_spread(inner if inner.is_dir() else Path(pilot), "pilot")
+        if estimate is None:
+            raise ValueError(f"{pilot} holds no two seeds whose differences vary; pass a confirmed run or a pair sweep")
     else:
-        known = kept_spread(Path(run) / "confirmation", "this confirmation")
-    return resolution(num_seeds, stop_early=stop_early, spread=known)
+        estimate = kept_spread(Path(run) / "confirmation", "this confirmation")
+    return resolution(num_seeds, stop_early=stop_early, spread=estimate)

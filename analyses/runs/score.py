@@ -1,4 +1,4 @@
-"""`layerprobe score` from start to finish: which samples, against which data, by which extractor."""
+"""The job of `layerprobe score`: reading samples and data, extracting features, scores."""
 
 from __future__ import annotations
 
@@ -20,62 +20,65 @@ from layerprobe.analyses.generation import (
     embedded_extractor,
     score_features,
 )
-from layerprobe.analyses.runs.data import encoded, load_splits
-from layerprobe.data import ArraySamples, Samples, Splits, load_array, take
+from layerprobe.data import ArraySamples, DataSource, Samples, Splits, load_array, take
 from layerprobe.files import write_text
+from layerprobe.options import flags, to_record
 from layerprobe.progress import TaskProgress, named_progress
 
 ARRAYS = (".npz", ".npy")
 
 
 def load_generated(path: str | Path) -> ArraySamples:
-    """Generated samples: a file as in `load_array`, or a folder of `layerprobe sample`.
+    """Reads generated samples.
+
+    Args:
+        path: File as in `load_array`, or folder of `layerprobe sample`.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the file does not exist, or the folder contains no samples.
         ValueError: As `load_array`.
     """
     path = Path(path)
     if not path.is_dir():
         return load_array(path)
-    found = [path / f"samples{suffix}" for suffix in reversed(ARRAYS) if (path / f"samples{suffix}").is_file()]
-    if not found:
-        raise FileNotFoundError(f"{path} holds no samples.npy; pass a folder made by `layerprobe sample`")
-    # The .npy has not been rounded to 256 values.
-    return load_array(found[0])
+    # The .npy comes first: its values are not rounded to 256 levels.
+    files = [path / f"samples{suffix}" for suffix in reversed(ARRAYS) if (path / f"samples{suffix}").is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path} contains no samples.npy; pass a folder made by `layerprobe sample`")
+    return load_array(files[0])
 
 
 def open_comparison(
-    samples: str | Path, data: str, reading: Mapping[str, Any], *, num_test: int | None = None
+    samples: str | Path, data: DataSource, *, num_test: int | None = None
 ) -> tuple[ArraySamples, Splits]:
-    """Generated samples, and the data to compare them with, not yet encoded.
+    """Reads generated samples, and the data to compare them with, which is not encoded yet.
 
     Args:
-        samples: As in `load_generated`.
-        data: A data set, whose training split trains an embedded extractor and whose test split is compared with; or a
+        samples: Generated samples, see `load_generated`.
+        data: Data set, whose training split trains an embedded extractor and whose test split is the reference; or a
             file as in `load_array`, all of which serves for both.
-        reading: Options that read a data set.
-        num_test: How much of the test split to compare with; None for all.
+        num_test: Number of reference samples; None for the whole test split.
 
     Raises:
-        ValueError: If something cannot be read or has no effect, shapes differ, or there are too few samples.
+        ValueError: If a file cannot be read, an option has no effect, shapes differ, or there are too few samples.
     """
     generated = load_generated(samples)
-    if Path(data).suffix in ARRAYS:
-        surplus = [*reading, *(["num_test"] if num_test is not None else [])]
-        if surplus:
-            raise ValueError(f"{data} is compared with as it is; leave out --{surplus[0].replace('_', '-')}")
-        array = load_array(data)
+    if Path(data.source).suffix in ARRAYS:
+        unused = [name for name in to_record(data) if name != "source"] + ["num_test"] * (num_test is not None)
+        if unused:
+            raise ValueError(f"{data.source} is used as it is; leave out {flags(DataSource, unused)[0]}")
+        array = load_array(data.source)
         splits, shape = Splits(array, array, array), array.shape
     else:
-        splits, shape = load_splits(data, reading)
-        # Of the validation split nothing is used, so nothing has to be encoded.
+        splits = data.load()
+        shape = data.model_shape(splits)
+        # The validation split is not used, so it need not be encoded.
         splits = take(splits, num_validation=1, num_test=num_test)
     if generated.modality == "image" and generated.shape[0] == 3 and shape == (1, *generated.shape[1:]):
         generated = generated.gray()
     if generated.shape != shape:
-        seen, wanted = ("x".join(map(str, numbers)) for numbers in (generated.shape, shape))
-        raise ValueError(f"samples are {seen} but the data is {wanted}; pass data of the samples' shape")
+        actual, expected = ("x".join(map(str, numbers)) for numbers in (generated.shape, shape))
+        raise ValueError(f"samples are {actual} but the data is {expected}; pass data of the samples' shape")
     for n, what in ((len(generated), "samples"), (len(splits.test), "samples to compare with")):
         if n < FEWEST_SAMPLES:
             raise ValueError(f"{n} {what} are too few; pass at least {FEWEST_SAMPLES}")
@@ -85,7 +88,7 @@ def open_comparison(
 def score_run(
     generated: ArraySamples,
     splits: Splits,
-    reading: Mapping[str, Any],
+    data: DataSource,
     *,
     extractor: Extractor | None = None,
     metrics: Sequence[str] = METRICS,
@@ -93,19 +96,20 @@ def score_run(
     seed: int = 0,
     progress: TaskProgress | None = None,
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
-    """Scores and warnings, see `score_features`.
+    """Computes scores and warnings, see `score_features`.
 
     Args:
-        generated: The samples to score.
-        splits: The data, as `open_comparison` gives it.
-        reading: Options that read a data set; they may name an autoencoder.
-        extractor: Of features; an embedded one, trained on the training split and kept in the user's cache, where not given.
-        metrics: Some of `METRICS`.
-        k: Of the neighborhoods.
-        seed: Of the embedded extractor and of the intervals.
-        progress: Called with (what is running, steps done, steps in all).
+        generated: Generated samples.
+        splits: Data to compare them with, see `open_comparison`.
+        data: Source of the data, which may name an autoencoder.
+        extractor: Extractor of the features; by default one that is trained on the training split and cached in the
+            user's cache folder.
+        metrics: Names of the scores, some of `METRICS`.
+        k: Neighbor that the balls of the neighborhoods reach to.
+        seed: Seed of the embedded extractor and of the intervals.
+        progress: Callback with (name of the task, steps done, total steps).
     """
-    splits = encoded(splits, reading, progress=progress)
+    splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
     if extractor is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
         extractor = embedded_extractor(
@@ -128,21 +132,21 @@ def score_run(
 
 
 def range_warnings(generated: ArraySamples, reference: Samples) -> list[str]:
-    """Whether samples seem to be scaled otherwise than the data."""
+    """Returns a warning if the samples seem to be scaled differently from the data."""
     low, high = generated.value_range
     x = reference.batch(range(min(len(reference), 512))).x
     real_low, real_high = float(x.min()), float(x.max())
     middle, reach = (real_low + real_high) / 2, (real_high - real_low) / 2
     if low < middle - 2 * reach or high > middle + 2 * reach or low > middle - reach / 4 or high < middle + reach / 4:
         return [
-            f"samples run from {low:.3g} to {high:.3g} and the data from {real_low:.3g} to {real_high:.3g}; "
-            "if they are scaled otherwise, rescale them"
+            f"samples range from {low:.3g} to {high:.3g} and the data from {real_low:.3g} to {real_high:.3g}; "
+            "if they are scaled differently, rescale them"
         ]
     return []
 
 
 def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any]) -> None:
-    """Writes `scores.csv`, a row for each score, and the record as `scores.json`."""
+    """Writes `scores.csv`, with a row for each score, and the record as `scores.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scores.csv", pd.DataFrame([asdict(score) for score in scores]).to_csv(index=False))
@@ -150,7 +154,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[st
 
 
 def describe_scores(scores: Sequence[Score], warnings: Sequence[str]) -> list[str]:
-    """Scores as lines of a table."""
+    """Returns the scores as lines of a table, followed by extractor and warnings."""
     rows = [("score", "value", "95 % interval", "better", "samples", "reference")]
     rows += [
         (

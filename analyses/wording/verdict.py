@@ -70,8 +70,6 @@ def _difference(verdict: Verdict) -> str:
 def _caution(code: Caution, verdict: Verdict) -> str:
     baseline, judged = verdict.arms[0], verdict.arm(verdict.judged)
     match code:
-        case "selection advised against every pair":
-            return "The selection advises against every pair, so the verdict is about the pair that it ranks first."
         case "judged arm is not the pick":
             return f"The pick is not among the arms, so the verdict is about {_the(judged.name)}."
         case "no spread over seeds":

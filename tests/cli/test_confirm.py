@@ -10,17 +10,30 @@ import pytest
 
 from layerprobe.analyses.experiments.power import detectable, look_levels
 from layerprobe.analyses.runs.confirm import confirmation_training
+from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
 from layerprobe.checkpoints.opening import training_record
-from layerprobe.cli.options import sync_options
 from layerprobe.layersync.options import SyncOptions
 
-LAYERS = [f"blocks.{i}" for i in range(8)]
+LAYERS = tuple(f"blocks.{i}" for i in range(8))
 
 
-def ranked(student: int, teacher: int) -> dict[str, object]:
-    numbers = dict.fromkeys(("score", "teacher_quality", "student_quality", "gap", "mean_cka"), 0.5)
-    names = {"student": LAYERS[student], "teacher": LAYERS[teacher], "distance": teacher - student}
-    return names | numbers | {"teacher_is_best": True, "gap_is_certain": True, "ties_with_first": False, "reasons": []}
+def ranked(student: int, teacher: int) -> RankedPair:
+    return RankedPair(
+        student=LAYERS[student],
+        teacher=LAYERS[teacher],
+        score=1.0,
+        score_low=0.5,
+        score_high=1.5,
+        parts=(),
+        teacher_quality=0.9,
+        student_quality=0.6,
+        gap=0.3,
+        gap_is_certain=True,
+        mean_cka=0.5,
+        distance=teacher - student,
+        teacher_is_best=True,
+        ties_with_first=False,
+    )
 
 
 @pytest.fixture
@@ -28,21 +41,23 @@ def folder(tmp_path: Path) -> Path:
     """A run of the embedded model as far as `confirm` reads it before it trains."""
     run = tmp_path / "run"
     run.mkdir()
-    plan = {"checkpoint": "digits", "data": "digits", "noise_levels": [0.3]}
+    plan = {"checkpoint": {"path": "digits"}, "data": {"source": "digits"}, "extraction": {"noise_levels": [0.3]}}
     (run / "plan.json").write_text(json.dumps(plan))
-    criteria = {"metric": "probe accuracy", "split": "validation", "noise_levels": [0.3], "layers": LAYERS}
-    criteria |= {"tail": [], "head": [], "min_distance": 2, "max_cka": 0.98}
-    pairs = [ranked(1, 5), ranked(1, 4)]
-    selection = {
-        "criteria": criteria,
-        "label_free": False,
-        "ranked": pairs,
-        "rejected": [],
-        "layers": [],
-        "warnings": [],
-    }
-    pick = {"student": LAYERS[1], "teacher": LAYERS[5]}
-    (run / "selection.json").write_text(json.dumps({"pick": pick, "reason": "", "status": ""} | selection))
+    basis = SelectionBasis(
+        metric="probe accuracy",
+        split="validation",
+        noise_levels=(0.3,),
+        layers=LAYERS,
+        tail=(),
+        head=(),
+        min_distance=2,
+        max_cka=0.98,
+        min_gap=0.05,
+        weights=(),
+    )
+    pairs = (ranked(1, 5), ranked(1, 4))
+    selection = Selection(basis, label_free=False, ranked=pairs, rejected=(), layers=(), cautions=())
+    (run / "selection.json").write_text(selection.to_json())
     return run
 
 
@@ -79,7 +94,7 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
 def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:
     code, out, _ = cli("confirm", folder, "--dry-run", "--json", "--sync-stop-step", "500")
     assert (code, json.loads(out)["sync_stop_step"]) == (0, 500)
-    training = confirmation_training(folder, steps=1000, sync=sync_options({"sync_stop_step": 500}))
+    training = confirmation_training(folder, steps=1000, sync=SyncOptions(stop_step=500))
     assert training.sync == SyncOptions(stop_step=500)
 
 
@@ -130,7 +145,7 @@ def test_the_spread_is_that_of_the_runs_that_are_there(folder: Path, cli) -> Non
         ("--arms pick", "the arms pick lack none"),
         ("--stop-early", "stopping early needs 4 to 50 seeds (the first look is after 3), got 3"),
         ("--spread 0.1 --pilot .", "both a spread and a pilot are given; pass one of them"),
-        ("--sync-decay linear", "a linear decay ends at the stop step; pass stop_step"),
+        ("--sync-decay linear", "a linear decay ends at the stop step; pass --sync-stop-step"),
         ("--spread -1", "a spread must be positive, got -1.0; pass 0.05 for 5 % of the distance"),
         ("--pilot nowhere", "nowhere holds no two seeds whose differences vary; pass a confirmed run or a pair sweep"),
     ],

@@ -9,7 +9,6 @@ import pytest
 
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
-    FIRST,
     HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
@@ -94,13 +93,6 @@ def test_an_arm_that_is_there_already_is_named_there() -> None:
         "pick and depth heuristic (blocks.2 <- blocks.5)",
         "negative control (blocks.8 <- blocks.9)",
     ]
-
-
-def test_without_a_pick_the_first_ranked_pair_stands_for_it() -> None:
-    """The selection may advise against all of its pairs; whether it was right to is worth a confirmation."""
-    arms = arms_for(RANKED, LAYERS, advised=False)
-    assert [arm.name for arm in arms] == [BASELINE, FIRST, HEURISTIC, NEGATIVE_CONTROL]
-    assert arms[1].pair == RANKED[0]
 
 
 def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:

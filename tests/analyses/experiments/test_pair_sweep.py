@@ -333,8 +333,8 @@ def test_the_figure_puts_each_pair_in_its_cell_and_says_what_is_seen() -> None:
     assert "one seed" in title
     left = figure.axes[0]
     cells = {(t.get_position()[0], t.get_position()[1]): t.get_text() for t in left.texts}
-    assert cells == {(0, 0): "+50", (1, 0): "+25", (0, 1): "–", (1, 1): "-50"}
-    assert left.get_title(loc="left") == "Frechet distance: best a from b; thin frame: the pick"
+    assert cells == {(0.5, 0.5): "+50", (1.5, 0.5): "+25", (1.5, 1.5): "-50"}
+    assert left.get_title(loc="left") == "Frechet distance: best a from b\nthin frame: the pick"
     lost = planted({("a", "b"): 3.0})
     assert "None of 1 pairs beats the baseline" in pair_sweep_heatmap(lost, ("a", "b")).get_suptitle()
 

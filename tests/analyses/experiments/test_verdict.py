@@ -13,7 +13,6 @@ from scipy import stats
 
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
-    FIRST,
     FRECHET,
     HELD_OUT,
     HEURISTIC,
@@ -476,13 +475,6 @@ def test_random_pairs_stand_beside_the_pick_in_their_mean() -> None:
     alone = every("none,random", {BASELINE: SETTLED, f"{RANDOM} 1": FALL})
     assert alone.judged == "random pair 1"
     assert (alone.cautions, alone.comparisons) == (("judged arm is not the pick",), ())
-
-
-def test_the_first_ranked_pair_is_judged_where_the_selection_advised_against_all() -> None:
-    arms = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=["none", "pick"], advised=False)
-    table = curves({BASELINE: SETTLED, FIRST: (10, 7, 6, 5.1, 5.0)})
-    found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert (found.answer, found.cautions) == ("hurts", ("selection advised against every pair",))
 
 
 def test_no_difference_says_what_could_have_been_found() -> None:

@@ -18,8 +18,11 @@ from layerprobe.analyses.measures.cka import linear_cka
 from layerprobe.analyses.runs import folder, probe
 from layerprobe.analyses.tables.measurements import spectra
 from layerprobe.analyses.tables.quality import read_quality
+from layerprobe.checkpoints.source import CheckpointSource
 from layerprobe.data.digits import digits
+from layerprobe.data.sources import DataSource
 from layerprobe.extraction.features import FeatureStore
+from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.files import MissingWeights
 
 
@@ -56,38 +59,42 @@ def test_a_folder_of_transformers_gives_the_mean_of_its_patch_tokens(dinov2: Pat
 
 def test_bad_folders_are_refused_in_one_line(dinov2: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"^there is no --encoder \S+none; pass a folder that transformers saved, a TorchScript"
+        FileNotFoundError,
+        match=r"^--encoder \S+none does not exist; pass a folder saved by transformers, a TorchScript",
     ):
         open_encoder(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"are no images; pass a file\.py:function as the encoder"):
+    with pytest.raises(ValueError, match=r"are not images; pass a file\.py:function as the encoder"):
         open_encoder(dinov2).features(torch.zeros(2, 4, 8, 8))
     config = json.loads((dinov2 / "config.json").read_text())
     (dinov2 / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(ValueError, match="wants code of its own to be run, which is refused"):
+    with pytest.raises(ValueError, match="requires custom code, which is refused"):
         open_encoder(dinov2)
     (dinov2 / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="says no image_size and patch_size"):
+    with pytest.raises(ValueError, match="without image_size and patch_size"):
         open_encoder(dinov2)
     (dinov2 / "config.json").write_text(json.dumps(config))
     weights = dinov2 / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(
-        ValueError, match=r"does not open as a model of transformers \(.*\); check the folder"
+        ValueError, match=r"transformers cannot open the model in .* \(.*\); check the folder"
     ) as caught:
         open_encoder(dinov2)
     assert "\n" not in str(caught.value)
     weights.unlink()
-    with pytest.raises(MissingWeights, match="holds no safetensors weights"):
+    with pytest.raises(MissingWeights, match="contains no safetensors weights"):
         open_encoder(dinov2)
 
 
 def test_a_function_of_the_users_is_compared_with_every_layer(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def flat(x):\n    return x.flatten(1)\nnumber = 3\n")
-    with pytest.raises(ValueError, match=r"mine.py:number is no function; name one from samples"):
+    with pytest.raises(ValueError, match=r"mine.py:number is not a function; name one from samples"):
         open_encoder(f"{tmp_path / 'mine.py'}:number")
     encoder = open_encoder(f"{tmp_path / 'mine.py'}:flat")
-    counts = {"num_train": 60, "num_validation": 50, "num_test": 30}
-    plan = folder.RunPlan("digits", "digits", (0.1, 0.9), {"layers": ["blocks.0", "blocks.6"]}, counts)
+    plan = folder.RunPlan(
+        CheckpointSource("digits", layers=("blocks.0", "blocks.6")),
+        DataSource("digits", num_train=60, num_validation=50, num_test=30),
+        ExtractionPlan(noise_levels=(0.1, 0.9)),
+    )
     probe.extract_run(plan, tmp_path / "run")
     probe.analyze_run(tmp_path / "run", analyses=[spectra], encoder=encoder)
     table = read_quality(tmp_path / "run" / "quality.csv")
@@ -151,7 +158,7 @@ def test_a_torchscript_file_gives_what_its_module_gave_in_evaluation_mode(tmp_pa
     with torch.inference_mode():
         assert torch.allclose(encoder.features(x), module.eval()(x), atol=1e-6)
     with pytest.raises(
-        ValueError, match=r"means.pt does not take samples of shape \(5, 2, 6, 6\) \(.*channels.*\)$"
+        ValueError, match=r"means.pt does not accept samples of shape \(5, 2, 6, 6\) \(.*channels.*\)$"
     ) as error:
         encoder.features(x.repeat(1, 2, 1, 1))
     assert "\n" not in str(error.value)
@@ -218,11 +225,11 @@ def test_files_that_are_no_torchscript_are_refused_in_one_line(tmp_path: Path) -
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
     for name in ("cut", "empty", "weights"):
         with pytest.raises(
-            ValueError, match=rf"{name}.pt is no TorchScript file.*; pass one of torch.jit.save$"
+            ValueError, match=rf"{name}.pt is not a TorchScript file.*; pass one saved by torch.jit.save$"
         ) as error:
             open_encoder(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
     broken = edited(good, "test_encoders.py", (b"torch.mean(", b"torch.mean(("), tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match=r"broken.pt does not open as TorchScript \(.*\); save it again$") as error:
+    with pytest.raises(ValueError, match=r"broken.pt cannot be opened as TorchScript \(.*\); save it again$") as error:
         open_encoder(broken)
     assert "\n" not in str(error.value)

@@ -120,7 +120,7 @@ def test_features_that_are_none_are_refused(features: NDArray[np.float64], messa
 
 
 def test_features_of_two_extractors_are_refused() -> None:
-    with pytest.raises(ValueError, match="features of width 3 and 4 do not compare; use one extractor"):
+    with pytest.raises(ValueError, match="features of width 3 and 4 cannot be compared; use one extractor"):
         distance(np.eye(3), np.eye(4))
 
 
@@ -188,7 +188,7 @@ def test_features_without_a_kernel_distance_are_refused(x: NDArray[np.float64], 
     [(lambda x: x, r"shape \(4, 1, 4, 4\)"), (lambda x: x.flatten(1)[:2], r"shape \(2, 16\)"), (lambda x: 3, "a int")],
 )
 def test_what_an_extractor_must_not_give(function: Any, seen: str) -> None:
-    with pytest.raises(ValueError, match=rf"^mine gives {seen} for 4 samples; it must give features \(B, D\)$"):
+    with pytest.raises(ValueError, match=rf"^mine returns {seen} for 4 samples; it must return features \(B, D\)$"):
         sample_features(Extractor("mine", function), torch.zeros(4, *SHAPE))
 
 
@@ -240,7 +240,7 @@ def test_the_classifier_of_something_else_is_refused(tmp_path: Path) -> None:
         (samples, {"steps": 2, "batch_size": 8, "seed": 1}),
     ]
     for data, options in others:
-        with pytest.raises(ValueError, match=r"is an extractor of other data or another training; delete it$"):
+        with pytest.raises(ValueError, match=r"is an extractor for other data or of another training; delete it$"):
             classifier_extractor(data, cache, **options)
     cache.write_bytes(cache.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"extractor.safetensors is damaged .*; delete it$") as error:

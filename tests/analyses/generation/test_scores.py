@@ -36,6 +36,7 @@ from layerprobe.analyses.runs.score import open_comparison
 from layerprobe.data.arrays import load_array
 from layerprobe.data.digits import digits
 from layerprobe.data.loading import load
+from layerprobe.data.sources import DataSource
 
 
 def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighborhoods:
@@ -218,15 +219,15 @@ def test_too_few_samples_for_the_width_are_told() -> None:
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        (np.zeros((19, 3)), {}, r"samples have features of shape \(19, 3\); pass \(n, D\), n at least 20"),
-        (np.zeros((30, 4)), {}, "features of width 4 and 3 do not compare"),
+        (np.zeros((19, 3)), {}, r"samples have features of shape \(19, 3\); pass \(n, D\) with n at least 20"),
+        (np.zeros((30, 4)), {}, "features of width 4 and 3 cannot be compared"),
         (
             np.full((30, 3), np.inf),
             {},
             "features of samples are not finite; the samples or the extractor have diverged",
         ),
-        (np.zeros((30, 3)), {"metrics": ("fid",)}, "there is no score 'fid'; pass some of frechet, kernel, precision"),
-        (np.zeros((30, 3)), {"metrics": ()}, "there is no score ''"),
+        (np.zeros((30, 3)), {"metrics": ("fid",)}, "unknown score 'fid'; pass some of frechet, kernel, precision"),
+        (np.zeros((30, 3)), {"metrics": ()}, "unknown score ''"),
         (np.zeros((30, 3)), {"k": 0}, "k is 0 for 27 and 36 samples; pass k between 1 and 26"),
         (np.zeros((30, 3)), {"k": 27}, "k is 27 for 27 and 36 samples; pass k between 1 and 26"),
     ],
@@ -371,14 +372,14 @@ def test_the_embedded_extractor_is_trained_once_and_named(tmp_path: Path, cli, m
 def test_an_archive_of_gray_images_is_scored_as_gray(tmp_path: Path) -> None:
     gray = (digits().validation.batch(range(40)).x * 127.5 + 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
     np.savez(tmp_path / "gray.npz", arr_0=np.repeat(gray, 3, axis=-1))
-    generated, _ = open_comparison(tmp_path / "gray.npz", "digits", {})
+    generated, _ = open_comparison(tmp_path / "gray.npz", DataSource("digits"))
     assert generated.shape == (1, 8, 8)
     np.testing.assert_array_equal(generated.batch([3]).x[0, 0], gray[3, ..., 0].astype(np.float32) / 127.5 - 1)
     tinted = np.repeat(gray, 3, axis=-1)
     tinted[7, 0, 0, 0] += 1
     np.savez(tmp_path / "tinted.npz", arr_0=tinted)
     with pytest.raises(ValueError, match=r"tinted.npz contains color images but the data is gray; pass --channels 3"):
-        open_comparison(tmp_path / "tinted.npz", "digits", {})
+        open_comparison(tmp_path / "tinted.npz", DataSource("digits"))
 
 
 def test_a_folder_of_samples_and_a_file_as_reference(tmp_path: Path, cli) -> None:
@@ -404,7 +405,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, cli, refused) -> No
     assert code == 0
     assert json.loads(out)["num_reference"] == 400
     assert json.loads(out)["extractor"] == "trained on the data"
-    (tmp_path / "score.toml").write_text('data = "digits"\nmetrics = "kernel"\nnum-report = 50\n')
+    (tmp_path / "score.toml").write_text('data = "digits"\nmetrics = "kernel"\nnum-test = 50\n')
     code, out, _ = cli("score", "x.npz", "--config", "score.toml", "--dry-run", "--json")
     assert (json.loads(out)["metrics"], json.loads(out)["num_reference"]) == (["kernel"], 50)
     (tmp_path / "score.toml").unlink()
@@ -444,20 +445,20 @@ BAD = {
     "few.npy": "19 samples are too few; pass at least 20",
     "none.npy": r"none.npy contains no samples \(shape \(0, 1, 8, 8\)\)",
     "wide.npy": "samples are 1x8x9 but the data is 1x8x8; pass data of the samples' shape",
-    "integers.npy": r"holds uint8 of shape \(30, 8, 8, 1\); an .npy must hold floating point \(n, C, \*grid\)",
-    "flat.npy": r"holds float32 of shape \(30, 64\); an .npy must hold floating point",
+    "integers.npy": r"contains uint8 of shape \(30, 8, 8, 1\); an .npy must contain floating point \(n, C, \*grid\)",
+    "flat.npy": r"contains float32 of shape \(30, 64\); an .npy must contain floating point",
     "objects.npy": "objects.npy is not a complete .npy of numbers",
     "empty.npy": "empty.npy is empty; write it again",
     "empty.npz": "empty.npz is empty; write it again",
     "cut.npy": r"cut.npy is not a complete .npy of numbers \(.*\); write it again",
     "other.npz": r"other.npz has no array arr_0; pass images as uint8 \(n, H, W, C\) under that name",
-    "float.npz": r"holds float32 of shape \(60, 1, 8, 8\); an .npz must hold images as uint8 \(n, H, W, C\)",
-    "no-images.npz": r"holds uint8 of shape \(30, 8, 1\); an .npz must hold images",
+    "float.npz": r"contains float32 of shape \(60, 1, 8, 8\); an .npz must contain images as uint8 \(n, H, W, C\)",
+    "no-images.npz": r"contains uint8 of shape \(30, 8, 1\); an .npz must contain images",
     "objects.npz": "objects.npz is not a complete .npz of numbers",
     "none.npz": "none.npz contains no samples",
     "cut.npz": "cut.npz is not a complete .npz of numbers",
     "text.npz": "text.npz is not a complete .npz of numbers",
-    "folder": "folder holds no samples.npy; pass a folder made by `layerprobe sample`",
+    "folder": "folder contains no samples.npy; pass a folder made by `layerprobe sample`",
 }
 
 
@@ -473,16 +474,16 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
     (tmp_path / "file").write_text("precious")
     score = ["score", "x.npz", "--data", "digits"]
     flat = ["--extractor", "mine.py:flat"]
-    assert "there is no score 'fid'" in refused(*score, "--metrics", "kernel,fid")
+    assert "unknown score 'fid'" in refused(*score, "--metrics", "kernel,fid")
     assert "file is a file, not a folder" in refused(*score, *flat, "--out", "file")
-    assert "there is no --extractor none" in refused(*score, "--extractor", "none")
+    assert "--extractor none does not exist" in refused(*score, "--extractor", "none")
     assert "--extractor mine.py:none cannot be imported" in refused(*score, "--extractor", "mine.py:none")
     line = refused(*score, "--extractor", "mine.py:images")
-    assert "images gives shape (100, 1, 8, 8) for 100 samples; it must give features (B, D)" in line
+    assert "images returns shape (100, 1, 8, 8) for 100 samples; it must return features (B, D)" in line
     assert "k is 91 for 90 and 360 samples" in refused(*score, *flat, "--neighbors", 91)
     assert "10 samples to compare with are too few" in refused(*score, *flat, "--num-test", 10)
     against = ["score", "x.npz", "--data", "x.npz", *flat]
-    assert "x.npz is compared with as it is; leave out --size" in refused(*against, "--size", 8)
+    assert "x.npz is used as it is; leave out --size" in refused(*against, "--size", 8)
     assert "leave out --num-test" in refused(*against, "--num-test", 30)
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -500,7 +501,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
 def test_samples_of_another_scale_are_told(change: Any, told: bool, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", change(digits().validation.batch(range(100)).x.numpy()))
     warnings = score_runs.range_warnings(load_array(tmp_path / "x.npy"), digits().test)
-    assert [warning.startswith("samples run from") for warning in warnings] == [True] * told
+    assert [warning.startswith("samples range from") for warning in warnings] == [True] * told
 
 
 # ---------------------------------------------------------------------------------------------------------- real data
