@@ -256,6 +256,8 @@ def test_what_a_room_exports_is_there_and_has_one_home() -> None:
                 ),
             }
             assert name in defined, f"{room} exports {name}, which {module} does not define"
+            # Importing the file would put it in the place of the name.
+            assert f"layerprobe.{room}.{name}" not in trees, f"{room} exports {name}, which is one of its files too"
 
 
 @pytest.mark.parametrize("building", BUILDINGS)

@@ -21,5 +21,5 @@ from .style import WIDTH_IN as WIDTH_IN
 from .style import save_figure as save_figure
 from .style import styled as styled
 from .style import to_svg as to_svg
-from .token_maps import token_maps as token_maps
+from .tokens import token_maps as token_maps
 from .training import training_curves as training_curves

@@ -48,10 +48,10 @@ def draw_heatmap(
     finite = np.isfinite(values)
     if not finite.all():
         axes.patch.set(**MISSING)
-    numbers = np.array([[text(value) for value in row] for row in values.tolist()]) if text else None
+    numbers = [[text(value) for value in row] for row in values.tolist()] if text else None
     font = 0.0
-    if text and values.size <= MAX_NUMBERS:
-        longest = max((len(number) for number in numbers[finite]), default=1)  # type: ignore[index]
+    if numbers and values.size <= MAX_NUMBERS:
+        longest = max((len(number) for number in np.array(numbers)[finite]), default=1)
         font = min(MAX_FONT, 72 * width_in / values.shape[1] / (0.65 * longest + 0.6))
     seaborn.heatmap(
         values,
@@ -74,7 +74,7 @@ def draw_heatmap(
     assert isinstance(mesh, QuadMesh)
     if axes.texts:
         # Seaborn writes in white up to a luminance of 0.41, with a contrast of 2.3:1; black is better from 0.18 on.
-        for number, color in zip(axes.texts, mesh.get_facecolor()[finite.ravel()], strict=True):
+        for number, color in zip(axes.texts, mesh.to_rgba(values[finite]), strict=True):
             number.set_color("#000000" if relative_luminance(color) > 0.18 else "#ffffff")
     return mesh
 

@@ -1,6 +1,6 @@
 from .arrays import ArraySamples as ArraySamples
 from .arrays import load_array as load_array
-from .digits import digits as digits
+from .embedded_digits import digits as digits
 from .images import ImageSamples as ImageSamples
 from .images import load_images as load_images
 from .latents.layouts import latent_format as latent_format

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerprobe.data import images, tables
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 from layerprobe.data.images import load_images
 from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.samples import LatentSamples
@@ -21,10 +21,8 @@ from layerprobe.data.sequences import audio, motion, video
 from layerprobe.data.sequences.audio import load_audio
 from layerprobe.data.sequences.motion import load_motion
 from layerprobe.data.sequences.video import load_video
-from layerprobe.data.sources import DataSource
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
-from layerprobe.options import flags
 from layerprobe.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -64,14 +62,14 @@ def load(
     counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
     options = {name: value for name, value in options.items() if value is not None}
     if source == "digits":
-        surplus = flags(DataSource, options) + ["--latent-scale"] * (latent_scale is not None)
+        surplus = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
         if surplus:
             raise ValueError(f"the embedded digits are 1x8x8 and labeled as they are; leave out {' '.join(surplus)}")
         embedded = digits()
         _check_shape(embedded.train, expect_shape, source)
         return take(embedded, **counts)
     if latent_format(source) is not None:
-        if surplus := flags(DataSource, options):
+        if surplus := _flags(options):
             raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(surplus)}")
         latents = load_latents(source, scale=latent_scale, seed=seed)
         _check_shape(latents, expect_shape, source)
@@ -85,7 +83,7 @@ def load(
         raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
     loader = LOADERS[modality]
     parameters = inspect.signature(loader).parameters
-    if unknown := flags(DataSource, [name for name in options if name not in parameters]):
+    if unknown := _flags([name for name in options if name not in parameters]):
         raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} has no effect; leave it out")
     if modality == "video" and "size" not in options:
         raise ValueError(f"{source} holds video; pass --size, the side of a frame in pixels")
@@ -146,6 +144,12 @@ def guess_modality(source: str | Path, *, split: str | None = None) -> str:
         if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
             return "video"
     return "image"
+
+
+def _flags(names: Iterable[str]) -> list[str]:
+    """Returns the flags of options as `DataSource` declares them."""
+    other_flags = {"column": "--item-column", "form": "--audio-form"}
+    return [other_flags.get(name, f"--{name.replace('_', '-')}") for name in names]
 
 
 def encode_splits(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, _power, _wiener_error, check_convention
 from layerprobe.checkpoints.opening import open_checkpoint
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
 from layerprobe.data.samples import Samples, TensorSamples
 from layerprobe.noise.predictions import Prediction, target

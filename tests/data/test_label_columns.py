@@ -33,7 +33,7 @@ from layerprobe.analyses.tables.quality import measure, recoverability_table
 from layerprobe.checkpoints.saving import save_checkpoint
 from layerprobe.checkpoints.source import CheckpointSource
 from layerprobe.data import Splits, TensorSamples, load
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 from layerprobe.data.images import load_images
 from layerprobe.data.samples import MISSING, LabelColumn, Subset
 from layerprobe.data.sequences.motion import load_motion

@@ -19,7 +19,7 @@ from layerprobe.analyses.runs import folder, probe
 from layerprobe.analyses.tables.measurements import spectra
 from layerprobe.analyses.tables.quality import read_quality
 from layerprobe.checkpoints.source import CheckpointSource
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 from layerprobe.data.sources import DataSource
 from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.plan import ExtractionPlan

@@ -28,7 +28,7 @@ from layerprobe.analyses.generation.extractors import (
     embedded_extractor,
     sample_features,
 )
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 
 
 def normal(n: int, width: int, seed: int) -> NDArray[np.float64]:

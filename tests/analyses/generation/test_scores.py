@@ -34,7 +34,7 @@ from layerprobe.analyses.generation.scores import (
 from layerprobe.analyses.runs import score as score_runs
 from layerprobe.analyses.runs.score import open_comparison
 from layerprobe.data.arrays import load_array
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
 from layerprobe.data.sources import DataSource
 

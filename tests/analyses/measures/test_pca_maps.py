@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from layerprobe.analyses.figures.token_maps import token_maps
+from layerprobe.analyses.figures.tokens import token_maps
 from layerprobe.analyses.measures.pca_maps import RgbMap, pca_rgb
 
 Array = NDArray[Any]

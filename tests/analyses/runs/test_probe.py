@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -27,6 +27,7 @@ from layerprobe.cli.main import run
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
 from layerprobe.data.sequences.items import Normalization
+from layerprobe.data.sources import DataSource
 from layerprobe.sampling import SamplingPlan, sample
 
 PLAN = SamplingPlan(steps=2, seed=1)
@@ -116,7 +117,7 @@ def test_other_samples_do_not_go_into_the_same_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 4, 4), (3, 8), (3, 4, 4, 4)])
 def test_latents_are_not_passed_off_as_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"makes samples of shape .*, which are no images; pass --vae") as refused:
+    with pytest.raises(ValueError, match=r"makes samples of shape .*, which are not images; pass --vae") as refused:
         draw_archive(tiny_sit(shape=shape), tmp_path / "out", num=2)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
@@ -154,7 +155,7 @@ def test_latents_are_decoded_by_their_autoencoder(tmp_path: Path) -> None:
 TOGETHER = """
 import sys
 from tiny import tiny_sit
-from layerprobe.analyses import sample_runs
+import layerprobe.analyses.runs.sample as sample_runs
 from layerprobe.sampling import SamplingPlan
 sample_runs.PART = 4
 plan = SamplingPlan("euler-maruyama", 3, seed=1)
@@ -205,7 +206,7 @@ def test_the_command_draws_an_archive(
     assert (record["solver"], record["guidance_interval"]) == ("euler-maruyama", [0.2, 0.7])
     for wrong, seen in (
         (["--format", "jpg"], "unknown format 'jpg'; use png or npz"),
-        (["--guidance-interval", "0.2"], "--guidance-interval 0.2 is not two noise levels; write them as 0.2,0.7"),
+        (["--guidance-interval", "0.2"], "--guidance-interval 0.2 is not 2 numbers; write them as 0.2,0.7"),
         (["--solver", "rk4"], "unknown solver 'rk4'; use euler, heun, dopri5 or euler-maruyama"),
     ):
         assert call(tmp_path / "x", *wrong) == (2, "", f"layerprobe: {seen}\n")
@@ -228,9 +229,9 @@ def test_lengths_are_those_of_the_data_or_the_one_that_is_asked_for() -> None:
     # A network that takes no mask draws what it can.
     assert sample_mask(replace(backbone, takes_mask=False), rendering, 3, labels=None, seed=0) is None
     for length in (0, 13):
-        with pytest.raises(ValueError, match=rf"--frames is {length}, and SiT .* makes 1 to 12"):
+        with pytest.raises(ValueError, match=rf"--frames is {length}, but SiT .* makes 1 to 12"):
             sample_mask(backbone, rendering, 3, labels=None, seed=0, length=length)
-    with pytest.raises(ValueError, match="--frames is about audio, motion and video; leave it out"):
+    with pytest.raises(ValueError, match="--frames has an effect on audio, motion and video only; leave it out"):
         sample_mask(backbone, None, 3, labels=None, seed=0, length=2)
 
 
@@ -263,16 +264,15 @@ def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: A
     assert f"fast ({lengths[0]} frames)" in (tmp_path / "s" / "samples.svg").read_text()
     # What the training wrote down is what the data says, which serves models that nobody wrote it down for.
     backbone = open_checkpoint(model)
-    kept, said = (find_meaning(str(model), backbone, *source) for source in ((), (str(tmp_path / "walks"), {})))
+    walks = DataSource(str(tmp_path / "walks"))
+    kept, said = (find_meaning(str(model), backbone, source) for source in (None, walks))
     assert kept.rendering is not None
     assert said.rendering is not None
     assert kept.rendering.to_dict() == said.rendering.to_dict()
     assert kept.class_names == said.class_names == ("fast", "slow")
     assert find_meaning("digits", tiny_sit()).rendering is None
-    with pytest.raises(ValueError, match="--length says how data is read; add --data, or leave it out"):
-        find_meaning(str(model), backbone, None, {"length": 16})
     with pytest.raises(ValueError, match="motion samples are 48x15 but the model takes 48x16; pass the --length"):
-        find_meaning(str(model), backbone, str(tmp_path / "walks"), {"length": 15})
+        find_meaning(str(model), backbone, replace(walks, length=15))
 
 
 def test_recordings_can_be_heard(tmp_path: Path) -> None:

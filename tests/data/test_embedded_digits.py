@@ -6,7 +6,7 @@ import torch
 from pictures import all_ids
 
 from layerprobe.data import load
-from layerprobe.data.digits import digits
+from layerprobe.data.embedded_digits import digits
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
