@@ -61,9 +61,9 @@ def answer_title(arm: str, verdict: Verdict | None) -> str:
 def _difference(verdict: Verdict) -> str:
     judged, over = verdict.arm(verdict.judged), " over all looks" if verdict.stop_early else ""
     return (
-        f"Aligning {judged.student} to {judged.teacher} changed the Fréchet distance by {judged.difference:+.3g} "
-        f"(95 % interval{over} {judged.low:+.3g} to {judged.high:+.3g}) from {_mean(verdict.arms[0]):.3g} of the "
-        f"baseline, after {verdict.steps} steps {verdict.start}, {verdict.num_seeds} seeds."
+        f"Aligning {judged.student} to {judged.teacher} changed the Fréchet distance from the baseline's "
+        f"{_mean(verdict.arms[0]):.3g} by {judged.difference:+.3g} (95 % interval{over} {judged.low:+.3g} to "
+        f"{judged.high:+.3g}), after {verdict.steps} steps {verdict.start} with {verdict.num_seeds} seeds."
     )
 
 

@@ -46,8 +46,8 @@ VERDICT = Verdict(
     looks={3: 0.05},
 )
 CHANGE = (
-    "Aligning blocks.1 to blocks.7 changed the Fréchet distance by -0.5 (95 % interval -0.6 to -0.4) from 4 of the "
-    "baseline, after 100 steps from scratch, 3 seeds."
+    "Aligning blocks.1 to blocks.7 changed the Fréchet distance from the baseline's 4 by -0.5 (95 % interval -0.6 to "
+    "-0.4), after 100 steps from scratch with 3 seeds."
 )
 
 
