@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analyses.runs import load_splits, pair_sweep_start, wanted_pairs
+from layerprobe.analyses.runs import pair_sweep_start, wanted_pairs
 from layerprobe.backbones import Backbone, fresh_sit
 from layerprobe.capture import capture
-from layerprobe.data import Samples
+from layerprobe.data import Samples, load
 from layerprobe.layersync import LayerPair, mean_cosine
 from layerprobe.training import TrainingBatch, prediction_loss, train
 
@@ -37,9 +37,8 @@ BATCHES, BATCH_SIZE = 8, 256
 def main() -> None:
     options = parsed()
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
-    reading = {name: value for name, value in reading.items() if value is not None}
     start = pair_sweep_start(options.start, steps=options.steps, from_scratch=True)
-    samples = load_splits(options.data, reading)[0].train
+    samples = load(options.data, **reading).train
     case = read_case(options.atlas, None)
     pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])
     looked_at = drawn(start.backbone, samples)

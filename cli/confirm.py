@@ -1,4 +1,4 @@
-"""`layerprobe confirm`: the pick on trial."""
+"""`layerprobe confirm`: test of the pick by training."""
 
 from __future__ import annotations
 
@@ -8,38 +8,54 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.fields import Given, changed, from_dataclasses, only
 from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.parsing import names
+from layerprobe.layersync import SyncOptions
+from layerprobe.training import TrainingPlan
 
 
-@options.spread(sync_options=options.SYNC)
+@from_dataclasses()
 def confirm(
     run: options.Run,
     *,
-    steps: options.Steps = 1000,
-    num_seeds: Annotated[int, typer.Option(min=2, help="Seeds, at least two.")] = 3,
+    training_options: Annotated[
+        Given,
+        only(
+            TrainingPlan,
+            *("steps", "weight", "batch_size", "learning_rate"),
+            steps=1000,
+            batch_size=options.AS_TRAINED,
+            learning_rate=options.AS_TRAINED,
+        ),
+    ],
+    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds, at least two.")] = 3,
     stop_early: Annotated[
-        bool, typer.Option("--stop-early", help="Look after every seed from the third on; stop once it is clear.")
+        bool,
+        typer.Option(
+            "--stop-early", help="Compare after every seed from the third on, and stop once the verdict is clear."
+        ),
     ] = False,
     arms: Annotated[
         str | None,
-        typer.Option(help="Some of none,pick,runner-up,heuristic,random:2,learning-rate,bad; else the usual four."),
+        typer.Option(
+            help="Arms, separated by commas, of none,pick,runner-up,heuristic,random:2,learning-rate,bad; the usual "
+            "four if not given."
+        ),
     ] = None,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Fresh weights instead of the checkpoint's.")
-    ] = False,
-    weight: options.Weight = 0.3,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="As the checkpoint was trained, else 128.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="As the checkpoint was trained, else 1e-4.")] = None,
-    num_evaluations: Annotated[int, typer.Option(min=1, help="Evenly spaced over the steps.")] = 4,
-    num_samples: Annotated[int, typer.Option(min=2, help="Drawn for each Frechet distance.")] = 1000,
+    from_scratch: options.FromScratch = False,
+    num_evaluations: options.NumEvaluations = 4,
+    num_samples: options.NumSamples = 1000,
     spread: Annotated[
         float | None,
-        typer.Option(help="Known spread over seeds of a difference, as a share of the distance; only to foretell."),
+        typer.Option(
+            help="Standard deviation of a difference over seeds, as a share of the distance; for the forecast only."
+        ),
     ] = None,
     pilot: Annotated[
-        Path | None, typer.Option(help="Another confirmed run, or a pair sweep, whose spread to take.")
+        Path | None, typer.Option(help="Another confirmed run, or a pair sweep, whose spread is used.")
     ] = None,
-    sync_options: options.Given,
+    sync_options: SyncOptions,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -58,25 +74,24 @@ def confirm(
 
     training = confirmation_training(
         run,
-        steps=steps,
         from_scratch=from_scratch,
-        sync=options.sync_options(sync_options),
-        **options.given(weight=weight, batch_size=batch_size, learning_rate=learning_rate),
+        sync=sync_options,
+        **training_options,
     )
     seeds = tuple(range(seed, seed + num_seeds))
-    wanted = None if arms is None else options.names(arms)
-    planned = arm_names(run, wanted, seed=seed)
+    arm_choice = None if arms is None else names(arms)
+    planned = arm_names(run, arm_choice, seed=seed)
     resolution = confirmation_resolution(run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot)
-    cautions = length_cautions(steps, trained_steps=trained_steps(run) if from_scratch else None)
+    cautions = length_cautions(training.steps, trained_steps=trained_steps(run) if from_scratch else None)
     beforehand = [*resolution_sentences(resolution), *cautions]
     if dry_run:
         record = {
             "run": str(run),
             "arms": planned,
             "seeds": list(seeds),
-            "steps": steps,
+            "steps": training.steps,
             "learning_rate": training.learning_rate,
-            **sync_options,
+            **changed(sync_options),
         }
         lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
         source = resolution.spread and spread_source(resolution.spread)
@@ -90,7 +105,7 @@ def confirm(
             run,
             training,
             seeds=seeds,
-            arms=wanted,
+            arms=arm_choice,
             stop_early=stop_early,
             from_scratch=from_scratch,
             num_evaluations=num_evaluations,

@@ -7,24 +7,28 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
+from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.output import emit
 
 
+@from_dataclasses()
 def convert(
     source: Annotated[
         str, typer.Argument(help="A .pt, .ckpt, .pkl, .safetensors or index file, or a folder of these.")
     ],
-    out: Annotated[Path, typer.Option(help="A .safetensors file; a .json file is written beside it.")],
-    weights: Annotated[str | None, typer.Option(help="Which weights, such as ema or model.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write; a .json file is written beside it.")],
+    opening: Annotated[Given, only(CheckpointSource, "weights")],
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Write the weights of any checkpoint as safetensors, without running what the file says."""
+    """Write the weights of any checkpoint as safetensors, without running code from the file."""
     from layerprobe.checkpoints import convert_checkpoint
 
-    record = convert_checkpoint(source, out, weights=weights, dry_run=dry_run)
+    record = convert_checkpoint(source, out, dry_run=dry_run, **opening)
     others = ", ".join(record["containers"][1:])
     lines = [
         f"{record['format']}: {record['tensors']} tensors, {record['values']} values, {', '.join(record['dtypes'])}",

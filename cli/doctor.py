@@ -1,4 +1,4 @@
-"""`layerprobe doctor`: whether this machine can do the work."""
+"""`layerprobe doctor`: check of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from layerprobe.cli.output import emit
 
 
 def doctor(as_json: options.Json = False, config: options.Config = None) -> None:
-    """Say which versions and devices there are, and check that the embedded model runs."""
+    """Print versions and devices of this machine, and check that the embedded model runs."""
     from layerprobe.analyses.runs import examine_machine
 
     record = examine_machine()

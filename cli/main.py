@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (
+COMMANDS = (
     quickstart,
     inspect,
     probe,
@@ -49,27 +49,28 @@ for command in (
     atlas,
     convert,
     doctor,
-):
+)
+for command in COMMANDS:
     app.command()(command)
 
 
 def main() -> None:
-    """Runs the command line and leaves with its exit code."""
+    """Runs the command line and exits with its exit code."""
     sys.exit(run())
 
 
 def run() -> int:
-    """Runs the command line; the exit code."""
+    """Runs the command line and returns its exit code."""
     try:
         app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 1
     except KeyboardInterrupt:
-        return _fail("interrupted; repeat the command to go on where it stopped", 130)
+        return _fail("interrupted; repeat the command to continue where it stopped", 130)
     except MissingWeights as error:
         return _fail(str(error), 3)
     except (ModuleNotFoundError, ImportError) as error:
-        return _fail(f"{error}; install what is missing", 3)
+        return _fail(f"{error}; install the missing package", 3)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     return 0

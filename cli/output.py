@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, progress and errors on standard error."""
+"""Output of commands: results on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> N
 
 
 def warn(line: str) -> None:
-    """Prints a line about something that went wrong and stops nothing."""
+    """Prints a warning."""
     print(f"layerprobe: warning: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[TaskProgress]:
-    """A function to report progress with: bars on a terminal; else a line per task, every tenth of it and every minute.
+    """Yields a function that reports progress.
+
+    On a terminal it draws bars; elsewhere it prints a line for each tenth of a task and at least one per minute.
 
     Args:
-        batch_sizes: For tasks that count steps, how many samples one step is; their samples per second are shown.
+        batch_sizes: Samples per step, by task; these tasks also show samples per second.
     """
     samples = batch_sizes or {}
     if not sys.stderr.isatty():
@@ -54,7 +56,7 @@ def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[TaskP
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                # The speed is that of what is done from here on: a training that goes on has steps already.
+                # A training that is continued has done steps before, which must not count as speed.
                 tasks[what] = bars.add_task(what, total=total, completed=done)
             bars.update(tasks[what], completed=done, total=total)
 
@@ -65,15 +67,15 @@ class _PlainProgress:
     def __init__(self, batch_sizes: Mapping[str, int]) -> None:
         self._batch_sizes = batch_sizes
         self._began: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, tuple[float, int]] = {}  # when, and which tenth
+        self._printed: dict[str, tuple[float, int]] = {}  # time and tenth of the last line
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now, tenth = time.monotonic(), 10 * done // max(total, 1)
         began, first = self._began.setdefault(what, (now, done))
-        said, last_tenth = self._said.get(what, (now, -1))
-        if tenth <= last_tenth and now - said < 60:
+        printed, last_tenth = self._printed.get(what, (now, -1))
+        if tenth <= last_tenth and now - printed < 60:
             return
-        self._said[what] = now, tenth
+        self._printed[what] = now, tenth
         speed = (done - first) / (now - began) if now > began else 0.0
         left = f"{_span((total - done) / speed)} left" if speed and done < total else ""
         notes = (_span(now - began), _rate(speed * self._batch_sizes.get(what, 0)), left)

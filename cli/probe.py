@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
+from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit, progress_bar
+from layerprobe.data import DataSource
+from layerprobe.extraction import ExtractionPlan
 
 if TYPE_CHECKING:
     from layerprobe.analyses.runs import RunPlan
 
 Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
-EVERYTHING: dict[str, Any] = {
-    "extraction": options.EXTRACTION,
-    "opening": options.OPENING,
-    "reading": options.READING,
-    "counts": options.COUNTS,
-}
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows per forward pass.")]
+TrustConvention = Annotated[
+    bool, typer.Option("--trust-convention", help="Continue if the weights fit another schedule or prediction.")
+]
 
 
-@options.spread(**EVERYTHING)
+@from_dataclasses()
 def probe(
-    checkpoint: options.Checkpoint,
+    checkpoint: CheckpointSource,
     *,
-    data: options.Data,
+    data: DataSource,
     out: Out,
-    extraction: options.Given,
-    opening: options.Given,
-    reading: options.Given,
-    counts: options.Given,
+    extraction: ExtractionPlan,
+    batch_size: BatchSize = 128,
+    trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -47,45 +49,45 @@ def probe(
         selection_record,
     )
 
-    plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
+    plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
         _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        selection = probe_run(plan, out, device=device, progress=progress, **_manner(extraction))
+        selection = probe_run(
+            plan, out, device=device, batch_size=batch_size, trust_convention=trust_convention, progress=progress
+        )
     record = {"run": str(out)} | selection_record(selection)
     lines = [*describe_convention(out), *describe_labels(out), *describe_selection(selection)]
     emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)
 
 
-@options.spread(**EVERYTHING)
+@from_dataclasses()
 def extract(
-    checkpoint: options.Checkpoint,
+    checkpoint: CheckpointSource,
     *,
-    data: options.Data,
+    data: DataSource,
     out: Out,
-    extraction: options.Given,
-    opening: options.Given,
-    reading: options.Given,
-    counts: options.Given,
+    extraction: ExtractionPlan,
+    batch_size: BatchSize = 128,
+    trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Only read the layers, on a machine with the model; `analyze` goes on with the run folder anywhere."""
-    from layerprobe.analyses.runs import (
-        describe_convention,
-        extract_run,
-    )
+    """Only read the layers, on a machine with the model; `analyze` continues with the run folder on any machine."""
+    from layerprobe.analyses.runs import describe_convention, extract_run
 
-    plan = _plan(checkpoint, data, extraction, opening, reading | counts, seed)
+    plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
         _forecast(plan, device, as_json)
         return
     with progress_bar() as progress:
-        extract_run(plan, out, device=device, progress=progress, **_manner(extraction))
+        extract_run(
+            plan, out, device=device, batch_size=batch_size, trust_convention=trust_convention, progress=progress
+        )
     emit({"run": str(out)}, [*describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
 
 
@@ -93,16 +95,18 @@ def analyze(
     run: options.Run,
     analysis: Annotated[
         list[str] | None,
-        typer.Option(help="A function of your own, file.py:name, to run as well; may be repeated."),
+        typer.Option(help="Analysis of your own to run as well, as file.py:function; may be repeated."),
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Compare the layers with it: a transformers folder such as DINOv2, or file.py:function."),
+        typer.Option(
+            help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
+        ),
     ] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Measure the features of a run anew, pick, draw and report."""
+    """Measure the features of a run again, pick, draw and report."""
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import (
         analyze_run,
@@ -114,17 +118,17 @@ def analyze(
     from layerprobe.analyses.tables import ANALYSES
     from layerprobe.checkpoints import import_object
 
-    own = [import_object(spec, "--analysis") for spec in analysis or []]
-    for spec, found in zip(analysis or [], own, strict=True):
-        if not callable(found):
-            raise ValueError(f"--analysis {spec} is no function; name one that takes a Representation")
+    own_analyses = [import_object(spec, "--analysis") for spec in analysis or []]
+    for spec, function in zip(analysis or [], own_analyses, strict=True):
+        if not callable(function):
+            raise ValueError(f"--analysis {spec} is not a function; name one that takes a Representation")
     outside = None
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder
 
         outside = open_encoder(encoder)
     with progress_bar() as progress:
-        selection = analyze_run(run, analyses=(*ANALYSES, *own), encoder=outside, progress=progress)
+        selection = analyze_run(run, analyses=(*ANALYSES, *own_analyses), encoder=outside, progress=progress)
     draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | selection_record(selection)
@@ -132,38 +136,14 @@ def analyze(
     emit(record, lines, as_json=as_json)
 
 
+def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: ExtractionPlan, seed: int) -> RunPlan:
+    from layerprobe.analyses.runs import RunPlan
+
+    return RunPlan(checkpoint.absolute(), data.absolute(), replace(extraction, seed=seed))
+
+
 def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:
     from layerprobe.analyses.runs import forecast
 
     record = forecast(plan, device=device)
     emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
-
-
-def _manner(extraction: options.Given) -> options.Given:
-    """What decides how layers are read and not what the numbers are, so is no part of the plan."""
-    return {name: extraction[name] for name in ("trust_convention", "batch_size")}
-
-
-def _plan(
-    checkpoint: str,
-    data: str,
-    extraction: options.Given,
-    opening: options.Given,
-    reading: options.Given,
-    seed: int,
-) -> RunPlan:
-    from layerprobe.analyses.runs import RunPlan
-
-    return RunPlan(
-        checkpoint=options.locate(checkpoint),
-        data=options.locate(data),
-        noise_levels=options.numbers(extraction["noise_levels"], "--noise-levels"),
-        checkpoint_options=options.checkpoint_options(opening),
-        data_options=options.located_vae(reading),
-        draws=extraction["draws"],
-        pool_cells=extraction["pool_cells"],
-        token_samples=extraction["token_samples"],
-        condition="label" if extraction["true_labels"] else "null",
-        precision=extraction["precision"],
-        seed=seed,
-    )

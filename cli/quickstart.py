@@ -1,4 +1,4 @@
-"""`layerprobe quickstart`: the whole chain on the embedded checkpoint and data."""
+"""`layerprobe quickstart`: the whole pipeline on the embedded checkpoint and data."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli.options import Config, Device, DryRun, Json, Seed, Steps
+from layerprobe.cli import options
+from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.output import emit, progress_bar
+from layerprobe.training import TrainingPlan
 
 
+@from_dataclasses()
 def quickstart(
+    *,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    steps: Steps = 90,
-    num_seeds: Annotated[int, typer.Option(min=2, help="Seeds of the confirmation.")] = 2,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    config: Config = None,
+    training: Annotated[Given, only(TrainingPlan, "steps", steps=90)],
+    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the confirmation.")] = 2,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    config: options.Config = None,
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
     from layerprobe.analyses.runs import describe_selection, quickstart_run
     from layerprobe.analyses.wording import verdict_paragraph
 
+    steps = training["steps"]
     if dry_run:
         record = {
             "checkpoint": "digits",

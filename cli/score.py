@@ -1,4 +1,4 @@
-"""`layerprobe score`: how close generated samples are to real ones."""
+"""`layerprobe score`: distance between generated and real samples."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.parsing import names
+from layerprobe.data import DataSource
 
 
-@options.spread(reading=options.READING)
+@from_dataclasses()
 def score(
     samples: Annotated[
         Path,
@@ -20,49 +23,63 @@ def score(
         ),
     ],
     *,
-    data: Annotated[
-        str, typer.Option(help="What to compare with: the test split of a data set as elsewhere, or an .npz or .npy.")
-    ],
+    data: Annotated[DataSource, without(*options.COUNTS)],
     extractor: Annotated[
         str | None,
-        typer.Option(help="A transformers folder, a TorchScript file or file.py:function; else one is trained here."),
+        typer.Option(
+            help="Feature extractor: a transformers folder, a TorchScript file or file.py:function; one is trained on "
+            "the data if not given."
+        ),
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Comma-separated.")] = "frechet,kernel,precision,recall,density,coverage",
-    neighbors: Annotated[int, typer.Option(min=1, help="k of precision, recall, density and coverage.")] = 5,
+    metrics: Annotated[
+        str, typer.Option(help="Metrics, separated by commas.")
+    ] = "frechet,kernel,precision,recall,density,coverage",
+    neighbors: Annotated[
+        int, typer.Option(min=1, help="Number of neighbors k of precision, recall, density and coverage.")
+    ] = 5,
     num_test: Annotated[
-        int | None, typer.Option(help="Samples of the test split to compare with; all where not given.")
+        int | None, typer.Option(help="Number of samples of the test split to compare with; all if not given.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
-    reading: options.Given,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Score samples against real data in the features of a named extractor, with intervals and warnings."""
+    """Score samples against real data in the features of an extractor, with intervals and warnings.
+
+    They are compared with the test split of --data, or with an .npz or .npy file given there.
+    """
     from dataclasses import asdict
 
     from layerprobe.analyses.generation import check_metrics, open_encoder
     from layerprobe.analyses.runs import describe_scores, open_comparison, score_run, write_scores
     from layerprobe.checkpoints import resolve_device
 
-    names = options.names(metrics)
-    check_metrics(names)
+    metric_names = names(metrics)
+    check_metrics(metric_names)
     if out is not None and out.is_file():
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
-    reading = options.located_vae(reading)
-    generated, splits = open_comparison(samples, data, reading, num_test=num_test)
-    given = None if extractor is None else open_encoder(extractor, option="--extractor", device=resolve_device(device))
-    record = {"samples": str(samples), "data": data, "metrics": names, "neighbors": neighbors, "seed": seed}
+    generated, splits = open_comparison(samples, data, num_test=num_test)
+    encoder = None
+    if extractor is not None:
+        encoder = open_encoder(extractor, option="--extractor", device=resolve_device(device))
+    record = {
+        "samples": str(samples),
+        "data": data.source,
+        "metrics": metric_names,
+        "neighbors": neighbors,
+        "seed": seed,
+    }
     if dry_run:
         record |= {"num_samples": len(generated), "num_reference": len(splits.test)}
-        record |= {"extractor": given.name if given else "trained on the data"}
+        record |= {"extractor": encoder.name if encoder else "trained on the data"}
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
     with progress_bar() as progress:
         scores, warnings = score_run(
-            generated, splits, reading, extractor=given, metrics=names, k=neighbors, seed=seed, progress=progress
+            generated, splits, data, extractor=encoder, metrics=metric_names, k=neighbors, seed=seed, progress=progress
         )
     record |= {"extractor": scores[0].extractor, "scores": [asdict(s) for s in scores], "warnings": list(warnings)}
     if out is not None:

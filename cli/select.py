@@ -8,6 +8,7 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import emit
+from layerprobe.cli.parsing import names
 
 
 def select(
@@ -38,7 +39,7 @@ def select(
 
     selection = choose_layers(
         run,
-        criteria=options.names(criteria) if criteria else None,
+        criteria=names(criteria) if criteria else None,
         label_free=label_free or None,
         limits=PairLimits(exclude_tail=exclude_tail, min_distance=min_distance, max_cka=max_cka),
     )

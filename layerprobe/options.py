@@ -14,10 +14,11 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # Headings of the groups of options on help pages.
+CHECKPOINT_PANEL = "Opening the checkpoint"
+DATA_PANEL = "Reading the data"
 NETWORK_PANEL = "Network, if it does not come from a checkpoint"
 LAYERSYNC_PANEL = "LayerSync"
 LEARNING_PANEL = "Training objective"
@@ -98,7 +99,6 @@ def option(
     return {_KEY: {key: setting for key, setting in settings.items() if setting is not None}}
 
 
-@cache
 def option_fields(cls: type) -> tuple[OptionField, ...]:
     """Returns the fields of a dataclass that are options, in the order of the class.
 

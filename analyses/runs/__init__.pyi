@@ -18,10 +18,10 @@ from .pair_sweep import pair_sweep_start as pair_sweep_start
 from .pair_sweep import wanted_pairs as wanted_pairs
 from .probe import analyze_run as analyze_run
 from .probe import choose_layers as choose_layers
-from .probe import recommend_layers as recommend_layers
 from .probe import extract_run as extract_run
 from .probe import forecast as forecast
 from .probe import probe_run as probe_run
+from .probe import recommend_layers as recommend_layers
 from .quickstart import quickstart_run as quickstart_run
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples

@@ -1,4 +1,4 @@
-"""Versions and devices of this machine, and whether the embedded model runs on it."""
+"""Check of this machine: versions, devices, and whether the embedded model runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerprobe.checkpoints import open_checkpoint
 
 
 def examine_machine() -> dict[str, Any]:
-    """Versions, devices, and whether the embedded model runs here."""
+    """Returns versions and devices of this machine, after running the embedded model on it."""
     backbone = open_checkpoint("digits", device="auto")
     shapes = layer_shapes(backbone)
     return {

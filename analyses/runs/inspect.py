@@ -1,20 +1,21 @@
-"""What a data set is to a training or a probe, before either begins: what was found in it, counted and looked at."""
+"""Description of a data set before a training or a probe: counts, classes, lengths, unreadable items, a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from layerprobe.analyses.runs import data as runs
 from layerprobe.backbones import SMALL_PRESETS, SiTConfig
 from layerprobe.data import (
     FILE,
     MISSING,
     AudioDecoder,
+    DataSource,
     ImageSamples,
     MediaSamples,
     Samples,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
 
-# A column of more different values, or where most rows have their own, is taken for names and not for classes.
+# A column with more different values, or with a different value in most rows, is taken for names, not classes.
 MOST_CLASSES = 100
 PICTURES = 10
 SHOWN = 12  # classes and bad items that are listed
@@ -43,39 +44,38 @@ _AXES = {
 }
 
 
-def examine_data(source: str, reading: Mapping[str, Any]) -> tuple[dict[str, Any], Splits]:
-    """Reads every item of a data set once and says what was found.
+def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
+    """Reads every item of a data set once and describes it.
 
-    What a training would stop for is counted instead: items that cannot be read are left out, and of several columns of
-    classes the first is taken, unless `reading` says otherwise.
+    Problems that would stop a training are counted instead: unreadable items are left out, and the first of several
+    columns of classes is taken as the label, unless `source` says otherwise.
 
     Args:
-        source: What `sources.load` takes.
-        reading: Its options.
+        source: The data set and how it is read.
 
     Returns:
-        The findings, as JSON, and the data.
+        The description, as JSON, and the data.
 
     Raises:
         ValueError: If the data cannot be read at all.
     """
-    reading = dict(reading)
     table: dict[str, Dataset] = {}
     notes: list[str] = []
-    if source != "digits" and latent_format(source) is None:
-        reading, table = _completed(source, reading, notes)
-    splits, model_shape = runs.load_splits(source, reading)
+    if source.source != "digits" and latent_format(source.source) is None:
+        source, table = _completed(source, notes)
+    splits = source.load()
+    model_shape = source.model_shape(splits)
     whole = list(_whole(splits))
-    item = next((found for found in map(_item_column, whole) if found), None)
-    taken = {item: "item", reading.get("label_column"): "label"}
-    taken |= dict.fromkeys((column.name for column in splits.train.columns), "further labels")
+    item = next((column for column in map(_item_column, whole) if column), None)
+    uses = {item: "item", source.label_column: "label"}
+    uses |= dict.fromkeys((column.name for column in splits.train.columns), "further labels")
     first = next(iter(table.values()), None)
     record: dict[str, Any] = {
-        "data": source,
+        "data": source.source,
         "modality": splits.train.modality,
-        "columns": {} if first is None else {name: _column(name, kind, taken) for name, kind in first.features.items()},
+        "columns": {} if first is None else {name: _column(name, kind, uses) for name, kind in first.features.items()},
         "parts": {name: len(rows) for name, rows in table.items()},
-        "bad": {name: said for samples in whole for name, said in _bad(samples).items()},
+        "bad": {name: problem for samples in whole for name, problem in _bad(samples).items()},
         "splits": {name: len(samples) for name, samples in splits.items()},
         "shape": list(splits.train.shape),
         "axes": _axes(whole[0]),
@@ -91,72 +91,73 @@ def examine_data(source: str, reading: Mapping[str, Any]) -> tuple[dict[str, Any
 
 
 def lines_of(record: Mapping[str, Any]) -> list[str]:
-    """The findings for people."""
-    told = {"data": f"{record['data']} ({record['modality']})"}
-    told["rows"] = ", ".join(f"{count} in {name}" for name, count in record["parts"].items())
-    told |= {
-        f"column {name}": found["type"] + (f", taken as {found['taken_as']}" if found["taken_as"] else "")
-        for name, found in record["columns"].items()
+    """Returns the description of `examine_data` in lines for people."""
+    lines = {"data": f"{record['data']} ({record['modality']})"}
+    lines["rows"] = ", ".join(f"{count} in {name}" for name, count in record["parts"].items())
+    lines |= {
+        f"column {name}": column["type"] + (f", taken as {column['taken_as']}" if column["taken_as"] else "")
+        for name, column in record["columns"].items()
     }
-    told["splits"] = ", ".join(f"{name} {count}" for name, count in record["splits"].items())
-    told["sample"] = f"{_times(record['shape'])} ({record['axes']})"
-    told["latents"] = _times(record.get("latents", ()))
-    told["lengths"] = _length_line(record["lengths"])
-    told |= {f"classes of {name}": _class_line(counts) for name, counts in record["classes"].items()}
-    told["values"] = _value_line(record["normalization"], record["modality"])
-    told |= {f"--preset {name}": said for name, said in record["presets"].items()}
-    told["cannot be read"] = _bad_line(record["bad"]) if record["bad"] else "nothing" * bool(record["parts"])
-    width = max(map(len, told)) + 2
-    return [*(f"{name:<{width}}{said}" for name, said in told.items() if said), *record["notes"]]
+    lines["splits"] = ", ".join(f"{name} {count}" for name, count in record["splits"].items())
+    lines["sample"] = f"{_times(record['shape'])} ({record['axes']})"
+    lines["latents"] = _times(record.get("latents", ()))
+    lines["lengths"] = _length_line(record["lengths"])
+    lines |= {f"classes of {name}": _class_line(counts) for name, counts in record["classes"].items()}
+    lines["values"] = _value_line(record["normalization"], record["modality"])
+    lines |= {f"--preset {name}": text for name, text in record["presets"].items()}
+    lines["cannot be read"] = _bad_line(record["bad"]) if record["bad"] else "nothing" * bool(record["parts"])
+    width = max(map(len, lines)) + 2
+    return [*(f"{name:<{width}}{text}" for name, text in lines.items() if text), *record["notes"]]
 
 
 def peek(splits: Splits) -> Figure:
-    """The first samples of the training split, of as many classes as possible.
+    """Returns a figure of the first samples of the training split, of as many classes as possible.
 
     Raises:
-        ValueError: If they have no picture.
+        ValueError: If the samples are latents, which have no picture.
     """
     from layerprobe.analyses.figures import strip
 
     samples = splits.train
     if samples.modality == "image" and samples.shape[0] not in (1, 3):
-        raise ValueError("latents have no picture; leave out --out, or pass the images that they were made of")
+        raise ValueError("latents have no picture; leave out --out, or pass the images that were encoded")
     chosen = _one_of_each(samples.labels, len(samples))
     batch = samples.batch(chosen)
     return strip(batch.x, rendering_of(samples), [_title(samples, index) for index in chosen], mask=batch.mask)
 
 
-def _completed(source: str, given: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], dict[str, Dataset]]:
-    """The options with what `examine_data` decides, and the table."""
-    reading = dict(given)
-    reading["modality"] = reading.get("modality") or guess_modality(source, split=reading.get("split"))
-    table = read_table(source, reading["modality"], split=reading.get("split"))
-    reading.setdefault("skip_bad", sum(map(len, table.values())))
+def _completed(source: DataSource, notes: list[str]) -> tuple[DataSource, dict[str, Dataset]]:
+    """Returns the source with the options that `examine_data` decides, and the table."""
+    modality = source.modality or guess_modality(source.source, split=source.split)
+    table = read_table(source.source, modality, split=source.split)
+    skip_bad = sum(map(len, table.values())) if source.skip_bad is None else source.skip_bad
+    source = replace(source, modality=modality, skip_bad=skip_bad)
     try:
-        label = label_column(table, reading.get("label_column"))
+        label = label_column(table, source.label_column)
     except ValueError as error:
-        if "label_column" in given:
+        if source.label_column is not None:
             raise
         notes.append(f"note: {error}")
         label = next(iter(_class_columns(table, without=None)))
-    if label is not None:
-        reading["label_column"] = label
-        if "probe_labels" not in given:
-            reading["probe_labels"] = ",".join(_class_columns(table, without=label))
-    return reading, table
+    if label is None:
+        return source, table
+    probe_labels = source.probe_labels
+    if probe_labels is None:
+        probe_labels = ",".join(_class_columns(table, without=label))
+    return replace(source, label_column=label, probe_labels=probe_labels), table
 
 
 def _class_columns(table: Mapping[str, Dataset], *, without: str | None) -> list[str]:
-    """The columns that hold classes, by their types and the number of their values."""
+    """Returns the columns that contain classes, by their types and the number of their values."""
     rows = next(iter(table.values()))
-    found = []
+    columns = []
     for name, kind in rows.features.items():
-        # What begins with two underscores is webdataset's own.
+        # webdataset's own columns begin with two underscores.
         if name in (without, FILE) or name.startswith("__") or "," in name or not _is_discrete(kind):
             continue
         if 2 <= len(rows.unique(name)) <= min(MOST_CLASSES, len(rows) // 2) and _are_labels(table, name):
-            found.append(name)
-    return found
+            columns.append(name)
+    return columns
 
 
 def _is_discrete(kind: Any) -> bool:
@@ -174,13 +175,13 @@ def _are_labels(table: Mapping[str, Dataset], name: str) -> bool:
 
 
 def _whole(splits: Splits) -> Iterator[Samples]:
-    """What the splits are parts of, each once."""
-    seen: list[int] = []
+    """Yields the samples that the splits are subsets of, each once."""
+    yielded: list[int] = []
     for _, samples in splits.items():
         while isinstance(samples, Subset):
             samples = samples.samples
-        if id(samples) not in seen:
-            seen.append(id(samples))
+        if id(samples) not in yielded:
+            yielded.append(id(samples))
             yield samples
 
 
@@ -196,8 +197,8 @@ def _bad(samples: Samples) -> dict[str, str]:
     return samples.images.bad if isinstance(samples, ImageSamples) else {}
 
 
-def _column(name: str, kind: Any, taken: Mapping[str | None, str]) -> dict[str, str | None]:
-    return {"type": _type_name(kind), "taken_as": taken.get(name)}
+def _column(name: str, kind: Any, uses: Mapping[str | None, str]) -> dict[str, str | None]:
+    return {"type": _type_name(kind), "taken_as": uses.get(name)}
 
 
 def _type_name(kind: Any) -> str:
@@ -218,7 +219,7 @@ def _axes(samples: Samples) -> str:
 
 
 def _lengths(whole: Sequence[Samples]) -> dict[str, Any] | None:
-    """Of the items, before they were cut or padded to one length."""
+    """Returns the lengths of the items before they were cut or padded to one length."""
     media = [samples for samples in whole if isinstance(samples, MediaSamples)]
     if not media:
         return None
@@ -264,17 +265,17 @@ def _normalization(samples: Samples) -> dict[str, list[float]] | None:
 
 
 def _presets(shape: tuple[int, ...]) -> dict[str, str]:
-    """What the networks for small machines make of a sample."""
-    found = {}
+    """Returns the tokens of a sample in each of the networks for small machines."""
+    presets = {}
     for name in SMALL_PRESETS:
         try:
             config = SiTConfig.preset(name, shape=shape)
         except ValueError as error:
-            found[name] = str(error)
+            presets[name] = str(error)
         else:
             grid = f" ({_times(config.grid)})" if len(config.grid) > 1 else ""
-            found[name] = f"{math.prod(config.grid)} tokens{grid}, patches of {config.patch_name}"
-    return found
+            presets[name] = f"{math.prod(config.grid)} tokens{grid}, patches of {config.patch_name}"
+    return presets
 
 
 def _length_line(lengths: Mapping[str, Any] | None) -> str:
@@ -292,19 +293,19 @@ def _length_line(lengths: Mapping[str, Any] | None) -> str:
 
 
 def _class_line(splits: Mapping[str, Mapping[str, int]]) -> str:
-    fit = splits["train"]
-    real = {name: count for name, count in fit.items() if name != "(none)"}
-    shown = ", ".join(f"{name} {count}" for name, count in list(fit.items())[:SHOWN])
-    more = f", and {len(fit) - SHOWN} more" if len(fit) > SHOWN else ""
+    train = splits["train"]
+    classes = {name: count for name, count in train.items() if name != "(none)"}
+    shown = ", ".join(f"{name} {count}" for name, count in list(train.items())[:SHOWN])
+    more = f", and {len(train) - SHOWN} more" if len(train) > SHOWN else ""
     absent = [
         f"{name} has none in {split}"
         for split, counts in splits.items()
         for name, count in counts.items()
         if not count and name != "(none)"
     ]
-    spread = " to ".join(map(str, sorted({min(real.values()), max(real.values())})))
-    said = f"{len(real)}, {spread} samples each in train: {shown}{more}"
-    return said + (f"; {'; '.join(absent[:3])}" + ("; ..." if len(absent) > 3 else "") if absent else "")
+    spread = " to ".join(map(str, sorted({min(classes.values()), max(classes.values())})))
+    text = f"{len(classes)}, {spread} samples each in train: {shown}{more}"
+    return text + (f"; {'; '.join(absent[:3])}" + ("; ..." if len(absent) > 3 else "") if absent else "")
 
 
 def _value_line(normalization: Mapping[str, Sequence[float]] | None, modality: str) -> str:
@@ -315,28 +316,28 @@ def _value_line(normalization: Mapping[str, Sequence[float]] | None, modality: s
 
 
 def _bad_line(bad: Mapping[str, str]) -> str:
-    shown = "; ".join(f"{name}: {said}" for name, said in list(bad.items())[:SHOWN])
+    shown = "; ".join(f"{name}: {problem}" for name, problem in list(bad.items())[:SHOWN])
     more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     return f"{len(bad)}, pass --skip-bad {len(bad)} to leave them out: {shown}{more}"
 
 
 def _one_of_each(labels: Tensor | None, num: int) -> list[int]:
-    """Positions of samples to show: the first of every class, then the second, ..."""
+    """Returns the positions of samples to show: the first of every class, then the second, and so on."""
     if labels is None:
         return list(range(min(num, PICTURES)))
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     ranked = []
     for position, label in enumerate(labels.tolist()):
-        ranked.append((seen.setdefault(label, 0), label, position))
-        seen[label] += 1
+        ranked.append((counts.setdefault(label, 0), label, position))
+        counts[label] += 1
     return [position for _, _, position in sorted(ranked)[:PICTURES]]
 
 
 def _title(samples: Samples, index: int) -> str:
-    known = [] if samples.labels is None else [(int(samples.labels[index]), samples.class_names)]
-    known += [(int(column.labels[index]), column.class_names) for column in samples.columns]
-    told = [names[label] if names else str(label) for label, names in known[:2] if label != MISSING]
-    return ", ".join(told) or f"sample {int(samples.ids[index])}"
+    labels = [] if samples.labels is None else [(int(samples.labels[index]), samples.class_names)]
+    labels += [(int(column.labels[index]), column.class_names) for column in samples.columns]
+    texts = [names[label] if names else str(label) for label, names in labels[:2] if label != MISSING]
+    return ", ".join(texts) or f"sample {int(samples.ids[index])}"
 
 
 def _times(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The whole chain on the embedded checkpoint and data."""
+"""The whole pipeline on the embedded checkpoint and data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from layerprobe.analyses.runs.folder import RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.runs.sample import draw_samples
 from layerprobe.analyses.selection import Selection
-from layerprobe.checkpoints import open_checkpoint
+from layerprobe.checkpoints import CheckpointSource
+from layerprobe.data import DataSource
+from layerprobe.extraction import ExtractionPlan
 from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 
@@ -26,20 +28,29 @@ def quickstart_run(
     device: str = "auto",
     progress: TaskProgress | None = None,
 ) -> tuple[Selection, Verdict]:
-    """The whole chain on the embedded checkpoint and data: probe, pick, samples, confirmation, report."""
+    """Runs the whole pipeline on the embedded checkpoint and data: probe, pick, samples, confirmation, report.
+
+    Args:
+        run: The run folder; a finished part is not repeated.
+        steps: Number of optimizer steps of each arm.
+        num_seeds: Number of seeds of the confirmation.
+        seed: Seed of the run, and the first seed of the confirmation.
+        device: Device of the models.
+        progress: Called with (task name, steps done, steps in total).
+    """
     run = Path(run)
-    selection = measure_run(
-        RunPlan("digits", "digits", QUICKSTART_LEVELS, pool_cells=2, seed=seed), run, device=device, progress=progress
-    )
+    extraction = ExtractionPlan(noise_levels=QUICKSTART_LEVELS, pool_cells=2, seed=seed)
+    plan = RunPlan(CheckpointSource("digits"), DataSource("digits"), extraction)
+    selection = measure_run(plan, run, device=device, progress=progress)
     if not (run / "figures" / "samples.png").is_file():
-        draw_samples(open_checkpoint("digits", device=device), run / "figures")
+        draw_samples(plan.checkpoint.open(device=device), run / "figures")
     verdict = confirm_run(
         run,
         confirmation_training(run, steps=steps),
         seeds=tuple(range(seed, seed + num_seeds)),
         num_evaluations=3,
         num_samples=300,
-        sampling=SamplingPlan(solver="heun", steps=6),  # enough for 8 x 8 pixels, and most of the time
+        sampling=SamplingPlan(solver="heun", steps=6),  # Enough for 8 x 8 pixels; sampling takes most of the time.
         device=device,
         progress=progress,
     )

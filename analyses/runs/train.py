@@ -1,10 +1,10 @@
-"""`layerprobe train` from start to finish: where a training starts, what it aligns, what is measured on the way."""
+"""The job of `layerprobe train`: start, alignment, measurements on the way."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,116 +12,75 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from layerprobe.analyses.runs import data as runs
 from layerprobe.analyses.runs.folder import read_selection
-from layerprobe.backbones import Backbone, SiT, SiTConfig, layer_shapes, new_sit
-from layerprobe.checkpoints import open_checkpoint, resolve_device
-from layerprobe.data import Samples, Splits, take
+from layerprobe.analyses.runs.network import NewNetwork
+from layerprobe.analyses.wording import selection_reason
+from layerprobe.backbones import Backbone, SiT, layer_shapes
+from layerprobe.checkpoints import open_checkpoint
+from layerprobe.data import DataSource, Samples, Splits, take
 from layerprobe.files import write_text
 from layerprobe.layersync import LayerPair
-from layerprobe.noise import Prediction, schedule_from_name
-from layerprobe.progress import TaskProgress
+from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoPick
 
-# The paths of SiT, from data to noise, by the schedules that follow them.
-PATHS = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
-
-
-def new_config(
-    shape: tuple[int, ...],
-    num_classes: int,
-    *,
-    preset: str | None = None,
-    patch_size: int | tuple[int, ...] | None = None,
-    width: int | None = None,
-    depth: int | None = None,
-    heads: int | None = None,
-) -> SiTConfig:
-    """The shape of a fresh network: a preset's, or 8 blocks of width 128 with 4 heads on patches of 2.
-
-    Args:
-        shape: Shape (C, *grid) of one sample.
-        num_classes: 0 for an unconditional model.
-        preset: See `SiTConfig.preset`; what follows replaces its numbers.
-        patch_size: Edge of a patch, or one per axis.
-        width: Of a token.
-        depth: Number of blocks.
-        heads: Attention heads.
-
-    Raises:
-        ValueError: If these make no network.
-    """
-    if preset is None:
-        patch_size = 2 if patch_size is None else patch_size
-        return SiTConfig(shape, patch_size, width or 128, depth or 8, heads or 4, num_classes)
-    config = SiTConfig.preset(preset, shape=shape, num_classes=num_classes, patch_size=patch_size)
-    return replace(
-        config,
-        hidden_size=width or config.hidden_size,
-        depth=depth or config.depth,
-        num_heads=heads or config.num_heads,
-    )
-
 
 def training_start(
     checkpoint: str | None,
-    config: SiTConfig | None,
+    network: NewNetwork,
+    shape: tuple[int, ...],
+    num_classes: int,
     *,
     seed: int,
     device: str = "auto",
-    path: str | None = None,
-    prediction: Prediction | None = None,
 ) -> Backbone:
-    """The model that a training starts from: a checkpoint, or a SiT with fresh weights where there is none.
+    """Returns the model that a training starts from: a checkpoint, or a SiT with fresh weights if there is none.
 
     Args:
-        checkpoint: Its path and prediction are those that it was trained with.
-        config: The shape of a fresh network; None with a checkpoint.
-        seed: Of the fresh weights.
+        checkpoint: Path of the checkpoint; it keeps its network, path and prediction.
+        network: The network with fresh weights.
+        shape: Shape (C, *grid) of one sample.
+        num_classes: Number of classes; 0 for an unconditional model.
+        seed: Seed of the fresh weights.
         device: "auto", "cpu", "cuda" and so on.
-        path: For fresh weights, one of `PATHS`; linear where not given.
-        prediction: For fresh weights; the velocity where not given.
 
     Raises:
-        ValueError: If the path is unknown, or a checkpoint is to be trained on another one than its own.
+        ValueError: If the network does not fit the samples, or a checkpoint should be trained on another path.
     """
-    if checkpoint is not None:
-        if path or prediction:
-            raise ValueError(f"{checkpoint} has a path and a prediction; leave out --path and --prediction with --from")
-        return open_checkpoint(checkpoint, device=device)
-    if path not in (None, *PATHS):
-        raise ValueError(f"unknown path {path!r}; use {', '.join(PATHS)}")
-    schedule = schedule_from_name(PATHS[path or "linear"])
-    assert config is not None
-    backbone = new_sit(config, seed=seed, schedule=schedule, prediction=prediction or "velocity")
-    backbone.module.to(resolve_device(device))
-    return backbone
+    if checkpoint is None:
+        return network.build(shape, num_classes, seed=seed, device=device)
+    if network.path or network.prediction:
+        raise ValueError(f"{checkpoint} has a path and a prediction; leave out --path and --prediction with --from")
+    return open_checkpoint(checkpoint, device=device)
 
 
 def narrowness(backbone: Backbone) -> str | None:
-    """What is wrong where tokens have fewer channels than a patch has numbers, each with noise of its own to tell."""
+    """Returns a warning if tokens have fewer channels than a patch has values; None otherwise.
+
+    Each value has its own noise, which the network must predict.
+    """
     if not isinstance(backbone.module, SiT):
         return None
     config = backbone.module.config
-    numbers = config.shape[0] * math.prod(config.patch)
-    if numbers <= config.hidden_size:
+    num_values = config.shape[0] * math.prod(config.patch)
+    if num_values <= config.hidden_size:
         return None
     return (
-        f"a patch of {config.patch_name} holds {numbers} numbers and a token only {config.hidden_size}, so the network "
-        f"cannot tell the noise of each; pass a smaller --patch-size or --width {numbers} or more"
+        f"a patch of {config.patch_name} has {num_values} values but a token only {config.hidden_size}, so the network "
+        f"cannot predict the noise of each; pass a smaller --patch-size or --width {num_values} or more"
     )
 
 
-def encoded_once(
-    splits: Splits, reading: Mapping[str, Any], ranks: Ranks, *, progress: TaskProgress | None = None
-) -> Splits:
-    """The splits as latents where `reading` asks for it; the first process encodes, the others find what it wrote."""
+def encoded_once(splits: Splits, source: DataSource, ranks: Ranks, *, progress: TaskProgress | None = None) -> Splits:
+    """Returns the latents of splits if their source has an autoencoder, else the splits themselves.
+
+    The first process encodes; the others then read what it wrote.
+    """
     for turn in (True, False):
         if ranks.is_first is turn:
-            splits = runs.encoded(splits, reading, progress=progress)
+            splits = source.encode(splits, progress=named_progress(progress, "encoding images"))
         ranks.barrier()
     return splits
 
@@ -129,17 +88,23 @@ def encoded_once(
 def auto_pick(
     splits: Splits, plan: TrainingPlan, folder: str | Path, *, begin: int | None = None, every: int | None = None
 ) -> AutoPick:
-    """What decides on the way which layers a training aligns; its defaults where a number is not given.
+    """Returns the rule that decides during a training which layers are aligned.
+
+    Args:
+        splits: The data; the rule measures training samples.
+        plan: The plan of the training.
+        folder: Folder of the training.
+        begin: Step of the first decision; the default of `AutoPick` if None.
+        every: Number of steps between decisions; the default of `AutoPick` if None.
 
     Raises:
-        ValueError: If it would never decide.
+        ValueError: If the training ends before the first decision.
     """
     from layerprobe.analyses.selection import AutoPick
 
-    given: dict[str, Any] = {
-        name: value for name, value in (("warmup_steps", begin), ("every", every)) if value is not None
-    }
-    auto = AutoPick(splits.train, folder, seed=plan.seed, **given)
+    steps: dict[str, Any] = {"warmup_steps": begin, "every": every}
+    steps = {name: value for name, value in steps.items() if value is not None}
+    auto = AutoPick(splits.train, folder, seed=plan.seed, **steps)
     if not auto.direct_at(plan.steps):
         raise ValueError(
             f"the first pick at step {auto.warmup_steps} is not before the end at step {plan.steps}; "
@@ -151,10 +116,10 @@ def auto_pick(
 def training_forecast(
     backbone: Backbone, splits: Splits, plan: TrainingPlan, *, auto: AutoPick | None = None, num_processes: int = 1
 ) -> dict[str, Any]:
-    """What a training is, in numbers.
+    """Returns the size of a training, as JSON.
 
     Raises:
-        ValueError: If a layer to align is not in the model.
+        ValueError: If the model does not have a layer that the plan aligns.
     """
     aligned = (layer for pair in plan.pairs for layer in (pair.student, pair.teacher))
     shapes = layer_shapes(backbone, tuple(dict.fromkeys((backbone.layers[0], *aligned))))
@@ -189,27 +154,30 @@ def train_run(
     warn: Callable[[str], None],
     progress: TaskProgress | None = None,
 ) -> Backbone:
-    """Trains on the training samples; `held_out.csv` gets the loss on the validation samples, ten times on the way.
+    """Trains on the training samples and writes the loss on the validation samples to `held_out.csv` at eleven steps.
 
-    At the end, `curves.png` and `curves.svg` show log and held-out losses. With several processes, all of them call
-    this and the first one writes.
+    At the end, `curves.png` and `curves.svg` show the logged and the held-out losses. Several processes all call this
+    function, and the first one writes.
 
     Args:
         backbone: The model to start from.
-        splits: The data.
-        plan: How it is trained.
-        folder: Where the run is kept.
-        auto: Decides on the way what is aligned; it gets the training samples of `splits`.
-        trackers: Services that get every row of the log and the held-out losses too, see `open_trackers`.
-        fsdp: Shard the model over the processes.
-        warn: Called with one line when a tracker fails.
-        progress: Called with ("training", steps done, steps in all).
+        splits: The data, encoded if the model takes latents.
+        plan: The plan of the training.
+        folder: Folder of the training.
+        auto: Rule that decides during the training what is aligned; it measures the training samples of `splits`.
+        trackers: Services that also get every row of the log and the held-out losses, see `open_trackers`.
+        fsdp: Whether to shard the model over the processes.
+        warn: Called with one line if a tracker fails.
+        progress: Called with ("training", steps done, steps in total).
+
+    Returns:
+        The model with averaged weights.
     """
     folder = Path(folder)
     held_out = take(splits, num_validation=min(len(splits.validation), 1000)).validation
     config = {"model": backbone.name, "data": splits.train.fingerprint, "plan": json.loads(json.dumps(asdict(plan)))}
     name = folder.resolve().name
-    auto = replace(auto, samples=splits.train) if auto else None  # as latents, where they were encoded meanwhile
+    auto = replace(auto, samples=splits.train) if auto else None  # The rule was made before images were encoded.
     report = None if progress is None else lambda step, total, _: progress("training", step, total)
     with (
         processes() as ranks,
@@ -234,7 +202,7 @@ def train_run(
 
 
 def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
-    """The pick of a run as a training takes it; none for no run.
+    """Returns the layer pair that a run picked, or no pair if there is no run.
 
     Raises:
         ValueError: If the run has no admissible pair.
@@ -243,23 +211,23 @@ def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
         return ()
     selection = read_selection(run)
     if selection.pick is None:
-        raise ValueError(f"{run} has no admissible pair ({selection.reason}); pass --pair")
+        raise ValueError(f"{run} has no admissible pair ({selection_reason(selection)}); pass --pair")
     return (selection.pick,)
 
 
 def _examine(step: int, model: Backbone, held_out: Samples, folder: Path, tracked: Trackers) -> None:
     losses = held_out_loss(model, held_out)
-    place = folder / "held_out.csv"
-    lines = place.read_text(encoding="utf-8").splitlines() if place.is_file() else []
-    before = [line for line in lines if not line.startswith(f"{step},")]
+    path = folder / "held_out.csv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    other_lines = [line for line in lines if not line.startswith(f"{step},")]
     header = "step," + ",".join(f"noise level {level:g}" for level in losses)
     row = f"{step}," + ",".join(f"{loss:.6f}" for loss in losses.values())
-    write_text(place, "\n".join([*(before or [header]), row]) + "\n")
+    write_text(path, "\n".join([*(other_lines or [header]), row]) + "\n")
     tracked(step, {f"held-out loss {level:g}": loss for level, loss in losses.items()})
 
 
 def _draw(folder: Path) -> None:
-    """Draws the curves, unless they are there and nothing was trained since."""
+    """Draws the curves, unless they are newer than the log."""
     from layerprobe.analyses.figures import save_figure, training_curves
 
     log, figure = folder / "log.csv", folder / "curves.png"

@@ -44,10 +44,10 @@ from layerprobe.analyses.experiments import (
     run_folder,
 )
 from layerprobe.analyses.generation import classifier_extractor
-from layerprobe.analyses.runs import PairSweepStart, load_splits, pair_sweep_start
+from layerprobe.analyses.runs import PairSweepStart, pair_sweep_start
 from layerprobe.backbones import Backbone, SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.capture import real_tokens
-from layerprobe.data import Samples, Splits
+from layerprobe.data import Samples, Splits, load
 from layerprobe.files import claim, write_text
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.noise import LinearPath, RandomStream
@@ -62,7 +62,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-s
 def main() -> None:
     options = parsed()
     reading = {name: getattr(options, name) for name in ("size", "channels", "mels", "length", "hop", "stride")}
-    splits = load_splits(options.data, {name: value for name, value in reading.items() if value is not None})[0]
+    splits = load(options.data, **reading)
     start = pair_sweep_start(
         options.start,
         steps=options.steps,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import absolute_source
-from layerprobe.options import option, to_record
+from layerprobe.options import CHECKPOINT_PANEL, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -34,17 +34,17 @@ class CheckpointSource:
     """
 
     path: str = field(metadata=option("checkpoint", is_argument=True))
-    weights: str | None = field(default=None, metadata=option())
-    family: str | None = field(default=None, metadata=option())
-    num_heads: int | None = field(default=None, metadata=option())
-    model: str | None = field(default=None, metadata=option())
-    subfolder: str | None = field(default=None, metadata=option())
-    lora: str | None = field(default=None, metadata=option())
-    layers: tuple[str, ...] | None = field(default=None, metadata=option())
-    schedule: str | None = field(default=None, metadata=option())
-    prediction: str | None = field(default=None, metadata=option())
-    shape: tuple[int, ...] | None = field(default=None, metadata=option())
-    num_classes: int | None = field(default=None, metadata=option())
+    weights: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    family: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    num_heads: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    model: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    subfolder: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    lora: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    layers: tuple[str, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    schedule: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
 
     def options(self) -> dict[str, Any]:
         """Returns the options that `open_checkpoint` takes."""

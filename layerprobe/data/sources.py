@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import absolute_source
-from layerprobe.options import option, to_record
+from layerprobe.options import DATA_PANEL, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.data.samples import Splits
@@ -47,27 +47,27 @@ class DataSource:
     """
 
     source: str = field(metadata=option("data"))
-    size: int | None = field(default=None, metadata=option())
-    channels: int | None = field(default=None, metadata=option())
-    split: str | None = field(default=None, metadata=option())
-    image_column: str | None = field(default=None, metadata=option())
-    modality: str | None = field(default=None, metadata=option())
-    column: str | None = field(default=None, metadata=option(flag="--item-column"))
-    length: int | None = field(default=None, metadata=option())
-    stride: int | None = field(default=None, metadata=option())
-    root_joint: int | None = field(default=None, metadata=option())
-    rate: int | None = field(default=None, metadata=option())
-    form: str | None = field(default=None, metadata=option(flag="--audio-form"))
-    mels: int | None = field(default=None, metadata=option())
-    hop: int | None = field(default=None, metadata=option())
-    skip_bad: int | None = field(default=None, metadata=option())
-    vae: str | None = field(default=None, metadata=option())
-    latent_scale: float | None = field(default=None, metadata=option())
-    label_column: str | None = field(default=None, metadata=option())
-    probe_labels: str | None = field(default=None, metadata=option())
-    num_train: int | None = field(default=None, metadata=option())
-    num_validation: int | None = field(default=None, metadata=option())
-    num_test: int | None = field(default=None, metadata=option())
+    size: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    split: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    image_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    modality: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    column: str | None = field(default=None, metadata=option(flag="--item-column", panel=DATA_PANEL))
+    length: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    stride: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    root_joint: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    rate: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    form: str | None = field(default=None, metadata=option(flag="--audio-form", panel=DATA_PANEL))
+    mels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    hop: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    skip_bad: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    vae: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    latent_scale: float | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    label_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    probe_labels: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    num_train: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    num_validation: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    num_test: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
 
     def options(self) -> dict[str, Any]:
         """Returns the options that `layerprobe.data.load` takes, without those of the autoencoder."""

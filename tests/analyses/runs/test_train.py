@@ -87,7 +87,7 @@ def test_patches_by_axis_from_the_shell(cli, tmp_path) -> None:
         ("2,4,4", "a patch of 2x4x4 does not fit the grid (8, 8); pass one edge for all axes, or one edge per axis"),
         ("2,3", "the grid (8, 8) does not divide into patches of 2x3; change one of them"),
         ("two", "--patch-size two is not a list of whole numbers"),
-        ("0", "count from 1"),
+        ("0", "must be at least 1"),
     ):
         code, out, err = cli(*told, "--out", tmp_path / "v", "--patch-size", wrong)
         assert (code, said in err, err.count("\n")) == (2, True, 1), err
