@@ -29,6 +29,8 @@ from .measurements import ANALYSES as ANALYSES
 from .measurements import PROBE as PROBE
 from .measurements import RANK as RANK
 from .measurements import Analysis as Analysis
+from .measurements import Measurement as Measurement
+from .measurements import Representation as Representation
 from .measurements import headlines as headlines
 from .measurements import probed_column as probed_column
 from .quality import MODEL as MODEL

@@ -12,7 +12,7 @@ from layerprobe.layersync import LayerSync
 
 
 class AlignedTrainer(Trainer):
-    """A Trainer that aligns layers of its model while it trains; evaluation is as it was."""
+    """A Trainer that aligns layers of its model during training; evaluation does not change."""
 
     def __init__(self, *args: Any, pairs: list[tuple[str, str]], weight: float, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -38,7 +38,7 @@ class AlignedTrainer(Trainer):
 
 
 class Model(nn.Module):
-    """What the Trainer asks of a model: it gives its own loss."""
+    """A model as the Trainer expects it: `forward` returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Model(nn.Module):
 
 
 def train(folder: str, *, weight: float, steps: int = 30, **options: Any) -> AlignedTrainer:
-    """The trainer when it is done; `trainer.state.log_history` has the losses, the alignment among them."""
+    """Trains and returns the trainer; `trainer.state.log_history` contains the losses and the alignment."""
     set_seed(0)
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=10,

@@ -1,4 +1,4 @@
-"""LayerSync under Lightning: training_step adds the loss, a callback places and removes the hooks and logs."""
+"""LayerSync in Lightning: training_step adds the loss; a callback places and removes the hooks, and logs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerprobe.layersync import LayerSync
 
 
 class Model(lightning.LightningModule):
-    """Any module of Lightning; what is aligned is the network in it."""
+    """Any Lightning module; the network inside it is aligned."""
 
     def __init__(self, *, weight: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Model(lightning.LightningModule):
 
 
 class HoldHooks(lightning.Callback):
-    """Keeps a module's `sync` active while it is fitted, also where that fails; logs its statistics."""
+    """Keeps a module's `sync` active during `fit`, removes the hooks after a failure too, and logs statistics."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -54,7 +54,7 @@ class HoldHooks(lightning.Callback):
 
 
 def train(*, weight: float, steps: int = 30, **options: Any) -> tuple[Model, lightning.Trainer]:
-    """The module and the trainer, which takes further options."""
+    """Trains and returns the module and the trainer; `options` are passed to the trainer."""
     lightning.seed_everything(0, verbose=False)
     model = Model(weight=weight)
     quiet = {

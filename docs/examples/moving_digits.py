@@ -1,10 +1,10 @@
-"""Labeled video out of MNIST: one handwritten digit a clip, moving in one of eight directions.
+"""Labeled video made from MNIST: one handwritten digit per clip, moving in one of eight directions.
 
     python moving_digits.py MNIST moving-digits --clips 4000
 
-The digit passes the middle of the picture halfway, a pixel from frame to frame, so that the way it goes is where it
-comes from. The picture has no edges: what leaves on one side comes back on the other. The parts "train" and "test" keep
-to the digits of MNIST's parts.
+The digit moves one pixel per frame and passes near the middle of the picture halfway through the clip. The picture
+wraps around: what leaves it on one side returns on the other. The parts "train" and "test" use the digits of the same
+parts of MNIST.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, disable_pro
 from PIL import Image as Pillow
 
 FRAMES, SIZE = 16, 32  # frames of a clip, pixels of a side
-MIDDLE = 2  # row and column at which a digit of 28 pixels stands in the middle
-# Rows and columns of a step, clockwise.
+MIDDLE = 2  # row and column at which a digit of 28 pixels is centered
+# Rows and columns of a step, in clockwise order.
 DIRECTIONS = {
     "up": (-1, 0),
     "up-right": (-1, 1),
@@ -41,12 +41,12 @@ FEATURES = Features(
 
 
 def moving_digits(mnist: Dataset, clips: int, *, seed: int) -> Dataset:
-    """Clips of digits drawn from `mnist`: each digit once while there are enough, all directions equally often.
+    """Makes clips of digits from `mnist`: all digits before any is repeated, all directions equally often.
 
     Args:
         mnist: Rows with a column "image" of at most 32 x 32 pixels and a column "label", 0 to 9.
-        clips: How many.
-        seed: Of digits, directions and places; the first clips are the same whatever their number.
+        clips: Number of clips.
+        seed: Seed of digits, directions and positions; a larger number of clips does not change the first ones.
     """
     digits = np.random.default_rng([seed, 0]).permutation(len(mnist))
     directions = np.random.default_rng([seed, 1])
@@ -63,7 +63,7 @@ def moving_digits(mnist: Dataset, clips: int, *, seed: int) -> Dataset:
 
 
 def moved(digit: Any, step: tuple[int, int], *, place: Any) -> list[Any]:
-    """Frames (32, 32) of a digit that goes the step each frame and is at a place, row and column, halfway."""
+    """Returns frames (32, 32) of a digit that moves by `step` per frame and is at `place` (row, column) halfway."""
     canvas = np.zeros((SIZE, SIZE), np.uint8)
     canvas[: digit.shape[0], : digit.shape[1]] = digit
     halfway = FRAMES // 2
@@ -71,7 +71,7 @@ def moved(digit: Any, step: tuple[int, int], *, place: Any) -> list[Any]:
 
 
 def png(frame: Any) -> dict[str, Any]:
-    """Pixels as `datasets` keeps an encoded image."""
+    """Encodes pixels as PNG, in the form in which `datasets` stores an image."""
     content = io.BytesIO()
     Pillow.fromarray(frame).save(content, format="png")
     return {"bytes": content.getvalue(), "path": None}
@@ -82,17 +82,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("mnist", help="folder with train.parquet and test.parquet, or a name on the Hugging Face Hub")
     parser.add_argument("out", type=Path, help="folder to write train.parquet and test.parquet to")
-    parser.add_argument("--clips", type=int, default=4000, help="to train on; the test part gets a tenth as many")
+    parser.add_argument(
+        "--clips", type=int, default=4000, help="number of training clips; the test part has a tenth as many"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    if given.clips < 80:
-        parser.error(f"--clips is {given.clips}; pass at least 80, of which the test part has each direction once")
+    arguments = parser.parse_args()
+    if arguments.clips < 80:
+        parser.error(f"--clips is {arguments.clips}; pass at least 80, so that the test part has every direction once")
     disable_progress_bars()
-    parts = load_dataset(given.mnist)
-    given.out.mkdir(parents=True, exist_ok=True)
-    for part, clips in (("train", given.clips), ("test", given.clips // 10)):
-        moving_digits(parts[part], clips, seed=given.seed).to_parquet(given.out / f"{part}.parquet")
-        print(f"{given.out / f'{part}.parquet'}: {clips} clips")
+    parts = load_dataset(arguments.mnist)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for part, clips in (("train", arguments.clips), ("test", arguments.clips // 10)):
+        moving_digits(parts[part], clips, seed=arguments.seed).to_parquet(arguments.out / f"{part}.parquet")
+        print(f"{arguments.out / f'{part}.parquet'}: {clips} clips")
 
 
 if __name__ == "__main__":

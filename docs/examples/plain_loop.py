@@ -14,7 +14,7 @@ ACCUMULATE = 2
 
 
 class Denoiser(nn.Module):
-    """Stands for your network: 16 patches of 2 x 2 pixels, told the noise level, through six blocks."""
+    """Stands for your network: six blocks on 16 patches of 2 x 2 pixels, conditioned on the noise level."""
 
     def __init__(self, width: int = 64, depth: int = 6) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
         self.head = nn.ConvTranspose2d(width, 1, 2, stride=2)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity, like x_t, shape (B, 1, 8, 8), at noise levels t, shape (B,)."""
+        """Returns the velocity, shape (B, 1, 8, 8) like x_t, at noise levels t, shape (B,)."""
         tokens = self.embed(x_t).flatten(2).transpose(1, 2) + self.place + self.time(t[:, None])[:, None]
         for block in self.blocks:
             tokens = block(tokens)
@@ -37,20 +37,20 @@ class Denoiser(nn.Module):
 
 
 def flow_matching_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Stands for your loss, a mean over the batch."""
+    """Stands for your loss: a mean over the batch."""
     eps, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
     x_t = torch.lerp(x, eps, t.view(-1, 1, 1, 1))
     return F.mse_loss(model(x_t, t), eps - x)
 
 
 def digits() -> Tensor:
-    """Embedded images, shape (n, 1, 8, 8)."""
+    """Returns the embedded images, shape (n, 1, 8, 8)."""
     samples = load("digits").train
     return samples.batch(range(len(samples))).x
 
 
 def train(*, weight: float, steps: int = 30) -> tuple[Denoiser, list[float], list[float]]:
-    """The network, and loss and cosine at each step."""
+    """Trains and returns the network, and the loss and the cosine of each step."""
     torch.manual_seed(0)
     model, images = Denoiser(), digits()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -62,8 +62,8 @@ def train(*, weight: float, steps: int = 30) -> tuple[Denoiser, list[float], lis
                 loss = flow_matching_loss(model, x)
                 ((loss + sync.loss()) / ACCUMULATE).backward()
             if step % 10 == 0 or step == steps - 1:
-                told = ", ".join(f"{name}: {value:.3g}" for name, value in sync.statistics().items())
-                print(f"step {step:3}  loss {loss.item():.3f}  {told}")
+                statistics = ", ".join(f"{name}: {value:.3g}" for name, value in sync.statistics().items())
+                print(f"step {step:3}  loss {loss.item():.3f}  {statistics}")
             losses.append(loss.item())
             cosines.append(sync.cosines[sync.pairs[0]].item())
             optimizer.step()

@@ -1,12 +1,12 @@
 """LoRA fine-tuning of a Wan video transformer of diffusers with LayerSync, block 8 <- block 16, weight 0.002.
 
-A narrow Wan with random weights and random latents stand in, so that it runs anywhere:
+A narrow Wan, latents and text, all random, stand in, so that the example runs anywhere. In your code use
 
-- the model: `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`, which has 30 blocks;
-- the latents: your videos through the pipeline's VAE, normalized as the pipeline does;
-- the text: your captions through its text encoder.
+- the model `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`, which has 30 blocks;
+- the latents of your videos from the pipeline's VAE, normalized as in the pipeline;
+- the embeddings of your captions from the pipeline's text encoder.
 
-Source of pair and weight: the LoRA code of LayerSync (arXiv:2510.12581), there without stop-gradient.
+Source of pair and weight: the LoRA code of LayerSync (arXiv:2510.12581), which has no stop-gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHIFT = 5.0  # Wan's flow shift: more of the high noise levels
 
 
 def narrow_wan() -> Any:
-    """Wan 2.1's transformer, 24 wide and 18 deep."""
+    """Returns the transformer of Wan 2.1 with 18 blocks of width 24 and random weights."""
     return WanTransformer3DModel(
         num_layers=18, num_attention_heads=2, attention_head_dim=12, ffn_dim=48, freq_dim=8, text_dim=12,
         in_channels=4, out_channels=4, rope_max_seq_len=32,
@@ -34,7 +34,7 @@ def narrow_wan() -> Any:
 
 
 def flow_matching_loss(transformer: nn.Module, latents: Tensor, text: Tensor) -> Tensor:
-    """Latents (B, C, frames, height, width), text (B, tokens, width)."""
+    """Returns the loss for latents (B, C, frames, height, width) and text (B, tokens, width)."""
     t, eps = torch.rand(len(latents)), torch.randn_like(latents)
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     x_t = torch.lerp(latents, eps, t.view(-1, 1, 1, 1, 1))
@@ -43,11 +43,11 @@ def flow_matching_loss(transformer: nn.Module, latents: Tensor, text: Tensor) ->
 
 
 def fine_tune(folder: str, *, weight: float = 0.002, steps: int = 12) -> tuple[Any, list[float], list[float]]:
-    """The model with its adapter, which is saved, and loss and cosine at each step."""
+    """Trains and saves an adapter; returns the model with it, and the loss and the cosine of each step."""
     torch.manual_seed(0)
     transformer = narrow_wan().requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    transformer.enable_gradient_checkpointing()  # non-reentrant, as it has to be
+    transformer.enable_gradient_checkpointing()  # non-reentrant, as LayerSync requires
     transformer.train()
     adapter = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapter, lr=1e-2)
@@ -64,7 +64,7 @@ def fine_tune(folder: str, *, weight: float = 0.002, steps: int = 12) -> tuple[A
             if step % 4 == 0 or step == steps - 1:
                 print(f"step {step:3}  loss {losses[-1]:.3f}  cosine {cosines[-1]:.4f}")
     transformer.save_lora_adapter(folder)
-    print(f"adapter with {sum(p.numel() for p in adapter)} numbers saved in {folder}")
+    print(f"adapter with {sum(p.numel() for p in adapter)} parameters saved in {folder}")
     return transformer, losses, cosines
 
 
