@@ -61,7 +61,7 @@ from layerprobe.analyses.tables import (
 
 # Weights of the criteria; the sign says which end is good. Given the depths of both layers, the gap in effective rank
 # goes with the gain in five of six sweeps of long trainings with a slow start. Nothing that needs labels does.
-# Recoverability and CKA go with it where alignment pays; weighing the two is RARE's idea (docs/picking.md).
+# Recoverability and CKA go with it where alignment pays; weighing the two is RARE's idea (docs/atlas/findings.md).
 RULE: Mapping[str, float] = {RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0}
 _DRAWS = 400  # random draws of the criteria within their intervals
 _QUALITY: Mapping[str, Metric] = {PROBE_GAP: "probe accuracy", LIDAR_GAP: "noise-LiDAR", RANK_GAP: "effective rank"}
