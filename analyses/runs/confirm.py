@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from layerprobe.analyses.experiments import (
 )
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
-from layerprobe.analyses.runs.folder import read_plan, read_selection
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Selection
 from layerprobe.backbones import alignable_layers, fresh_sit
 from layerprobe.checkpoints import training_record
@@ -58,8 +57,8 @@ def confirm_run(
         device: Device of the models.
         progress: Callback with (name of the running arm, steps done, total steps).
     """
-    run, plan = Path(run), read_plan(run)
-    selection = read_selection(run)
+    folder = RunFolder(run)
+    plan, selection = folder.plan(), folder.selection()
     backbone = plan.checkpoint.open(device=device)
     confirmation = ConfirmationPlan(
         training,
@@ -77,12 +76,11 @@ def confirm_run(
         splits,
         trained_arms,
         confirmation,
-        run / "confirmation",
+        folder.confirmation,
         start_name="from scratch" if from_scratch else "from the checkpoint",
         progress=progress,
     )
-    for name in ("confirmation.csv", "verdict.json"):
-        shutil.copyfile(run / "confirmation" / name, run / name)
+    folder.write_verdict()
     draw_figures(run)
     write_report(run)
     return verdict
@@ -101,7 +99,7 @@ def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = F
         from_scratch: Whether the arms start from fresh weights.
         **options: Fields of `TrainingPlan`.
     """
-    trained = training_record(read_plan(run).checkpoint.path)
+    trained = training_record(RunFolder(run).plan().checkpoint.path)
     recorded: dict[str, Any] = {
         name: trained[name]
         for name in ("batch_size", "learning_rate", "weight_decay", "clip_norm", "label_drop")
@@ -115,7 +113,7 @@ def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = F
 
 def trained_steps(run: str | Path) -> int | None:
     """Returns the number of steps that the checkpoint of a run was trained for; None if it is not recorded."""
-    steps: int | None = training_record(read_plan(run).checkpoint.path).get("steps")
+    steps: int | None = training_record(RunFolder(run).plan().checkpoint.path).get("steps")
     return steps
 
 
@@ -128,7 +126,7 @@ def _arms(
 
 def arm_names(run: str | Path, names: Sequence[str] | None = None, *, seed: int = 0) -> list[str]:
     """Returns the arms that a confirmation of this run would train, with their pairs; see `arms_for`."""
-    selection = read_selection(run)
+    selection = RunFolder(run).selection()
     return [str(arm) for arm in _arms(selection, selection.basis.layers, names, (seed,))]
 
 

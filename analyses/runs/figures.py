@@ -6,9 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.figures import (
     cka_heatmap,
     confirmation_curves,
@@ -20,16 +17,15 @@ from layerprobe.analyses.figures import (
     token_maps,
 )
 from layerprobe.analyses.measures import pca_rgb
-from layerprobe.analyses.runs.folder import read_selection, read_tables, store_folder
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables import MODEL, headlines, probed_column
 from layerprobe.extraction import FeatureStore
 
 
 def draw_figures(run: str | Path) -> list[Path]:
     """Draws every figure that the run's tables allow, as PNG and SVG, into `figures/`."""
-    run = Path(run)
-    quality, similarity = read_tables(run)
-    selection = read_selection(run)
+    folder = RunFolder(run)
+    quality, selection = folder.quality(), folder.selection()
     figures = {}
     metrics = list(dict.fromkeys(quality["metric"]))
     shown = headlines(metrics)
@@ -41,15 +37,13 @@ def draw_figures(run: str | Path) -> list[Path]:
         figures[f"{name}-heatmap"] = quality_heatmap(quality, metric)
     if more := [metric for metric in metrics if metric not in shown]:
         figures["more-measures"] = metric_panels(quality, more, selection=selection)
-    figures["cka"] = cka_heatmap(similarity, selection=selection)
-    store = FeatureStore.open(store_folder(run, MODEL))
+    figures["cka"] = cka_heatmap(folder.similarity(), selection=selection)
+    store = folder.store(MODEL)
     if len(store.token_rows) and not store.tokens_padded:
         figures["token-maps"] = _token_maps(store)
-    if (run / "verdict.json").is_file():
-        curves = pd.read_csv(run / "confirmation.csv")
-        verdict = Verdict.from_json((run / "verdict.json").read_text(encoding="utf-8"))
-        figures["confirmation"] = confirmation_curves(curves, verdict)
-    return [path for name, figure in figures.items() for path in save_figure(figure, run / "figures", name)]
+    if confirmed := folder.verdict():
+        figures["confirmation"] = confirmation_curves(*confirmed)
+    return [path for name, figure in figures.items() for path in save_figure(figure, folder.figures, name)]
 
 
 def _token_maps(store: FeatureStore) -> Any:

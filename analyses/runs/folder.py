@@ -1,9 +1,10 @@
-"""The run folder: its plan, its records and tables, and the software environment that produced them."""
+"""The run folder: its plan, its records and tables, and the environment that produced them."""
 
 from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,14 @@ import pandas as pd
 import torch
 
 from layerprobe import __version__
+from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.selection import Selection
-from layerprobe.analyses.tables import read_quality, read_similarity
+from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.data import DataSource, Splits
-from layerprobe.extraction import ExtractionPlan
-from layerprobe.files import write_text
+from layerprobe.extraction import ExtractionPlan, FeatureStore
+from layerprobe.files import claim, write_text
 from layerprobe.options import from_record, to_record
 from layerprobe.progress import TaskProgress, named_progress
 
@@ -84,38 +86,131 @@ class RunPlan:
         )
 
 
-def read_plan(run: str | Path) -> RunPlan:
-    """Reads the plan of a run folder.
+class RunFolder:
+    """The files of a run: their names, and reading what they hold.
 
-    Raises:
-        FileNotFoundError: If the folder contains no run.
+    Attributes:
+        path: Path of the folder.
+        features: Folder of the feature stores.
+        ablation: Table of what skipping each layer changes.
+        convention: Record of the convention check.
+        confirmation: Folder of the confirmation runs.
+        figures: Folder of the figures.
+
+    Args:
+        path: Path of the folder; it need not exist yet.
     """
-    path = Path(run) / "plan.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no run (no plan.json); pass a folder that `layerprobe probe` has made")
-    return RunPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.features, self.figures = self.path / "features", self.path / "figures"
+        self.confirmation = self.path / "confirmation"
+        self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
+
+    def claim(self, plan: RunPlan) -> None:
+        """Makes the folder that of this run, and writes which software and machine produce its numbers.
+
+        Raises:
+            ValueError: If the folder belongs to another run, or contains other things.
+        """
+        claim(self.path, "plan.json", plan.to_dict(), what="the results")
+        if not (self.path / "environment.json").is_file():
+            write_text(self.path / "environment.json", json.dumps(_environment(), indent=1))
+
+    def plan(self) -> RunPlan:
+        """Reads the plan.
+
+        Raises:
+            FileNotFoundError: If the folder contains no run.
+        """
+        place = self.path / "plan.json"
+        if not place.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds no run (no plan.json); pass a folder that `layerprobe probe` has made"
+            )
+        return RunPlan.from_dict(json.loads(place.read_text(encoding="utf-8")))
+
+    def store(self, source: str) -> FeatureStore:
+        """Opens the features of the model or of one of its controls."""
+        return FeatureStore.open(self.store_folder(source))
+
+    def store_folder(self, source: str) -> Path:
+        """The folder of the features of the model or of one of its controls."""
+        return self.features / source.replace(" ", "-")
+
+    def write_tables(
+        self,
+        quality: pd.DataFrame,
+        similarity: pd.DataFrame,
+        evidence: PairEvidence,
+        recoverability: pd.DataFrame | None,
+    ) -> None:
+        """Writes the tables; that of the quality comes last, since it says that the run has been measured."""
+        write_table(similarity, self.path / "similarity.csv")
+        if recoverability is not None:
+            write_table(recoverability, self.path / "recoverability.csv")
+        evidence.write_csv(self.path / "evidence.csv")
+        write_table(quality, self.path / "quality.csv")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the run has its tables."""
+        return (self.path / "quality.csv").is_file()
+
+    def quality(self) -> pd.DataFrame:
+        """Reads the quality table.
+
+        Raises:
+            FileNotFoundError: If the run has not been measured.
+        """
+        return read_quality(self._needed("quality.csv", "run `layerprobe probe` first"))
+
+    def similarity(self) -> pd.DataFrame:
+        """Reads the similarity table."""
+        return read_similarity(self.path / "similarity.csv")
+
+    def evidence(self) -> PairEvidence:
+        """Reads the evidence of layers and pairs.
+
+        Raises:
+            FileNotFoundError: If the run has not been measured.
+        """
+        return PairEvidence.read_csv(self._needed("evidence.csv", f"run `layerprobe analyze {self.path}` first"))
+
+    def write_selection(self, selection: Selection) -> None:
+        """Writes the selection."""
+        write_text(self.path / "selection.json", selection.to_json())
+
+    def selection(self) -> Selection:
+        """Reads the selection.
+
+        Raises:
+            FileNotFoundError: If the run has no selection.
+        """
+        place = self._needed("selection.json", f"run `layerprobe select {self.path}` first")
+        return Selection.from_json(place.read_text(encoding="utf-8"))
+
+    def write_verdict(self) -> None:
+        """Copies the curves and the verdict of the confirmation beside the tables."""
+        for name in ("confirmation.csv", "verdict.json"):
+            shutil.copyfile(self.confirmation / name, self.path / name)
+
+    def verdict(self) -> tuple[pd.DataFrame, Verdict] | None:
+        """Reads the curves and the verdict of the confirmation; None if there are none yet."""
+        place = self.path / "verdict.json"
+        if not place.is_file():
+            return None
+        return pd.read_csv(self.path / "confirmation.csv"), Verdict.from_json(place.read_text(encoding="utf-8"))
+
+    def _needed(self, name: str, cure: str) -> Path:
+        if not (self.path / name).is_file():
+            raise FileNotFoundError(f"{self.path} holds no {name}; {cure}")
+        return self.path / name
 
 
-def store_folder(run: Path, source: str) -> Path:
-    """Returns the folder of the features of a source: the model or one of its controls."""
-    return run / "features" / source.replace(" ", "-")
-
-
-def read_selection(run: str | Path) -> Selection:
-    """Reads the selection of a run.
-
-    Raises:
-        FileNotFoundError: If the run has no selection.
-    """
-    path = Path(run) / "selection.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no selection.json; run `layerprobe select {run}` first")
-    return Selection.from_json(path.read_text(encoding="utf-8"))
-
-
-def write_environment(run: Path) -> None:
-    """Writes which software and machine produce the numbers, unless the run folder already says so."""
-    record = {
+def _environment() -> dict[str, Any]:
+    """Which software and machine produce the numbers."""
+    return {
         "layerprobe": __version__,
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,16 +219,3 @@ def write_environment(run: Path) -> None:
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in PACKAGES},
     }
-    if not (run / "environment.json").is_file():
-        write_text(run / "environment.json", json.dumps(record, indent=1))
-
-
-def read_tables(run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Reads the quality table and the similarity table of a run.
-
-    Raises:
-        FileNotFoundError: If the run has not been measured.
-    """
-    if not (run / "quality.csv").is_file():
-        raise FileNotFoundError(f"{run} holds no quality.csv; run `layerprobe probe` first")
-    return read_quality(run / "quality.csv"), read_similarity(run / "similarity.csv")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from layerprobe.analyses.generation import Extractor, all_features
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
-from layerprobe.analyses.runs.folder import RunPlan, read_plan, read_tables, store_folder, write_environment
+from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.selection import (
     RULE,
     PairLimits,
@@ -34,7 +34,6 @@ from layerprobe.analyses.tables import (
     RANDOM_WEIGHTS,
     RAW_INPUT,
     Analysis,
-    PairEvidence,
     ScoreKeeper,
     encoder_rows,
     measure,
@@ -56,8 +55,10 @@ from layerprobe.extraction import (
     raw_input,
     raw_pool_cells,
 )
-from layerprobe.files import claim, write_text
+from layerprobe.files import write_text
 from layerprobe.progress import TaskProgress, named_progress
+
+_EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
 def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
@@ -83,7 +84,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
 def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """What `probe_run` does before it draws: convention check, features, tables, selection; what is done is kept."""
     extract_run(plan, run, progress=progress, **options)
-    return choose_layers(run) if (Path(run) / "quality.csv").is_file() else analyze_run(run, progress=progress)
+    return choose_layers(run) if RunFolder(run).is_measured else analyze_run(run, progress=progress)
 
 
 def extract_run(
@@ -108,21 +109,19 @@ def extract_run(
     Raises:
         ValueError: As `probe_run` does.
     """
-    run = Path(run)
+    folder = RunFolder(run)
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
-    checked = (run / "convention.json").is_file()
-    convention = None if checked else check_convention(backbone, splits.train, seed=plan.seed)
+    convention = None if folder.convention.is_file() else check_convention(backbone, splits.train, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
         raise ValueError(convention.message)
-    claim(run, "plan.json", plan.to_dict(), what="the results")
+    folder.claim(plan)
     if convention is not None:
-        write_text(run / "convention.json", json.dumps(convention.to_dict(), indent=1))
-    write_environment(run)
-    extract_all(backbone, splits, plan, run / "features", batch_size=batch_size, progress=progress)
-    evidence_folder = run / "features" / "evidence"
-    extract_evidence(backbone, splits, plan.extraction_from(backbone), evidence_folder, batch_size=batch_size)
-    if not (run / "ablation.csv").is_file():
+        write_text(folder.convention, json.dumps(convention.to_dict(), indent=1))
+    extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
+    small = folder.store_folder(_EVIDENCE)
+    extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
+    if not folder.ablation.is_file():
         skipped = ablate_layers(
             backbone,
             splits.validation,
@@ -132,7 +131,7 @@ def extract_run(
             batch_size=batch_size,
             progress=named_progress(progress, "skipping layers"),
         )
-        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), run / "ablation.csv")
+        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), folder.ablation)
 
 
 def analyze_run(
@@ -153,8 +152,9 @@ def analyze_run(
     Raises:
         FileNotFoundError: If there are no features.
     """
-    run, plan = Path(run), read_plan(run)
-    stores = {source: FeatureStore.open(store_folder(run, source)) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    folder = RunFolder(run)
+    plan = folder.plan()
+    stores = {source: folder.store(source) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
     keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
         stores,
@@ -162,17 +162,13 @@ def analyze_run(
         seed=plan.seed,
         progress=named_progress(progress, "measuring layers"),
     )
-    write_table(similarity, run / "similarity.csv")
-    if len(stores[MODEL].token_rows):
-        write_table(recoverability_table(stores[MODEL]), run / "recoverability.csv")
-    ablation = read_quality(run / "ablation.csv")
-    evidence_store = FeatureStore.open(run / "features" / "evidence")
-    evidence = measure_evidence(evidence_store, scores=keeper.scores, ablation=ablation)
-    evidence.write_csv(run / "evidence.csv")
+    ablation = read_quality(folder.ablation)
+    evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation)
+    recoverability = recoverability_table(stores[MODEL]) if len(stores[MODEL].token_rows) else None
     tables = [quality, ablation]
     if encoder is not None:
         tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
-    write_table(pd.concat(tables, ignore_index=True), run / "quality.csv")
+    folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
     return choose_layers(run)
 
 
@@ -188,7 +184,7 @@ def extract_all(
     backbone: Backbone,
     splits: Splits,
     plan: RunPlan,
-    folder: Path,
+    folder: RunFolder,
     *,
     batch_size: int = 128,
     progress: TaskProgress | None = None,
@@ -211,7 +207,7 @@ def extract_all(
             reader,
             splits,
             extraction,
-            folder / source.replace(" ", "-"),
+            folder.store_folder(source),
             batch_size=batch_size,
             progress=named_progress(progress, f"reading layers ({source})"),
         )
@@ -236,7 +232,7 @@ def choose_layers(
     *,
     criteria: Sequence[str] | None = None,
     label_free: bool | None = None,
-    limits: PairLimits = PairLimits(),
+    limits: PairLimits | None = None,
     num_pairs: int | None = None,
 ) -> Selection:
     """Ranks layer pairs from the evidence of a run and writes `selection.json`.
@@ -245,45 +241,33 @@ def choose_layers(
         run: Folder of an analyzed run.
         criteria: Criteria to rank by, with equal weights; the rule of `rank_pairs` if None.
         label_free: Whether to use nothing that needs labels; only where the run has no probes if None.
-        limits: Limits that an admissible pair keeps.
+        limits: Limits that an admissible pair keeps; the defaults of `PairLimits` if None.
         num_pairs: Number of ranked pairs to keep; all if None.
 
     Raises:
         FileNotFoundError: If the run has not been analyzed.
         ValueError: If a criterion is unknown or was not measured.
     """
-    run = Path(run)
-    quality, _ = read_tables(run)
-    evidence = read_evidence(run)
+    folder = RunFolder(run)
+    quality, evidence = folder.quality(), folder.evidence()
     if label_free is None:
         label_free = PROBE not in set(quality["metric"])
     rule = equal_weights(criteria, label_free=label_free) if criteria else RULE
     if missing := [name for name in criteria or () if not evidence.has(name)]:
         raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")
-    shapes = FeatureStore.open(store_folder(run, MODEL)).manifest["layer_shapes"]
+    shapes = folder.store(MODEL).manifest["layer_shapes"]
     selection = rank_pairs(
-        evidence, label_free=label_free, rule=rule, limits=limits, num_pairs=num_pairs, shapes=shapes
+        evidence, label_free=label_free, rule=rule, limits=limits or PairLimits(), num_pairs=num_pairs, shapes=shapes
     )
     selection = with_control_cautions(selection, quality)
-    write_text(run / "selection.json", selection.to_json())
+    folder.write_selection(selection)
     return selection
-
-
-def read_evidence(run: str | Path) -> PairEvidence:
-    """Reads the evidence of a run.
-
-    Raises:
-        FileNotFoundError: If the run has not been analyzed.
-    """
-    path = Path(run) / "evidence.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no evidence.csv; run `layerprobe analyze {run}` first")
-    return PairEvidence.read_csv(path)
 
 
 def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:
     """Which single layers of a run to use for features, for an outside encoder, and which to leave out."""
-    return recommend(read_tables(Path(run))[0], read_evidence(run), selection)
+    folder = RunFolder(run)
+    return recommend(folder.quality(), folder.evidence(), selection)
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:

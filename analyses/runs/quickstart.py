@@ -6,7 +6,7 @@ from pathlib import Path
 
 from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.runs.confirm import confirm_run, confirmation_training
-from layerprobe.analyses.runs.folder import RunPlan
+from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.runs.sample import draw_samples
 from layerprobe.analyses.selection import Selection
@@ -38,12 +38,12 @@ def quickstart_run(
         device: Device of the models.
         progress: Called with (task name, steps done, steps in total).
     """
-    run = Path(run)
+    figures = RunFolder(run).figures
     extraction = ExtractionPlan(noise_levels=QUICKSTART_LEVELS, pool_cells=2, seed=seed)
     plan = RunPlan(CheckpointSource("digits"), DataSource("digits"), extraction)
     selection = measure_run(plan, run, device=device, progress=progress)
-    if not (run / "figures" / "samples.png").is_file():
-        draw_samples(plan.checkpoint.open(device=device), run / "figures")
+    if not (figures / "samples.png").is_file():
+        draw_samples(plan.checkpoint.open(device=device), figures)
     verdict = confirm_run(
         run,
         confirmation_training(run, steps=steps),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from layerprobe.analyses.runs.folder import read_selection
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.runs.network import NewNetwork
 from layerprobe.analyses.wording import selection_reason
 from layerprobe.backbones import Backbone, SiT, layer_shapes
@@ -209,7 +209,7 @@ def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
     """
     if run is None:
         return ()
-    selection = read_selection(run)
+    selection = RunFolder(run).selection()
     if selection.pick is None:
         raise ValueError(f"{run} has no admissible pair ({selection_reason(selection)}); pass --pair")
     return (selection.pick,)
