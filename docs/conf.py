@@ -1,14 +1,18 @@
 """Sphinx configuration. The site builds with warnings as errors: `make docs`."""
 
 import re
+import sys
+from pathlib import Path
 
 import layerprobe
+
+sys.path.insert(0, str(Path(__file__).parent))  # option_tables
 
 project = "layerprobe"
 author = copyright = "The layerprobe authors"
 release = version = layerprobe.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "option_tables"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
@@ -23,7 +27,7 @@ napoleon_use_ivar = True  # or every attribute of a record is indexed twice
 
 # Our docstrings are written to be read in the source: `*` and `|` are mathematics and an indented paragraph is code. In
 # reStructuredText they would be emphasis, a substitution and a quotation.
-_SECTION = re.compile(r"\w+:$")
+_SECTION = re.compile(r"[A-Z]\w*:$")
 _CODE_SPAN = re.compile(r"(`+[^`]+`+)")
 _MARKUP = re.compile(r"[*|]|(?<=\w)_(?!\w)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_wan_lora_gradients_reach_the_student_alone(capsys: pytest.CaptureFixtur
     """The regularizer by itself: blocks up to the student are pulled, those after it, so the teacher, are not."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from layerprobe.layersync.loss import LayerSync
+    from layerprobe.layersync import LayerSync
 
     example = runpy.run_path(str(EXAMPLES / "wan_lora.py"))
     torch.manual_seed(0)
@@ -167,3 +168,16 @@ def _cosine(model: Any) -> float:
     with torch.no_grad(), capture(model.network, [student, teacher]) as found:
         model.network((x + noise) / 2, torch.full((64,), 0.5))
     return float(torch.cosine_similarity(found[student], found[teacher], dim=-1).mean())
+
+
+def test_the_library_page_lists_every_module_that_a_room_exports_once() -> None:
+    root = EXAMPLES.parents[1]
+    listed = re.findall(r"automodule:: (\S+)", (root / "docs" / "api.md").read_text(encoding="utf-8"))
+    exported = {
+        f"{building}.{stub.parent.name}.{module}"
+        for building, folder in (("layerprobe", "layerprobe"), ("layerprobe.analyses", "analyses"))
+        for stub in (root / folder).glob("*/__init__.pyi")
+        for module in re.findall(r"^from \.(\S+) import", stub.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    files = {f"layerprobe.{path.stem}" for path in root.glob("layerprobe/*.py") if path.stem != "__init__"}
+    assert sorted(listed) == sorted(exported | files)
