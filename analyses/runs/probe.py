@@ -62,15 +62,15 @@ _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
 def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
-    """The main job: reads the layers of the model and its controls, measures them, picks a pair, draws and reports.
+    """Does the main job: extracts features of the model and its controls, measures them, picks a pair, draws, reports.
 
-    Interrupted work continues when the call is repeated, and a finished run is only drawn again.
+    An interrupted run continues when the call is repeated; a finished run is only drawn again.
 
     Args:
-        plan: What to look at.
-        run: The run folder.
-        progress: Called with (what is running, done, in all).
-        options: As in `extract_run`.
+        plan: What to measure.
+        run: Run folder.
+        progress: Called with (task name, steps done, steps in total).
+        options: Options of `extract_run`.
 
     Raises:
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
@@ -82,7 +82,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
 
 
 def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
-    """What `probe_run` does before it draws: convention check, features, tables, selection; what is done is kept."""
+    """Does what `probe_run` does before it draws: convention check, features, tables and selection."""
     extract_run(plan, run, progress=progress, **options)
     return choose_layers(run) if RunFolder(run).is_measured else analyze_run(run, progress=progress)
 
@@ -96,15 +96,15 @@ def extract_run(
     batch_size: int = 128,
     progress: TaskProgress | None = None,
 ) -> None:
-    """All that needs the model: convention check, features of it and its controls, and what skipping a layer does.
+    """Does all that needs the model: convention check, features of the model and its controls, layer ablation.
 
     Args:
-        plan: What to look at.
-        run: The run folder.
-        trust_convention: Go on where the weights fit another schedule or prediction than the declared one.
-        device: Where the model runs.
+        plan: What to measure.
+        run: Run folder.
+        trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one.
+        device: Device of the model.
         batch_size: Rows per forward pass.
-        progress: Called with (what is running, done, in all).
+        progress: Called with (task name, steps done, steps in total).
 
     Raises:
         ValueError: As `probe_run` does.
@@ -141,13 +141,13 @@ def analyze_run(
     encoder: Extractor | None = None,
     progress: TaskProgress | None = None,
 ) -> Selection:
-    """Tables and selection from the features of a run.
+    """Measures the features of a run: writes its tables and its selection.
 
     Args:
-        run: A run folder with features.
-        analyses: What to run on every layer and noise level.
-        encoder: An outside encoder to compare all layers with; it sees the clean samples of the validation split.
-        progress: Called with (what is running, done, in all).
+        run: Run folder with features.
+        analyses: Analyses to run on every layer and noise level.
+        encoder: Outside encoder to compare all layers with; it sees the clean samples of the validation split.
+        progress: Called with (task name, steps done, steps in total).
 
     Raises:
         FileNotFoundError: If there are no features.
@@ -173,7 +173,7 @@ def analyze_run(
 
 
 def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
-    """What an encoder makes of the samples that the store's validation split has, shape (n, D)."""
+    """The encoder's features of the samples in the store's validation split, shape (n, D)."""
     samples = plan.data.probing_splits().validation
     if not np.array_equal(samples.ids.numpy(), store.ids[store.splits == "validation"]):
         raise ValueError(f"{plan.data.source} no longer has the samples that the features are of; extract them again")
@@ -189,7 +189,7 @@ def extract_all(
     batch_size: int = 128,
     progress: TaskProgress | None = None,
 ) -> dict[str, FeatureStore]:
-    """Features of the model and of the two controls that stand beside every curve."""
+    """Extracts the features of the model and of its two controls."""
     stores = {}
     frames = bool(_frame_columns(splits))
     readers = {
@@ -215,7 +215,7 @@ def extract_all(
 
 
 def _frame_columns(splits: Splits) -> list[str]:
-    """The further columns that label every frame."""
+    """The names of the further label columns that label every frame."""
     return [column.name for column in splits.train.columns if column.labels.ndim > 1]
 
 
@@ -235,7 +235,7 @@ def choose_layers(
     limits: PairLimits | None = None,
     num_pairs: int | None = None,
 ) -> Selection:
-    """Ranks layer pairs from the evidence of a run and writes `selection.json`.
+    """Ranks the layer pairs of a run by its evidence and writes `selection.json`.
 
     Args:
         run: Folder of an analyzed run.
@@ -265,13 +265,13 @@ def choose_layers(
 
 
 def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:
-    """Which single layers of a run to use for features, for an outside encoder, and which to leave out."""
+    """Recommends single layers of a run: for features, for an outside encoder, and to leave out."""
     folder = RunFolder(run)
     return recommend(folder.quality(), folder.evidence(), selection)
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
-    """What `probe_run` would do, without doing it; checks checkpoint and data."""
+    """Says what `probe_run` would do, after checking checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from layerprobe.analyses.measures import Estimate, Floats
 from layerprobe.analyses.tables.csv_files import read_table, write_table
-from layerprobe.analyses.tables.measurements import KNN, PROBE, RANK
+from layerprobe.analyses.tables.measurements import KNN, PROBE
 from layerprobe.extraction import LOSS_INCREASE, VELOCITY_CHANGE
 
 NOISE_LIDAR, SPATIAL_CONTRAST, DEPTH = "noise-LiDAR", "spatial contrast", "depth"

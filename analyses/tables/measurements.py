@@ -1,7 +1,7 @@
-"""From the analyses' own results to rows of the quality table.
+"""The analyses: functions that measure one representation and return rows of the quality table.
 
-Each function here takes one `Representation` and gives `Measurement`s. A new analysis is a function like them, in any
-file: pass it to `quality.measure`, or to the command line as file.py:function.
+Each takes a `Representation` and returns `Measurement`s. A new analysis is such a function in any file: pass it to
+`measure`, or to the command line as `--analysis file.py:function`.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ NUM_NEIGHBORS = 10
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
-    """What is shown first and in most detail of these: probes of every label column, neighbors, rank."""
+    """The metrics to show first: probes of every label column, nearest neighbors and effective rank."""
     known = list(dict.fromkeys(metrics))
     return [m for m in (PROBE, *filter(probed_column, known), KNN, RANK) if m in known]
 
 
 def probe_of(column: str) -> str:
-    """The metric of a further label column's probe."""
+    """The name of the metric of a probe of a further label column."""
     return _PROBE_OF + column
 
 
 def probed_column(metric: str) -> str:
-    """The further label column whose probe a metric is; "" for another metric."""
+    """The further label column that a metric probes; "" for any other metric."""
     return metric.removeprefix(_PROBE_OF) if metric.startswith(_PROBE_OF) else ""
 
 
 @dataclass(frozen=True)
 class Representation:
-    """One layer at one noise level; what is asked for is read from disk, once.
+    """The features of one layer at one noise level, read from disk when they are first used.
 
     Attributes:
-        store: Where it lies.
-        layer: Name.
-        noise_level: In [0, 1].
+        store: Feature store that contains them.
+        layer: Name of the layer.
+        noise_level: Noise level, in [0, 1].
     """
 
     store: FeatureStore
@@ -72,12 +72,12 @@ class Representation:
 
     @cached_property
     def reason(self) -> str:
-        """Why nothing can be said of it, or ""."""
-        fit = self.store.splits == "train"
-        return next((why for x in self.draws if (why := unusable(x) or unusable(x[fit]))), "")
+        """Reason why it cannot be measured, or ""."""
+        train = self.store.splits == "train"
+        return next((why for x in self.draws if (why := unusable(x) or unusable(x[train]))), "")
 
     def part(self, x: NDArray[Any], split: str) -> NDArray[Any]:
-        """The rows of a split."""
+        """The rows of an array (n, ...) that belong to a split."""
         rows: NDArray[Any] = x[self.store.splits == split]
         return rows
 
@@ -87,11 +87,11 @@ class Measurement:
     """One number of a representation, to be one row of the quality table.
 
     Attributes:
-        metric: What is measured.
-        split: On which samples.
-        value: nan where there is none; `note` then says why.
+        metric: Name of the metric.
+        split: Split that it was measured on.
+        value: Value; nan if it is missing, and `note` says why.
         note: How it was measured.
-        scores: What `value` is the mean of, shape (n,), for a bootstrap interval; None where it is no mean.
+        scores: Scores by sample whose mean is the value, shape (n,), for a bootstrap interval; None if it is no mean.
     """
 
     metric: str
@@ -105,7 +105,7 @@ Analysis = Callable[[Representation], Sequence[Measurement]]
 
 
 def probes(representation: Representation) -> list[Measurement]:
-    """Accuracy, balanced accuracy and calibration of linear probes, for representations with labels."""
+    """Measures accuracy, balanced accuracy and calibration error of linear probes, if there are labels."""
     labels = representation.store.labels
     if labels is None:
         return []
@@ -117,54 +117,56 @@ def probes(representation: Representation) -> list[Measurement]:
             for metric in metrics
         ]
     results, note = _probed(representation, labels)
-    found = []
+    measurements = []
     for split, correct, scores in (
         ("validation", [r.validation_correct for r in results], [r.validation for r in results]),
         ("test", [r.test_correct for r in results], [r.test for r in results]),
     ):
-        found += [
+        measurements += [
             _mean_of(PROBE, split, correct, note),
             Measurement(metrics[1], split, float(np.mean([s.balanced_accuracy for s in scores])), note),
             Measurement(metrics[2], split, float(np.mean([s.calibration_error for s in scores])), note),
         ]
-    return found
+    return measurements
 
 
 def column_probes(representation: Representation) -> list[Measurement]:
-    """Accuracy of a linear probe of every further label column.
+    """Measures the accuracy of a linear probe of every further label column.
 
-    Samples without a label, or of a class that the training split has not, are left out of the score; the note counts them.
+    Samples without a label, or of a class that is missing in the training split, are left out; the note counts them.
     """
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     for name, labels in representation.store.columns.items():
         if labels.ndim > 1:
             continue
         if representation.reason:
-            found += [Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("validation", "test")]
+            measurements += [
+                Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("validation", "test")
+            ]
             continue
         known = known_labels(labels, representation.part(labels, "train"))
         results, note = _probed(representation, labels, known)
         for split in ("validation", "test"):
             correct = [r.validation_correct if split == "validation" else r.test_correct for r in results]
             counts = _left_out(representation.part(labels, split), representation.part(known, split))
-            found.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
-    return found
+            measurements.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
+    return measurements
 
 
 def frame_probes(representation: Representation) -> list[Measurement]:
-    """Accuracy of a linear probe of every column that labels frames, which reads them from the kept tokens.
+    """Measures the accuracy of a linear probe of every column that labels frames, on the kept tokens.
 
-    Tokens are averaged over the other axes of their grid. An accuracy is the mean over samples of the share of their
-    labeled frames that are right.
+    Tokens are averaged over the other axes of their grid. The accuracy of a sample is the share of its labeled frames
+    that are classified correctly.
     """
-    found = []
+    measurements = []
     for name, labels in representation.store.columns.items():
         if labels.ndim > 1:
-            found += _frames_probed(representation, name, labels)
-    return found
+            measurements += _frame_probe(representation, name, labels)
+    return measurements
 
 
-def _frames_probed(representation: Representation, name: str, labels: NDArray[np.int64]) -> list[Measurement]:
+def _frame_probe(representation: Representation, name: str, labels: NDArray[np.int64]) -> list[Measurement]:
     store, layer, level = representation.store, representation.layer, representation.noise_level
     grid = store.grid(layer) if len(store.token_rows) else None
     if grid is None or representation.reason:
@@ -177,7 +179,9 @@ def _frames_probed(representation: Representation, name: str, labels: NDArray[np
     results = [
         dense_probe(
             {
-                split: _held(_along(store.tokens(layer, level, draw=draw, split=split), grid, axis), kept[split])
+                split: _repeat_last_frame(
+                    _mean_along(store.tokens(layer, level, draw=draw, split=split), grid, axis), kept[split]
+                )
                 for split in SPLITS
             },
             known,
@@ -187,45 +191,45 @@ def _frames_probed(representation: Representation, name: str, labels: NDArray[np
         for draw in range(store.draws)
     ]
     penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
-    found = []
+    measurements = []
     for split in ("validation", "test"):
         scores = [r.validation if split == "validation" else r.test for r in results]
         right = [s.confusions.trace(axis1=1, axis2=2) / np.maximum(s.confusions.sum((1, 2)), 1) for s in scores]
         some = (known[split] != MISSING).any(axis=1)
         note = f"C={penalties}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
         counts = _left_out(kept[split].ravel(), (known[split] != MISSING).ravel())
-        found.append(_mean_of(probe_of(name), split, [each[some] for each in right], f"{note}{counts}"))
-    return found
+        measurements.append(_mean_of(probe_of(name), split, [each[some] for each in right], f"{note}{counts}"))
+    return measurements
 
 
-def _along(tokens: Features, grid: tuple[int, ...], axis: int) -> Features:
-    """Tokens (n, T, D) of a grid, averaged over all its axes but one: (n, grid[axis], D)."""
+def _mean_along(tokens: Features, grid: tuple[int, ...], axis: int) -> Features:
+    """Tokens (n, T, D) averaged over all axes of their grid but one, shape (n, grid[axis], D)."""
     others = tuple(1 + a for a in range(len(grid)) if a != axis)
     mean: Features = tokens.reshape(len(tokens), *grid, -1).mean(axis=others)
     return mean
 
 
-def _held(tokens: Features, labels: NDArray[np.int64]) -> Features:
-    """Tokens (n, T, D) with all behind the last labeled frame replaced by that frame's: logits are interpolated.
+def _repeat_last_frame(tokens: Features, labels: NDArray[np.int64]) -> Features:
+    """Tokens (n, T, D) in which those after the last labeled frame repeat it.
 
-    Behind it may be padding. Labels have shape (n, frames).
+    The logits are interpolated between frames, and padding may follow the last one. Labels have shape (n, frames).
     """
     frames, cells = labels.shape[1], tokens.shape[1]
     last = frames - 1 - (labels[:, ::-1] != MISSING).argmax(axis=1)
     where = np.minimum(np.arange(cells), (last * cells // frames)[:, None])
-    held: Features = np.take_along_axis(tokens, where[..., None], axis=1)
-    return held
+    repeated: Features = np.take_along_axis(tokens, where[..., None], axis=1)
+    return repeated
 
 
 def _probed(
     representation: Representation, labels: NDArray[np.int64], rows: NDArray[np.bool_] | None = None
 ) -> tuple[list[ProbeResult], str]:
-    """Linear probes of these labels, shape (n,), under every noise draw, and how they were fitted.
+    """Fits a linear probe for every noise draw, and describes the fits.
 
     Args:
-        representation: What is probed.
-        labels: Shape (n,).
-        rows: Which samples count, shape (n,); all where not given.
+        representation: Representation to probe.
+        labels: Labels, shape (n,).
+        rows: Mask of the samples to use, shape (n,); all if None.
     """
     part, rows = representation.part, np.ones(len(labels), bool) if rows is None else rows
     kept = {split: part(rows, split) for split in SPLITS}
@@ -246,12 +250,12 @@ def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
     missing = int((labels == MISSING).sum())
     unseen = len(known) - int(known.sum()) - missing
     reasons = [f"{missing} without a label"] * bool(missing)
-    reasons += [f"{unseen} of a class that the training split has not"] * bool(unseen)
+    reasons += [f"{unseen} of a class that is missing in the training split"] * bool(unseen)
     return f"; left out of {len(known)}: {', '.join(reasons)}" if reasons else ""
 
 
 def neighbors(representation: Representation) -> list[Measurement]:
-    """Accuracy of nearest neighbors, for representations with labels."""
+    """Measures the accuracy of nearest neighbors, if there are labels."""
     labels = representation.store.labels
     if labels is None:
         return []
@@ -259,31 +263,31 @@ def neighbors(representation: Representation) -> list[Measurement]:
         return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
     part, bank_y = representation.part, representation.part(labels, "train")
     k = min(NUM_NEIGHBORS, len(bank_y))
-    found = []
+    measurements = []
     for split in ("validation", "test"):
         query_y = part(labels, split)
         correct = [
             knn_accuracy(part(x, "train"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
         ]
-        found.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
-    return found
+        measurements.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
+    return measurements
 
 
 def spectra(representation: Representation) -> list[Measurement]:
-    """Ranks, power law and anisotropy of the features of the training split; LiDAR where there are several noise draws."""
+    """Measures ranks, power law and anisotropy on the training split; LiDAR too if there are several noise draws."""
     if representation.reason:
         return [Measurement(RANK, "train", np.nan, representation.reason)]
     parts = [representation.part(x, "train") for x in representation.draws]
-    found = [spectrum(x) for x in parts]
+    spectra_by_draw = [spectrum(x) for x in parts]
     most = f"at most {min(parts[0].shape[0] - 1, parts[0].shape[1])}"
-    laws = [s.power_law for s in found]
+    laws = [s.power_law for s in spectra_by_draw]
     ranks = f"ranks {laws[0].first_rank} to {laws[0].last_rank}, R^2 {np.mean([law.r_squared for law in laws]):.2f}"
     numbers: dict[str, tuple[Any, str]] = {
-        RANK: (np.mean([s.effective_rank for s in found]), most),
-        "RankMe": (np.mean([s.rank_me for s in found]), "not centered"),
-        "participation ratio": (np.mean([s.participation_ratio for s in found]), most),
+        RANK: (np.mean([s.effective_rank for s in spectra_by_draw]), most),
+        "RankMe": (np.mean([s.rank_me for s in spectra_by_draw]), "not centered"),
+        "participation ratio": (np.mean([s.participation_ratio for s in spectra_by_draw]), most),
         "spectrum exponent": (np.mean([law.exponent for law in laws]), ranks),
-        "anisotropy": (np.mean([s.anisotropy for s in found]), "not centered"),
+        "anisotropy": (np.mean([s.anisotropy for s in spectra_by_draw]), "not centered"),
     }
     if len(parts) > 1:
         ranked = lidar(np.stack(parts, axis=1))
@@ -292,18 +296,18 @@ def spectra(representation: Representation) -> list[Measurement]:
 
 
 def spatial(representation: Representation) -> list[Measurement]:
-    """Spatial structure of the kept tokens of the test split, for stores that have any and none of padding."""
+    """Measures the spatial structure of the kept tokens of the test split, unless some are padding."""
     store, layer = representation.store, representation.layer
     grid = store.grid(layer) if len(store.token_rows) and not store.tokens_padded else None
     if grid is None or int(np.prod(grid)) == 1:
         return []
     tokens = [store.tokens(layer, representation.noise_level, draw=d, split="test") for d in range(store.draws)]
-    found = [spatial_structure(x, grid, center=True) for x in tokens]
-    reason = next((s.reason for s in found if s.reason), "")
-    note = reason or f"centered, distant from {found[0].far_distance} cells, {len(tokens[0])} samples"
+    structures = [spatial_structure(x, grid, center=True) for x in tokens]
+    reason = next((s.reason for s in structures if s.reason), "")
+    note = reason or f"centered, distant from {structures[0].far_distance} cells, {len(tokens[0])} samples"
     scores = {
-        "local contrast (LDS)": [s.lds for s in found],
-        "spatial contrast (RMSC)": [s.rmsc for s in found],
+        "local contrast (LDS)": [s.lds for s in structures],
+        "spatial contrast (RMSC)": [s.rmsc for s in structures],
     }
     return [_mean_of(metric, "test", values, note) for metric, values in scores.items()]
 
@@ -312,7 +316,7 @@ ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors
 
 
 def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:
-    """Scores of the same samples under each draw, averaged over draws."""
+    """The mean of scores by sample, averaged over noise draws first."""
     mean = np.mean(np.asarray(scores, np.float64), axis=0)
     finite = bool(np.isfinite(mean).all()) and len(mean) > 0
     return Measurement(metric, split, float(mean.mean()) if finite else np.nan, note, mean if finite else None)

@@ -1,7 +1,7 @@
-"""Feature stores in, two tidy tables out: what each layer knows, and how similar the layers are.
+"""The quality table: one tidy row per source, layer, noise level, metric and split.
 
-Probes and neighbors learn on the split "train"; "validation" chooses penalties and layers; "test" is only scored.
-Accuracies are fractions in [0, 1].
+Probes and nearest neighbors are fitted on the training split. The validation split chooses penalties and layers; the
+test split is only scored. Accuracies are fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from layerprobe.analyses.tables.csv_files import read_table
 from layerprobe.analyses.tables.measurements import ANALYSES, RANK, Analysis, Measurement, Representation
 from layerprobe.analyses.tables.similarity import (
     SIMILARITY_COLUMNS,
-    ChooseSplit,
+    ValidationSplit,
     representations,
     similarities,
     similarity_table,
@@ -43,7 +43,7 @@ QUALITY_COLUMNS = (
     "note",
 )
 RECOVERABILITY_COLUMNS = ("noise_level", "student", "teacher", "gap", "validation_gap", "increment", "note")
-MAX_RANK = 128  # of the tokens of a layer, so that the moments of many layers fit into memory
+MAX_RANK = 128  # directions kept of wide tokens, so that the moments of many layers fit into memory
 
 
 def measure(
@@ -55,44 +55,43 @@ def measure(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
 
-    With several noise draws every draw is analyzed alone and the results are averaged: accuracies per sample, ranks
-    and similarities as numbers. Stores without labels get no accuracies. Memory holds as many representations as torch
-    may use threads, and the neighbors of all.
+    With several noise draws each draw is analyzed alone and the results are averaged: accuracies by sample, ranks and
+    similarities as numbers. Stores without labels get no accuracies. Memory holds one representation per thread of
+    torch, and the nearest neighbors of all representations.
 
     Args:
         stores: One store per source: "model", and the controls "random weights" and "raw input".
-        analyses: What to run; functions of one `Representation`.
-        seed: Of the bootstrap.
-        progress: Called with (steps done, steps in all).
+        analyses: Functions of one `Representation`, such as `ANALYSES`.
+        seed: Seed of the bootstrap.
+        progress: Called with (steps done, steps in total).
 
     Returns:
-        The quality table, one row per source, layer, noise level, metric and split; `low` and `high` are the 95 %
-        bootstrap interval over the samples that were scored, nan for what is no mean over samples. A value that does
-        not exist is nan and its note says why. The similarity table: debiased linear CKA, mutual nearest neighbors
-        and CKNNA on the validation split between all layers and noise levels of the source "model", in both orders and
-        with themselves.
+        The quality table and the similarity table. In the quality table `low` and `high` are the ends of the 95 %
+        bootstrap interval over the scored samples, nan for a value that is no mean over samples; a missing value is nan
+        and its note says why. The similarity table has debiased linear CKA, mutual nearest neighbors and CKNNA on the
+        validation split, between all layers and noise levels of the source "model", in both orders and with themselves.
 
     Raises:
         ValueError: If a store lacks samples in a split that is needed, or its labels do not allow a probe.
     """
     for source, store in stores.items():
         _check(source, store)
-    wanted = [
+    keys = [
         (source, layer, level)
         for source, store in stores.items()
         for layer in store.layers
         for level in store.noise_levels
     ]
-    total = len(wanted) + (stores[MODEL].draws if MODEL in stores else 0)
+    total = len(keys) + (stores[MODEL].draws if MODEL in stores else 0)
     step = _Steps(progress, total)
 
     def measured(key: tuple[str, str, float]) -> list[Measurement]:
         representation = Representation(stores[key[0]], *key[1:])
-        found = [measurement for analysis in analyses for measurement in analysis(representation)]
+        measurements = [measurement for analysis in analyses for measurement in analysis(representation)]
         step()
-        return found
+        return measurements
 
-    quality = _quality_table(wanted, in_parallel(measured, wanted), stores, seed)
+    quality = _quality_table(keys, in_parallel(measured, keys), stores, seed)
     if MODEL not in stores:
         return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))
     values, reasons = similarities(stores[MODEL], step)
@@ -104,15 +103,15 @@ def measure(
 
 
 def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.DataFrame:
-    """Debiased CKA of every representation with an outside encoder's features, as rows of the quality table.
+    """Measures the debiased CKA of every representation with an outside encoder, as rows of the quality table.
 
     Args:
-        store: The model's.
-        features: Of the samples of the validation split, in the store's order, shape (n, D).
-        name: Of the encoder.
+        store: Features of the model.
+        features: Features of the validation split's samples by the encoder, in the store's order, shape (n, D).
+        name: Name of the encoder.
     """
     keys = representations(store)
-    draws = [cka_matrix(ChooseSplit(store, draw), [features]) for draw in range(store.draws)]
+    draws = [cka_matrix(ValidationSplit(store, draw), [features]) for draw in range(store.draws)]
     values = np.mean([result.values[:, 0] for result in draws], axis=0)
     reasons = [own or draws[0].other_reasons[0] for own in draws[0].reasons]
     rows = [
@@ -134,15 +133,15 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
 
 
 def recoverability_table(store: FeatureStore) -> pd.DataFrame:
-    """How much of what a teacher adds to a student a ridge regression misses, for all pairs, from the kept tokens.
+    """Measures, for all pairs, which share of what the teacher adds to the student a ridge regression misses.
 
-    Only layers of the commonest shape have increments. Tokens wider than 128 are projected on the directions in which
-    the layers vary most.
+    It is measured on the kept tokens of the layers of the commonest shape. Tokens wider than 128 are projected onto the
+    directions in which the layers vary most.
 
     Returns:
-        Nothing where tokens may stand for padding; else one row per noise level, student and later teacher: `gap` on
-        the test split, `validation_gap` on the validation split, `increment` (its variance over the teacher's) and `note`,
-        why there is no answer.
+        One row per noise level, student and later teacher: `gap` on the test split, `validation_gap` on the validation
+        split, `increment` (its variance over that of the teacher) and `note` (the reason for a missing value). No rows
+        if tokens may be padding.
     """
     if store.tokens_padded:
         return pd.DataFrame(columns=list(RECOVERABILITY_COLUMNS))
@@ -175,7 +174,7 @@ def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> 
 
 
 class _Steps:
-    """Counts what several threads have done."""
+    """Counts the steps of several threads."""
 
     def __init__(self, progress: StepProgress | None, total: int) -> None:
         self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
@@ -190,19 +189,19 @@ class _Steps:
 def bootstrap_interval(
     correct: NDArray[Any], *, seed: int, resamples: int = 1000, confidence: float = 0.95
 ) -> tuple[Floats, Floats]:
-    """Percentile bootstrap interval of the mean over samples.
+    """Computes the percentile bootstrap interval of the mean over samples.
 
-    It covers which samples were scored, not which samples the probe was fitted on. All rows see the same resamples,
-    so rows of the same samples can be compared.
+    It covers the choice of the scored samples, not that of the samples that the probe was fitted on. All rows use the
+    same resamples, so rows of the same samples can be compared.
 
     Args:
         correct: Scores, shape (..., n).
-        seed: Of the resamples; together with n it decides them.
-        resamples: Their number.
-        confidence: Of the interval.
+        seed: Seed of the resamples, which depend on it and on n.
+        resamples: Number of resamples.
+        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
-        Low and high, each of shape (...).
+        Lower and upper ends, each of shape (...).
     """
     rows = np.asarray(correct, np.float64).reshape(-1, correct.shape[-1])
     n = rows.shape[1]
@@ -216,7 +215,7 @@ def bootstrap_interval(
 
 
 def read_quality(path: str | Path) -> pd.DataFrame:
-    """The quality table in a CSV file.
+    """Reads the quality table from a CSV file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -240,19 +239,19 @@ def _check(source: str, store: FeatureStore) -> None:
 
 
 def _quality_table(
-    wanted: Sequence[tuple[str, str, float]],
-    found: Sequence[Sequence[Measurement]],
+    keys: Sequence[tuple[str, str, float]],
+    measured: Sequence[Sequence[Measurement]],
     stores: Mapping[str, FeatureStore],
     seed: int,
 ) -> pd.DataFrame:
     rows, scores = [], []
-    for (source, layer, level), measurements in zip(wanted, found, strict=True):
+    for (source, layer, level), measurements in zip(keys, measured, strict=True):
         index = -1 if source == RAW_INPUT else stores[source].layers.index(layer)
         for m in measurements:
             rows.append((source, layer, index, level, m.metric, m.split, m.value, np.nan, np.nan, m.note))
             scores.append(m.scores)
     table = pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
-    # Scores of as many samples are resampled together: one pass over the resamples serves them all.
+    # Scores of equally many samples share the resamples, so one pass serves them all.
     for n in {len(c) for c in scores if c is not None}:
         where = [i for i, c in enumerate(scores) if c is not None and len(c) == n]
         low, high = bootstrap_interval(np.stack([c for c in scores if c is not None and len(c) == n]), seed=seed)

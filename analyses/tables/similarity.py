@@ -19,12 +19,12 @@ SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "c
 
 
 def read_similarity(path: str | Path) -> pd.DataFrame:
-    """The similarity table in a CSV file; raises as `read_quality` does."""
+    """Reads the similarity table from a CSV file; raises as `read_quality` does."""
     return read_table(path, SIMILARITY_COLUMNS, numbers=("noise_level_a", "noise_level_b", *SIMILARITY_COLUMNS[4:]))
 
 
-class ChooseSplit(Sequence[Any]):
-    """The representations of the validation split, read from disk as they are taken: memory stays at one of them."""
+class ValidationSplit(Sequence[Any]):
+    """The representations of the validation split, each read from disk when it is used, so that memory holds one."""
 
     def __init__(self, store: FeatureStore, draw: int) -> None:
         self.store, self.draw = store, draw
@@ -38,23 +38,24 @@ class ChooseSplit(Sequence[Any]):
 
 
 def representations(store: FeatureStore) -> list[tuple[str, float]]:
+    """The layers and noise levels of a store, in the order of the similarity matrices."""
     return [(layer, level) for layer in store.layers for level in store.noise_levels]
 
 
 def similarities(
     store: FeatureStore, step: Callable[[], None]
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
-    """Similarities of all representations, averaged over draws, and why some have none."""
+    """Measures the similarities of all representations, averaged over noise draws, and why some are missing."""
     keys = representations(store)
     k = min(NUM_NEIGHBORS, int((store.splits == "validation").sum()) - 1)
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):
-        features = ChooseSplit(store, draw)
+        features = ValidationSplit(store, draw)
         result = cka_matrix(features)
         graphs = in_parallel(partial(neighbor_graph, k=k), features)
-        found = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
-        for name, values in found.items():
+        matrices = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
+        for name, values in matrices.items():
             total[name] += values / store.draws
         reasons |= {key: reason for key, reason in zip(keys, result.reasons, strict=True) if reason}
         step()
@@ -62,6 +63,7 @@ def similarities(
 
 
 def similarity_table(store: FeatureStore, values: Mapping[str, Floats]) -> pd.DataFrame:
+    """Arranges similarity matrices as a table with one row per ordered pair of representations."""
     keys = representations(store)
     rows = [
         (*a, *b, *(matrix[i, j] for matrix in values.values())) for i, a in enumerate(keys) for j, b in enumerate(keys)

@@ -331,7 +331,10 @@ class TestTable:
         assert found.value == expected.test_accuracy
         assert found.low < found.value < found.high
         missing = int((who[160:] == MISSING).sum())
-        assert f"left out of 80: {missing} without a label, 3 of a class that the training split has not" in found.note
+        assert (
+            f"left out of 80: {missing} without a label, 3 of a class that is missing in the training split"
+            in found.note
+        )
         chosen = one(quality, metric="probe accuracy of who", layer="blocks.0", noise_level=0.5, split="validation")
         assert chosen.value == expected.validation_accuracy
         assert "training split has not" not in chosen.note
@@ -478,7 +481,7 @@ class TestFrames:
         x[:, 0] += sign
         labels = (sign > 0).astype(np.int64) if told == "sign" else rng.integers(0, 2, (n, frames))
         labels[::3, 0] = MISSING
-        labels[80:, 1] = 2  # of a class that the training split has not
+        labels[80:, 1] = 2  # of a class that is missing in the training split
         phase = LabelColumn("phase", torch.from_numpy(labels), ("down", "up", "gone"))
         every = TensorSamples(torch.from_numpy(x).float(), torch.arange(n) % 3, modality="motion", columns=(phase,))
         return Splits(*(Subset(every, range(i, i + 30), name=str(i)) for i in (0, 30, 60)))
@@ -510,7 +513,9 @@ class TestFrames:
         assert row.value == pytest.approx(np.mean(shares), abs=1e-12)
         unlabeled, unseen = int((kept["test"] == MISSING).sum()), int((kept["test"] == 2).sum())
         assert min(unlabeled, unseen) > 0
-        counts = f"left out of 200: {unlabeled} without a label, {unseen} of a class that the training split has not"
+        counts = (
+            f"left out of 200: {unlabeled} without a label, {unseen} of a class that is missing in the training split"
+        )
         assert row.note.endswith(counts)
 
     def test_padding_never_counts(self, tmp_path: Path) -> None:
