@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -187,16 +187,16 @@ class Resolution:
 
     def to_dict(self) -> dict[str, float | int | str | None]:
         """Returns the record as JSON values."""
-        spread = self.spread
+        spread = asdict(self.spread) if self.spread else {}
         return {
             "num_seeds": self.num_seeds,
             "level": self.level,
             "power": POWER,
             "difference_in_spreads": self.in_spreads,
-            "spread": spread and spread.share,
-            "spread_source": spread and spread.source,
-            "spread_seeds": spread and spread.num_seeds,
-            "spread_steps": spread and spread.steps,
+            "spread": spread.get("share"),
+            "spread_source": spread.get("source"),
+            "spread_seeds": spread.get("num_seeds"),
+            "spread_steps": spread.get("steps"),
             "difference": self.share,
         }
 

@@ -310,7 +310,7 @@ def judge(
         num_seeds=len(seeds),
         num_samples=plan.num_samples,
         answer=answer,
-        cautions=(*_role(judged.name), *doubts, *_looks_caution(planned), *_step_caution(answer, comparisons)),
+        cautions=(*doubts, *_other_cautions(judged, answer, comparisons, planned)),
         arms=results,
         judged=judged.name,
         comparisons=comparisons,
@@ -439,19 +439,18 @@ def _moved(curve: pd.DataFrame) -> bool:
     return bool(((mean - mean.iloc[0]).abs() > STILL_IMPROVING * mean.iloc[0]).any())
 
 
-def _role(name: str) -> tuple[Caution, ...]:
-    not_the_pick = name in (HEURISTIC, RUNNER_UP) or name.startswith(RANDOM)
-    return ("judged arm is not the pick",) if not_the_pick else ()
-
-
-def _looks_caution(planned: bool) -> tuple[Caution, ...]:
-    return () if planned else ("looks not planned together",)
-
-
-def _step_caution(answer: Answer, comparisons: Sequence[Comparison]) -> tuple[Caution, ...]:
-    """Whether the baseline with steps of the same length gains as much."""
-    explained = any(comparison.against == "learning rate" and comparison.high >= 0 for comparison in comparisons)
-    return ("gain may come from step length",) if answer == "helps" and explained else ()
+def _other_cautions(
+    judged: ArmResult, answer: Answer, comparisons: Sequence[Comparison], planned: bool
+) -> list[Caution]:
+    cautions: list[Caution] = []
+    if judged.name in (HEURISTIC, RUNNER_UP) or judged.name.startswith(RANDOM):
+        cautions.append("judged arm is not the pick")
+    if not planned:
+        cautions.append("looks not planned together")
+    # The baseline with steps of the same length may gain as much.
+    if answer == "helps" and any(one.against == "learning rate" and one.high >= 0 for one in comparisons):
+        cautions.append("gain may come from step length")
+    return cautions
 
 
 def _resolution(curve: pd.DataFrame, baseline: pd.DataFrame, steps: int, level: float) -> Resolution | None:
