@@ -28,6 +28,7 @@ from layerprobe.analyses.report.page import write_report
 from layerprobe.analyses.runs import figures, probe
 from layerprobe.analyses.runs import folder as folder_module
 from layerprobe.analyses.runs import text as text_module
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables.measurements import frame_probes, headlines, spatial
 from layerprobe.analyses.tables.quality import measure, recoverability_table
 from layerprobe.checkpoints.saving import save_checkpoint
@@ -491,7 +492,7 @@ class TestFrames:
         plan = folder_module.RunPlan(CheckpointSource("-"), DataSource("-"), extraction)
         found = {}
         for told in ("sign", "nothing"):
-            stores = probe.extract_all(tiny_sit(shape=(2, 8)), self.splits(told), plan, tmp_path / told)
+            stores = probe.extract_all(tiny_sit(shape=(2, 8)), self.splits(told), plan, RunFolder(tmp_path / told))
             quality, _ = measure(stores, analyses=(frame_probes,))
             assert set(quality["source"]) == {"model", "random weights", "raw input"}
             found[told] = rows_of(quality, metric="probe accuracy of phase", split="test").set_index("source")
