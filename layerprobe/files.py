@@ -33,7 +33,7 @@ def import_optional(module: str, extra: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 160 characters; the name of its type if the message is empty."""
+    """Returns the first line of an error's message, up to 160 characters, or the name of its type if it is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
@@ -96,7 +96,13 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
 
 
 def differences(before: Any, now: Any, at: str = "") -> list[str]:
-    """Returns the dotted keys at which two JSON values differ."""
+    """Returns the dotted keys at which two JSON values differ.
+
+    Args:
+        before: First value.
+        now: Second value.
+        at: Key of both values in a larger one, which the returned keys start with.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
         return [d for key in keys for d in differences(before.get(key), now.get(key), f"{at}.{key}".strip("."))]

@@ -1,4 +1,4 @@
-"""How long computations report their progress: functions that the caller passes in and the computation calls."""
+"""Types of the functions that long computations call to report their progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TrainingProgress = Callable[[int, int, float], None]
 
 
 def named_progress(progress: TaskProgress | None, task: str) -> StepProgress | None:
-    """Returns a function that reports the steps of one task, or None if nobody asks for progress.
+    """Returns a function that reports the steps of one task, or None if `progress` is None.
 
     Args:
         progress: Function that takes the steps of all tasks, or None.

@@ -17,7 +17,7 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A diffusion model behind one convention.
+    """A diffusion model that is called in the same convention as every other.
 
     `backbone(x_t, noise_level, condition)` is the velocity from data to noise, with time as in
     `layerprobe.noise.schedules`, for every family, prediction target and native time.
@@ -137,7 +137,7 @@ def wrap(
     name: str | None = None,
     tokens: Callable[[Any, str], Tensor] = as_tokens,
 ) -> Backbone:
-    """Makes a backbone of any module.
+    """Wraps any module as a backbone.
 
         backbone = wrap(unet, layers="b*", schedule="ddpm-linear", prediction="eps", shape=(1, 28, 28))
 
@@ -172,7 +172,7 @@ def wrap(
 
 @torch.inference_mode()
 def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Returns (tokens, width) of each layer in the order in which they run, from one forward pass of one sample.
+    """Returns (number of tokens, width) by layer, in running order, from one forward pass of one sample.
 
     Raises:
         ValueError: If a layer does not run, runs twice or returns no tokens.

@@ -30,8 +30,8 @@ def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUME
 
     Args:
         tensors: Tensors by name.
-        args: Training arguments saved with them, such as `{"model": "SiT-XL/2", "path_type": "Linear"}`; the
-            configuration of a LightningDiT.
+        args: Training arguments saved with them, such as `{"model": "SiT-XL/2", "path_type": "Linear"}`; for
+            LightningDiT, its training configuration.
     """
     for name, family in FAMILIES.items():
         if family.recognizes is not None and family.recognizes(tensors):

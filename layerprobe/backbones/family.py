@@ -1,4 +1,4 @@
-"""What a family of published networks is, and how a transformer's file becomes a backbone without weights.
+"""The definition of a family of published networks, and building a transformer backbone from the tensors of a file.
 
 A new family is a file of its own with a `Family` in it, and one line in `families.FAMILIES`.
 """
@@ -49,12 +49,12 @@ class Family:
         title: Name shown to the user.
         schedule: Name of the noise schedule.
         prediction: Prediction target of the network.
-        mark: Training argument that only this family's script has; None if there is no such argument.
+        mark: Training argument from which the script of this family is recognized; None if there is no such argument.
         heads: Prefixes of the names of tensors that only training needs.
         latents: Input of the network in training; samples must be encoded and scaled in the same way.
-        recognizes: Tests whether tensors have the structure of this family's network; None for the families that share
-            the structure of SiT.
-        build: Builds a network of this family from its tensors; that of SiT if None.
+        recognizes: Function that tests whether tensors have the structure of this family's network; None for the
+            families that share the structure of SiT.
+        build: Function that builds a network of this family from its tensors; None for that of SiT.
     """
 
     title: str
@@ -98,7 +98,8 @@ def build_transformer(
     """Builds a class-conditional transformer whose training arguments are those of SiT's script or its forks.
 
     Args:
-        make: Makes the backbone from the network's tensors and the family, with its module on the "meta" device.
+        make: Function that makes the backbone from the network's tensors and the family, with its module on the "meta"
+            device.
         tensors: Tensors of the file by name.
         family: Family of the file.
         args: Training arguments saved with the tensors.

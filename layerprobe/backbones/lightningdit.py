@@ -31,7 +31,7 @@ GATED_MLP = "blocks.0.mlp.w3.weight"
 
 @dataclass(frozen=True)
 class LightningDiTConfig:
-    """The shape of a LightningDiT.
+    """The configuration of a LightningDiT.
 
     Attributes:
         trunk: Configuration in common with a SiT; with a gated MLP, `mlp_ratio` is the width of its inner layer over
@@ -61,12 +61,12 @@ class LightningDiTConfig:
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head."""
         return self.trunk.hidden_size // self.trunk.num_heads
 
 
 class LightningDiT(nn.Module):
-    """The transformer: x_t, native time and labels in, prediction out."""
+    """The transformer that maps x_t, native time and labels to the prediction."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def lightningdit_backbone(
     prediction: Prediction = "velocity",
     name: str | None = None,
 ) -> Backbone:
-    """Makes a backbone of a LightningDiT; by default time 1 is data and the network predicts the velocity."""
+    """Wraps a LightningDiT as a backbone; by default time 1 is data and the network predicts the velocity."""
     trunk = module.config.trunk
     return Backbone(
         module=module,

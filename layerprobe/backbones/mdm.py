@@ -43,7 +43,7 @@ _MARKS = (
 
 @dataclass(frozen=True)
 class MDMConfig:
-    """The shape of an MDM.
+    """The configuration of an MDM.
 
     Attributes:
         shape: Shape (C, T) of one motion: features of a frame and number of frames.
@@ -53,10 +53,10 @@ class MDMConfig:
         mlp_size: Width of a block's MLP.
         num_actions: Number of actions to condition on; 0 for none.
         text_size: Length of the text vector to condition on; 0 for none.
-        num_positions: Rows of the table of positions, which is also used for times.
+        num_positions: Number of rows in the table of positions, which is also used for times.
 
     Raises:
-        ValueError: If the values do not make a network.
+        ValueError: If a value is out of its range, or the values do not fit together.
     """
 
     shape: tuple[int, int]
@@ -83,7 +83,7 @@ class MDMConfig:
 
 
 class MDM(nn.Module):
-    """The transformer, from x_t, native time and condition to x_0."""
+    """The transformer that maps x_t, native time and condition to x_0."""
 
     def __init__(self, config: MDMConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def sinusoids(num_positions: int, width: int) -> Tensor:
 
 
 def mdm_backbone(module: MDM, *, schedule: NoiseSchedule, prediction: Prediction = "x0") -> Backbone:
-    """Makes a backbone of an MDM."""
+    """Wraps an MDM as a backbone; by default the network predicts x_0."""
     config = module.config
     return Backbone(
         module=module,

@@ -34,7 +34,7 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class SiTConfig:
-    """The shape of a SiT.
+    """The configuration of a SiT.
 
     Attributes:
         shape: Shape (C, *grid) of one input, one to three grid axes.
@@ -49,7 +49,7 @@ class SiTConfig:
         qk_norm: Whether queries and keys are normalized within each head, as is optional in REPA and SRA.
 
     Raises:
-        ValueError: If the values do not make a network.
+        ValueError: If a value is out of its range, or the values do not fit together.
     """
 
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class SiTConfig:
 
     @property
     def patch(self) -> tuple[int, ...]:
-        """Edge of a patch along each axis."""
+        """The edge of a patch along each axis."""
         return (self.patch_size,) * (len(self.shape) - 1) if isinstance(self.patch_size, int) else self.patch_size
 
     @property
@@ -134,16 +134,16 @@ class SiTConfig:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Number of patches along each axis."""
+        """The number of patches along each axis."""
         return tuple(edge // step for edge, step in zip(self.shape[1:], self.patch, strict=True))
 
     @property
     def name(self) -> str:
-        """Name shown to the user."""
+        """The name shown to the user."""
         return f"SiT with {self.depth} blocks of width {self.hidden_size}, patch {self.patch_name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the arguments of `SiTConfig` as JSON."""
+        """Returns the arguments of `SiTConfig` as a JSON-compatible dict."""
         patch = self.patch_size if isinstance(self.patch_size, int) else list(self.patch_size)
         return asdict(self) | {"shape": list(self.shape), "patch_size": patch}
 
@@ -175,7 +175,7 @@ def fitting_patch(grid: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 
 
 class SiT(nn.Module):
-    """The transformer, from x_t, native time and labels to the prediction.
+    """The transformer that maps x_t, native time and labels to the prediction.
 
     Every block of a new SiT is the identity (adaLN-Zero), so all layers start equal.
     """
@@ -370,7 +370,7 @@ def sincos_position(width: int, grid: tuple[int, ...]) -> Tensor:
 def sit_backbone(
     module: SiT, *, schedule: NoiseSchedule | None = None, prediction: Prediction = "velocity", name: str | None = None
 ) -> Backbone:
-    """Makes a backbone of a SiT; by default, as in the official code, time 1 is data and it predicts the velocity."""
+    """Wraps a SiT as a backbone; by default, as in the official code, time 1 is data and it predicts the velocity."""
     return Backbone(
         module=module,
         layers=tuple(f"blocks.{i}" for i in range(module.config.depth)),

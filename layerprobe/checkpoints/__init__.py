@@ -1,4 +1,4 @@
-"""From a file, a folder or a name to a backbone, without running code from it; saving and converting."""
+"""Opening files, folders and names as backbones, without running code from them; saving and converting checkpoints."""
 
 import lazy_loader
 

@@ -46,7 +46,7 @@ MARGIN = 0.03  # nats; one convention is better than another by more than this a
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """How well one convention fits a network.
+    """The fit of one convention to a network.
 
     Ratios and scores are infinite if the network cannot be called under the convention.
 
@@ -135,7 +135,7 @@ class ConventionCheck:
         return (self.message, *self.notes, title, head, *rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the result as JSON."""
+        """Returns the result as a JSON-compatible dict."""
         return {
             "verdict": self.verdict,
             "message": self.message,

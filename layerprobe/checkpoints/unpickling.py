@@ -36,7 +36,7 @@ _SIMPLE = (str, int, float, bool, bytes, type(None))
 
 
 class Refused(ValueError):
-    """The reason why a file is refused and what to do, as a sentence without its subject, the file."""
+    """A file cannot be read safely; the message gives the reason and what to do, without the file as its subject."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Global:
 
 @dataclass(eq=False)
 class Inert:
-    """An object that was not built.
+    """An object of the file that is kept as data instead of being built.
 
     Attributes:
         name: Full name of the class or function that would have built it.

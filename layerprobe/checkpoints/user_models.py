@@ -1,4 +1,4 @@
-"""Opens a user's own network: imports a factory by name and makes a backbone of what it returns."""
+"""Opens a user's own network: imports a factory by name and wraps what it returns as a backbone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def user_backbone(
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
 ) -> Backbone:
-    """Makes a backbone of a user's network or factory; arguments as in `open_checkpoint`.
+    """Wraps a user's network, or what a factory returns, as a backbone; arguments as in `open_checkpoint`.
 
     Raises:
         ValueError: If the factory cannot be imported or called, returns something else, or a needed option is missing.

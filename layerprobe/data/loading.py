@@ -52,7 +52,7 @@ def load(
         num_test: Number of samples of the test split; None for all.
         seed: Seed that assigns samples to splits; without effect on the digits, whose splits are fixed.
         expect_shape: Shape (C, *grid) that the model takes.
-        require_labels: Refuse unlabeled data.
+        require_labels: Whether to refuse unlabeled data.
         options: Options of the loader of the data's modality, and `modality` itself if the data leaves it open. Options
             that are None count as not given.
 

@@ -29,7 +29,7 @@ QUANTILES = 11  # number of quantiles of the lengths, from the shortest to the l
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """The meaning of the values of a sample, shape (C, *grid).
+    """The conversion of samples of a model, shape (C, *grid), to audio, motion or video.
 
     Attributes:
         modality: Modality: "audio", "motion" or "video".
@@ -37,7 +37,7 @@ class Rendering:
         normalization: Normalization of the values; None for pixels in [-1, 1].
         lengths: Quantiles of the sample lengths, equally spaced from 0 to 1, one row per class or a single row for all.
             Empty if no sample is padded.
-        rate: Time steps per second, or None if unknown.
+        rate: Number of time steps per second, or None if unknown.
         audio: Decoder that produced the spectrograms or frames of audio samples.
         skeleton: Skeleton of the body, if the values are joint positions.
         root: Root joint, as in `MotionDecoder`, and the up axis; None without a root.

@@ -38,8 +38,8 @@ class LayerAblation:
         split: Name of the split that the samples are from.
         layers: Layer names, in the requested order.
         noise_levels: Noise levels in [0, 1], in the requested order.
-        velocity_change: Relative change `||v - v_skip||^2 / ||v||^2`, shape (layers, noise levels, n), at least 0; nan
-            for layers that cannot be skipped.
+        velocity_change: Relative change `||v - v_skip||^2 / ||v||^2`, shape (layers, noise levels, n) for n
+            samples, at least 0; nan for layers that cannot be skipped.
         loss_increase: Increase of the mean squared error of the velocity, same shape; negative where the model is
             better without the layer. The target is the true velocity of the sample and its noise.
         reasons: Reason per layer that cannot be skipped, by layer name.
@@ -105,7 +105,7 @@ def ablate_layers(
         layers: Names of submodules; None for the layers of the backbone.
         num_samples: Maximum number of samples.
         seed: Seed of the noise; an extraction with the same seed uses the same noise.
-        batch_size: Rows per forward pass; it changes the numbers by rounding only.
+        batch_size: Number of rows per forward pass; it changes the numbers by rounding only.
         progress: Called with (rows done, rows in total), where a row is one sample at one noise level.
 
     Raises:

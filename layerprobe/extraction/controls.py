@@ -18,7 +18,7 @@ RAW_INPUT_WIDTH = 1024
 
 
 def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
-    """Returns a control: the same network with the entries of every trained tensor shuffled.
+    """Returns the random-weights control: the same network with the entries of every trained tensor shuffled.
 
     Shuffling keeps the distribution of each tensor, so the control differs from the model only in what was learned. A
     fresh initialization would turn every adaLN-Zero block into the identity.
@@ -39,7 +39,7 @@ def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
 
 
 def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
-    """Returns a control: the noisy input as the only layer, under the schedule of the model.
+    """Returns the raw-input control: the noisy input as the only layer, under the schedule of the model.
 
     Args:
         backbone: The model.
@@ -59,7 +59,7 @@ def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:
 
 
 def raw_pool_cells(shape: tuple[int, ...]) -> int:
-    """Returns the most cells per axis that keep an input (C, *grid) within `RAW_INPUT_WIDTH` values; at least 1."""
+    """Returns the largest number of cells per axis with at most `RAW_INPUT_WIDTH` values of (C, *grid); at least 1."""
     channels, *grid = shape
     widths = ((cells, channels * math.prod(min(cells, edge) for edge in grid)) for cells in range(max(grid), 1, -1))
     return next((cells for cells, width in widths if width <= RAW_INPUT_WIDTH), 1)

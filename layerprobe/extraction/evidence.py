@@ -43,7 +43,10 @@ def extract_evidence(
         plan: Plan that supplies the layers, noise levels, condition, precision and seed.
         folder: Folder of the store; created if it does not exist.
         num_samples: Maximum number of samples.
-        batch_size: Rows per forward pass.
+        batch_size: Number of rows per forward pass.
+
+    Raises:
+        ValueError: As for `extract`.
     """
     half = num_samples // 2
     subsets = Splits(_first(splits.train, half), _first(splits.validation, num_samples - half), _first(splits.test, 0))

@@ -33,14 +33,15 @@ class FeatureStore:
         folder: Folder of the store.
         layers: Layer names, in execution order.
         noise_levels: Noise levels, ascending.
-        draws: Noise draws per sample and level.
+        draws: Number of noise draws per sample and noise level.
         ids: Sample ids, shape (n,), int64.
         labels: Class labels, shape (n,), int64, or None for unlabeled data.
         splits: Split names, shape (n,), each "train", "validation" or "test".
         columns: Extra labels by column name, shape (n,), or (n, frames) for labels of frames; int64, with
             `layerprobe.data.MISSING` for missing labels. The manifest holds their class names.
         manifest: Record of the plan, the model and the data.
-        tokens_padded: Whether kept tokens may be padding; only probes of labeled frames can tell them apart.
+        tokens_padded: Whether kept tokens may be padding; only probes on labels of frames leave it out, since padded
+            frames have no label.
         token_rows: Rows of the samples whose tokens are kept, shape (n_kept,), ascending; empty without tokens.
         token_ids: Ids of these samples, shape (n_kept,).
         token_labels: Class labels of these samples, shape (n_kept,), or None.

@@ -59,7 +59,7 @@ def extract(
         splits: The data; the noise is keyed by the sample ids.
         plan: The extraction plan.
         folder: Folder of the store; created if it does not exist.
-        batch_size: Rows per forward pass; it changes the features by rounding only.
+        batch_size: Number of rows per forward pass; it changes the features by rounding only.
         progress: Called with (samples done, samples in total).
 
     Raises:

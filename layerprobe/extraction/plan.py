@@ -1,4 +1,4 @@
-"""What is read from a model."""
+"""The plan of an extraction: what is read from a model."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from layerprobe.options import option
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What is read from a model. Together with model and data it determines every number.
+    """The settings of an extraction. Together with the model and the data they determine every number.
 
     Attributes:
         layers: Names of the layers; the store has them in the order in which they run. Empty until a backbone is
             chosen.
         noise_levels: Noise levels in [0, 1], ascending; 0 is clean, 1 is pure noise.
         draws: Number of noise draws per sample and noise level; draw d is the same noise at every level.
-        pool_cells: Number of cells per grid axis over which tokens are averaged; 1 averages over all tokens, 2 keeps
-            2 x 2 means of an image side by side, which preserve where things are.
+        pool_cells: Number of cells per grid axis over which tokens are averaged; 1 averages over all tokens, 2
+            concatenates the means of 2 x 2 cells of an image, which preserves coarse positions.
         condition: Condition of the model: null for no label; label leaks the labels to the probes, for study only.
         precision: float32, or bfloat16 for autocast; features are stored in float32.
         seed: Seed of the noise.
         shard_size: Number of samples per shard.
         token_samples: Number of samples per split whose tokens are kept beside the pooled features, for spatial
             analyses and labels of frames.
-        tokens_per_sample: Number of places at which tokens are kept, drawn once by the seed, for padded samples among
-            the real ones (repeated where there are fewer); 0 for the whole grid, which spatial analyses need.
+        tokens_per_sample: Number of tokens kept per sample, at positions drawn once with the seed. Padded samples keep
+            tokens that are not padding, repeated if there are fewer. 0 keeps the whole grid, which spatial analyses
+            need.
+
+    Raises:
+        ValueError: If a value is out of its range, or a layer is named twice.
     """
 
     layers: tuple[str, ...] = ()
@@ -75,11 +79,11 @@ class ExtractionPlan:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON, without the token fields if no tokens are kept."""
+        """Returns the fields as a JSON-compatible dict, without the token fields if no tokens are kept."""
         # Plans without tokens keep the hash of versions without these fields, so their stores stay valid.
         unused = () if self.token_samples else ("token_samples", "tokens_per_sample")
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def hash(self) -> str:
-        """Returns 16 hexadecimal digits that change with any field."""
+        """Returns a hash of the fields, 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

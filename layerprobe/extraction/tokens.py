@@ -23,7 +23,7 @@ def pool_tokens(
 
     Args:
         tokens: Tokens, shape (B, T, D), row-major on `known` or on a grid proportional to `input_grid`, or T = 1.
-        cells: Cells per grid axis; axes with fewer tokens get one cell per token.
+        cells: Number of cells per grid axis; axes with fewer tokens get one cell per token.
         input_grid: Grid of the model's input, such as (H, W).
         mask: Mask of the input, shape (B, *input_grid), bool. Only tokens that are not padding are averaged; a cell of
             padding alone is 0.

@@ -194,7 +194,7 @@ class LayerSync:
         this process' part of the batch.
 
         Raises:
-            ValueError: If there is no such loss.
+            ValueError: If `loss` was not called since the latest forward pass.
         """
         if not self._latest:
             raise ValueError("there is no latest loss; call statistics() between loss() and the next forward pass")
@@ -232,7 +232,7 @@ class LayerSync:
         self.projectors = Projectors(widths, self.options.projector_width).to(weight.device, weight.dtype)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the projectors, for the optimizer; empty without projectors."""
+        """Returns the parameters of the projectors, for the optimizer; none without projectors."""
         return iter(()) if self.projectors is None else self.projectors.parameters()
 
     @contextmanager

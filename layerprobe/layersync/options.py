@@ -1,4 +1,4 @@
-"""Options of the alignment: weights, schedule, noise levels, projector, teacher."""
+"""Options of the LayerSync alignment: weights, schedule, noise levels, projector, teacher."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from layerprobe.options import LAYERSYNC_PANEL, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The value of all pair sweeps in docs/atlas. LayerSync uses 0.2 for SiT-XL/2; 0.1 to 0.7 do equally well on SiT-B/2.
+# Default weight of the alignment, used by all pair sweeps in docs/atlas.
+# LayerSync uses 0.2 for SiT-XL/2; 0.1 to 0.7 do equally well on SiT-B/2.
 WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """Options of the alignment. The defaults are the paper's; other values are for comparison.
+    """Options of the LayerSync alignment. The defaults are the paper's; other values are for comparison.
 
-    SRA (arXiv:2505.02831) is `projector_width`, `teacher_decay=0.9999`, `noise_gap=0.2` and the cosine among its
-    losses. Self-Flow (arXiv:2603.06507) also has a teacher and a projector, and mixes two noise levels in one sample,
-    which requires a network with a time for every token; a gap of 1 shows its teacher a cleaner sample as well.
+    SRA (arXiv:2505.02831) corresponds to a projector, `teacher_decay=0.9999` and `noise_gap=0.2`; the cosine is one of
+    its losses. Self-Flow (arXiv:2603.06507) also has a projector and a teacher that sees less noise, as with a gap of
+    1. It mixes two noise levels in one sample, which is not supported: the network would need a time for every token.
 
     Attributes:
         pair_weights: Factor of each pair's weight, in the order of the pairs; empty means 1 for each.
@@ -87,11 +88,11 @@ class SyncOptions:
 
     @property
     def second_pass(self) -> bool:
-        """Whether the teacher needs its own forward pass, see `LayerSync.teaching`."""
+        """Whether the teacher needs a forward pass of its own; see `LayerSync.teaching`."""
         return self.teacher_decay > 0 or self.noise_gap > 0
 
     def factor(self, step: int) -> float:
-        """Returns the factor of the alignment weight at a step (counted from 0), in [0, 1]."""
+        """Returns the factor of the alignment weight at a step, counted from 0; in [0, 1]."""
         if self.stop_step is not None and step >= self.stop_step:
             return 0.0
         if step < self.warmup_steps or self.decay == "constant":
@@ -107,6 +108,6 @@ class SyncOptions:
             noise_level: Noise levels of the student, shape (B,).
             draw: Uniform random numbers in [0, 1), shape (B,).
 
-        Source: SRA's rule.
+        Source: SRA (arXiv:2505.02831).
         """
         return (noise_level - self.noise_gap * draw).clamp(min=0)

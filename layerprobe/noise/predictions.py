@@ -34,7 +34,7 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
 
 
 def target(prediction: Prediction, schedule: NoiseSchedule, *, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-    """The training target of a prediction.
+    """The training target of a prediction, shape (B, ...).
 
     Args:
         prediction: Quantity that the network predicts.

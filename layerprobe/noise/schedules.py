@@ -28,12 +28,12 @@ DDPM_BETAS = ("linear", "scaled_linear", "cosine")
 
 
 class NoiseSchedule(ABC):
-    """How a family of models mixes data and noise, and which native time its networks take.
+    """The noise schedule of a family: how it mixes data and noise, and which native time its networks take.
 
     All methods are element-wise on tensors of noise levels in [0, 1] and return the dtype of their input.
 
     Attributes:
-        name: Name of the schedule in configuration files and on the command line.
+        name: Name of the schedule in `to_config` and in messages.
         time_direction: +1 if the native time grows with the noise, -1 if it falls.
         integer_time: Whether the native time is an integer index (0, 1, ..., T-1).
         scale: Standard deviation of the data, the unit in which the noise level counts sigma; 1 except for EDM.
@@ -90,7 +90,7 @@ class NoiseSchedule(ABC):
         return 0.0, 1.0
 
     def log_snr(self, level: Tensor) -> Tensor:
-        """2 log(alpha scale / sigma) = 2 log((1 - level) / level); infinite at the ends."""
+        """The log-SNR 2 log(alpha scale / sigma) = 2 log((1 - level) / level); infinite at the ends."""
         return 2 * (torch.log1p(-level) - torch.log(level))
 
     def level_of_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class NoiseSchedule(ABC):
         return torch.sigmoid(-log_snr / 2)
 
     def corrupt(self, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        """x_t = alpha x + sigma eps for x, eps of shape (B, ...) and one level per sample, shape (B,)."""
+        """The noisy samples x_t = alpha x + sigma eps, for x and eps of shape (B, ...) and levels of shape (B,)."""
         return per_sample(self.alpha(level), x) * x + per_sample(self.sigma(level), x) * eps
 
     @abstractmethod
@@ -107,7 +107,7 @@ class NoiseSchedule(ABC):
 
 
 class LinearPath(NoiseSchedule):
-    """x_t = (1 - level) x_0 + level eps, the path of flow matching and rectified flow.
+    """The linear path of flow matching and rectified flow: x_t = (1 - level) x_0 + level eps.
 
     Args:
         data_time: Native time of data: 1 in SiT and LayerSync, 0 in REPA, SRA and diffusers.
@@ -115,6 +115,8 @@ class LinearPath(NoiseSchedule):
 
     Raises:
         ValueError: If both times are equal.
+
+    Source: Lipman et al. 2022 (arXiv:2210.02747); Liu et al. 2022 (arXiv:2209.03003).
     """
 
     name = "linear"
@@ -148,9 +150,9 @@ class LinearPath(NoiseSchedule):
 
 
 class QuarterCircle(NoiseSchedule):
-    """Variance-preserving paths: alpha^2 + sigma^2 = 1, so `(alpha, sigma) = (1 - level, level) / norm`.
+    """The base class of variance-preserving schedules, alpha^2 + sigma^2 = 1: (alpha, sigma) is on a quarter circle.
 
-    Such paths differ only in the time at which they reach a noise level.
+    `(alpha, sigma) = (1 - level, level) / norm`, so the schedules differ only in the time at which they reach a level.
     """
 
     def alpha(self, level: Tensor) -> Tensor:
@@ -294,8 +296,8 @@ class VP(QuarterCircle):
     Near data the velocity grows like 1 / sigma, so training starts at s = 1e-5, as in SiT.
 
     Args:
-        beta_min: Rate of noise at data.
-        beta_max: Rate of noise at the other end.
+        beta_min: Noise rate beta at data, s = 0.
+        beta_max: Noise rate beta at the end of the path, s = 1.
 
     Raises:
         ValueError: Unless 0 < beta_min < beta_max.
@@ -344,7 +346,7 @@ class VP(QuarterCircle):
 
 
 class EDM(NoiseSchedule):
-    """x_t = x_0 + sigma eps; the native time is sigma itself.
+    """The schedule of EDM, x_t = x_0 + sigma eps; the native time is sigma itself.
 
     The noise level counts sigma in units of the data's standard deviation, `sigma / (sigma_data + sigma)`. Level 0.5
     therefore means a signal-to-noise ratio of 1, as in the other families. At level 1 sigma is infinite; sampling must

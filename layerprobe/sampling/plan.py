@@ -1,4 +1,4 @@
-"""How samples are drawn from a backbone."""
+"""The plan of sampling from a backbone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LastStep = Literal["mean", "tweedie"]
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How samples are drawn.
+    """The solver and the other settings with which samples are drawn.
 
     Attributes:
         solver: Solver of the ODE: euler (one evaluation per step), heun (two, second order) or dopri5 (six, fifth
@@ -33,7 +33,10 @@ class SamplingPlan:
         diffusion_scale: Factor of the diffusion coefficient; the diffusion norm of SiT.
         last_step: Last step of the SDE, without new noise: mean for a step like the others, tweedie for the expected
             sample.
-        last_step_size: Size of the last step of the SDE, in the path's time.
+        last_step_size: Size of the last step of the SDE, in path time.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
 
     solver: Solver = field(default="heun", metadata=option())

@@ -39,9 +39,9 @@ def sample(
     Args:
         backbone: The model; averaged weights give better samples.
         indices: Indices of the samples, for instance range(100).
-        labels: Class of each sample, shape (len(indices),); None samples with the null label.
+        labels: Class labels, shape (len(indices),); None for the null label.
         plan: Solver, steps, guidance and seed; None uses the defaults.
-        batch_size: Samples per batch.
+        batch_size: Number of samples per batch.
         mask: Positions that are not padding, shape (len(indices), *grid), bool; None means no padding.
 
     Returns:
@@ -83,7 +83,7 @@ def sample(
 
 
 def sampling_range(backbone: Backbone, plan: SamplingPlan) -> tuple[float, float]:
-    """The lowest and highest noise level at which a plan calls the network: the training range without unusable ends.
+    """Returns the lowest and highest noise level of the network's calls: the training range without unusable ends.
 
     At pure noise, eps and the score do not determine the velocity; at clean data, x_0 and the score do not. The SBDM
     diffusion is infinite at pure noise. SiT cuts off the same ends (arXiv:2401.08740).
@@ -130,10 +130,16 @@ def guided(backbone: Backbone, guidance: float, interval: tuple[float, float] = 
 
 
 def padded(backbone: Backbone, plan: SamplingPlan, labels: Tensor | None, mask: Tensor) -> Velocity:
-    """Returns the guided velocity of padded samples.
+    """Returns the velocity of padded samples with classifier-free guidance.
 
-    Solvers and guidance may call it with some of the samples only. The condition of a sample is therefore its row in
-    `labels`, shape (B,), and in `mask`, shape (B, *grid).
+    Solvers and guidance may call it with some of the samples only. In place of labels, it therefore takes the rows of
+    these samples in `labels` and `mask`, shape (B,), int64.
+
+    Args:
+        backbone: The model.
+        plan: Guidance scale and interval.
+        labels: Class labels of all samples, shape (n,), or None for the null label.
+        mask: Positions of all samples that are not padding, shape (n, *grid), bool.
     """
     low, high = plan.guidance_interval
 
@@ -328,7 +334,7 @@ def diffuse(
 
 
 def diffusion(plan: SamplingPlan, schedule: NoiseSchedule, level: Tensor) -> Tensor:
-    """The diffusion coefficient w of the SDE at a noise level: 2 w is the variance added to x_t per unit of path time.
+    """Computes the diffusion coefficient w of the SDE: 2 w is the variance added to x_t per unit of path time.
 
     The forms other than SBDM are published for data of scale 1; for other data they are multiplied by scale^2.
 

@@ -123,7 +123,7 @@ def prefetched(items: Iterator[Item], *, ahead: int = 2) -> Generator[Item]:
 
     Args:
         items: Iterator, which is used in the thread only.
-        ahead: Maximal number of items prepared in advance.
+        ahead: Maximum number of items prepared in advance.
     """
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

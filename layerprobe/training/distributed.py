@@ -113,11 +113,11 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scales gradients down to a maximal norm, like torch's `clip_grads_with_norm_` but also for shards.
+    """Scales gradients down to a maximum norm, like torch's `clip_grads_with_norm_` but also for shards.
 
     Args:
         parameters: Parameters, sharded or not.
-        max_norm: Maximal norm.
+        max_norm: Maximum norm.
         norm: Norm of the gradients, as computed by `gradient_norm`.
     """
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -149,7 +149,7 @@ def gathered(state: Any, ranks: Ranks) -> Any:
 
 
 def announced(state: Any, ranks: Ranks) -> Any:
-    """Returns the state of the first process; on the others, its tensors have no values, which `placed` sends."""
+    """Sends the state of the first process to all, without the values of its tensors, which `placed` sends later."""
     outline = ranks.broadcast(_mapped(state, lambda tensor: tensor.to("meta")) if ranks.is_first else None)
     return state if ranks.is_first else outline
 

@@ -90,7 +90,7 @@ def held_out_loss(
         samples: Held-out samples.
         levels: Noise levels.
         seed: Seed of the noise, which is keyed by (seed, sample id).
-        batch_size: Samples per forward pass.
+        batch_size: Number of samples per forward pass.
 
     Returns:
         Mean loss by noise level.
@@ -108,5 +108,5 @@ def held_out_loss(
 
 
 def condition_of(backbone: Backbone, batch: TrainingBatch) -> Tensor | None:
-    """The labels of a batch, shape (B,), or None if the model is not conditioned on classes."""
+    """Returns the labels of a batch, shape (B,), or None if the model is not conditioned on classes."""
     return batch.condition if backbone.num_classes else None

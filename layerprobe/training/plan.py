@@ -20,7 +20,9 @@ _ADDED = ("sync", "time_sampling", "time_mean", "time_std", "loss_weighting", "s
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a model is trained. The defaults are the published recipe of SiT and LayerSync, except for the batch size.
+    """The settings of a training run.
+
+    The defaults are the published recipe of SiT and LayerSync, except for the batch size.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -39,9 +41,9 @@ class TrainingPlan:
         seed: Seed of the order of samples, the noise, the noise levels and the dropped labels.
         checkpoint_every: Number of steps between checkpoints.
         log_every: Number of steps between rows of the log.
-        sync: How the layers are aligned; as in the paper by default.
+        sync: Options of the alignment; those of the paper by default.
         accumulate: Number of equal parts in which a step's batch is processed one after the other, to save memory.
-        time_sampling: Distribution of the path's time: uniform, or logit-normal for more middle times
+        time_sampling: Distribution of path time: uniform, or logit-normal for more intermediate times
             (arXiv:2403.03206).
         time_mean: Mean of the logit-normal distribution; above 0 is noisier.
         time_std: Standard deviation of the logit-normal distribution.
@@ -51,6 +53,9 @@ class TrainingPlan:
         more_ema_decays: Decays of further averaged weights, each saved as `model-ema-DECAY.safetensors`, such as
             0.999,0.99.
         keep_last: Number of checkpoints to keep.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
 
     steps: int = field(metadata=option(minimum=1))
@@ -113,7 +118,7 @@ class TrainingPlan:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     def identity(self) -> dict[str, Any]:
-        """Returns the fields that must be equal for a run to be continued, as JSON."""
+        """Returns the fields that must be equal for a run to be continued, as a JSON-compatible dict."""
         record, default = (json.loads(json.dumps(asdict(plan))) for plan in (self, TrainingPlan(steps=0)))
         left_out = {*_FREE, *(name for name in _ADDED if record[name] == default[name])}
         return {key: value for key, value in record.items() if key not in left_out}

@@ -63,7 +63,7 @@ class Ranks:
         return positions[self.rank :: self.world_size]
 
     def share(self, part: int, whole: int) -> float:
-        """The factor of a mean over `part` of `whole` samples with which `mean` returns the mean over all samples."""
+        """Returns the factor of this process' mean over `part` of `whole` samples, so that `mean` averages over all."""
         return part * self.world_size / whole
 
     def mean(self, tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class TrainingState:
     token_grid: tuple[int, ...] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer updates, including those of the regularizer."""
+        """Returns the parameters that the optimizer updates, including those of the regularizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def average(self) -> None:
@@ -61,7 +61,7 @@ class TrainingState:
                 torch._foreach_lerp_([local(tensor) for tensor in average.values()], weights, 1 - current_decay)
 
     def decided_pairs(self) -> tuple[LayerPair, ...] | None:
-        """The pairs of the latest decision, or None before the first decision."""
+        """Returns the pairs of the latest decision, or None before the first decision."""
         return tuple(LayerPair(*names) for names in self.decisions[-1]["pairs"]) if self.decisions else None
 
 

@@ -50,7 +50,7 @@ class DiffusersClass:
         patch: Function that returns the edges of one token in input units along each grid axis; for U-Nets, the
             numbers that must divide the grid.
         size: Function that returns the shape of one sample, or None if the configuration does not contain it.
-        text: Function that returns the tokens, width and pooled width of the condition.
+        text: Function that returns the number of tokens, the width and the pooled width of the condition.
         arguments: Function that returns the arguments of `forward` besides sample and time. Tensors have one row,
             which is repeated for the batch; functions are called with x_t, shape (B, C, *grid); dictionaries may be
             nested.
@@ -87,7 +87,7 @@ class DiffusersClass:
     trained: tuple[str, Prediction] | None = None
 
     def channels(self, config: Config) -> int:
-        """Returns the channels of one sample, before patches are cut."""
+        """Returns the number of channels of one sample, before patches are cut."""
         return int(config.in_channels) // (math.prod(self.patch(config)) if self.packed else 1)
 
     def tokens(self, output: Any, name: str, *, shape: Shape, num_tokens: int) -> Tensor:

@@ -42,12 +42,12 @@ class ModelFolder:
 
     @property
     def component(self) -> str:
-        """Name of the denoiser among the pipeline's components."""
+        """The name of the denoiser among the pipeline's components."""
         return self.model.name if self.pipeline else "transformer"
 
     @property
     def scheduler(self) -> Path | None:
-        """The scheduler's configuration file; None if there is none."""
+        """The scheduler's configuration file; None if it is missing."""
         folders = [self.pipeline] if self.pipeline else [self.model, self.model.parent]
         names = ("scheduler/scheduler_config.json", "scheduler_config.json")
         return next((f / n for f in folders for n in names if (f / n).is_file()), None)

@@ -14,7 +14,7 @@ from layerprobe.files import one_line
 
 
 def read_null_text(folder: ModelFolder, family: DiffusersClass, module: nn.Module) -> tuple[Text, str]:
-    """Returns the null condition, and a note on how it was made for the backbone's name."""
+    """Returns the null condition, and a note for the backbone's name that says how it was made."""
     if family.text is None:
         return Text.zeros(0, 0, 0), ""
     text = Text.zeros(*family.text(module.config))

@@ -49,7 +49,7 @@ class Preconditioner:
 
     Attributes:
         sigma_data: Standard deviation of the data.
-        sign: Sign of the network's part of the output: -1 if it predicts v.
+        sign: Sign of the network's output in the denoised sample: -1 if the network predicts v, else 1.
         angle: Whether the network's time is 2/pi atan(sigma) instead of log(sigma) / 4.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), eq. 7 and table 1.
@@ -68,7 +68,7 @@ class Preconditioner:
         return sigma.atan() * (2 / math.pi) if self.angle else sigma.log() / 4
 
     def denoised(self, x_t: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """Combines x_t and the network's output to the denoised sample."""
+        """Combines x_t and the network's output into the denoised sample."""
         total = sigma**2 + self.sigma_data**2
         return x_t * self.sigma_data**2 / total + self.sign * output * sigma * self.sigma_data / total.sqrt()
 

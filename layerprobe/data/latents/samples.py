@@ -256,7 +256,9 @@ def check_scale(scale: float | None) -> None:
 
 
 def files_hash(paths: Sequence[Path], root: Path | None = None) -> str:
-    """Returns a hash of files, of their content up to `MOST_HASHED_BYTES` in total.
+    """Returns a hash of the names, sizes and content of files.
+
+    If they exceed `MOST_HASHED_BYTES` in total, their modification times stand in for the content.
 
     Args:
         paths: The files.

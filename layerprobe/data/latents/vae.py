@@ -42,7 +42,7 @@ def encode(
         cache_folder: Folder of the encodings; created if it does not exist, and shared by all encodings.
         scale: Scale of the latents; None for the `scaling_factor` of the autoencoder's configuration.
         seed: Seed of the draws from the posterior.
-        batch_size: Images per batch; it changes the latents by rounding only.
+        batch_size: Number of images per batch; it changes the latents by rounding only.
         device: Device that the autoencoder runs on.
         progress: Called with (images done, images in total).
 
@@ -114,7 +114,7 @@ def decode(
         latents: Latents as a diffusion model sees them, shape (B, C, h, w).
         vae_folder: Folder of the autoencoder, as in `encode`.
         scale: Scale of the latents; None for the `scaling_factor` of the autoencoder's configuration.
-        batch_size: Latents per batch.
+        batch_size: Number of latents per batch.
         device: Device that the autoencoder runs on.
 
     Returns:

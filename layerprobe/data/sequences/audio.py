@@ -58,12 +58,12 @@ class AudioDecoder(Decoder):
 
     @property
     def time_axis(self) -> int:  # type: ignore[override]
-        """Axis of the spectrogram columns or of the frames."""
+        """The axis of the spectrogram columns or of the frames."""
         return 2 if self.form == "log-mel" else 1
 
     @property
     def window(self) -> int:
-        """Window length in samples of a spectrogram column: four hops."""
+        """The window length of a spectrogram column in samples: four hops."""
         return 4 * self.hop
 
     def __call__(self, item: Any) -> Tensor:
@@ -85,7 +85,7 @@ class AudioDecoder(Decoder):
 
         Args:
             values: Values as returned by the decoder, without normalization.
-            iterations: Iterations of Griffin-Lim, which estimates the phases of a spectrogram.
+            iterations: Number of iterations of Griffin-Lim, which estimates the phases of a spectrogram.
         """
         if self.form == "waveform":
             return values.T.reshape(-1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Decoder(ABC):
-    """Conversion of an item of a column to a tensor; the `repr` contains all settings that affect the values.
+    """Conversion of an item of a column to a tensor; its `repr` is part of the fingerprint of the samples.
 
     Attributes:
         modality: Modality: "audio", "motion" or "video".
@@ -53,7 +53,7 @@ class Decoder(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """Mean and standard deviation per channel, shape (C,) each: x = (value - mean) / std."""
+    """The mean and standard deviation per channel, shape (C,) each: x = (value - mean) / std."""
 
     mean: Tensor
     std: Tensor
@@ -188,7 +188,7 @@ class Items:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the decoded items in memory."""
+        """The size of the decoded items in memory."""
         return sum(value.nbytes for value in self._values.values())
 
     def __getitem__(self, index: int) -> Tensor:

@@ -51,7 +51,7 @@ class Skeleton:
 
     @property
     def joints(self) -> list[int]:
-        """Joints of the body, in ascending order."""
+        """The joints of the body, in ascending order."""
         return sorted({joint for bone in self.bones for joint in bone})
 
     def to_dict(self) -> dict[str, Any]:
