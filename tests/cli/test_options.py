@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
@@ -27,6 +29,7 @@ from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.training.plan import TrainingPlan
 
 CLASSES = (CheckpointSource, DataSource, ExtractionPlan, NewNetwork, SamplingPlan, SyncOptions, TrainingPlan)
+DOCS = Path(__file__).parents[2] / "docs"
 COMMAND_LINE = typer.main.get_command(app)
 
 
@@ -229,3 +232,19 @@ assert not {{"torch", "pandas", "sklearn", "matplotlib", "datasets", "numpy"}} &
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: layerprobe") == len(names)
+
+
+def test_the_page_of_options_has_every_option_of_every_command() -> None:
+    specification = importlib.util.spec_from_file_location("option_tables", DOCS / "option_tables.py")
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    page = tables.with_tables((DOCS / "options.md").read_text(encoding="utf-8"))
+    assert "<!--" not in page
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    described = {row[0].strip("| `"): row[2] for row in rows}
+    for name, command in COMMAND_LINE.commands.items():
+        for parameter in command.params:
+            flag = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+            assert flag in described or flag in ("--help", "RUN"), (name, flag)
+    assert described["--checkpoint-every"] == "Number of steps between checkpoints. |"
+    assert ["| `--sync-noise-range`", "0,1"] in [row[:2] for row in rows]
