@@ -8,22 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 import typer
 
-from layerprobe.cli.atlas import atlas
-from layerprobe.cli.confirm import confirm
-from layerprobe.cli.convert import convert
-from layerprobe.cli.doctor import doctor
-from layerprobe.cli.inspect import inspect
-from layerprobe.cli.plot import plot
-from layerprobe.cli.probe import analyze, extract, probe
-from layerprobe.cli.quickstart import quickstart
-from layerprobe.cli.report import report
-from layerprobe.cli.sample import sample
-from layerprobe.cli.score import score
-from layerprobe.cli.select import select
-from layerprobe.cli.train import train
 from layerprobe.files import MissingWeights
 
 app = typer.Typer(
@@ -33,23 +21,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (
-    quickstart,
-    inspect,
-    probe,
-    extract,
-    analyze,
-    select,
-    plot,
-    report,
-    train,
-    sample,
-    score,
-    confirm,
-    atlas,
-    convert,
-    doctor,
-)
+# The commands in the order of the help, each with the file of cli/ that it is in.
+FILES = {
+    "quickstart": "quickstart",
+    "inspect": "inspect",
+    "probe": "probe",
+    "extract": "probe",
+    "analyze": "probe",
+    "select": "select",
+    "plot": "plot",
+    "report": "report",
+    "train": "train",
+    "sample": "sample",
+    "score": "score",
+    "confirm": "confirm",
+    "atlas": "atlas",
+    "convert": "convert",
+    "doctor": "doctor",
+}
+COMMANDS = tuple(getattr(import_module(f"layerprobe.cli.{file}"), name) for name, file in FILES.items())
 for command in COMMANDS:
     app.command()(command)
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.kind import DataKind
 from layerprobe.data.samples import (
     MEMORY_BUDGET_BYTES,
     Batch,
@@ -380,3 +381,6 @@ def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     if not given and not named and len(columns) > 1:
         raise ValueError(f"the columns {', '.join(columns)} all contain images; pass one as --image-column")
     return column
+
+
+KIND = DataKind(load_images, SUFFIXES, items=False)

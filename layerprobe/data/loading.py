@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,12 @@ import torch
 
 from layerprobe.data import images, tables
 from layerprobe.data.embedded_digits import digits
-from layerprobe.data.images import load_images
+from layerprobe.data.kind import DataKind
 from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.samples import LatentSamples
 from layerprobe.data.latents.vae import encode, latent_shape
 from layerprobe.data.samples import Samples, Splits
 from layerprobe.data.sequences import audio, motion, video
-from layerprobe.data.sequences.audio import load_audio
-from layerprobe.data.sequences.motion import load_motion
-from layerprobe.data.sequences.video import load_video
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
 from layerprobe.progress import StepProgress
@@ -79,9 +76,7 @@ def load(
     if latent_scale is not None:
         raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
     modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
-    if modality not in LOADERS:
-        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
-    loader = LOADERS[modality]
+    loader = _kind(modality).load
     parameters = inspect.signature(loader).parameters
     if unknown := _flags([name for name in options if name not in parameters]):
         raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} has no effect; leave it out")
@@ -95,11 +90,12 @@ def load(
     return divide(parts, **counts, seed=seed)
 
 
-LOADERS: dict[str, Callable[..., dict[str, Samples]]] = {
-    "image": load_images,
-    "audio": load_audio,
-    "motion": load_motion,
-    "video": load_video,
+# In the order in which they are recognized; images are what is left.
+KINDS: dict[str, DataKind] = {
+    "image": images.KIND,
+    "audio": audio.KIND,
+    "motion": motion.KIND,
+    "video": video.KIND,
 }
 
 
@@ -109,12 +105,7 @@ def read_table(source: str | Path, modality: str, *, split: str | None = None) -
     Raises:
         ValueError: As `load` does.
     """
-    if modality == "image":
-        return tables.read(source, suffixes=images.SUFFIXES, split=split)
-    suffixes = {"audio": audio.SUFFIXES, "motion": motion.SUFFIXES, "video": video.SUFFIXES}
-    if modality not in suffixes:
-        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(LOADERS)}")
-    return tables.read_items(source, suffixes=suffixes[modality], split=split)
+    return _kind(modality).read(source, split=split)
 
 
 def guess_modality(source: str | Path, *, split: str | None = None) -> str:
@@ -123,27 +114,22 @@ def guess_modality(source: str | Path, *, split: str | None = None) -> str:
     If these do not determine it, the modality is "image".
     """
     root = Path(source).expanduser()
-    if root.is_dir():
-        endings = {file.suffix.lower() for file in root.rglob("*")}
-        for modality, suffixes in (("audio", audio.SUFFIXES), ("motion", motion.SUFFIXES), ("video", video.SUFFIXES)):
-            if endings & set(suffixes) - {".gif"} and not endings & tables.TABLES.keys():
-                return modality
-    if not root.exists() or (root.is_dir() and not endings & tables.TABLES.keys()):
-        return "image"
+    endings = {file.suffix.lower() for file in root.rglob("*")} if root.is_dir() else set()
+    is_table = root.exists() and (not root.is_dir() or bool(endings & tables.TABLES.keys()))
+    if not is_table:
+        return next((name for name, kind in KINDS.items() if endings & set(kind.telling)), "image")
     features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
-    for name, feature in features.items():
-        if motion.holds_motion(feature):
-            return "motion"
-        ending = f".{name}"  # webdataset names columns after file endings
-        if tables.holds_bytes(feature) and (name in audio.COLUMNS or ending in audio.SUFFIXES):
-            return "audio"
-        if tables.holds_bytes(feature) and ending in video.SUFFIXES and ending != ".gif":
-            return "video"
-        if type(feature).__name__ == "Audio":
-            return "audio"
-        if video.holds_video(feature) and (not tables.holds_bytes(feature) or type(feature).__name__ == "Video"):
-            return "video"
+    for column, feature in features.items():
+        for name, kind in KINDS.items():
+            if kind.holds is not None and kind.holds(column, feature):
+                return name
     return "image"
+
+
+def _kind(modality: str) -> DataKind:
+    if modality not in KINDS:
+        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(KINDS)}")
+    return KINDS[modality]
 
 
 def _flags(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.kind import DataKind
 from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media, read_items, undecoded
 from layerprobe.files import import_optional
@@ -226,3 +227,12 @@ def _common_rate(parts: dict[str, Any], column: str) -> int:
         examples = ", ".join(f"{rate} ({item})" for rate, item in rates.items())
         raise ValueError(f"the recordings have several sampling rates: {examples}; pass --rate {min(rates)} or another")
     return next(iter(rates))
+
+
+def _holds_audio(name: str, feature: Any) -> bool:
+    # Webdatasets name columns after the endings of files.
+    named = name in COLUMNS or f".{name}" in SUFFIXES
+    return type(feature).__name__ == "Audio" or (named and tables.holds_bytes(feature))
+
+
+KIND = DataKind(load_audio, SUFFIXES, telling=SUFFIXES, holds=_holds_audio)

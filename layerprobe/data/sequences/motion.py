@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.kind import DataKind
 from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.bvh import Floats, bvh_positions
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
@@ -154,3 +155,6 @@ def _frames(item: Any) -> Floats:
     if loaded.dtype.kind not in "fiu":
         raise ValueError(f"it contains values of type {loaded.dtype}, not numbers")
     return np.asarray(loaded, np.float64)
+
+
+KIND = DataKind(load_motion, SUFFIXES, telling=SUFFIXES, holds=lambda _, feature: holds_motion(feature))

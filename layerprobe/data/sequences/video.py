@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerprobe.data import tables
 from layerprobe.data.images import decode_image
+from layerprobe.data.kind import DataKind
 from layerprobe.data.samples import Samples, pixels_to_float
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
 from layerprobe.files import import_optional
@@ -130,3 +131,16 @@ def holds_video(feature: Any) -> bool:
     """Returns whether a column of this type contains lists of encoded images, or encoded files."""
     inner = getattr(feature, "feature", None)
     return tables.holds_bytes(feature) or (inner is not None and tables.holds_bytes(inner))
+
+
+# A GIF may be a picture.
+_TELLING = tuple(suffix for suffix in SUFFIXES if suffix != ".gif")
+
+
+def _holds_video(name: str, feature: Any) -> bool:
+    if tables.holds_bytes(feature):
+        return f".{name}" in _TELLING or type(feature).__name__ == "Video"
+    return holds_video(feature)
+
+
+KIND = DataKind(load_video, SUFFIXES, telling=_TELLING, holds=_holds_video)
