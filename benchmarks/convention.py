@@ -9,7 +9,7 @@ import argparse
 import tempfile
 
 from layerprobe.backbones import SiTConfig, new_sit
-from layerprobe.checkpoints import check_convention
+from layerprobe.checkpoints import check_convention, convention_name
 from layerprobe.data import digits
 from layerprobe.noise import Prediction, schedule_from_name
 from layerprobe.training import TrainingPlan, train
@@ -40,7 +40,7 @@ def main() -> None:
             other = next(fit for fit in found.fits if fit is not found.declared)
             print(
                 f"{name:<12} {prediction:<9} {count:>5} steps: {found.verdict}, declared {found.declared.score:+.3f}, "
-                f"best other {other.score:+.3f} ({other.name})",
+                f"best other {other.score:+.3f} ({convention_name(other)})",
                 flush=True,
             )
 

@@ -47,10 +47,11 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
     if data is not None:
         from layerprobe.analyses.runs import RunPlan, examine_convention
+        from layerprobe.checkpoints import convention_lines
 
         check = examine_convention(RunPlan(checkpoint, data))
         record["convention"] = check.to_dict()
-        lines += check.lines
+        lines += convention_lines(check)
     return record, lines
 
 

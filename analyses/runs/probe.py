@@ -43,7 +43,7 @@ from layerprobe.analyses.tables import (
     write_table,
 )
 from layerprobe.backbones import Backbone, layer_shapes
-from layerprobe.checkpoints import check_convention
+from layerprobe.checkpoints import check_convention, convention_message
 from layerprobe.data import Splits
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
@@ -114,7 +114,7 @@ def extract_run(
     _check_frames(plan, splits)
     convention = None if folder.convention.is_file() else check_convention(backbone, splits.train, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
-        raise ValueError(convention.message)
+        raise ValueError(convention_message(convention))
     folder.claim(plan)
     if convention is not None:
         write_text(folder.convention, json.dumps(convention.to_dict(), indent=1))
@@ -146,7 +146,7 @@ def analyze_run(
     Args:
         run: Run folder with features.
         analyses: Analyses to run on every layer and noise level.
-        encoder: Outside encoder to compare all layers with; it sees the clean samples of the validation split.
+        encoder: External encoder to compare all layers with; it sees the clean samples of the validation split.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
@@ -158,7 +158,7 @@ def analyze_run(
     keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
         stores,
-        analyses=[keeper.listening(analysis) for analysis in analyses],
+        analyses=[keeper.recording(analysis) for analysis in analyses],
         seed=plan.seed,
         progress=named_progress(progress, "measuring layers"),
     )
@@ -265,7 +265,7 @@ def choose_layers(
 
 
 def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:
-    """Recommends single layers of a run: for features, for an outside encoder, and to leave out."""
+    """Recommends single layers of a run: for features, for an external encoder, and to leave out."""
     folder = RunFolder(run)
     return recommend(folder.quality(), folder.evidence(), selection)
 

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analyses.figures import CLASS
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Recommendation, Selection
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
 from layerprobe.analyses.wording import TRUST, caution_texts, recommendation_text, selection_reason
+from layerprobe.checkpoints import ConventionCheck, convention_cautions, convention_message
 
 
 def describe_convention(run: str | Path) -> list[str]:
     """The result of a run's convention check in lines for people."""
-    record = json.loads((Path(run) / "convention.json").read_text(encoding="utf-8"))
-    return [
-        f"{'weights' if i == 0 else 'caution':<8} {line}"
-        for i, line in enumerate([record["message"], *record["notes"]])
-    ]
+    check = ConventionCheck.from_dict(json.loads(RunFolder(run).convention.read_text(encoding="utf-8")))
+    return [f"weights  {convention_message(check)}", *(f"caution  {text}" for text in convention_cautions(check))]
 
 
 def describe_labels(run: str | Path) -> list[str]:

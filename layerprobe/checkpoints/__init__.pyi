@@ -1,5 +1,9 @@
 from .convention import ConventionCheck as ConventionCheck
 from .convention import check_convention as check_convention
+from .convention_text import convention_cautions as convention_cautions
+from .convention_text import convention_lines as convention_lines
+from .convention_text import convention_message as convention_message
+from .convention_text import convention_name as convention_name
 from .conversion import convert_checkpoint as convert_checkpoint
 from .opening import describe_checkpoint as describe_checkpoint
 from .opening import open_checkpoint as open_checkpoint

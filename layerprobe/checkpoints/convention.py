@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,11 +69,8 @@ class Fit:
         """The mean score; 0 is as good as the linear denoiser, lower is better."""
         return float(self.scores.mean())
 
-    @property
-    def name(self) -> str:
-        """The convention as options of the command line."""
-        scaled = f" on data times {self.scale:.5g}" if self.scale != 1 else ""
-        return f"--schedule {self.schedule} --prediction {self.prediction}{scaled}"
+
+LabelCaution = Literal["true labels no better than wrong ones", "null label worse than a wrong one"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,51 +92,20 @@ class ConventionCheck:
     verdict: str
 
     @property
-    def message(self) -> str:
-        """The verdict in one line, with the errors behind it."""
-        best = self.fits[0]
-        if self.verdict == "misfit":
-            return (
-                f"the weights do not fit {self.declared.name}: the denoising error is {_times(self.declared)} that of "
-                f"a linear denoiser, but {_times(best)} under {best.name}; pass these, or --trust-convention to go on"
-            )
-        if self.verdict == "unclear":
-            return (
-                f"this network does not denoise this data under any known convention: the best, {best.name}, has "
-                f"{_times(best)} the error of a linear denoiser; check the data, its scale and the training"
-            )
-        error = f"the denoising error is {_times(self.declared)} that of a linear denoiser"
-        return f"the weights fit {self.declared.name}: {error}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Warnings about the labels."""
-        notes = []
+    def cautions(self) -> tuple[LabelCaution, ...]:
+        """What the labels do against expectation."""
+        cautions: list[LabelCaution] = []
         if "true labels" in self.condition and self.condition["true labels"] > self.condition["wrong labels"] - 0.002:
-            notes.append("the true labels denoise no better than wrong ones: the classes may be numbered differently")
+            cautions.append("true labels no better than wrong ones")
         if self.condition.get("null", 0.0) > self.condition.get("wrong labels", math.inf) + 0.05:
-            notes.append("the null label denoises worse than a wrong label: the model may have been trained without it")
-        return tuple(notes)
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The message, the notes, and a text table of the best five fits and the declared one."""
-        shown = [*self.fits[:5], *([self.declared] if self.declared not in self.fits[:5] else [])]
-        width = max(len(fit.name) for fit in shown) + len(" (declared)")
-        head = f"{'convention':<{width}}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
-        rows = [
-            f"{fit.name + ' (declared)' * (fit is self.declared):<{width}}" + "".join(f"{r:>8.3g}" for r in fit.ratios)
-            for fit in shown
-        ]
-        title = "denoising error over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"
-        return (self.message, *self.notes, title, head, *rows)
+            cautions.append("null label worse than a wrong one")
+        return tuple(cautions)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as a JSON-compatible dict."""
         return {
             "verdict": self.verdict,
-            "message": self.message,
-            "notes": list(self.notes),
+            "cautions": list(self.cautions),
             "log_snr": list(LOG_SNRS),
             "condition": self.condition,
             "fits": [
@@ -154,6 +120,22 @@ class ConventionCheck:
                 for fit in self.fits
             ],
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ConventionCheck:
+        """Reads what `to_dict` returned; the scores of single samples are not kept."""
+        fits = tuple(
+            Fit(
+                fit["schedule"],
+                fit["prediction"],
+                fit["scale"],
+                tuple(fit["error_over_linear"]),
+                torch.tensor([fit["score"]], dtype=torch.float64),
+            )
+            for fit in record["fits"]
+        )
+        declared = next(fit for fit, of in zip(fits, record["fits"], strict=True) if of["declared"])
+        return cls(declared, fits, record["condition"], record["verdict"])
 
 
 def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int = 64, seed: int = 0) -> ConventionCheck:
@@ -281,7 +263,3 @@ def _by_condition(backbone: Backbone, batch: Batch, eps: Tensor) -> dict[str, fl
         name: float(_errors(backbone, [backbone.prediction], batch.x, eps, labels)[backbone.prediction].log().mean())
         for name, labels in conditions.items()
     }
-
-
-def _times(fit: Fit) -> str:
-    return f"{math.exp(fit.score):.3g} times"

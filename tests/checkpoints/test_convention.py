@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from dataclasses import replace
@@ -15,7 +16,8 @@ from places import HELPERS
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, ConventionCheck, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.convention_text import convention_cautions, convention_lines, convention_message
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
@@ -91,7 +93,7 @@ def test_the_convention_of_training_is_found_and_every_other_refused(schedule: s
     found = check_convention(backbone, data())
     assert found.verdict == "fits"
     assert (found.fits[0].schedule, found.fits[0].prediction) == (schedule, prediction)
-    assert found.message.startswith(
+    assert convention_message(found).startswith(
         f"the weights fit --schedule {schedule} --prediction {prediction}: the denoising error"
     )
     for wrong, wrong_prediction in CONVENTIONS:
@@ -100,7 +102,7 @@ def test_the_convention_of_training_is_found_and_every_other_refused(schedule: s
             refused = check_convention(declared, data())
             assert refused.verdict == "misfit", (wrong, wrong_prediction)
             assert re.search(
-                rf"but 0\.\d+ times under --schedule {schedule} --prediction {prediction};", refused.message
+                rf"but 0\.\d+ times under --schedule {schedule} --prediction {prediction};", convention_message(refused)
             )
 
 
@@ -110,7 +112,7 @@ def test_sits_curved_paths_are_found_where_the_linear_one_is_declared(path: str)
     assert check_convention(backbone, data()).verdict == "fits"
     refused = check_convention(replace(backbone, schedule=schedule_from_name("sit")), data())
     assert refused.verdict == "misfit"
-    assert re.search(rf"but 0\.\d+ times under --schedule {path} --prediction velocity;", refused.message)
+    assert re.search(rf"but 0\.\d+ times under --schedule {path} --prediction velocity;", convention_message(refused))
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
@@ -135,7 +137,7 @@ def test_checkpoints_that_nobody_here_trained(name: str, shared_data: Path, shar
 def test_the_embedded_checkpoint_fits_and_its_labels_help() -> None:
     found = check_convention(open_checkpoint("digits"), data())
     assert found.verdict == "fits"
-    assert found.notes == ()
+    assert found.cautions == ()
     assert found.condition["true labels"] < found.condition["null"] < found.condition["wrong labels"]
 
 
@@ -145,7 +147,7 @@ def test_labels_that_are_numbered_otherwise_are_noticed() -> None:
     renumbered = TensorSamples(x.x, (x.labels + 3) % 10)
     found = check_convention(open_checkpoint("digits"), renumbered)
     assert found.verdict == "fits"  # the null label does not care
-    assert "the classes may be numbered differently" in found.notes[0]
+    assert "the classes may be numbered differently" in convention_cautions(found)[0]
 
 
 @pytest.mark.parametrize("factor", [1 / 0.18215, 0.18215, 0.5])
@@ -153,14 +155,14 @@ def test_a_forgotten_scale_is_named(factor: float) -> None:
     scaled = TensorSamples(data().batch(range(64)).x * factor)
     found = check_convention(open_checkpoint("digits"), scaled)
     assert found.verdict == "misfit"
-    assert f"on data times {1 / factor:.5g}" in found.message
+    assert f"on data times {1 / factor:.5g}" in convention_message(found)
 
 
 def test_a_network_without_training_is_unclear() -> None:
     backbone = wrap(Denoiser(), layers="layers.2", schedule="flow", prediction="velocity", shape=(1, 8, 8))
     found = check_convention(backbone, data())
     assert found.verdict == "unclear"
-    assert found.message.startswith("this network does not denoise this data under any known convention")
+    assert convention_message(found).startswith("this network does not denoise this data under any known convention")
     assert len(found.fits) >= 19 + len(SCALES)
 
 
@@ -206,3 +208,12 @@ def test_too_few_samples() -> None:
     few = TensorSamples(torch.zeros(7, 1, 8, 8))
     with pytest.raises(ValueError, match=r"^the convention check needs 8 samples or more, got 7; pass more data$"):
         check_convention(open_checkpoint("digits"), few)
+
+
+def test_a_check_survives_its_record_with_its_words() -> None:
+    check = check_convention(open_checkpoint("digits", device="cpu"), digits().train)
+    record = json.loads(json.dumps(check.to_dict()))
+    assert "message" not in record
+    read = ConventionCheck.from_dict(record)
+    assert convention_lines(read) == convention_lines(check)
+    assert (read.verdict, read.cautions) == (check.verdict, check.cautions)

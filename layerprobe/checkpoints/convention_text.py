@@ -1,0 +1,63 @@
+"""The result of a convention check in sentences."""
+
+from __future__ import annotations
+
+import math
+
+from layerprobe.checkpoints.convention import LOG_SNRS, ConventionCheck, Fit
+
+_CAUTIONS = {
+    "true labels no better than wrong ones": (
+        "the true labels denoise no better than wrong ones: the classes may be numbered differently"
+    ),
+    "null label worse than a wrong one": (
+        "the null label denoises worse than a wrong label: the model may have been trained without it"
+    ),
+}
+
+
+def convention_name(fit: Fit) -> str:
+    """The convention of a fit as options of the command line."""
+    scaled = f" on data times {fit.scale:.5g}" if fit.scale != 1 else ""
+    return f"--schedule {fit.schedule} --prediction {fit.prediction}{scaled}"
+
+
+def convention_message(check: ConventionCheck) -> str:
+    """The verdict in one line, with the errors behind it."""
+    declared, best = check.declared, check.fits[0]
+    if check.verdict == "misfit":
+        return (
+            f"the weights do not fit {convention_name(declared)}: the denoising error is {_times(declared)} that of a "
+            f"linear denoiser, but {_times(best)} under {convention_name(best)}; pass these, or --trust-convention to "
+            "go on"
+        )
+    if check.verdict == "unclear":
+        return (
+            f"this network does not denoise this data under any known convention: the best, {convention_name(best)}, "
+            f"has {_times(best)} the error of a linear denoiser; check the data, its scale and the training"
+        )
+    error = f"the denoising error is {_times(declared)} that of a linear denoiser"
+    return f"the weights fit {convention_name(declared)}: {error}"
+
+
+def convention_cautions(check: ConventionCheck) -> list[str]:
+    """Warnings about the labels."""
+    return [_CAUTIONS[caution] for caution in check.cautions]
+
+
+def convention_lines(check: ConventionCheck) -> list[str]:
+    """The message, the warnings, and a text table of the best five fits and the declared one."""
+    shown = [*check.fits[:5], *([check.declared] if check.declared not in check.fits[:5] else [])]
+    names = [convention_name(fit) + " (declared)" * (fit is check.declared) for fit in shown]
+    width = max(map(len, [*names, "convention"]))
+    head = f"{'convention':<{width}}" + "".join(f"{f'{log_snr:+.0f}':>8}" for log_snr in LOG_SNRS)
+    rows = [
+        f"{name:<{width}}" + "".join(f"{ratio:>8.3g}" for ratio in fit.ratios)
+        for name, fit in zip(names, shown, strict=True)
+    ]
+    title = "denoising error over that of a linear denoiser, by log signal-to-noise ratio; below 1 is better"
+    return [convention_message(check), *convention_cautions(check), title, head, *rows]
+
+
+def _times(fit: Fit) -> str:
+    return f"{math.exp(fit.score):.3g} times"
