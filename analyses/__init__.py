@@ -1,1 +1,1 @@
-"""The questions asked of a feature store: numbers in, tables out, no model in sight."""
+"""Analyses of features: measures, tables, selection, experiments, figures, reports, and the jobs over a run folder."""

@@ -10,6 +10,7 @@ from .arms import RUNNER_UP as RUNNER_UP
 from .arms import Arm as Arm
 from .arms import ConfirmationPlan as ConfirmationPlan
 from .arms import arms_for as arms_for
+from .confirmation import CONFIRMATION_COLUMNS as CONFIRMATION_COLUMNS
 from .confirmation import confirm_pair as confirm_pair
 from .confirmation import kept_spread as kept_spread
 from .confirmation import run_folder as run_folder

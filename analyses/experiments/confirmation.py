@@ -31,7 +31,7 @@ from layerprobe.training import TrainingPlan, train
 # Steps over which the mean step length is measured: AdamW's moving averages need them to reflect how well the gradients
 # of successive steps agree.
 MEASURED_STEPS = 50
-CURVE_COLUMNS = ("arm", "seed", "step", "metric", "value")
+CONFIRMATION_COLUMNS = ("arm", "seed", "step", "metric", "value")
 
 
 def confirm_pair(
@@ -101,7 +101,7 @@ def _train_arms(
     scorer: Scorer,
     progress: TaskProgress | None,
 ) -> pd.DataFrame:
-    """Trains the arms seed by seed, up to an early stop; a row of the result is one score, see `CURVE_COLUMNS`."""
+    """Trains the arms seed by seed, up to an early stop; returns a table of scores with `CONFIRMATION_COLUMNS`."""
     training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
     total = len(plan.seeds) * len(arms) * training.steps
     rows: list[tuple[str, int, int, str, float]] = []
@@ -129,7 +129,7 @@ def _train_arms(
         rows += [
             (arm.name, seed, step, metric, value) for step, values in scores.items() for metric, value in values.items()
         ]
-        curves = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+        curves = pd.DataFrame(rows, columns=list(CONFIRMATION_COLUMNS))
         if plan.stop_early and arm is arms[-1] and is_clear(curves, arms, plan):
             break
     return curves

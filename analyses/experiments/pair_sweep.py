@@ -121,7 +121,7 @@ def sweep_pairs(
         folder: Folder for `atlas.json` (the record of the sweep), the scores and `atlas.csv`.
         state: Checkpoint of a training whose weights, optimizer and averaged weights the branches take over at
             `plan.first_step`. None for branches that begin with an empty optimizer.
-        shard: (i, N): this call trains every N-th branch, from the i-th on.
+        shard: Part of the branches that this call trains: (i, N) is every N-th from the i-th on.
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
         progress: Callback with (name of the running branch, steps done, total steps), counted over this shard.
 

@@ -1,6 +1,5 @@
 from .cka import cka_heatmap as cka_heatmap
 from .confirmation import ARM_COLORS as ARM_COLORS
-from .confirmation import CONFIRMATION_COLUMNS as CONFIRMATION_COLUMNS
 from .confirmation import confirmation_curves as confirmation_curves
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS

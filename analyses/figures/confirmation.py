@@ -18,6 +18,7 @@ from scipy import stats
 
 from layerprobe.analyses.experiments import (
     BASELINE,
+    CONFIRMATION_COLUMNS,
     HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
@@ -39,7 +40,6 @@ ARM_COLORS = {
     LEARNING_RATE: LINE_COLORS[4],
     NEGATIVE_CONTROL: LINE_COLORS[1],
 }
-CONFIRMATION_COLUMNS = ("arm", "seed", "step", "metric", "value")
 Runs = Mapping[str, pd.DataFrame]  # by arm, in the order of the table: one row per step, one column per seed
 
 

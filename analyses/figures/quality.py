@@ -325,7 +325,7 @@ def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> Non
 
 
 def _name_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
-    """Write the roles above the frame, on opposite sides of their lines so that neighbors do not collide."""
+    """Writes the roles above the frame, on opposite sides of their lines so that neighbors do not collide."""
     if pair is None:
         return
     short = short_names(layers)[0]

@@ -175,7 +175,7 @@ def _movements(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: 
 
 
 def _project(clip: Floats, skeleton: Skeleton) -> Floats:
-    """Project a clip (frames, joints, 3) into a picture, shape (frames, joints, 2), that moves along with the body.
+    """Projects a clip (frames, joints, 3) into a picture, shape (frames, joints, 2), that moves along with the body.
 
     The view is oblique from the front, relative to the direction that the body faces at the beginning, so that it walks
     to the right.
@@ -218,7 +218,7 @@ def _side(bone: tuple[int, int], skeleton: Skeleton) -> int:
 
 
 def _channels(x: Tensor, rendering: Rendering, titles: Sequence[str], lengths: Sequence[int]) -> Figure:
-    """Draw all channels over time, for data that has no joint positions."""
+    """Draws all channels over time, for data that has no joint positions."""
     figure, all_axes = _panels(len(x), columns=3, height_in=1.4)
     for i, axes in enumerate(all_axes):
         values = x[i, :, : lengths[i]].numpy()

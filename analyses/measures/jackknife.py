@@ -86,7 +86,7 @@ def ratio_estimate(numerator: Floats, denominator: Floats) -> Estimate:
 def effective_rank_estimate(x: Features) -> Estimate:
     """Estimates the effective rank of features (n, D), with the value of `effective_rank`.
 
-    With the weight of sample i, an eigenvalue of the covariance changes by `(u x_i)^2 - eigenvalue`.
+    The influence of sample i on an eigenvalue of the covariance with eigenvector u is `(u x_i)^2 - eigenvalue`.
     """
     wide = centered(x / np.float64(np.abs(x).max()))
     variances, axes = np.linalg.eigh(wide.T @ wide / len(wide))

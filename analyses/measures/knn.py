@@ -119,7 +119,8 @@ def nearest(
         bank: Samples to search, shape (n_bank, D), float64.
         queries: Queries, shape (n_query, D), float64; None for the bank itself, where a sample is not its own neighbor.
         k: Number of neighbors.
-        score: What orders the neighbors: the largest inner product or the smallest Euclidean distance.
+        score: Order of the neighbors: "inner product" for the largest first, "distance" for the smallest Euclidean
+            distance first.
         tile_bytes: Memory in bytes in addition to two copies of the features.
 
     Returns:

@@ -151,12 +151,12 @@ class SparseGraph:
 
     @cached_property
     def transposed_mask(self) -> Any:
-        """1 at (neighbor, sample)."""
+        """Sparse matrix with 1 at (neighbor, sample)."""
         return self.mask.T.tocsr()
 
     @cached_property
     def numbers(self) -> Any:
-        """1, 2, ... at the entries in their order: products with a mask then show which entries are left."""
+        """Sparse matrix with 1, 2, ... at the entries in order; its product with a mask shows the remaining entries."""
         return self._matrix(np.arange(1.0, self.n * self.k + 1))
 
     @cached_property

@@ -67,7 +67,7 @@ class Spectrum:
 
     @property
     def rank_me(self) -> float:
-        """RankMe: the same without centering, with `EPSILON` added to every normalized singular value.
+        """RankMe: effective rank without centering, with `EPSILON` added to every normalized singular value.
 
         Not centered, as published: a large mean counts as one direction that dominates all others and hides them, so
         compare it with `effective_rank` before interpreting it.
@@ -173,7 +173,7 @@ class Lidar:
 
     @property
     def debiased_rank(self) -> float:
-        """The same after subtracting from every eigenvalue what noise alone gives, 1 / num_draws.
+        """LiDAR after subtracting 1 / num_draws, the share of noise alone, from every eigenvalue.
 
         An addition to the paper, which has 50 draws or more and does not need it. nan if no eigenvalue is larger.
         """
@@ -185,11 +185,11 @@ def lidar(x: Features, *, ridge: float = 1e-4) -> Lidar:
     """Computes LiDAR with noise draws as the augmentation: in how many directions samples differ more than draws.
 
     Each sample is a class, and its noise draws are the members. No labels are needed. Invariant to rotation, scale and
-    translation, and except for the ridge to any invertible linear map.
+    translation, and, apart from the effect of the ridge, to any invertible linear map.
 
     Args:
         x: Features, shape (n, draws, D) with n, draws >= 2, any float dtype; computed in float64. `n (draws - 1)`
-            should exceed D: in directions without variance between draws, the ridge decides.
+            should exceed D: in directions without variance between draws, the result depends on the ridge.
         ridge: Ridge added to the variances between draws, in units of their median. The paper adds an absolute 1e-4 or
             so; in these units the result does not depend on the features' scale or on a few massive channels.
 

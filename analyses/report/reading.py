@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from layerprobe.analyses.experiments import Verdict
-from layerprobe.analyses.figures import CONFIRMATION_COLUMNS
+from layerprobe.analyses.experiments import CONFIRMATION_COLUMNS, Verdict
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import MODEL, headlines, read_quality, read_similarity
 from layerprobe.files import one_line
@@ -35,7 +34,7 @@ class RunFiles:
         folder: Run folder.
         quality: Quality table.
         similarity: Similarity table.
-        selection: Ranked pairs.
+        selection: Selection of layer pairs.
         verdict: Result of the confirmation.
         confirmation: Curves of the confirmation's arms.
         records: JSON records of what was run, by title.

@@ -55,7 +55,7 @@ def confirm_run(
         num_samples: Number of samples drawn for each Fréchet distance.
         sampling: Sampling plan for these samples.
         device: Device of the models.
-        progress: Callback with (name of the running arm, steps done, total steps).
+        progress: Called with (name of the running arm, steps done, steps in total).
     """
     folder = RunFolder(run)
     plan, selection = folder.plan(), folder.selection()

@@ -36,9 +36,9 @@ class RunPlan:
     """What a run measures; enough to open the checkpoint and the data again.
 
     Attributes:
-        checkpoint: The checkpoint.
-        data: The data set.
-        extraction: What is read from the model; without layers, since these are the backbone's.
+        checkpoint: Checkpoint to open.
+        data: Data set to read.
+        extraction: Plan of the extraction; its layers are those of the backbone.
     """
 
     checkpoint: CheckpointSource
@@ -72,13 +72,13 @@ class RunPlan:
         return replace(self.extraction, layers=backbone.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON."""
+        """Returns the plan as JSON values."""
         extraction = {name: value for name, value in self.extraction.to_dict().items() if name != "layers"}
         return {"checkpoint": to_record(self.checkpoint), "data": to_record(self.data), "extraction": extraction}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RunPlan:
-        """Returns the plan that `to_dict` wrote."""
+        """Reads what `to_dict` returns."""
         return cls(
             from_record(CheckpointSource, record["checkpoint"]),
             from_record(DataSource, record["data"]),
@@ -87,18 +87,18 @@ class RunPlan:
 
 
 class RunFolder:
-    """The files of a run: their names, and reading what they hold.
+    """The files of a run: their paths, and methods that read and write them.
+
+    Args:
+        path: Path of the folder; it need not exist yet.
 
     Attributes:
         path: Path of the folder.
         features: Folder of the feature stores.
-        ablation: Table of what skipping each layer changes.
-        convention: Record of the convention check.
+        ablation: Path of the table of layer ablation.
+        convention: Path of the record of the convention check.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
-
-    Args:
-        path: Path of the folder; it need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
 
     def claim(self, plan: RunPlan) -> None:
-        """Makes the folder that of this run, and writes which software and machine produce its numbers.
+        """Claims the folder for this run, and records the software and machine that produce its numbers.
 
         Raises:
             ValueError: If the folder belongs to another run, or contains other things.
@@ -135,7 +135,7 @@ class RunFolder:
         return FeatureStore.open(self.store_folder(source))
 
     def store_folder(self, source: str) -> Path:
-        """The folder of the features of the model or of one of its controls."""
+        """Returns the folder of the features of the model or of one of its controls."""
         return self.features / source.replace(" ", "-")
 
     def write_tables(
@@ -145,7 +145,7 @@ class RunFolder:
         evidence: PairEvidence,
         recoverability: pd.DataFrame | None,
     ) -> None:
-        """Writes the tables; that of the quality comes last, since it says that the run has been measured."""
+        """Writes the tables; the quality table comes last, because its presence marks the run as measured."""
         write_table(similarity, self.path / "similarity.csv")
         if recoverability is not None:
             write_table(recoverability, self.path / "recoverability.csv")
@@ -154,7 +154,7 @@ class RunFolder:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the run has its tables."""
+        """Whether the run has been measured."""
         return (self.path / "quality.csv").is_file()
 
     def quality(self) -> pd.DataFrame:
@@ -196,7 +196,7 @@ class RunFolder:
             shutil.copyfile(self.confirmation / name, self.path / name)
 
     def verdict(self) -> tuple[pd.DataFrame, Verdict] | None:
-        """Reads the curves and the verdict of the confirmation; None if there are none yet."""
+        """Reads the curves and the verdict of the confirmation; returns None before the first verdict."""
         place = self.path / "verdict.json"
         if not place.is_file():
             return None

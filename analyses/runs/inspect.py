@@ -51,10 +51,10 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
     columns of classes is taken as the label, unless `source` says otherwise.
 
     Args:
-        source: The data set and how it is read.
+        source: Data set, and how it is read.
 
     Returns:
-        The description, as JSON, and the data.
+        The description, as JSON values, and the data.
 
     Raises:
         ValueError: If the data cannot be read at all.
@@ -91,7 +91,7 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
 
 
 def lines_of(record: Mapping[str, Any]) -> list[str]:
-    """Returns the description of `examine_data` in lines for people."""
+    """Returns the description of `examine_data` as readable lines."""
     lines = {"data": f"{record['data']} ({record['modality']})"}
     lines["rows"] = ", ".join(f"{count} in {name}" for name, count in record["parts"].items())
     lines |= {

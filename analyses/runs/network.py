@@ -17,7 +17,7 @@ PATHS = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
 
 @dataclass(frozen=True)
 class NewNetwork:
-    """A SiT with fresh weights. Sizes beside a preset replace the preset's.
+    """A SiT with fresh weights; sizes that are passed beside a preset replace those of the preset.
 
     Attributes:
         preset: Preset of the sizes: tiny or small, with patches that suit the data, or S/2 to XL/8.

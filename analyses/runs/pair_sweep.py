@@ -131,8 +131,8 @@ def pair_sweep_run(
         splits: Data of the training and the evaluation.
         pairs: Pairs to train.
         folder: Folder of the pair sweep.
-        shard: (i, N): train every N-th branch, from the i-th on.
-        progress: Callback with (name of the running branch, steps done, total steps).
+        shard: Part of the branches to train: (i, N) is every N-th from the i-th on.
+        progress: Called with (name of the running branch, steps done, steps in total).
 
     Returns:
         The table of the pair sweep, see `sweep_pairs`.

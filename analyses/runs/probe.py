@@ -62,15 +62,15 @@ _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
 def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
-    """Does the main job: extracts features of the model and its controls, measures them, picks a pair, draws, reports.
+    """Runs the main job: features of the model and its controls, tables, selection, figures and report.
 
     An interrupted run continues when the call is repeated; a finished run is only drawn again.
 
     Args:
-        plan: What to measure.
+        plan: Checkpoint, data and extraction of the run.
         run: Run folder.
         progress: Called with (task name, steps done, steps in total).
-        options: Options of `extract_run`.
+        **options: Options of `extract_run`.
 
     Raises:
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
@@ -82,7 +82,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
 
 
 def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
-    """Does what `probe_run` does before it draws: convention check, features, tables and selection."""
+    """Runs the part of `probe_run` before the figures: convention check, features, tables and selection."""
     extract_run(plan, run, progress=progress, **options)
     return choose_layers(run) if RunFolder(run).is_measured else analyze_run(run, progress=progress)
 
@@ -96,10 +96,10 @@ def extract_run(
     batch_size: int = 128,
     progress: TaskProgress | None = None,
 ) -> None:
-    """Does all that needs the model: convention check, features of the model and its controls, layer ablation.
+    """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
 
     Args:
-        plan: What to measure.
+        plan: Checkpoint, data and extraction of the run.
         run: Run folder.
         trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one.
         device: Device of the model.
@@ -240,8 +240,8 @@ def choose_layers(
     Args:
         run: Folder of an analyzed run.
         criteria: Criteria to rank by, with equal weights; the rule of `rank_pairs` if None.
-        label_free: Whether to use nothing that needs labels; only where the run has no probes if None.
-        limits: Limits that an admissible pair keeps; the defaults of `PairLimits` if None.
+        label_free: Whether to use only criteria that need no labels; if None, only if the run has no probes.
+        limits: Limits that an admissible pair must keep; the defaults of `PairLimits` if None.
         num_pairs: Number of ranked pairs to keep; all if None.
 
     Raises:
@@ -271,7 +271,7 @@ def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendati
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
-    """Says what `probe_run` would do, after checking checkpoint and data."""
+    """Returns the size of the work of `probe_run`, after checking checkpoint and data."""
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)

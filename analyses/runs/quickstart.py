@@ -31,7 +31,7 @@ def quickstart_run(
     """Runs the whole pipeline on the embedded checkpoint and data: probe, pick, samples, confirmation, report.
 
     Args:
-        run: The run folder; a finished part is not repeated.
+        run: Run folder; a finished part is not repeated.
         steps: Number of optimizer steps of each arm.
         num_seeds: Number of seeds of the confirmation.
         seed: Seed of the run, and the first seed of the confirmation.

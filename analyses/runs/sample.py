@@ -33,7 +33,7 @@ class Meaning:
     """What the samples of a model represent.
 
     Attributes:
-        rendering: How samples become pictures, films or sound; None for images and latents.
+        rendering: Conversion of samples to pictures, films or sound; None for images and latents.
         class_names: Name of each class, or empty.
     """
 
@@ -45,8 +45,8 @@ def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = 
     """Returns what the samples of a checkpoint represent.
 
     Args:
-        checkpoint: Path of the checkpoint, whose training record says it if no data is given.
-        backbone: The model.
+        checkpoint: Path of the checkpoint; its training record is used if no data is passed.
+        backbone: Model of the checkpoint.
         data: Data that the model was trained on.
 
     Raises:
@@ -77,12 +77,12 @@ def draw_samples(
     motion and video are also saved as `samples.gif`, and each recording as a file in `wav/`.
 
     Args:
-        backbone: The model.
+        backbone: Model to sample from.
         folder: Folder of the files.
         num: Number of samples.
-        plan: Solver, steps, guidance and seed.
-        keep: Also save the samples themselves, shape (num, C, *grid), as `samples.npy` with zeros as padding; and the
-            lengths (num,) of padded samples as `lengths.npy`.
+        plan: Sampling plan: solver, steps, guidance and seed.
+        keep: Whether to save the samples themselves too, shape (num, C, *grid), as `samples.npy` with zeros as padding,
+            and the lengths (num,) of padded samples as `lengths.npy`.
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         meaning: What the samples represent; images if None.
         length: Length of every sample along its time axis; as in the training data if None.
@@ -126,7 +126,7 @@ def sample_mask(
     """Returns the positions of each sample that are not padding, shape (num, *grid); None if samples fill their grid.
 
     Args:
-        backbone: The model.
+        backbone: Model to sample from.
         rendering: Time axis, and the lengths of the training data.
         num: Number of samples.
         labels: Class of each sample, shape (num,), or None.
@@ -201,10 +201,10 @@ def draw_archive(
     are kept, and a finished archive is not drawn again. Memory holds one part, independent of `num`.
 
     Args:
-        backbone: The model, of images in [-1, 1] or of latents.
+        backbone: Model to sample from, of images in [-1, 1] or of latents.
         folder: Folder of `sampling.json`, `samples.npz`, and `parts/` during the run.
         num: Number of samples; 50 000 is usual.
-        plan: Solver, steps, guidance and seed.
+        plan: Sampling plan: solver, steps, guidance and seed.
         batch_size: Samples per batch.
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         progress: Called with (task name, parts of this process done, parts of this process).

@@ -107,7 +107,7 @@ def score_run(
         metrics: Names of the scores, some of `METRICS`.
         k: Neighbor that the balls of the neighborhoods reach to.
         seed: Seed of the embedded extractor and of the intervals.
-        progress: Callback with (name of the task, steps done, total steps).
+        progress: Called with (task name, steps done, steps in total).
     """
     splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
     if extractor is None:

@@ -1,4 +1,4 @@
-"""Records of a run in lines for people."""
+"""Records of a run as readable lines."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from layerprobe.checkpoints import ConventionCheck, convention_cautions, convent
 
 
 def describe_convention(run: str | Path) -> list[str]:
-    """The result of a run's convention check in lines for people."""
+    """Returns the result of a run's convention check as readable lines."""
     check = ConventionCheck.from_dict(json.loads(RunFolder(run).convention.read_text(encoding="utf-8")))
     return [f"weights  {convention_message(check)}", *(f"caution  {text}" for text in convention_cautions(check))]
 
 
 def describe_labels(run: str | Path) -> list[str]:
-    """The probe accuracy of each label column in lines for people; no lines where there is only the class.
+    """Returns the probe accuracy of each label column as readable lines; no lines if the class is the only label.
 
-    The highest accuracy of the model on the test split, and those of both controls at that noise level.
+    A line has the highest accuracy of the model on the test split, and those of both controls at that noise level.
     """
     quality = read_quality(Path(run) / "quality.csv")
     columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
@@ -55,7 +55,7 @@ def _is_probe(metric: str) -> bool:
 
 
 def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]:
-    """A selection in lines for people."""
+    """Returns a selection as readable lines, with its first `num_pairs` ranked pairs."""
     pick = selection.pick
     lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]
     lines += [f"         {selection_reason(selection)}"]
@@ -71,10 +71,10 @@ def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]
 
 
 def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
-    """Single layers for other uses in lines for people."""
+    """Returns recommendations of single layers as readable lines."""
     return [f"{answer.purpose:<8} {recommendation_text(answer)}" for answer in answers]
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:
-    """A selection as JSON values, with the reason for the pick and the cautions in words."""
+    """Returns a selection as JSON values, with the reason for the pick and the cautions in words."""
     return selection.to_dict() | {"reason": selection_reason(selection), "caution_texts": caution_texts(selection)}

@@ -40,11 +40,11 @@ def training_start(
 
     Args:
         checkpoint: Path of the checkpoint; it keeps its network, path and prediction.
-        network: The network with fresh weights.
+        network: Network to build if there is no checkpoint.
         shape: Shape (C, *grid) of one sample.
         num_classes: Number of classes; 0 for an unconditional model.
         seed: Seed of the fresh weights.
-        device: "auto", "cpu", "cuda" and so on.
+        device: Device of the model.
 
     Raises:
         ValueError: If the network does not fit the samples, or a checkpoint should be trained on another path.
@@ -91,8 +91,8 @@ def auto_pick(
     """Returns the rule that decides during a training which layers are aligned.
 
     Args:
-        splits: The data; the rule measures training samples.
-        plan: The plan of the training.
+        splits: Data of the training; the rule measures samples of the training split.
+        plan: Training plan.
         folder: Folder of the training.
         begin: Step of the first decision; the default of `AutoPick` if None.
         every: Number of steps between decisions; the default of `AutoPick` if None.
@@ -116,7 +116,7 @@ def auto_pick(
 def training_forecast(
     backbone: Backbone, splits: Splits, plan: TrainingPlan, *, auto: AutoPick | None = None, num_processes: int = 1
 ) -> dict[str, Any]:
-    """Returns the size of a training, as JSON.
+    """Returns the size of a training, as JSON values.
 
     Raises:
         ValueError: If the model does not have a layer that the plan aligns.
@@ -160,9 +160,9 @@ def train_run(
     function, and the first one writes.
 
     Args:
-        backbone: The model to start from.
-        splits: The data, encoded if the model takes latents.
-        plan: The plan of the training.
+        backbone: Initial model.
+        splits: Data of the training, encoded if the model takes latents.
+        plan: Training plan.
         folder: Folder of the training.
         auto: Rule that decides during the training what is aligned; it measures the training samples of `splits`.
         trackers: Services that also get every row of the log and the held-out losses, see `open_trackers`.

@@ -1,13 +1,13 @@
-"""What a pair must be before it is ranked, for any ordered list of layers.
+"""Filters of layer pairs: the conditions that a pair must meet before it is ranked.
 
-- **No teacher in the tail**, the last 20 % of the layers: they turn back from content to pixels, and the teachers of
-  all pairs published for LayerSync come before them.
-- **No student in the head**, the first tenth of the layers, rounded down: none of fewer than ten layers.
-- **The student comes before its teacher and is not stronger** beyond the uncertainty: by probe accuracy, without labels
-  by noise-LiDAR.
+- **No teacher in the tail**, the last 20 % of the layers: these layers decode content back to pixels, and the
+  teachers of all pairs published for LayerSync come before them.
+- **No student in the head**, the first tenth of the layers, rounded down: no layer if there are fewer than ten.
+- **The student comes before its teacher and is not stronger** beyond the uncertainty. Strength is probe accuracy, or
+  noise-LiDAR without labels.
 - **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
-- **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network whose pairs
-  all lie above, alignment cost quality (docs/picking.md).
+- **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network where all
+  pairs exceeded this limit, alignment cost quality (docs/picking.md).
 - **Out of linear reach**: where tokens were kept, a ridge regression from the student's tokens misses at least 5 % of
   what the teacher adds (the recoverability gap), beyond the uncertainty.
 - **The network needs its teacher**: when the layer is skipped the loss rises, beyond the uncertainty. A layer that does
@@ -26,14 +26,14 @@ from layerprobe.analyses.tables import CKA, RECOVERABILITY, TEACHER_NEED, Number
 
 @dataclass(frozen=True)
 class PairLimits:
-    """The limits that an admissible pair keeps.
+    """Limits that an admissible pair must keep.
 
     Attributes:
         exclude_tail: Fraction of the layers at the end, rounded down to whole layers, that may not teach.
         skip_first: Number of first layers that may not learn; a tenth of the layers, rounded down, if None.
         min_distance: Least number of layers between student and teacher; a quarter of the depth, at least 2, if None.
-        max_cka: Largest mean CKA; a pair above it counts as aligned already.
-        min_gap: Least recoverability gap that the lower end of the pair's interval must reach.
+        max_cka: Largest mean CKA; a pair above it counts as alike already.
+        min_gap: Least recoverability gap; the lower end of the pair's interval must reach it.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -56,47 +56,50 @@ class PairLimits:
                 raise ValueError(f"{name} is {count}; pass {least} or more, or None for the default")
 
     def tail(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The layers that may not teach."""
+        """Returns the layers that may not teach."""
         return layers[len(layers) - int(self.exclude_tail * len(layers) + 1e-9) :]
 
     def head(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The layers that may not learn."""
+        """Returns the layers that may not learn."""
         return layers[: int(0.1 * len(layers) + 1e-9) if self.skip_first is None else self.skip_first]
 
     def distance(self, layers: tuple[str, ...]) -> int:
-        """The least distance in a network of these layers."""
+        """Returns the least distance in a network of these layers."""
         return max(2, round(0.25 * len(layers))) if self.min_distance is None else self.min_distance
 
 
+DEFAULT_LIMITS = PairLimits()
+
+
 def objections(evidence: PairEvidence, index: int, basis: SelectionBasis, gap_criterion: str) -> tuple[Objection, ...]:
-    """All objections against a pair; empty if it is admissible.
+    """Returns all objections against a pair; empty if it is admissible.
 
     Args:
         evidence: Evidence of the pair.
         index: Position of the pair in the evidence.
-        basis: Limits, and the criteria that the pair must have values of.
-        gap_criterion: Criterion that tells by how much the student is weaker.
+        basis: Limits, and the criteria of which the pair must have values.
+        gap_criterion: Criterion that measures by how much the student is weaker.
     """
     student, teacher = evidence.pairs[index]
     against = list(_by_place(student, teacher, evidence, basis))
     against += _without_value(evidence, index, (gap_criterion, CKA, *(name for name, _ in basis.weights)))
     gap = evidence.number(gap_criterion, index)
-    if gap.possibly <= 0:
+    if gap.upper_bound <= 0:
         against.append(_objection("student not weaker", gap_criterion, gap))
     cka = evidence.number(CKA, index)
     if cka.value > basis.max_cka:
         against.append(_objection("already alike", CKA, cka, basis.max_cka))
     reach = evidence.number(RECOVERABILITY, index)
-    if reach.surely < basis.min_gap:
+    if reach.lower_bound < basis.min_gap:
         against.append(_objection("within linear reach", RECOVERABILITY, reach, basis.min_gap))
     need = evidence.number(TEACHER_NEED, index)
-    if need.surely <= 0:
+    if need.lower_bound <= 0:
         against.append(_objection("teacher not needed", TEACHER_NEED, need, 0.0))
     return tuple(against)
 
 
 def different_shapes(student: str, teacher: str, shapes: Mapping[str, Sequence[int]]) -> Objection:
-    """The objection against a pair that the evidence does not contain."""
+    """Returns the objection against a pair that the evidence does not contain."""
     if student not in shapes or teacher not in shapes:
         return Objection("not measured", note="the evidence has no such pair")
     sizes = [" x ".join(map(str, shapes[layer])) for layer in (student, teacher)]
@@ -116,7 +119,7 @@ def _by_place(student: str, teacher: str, evidence: PairEvidence, basis: Selecti
 
 
 def _without_value(evidence: PairEvidence, index: int, criteria: Sequence[str]) -> list[Objection]:
-    """What the rule needs of a pair and the evidence does not contain, each reason once."""
+    """Objections for criteria that the rule needs and the evidence does not contain, each reason once."""
     numbers = [(name, evidence.number(name, index)) for name in dict.fromkeys(criteria)]
     reasons = {number.note: name for name, number in reversed(numbers) if math.isnan(number.value)}
     return [Objection("not measured", name, note=note) for note, name in reversed(reasons.items())]

@@ -1,20 +1,20 @@
-"""Which layer should teach which: from the evidence to ranked pairs. That no pair is admissible is an answer, too.
+"""Ranking of layer pairs by their evidence; it may find that no pair is admissible.
 
-A pick is a hypothesis and `confirm` is the verdict: a layer that knows much is not always a good teacher. Under REPA
-a deeper alignment raised probe accuracy and worsened FID (arXiv:2410.06940, Table 2), and so far nobody has published
-an automatic picker for self-alignment. So every number that a ranking rests on stands beside it, and every pair that
-was refused has its reasons.
+A pick is a hypothesis, and `layerprobe confirm` gives the verdict: a layer with informative features is not always a
+good teacher. Under REPA, aligning a deeper layer raised probe accuracy and worsened FID (arXiv:2410.06940, Table 2),
+and no automatic picker for self-alignment has been published so far. So a selection contains every number that its
+ranking rests on, and the reasons against every refused pair.
 
 Pairs that pass the filters (see `filters`) are ranked by a **rule**, a weighted sum of criteria. Each criterion is
-turned into ranks among all pairs of the network, of mean 0 and variance 1, since sizes differ too much between models
-to be compared; the score is the sum at mean 0 and variance 1.
+turned into ranks among all pairs of the network, of mean 0 and variance 1, because raw values differ too much
+between models; the score is the sum, scaled to mean 0 and variance 1.
 
-**Ties**: the intervals of the criteria tell which pairs cannot be told from the first one. Of those the pick is the one
-whose score is largest at the lower end of its uncertainty; the others are reported as ties.
+**Ties**: the intervals of the criteria show which pairs cannot be distinguished from the first one. Of those the pick
+is the one whose score is largest at the lower end of its uncertainty; the others are reported as ties.
 
-The rule needs no labels. Without labels noise-LiDAR stands in for the probe where students are compared with teachers:
-the number of directions in which samples differ more than noise moves them. Where features have one noise draw only the
-effective rank stands in for noise-LiDAR; it also counts the directions of noise. The selection says which was used.
+The rule needs no labels. Without labels, noise-LiDAR replaces the probe where students are compared with teachers: the
+number of directions in which samples differ more than noise moves them. If the features have a single noise draw, the
+effective rank replaces noise-LiDAR; it also counts the directions of noise. The selection records which was used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pandas as pd
 from scipy import stats
 
 from layerprobe.analyses.measures import Z95, Floats
-from layerprobe.analyses.selection.filters import PairLimits, different_shapes, objections
+from layerprobe.analyses.selection.filters import DEFAULT_LIMITS, PairLimits, different_shapes, objections
 from layerprobe.analyses.selection.records import (
     Caution,
     LayerQuality,
@@ -73,25 +73,25 @@ def rank_pairs(
     *,
     label_free: bool = False,
     rule: Mapping[str, float] = RULE,
-    limits: PairLimits = PairLimits(),
+    limits: PairLimits = DEFAULT_LIMITS,
     num_pairs: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Selection:
-    """Ranks the pairs in which an earlier layer could learn from a later one.
+    """Ranks the pairs of an earlier layer (student) and a later layer (teacher).
 
     Args:
         evidence: Evidence of the layers and pairs, as `measure_evidence` measures it.
-        label_free: Whether to use nothing that needs labels.
+        label_free: Whether to use only criteria that need no labels.
         rule: Weights of the criteria; see `equal_weights` for criteria that a user names.
-        limits: Limits that an admissible pair keeps.
+        limits: Limits that an admissible pair must keep.
         num_pairs: Number of ranked pairs to keep; all if None.
-        shapes: Shape (tokens, width) of each layer, to say why the evidence does not contain a pair.
+        shapes: Shape (tokens, width) of each layer, for the reason why the evidence does not contain a pair.
 
     Raises:
         ValueError: If the evidence lacks what the ranking needs, or an argument is out of range.
     """
     if num_pairs is not None and num_pairs < 1:
-        raise ValueError(f"num_pairs is {num_pairs}; pass 1 or more, or None for the default")
+        raise ValueError(f"num_pairs is {num_pairs}; pass 1 or more, or None for all pairs")
     gap = _gap_criterion(evidence, label_free)
     weights, missing = _usable(rule, evidence, gap)
     basis = SelectionBasis(
@@ -131,7 +131,7 @@ def rank_pairs(
 
 
 def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[str, float]:
-    """A rule that weighs the named criteria equally, each with the sign of its good end.
+    """Returns a rule that weighs the named criteria equally, each with the sign of its better direction.
 
     Raises:
         ValueError: If a criterion is unknown, or needs labels although `label_free` is set.
@@ -145,7 +145,9 @@ def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[
 
 
 def with_control_cautions(selection: Selection, quality: pd.DataFrame) -> Selection:
-    """Adds what the quality table has against a selection: unfinished probes, controls that know as much.
+    """Adds cautions from the quality table: probes that did not converge, and controls as good as the picked teacher.
+
+    A selection without labels is returned unchanged.
 
     Args:
         selection: Selection of the run.
@@ -169,13 +171,13 @@ def with_control_cautions(selection: Selection, quality: pd.DataFrame) -> Select
 
 
 def _rows(quality: pd.DataFrame, source: str, basis: SelectionBasis) -> pd.DataFrame:
-    """The rows of a source that decide."""
+    """Rows of a source in the metric, split and noise levels of the selection."""
     rows = quality[(quality["source"] == source) & (quality["metric"] == basis.metric)]
     return rows[(rows["split"] == basis.split) & rows["noise_level"].isin(basis.noise_levels)]
 
 
 def _gap_criterion(evidence: PairEvidence, label_free: bool) -> str:
-    """The criterion that tells by how much a student is weaker."""
+    """Criterion that measures by how much a student is weaker."""
     if label_free:
         return LIDAR_GAP if evidence.has(LIDAR_GAP) else RANK_GAP
     if evidence.pairs and PROBE_GAP not in evidence.by_pair:
@@ -184,9 +186,9 @@ def _gap_criterion(evidence: PairEvidence, label_free: bool) -> str:
 
 
 def _usable(rule: Mapping[str, float], evidence: PairEvidence, gap: str) -> tuple[dict[str, float], list[Caution]]:
-    """The rule as far as the evidence goes, and what it has to do without.
+    """Weights of the criteria that the evidence contains, and cautions about the others.
 
-    Without noise-LiDAR the effective rank stands in for it.
+    The effective rank replaces noise-LiDAR if that is missing.
     """
     stand_in = {LIDAR_GAP: RANK_GAP} if gap == RANK_GAP else {}
     weights = {stand_in.get(name, name): weight for name, weight in rule.items()}
@@ -213,9 +215,9 @@ def _qualities(evidence: PairEvidence, basis: SelectionBasis) -> list[LayerQuali
     able = [layer for layer in qualities if layer.may_teach]
     if not able:
         return qualities
-    best = max(able, key=lambda layer: layer.known)
-    floor = best.known if best.low is None else best.low
-    return [replace(layer, ties_with_best=layer.may_teach and layer.known >= floor) for layer in qualities]
+    best = max(able, key=lambda layer: layer.measured)
+    floor = best.measured if best.low is None else best.low
+    return [replace(layer, ties_with_best=layer.may_teach and layer.measured >= floor) for layer in qualities]
 
 
 def _ranked(
@@ -255,9 +257,9 @@ def _ranked(
                     _part(name, evidence.number(name, i), float(adds[i] / size))
                     for name, adds in zip(names, parts, strict=True)
                 ),
-                teacher_quality=teacher.known,
-                student_quality=student.known,
-                gap=teacher.known - student.known,
+                teacher_quality=teacher.measured,
+                student_quality=student.measured,
+                gap=teacher.measured - student.measured,
                 gap_is_certain=None if math.isnan(gap.low) else gap.low > 0,
                 mean_cka=evidence.number(CKA, i).value,
                 distance=evidence.distance(student.layer, teacher.layer),
@@ -300,18 +302,24 @@ def _cautions(ranked: Sequence[RankedPair], evidence: PairEvidence, gap: str, la
 
 
 def standard_ranks(values: Floats) -> Floats:
-    """Ranks along the last axis, of mean 0 and variance 1, ties shared; 0 where there is no value or all are equal."""
+    """Computes ranks along the last axis, scaled to mean 0 and variance 1; equal values share a rank.
+
+    The result is 0 for missing values, and everywhere if all values are equal.
+    """
     # Values that differ by rounding errors only are equal.
     size = np.nanmax(np.abs(values), initial=np.finfo(np.float64).tiny)
     return standardized(stats.rankdata(np.round(values / size, 9), axis=-1, nan_policy="omit"))
 
 
 def standardized(values: Floats) -> Floats:
-    """Values along the last axis at mean 0 and variance 1; 0 where there is none or all are equal."""
-    known = np.isfinite(values)
-    count = np.maximum(known.sum(-1, keepdims=True), 1)
-    filled = np.where(known, values, 0)
-    away = np.where(known, filled - filled.sum(-1, keepdims=True) / count, 0)
-    size = np.sqrt(np.square(away).sum(-1, keepdims=True) / count)
-    scaled: Floats = np.divide(away, size, out=np.zeros_like(away), where=size > 1e-12)
+    """Scales values along the last axis to mean 0 and variance 1.
+
+    The result is 0 for missing values, and everywhere if all values are equal.
+    """
+    is_finite = np.isfinite(values)
+    count = np.maximum(is_finite.sum(-1, keepdims=True), 1)
+    filled = np.where(is_finite, values, 0)
+    deviations = np.where(is_finite, filled - filled.sum(-1, keepdims=True) / count, 0)
+    size = np.sqrt(np.square(deviations).sum(-1, keepdims=True) / count)
+    scaled: Floats = np.divide(deviations, size, out=np.zeros_like(deviations), where=size > 1e-12)
     return scaled

@@ -1,4 +1,4 @@
-"""Single layers that people ask for: for features, to align with an outside encoder, to leave out.
+"""Recommendations of single layers: for features, to align with an external encoder, to leave out.
 
 The records hold numbers. `layerprobe.analyses.wording` turns them into sentences.
 """
@@ -19,7 +19,7 @@ from layerprobe.layersync import depth_heuristic
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer, at one noise level or averaged over all, and the number that it is judged by.
+    """A layer, at one noise level or averaged over all, with the value by which it is judged.
 
     Attributes:
         layer: Name of the layer.
@@ -41,13 +41,13 @@ class Recommendation:
     """The layers to use for one purpose.
 
     Attributes:
-        purpose: "features" for use downstream, "encoder" to align with an outside encoder, "prune" to leave out.
-        metric: What the layers are judged by; "" where they are chosen by depth alone.
-        candidates: Layers, the best one first, then those that the data cannot tell from it. For "prune" all layers
+        purpose: "features" for use downstream, "encoder" to align with an external encoder, "prune" to leave out.
+        metric: Metric by which the layers are judged; "" if they are chosen by depth alone.
+        candidates: Layers: the best one first, then those that the data cannot tell from it. For "prune" all layers
             that were skipped, the least needed one first; those whose interval reaches 0 can be left out.
-        test_value: Value of the best layer on the test split, which nothing was chosen on; None where there is none.
+        test_value: Value of the best layer on the test split, which nothing was chosen on; None if it is missing.
         by_depth: Layer that is chosen by its depth alone, for "encoder"; "" otherwise.
-        encoder_similarity: Mean CKA of that layer with outside encoders, by metric.
+        encoder_similarity: Mean CKA of that layer with external encoders, by metric.
     """
 
     purpose: Literal["features", "encoder", "prune"]
@@ -66,12 +66,12 @@ class Recommendation:
         return tuple(dict.fromkeys(candidate.layer for candidate in chosen))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values."""
+        """Returns the record as JSON values."""
         return asdict(self) | {"layers": list(self.layers)}
 
 
 def recommend(quality: pd.DataFrame, evidence: PairEvidence, selection: Selection) -> list[Recommendation]:
-    """Which single layers to use for which purpose.
+    """Recommends single layers for each purpose.
 
     Args:
         quality: Quality table of the run.
@@ -87,9 +87,9 @@ def recommend(quality: pd.DataFrame, evidence: PairEvidence, selection: Selectio
 
 
 def for_features(quality: pd.DataFrame, evidence: PairEvidence, *, label_free: bool = False) -> Recommendation:
-    """The layer and the noise level with the richest features: by probe accuracy, without labels by noise-LiDAR.
+    """Recommends the layer and noise level with the highest probe accuracy, or noise-LiDAR without labels.
 
-    Chosen on the validation split; the accuracy on the test split stands beside it.
+    It is chosen on the validation split; its accuracy on the test split is reported.
     """
     if label_free:
         return Recommendation("features", NOISE_LIDAR, _tied(_by_level(evidence, NOISE_LIDAR)))
@@ -99,10 +99,10 @@ def for_features(quality: pd.DataFrame, evidence: PairEvidence, *, label_free: b
 
 
 def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
-    """The layer to align with an outside encoder, as REPA does.
+    """Recommends the layer to align with an external encoder, as REPA does.
 
-    Published depths stand at about 0.3 of the network: early, so that the layers after it are free for detail; aligning
-    deeper layers raised probe accuracy there and worsened FID. What was measured here does not overrule that.
+    The published depth is about 0.3 of the network: early, so that the later layers are free for detail. In REPA,
+    aligning deeper layers raised probe accuracy and worsened FID. The measurements of the run do not change the choice.
 
     Source: REPA, Yu et al. 2024 (arXiv:2410.06940), Table 2.
     """
@@ -115,7 +115,7 @@ def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
 
 
 def to_prune(evidence: PairEvidence) -> Recommendation:
-    """The layers without which the loss does not rise beyond the uncertainty, each skipped alone."""
+    """Recommends layers to leave out: if one of them is skipped, the loss does not rise beyond the uncertainty."""
     numbers = {layer: evidence.layer_number(LOSS_INCREASE, layer) for layer in evidence.layers}
     candidates = [Candidate(layer, None, n.value, n.low, n.high) for layer, n in numbers.items() if n.value == n.value]
     return Recommendation("prune", LOSS_INCREASE, tuple(sorted(candidates, key=lambda c: c.value)))

@@ -1,4 +1,4 @@
-"""What a selection is: ranked and refused pairs with the numbers behind them.
+"""Records of a selection: ranked and refused pairs with the numbers behind them.
 
 The records hold numbers and codes. `layerprobe.analyses.wording` turns them into sentences.
 """
@@ -41,12 +41,12 @@ class Objection:
     """One reason why a pair is refused.
 
     Attributes:
-        code: Reason.
-        subject: What was measured: a criterion or a metric; "" where nothing was.
-        value: Value of the pair.
-        low: Lower end of its 95 % interval; None where there is none.
-        high: Upper end of its 95 % interval; None where there is none.
-        limit: Limit that the value does not keep; None where there is none.
+        code: Code of the reason.
+        subject: Criterion or metric that was measured; "" if the reason needs no measurement.
+        value: Value of the pair; None without a measurement.
+        low: Lower end of the value's 95 % interval; None without an interval.
+        high: Upper end of the value's 95 % interval; None without an interval.
+        limit: Limit that the value violates; None without a limit.
         note: Reason for a missing value, or the two shapes.
     """
 
@@ -64,8 +64,8 @@ class Caution:
     """One fact that weakens a selection.
 
     Attributes:
-        code: Fact.
-        subject: Criterion, layer or control that it is about; "" where it is about the selection.
+        code: Code of the fact.
+        subject: Criterion or control that the caution is about; "" if it is about the selection.
         value: Number of pairs or probes, or the quality of the teacher.
         limit: Number that the value is compared with: all probes, or the best quality of the control.
         note: Reason for a missing value.
@@ -80,12 +80,12 @@ class Caution:
 
 @dataclass(frozen=True)
 class SelectionBasis:
-    """What a selection was made by.
+    """Settings and data that a selection is based on.
 
     Attributes:
-        metric: What the quality of a layer is. Noise-LiDAR and effective rank need no labels.
-        split: Split or splits that it was measured on.
-        noise_levels: Noise levels that the criteria are averaged over.
+        metric: Metric of the quality of a layer; noise-LiDAR and effective rank need no labels.
+        split: Split or splits on which it was measured.
+        noise_levels: Noise levels over which the criteria are averaged.
         layers: All layers, in execution order.
         tail: Layers that may not teach.
         head: Layers that may not learn.
@@ -113,10 +113,10 @@ class LayerQuality:
 
     Attributes:
         layer: Name of the layer.
-        quality: Mean over noise levels; None where a level is missing.
-        low: Lower end of the 95 % interval; None where there is none.
-        high: Upper end of the 95 % interval; None where there is none.
-        may_teach: Whether it has a quality, is of one shape with another layer, and lies before the tail.
+        quality: Mean over noise levels; None if a level is missing.
+        low: Lower end of the 95 % interval; None without an interval.
+        high: Upper end of the 95 % interval; None without an interval.
+        may_teach: Whether it has a quality, has the shape of another layer, and lies before the tail.
         ties_with_best: Whether it is the best layer that may teach, or within the interval of that layer.
         note: Reason for a missing quality, otherwise "".
     """
@@ -130,22 +130,22 @@ class LayerQuality:
     note: str = ""
 
     @property
-    def known(self) -> float:
-        """The quality of a layer that has one."""
+    def measured(self) -> float:
+        """Quality of a layer whose quality is not None."""
         assert self.quality is not None
         return self.quality
 
 
 @dataclass(frozen=True)
 class ScorePart:
-    """One criterion of a pair and what it adds to the score.
+    """One criterion of a pair and its contribution to the score.
 
     Attributes:
         criterion: Name of the criterion.
         value: Mean over noise levels.
-        low: Lower end of the 95 % interval; None where there is none.
-        high: Upper end of the 95 % interval; None where there is none.
-        adds: Amount that it adds to the score.
+        low: Lower end of the 95 % interval; None without an interval.
+        high: Upper end of the 95 % interval; None without an interval.
+        adds: Contribution to the score.
     """
 
     criterion: str
@@ -162,18 +162,18 @@ class RankedPair:
     Attributes:
         student: Layer that would learn.
         teacher: Layer that would teach.
-        score: Score by the rule; 0 is the mean over all pairs of the network, 1 their standard deviation.
+        score: Score by the rule, in standard deviations from the mean over all pairs of the network.
         score_low: Lower end of the 95 % interval of the score.
         score_high: Upper end of the 95 % interval of the score.
-        parts: Criteria that the score is the sum of.
+        parts: Criteria, whose contributions sum to the score.
         teacher_quality: Quality of the teacher, averaged over noise levels.
         student_quality: Quality of the student, averaged over noise levels.
         gap: Quality of the teacher minus that of the student; below 0 only within the uncertainty.
-        gap_is_certain: Whether the interval of the gap lies above 0; None where there is no interval.
+        gap_is_certain: Whether the interval of the gap lies above 0; None without an interval.
         mean_cka: CKA between the two at equal noise levels, averaged.
         distance: Number of layers from the student to the teacher.
         teacher_is_best: Whether the teacher is the best layer that may teach, or ties with it.
-        ties_with_first: Whether the data cannot tell it from the pick.
+        ties_with_first: Whether it is another pair than the pick, and the data cannot tell the two apart.
     """
 
     student: str
@@ -193,13 +193,19 @@ class RankedPair:
 
     @property
     def pair(self) -> LayerPair:
-        """The pair as LayerSync takes it."""
+        """Pair in the form that LayerSync takes."""
         return LayerPair(self.student, self.teacher)
 
 
 @dataclass(frozen=True)
 class RejectedPair:
-    """A pair that is not admissible, with all objections."""
+    """A pair that is not admissible.
+
+    Attributes:
+        student: Layer that would learn.
+        teacher: Layer that would teach.
+        objections: All reasons against the pair.
+    """
 
     student: str
     teacher: str
@@ -211,9 +217,9 @@ class Selection:
     """Ranked pairs, refused pairs, and what weakens the pick.
 
     Attributes:
-        basis: What the selection was made by.
+        basis: Settings and data of the selection.
         label_free: Whether no labels were used.
-        ranked: Admissible pairs, the pick first, then by falling score.
+        ranked: Admissible pairs, the pick first, then in descending order of score.
         rejected: All other pairs of an earlier and a later layer.
         layers: Quality of each layer, in execution order.
         cautions: Facts that weaken the pick.
@@ -230,30 +236,30 @@ class Selection:
 
     @property
     def pick(self) -> LayerPair | None:
-        """The first pair, or None if no pair is admissible."""
+        """Pair that is ranked first, or None if no pair is admissible."""
         return self.ranked[0].pair if self.ranked else None
 
     @property
     def best_teacher(self) -> LayerQuality | None:
-        """The best layer that may teach, or None if no layer may."""
+        """Best layer that may teach, or None if no layer may."""
         able = [layer for layer in self.layers if layer.may_teach]
-        return max(able, key=lambda layer: layer.known) if able else None
+        return max(able, key=lambda layer: layer.measured) if able else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values, as in selection.json."""
+        """Returns the selection as JSON values, as in selection.json."""
         pick = {"student": self.pick.student, "teacher": self.pick.teacher} if self.pick else None
         return {"pick": pick} | asdict(self)
 
     def to_json(self) -> str:
-        """The text of selection.json."""
+        """Returns the content of selection.json."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Selection:
-        """Reads what `to_json` wrote.
+        """Reads the content of selection.json.
 
         Raises:
-            ValueError: If the text is something else.
+            ValueError: If the text is not a selection.
         """
         try:
             record = json.loads(text)
@@ -272,10 +278,10 @@ class Selection:
             raise ValueError(f"this is not a selection ({error}); run `layerprobe select` again") from error
 
     def _checked(self) -> Selection:
-        """Refuses codes that nobody can put into words."""
+        """Refuses unknown codes, for which there are no sentences."""
         codes = [objection.code for pair in self.rejected for objection in pair.objections]
-        for code, known in ((codes, ObjectionCode), ([caution.code for caution in self.cautions], CautionCode)):
-            if unknown := sorted(set(code) - set(get_args(known))):
+        for code, choices in ((codes, ObjectionCode), ([caution.code for caution in self.cautions], CautionCode)):
+            if unknown := sorted(set(code) - set(get_args(choices))):
                 raise ValueError(f"unknown code {unknown[0]!r}")
         return self
 

@@ -1,16 +1,16 @@
-"""Picks made while a model trains: which of its own layers should teach which, from its own weights, without labels.
+"""Picks during a training: the layer pair to align, chosen from the weights so far, without labels.
 
 After a warm-up without alignment the averaged model's layers are measured, a pair is picked and aligned, and the pick
-is examined again every so many steps. Every decision keeps the numbers that it rests on.
+is examined again every so many steps. Every decision records the numbers that it rests on.
 
 Measuring reads a few hundred training samples at three noise levels, with two noise draws and a few tokens of each, and
 skips every layer once for a few samples. The result is the evidence of `layerprobe.analyses.tables`, and the rule is
-that of `rank_pairs` without labels. That no pair is admissible yet is an answer. A pick is a hypothesis: `atlas` and
-`confirm` test it.
+that of `rank_pairs` without labels. A decision may find that no pair is admissible yet. A pick is a hypothesis, which
+`layerprobe atlas` and `layerprobe confirm` test.
 
-A picked pair stays until another one's score is larger beyond the uncertainty. Alignment itself changes what the score
-rests on, since it brings the two layers closer. So the score of an aligned pair counts as it was when the pair was
-picked, if that was larger. Scores are relative to those of all pairs of the network, so they compare over a training.
+A picked pair stays until another one's score is larger beyond the uncertainty. Alignment itself lowers the score,
+because it brings the two layers closer. So an aligned pair counts with the largest score that it has had since it was
+picked. Scores are relative to those of all pairs of the network, so they can be compared over a training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from layerprobe.analyses.selection.filters import PairLimits
+from layerprobe.analyses.selection.filters import DEFAULT_LIMITS, PairLimits
 from layerprobe.analyses.selection.ranking import rank_pairs
 from layerprobe.analyses.selection.records import RankedPair, Selection
 from layerprobe.analyses.tables import PairEvidence, Quantity, measure_evidence
@@ -41,7 +41,7 @@ ABLATION_SAMPLES = 64  # samples that layers are skipped for
 
 @dataclass(frozen=True)
 class AutoPick:
-    """Decides during a training which layers it aligns; pass `direct` and `direct_at(steps)` to `train`.
+    """Decides during a training which layers are aligned; pass `direct` and `direct_at(steps)` to `train`.
 
         auto = AutoPick(samples, folder, warmup_steps=1000, every=5000)
         train(backbone, samples, plan, folder, direct=auto.direct, direct_at=auto.direct_at(plan.steps))
@@ -56,7 +56,7 @@ class AutoPick:
         every: Steps from one decision to the next; 0 decides once.
         num_samples: Number of samples to measure with, at most.
         noise_levels: Noise levels to measure at, ascending.
-        limits: Limits that an admissible pair keeps.
+        limits: Limits that an admissible pair must keep.
         seed: Seed of the samples and of the noise.
 
     Raises:
@@ -69,7 +69,7 @@ class AutoPick:
     every: int = 5000
     num_samples: int = 384
     noise_levels: tuple[float, ...] = (0.2, 0.5, 0.8)
-    limits: PairLimits = PairLimits()
+    limits: PairLimits = DEFAULT_LIMITS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,11 +77,15 @@ class AutoPick:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if min(self.num_samples, len(self.samples)) < LEAST_SAMPLES:
-            seen = f"{self.num_samples} samples of {len(self.samples)}"
-            raise ValueError(f"a probe of {seen} says nothing; it needs {LEAST_SAMPLES} or more")
+            counts = f"{self.num_samples} samples of {len(self.samples)}"
+            raise ValueError(f"{counts} are too few to measure layers; pass {LEAST_SAMPLES} or more")
 
     def direct_at(self, steps: int) -> tuple[int, ...]:
-        """The steps of a training at which to decide; none at its end, where nothing would follow."""
+        """Returns the steps of a training at which to decide; its last step is not among them.
+
+        Args:
+            steps: Number of steps of the training.
+        """
         return tuple(range(self.warmup_steps, steps, self.every or max(steps, 1)))
 
     def direct(self, step: int, model: Backbone) -> Decision:
@@ -89,7 +93,7 @@ class AutoPick:
 
         Args:
             step: Number of steps done.
-            model: The averaged model.
+            model: Model with averaged weights.
         """
         evidence = measure_layers(
             model, self.samples, num_samples=self.num_samples, noise_levels=self.noise_levels, seed=self.seed
@@ -101,7 +105,7 @@ class Held(NamedTuple):
     """The pair that is aligned already.
 
     Attributes:
-        pair: The pair.
+        pair: Student and teacher.
         credit: Largest score that it has had since it was picked.
     """
 
@@ -110,7 +114,12 @@ class Held(NamedTuple):
 
 
 def held_pair(folder: str | Path, *, before: int) -> Held | None:
-    """The pair that the last decision of a training before a step picked; None if there is none."""
+    """Returns the pair that is aligned before a step by the decisions of a training; None if there is none.
+
+    Args:
+        folder: Folder of the training.
+        before: Step; only earlier decisions count.
+    """
     path = Path(folder) / "decisions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     rows = [row for row in rows if row["step"] < before]
@@ -129,8 +138,8 @@ def measure_layers(
 ) -> PairEvidence:
     """Measures the layers that can be aligned, without labels.
 
-    Half of the samples fit the ridge regressions, the other half judges them. Features pass through a temporary folder:
-    40 MB for 8 layers of width 64, 2.5 GB for 28 layers of width 1152.
+    The ridge regressions are fitted on one half of the samples and scored on the other. Features pass through a
+    temporary folder: 40 MB for 8 layers of width 64, 2.5 GB for 28 layers of width 1152.
 
     Args:
         model: Model with averaged weights.
@@ -162,16 +171,16 @@ def measure_layers(
         return measure_evidence(store, ablation=pd.DataFrame(ablation.rows(seed=seed)))
 
 
-def decide(evidence: PairEvidence, limits: PairLimits = PairLimits(), *, held: Held | None = None) -> Decision:
+def decide(evidence: PairEvidence, limits: PairLimits = DEFAULT_LIMITS, *, held: Held | None = None) -> Decision:
     """Picks a pair by the rule of `rank_pairs` without labels, or keeps the pair that is aligned already.
 
-    Its record holds the decision ("picked", "kept", "changed" or "none"), by how much the best pair is ahead of the one
-    held (value and 95 % interval), the credit of the pair from now on, the selection and the evidence.
+    The record of the decision holds its kind ("picked", "kept", "changed" or "none"), the lead of the best pair over
+    the one held (value and 95 % interval), the credit of the pair from now on, the selection and the evidence.
 
     Args:
         evidence: Evidence of the layers, from `measure_layers`.
-        limits: Limits that an admissible pair keeps.
-        held: The pair that is aligned already.
+        limits: Limits that an admissible pair must keep.
+        held: Pair that is aligned already; None for no pair.
     """
     selection = rank_pairs(evidence, label_free=True, limits=limits)
     best = selection.ranked[0] if selection.ranked else None

@@ -1,11 +1,11 @@
-"""What is known of layers and layer pairs before anything is trained: the record that selections are made from.
+"""The evidence on layers and layer pairs: everything that is measured before a training and used for a selection.
 
 Quantities of layers (probe accuracy, noise-LiDAR, loss increase when the layer is skipped, ...) and quantities of pairs
 (gaps between teacher and student, CKA, recoverability gap, ...) are kept apart, each at every noise level and averaged
 over the levels, each with its 95 % interval. A gap is teacher minus student. A depth is a layer's position among the
 layers, 0 for the first and 1 for the last.
 
-A criterion is a quantity as a rule reads it: that of the student, of the teacher or of the pair.
+A criterion assigns such a quantity to a pair: that of its student, that of its teacher, or that of the pair itself.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ _NO_ANSWER = "there is no estimate: the two differ by a constant, or the samples
 
 @dataclass(frozen=True)
 class Criterion:
-    """A quantity as a rule reads it.
+    """A quantity by which a rule ranks pairs.
 
     Attributes:
-        of: Whose quantity it is: that of the student, of the teacher, of the pair, or the difference of their depths.
+        of: Layer whose quantity is taken: "student" or "teacher"; "pair" for a quantity of the pair, "distance" for the
+            difference of the two depths.
         quantity: Name of the quantity.
-        needs_labels: Whether it can be measured with labels only.
-        smaller_is_better: Which end is good where a user names criteria.
+        needs_labels: Whether labels are needed to measure it.
+        smaller_is_better: Whether `equal_weights` gives it a negative weight.
     """
 
     of: Literal["student", "teacher", "pair", "distance"]
@@ -96,18 +97,18 @@ class Number(NamedTuple):
     note: str = ""
 
     @property
-    def surely(self) -> float:
-        """The lower end of the interval; the value where there is no interval."""
+    def lower_bound(self) -> float:
+        """Lower end of the interval, or the value if there is no interval."""
         return self.value if math.isnan(self.low) else self.low
 
     @property
-    def possibly(self) -> float:
-        """The upper end of the interval; the value where there is no interval."""
+    def upper_bound(self) -> float:
+        """Upper end of the interval, or the value if there is no interval."""
         return self.value if math.isnan(self.high) else self.high
 
     @property
     def ends(self) -> tuple[float | None, float | None]:
-        """Both ends of the interval, None where there is no interval."""
+        """Both ends of the interval, (None, None) if there is no interval."""
         return (None, None) if math.isnan(self.low) or math.isnan(self.high) else (self.low, self.high)
 
 
@@ -135,7 +136,10 @@ class Quantity:
 
     @classmethod
     def from_estimate(cls, estimate: Estimate, notes: Sequence[Sequence[str]]) -> Quantity:
-        """Estimates (V, N) of the same samples at all levels: the interval of the mean takes that into account."""
+        """Makes a quantity from estimates (V, N).
+
+        All levels use the same samples, and the interval of the mean takes that into account.
+        """
         mean = estimate.mean(0)
         half, mean_half = estimate.half_width, mean.half_width
         return cls(
@@ -150,17 +154,20 @@ class Quantity:
 
     @classmethod
     def from_ends(cls, value: Floats, low: Floats, high: Floats, notes: Sequence[Sequence[str]]) -> Quantity:
-        """Values and interval ends (V, N); the interval of the mean is the mean interval, which is no smaller."""
+        """Makes a quantity from values and interval ends (V, N).
+
+        The interval of the mean is the mean of the intervals, which is never too narrow.
+        """
         return cls(value, low, high, value.mean(0), low.mean(0), high.mean(0), _completed(value, notes))
 
     @classmethod
     def missing(cls, num_levels: int, num: int, reason: str) -> Quantity:
-        """A quantity that could not be measured."""
-        nothing = np.full((num_levels, num), np.nan)
-        return cls.from_ends(nothing, nothing, nothing, [[reason] * num] * num_levels)
+        """Makes a quantity that could not be measured, with the reason as the note of every value."""
+        values = np.full((num_levels, num), np.nan)
+        return cls.from_ends(values, values, values, [[reason] * num] * num_levels)
 
     def number(self, index: int, noise_levels: Sequence[float]) -> Number:
-        """The mean of one layer or pair; the note names the first level at which the value is missing."""
+        """Returns the mean of one layer or pair; its note names the first level at which the value is missing."""
         notes = (f"at noise level {level:g}, {row[index]}" for level, row in zip(noise_levels, self.notes, strict=True))
         missing = next((note for note, row in zip(notes, self.notes, strict=True) if row[index]), "")
         return Number(float(self.mean[index]), float(self.mean_low[index]), float(self.mean_high[index]), missing)
@@ -176,15 +183,15 @@ def _completed(value: Floats, notes: Sequence[Sequence[str]]) -> tuple[tuple[str
 
 @dataclass(frozen=True, eq=False)
 class PairEvidence:
-    """What is known of L layers and of the P pairs of an earlier and a later layer of one shape.
+    """Quantities of L layers, and of the P pairs of an earlier and a later layer of the same shape.
 
     Attributes:
-        layers: Names in execution order.
+        layers: Layer names in execution order.
         noise_levels: Noise levels, ascending.
         students: Positions of the students among the layers, shape (P,).
         teachers: Positions of the teachers among the layers, shape (P,).
-        by_layer: Quantities of layers by name, of L columns.
-        by_pair: Quantities of pairs by name, of P columns.
+        by_layer: Quantities of layers by name, each with L columns.
+        by_pair: Quantities of pairs by name, each with P columns.
     """
 
     layers: tuple[str, ...]
@@ -205,46 +212,54 @@ class PairEvidence:
         return np.arange(len(self.layers)) / max(len(self.layers) - 1, 1)
 
     def distance(self, student: str, teacher: str) -> int:
-        """The number of layers from the student to the teacher."""
+        """Returns the number of layers from the student to the teacher."""
         return self.layers.index(teacher) - self.layers.index(student)
 
     def has(self, criterion: str) -> bool:
-        """Whether any pair has a value of the criterion."""
+        """Returns whether any pair has a value of the criterion."""
         return bool(np.isfinite(self.columns(criterion)[0]).any())
 
     def columns(self, criterion: str) -> tuple[Floats, Floats, Floats]:
-        """Means over noise levels and the ends of their intervals, shape (P,) each; nan if nothing is known."""
+        """Returns a criterion's means over noise levels and the ends of their intervals, three arrays of shape (P,).
+
+        All values are nan if the evidence does not contain the criterion.
+        """
         kind = CRITERIA[criterion]
         students, teachers = self.students, self.teachers
         if kind.of == "distance":
-            known = self.depths[teachers] - self.depths[students]
-            return known, known, known
+            distances = self.depths[teachers] - self.depths[students]
+            return distances, distances, distances
         places = {"student": students, "teacher": teachers, "pair": np.arange(len(students))}[kind.of]
         if kind.quantity == DEPTH:
-            known = self.depths[places]
-            return known, known, known
+            depths = self.depths[places]
+            return depths, depths, depths
         quantity = (self.by_pair if kind.of == "pair" else self.by_layer).get(kind.quantity)
         if quantity is None:
-            nothing = np.full(len(students), np.nan)
-            return nothing, nothing, nothing
+            missing = np.full(len(students), np.nan)
+            return missing, missing, missing
         return quantity.mean[places], quantity.mean_low[places], quantity.mean_high[places]
 
     def number(self, criterion: str, index: int) -> Number:
-        """The mean over noise levels of a criterion of one pair, by its position in the arrays."""
+        """Returns the mean over noise levels of a criterion of one pair.
+
+        Args:
+            criterion: Name of the criterion.
+            index: Position of the pair in the arrays.
+        """
         kind = CRITERIA[criterion]
         if kind.quantity == DEPTH:
             value, low, high = (float(column[index]) for column in self.columns(criterion))
             return Number(value, low, high)
         if kind.of == "pair":
             quantity = self.by_pair.get(kind.quantity)
-            known = quantity and quantity.number(index, self.noise_levels)
+            number = quantity and quantity.number(index, self.noise_levels)
         else:
             layer = self.layers[(self.students if kind.of == "student" else self.teachers)[index]]
-            known = self.layer_number(kind.quantity, layer) if kind.quantity in self.by_layer else None
-        return known or Number(math.nan, math.nan, math.nan, f"the evidence has no {criterion}")
+            number = self.layer_number(kind.quantity, layer) if kind.quantity in self.by_layer else None
+        return number or Number(math.nan, math.nan, math.nan, f"the evidence has no {criterion}")
 
     def layer_number(self, quantity: str, layer: str) -> Number:
-        """The mean over noise levels of a quantity of one layer."""
+        """Returns the mean over noise levels of a quantity of one layer."""
         if quantity not in self.by_layer:
             return Number(math.nan, math.nan, math.nan, f"the evidence has no {quantity}")
         number = self.by_layer[quantity].number(self.layers.index(layer), self.noise_levels)
@@ -281,7 +296,7 @@ class PairEvidence:
 
     @classmethod
     def read_csv(cls, path: str | Path) -> PairEvidence:
-        """Reads what `write_csv` wrote.
+        """Reads the evidence from a file that `write_csv` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.

@@ -1,12 +1,12 @@
-"""Measuring the evidence of layer pairs: what selections rest on, from the features and the probes of a run.
+"""Measurement of the evidence on layer pairs, from the features and the probes of a run.
 
-What needs labels comes from the probes and the nearest neighbors of the run, scored on its validation split. What needs
-no labels comes from a few hundred samples of the training and validation splits, two noise draws each, and a few tokens
-of each sample: cheap enough to be measured again while a model trains. The test split takes no part, so the accuracies
-that are reported for a pick are not inflated by the picking.
+Quantities that need labels come from the probes and the nearest neighbors of the run, scored on its validation split.
+All other quantities come from a few hundred samples of the training and validation splits, two noise draws each, and a
+few tokens of each sample: cheap enough to be measured again while a model trains. The test split is not used, so the
+choice of a pair does not inflate the accuracies that are reported for it.
 
 Intervals are 95 % intervals by the jackknife over samples (see `layerprobe.analyses.measures.jackknife`). They are
-paired where two layers saw the same samples.
+paired if two layers were measured on the same samples.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SampleScores = Mapping[tuple[str, str, float], Floats | None]
 def measure_evidence(
     store: FeatureStore, *, scores: SampleScores | None = None, ablation: pd.DataFrame | None = None
 ) -> PairEvidence:
-    """Measures all quantities of the layers, and of all pairs of an earlier and a later layer of one shape.
+    """Measures all quantities of the layers, and of all pairs of an earlier and a later layer of the same shape.
 
     Without scores the quantities that need labels are left out. Noise-LiDAR needs two noise draws; recoverability,
     spatial contrast and cosine need tokens. Where they are missing the values are nan and the notes say why.
@@ -115,20 +115,24 @@ def _pairs(layers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> tuple[
 
 
 class ScoreKeeper:
-    """Keeps the scores by sample of probes and nearest neighbors, of which the quality table holds the means only.
+    """Keeps the scores by sample of probes and nearest neighbors; the quality table only holds their means.
 
     Attributes:
-        scores: Scores of the model on the validation split by metric, layer and noise level, arrays (n,).
+        scores: Scores of the model on the validation split by metric, layer and noise level, arrays (n,); None for a
+            representation that could not be measured.
+
+    Args:
+        store: Features of the model; scores of other stores are not kept.
     """
 
     def __init__(self, store: FeatureStore) -> None:
         self.scores: dict[tuple[str, str, float], Floats | None] = {}
         self._folder = store.folder
 
-    def listening(self, analysis: Analysis) -> Analysis:
+    def recording(self, analysis: Analysis) -> Analysis:
         """Wraps an analysis so that its scores are kept."""
 
-        def heard(representation: Representation) -> Sequence[Measurement]:
+        def recorded(representation: Representation) -> Sequence[Measurement]:
             measurements = analysis(representation)
             if representation.store.folder == self._folder:
                 self.scores |= {
@@ -138,7 +142,7 @@ class ScoreKeeper:
                 }
             return measurements
 
-        return heard
+        return recorded
 
 
 class _Measuring:
@@ -202,14 +206,14 @@ class _Measuring:
             of_metric = rows[(rows["metric"] == metric) & (rows["split"] == "validation")]
             records: list[Any] = list(of_metric.itertuples())
             by_place = {(row.layer, row.noise_level): row for row in records}
-            found = [[by_place.get((layer, level)) for layer in self.layers] for level in self.levels]
+            by_level = [[by_place.get((layer, level)) for layer in self.layers] for level in self.levels]
             value, low, high = (
                 np.array(
-                    [[np.nan if row is None else getattr(row, end) for row in level] for level in found], np.float64
+                    [[np.nan if row is None else getattr(row, end) for row in level] for level in by_level], np.float64
                 )
                 for end in ("value", "low", "high")
             )
-            notes = [[f"there is no {metric}" if row is None else str(row.note) for row in level] for level in found]
+            notes = [[f"there is no {metric}" if row is None else str(row.note) for row in level] for level in by_level]
             self.by_layer[metric] = Quantity.from_ends(value, low, high, notes)
 
     def _add_gap(self, name: str, estimate: Estimate, notes: Sequence[Sequence[str]]) -> None:
@@ -251,20 +255,20 @@ def _at_level(store: FeatureStore, layers: Sequence[str], level: float) -> _Leve
     rows = _chosen_rows(store)
     features = [_draws(store, layer, level)[rows] for layer in layers]
     reasons = tuple(_unusable(x) for x in features)
-    alive = [i for i, reason in enumerate(reasons) if not reason]
-    usable = [features[i] for i in alive]
+    positions = [i for i, reason in enumerate(reasons) if not reason]
+    usable = [features[i] for i in positions]
     num = len(layers)
     by_layer, by_pair = {}, {}
     small = _narrowed(usable)
-    by_layer[RANK] = _scattered([effective_rank_estimate(x[:, 0]) for x in small], alive, num, len(rows))
+    by_layer[RANK] = _scattered([effective_rank_estimate(x[:, 0]) for x in small], positions, num, len(rows))
     if store.draws > 1:
-        by_layer[NOISE_LIDAR] = _scattered([lidar_estimate(x) for x in small], alive, num, len(rows))
-    by_pair[CKA] = _averaged([cka_estimates([x[:, d] for x in usable]) for d in range(store.draws)], alive, num)
+        by_layer[NOISE_LIDAR] = _scattered([lidar_estimate(x) for x in small], positions, num, len(rows))
+    by_pair[CKA] = _averaged([cka_estimates([x[:, d] for x in usable]) for d in range(store.draws)], positions, num)
     k = min(NUM_NEIGHBORS, len(rows) - 1)
     graphs = [[neighbor_graph(x[:, d], k=k) for x in usable] for d in range(store.draws)]
-    by_pair[CKNNA] = _averaged([cknna_estimates(of_draw) for of_draw in graphs], alive, num)
+    by_pair[CKNNA] = _averaged([cknna_estimates(of_draw) for of_draw in graphs], positions, num)
     if len(store.token_rows):
-        of_tokens = _of_tokens(store, layers, alive, level)
+        of_tokens = _of_tokens(store, layers, positions, level)
         by_layer[SPATIAL_CONTRAST] = of_tokens.pop(SPATIAL_CONTRAST)
         by_pair |= of_tokens
     return _Level(reasons, by_layer, by_pair)
@@ -275,7 +279,7 @@ def _chosen_rows(store: FeatureStore) -> NDArray[np.intp]:
     rows = np.concatenate([np.flatnonzero(store.splits == split) for split in ("validation", "train")])[:MAX_SAMPLES]
     if len(rows) < LEAST_SAMPLES:
         raise ValueError(
-            f"{len(rows)} samples in the training and validation splits say nothing; extract {LEAST_SAMPLES} or more"
+            f"{len(rows)} samples in the training and validation splits are too few; extract {LEAST_SAMPLES} or more"
         )
     return rows
 
@@ -292,7 +296,7 @@ def _unusable(x: Features) -> str:
 
 
 def _narrowed(features: Sequence[Features]) -> list[Features]:
-    """The directions in which the layers vary most, where they are wide: few samples say nothing of a thousand."""
+    """Projects wide layers onto the directions of largest variance: there are too few samples for all directions."""
     widths: dict[int, list[Features]] = {}
     for x in features:
         widths.setdefault(x.shape[2], []).append(x)
@@ -300,46 +304,50 @@ def _narrowed(features: Sequence[Features]) -> list[Features]:
     return [x @ bases[x.shape[2]] if x.shape[2] in bases else x for x in features]
 
 
-def _scattered(parts: Sequence[Estimate], alive: Sequence[int], num: int, n: int) -> Estimate:
+def _scattered(parts: Sequence[Estimate], positions: Sequence[int], num: int, n: int) -> Estimate:
     """Estimates of the layers that have one, and nan for the others: shape (L,)."""
     value, influence = np.full(num, np.nan), np.full((num, n), np.nan)
-    for i, part in zip(alive, parts, strict=True):
+    for i, part in zip(positions, parts, strict=True):
         value[i], influence[i] = part.value, part.influence
     return Estimate(value, influence)
 
 
-def _averaged(draws: Sequence[Estimate], alive: Sequence[int], num: int) -> Estimate:
+def _averaged(draws: Sequence[Estimate], positions: Sequence[int], num: int) -> Estimate:
     """Estimates of pairs of usable layers averaged over noise draws, and nan for the others: shape (L, L)."""
     mean = stacked(draws).mean(0)
     value, influence = np.full((num, num), np.nan), np.full((num, num, mean.influence.shape[-1]), np.nan)
-    where = np.ix_(alive, alive)
+    where = np.ix_(positions, positions)
     value[where], influence[where] = mean.value, mean.influence
     return Estimate(value, influence)
 
 
-def _of_tokens(store: FeatureStore, layers: Sequence[str], alive: Sequence[int], level: float) -> dict[str, Estimate]:
+def _of_tokens(
+    store: FeatureStore, layers: Sequence[str], positions: Sequence[int], level: float
+) -> dict[str, Estimate]:
     """Spatial contrast (L,), cosine and recoverability gap (L, L), of the tokens of the validation split.
 
     The ridge regressions are fitted on three quarters of the training split; the rest of it chooses their penalties.
     """
     num = len(layers)
-    parts = {split: {i: _tokens(store, layers[i], level, split) for i in alive} for split in ("train", "validation")}
-    judged = parts["validation"]
-    n = len(next(iter(judged.values())))
-    contrast = [mean_estimate(_contrast(judged[i])) for i in alive]
+    parts = {
+        split: {i: _tokens(store, layers[i], level, split) for i in positions} for split in ("train", "validation")
+    }
+    validation = parts["validation"]
+    n = len(next(iter(validation.values())))
+    contrast = [mean_estimate(_contrast(validation[i])) for i in positions]
     cosine, gap = (Estimate(np.full((num, num), np.nan), np.full((num, num, n), np.nan)) for _ in range(2))
-    for group in _groups(judged):
+    for group in _groups(validation):
         for s in group:
             for t in group:
-                found = mean_estimate(_cosine(judged[s], judged[t])) if s < t else None
-                if found is not None:
-                    cosine.value[s, t], cosine.influence[s, t] = found.value, found.influence
+                if s < t:
+                    estimate = mean_estimate(_cosine(validation[s], validation[t]))
+                    cosine.value[s, t], cosine.influence[s, t] = estimate.value, estimate.influence
         where = np.ix_(group, group)
         shares = _gaps(
             [layers[i] for i in group], [[parts[split][i] for i in group] for split in ("train", "validation")]
         )
         gap.value[where], gap.influence[where] = shares.value, shares.influence
-    return {SPATIAL_CONTRAST: _scattered(contrast, alive, num, n), COSINE: cosine, RECOVERABILITY: gap}
+    return {SPATIAL_CONTRAST: _scattered(contrast, positions, num, n), COSINE: cosine, RECOVERABILITY: gap}
 
 
 def _tokens(store: FeatureStore, layer: str, level: float, split: str) -> Features:
@@ -372,13 +380,18 @@ def _cosine(student: Features, teacher: Features) -> Floats:
 
 
 def _gaps(layers: Sequence[str], tokens: Sequence[Sequence[Features]]) -> Estimate:
-    """Recoverability gap of all pairs of layers, from the tokens of the fit and of the validation split."""
-    fit, choose = ([x.reshape(len(x), -1, x.shape[-1]) for x in part] for part in tokens)
-    if fit[0].shape[2] > MAX_RANK:
-        basis = shared_basis(fit, rank=min(MAX_RANK, _MAX_COLUMNS // len(layers)))
-        fit, choose = ([x @ basis for x in part] for part in (fit, choose))
-    most = 3 * len(fit[0]) // 4
+    """Recoverability gap of all pairs of layers, from their tokens of the training and the validation split."""
+    train, validation = ([x.reshape(len(x), -1, x.shape[-1]) for x in part] for part in tokens)
+    if train[0].shape[2] > MAX_RANK:
+        basis = shared_basis(train, rank=min(MAX_RANK, _MAX_COLUMNS // len(layers)))
+        train, validation = ([x @ basis for x in part] for part in (train, validation))
+    num_fitted = 3 * len(train[0]) // 4
     missed, increment = missed_by_sample(
-        layers, {"train": [x[:most] for x in fit], "validation": [x[most:] for x in fit], "test": choose}
+        layers,
+        {
+            "train": [x[:num_fitted] for x in train],
+            "validation": [x[num_fitted:] for x in train],
+            "test": validation,
+        },
     )
     return ratio_estimate(missed, increment)

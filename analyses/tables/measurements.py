@@ -36,24 +36,24 @@ NUM_NEIGHBORS = 10
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
-    """The metrics to show first: probes of every label column, nearest neighbors and effective rank."""
-    known = list(dict.fromkeys(metrics))
-    return [m for m in (PROBE, *filter(probed_column, known), KNN, RANK) if m in known]
+    """Returns the metrics to show first: probes of every label column, nearest neighbors and effective rank."""
+    names = list(dict.fromkeys(metrics))
+    return [name for name in (PROBE, *filter(probed_column, names), KNN, RANK) if name in names]
 
 
 def probe_of(column: str) -> str:
-    """The name of the metric of a probe of a further label column."""
+    """Returns the name of the metric for the probe of a further label column."""
     return _PROBE_OF + column
 
 
 def probed_column(metric: str) -> str:
-    """The further label column that a metric probes; "" for any other metric."""
+    """Returns the further label column that a metric probes; "" for any other metric."""
     return metric.removeprefix(_PROBE_OF) if metric.startswith(_PROBE_OF) else ""
 
 
 @dataclass(frozen=True)
 class Representation:
-    """The features of one layer at one noise level, read from disk when they are first used.
+    """Features of one layer at one noise level, read from disk when they are first used.
 
     Attributes:
         store: Feature store that contains them.
@@ -72,12 +72,12 @@ class Representation:
 
     @cached_property
     def reason(self) -> str:
-        """Reason why it cannot be measured, or ""."""
+        """Reason why the representation cannot be measured, or ""."""
         train = self.store.splits == "train"
         return next((why for x in self.draws if (why := unusable(x) or unusable(x[train]))), "")
 
     def part(self, x: NDArray[Any], split: str) -> NDArray[Any]:
-        """The rows of an array (n, ...) that belong to a split."""
+        """Returns the rows of an array (n, ...) that belong to a split."""
         rows: NDArray[Any] = x[self.store.splits == split]
         return rows
 
@@ -91,7 +91,8 @@ class Measurement:
         split: Split that it was measured on.
         value: Value; nan if it is missing, and `note` says why.
         note: How it was measured.
-        scores: Scores by sample whose mean is the value, shape (n,), for a bootstrap interval; None if it is no mean.
+        scores: Scores by sample whose mean is the value, shape (n,), for a bootstrap interval; None for other
+            values.
     """
 
     metric: str
@@ -144,11 +145,11 @@ def column_probes(representation: Representation) -> list[Measurement]:
                 Measurement(probe_of(name), s, np.nan, representation.reason) for s in ("validation", "test")
             ]
             continue
-        known = known_labels(labels, representation.part(labels, "train"))
-        results, note = _probed(representation, labels, known)
+        usable = known_labels(labels, representation.part(labels, "train"))
+        results, note = _probed(representation, labels, usable)
         for split in ("validation", "test"):
             correct = [r.validation_correct if split == "validation" else r.test_correct for r in results]
-            counts = _left_out(representation.part(labels, split), representation.part(known, split))
+            counts = _left_out(representation.part(labels, split), representation.part(usable, split))
             measurements.append(_mean_of(probe_of(name), split, correct, f"{note}{counts}"))
     return measurements
 

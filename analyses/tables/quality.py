@@ -67,9 +67,10 @@ def measure(
 
     Returns:
         The quality table and the similarity table. In the quality table `low` and `high` are the ends of the 95 %
-        bootstrap interval over the scored samples, nan for a value that is no mean over samples; a missing value is nan
-        and its note says why. The similarity table has debiased linear CKA, mutual nearest neighbors and CKNNA on the
-        validation split, between all layers and noise levels of the source "model", in both orders and with themselves.
+        bootstrap interval over the scored samples, nan for a value that is not a mean over samples; a missing
+        value is nan and its note says why. The similarity table has debiased linear CKA, mutual nearest neighbors and
+        CKNNA on the validation split, between all layers and noise levels of the source "model", in both orders and
+        with themselves.
 
     Raises:
         ValueError: If a store lacks samples in a split that is needed, or its labels do not allow a probe.
@@ -103,7 +104,7 @@ def measure(
 
 
 def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.DataFrame:
-    """Measures the debiased CKA of every representation with an outside encoder, as rows of the quality table.
+    """Measures the debiased CKA of every representation with an external encoder, as rows of the quality table.
 
     Args:
         store: Features of the model.
@@ -113,7 +114,7 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
     keys = representations(store)
     draws = [cka_matrix(ValidationSplit(store, draw), [features]) for draw in range(store.draws)]
     values = np.mean([result.values[:, 0] for result in draws], axis=0)
-    reasons = [own or draws[0].other_reasons[0] for own in draws[0].reasons]
+    reasons = [reason or draws[0].other_reasons[0] for reason in draws[0].reasons]
     rows = [
         (
             MODEL,
@@ -133,9 +134,10 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
 
 
 def recoverability_table(store: FeatureStore) -> pd.DataFrame:
-    """Measures, for all pairs, which share of what the teacher adds to the student a ridge regression misses.
+    """Measures the recoverability gap of all pairs: the share of the increment that a ridge regression misses.
 
-    It is measured on the kept tokens of the layers of the commonest shape. Tokens wider than 128 are projected onto the
+    The increment is the teacher's token minus the student's. Only layers of the most common shape are compared, by
+    their kept tokens. Tokens wider than 128 are projected onto the
     directions in which the layers vary most.
 
     Returns:
@@ -150,10 +152,10 @@ def recoverability_table(store: FeatureStore) -> pd.DataFrame:
     layers = [layer for layer, shape in shapes.items() if shape == commonest]
     rows: list[tuple[Any, ...]] = []
     for level in store.noise_levels if len(layers) > 1 else ():
-        found = recoverability(_token_moments(store, layers, level))
+        result = recoverability(_token_moments(store, layers, level))
         rows += [
-            (level, layers[s], layers[t], found.gap[s, t], found.validation_gap[s, t], found.increment[s, t], reason)
-            for s, reasons in enumerate(found.reasons)
+            (level, layers[s], layers[t], result.gap[s, t], result.validation_gap[s, t], result.increment[s, t], reason)
+            for s, reasons in enumerate(result.reasons)
             for t, reason in enumerate(reasons)
             if t > s
         ]

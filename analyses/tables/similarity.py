@@ -19,12 +19,17 @@ SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "c
 
 
 def read_similarity(path: str | Path) -> pd.DataFrame:
-    """Reads the similarity table from a CSV file; raises as `read_quality` does."""
+    """Reads the similarity table from a CSV file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If columns are missing.
+    """
     return read_table(path, SIMILARITY_COLUMNS, numbers=("noise_level_a", "noise_level_b", *SIMILARITY_COLUMNS[4:]))
 
 
 class ValidationSplit(Sequence[Any]):
-    """The representations of the validation split, each read from disk when it is used, so that memory holds one."""
+    """Features of the validation split of all representations, each read from disk when it is used."""
 
     def __init__(self, store: FeatureStore, draw: int) -> None:
         self.store, self.draw = store, draw
@@ -38,14 +43,22 @@ class ValidationSplit(Sequence[Any]):
 
 
 def representations(store: FeatureStore) -> list[tuple[str, float]]:
-    """The layers and noise levels of a store, in the order of the similarity matrices."""
+    """Returns the layers and noise levels of a store, in the order of the similarity matrices."""
     return [(layer, level) for layer in store.layers for level in store.noise_levels]
 
 
 def similarities(
     store: FeatureStore, step: Callable[[], None]
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
-    """Measures the similarities of all representations, averaged over noise draws, and why some are missing."""
+    """Measures the similarities of all representations, averaged over noise draws.
+
+    Args:
+        store: Features of the model.
+        step: Called after every noise draw.
+
+    Returns:
+        A matrix for each measure, and the reasons for missing values by layer and noise level.
+    """
     keys = representations(store)
     k = min(NUM_NEIGHBORS, int((store.splits == "validation").sum()) - 1)
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}

@@ -1,4 +1,4 @@
-"""Sentences made from the records of selections, verdicts and recommendations: the one place for their words."""
+"""Sentences made from the records of selections, recommendations, decisions and verdicts."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Sentences about the decisions that a training takes on its own layers."""
+"""Sentences about the decisions of a training on which layers are aligned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from layerprobe.analyses.wording.selection import selection_reason
 
 
 def decision_text(record: Mapping[str, Any]) -> str:
-    """What one decision was and why, from its record in `decisions.jsonl`."""
+    """Returns what a decision was and why.
+
+    Args:
+        record: Record of the decision in `decisions.jsonl`.
+    """
     held, best = record["held"] and _pair(record["held"]), record["best"] and _pair(record["best"])
     if record["decision"] == "none":
         return f"No pair yet. {_reason(record)}"

@@ -1,4 +1,4 @@
-"""Sentences about single layers: for features, to align with an outside encoder, to leave out."""
+"""Sentences about recommended layers: for features, to align with an external encoder, to leave out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from layerprobe.analyses.selection import Recommendation
 
 
 def recommendation_text(answer: Recommendation) -> str:
-    """What a recommendation says, with its numbers and what it rests on."""
+    """Returns a recommendation in words, with its numbers."""
     return {"features": _features, "encoder": _encoder, "prune": _prune}[answer.purpose](answer)
 
 
 def _features(answer: Recommendation) -> str:
     if not answer.candidates:
-        return f"Nothing is known of the features: the run has no {answer.metric}."
+        return f"No features can be recommended: the run has no {answer.metric}."
     best, *others = answer.candidates
     figures = f"{answer.metric} {best.value:.3f} ({best.low:.3f} to {best.high:.3f})"
     if answer.test_value is not None:
@@ -29,7 +29,7 @@ def _encoder(answer: Recommendation) -> str:
         return "There are fewer than two layers."
     measured = "".join(f" Its mean {metric} is {value:.3f}." for metric, value in answer.encoder_similarity)
     return (
-        f"To align with an outside encoder: {answer.by_depth}, at about 0.3 of the depth, where REPA aligns.{measured}"
+        f"To align with an external encoder: {answer.by_depth}, at about 0.3 of the depth, where REPA aligns.{measured}"
     )
 
 

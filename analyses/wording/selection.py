@@ -13,7 +13,7 @@ TRUST = (
 
 
 def selection_reason(selection: Selection) -> str:
-    """Why the pick is the pick, or why there is none."""
+    """Returns the reasons for the pick, or why no pair is admissible."""
     if selection.ranked:
         return " ".join(pair_reasons(selection.ranked[0], selection))
     closest = min(selection.rejected, key=lambda pair: len(pair.objections), default=None)
@@ -22,16 +22,16 @@ def selection_reason(selection: Selection) -> str:
 
 
 def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
-    """The sentences that explain where a pair stands."""
+    """Returns the sentences that explain the rank of a pair."""
     best, metric = selection.best_teacher, selection.basis.metric
     assert best is not None
-    own = f"{metric} {pair.teacher_quality:.3f}"
+    value = f"{metric} {pair.teacher_quality:.3f}"
     if pair.teacher == best.layer:
-        teacher = f"{pair.teacher} is the best layer that may teach: {own}."
+        teacher = f"{pair.teacher} is the best layer that may teach: {value}."
     elif pair.teacher_is_best:
-        teacher = f"{pair.teacher} ties with {best.layer}, the best that may teach: {own} and {best.known:.3f}."
+        teacher = f"{pair.teacher} ties with {best.layer}, the best that may teach: {value} and {best.measured:.3f}."
     else:
-        teacher = f"{pair.teacher} is below {best.layer}, the best that may teach: {own} against {best.known:.3f}."
+        teacher = f"{pair.teacher} is below {best.layer}, the best that may teach: {value} against {best.measured:.3f}."
     uncertain = ", which is within the uncertainty" if pair.gap_is_certain is False else ""
     reasons = [
         teacher,
@@ -43,13 +43,13 @@ def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
 
 
 def score_sentence(pair: RankedPair) -> str:
-    """How the score that ranks a pair is made up."""
+    """Returns the sentence about the score of a pair and the contributions to it."""
     parts = [f"{part.adds:+.2f} for {part.criterion} {part.value:.3g}" for part in pair.parts]
     return f"The score is {pair.score:+.2f} ({pair.score_low:+.2f} to {pair.score_high:+.2f}): {_listed(parts)}."
 
 
 def objection_texts(pair: RejectedPair, selection: Selection) -> list[str]:
-    """Why a pair is refused, one text for each objection, without a full stop."""
+    """Returns why a pair is refused: one text for each objection, without a full stop."""
     return [_objection(objection, pair, selection) for objection in pair.objections]
 
 
@@ -67,7 +67,7 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
         case "not measured":
             return f"there is no {objection.subject}: {objection.note}" if objection.subject else objection.note
         case "student not weaker":
-            qualities = {layer.layer: layer.known for layer in selection.layers if layer.quality is not None}
+            qualities = {layer.layer: layer.measured for layer in selection.layers if layer.quality is not None}
             figures = f"{qualities[pair.student]:.3f} against {qualities[pair.teacher]:.3f}"
             return f"{pair.student} is not weaker than {pair.teacher}: {selection.basis.metric} {figures}"
         case "already alike":
@@ -82,7 +82,7 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
 
 
 def caution_texts(selection: Selection) -> list[str]:
-    """What weakens the selection, one sentence for each caution."""
+    """Returns what weakens a selection: one sentence for each caution."""
     return [_caution(caution, selection) for caution in selection.cautions]
 
 

@@ -81,7 +81,7 @@ class LogisticFit:
     converged: bool
 
     def logits(self, x: Features) -> Floats:
-        """Computes one number per sample and class, shape (n, K)."""
+        """Computes the logit of every sample and class, shape (n, K)."""
         logits: Floats = x.astype(np.float64) @ self.weights.T + self.bias
         return logits
 

@@ -1,4 +1,4 @@
-"""Outside encoders: folders of transformers, and functions of the user's."""
+"""External encoders: folders of transformers, and functions of the user's."""
 
 from __future__ import annotations
 

@@ -286,8 +286,8 @@ def test_it_decides_after_the_warm_up_and_never_at_the_end(
     [
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"every": -1}, "every must be at least 0, got -1"),
-        ({"num_samples": 23}, "a probe of 23 samples of 40 says nothing; it needs 24 or more"),
-        ({"samples": tiny_samples(20)}, "a probe of 384 samples of 20 says nothing"),
+        ({"num_samples": 23}, "23 samples of 40 are too few to measure layers; pass 24 or more"),
+        ({"samples": tiny_samples(20)}, "384 samples of 20 are too few"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -170,7 +170,7 @@ def labeled(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[F
     """The large extraction, what a keeper overheard, and the quality table."""
     large = extract(model(), splits, plan(), tmp_path_factory.mktemp("run") / "model")
     keeper = ScoreKeeper(large)
-    quality, _ = measure({"model": large}, analyses=[keeper.listening(a) for a in (probes, neighbors)])
+    quality, _ = measure({"model": large}, analyses=[keeper.recording(a) for a in (probes, neighbors)])
     return large, keeper.scores, quality
 
 
@@ -228,7 +228,7 @@ def test_a_keeper_listens_to_its_own_store_and_changes_nothing(labeled: Any, tmp
     pd.testing.assert_frame_equal(plain, quality)
     keeper = ScoreKeeper(large)
     other = extract(model(seed=1), splits, plan(), tmp_path / "other")
-    keeper.listening(probes)(Representation(other, LAYERS[0], 0.2))
+    keeper.recording(probes)(Representation(other, LAYERS[0], 0.2))
     assert keeper.scores == {}
 
 
@@ -312,7 +312,7 @@ def test_layers_of_unequal_shape_are_no_pair(store: FeatureStore) -> None:
 
 def test_too_few_samples_say_nothing(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="7 samples in the training and validation splits say nothing; extract 8 or more"
+        ValueError, match="7 samples in the training and validation splits are too few; extract 8 or more"
     ):
         measure_evidence(extract_evidence(model(), tiny_splits(10, shape=SHAPE), plan(), tmp_path / "store"))
 

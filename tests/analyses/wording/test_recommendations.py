@@ -19,13 +19,13 @@ def test_features() -> None:
     many = replace(answer, candidates=(BEST, *[TIED] * 5), test_value=None)
     assert "tell blocks.2 at 0.5, blocks.2 at 0.5, blocks.2 at 0.5 and 2 more from it" in recommendation_text(many)
     nothing = Recommendation("features", "noise-LiDAR", ())
-    assert recommendation_text(nothing) == "Nothing is known of the features: the run has no noise-LiDAR."
+    assert recommendation_text(nothing) == "No features can be recommended: the run has no noise-LiDAR."
 
 
 def test_encoder() -> None:
     answer = Recommendation("encoder", "", (), by_depth="blocks.1", encoder_similarity=(("CKA with dinov2", 0.3),))
     assert recommendation_text(answer) == (
-        "To align with an outside encoder: blocks.1, at about 0.3 of the depth, where REPA aligns. Its mean CKA with "
+        "To align with an external encoder: blocks.1, at about 0.3 of the depth, where REPA aligns. Its mean CKA with "
         "dinov2 is 0.300."
     )
     assert recommendation_text(Recommendation("encoder", "", ())) == "There are fewer than two layers."
