@@ -6,7 +6,7 @@ from pathlib import Path
 
 import layerprobe
 
-sys.path.insert(0, str(Path(__file__).parent))  # option_tables
+sys.path.insert(0, str(Path(__file__).parent))  # for option_tables
 
 project = "layerprobe"
 author = copyright = "The layerprobe authors"
@@ -19,21 +19,21 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"layerprobe {release}"
 
-default_role = "code"  # a single backtick in a docstring is code, as in Markdown
+default_role = "code"  # single backticks in docstrings mark code, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-napoleon_use_ivar = True  # or every attribute of a record is indexed twice
+napoleon_use_ivar = True  # otherwise every attribute of a record is indexed twice
 
-# Our docstrings are written to be read in the source: `*` and `|` are mathematics and an indented paragraph is code. In
-# reStructuredText they would be emphasis, a substitution and a quotation.
+# Docstrings are written to be read in the source: `*` and `|` are mathematics, and an indented paragraph is code. In
+# reStructuredText they would be emphasis, a substitution and a block quote.
 _SECTION = re.compile(r"[A-Z]\w*:$")
 _CODE_SPAN = re.compile(r"(`+[^`]+`+)")
 _MARKUP = re.compile(r"[*|]|(?<=\w)_(?!\w)")
 
 
 def plain_docstring(app, what, name, obj, options, lines):
-    """Translates a docstring, in place, before the Google sections are read."""
+    """Translates a docstring to reStructuredText in place, before napoleon reads its sections."""
     translated: list[str] = []
     section = code = False
     previous = ""
@@ -60,10 +60,11 @@ def _escape(line: str) -> str:
 
 
 def skip_torch_text(app, what, name, obj, skip, options):
-    """A `forward` without a docstring would inherit torch's, which says nothing about ours."""
+    """Leaves out a `forward` without a docstring, which would show the generic one of torch."""
     return True if name == "forward" and not obj.__doc__ else None
 
 
 def setup(app):
+    """Registers the hooks with Sphinx."""
     app.connect("autodoc-skip-member", skip_torch_text)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # napoleon's is 500

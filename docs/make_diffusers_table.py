@@ -1,4 +1,4 @@
-"""Writes the table of covered classes into diffusers.md, from a run of tests/helpers/diffusers_checks.py."""
+"""Writes the table of tested classes into diffusers.md, from the checks in tests/helpers/diffusers_checks.py."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def main() -> None:
     page = ROOT / "docs" / "diffusers.md"
 
     with tempfile.TemporaryDirectory() as folder:
-        made = table(Path(folder))
+        new_table = table(Path(folder))
     text = page.read_text(encoding="utf-8")
-    # The table ends where lines no longer begin with a bar.
-    before = re.compile(re.escape(HEADER.split("|")[0] + "| class |") + r".*?(?=\n[^|]|\Z)", re.DOTALL)
-    if len(before.findall(text)) != 1:
-        sys.exit(f"{page} has no table that begins with '| class |'; put such a line where it belongs")
-    page.write_text(before.sub(lambda _: made, text), encoding="utf-8")
+    # The table ends at the first line that does not begin with a bar.
+    old_table = re.compile(re.escape(HEADER.split("|")[0] + "| class |") + r".*?(?=\n[^|]|\Z)", re.DOTALL)
+    if len(old_table.findall(text)) != 1:
+        sys.exit(
+            f"{page} needs exactly one table that begins with '| class |'; put such a line where the table belongs"
+        )
+    page.write_text(old_table.sub(lambda _: new_table, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
