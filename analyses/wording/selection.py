@@ -33,10 +33,11 @@ def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
     else:
         teacher = f"{pair.teacher} is below {best.layer}, the best that may teach: {value} against {best.measured:.3f}."
     uncertain = ", which is within the uncertainty" if pair.gap_is_certain is False else ""
+    apart = "1 layer" if pair.distance == 1 else f"{pair.distance} layers"
     reasons = [
         teacher,
         f"{pair.student} is {abs(pair.gap):.3f} {'weaker' if pair.gap >= 0 else 'stronger'}{uncertain}.",
-        f"They are {pair.distance} layers apart, and their mean CKA at equal noise levels is {pair.mean_cka:.3f}.",
+        f"They are {apart} apart, and their mean CKA at equal noise levels is {pair.mean_cka:.3f}.",
         score_sentence(pair),
     ]
     return [*reasons, "The data cannot tell it from the pick."] if pair.ties_with_first else reasons
@@ -57,9 +58,9 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
     value, limit = objection.value or 0.0, objection.limit or 0.0
     match objection.code:
         case "teacher in the tail":
-            return f"{pair.teacher} is among the last {_layers(limit)}, which decode"
+            return f"{pair.teacher} is {_among('last', limit)}, where networks decode"
         case "student in the head":
-            return f"{pair.student} is among the first {_layers(limit)}, which only take in the input"
+            return f"{pair.student} is {_among('first', limit)}, where networks only take in the input"
         case "too close":
             return f"they are {value:.0f} apart, and at least {limit:.0f} is required"
         case "different shapes":
@@ -110,8 +111,8 @@ def _caution(caution: Caution, selection: Selection) -> str:
             return f"{teacher} does not beat the control {caution.subject!r}: {value:.3f} against {limit:.3f}."
 
 
-def _layers(count: float) -> str:
-    return "layer" if count == 1 else f"{count:.0f} layers"
+def _among(end: str, count: float) -> str:
+    return f"the {end} layer" if count == 1 else f"among the {end} {count:.0f} layers"
 
 
 def _listed(texts: Sequence[str]) -> str:

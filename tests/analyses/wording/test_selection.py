@@ -57,7 +57,7 @@ def selection(*pairs: RankedPair, rejected: tuple[RejectedPair, ...] = (), **cha
 
 def test_the_reason_for_a_pick_explains_the_score_that_ranked_it() -> None:
     assert selection_reason(selection(PAIR)) == (
-        "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layers apart, and "
+        "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layer apart, and "
         "their mean CKA at equal noise levels is 0.729. The score is +1.50 (+1.25 to +1.75): +1.00 for effective rank "
         "gap 0.688 and +0.50 for CKA 0.729."
     )
@@ -75,8 +75,8 @@ def test_a_teacher_that_ties_or_is_below_the_best_is_said_to() -> None:
 
 
 OBJECTIONS = {
-    Objection("teacher in the tail", limit=1): "b is among the last layer, which decode",
-    Objection("student in the head", limit=2): "a is among the first 2 layers, which only take in the input",
+    Objection("teacher in the tail", limit=1): "b is the last layer, where networks decode",
+    Objection("student in the head", limit=2): "a is among the first 2 layers, where networks only take in the input",
     Objection("too close", value=1, limit=2): "they are 1 apart, and at least 2 is required",
     Objection("different shapes", note="a gives 16 x 64, b 4 x 64"): "their tokens differ in shape: a gives 16 x 64, b",
     Objection("not measured", "CKA", note="at noise level 0.1, x"): "there is no CKA: at noise level 0.1, x",
