@@ -77,6 +77,7 @@ def train(
     """
     from layerprobe.analyses.runs import (
         auto_pick,
+        describe_decisions,
         encoded_once,
         narrowness,
         picked_pairs,
@@ -120,7 +121,7 @@ def train(
                     progress=progress,
                 )
             record["checkpoint"] = str(out / "model.safetensors")
-            lines = [record["checkpoint"]]
+            lines = [*describe_decisions(out), record["checkpoint"]]
         if ranks.is_first:
             emit(record, lines, as_json=as_json)
 

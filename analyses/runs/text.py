@@ -12,7 +12,7 @@ from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Recommendation, Selection
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
-from layerprobe.analyses.wording import TRUST, caution_texts, recommendation_text, selection_reason
+from layerprobe.analyses.wording import TRUST, caution_texts, decision_text, recommendation_text, selection_reason
 from layerprobe.checkpoints import ConventionCheck, convention_cautions, convention_message
 
 
@@ -78,3 +78,10 @@ def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
 def selection_record(selection: Selection) -> dict[str, Any]:
     """Returns a selection as JSON values, with the reason for the pick and the cautions in words."""
     return selection.to_dict() | {"reason": selection_reason(selection), "caution_texts": caution_texts(selection)}
+
+
+def describe_decisions(training: str | Path) -> list[str]:
+    """The decisions of `--sync auto` in a training folder in lines for people; no lines where there were none."""
+    path = Path(training) / "decisions.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [f"step {row['step']}: {decision_text(row['record'])}" for row in rows]
