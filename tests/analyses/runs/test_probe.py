@@ -16,7 +16,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 def digit_folders(folder: Path, *, corrupted: bool) -> Path:
-    """Class folders of embedded digits, in a train and a test part; corrupted test images are noise of other classes."""
+    """Class folders of embedded digits in two parts; corrupted test images are noise with the labels of others."""
     rng = np.random.default_rng(0)
     samples = digits()
     for part, source, count in (("train", samples.train, 330), ("test", samples.test, 120)):

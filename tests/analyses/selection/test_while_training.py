@@ -79,7 +79,7 @@ def test_the_record_is_json_and_holds_every_number_of_every_layer_and_pair() -> 
     record = json.loads(json.dumps(decide(evidence({(2, 4): 0.5})).record, allow_nan=False))
     assert len(record["evidence"]["by_pair"][e.RECOVERABILITY]) == 28
     assert record["evidence"]["by_pair"][e.RECOVERABILITY]["blocks.2 <- blocks.4"] == [0.5, 0.499, 0.501]
-    assert record["evidence"]["by_layer"][e.NOISE_LIDAR] == dict.fromkeys(LAYERS, [5.0, 5.0, 5.0])
+    assert record["evidence"]["by_layer"][e.NOISE_LIDAR] == {layer: [5.0, 5.0, 5.0] for layer in LAYERS}
     assert record["selection"]["ranked"][0]["score"] > 0
     assert record["selection"]["basis"]["noise_levels"] == [0.2]
 
