@@ -17,13 +17,14 @@ import torch
 from plain_sit import official_shapes, plain_sit
 from torch import Tensor
 
+from layerprobe.backbones import families
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.families import FAMILIES, build, recognize
-from layerprobe.backbones.family import Opened, _convention
+from layerprobe.backbones.family import Family, Opened, _convention
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.capture import capture
 from layerprobe.noise.predictions import convert_prediction
-from layerprobe.noise.schedules import DDPM, GVP
+from layerprobe.noise.schedules import DDPM, GVP, LinearPath
 
 KIN = [name for name in FAMILIES if name != "mdm"]  # those with the names of SiT
 CONFIG = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=4, num_heads=4, num_classes=5)
@@ -343,3 +344,18 @@ def test_tensors_of_any_shape_get_an_answer_or_a_value_error(name: str, shape: t
     for family in FAMILIES:
         with contextlib.suppress(ValueError):
             build(family, tensors, num_heads=4)
+
+
+def test_a_new_family_takes_its_record_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/architecture.md says: a `Family` that recognizes and builds its own network."""
+
+    def build_linear(tensors: Any, family: Family, **options: Any) -> Opened:
+        module = torch.nn.Linear(*reversed(tensors["only.weight"].shape))
+        backbone = Backbone(module, (), LinearPath(), "velocity", (4,), 0, lambda *_: torch.zeros(1), family.title)
+        return Opened(backbone, dict(tensors), ())
+
+    own = Family("Mine", "sit", "velocity", recognizes=lambda tensors: "only.weight" in tensors, build=build_linear)
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES | {"mine": own})
+    tensors = {"only.weight": torch.zeros(4, 4)}
+    assert recognize(tensors) == ("mine",)
+    assert build("mine", tensors).backbone.name == "Mine"

@@ -10,7 +10,10 @@ import torch
 from pictures import all_ids, encode, expected, noise, pixels, write_folder, write_parquet
 from PIL import Image
 
-from layerprobe.data import Subset, load
+from layerprobe.data import loading
+from layerprobe.data.kind import DataKind
+from layerprobe.data.loading import guess_modality, load
+from layerprobe.data.samples import Samples, Subset, TensorSamples
 from layerprobe.data.tables import first_id
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -74,3 +77,20 @@ def test_real_mnist(shared_data: Path) -> None:
     batch = splits.train.batch(range(100))
     assert batch.x.min() == -1
     assert batch.x[:, :, 0].max() == -1  # paper at the border
+
+
+def test_a_new_kind_of_data_takes_its_record_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/architecture.md says: a `DataKind` that is recognized by its files and loads them."""
+
+    def load_numbers(source: str | Path, *, split: str | None = None) -> dict[str, Samples]:
+        values = [float(path.read_text()) for path in sorted(Path(source).glob("*.number"))]
+        return {"train": TensorSamples(torch.tensor(values).view(-1, 1, 1, 1))}
+
+    kind = DataKind(load_numbers, (".number",), telling=(".number",))
+    monkeypatch.setattr(loading, "KINDS", loading.KINDS | {"number": kind})
+    for i in range(10):
+        (tmp_path / f"{i}.number").write_text(str(i / 10))
+    assert guess_modality(tmp_path) == "number"
+    splits = load(tmp_path, num_train=4, num_validation=1, num_test=1)
+    assert splits.train.shape == (1, 1, 1)
+    assert len(splits.train) == 4
