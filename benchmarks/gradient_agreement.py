@@ -1,9 +1,9 @@
-"""Whether the gradients of alignment and of the prediction loss agree more for pairs that gain more.
+"""Agreement of the gradients of alignment and of the prediction loss, compared with the gains of pairs.
 
-A network is trained without alignment, exactly as the branch without alignment of `layerprobe atlas --from-scratch`. On
-the way both gradients are taken of its averaged weights, for every pair, over the weights that the alignment reaches;
-their cosine is made of products between different batches, so that the noise that a batch shares does not count. Given
-the atlas, its rank correlation with the gains is printed by step.
+A network is trained exactly as the baseline of `layerprobe atlas --from-scratch`. At some steps both gradients are
+computed for its averaged weights, for every pair, with respect to the weights that the alignment changes. Their cosine
+uses products between different batches, so that noise within a batch does not count. The rank correlation of
+the cosines with the gains of a pair sweep is printed by step.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def main() -> None:
     samples = load(options.data, **reading).train
     case = read_case(options.atlas, None)
     pairs = wanted_pairs(start.backbone, [(pair.student, pair.teacher) for pair in case.pairs])
-    looked_at = drawn(start.backbone, samples)
+    batches = random_batches(start.backbone, samples)
 
     def observe(step: int, model: Backbone) -> None:
-        found = rank_correlation(agreements(model, looked_at, pairs), case.gain, case.ends)
-        print(f"step {step}: {found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})", flush=True)
+        result = rank_correlation(agreements(model, batches, pairs), case.gain, case.ends)
+        print(f"step {step}: {result.rho:+.2f} ({result.low:+.2f} to {result.high:+.2f})", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         steps = [step for step in STEPS if step <= options.steps]
@@ -54,51 +54,51 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("start", help="as of the atlas")
-    parser.add_argument("atlas", type=Path, help="its atlas.csv")
+    parser.add_argument("start", help="start of the pair sweep")
+    parser.add_argument("atlas", type=Path, help="atlas.csv of the pair sweep")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--steps", type=int, default=4000, help="as of the atlas")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps, as in the pair sweep")
     for name in ("size", "channels", "mels", "length", "hop", "stride"):
-        parser.add_argument(f"--{name}", type=int, help="as of the atlas")
+        parser.add_argument(f"--{name}", type=int, help="as in the pair sweep")
     return parser.parse_args()
 
 
-def drawn(backbone: Backbone, samples: Samples) -> list[TrainingBatch]:
-    """Batches with noise, whose levels are spread evenly."""
+def random_batches(backbone: Backbone, samples: Samples) -> list[TrainingBatch]:
+    """Draws batches of samples and noise, with evenly spread noise levels."""
     indices = np.random.default_rng(0).permutation(len(samples))[: BATCHES * BATCH_SIZE]
-    generator, found = torch.Generator().manual_seed(0), []
+    generator, batches = torch.Generator().manual_seed(0), []
     for part in np.array_split(indices, BATCHES):
         batch = samples.batch(part.tolist())
         uniform = torch.rand(len(part), generator=generator, dtype=torch.float64)
         level = (torch.arange(len(part), dtype=torch.float64) + uniform) / len(part)
         eps = torch.randn(batch.x.shape, generator=generator)
-        found.append(TrainingBatch(batch.x, eps, level, batch.labels if backbone.num_classes else None, batch.mask))
-    return found
+        batches.append(TrainingBatch(batch.x, eps, level, batch.labels if backbone.num_classes else None, batch.mask))
+    return batches
 
 
-def agreements(backbone: Backbone, looked_at: Sequence[TrainingBatch], pairs: Sequence[LayerPair]) -> np.ndarray:
-    """Cosine of both gradients for each pair; nan where one of them is all noise."""
+def agreements(backbone: Backbone, batches: Sequence[TrainingBatch], pairs: Sequence[LayerPair]) -> np.ndarray:
+    """Computes the cosine of both gradients for each pair; nan if one of them is only noise."""
     backbone = replace(backbone, module=copy.deepcopy(backbone.module).eval().requires_grad_())
     weights = list(backbone.module.parameters())
 
     def gradient(loss: Tensor) -> Tensor:
         parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        known = [torch.zeros_like(w) if part is None else part for w, part in zip(weights, parts, strict=True)]
-        return torch.cat([part.flatten() for part in known])
+        filled = [torch.zeros_like(w) if part is None else part for w, part in zip(weights, parts, strict=True)]
+        return torch.cat([part.flatten() for part in filled])
 
-    own, aligned = [], []
+    predicted, aligned = [], []
     layers = sorted({layer for pair in pairs for layer in (pair.student, pair.teacher)})
-    for batch in looked_at:
+    for batch in batches:
         with capture(backbone.module, layers) as tokens:
             loss = prediction_loss(backbone, batch).mean()
-        own.append(gradient(loss))
+        predicted.append(gradient(loss))
         aligned.append(torch.stack([gradient(-mean_cosine(tokens[p.student], tokens[p.teacher])) for p in pairs]))
-    prediction, alignment = torch.stack(own), torch.stack(aligned)
+    prediction, alignment = torch.stack(predicted), torch.stack(aligned)
     return np.array([cosine(prediction, alignment[:, i]) for i in range(len(pairs))])
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the mean gradients (batches, weights), over the weights that b reaches, without products of one batch."""
+    """Computes the cosine of two mean gradients (batches, weights) where b is not 0, from products between batches."""
     a = a[:, (b != 0).any(0)]
     b = b[:, (b != 0).any(0)]
 

@@ -1,14 +1,14 @@
-"""A pair atlas from scratch by a trainer in C: what `layerprobe atlas --from-scratch` gives, several times sooner.
+"""A pair sweep from scratch in C: the table of `layerprobe atlas --from-scratch`, several times faster.
 
     python fast_atlas.py START --data DATA --out FOLDER --steps 12000 [--num-seeds 2] [--shard 1/2]
     python fast_atlas.py START --data DATA --check
 
-Networks of a few thousand weights leave torch waiting between operations. `sit.c` trains the same network on the same
-batches with the same noise, one core an arm; sampling and scores are layerprobe's own. `--check` prints how far loss
-and gradient lie from torch's, and the time of a step of both.
+For networks of a few thousand weights, torch spends most of its time between operations. `sit.c` trains the same
+network on the same batches with the same noise, one core per arm; sampling and scores are those of layerprobe.
+`--check` prints the differences of loss and gradient from torch, and the time per step of both.
 
-For SiTs that predict the velocity on the linear path, whose width, heads' width and number of tokens the C code takes
-(width and tokens are multiples of 16), on a processor with AVX-512.
+It supports SiTs that predict the velocity on the linear path, with a width and a number of tokens that are multiples of
+16, and needs a processor with AVX-512.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from layerprobe.noise import LinearPath, RandomStream
 from layerprobe.training import TrainingBatch, TrainingPlan, noise_levels, prediction_loss
 
 Array = NDArray[Any]
-AHEAD = 500  # steps whose batches are made at a time
+AHEAD = 500  # steps whose batches are made together
 SOURCE = Path(__file__).with_name("sit.c")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC", "-lm")
 
@@ -77,12 +77,14 @@ def main() -> None:
     if options.check:
         check(trainer)
     else:
-        draw(start, splits, trainer, options.out, options.shard)
+        sweep(start, splits, trainer, options.out, options.shard)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("start", help="a folder of `layerprobe train`, or a checkpoint: the network and its training")
+    parser.add_argument(
+        "start", help="folder of `layerprobe train`, or checkpoint, with the network and its training plan"
+    )
     parser.add_argument("--data", required=True)
     for name in ("size", "channels", "mels", "length", "hop", "stride"):
         parser.add_argument(f"--{name}", type=int)
@@ -93,8 +95,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--num-seeds", type=int, default=1)
     parser.add_argument("--num-evaluations", type=int, default=1)
     parser.add_argument("--num-samples", type=int, default=2000)
-    parser.add_argument("--shard", default="1/1", help="i/N: every N-th arm from the i-th on")
-    parser.add_argument("--check", action="store_true", help="compare loss and gradient with torch's")
+    parser.add_argument("--shard", default="1/1", help="part of the arms: i/N is every N-th from the i-th on")
+    parser.add_argument("--check", action="store_true", help="compare loss, gradient and time with torch")
     return parser.parse_args()
 
 
@@ -102,7 +104,7 @@ def parsed() -> argparse.Namespace:
 
 
 def patches(x: Tensor, config: SiTConfig) -> Tensor:
-    """Samples (n, C, *grid) -> (n, T, values of a patch rounded up to 16), values by channel first."""
+    """Splits samples (n, C, *grid) into patches (n, T, values), channel first, padded to a multiple of 16 values."""
     axes = len(config.grid)
     split = x.reshape(len(x), len(x[0]), *(n for pair in zip(config.grid, config.patch, strict=True) for n in pair))
     order = [0, *(2 + 2 * i for i in range(axes)), 1, *(3 + 2 * i for i in range(axes))]
@@ -111,7 +113,7 @@ def patches(x: Tensor, config: SiTConfig) -> Tensor:
 
 
 def weight_names(depth: int) -> Iterator[str]:
-    """In the order of `carve` in sit.c."""
+    """Yields the names of the weights in the order of `carve` in sit.c."""
     modules = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"]
     parts = ("adaLN_modulation.1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     modules += [f"blocks.{i}.{part}" for i in range(depth) for part in parts]
@@ -123,13 +125,13 @@ def weight_names(depth: int) -> Iterator[str]:
 
 
 def _by_channel(config: SiTConfig) -> Tensor:
-    """Where the values of an output patch, channel last, stand with the channel first."""
+    """Indices that reorder the values of an output patch from channel last to channel first."""
     values, channels = math.prod(config.patch), config.shape[0]
     return torch.arange(values * channels).reshape(values, channels).T.reshape(-1)
 
 
 def flat(state: dict[str, Tensor], config: SiTConfig) -> Array:
-    """A state dict as sit.c keeps it."""
+    """Converts a state dict to the flat array of weights of sit.c."""
     parts = []
     for name in weight_names(config.depth):
         tensor = state[name].flatten(1) if state[name].ndim > 1 else state[name]
@@ -144,8 +146,8 @@ def flat(state: dict[str, Tensor], config: SiTConfig) -> Array:
 
 
 def state_dict(weights: Array, like: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
-    """The reverse of `flat`."""
-    found, rest = dict(like), torch.from_numpy(weights.copy())
+    """Converts the flat array of weights of sit.c to a state dict with the shapes of another one."""
+    state, rest = dict(like), torch.from_numpy(weights.copy())
     values, order = math.prod(config.patch) * config.shape[0], _by_channel(config).argsort()
     for name in weight_names(config.depth):
         rows, *others = like[name].shape
@@ -161,9 +163,9 @@ def state_dict(weights: Array, like: dict[str, Tensor], config: SiTConfig) -> di
             tensor = tensor[:values][order]
         if name == "x_embedder.proj.weight":
             tensor = tensor[:, :values].reshape(like[name].shape)
-        found[name] = tensor.contiguous()
+        state[name] = tensor.contiguous()
     assert not len(rest)
-    return found
+    return state
 
 
 # ----------------------------------------------------------------------------------------------------------- the C code
@@ -190,7 +192,7 @@ class _Alignment(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Steps:
-    """The batches of some steps, one after the other; arrays as `_Step` names them."""
+    """The batches of consecutive steps, one after the other; the arrays are the fields of `_Step`."""
 
     rows: Array
     noise: Array
@@ -206,13 +208,16 @@ class Trainer:
     """Trains SiTs of one shape on one data set.
 
     Args:
-        backbone: What is trained; its weights play no part.
-        samples: What it learns, held in memory.
-        plan: Batch size, learning rate, averages and label drop; no option of the alignment but pair and weight.
+        backbone: Network to train; its weights are not used.
+        samples: Training samples, which are held in memory.
+        plan: Batch size, learning rate, averages and label drop; alignment has no options but pair and weight.
+
+    Raises:
+        ValueError: If sit.c cannot train this network by this plan.
     """
 
     def __init__(self, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
-        refuse_others(backbone, samples, plan)
+        check_supported(backbone, samples, plan)
         self.config = config = backbone.module.config
         self.backbone, self.samples, self.plan = backbone, samples, plan
         whole = samples.batch(range(len(samples)))
@@ -229,7 +234,7 @@ class Trainer:
         self._library = compiled(config, plan.batch_size)
 
     def steps(self, seed: int, start: int, stop: int) -> Steps:
-        """The batches that `layerprobe.training.batches` makes of these steps."""
+        """Makes the batches of the steps from start to stop, as `layerprobe.training.batches` does."""
         order, levels, noise = (RandomStream(seed, name) for name in ("order", "level", "noise"))
         drops, n = RandomStream(seed, "label drop"), len(self.samples)
         parts = []
@@ -251,9 +256,16 @@ class Trainer:
         return Steps(*(np.ascontiguousarray(torch.cat(column).numpy()) for column in zip(*parts, strict=True)))
 
     def train(
-        self, seed: int, pair: LayerPair | None, known: dict[int, Steps], stops: Sequence[int]
+        self, seed: int, pair: LayerPair | None, batches: dict[int, Steps], stops: Sequence[int]
     ) -> Iterator[Backbone]:
-        """The averaged model after each of the steps `stops`."""
+        """Trains one arm and yields the averaged model after each of some steps.
+
+        Args:
+            seed: Seed of weights, order and noise.
+            pair: Pair to align; None for the baseline.
+            batches: Batches by first step, which are added as they are made; shared by the arms of a seed.
+            stops: Steps after which the model is yielded, ascending.
+        """
         start = fresh_sit(self.backbone, seed)
         like = {name: tensor.detach().clone() for name, tensor in start.module.state_dict().items()}
         weights = flat(like, self.config)
@@ -262,10 +274,10 @@ class Trainer:
         marks = sorted({*range(0, stops[-1], AHEAD), *stops})
         for begin, end in itertools.pairwise(marks):
             base = begin // AHEAD * AHEAD
-            if base not in known:
-                known[base] = self.steps(seed, base, base + AHEAD)
+            if base not in batches:
+                batches[base] = self.steps(seed, base, base + AHEAD)
             piece = slice((begin - base) * self.plan.batch_size, (end - base) * self.plan.batch_size)
-            steps = Steps(*(array[piece] for array in vars(known[base]).values()))
+            steps = Steps(*(array[piece] for array in vars(batches[base]).values()))
             self._library.train(
                 ctypes.byref(self._network),
                 *(ctypes.c_void_p(array.ctypes.data) for array in (weights, first, second, average)),
@@ -283,7 +295,7 @@ class Trainer:
                 yield start
 
     def gradient(self, weights: Array, steps: Steps, pair: LayerPair | None) -> tuple[float, float, Array]:
-        """Prediction loss, mean cosine, and the gradient of both."""
+        """Computes prediction loss, mean cosine, and the gradient of the whole loss."""
         gradient, cosine = np.zeros_like(weights), ctypes.c_double()
         loss = self._library.one_gradient(
             ctypes.byref(self._network),
@@ -303,8 +315,12 @@ class Trainer:
         return _Alignment(*places, self.plan.weight, *self.plan.sync.noise_range)
 
 
-def refuse_others(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
-    """Raises ValueError if sit.c would train something else than layerprobe does."""
+def check_supported(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> None:
+    """Checks that sit.c trains the same as layerprobe.
+
+    Raises:
+        ValueError: If the network, the samples or the plan have a feature that sit.c lacks.
+    """
     config = backbone.module.config if isinstance(backbone.module, SiT) else None
     fields = ("clip_norm", "weight_decay", "loss_weighting", "precision", "sync")
     plain = all(getattr(plan, name) == getattr(TrainingPlan(steps=0), name) for name in fields)
@@ -318,7 +334,7 @@ def refuse_others(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> N
 
 
 def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
-    """sit.c for this shape."""
+    """Compiles sit.c for the sizes of a network and a batch."""
     tokens, values = math.prod(config.grid), math.prod(config.patch) * config.shape[0]
     if tokens % 16 or config.hidden_size % 16 or batch_size % 4:
         raise ValueError(f"width and tokens must be multiples of 16, the batch of 4; got {config.name}, {batch_size}")
@@ -328,44 +344,46 @@ def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
         library = Path(folder) / "sit.so"
         defined = [f"-D{name}={value}" for name, value in sizes.items()]
         subprocess.run(["cc", *defined, str(SOURCE), "-o", str(library), *FLAGS], check=True)
-        found = ctypes.CDLL(str(library))
-    found.one_gradient.restype = ctypes.c_double
-    return found
+        loaded = ctypes.CDLL(str(library))
+    loaded.one_gradient.restype = ctypes.c_double
+    return loaded
 
 
 # ------------------------------------------------------------------------------------------------------------- the jobs
 
 
-def draw(start: PairSweepStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
-    """As `layerprobe.analyses.experiments.pair_sweep.sweep_pairs`; what is finished is not done again."""
+def sweep(start: PairSweepStart, splits: Splits, trainer: Trainer, folder: Path, shard: str) -> None:
+    """Trains and scores the arms of a shard as `sweep_pairs` does; finished arms are not repeated."""
     plan: PairSweepPlan = start.plan
     number, count = (int(part) for part in shard.split("/"))
     pairs = all_pairs(start.backbone.layers)
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
-    every = [(seed, arm) for seed in plan.seeds for arm in arms]
+    runs = [(seed, arm) for seed in plan.seeds for arm in arms]
     training = plan.training.identity() | {"steps": plan.training.steps, "seed": None}
     data = {name: samples.fingerprint for name, samples in splits.items()}
-    claim(folder, "atlas.json", {"training": training, "data": data} | network_record(start.backbone), what="an atlas")
+    claim(
+        folder, "atlas.json", {"training": training, "data": data} | network_record(start.backbone), what="a pair sweep"
+    )
     extractor = classifier_extractor(splits.train, folder / "extractor.safetensors")
     scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
-    known: dict[int, Steps] = {}
-    last = None
-    for seed, arm in every[number - 1 :: count]:
+    batches: dict[int, Steps] = {}
+    last_seed = None
+    for seed, arm in runs[number - 1 :: count]:
         place = _scores_of(folder, arm, seed)
         if place.is_file():
             continue
-        if seed != last:
-            known, last = {}, seed
+        if seed != last_seed:
+            batches, last_seed = {}, seed
         began, scores = time.perf_counter(), {}
-        models = trainer.train(seed, arm.pair, known, plan.evaluation_steps)
+        models = trainer.train(seed, arm.pair, batches, plan.evaluation_steps)
         for step, model in zip(plan.evaluation_steps, models, strict=True):
             scores[step] = branch_scores(model, scorer, splits)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, json.dumps(scores))
         print(f"seed {seed}, {arm.name}: {scores[step][FRECHET]:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
-    files = {(seed, arm.pair): _scores_of(folder, arm, seed) for seed, arm in every}
-    found = {run: json.loads(file.read_text()) for run, file in files.items() if file.is_file()}
-    by_step = {run: {int(step): values for step, values in scores.items()} for run, scores in found.items()}
+    files = {(seed, arm.pair): _scores_of(folder, arm, seed) for seed, arm in runs}
+    records = {run: json.loads(file.read_text()) for run, file in files.items() if file.is_file()}
+    by_step = {run: {int(step): values for step, values in scores.items()} for run, scores in records.items()}
     write_text(folder / "atlas.csv", pair_sweep_table(by_step).to_csv(index=False))
 
 
@@ -375,7 +393,7 @@ def _scores_of(folder: Path, arm: Arm, seed: int) -> Path:
 
 
 def check(trainer: Trainer) -> None:
-    """Loss, cosine and gradient beside torch's, at weights that are no fresh ones, and the time of both."""
+    """Prints loss, cosine, gradient and time per step beside those of torch, at weights that differ from fresh ones."""
     config, layers, size = trainer.config, trainer.backbone.layers, trainer.plan.batch_size
     pair = LayerPair(layers[len(layers) // 5], layers[(2 * len(layers)) // 3])
     backbone, generator = fresh_sit(trainer.backbone, 0), torch.Generator().manual_seed(1)
@@ -406,17 +424,17 @@ def check(trainer: Trainer) -> None:
     weights = flat(state, config)
     back = state_dict(weights, state, config)
     assert all(torch.equal(back[name], state[name]) for name in state)
-    expected, found = flat(grads, config), trainer.gradient(weights, steps, pair)
-    ours_s = _seconds(lambda: trainer.gradient(weights, steps, pair))
+    expected, (c_loss, c_cosine, gradient) = flat(grads, config), trainer.gradient(weights, steps, pair)
+    c_s = _seconds(lambda: trainer.gradient(weights, steps, pair))
     print(f"{config.name}, batch {size}, {pair}")
-    print(f"loss      {found[0]:.9f}  torch {loss:.9f}")
-    print(f"cosine    {found[1]:.9f}  torch {cosine:.9f}")
-    print(f"gradient  relative difference {np.linalg.norm(found[2] - expected) / np.linalg.norm(expected):.1e}")
-    print(f"step      {ours_s * 1e3:.1f} ms, torch {torch_s * 1e3:.1f} ms: {torch_s / ours_s:.1f} times")
+    print(f"loss      {c_loss:.9f}  torch {loss:.9f}")
+    print(f"cosine    {c_cosine:.9f}  torch {cosine:.9f}")
+    print(f"gradient  relative difference {np.linalg.norm(gradient - expected) / np.linalg.norm(expected):.1e}")
+    print(f"step      {c_s * 1e3:.1f} ms, torch {torch_s * 1e3:.1f} ms: {torch_s / c_s:.1f} times")
 
 
 def _seconds(function: Any, repeats: int = 30) -> float:
-    """Of one call, the median."""
+    """Median time of one call."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

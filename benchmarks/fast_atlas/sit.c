@@ -153,7 +153,7 @@ static void silu_backward(int n, const float* x, const float* dy, float* dx) {
 }
 
 /* Tokens of mean 0 and variance 1, and one over what they were divided by. */
-static void normalise(const float* x, float* normal, float* inverse) {
+static void normalize(const float* x, float* normal, float* inverse) {
   for (int r = 0; r < ROWS; r++) {
     const float* row = x + r * WIDTH;
     float mean = 0, variance = 0;
@@ -166,7 +166,7 @@ static void normalise(const float* x, float* normal, float* inverse) {
 }
 
 /* Adds to dx. */
-static void normalise_backward(const float* dnormal, const float* normal, const float* inverse, float* dx) {
+static void normalize_backward(const float* dnormal, const float* normal, const float* inverse, float* dx) {
   for (int r = 0; r < ROWS; r++) {
     const float *d = dnormal + r * WIDTH, *n = normal + r * WIDTH;
     float mean = 0, along = 0;
@@ -338,7 +338,7 @@ typedef struct {
 static void block_forward(const Weights* w, int l, const uint8_t* const* real, const float* mod, const float* x,
                           Kept* k, float* middle, float* out) {
   const int m = 6 * WIDTH;
-  normalise(x, k->normal1, k->inverse1);
+  normalize(x, k->normal1, k->inverse1);
   modulate(k->normal1, mod, mod + WIDTH, m, k->input1);
   linear(ROWS, 3 * WIDTH, WIDTH, k->input1, w->qkv_w[l], w->qkv_b[l], k->qkv);
   for (int s = 0; s < CHUNK; s++)
@@ -346,7 +346,7 @@ static void block_forward(const Weights* w, int l, const uint8_t* const* real, c
               k->mixed + s * TOKENS * WIDTH);
   linear(ROWS, WIDTH, WIDTH, k->mixed, w->proj_w[l], w->proj_b[l], k->attended);
   gated(x, mod + 2 * WIDTH, m, k->attended, middle);
-  normalise(middle, k->normal2, k->inverse2);
+  normalize(middle, k->normal2, k->inverse2);
   modulate(k->normal2, mod + 3 * WIDTH, mod + 4 * WIDTH, m, k->input2);
   linear(ROWS, 4 * WIDTH, WIDTH, k->input2, w->fc1_w[l], w->fc1_b[l], k->hidden);
   gelu(k->hidden, k->active);
@@ -365,7 +365,7 @@ static void block_backward(const Weights* g, int l, const float* mod, float* dmo
   weight_gradient(ROWS, 4 * WIDTH, WIDTH, k->input2, mem->dhidden, g->fc1_w[l], g->fc1_b[l]);
   linear(ROWS, WIDTH, 4 * WIDTH, mem->dhidden, turned->fc1, 0, mem->d3);
   modulate_backward(mem->d3, k->normal2, mod + 4 * WIDTH, m, dmod + 3 * WIDTH, dmod + 4 * WIDTH, mem->d4);
-  normalise_backward(mem->d4, k->normal2, k->inverse2, mem->dx);
+  normalize_backward(mem->d4, k->normal2, k->inverse2, mem->dx);
   gated_backward(mem->dx, mod + 2 * WIDTH, m, k->attended, dmod + 2 * WIDTH, mem->d2);
   weight_gradient(ROWS, WIDTH, WIDTH, k->mixed, mem->d2, g->proj_w[l], g->proj_b[l]);
   linear(ROWS, WIDTH, WIDTH, mem->d2, turned->proj, 0, mem->d3);
@@ -375,7 +375,7 @@ static void block_backward(const Weights* g, int l, const float* mod, float* dmo
   weight_gradient(ROWS, 3 * WIDTH, WIDTH, k->input1, mem->dqkv, g->qkv_w[l], g->qkv_b[l]);
   linear(ROWS, WIDTH, 3 * WIDTH, mem->dqkv, turned->qkv, 0, mem->d3);
   modulate_backward(mem->d3, k->normal1, mod + WIDTH, m, dmod, dmod + WIDTH, mem->d4);
-  normalise_backward(mem->d4, k->normal1, k->inverse1, mem->dx);
+  normalize_backward(mem->d4, k->normal1, k->inverse1, mem->dx);
 }
 
 /* The gradient of -weight * mean cosine on the student's tokens of one sample; returns its mean cosine. */
@@ -448,7 +448,7 @@ static double loss_and_gradient(const Network* net, float* flat, float* gradient
       block_forward(&w, l, real, mem->mod[l] + first * 6 * WIDTH, mem->stream[l], &mem->kept[l], mem->middle,
                     mem->stream[l + 1]);
     const float* mod = mem->final_mod + first * 2 * WIDTH;
-    normalise(mem->stream[depth], mem->final_normal, mem->final_inverse);
+    normalize(mem->stream[depth], mem->final_normal, mem->final_inverse);
     modulate(mem->final_normal, mod, mod + WIDTH, 2 * WIDTH, mem->final_input);
     linear(ROWS, PATCH, WIDTH, mem->final_input, w.out_w, w.out_b, mem->out);
 
@@ -470,7 +470,7 @@ static double loss_and_gradient(const Network* net, float* flat, float* gradient
     float* dfinal = mem->dfinal_mod + first * 2 * WIDTH;
     modulate_backward(mem->d3, mem->final_normal, mod + WIDTH, 2 * WIDTH, dfinal, dfinal + WIDTH, mem->d4);
     memset(mem->dx, 0, sizeof mem->dx);
-    normalise_backward(mem->d4, mem->final_normal, mem->final_inverse, mem->dx);
+    normalize_backward(mem->d4, mem->final_normal, mem->final_inverse, mem->dx);
     memset(mem->pull, 0, sizeof mem->pull);
     for (int s = 0; s < CHUNK && pair->student >= 0; s++) {
       int at = s * TOKENS * WIDTH;

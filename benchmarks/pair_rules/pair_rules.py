@@ -1,11 +1,11 @@
-"""Rules that rank layer pairs by their evidence, and how they fare on models that they were not fitted on.
+"""Rules that rank layer pairs by their evidence, evaluated on models that they were not fitted on.
 
-A rule is a weighted sum of criteria, each turned into ranks within its atlas, of mean 0 and variance 1: the sizes of
-criteria and gains differ too much between models to be compared. With three to six models, and pairs that are far from
-independent, little can be learned, so every way of fitting here has few parameters or none, and nothing is tuned.
+A rule is a weighted sum of criteria, each turned into ranks within its pair sweep, of mean 0 and variance 1, because
+raw criteria and gains differ too much between models. With three to six models, and pairs that are far from
+independent, little can be learned, so every fitter here has few parameters or none, and nothing is tuned.
 
-Whatever is reported of a rule was predicted from the other models. The best of several rules is still partly lucky;
-`chosen` repeats the choice among them without the model that it is judged on.
+All results of a rule are predictions from the other models. The best of several rules is still partly lucky; `chosen`
+repeats the choice among them without the model on which it is evaluated.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from layerprobe.analyses.selection import rank_pairs, standard_ranks
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a rule's scores are worth, learned on sweeps of other models.
+    """Conversion of a rule's scores to expected gains, learned on pair sweeps of other models.
 
     Attributes:
-        level: Mean gain of all pairs of a network: the share by which a pair undercuts the score without alignment.
+        level: Mean gain of all pairs of a network: the share by which the score of a pair is below the baseline's.
         slope: Gain per unit of score.
         half_width: Half width of the 95 % interval of an expected gain.
         error: Standard error of the difference between two pairs' gains beyond what the score explains.
-        source: Sweeps that it was learned on.
+        source: Names of the pair sweeps that it was learned on.
     """
 
     level: float
@@ -49,38 +49,38 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which criteria count how much.
+    """Weights of criteria.
 
     Attributes:
         weights: Weights of the criteria; the sign says which end is good.
-        calibration: What the scores are worth; None as long as nothing is known of it.
+        calibration: Conversion of the scores to expected gains; None before it is learned.
     """
 
     weights: Mapping[str, float]
     calibration: Calibration | None = None
 
 
-# The order that is expected of a case's pairs, shape (P,): larger is better, nan for pairs that are refused.
+# Scores of the pairs of a case, shape (P,): larger is better, nan for pairs that are refused.
 PairScorer = Callable[[Case], Floats]
-# A rule, or anything else that can order pairs, from the cases to learn from.
+# From training cases to a rule, or to another function that scores pairs.
 Fitter = Callable[[Sequence[Case]], Rule | PairScorer]
 
 
 def scores(rule: Rule, case: Case) -> Floats:
-    """Weighted sum of standard ranks, shape (P,); a criterion that an atlas has not got adds nothing there."""
+    """Computes the weighted sum of standard ranks, shape (P,); a criterion that a case lacks counts as 0."""
     total: Floats = _columns(case, list(rule.weights)) @ np.array(list(rule.weights.values()), dtype=float)
     return total
 
 
 def _columns(case: Case, criteria: Sequence[str]) -> Floats:
     """Standard ranks of these criteria, shape (P, criteria)."""
-    have, columns = _standard(case), np.zeros((len(case.pairs), len(criteria)))
+    ranks, columns = _standard(case), np.zeros((len(case.pairs), len(criteria)))
     for i, name in enumerate(criteria):
-        columns[:, i] = have.get(name, 0.0)
+        columns[:, i] = ranks.get(name, 0.0)
     return columns
 
 
-@lru_cache(maxsize=256)  # one atlas is asked for in every fit that it is not left out of
+@lru_cache(maxsize=256)  # every fit that does not leave a case out needs its ranks
 def _standard(case: Case) -> dict[str | None, Floats]:
     """Standard ranks of all criteria, and of the gain under None."""
     ranks: dict[str | None, Floats] = {None: standard_ranks(case.gain)}
@@ -88,21 +88,21 @@ def _standard(case: Case) -> dict[str | None, Floats]:
 
 
 def known_criteria(cases: Sequence[Case], *, labels: bool = True) -> tuple[str, ...]:
-    """Criteria of any of the cases, in their order; without those that need labels if asked."""
-    barred = frozenset().union(*(case.needs_labels for case in cases))
+    """Returns the criteria of all cases in their order, with or without those that need labels."""
+    needs_labels = frozenset().union(*(case.needs_labels for case in cases))
     names = dict.fromkeys(name for case in cases for name in case.criteria.columns)
-    return tuple(name for name in names if labels or name not in barred)
+    return tuple(name for name in names if labels or name not in needs_labels)
 
 
 def fixed(weights: Mapping[str, float]) -> Fitter:
-    """A rule that nothing is learned for."""
+    """Returns the fitter of a rule with fixed weights, which learns nothing."""
     return lambda cases: Rule(weights)
 
 
 def as_selected(fitter: Fitter, *, label_free: bool = False) -> Fitter:
-    """A rule as `layerprobe select` applies it: with its limits, its ties, and "none".
+    """Returns the fitter of a rule applied as by `layerprobe select`: with limits and ties, possibly without a pick.
 
-    Without evidence, or without what the limits need of it, every pair is refused.
+    Every pair is refused if the evidence is missing, or lacks a value that the limits need.
     """
 
     def fit(cases: Sequence[Case]) -> PairScorer:
@@ -110,13 +110,13 @@ def as_selected(fitter: Fitter, *, label_free: bool = False) -> Fitter:
         assert isinstance(rule, Rule)
 
         def order(case: Case) -> Floats:
-            place = np.full(len(case.pairs), np.nan)
+            refused = np.full(len(case.pairs), np.nan)
             try:
                 if case.evidence is None:
-                    return place
+                    return refused
                 selection = rank_pairs(case.evidence, label_free=label_free, rule=rule.weights)
             except ValueError:
-                return place
+                return refused
             ranked = {} if selection.pick is None else {pair.pair: -i for i, pair in enumerate(selection.ranked)}
             return np.array([float(ranked.get(pair, np.nan)) for pair in case.pairs])
 
@@ -126,7 +126,7 @@ def as_selected(fitter: Fitter, *, label_free: bool = False) -> Fitter:
 
 
 def single(criteria: Sequence[str]) -> Fitter:
-    """The one criterion that correlates best on average, with that sign."""
+    """Returns the fitter that takes the one criterion with the largest mean correlation, with the sign of that."""
 
     def fit(cases: Sequence[Case]) -> Rule:
         _, with_gain = _moments(cases, criteria)
@@ -137,7 +137,10 @@ def single(criteria: Sequence[str]) -> Fitter:
 
 
 def rank_average(criteria: Sequence[str]) -> Fitter:
-    """The mean of all criteria whose correlation has one sign in all models that have them; of all if none has."""
+    """Returns the fitter of the mean of all criteria whose correlation has the same sign in every model.
+
+    If there is no such criterion, it takes all of them.
+    """
 
     def fit(cases: Sequence[Case]) -> Rule:
         of_models = np.array([_moments(group, criteria)[1] for group in by_model(cases).values()])
@@ -151,10 +154,11 @@ def rank_average(criteria: Sequence[str]) -> Fitter:
 
 
 def ridge(criteria: Sequence[str], *, penalty: float = 1.0) -> Fitter:
-    """Ridge regression of the gain's standard ranks in which no weight opposes its criterion's own correlation.
+    """Returns the fitter of a ridge regression of the gain's standard ranks on those of the criteria.
 
-    Models count equally. The penalty is in units of a criterion's variance, so 1 halves the weight of a criterion that
-    stands alone; it is fixed, not tuned: a handful of models cannot tell.
+    Every weight has the sign of its criterion's own correlation. Models count equally. The penalty is in units of a
+    criterion's variance, so 1 halves the weight of a single criterion; it is not tuned, because there are too few
+    models.
     """
 
     def fit(cases: Sequence[Case]) -> Rule:
@@ -169,21 +173,21 @@ def ridge(criteria: Sequence[str], *, penalty: float = 1.0) -> Fitter:
 
 
 def same_depths(cases: Sequence[Case]) -> PairScorer:
-    """What pairs at the same depths were worth in the models known, whatever was measured: what evidence must beat.
+    """Scores pairs by the gains of pairs at the same depths in other models: the baseline that evidence must beat.
 
-    A pair's score is the mean standard gain of the other models' pairs, weighed by a Gaussian of the distance in
-    (student depth, teacher depth); its width is one layer of the model scored.
+    A pair's score is the mean standard gain of the other models' pairs, weighted by a Gaussian of the distance in
+    (student depth, teacher depth) whose width is one layer of the scored model.
     """
-    known = [(_depths(case), _standard(case)[None]) for case in cases]
+    training = [(_depths(case), _standard(case)[None]) for case in cases]
 
     def score(case: Case) -> Floats:
-        own, width = _depths(case), 1 / (len(case.layers) - 1)
-        total = np.zeros(len(own))
-        for places, gains in known:
-            away = ((own[:, None] - places[None]) ** 2).sum(axis=2) / (2 * width**2)
-            weights = np.exp(away.min(axis=1, keepdims=True) - away)  # the nearest has weight 1: never 0 / 0
+        depths, width = _depths(case), 1 / (len(case.layers) - 1)
+        total = np.zeros(len(depths))
+        for other_depths, gains in training:
+            distances = ((depths[:, None] - other_depths[None]) ** 2).sum(axis=2) / (2 * width**2)
+            weights = np.exp(distances.min(axis=1, keepdims=True) - distances)  # the nearest has weight 1: never 0 / 0
             total += weights @ gains / weights.sum(axis=1)
-        return total / len(known)
+        return total / len(training)
 
     return score
 
@@ -193,9 +197,10 @@ def _depths(case: Case) -> Floats:
 
 
 def chosen(candidates: Mapping[str, Fitter]) -> Fitter:
-    """The candidate that did best when each model known was left out in turn; the first one if there is one model.
+    """Returns the fitter that takes the best of several candidates, each evaluated by leaving out one training model.
 
-    The best of several rules in a comparison is partly lucky. This one is what choosing the best brings.
+    With a single model it takes the first candidate. The best of several rules in a comparison is partly lucky; this
+    fitter shows the result of choosing the best.
     """
 
     def fit(cases: Sequence[Case]) -> Rule | PairScorer:
@@ -208,8 +213,8 @@ def chosen(candidates: Mapping[str, Fitter]) -> Fitter:
 
 
 def _merit(fitter: Fitter, cases: Sequence[Case]) -> float:
-    found = [rank_correlation(order, case.gain, case.ends).rho for case, order in _left_out(fitter, cases)]
-    return float(np.mean(np.nan_to_num(found)))
+    correlations = [rank_correlation(order, case.gain, case.ends).rho for case, order in _left_out(fitter, cases)]
+    return float(np.mean(np.nan_to_num(correlations)))
 
 
 def _left_out(fitter: Fitter, cases: Sequence[Case]) -> list[tuple[Case, Floats]]:
@@ -242,13 +247,13 @@ def _moments(cases: Sequence[Case], criteria: Sequence[str]) -> tuple[Floats, Fl
 
 @dataclass(frozen=True, eq=False)
 class RulePrediction:
-    """What a rule that has not seen this model says about its pairs.
+    """Prediction of a rule about the pairs of a model that it was not fitted on.
 
     Attributes:
-        rule: Its name.
-        case: What it is about.
-        order: As the rule orders the pairs, larger is better, shape (P,); nan for pairs that it refuses.
-        calibration: What that is worth, from the models known.
+        rule: Name of the rule.
+        case: Pair sweep with its evidence.
+        order: Scores of the pairs, shape (P,), larger is better; nan for pairs that the rule refuses.
+        calibration: Conversion of the scores to expected gains, from the training models.
     """
 
     rule: str
@@ -258,7 +263,7 @@ class RulePrediction:
 
     @property
     def expected(self) -> Floats:
-        """Gains, shape (P,); nan for pairs that are refused."""
+        """Expected gains, shape (P,); nan for pairs that are refused."""
         return self.calibration.level + self.calibration.slope * _unit(self.order)
 
     @property
@@ -268,17 +273,17 @@ class RulePrediction:
 
     @property
     def none(self) -> bool:
-        """Whether the rule says that no pair is worth it: even the pick's upper end lies below no alignment."""
+        """Whether the rule recommends no pair: all are refused, or the pick is expected to lose beyond its interval."""
         return self.pick is None or bool(self.expected[self.pick] + self.calibration.half_width < 0)
 
     @property
     def gain(self) -> float:
-        """What the pick gains; of equal ones the mean, for the rule does not say which of them to take; nan if none."""
+        """Gain of the pick, averaged over pairs with the same score; nan if all pairs are refused."""
         return float(self.case.gain[self.order == self.order[self.pick]].mean()) if self.pick is not None else np.nan
 
     @property
     def ties(self) -> NDArray[np.bool_]:
-        """Pairs expected to be within one standard error of the pick, without the pick, shape (P,)."""
+        """Whether each pair but the pick is expected to be within one standard error of the pick, shape (P,)."""
         if self.pick is None:
             return np.zeros(len(self.order), dtype=bool)
         close: NDArray[np.bool_] = self.expected[self.pick] - self.expected < self.calibration.error
@@ -286,51 +291,56 @@ class RulePrediction:
         return close
 
 
-def calibrate(fitter: Fitter, known: Sequence[Case]) -> Calibration:
-    """How far to trust a way of fitting, learned by leaving out each known model in turn.
+def calibrate(fitter: Fitter, training: Sequence[Case]) -> Calibration:
+    """Learns how gains follow from the scores of a fitter, by leaving out each training model in turn.
 
-    How much of the gain's spread the order explains there, and what it leaves. Where there is one known model it is
-    ordered by the rule fitted on itself, which flatters, and the interval of an expected gain is infinite: the level of
-    a model's gains is not read from its evidence but is the mean level of the known models, as unsure as they differ.
+    It measures the share of the gain's spread that the scores explain and the remaining error. The level of a model's
+    gains does not follow from its evidence: it is the mean level of the training models, with their spread as its
+    uncertainty. A single training model is scored by the rule that was fitted on it, which is too optimistic, and the
+    interval of an expected gain is then infinite.
     """
-    groups = by_model(known)
-    apart = len(groups) > 1
-    tried = _left_out(fitter, known) if apart else [(case, _ordered(fitter(known), case)) for case in known]
+    groups = by_model(training)
+    has_several = len(groups) > 1
+    scored = (
+        _left_out(fitter, training) if has_several else [(case, _ordered(fitter(training), case)) for case in training]
+    )
     shapes = [
-        (_unit(order)[kept], _unit(case.gain)[kept]) for case, order in tried if (kept := np.isfinite(order)).any()
+        (_unit(order)[admissible], _unit(case.gain)[admissible])
+        for case, order in scored
+        if (admissible := np.isfinite(order)).any()
     ]
     slope = max(fmean([float(order @ gain) / len(gain) for order, gain in shapes] or [0.0]), 0.0)
-    left = np.sqrt(fmean([float(np.square(gain - slope * order).mean()) for order, gain in shapes] or [1.0]))
+    residual = np.sqrt(fmean([float(np.square(gain - slope * order).mean()) for order, gain in shapes] or [1.0]))
     levels = np.array([np.mean([case.gain.mean() for case in group]) for group in groups.values()])
     spread = float(np.mean([np.mean([case.gain.std() for case in group]) for group in groups.values()]))
     half = np.inf
-    if apart:
+    if has_several:
         n = len(levels)
         of_level = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * levels.std(ddof=1) * np.sqrt(1 + 1 / n)
-        half = float(np.hypot(of_level, Z95 * left * spread))
-    source = ", ".join(case.name for case in known)
-    return Calibration(float(levels.mean()), spread * slope, half, float(np.sqrt(2) * left * spread), source)
+        half = float(np.hypot(of_level, Z95 * residual * spread))
+    source = ", ".join(case.name for case in training)
+    return Calibration(float(levels.mean()), spread * slope, half, float(np.sqrt(2) * residual * spread), source)
 
 
 def learned(fitter: Fitter, cases: Sequence[Case]) -> Rule:
-    """A rule fitted on all cases, with its calibration: what a new model is judged by.
+    """Fits a rule and its calibration on all cases, for use on a new model.
 
     Raises:
         ValueError: If the fitter does not give a weighted sum of criteria.
     """
     rule = fitter(cases)
     if not isinstance(rule, Rule):
-        raise ValueError("this way of ordering pairs is no weighted sum of criteria; fit a ridge or an average")
+        raise ValueError("this fitter gives no weighted sum of criteria; use a ridge or an average")
     return replace(rule, calibration=calibrate(fitter, cases))
 
 
-def predict(name: str, fitter: Fitter, known: Sequence[Case], case: Case) -> RulePrediction:
-    """What a rule fitted on known atlases expects of another one."""
-    return RulePrediction(name, case, _ordered(fitter(known), case), calibrate(fitter, known))
+def predict(name: str, fitter: Fitter, training: Sequence[Case], case: Case) -> RulePrediction:
+    """Returns the prediction for a case of a rule that is fitted on other cases."""
+    return RulePrediction(name, case, _ordered(fitter(training), case), calibrate(fitter, training))
 
 
 def _unit(values: Floats) -> Floats:
-    """At mean 0 and variance 1; 0 where all are equal, nan where there is no value."""
+    """Values scaled to mean 0 and variance 1; 0 if all are equal, nan where a value is missing."""
     if not np.isfinite(values).any():
         return values
     centered: Floats = values - np.nanmean(values)
@@ -339,13 +349,15 @@ def _unit(values: Floats) -> Floats:
 
 
 def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) -> list[RulePrediction]:
-    """Every rule's prediction for every case, fitted on the cases of all other models.
+    """Returns the prediction of every rule for every case, fitted on the cases of all other models.
 
     Raises:
-        ValueError: If there is one model only.
+        ValueError: If there is only one model.
     """
     if len(by_model(cases)) < 2:
-        raise ValueError(f"all {len(cases)} atlases are of one model; to leave one out pass two models or more")
+        raise ValueError(
+            f"all {len(cases)} pair sweeps are of one model; pass two models or more, so that one can be left out"
+        )
     return [
         predict(name, fitter, [other for other in cases if other.model != case.model], case)
         for name, fitter in fitters.items()
@@ -354,15 +366,15 @@ def leave_one_model_out(cases: Sequence[Case], fitters: Mapping[str, Fitter]) ->
 
 
 def judged(predictions: Sequence[RulePrediction]) -> pd.DataFrame:
-    """How each prediction fared.
+    """Compares each prediction with the gains of its pair sweep, one row per prediction.
 
-    Columns rule, atlas, model; student and teacher of the pick; none (whether no pair was recommended); gain (as
-    `RulePrediction.gain`) and taken (0 where none); rank (of such a gain, 1 the best); rho, low, high (of order and
-    gains, over the pairs that were not refused); regret and regret_elsewhere (shares of `Worth.best` and
-    `Worth.best_elsewhere` that are missed, nan where nothing is to gain beyond the noise); harm (whether what was taken
-    is worse than no alignment beyond the noise: one-sided, 5 %); ties (how many), ties_within (share of them whose gain
-    differs from the pick's by less than the uncertainty stated, 1.96 standard errors); covered (share of gains within
-    the interval stated).
+    Columns: rule, atlas and model; student and teacher of the pick; none (whether no pair was recommended); gain (see
+    `RulePrediction.gain`) and taken (the same, 0 if no pair was recommended); rank (of the gain among all pairs, 1 is
+    the best); rho, low and high (rank correlation of scores and gains, over the admissible pairs); regret and
+    regret_elsewhere (missed shares of `Worth.best` and `Worth.best_elsewhere`, nan if no pair gains beyond the noise);
+    harm (whether the taken pair is worse than the baseline beyond the noise: one-sided, 5 %); ties (number of ties) and
+    ties_within (share of them whose gain differs from the pick's by less than 1.96 standard errors); covered (share of
+    gains within their predicted intervals).
     """
     return pd.DataFrame([_judged(one) for one in predictions])
 
@@ -370,12 +382,12 @@ def judged(predictions: Sequence[RulePrediction]) -> pd.DataFrame:
 def _judged(one: RulePrediction) -> dict[str, Any]:
     case, value = one.case, worth(one.case)
     gain, taken = one.gain, 0.0 if one.none else one.gain
-    found = rank_correlation(one.order, case.gain, case.ends)
+    correlation = rank_correlation(one.order, case.gain, case.ends)
     bar = value.error * stats.t.ppf(0.95, value.dof) if value.dof > 0 else np.nan
     pick = None if one.pick is None else case.pairs[one.pick]
-    apart = np.abs(case.gain - case.gain[one.pick or 0])[one.ties]
-    known = np.isfinite(one.expected)
-    inside = np.abs(case.gain - one.expected)[known] < one.calibration.half_width
+    differences = np.abs(case.gain - case.gain[one.pick or 0])[one.ties]
+    admissible = np.isfinite(one.expected)
+    inside = np.abs(case.gain - one.expected)[admissible] < one.calibration.half_width
     return {
         "rule": one.rule,
         "atlas": case.name,
@@ -386,13 +398,13 @@ def _judged(one: RulePrediction) -> dict[str, Any]:
         "gain": gain,
         "taken": taken,
         "rank": 1 + int((case.gain > gain).sum()) if pick else np.nan,
-        "rho": found.rho,
-        "low": found.low,
-        "high": found.high,
+        "rho": correlation.rho,
+        "low": correlation.low,
+        "high": correlation.high,
         "regret": 1 - taken / value.best if value.pays else np.nan,
         "regret_elsewhere": 1 - taken / value.best_elsewhere if value.pays else np.nan,
         "harm": bool(taken < -bar),
         "ties": int(one.ties.sum()),
-        "ties_within": float((apart < Z95 * one.calibration.error).mean()) if len(apart) else np.nan,
-        "covered": float(inside.mean()) if known.any() else np.nan,
+        "ties_within": float((differences < Z95 * one.calibration.error).mean()) if len(differences) else np.nan,
+        "covered": float(inside.mean()) if admissible.any() else np.nan,
     }

@@ -1,9 +1,8 @@
-"""How criteria and rules do on the atlases of a folder: tables, and figures with `--out`.
+"""Evaluation of criteria and rules on the pair sweeps of a folder: tables, and figures with `--out`.
 
-FOLDER holds NAME.csv beside NETWORK-evidence.csv, where NAME begins with NETWORK, as docs/atlas does, or folders NAME
-with atlas.csv and evidence.csv.
-Atlases without evidence are judged by depths alone. Names that differ only after "-steps-" are stages of one model and
-are left out together.
+FOLDER contains NAME.csv beside NETWORK-evidence.csv, where NAME begins with NETWORK, as docs/atlas does, or folders
+NAME with atlas.csv and evidence.csv. Sweeps without evidence only have depths as criteria. Names that differ only after
+"-steps-" are stages of one model and are left out together.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ CHOSEN = "chosen among these"
 def main() -> None:
     options = parsed()
     if options.folder is None:
-        show("coverage of 95 % intervals of a rank correlation, planted", coverage(options.draws))
+        show("coverage of 95 % intervals of a planted rank correlation", coverage(options.draws))
         return
-    paths = [(atlas, evidence) for atlas, evidence in found(options.folder) if options.only in str(atlas)]
+    paths = [(atlas, evidence) for atlas, evidence in sweep_files(options.folder) if options.only in str(atlas)]
     for metric in options.metrics:
         print(f"\n# {metric}")
         report(read(paths, metric, options), options)
@@ -74,17 +73,19 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="without it, how often intervals hold a planted truth")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="folder of pair sweeps; without it, coverage of a planted truth"
+    )
     parser.add_argument("--metrics", nargs="+", default=[FRECHET, HELD_OUT])
-    parser.add_argument("--only", default="", help="atlases whose name holds this, such as from-scratch")
-    parser.add_argument("--first", action="store_true", help="judge by each atlas's first scores, not by its last")
-    parser.add_argument("--draws", type=int, default=100, help="of what is planted, noise to count false alarms")
-    parser.add_argument("--out", type=Path, help="where figures go")
+    parser.add_argument("--only", default="", help="text in the names of the sweeps to read, such as from-scratch")
+    parser.add_argument("--first", action="store_true", help="use the first scores of each sweep instead of the last")
+    parser.add_argument("--draws", type=int, default=100, help="number of planted or noise criteria")
+    parser.add_argument("--out", type=Path, help="folder of the figures")
     return parser.parse_args()
 
 
-def found(folder: Path) -> list[tuple[Path, Path | None]]:
-    """Atlases and their evidence."""
+def sweep_files(folder: Path) -> list[tuple[Path, Path | None]]:
+    """Returns the tables of the pair sweeps in a folder, each with its evidence."""
     evidence = {path.stem.removesuffix("-evidence"): path for path in sorted(folder.glob("*-evidence.csv"))}
     flat = [path for path in sorted(folder.glob("*.csv")) if path not in evidence.values()]
     networks = {
@@ -111,7 +112,7 @@ def read(
     return cases
 
 
-# What a quantity of pairs may be made of: numbers of the L layers and of the pairs (s, t).
+# Planted quantities of pairs, from random numbers of the L layers and of the pairs (s, t).
 PLANTED: dict[str, Callable[[np.random.Generator, int, np.ndarray, np.ndarray], np.ndarray]] = {
     "by pair": lambda rng, n, s, t: rng.standard_normal(len(s)),
     "gap of layers": lambda rng, n, s, t: np.subtract(*rng.standard_normal(n)[[t, s]]),
@@ -124,7 +125,7 @@ PLANTED: dict[str, Callable[[np.random.Generator, int, np.ndarray, np.ndarray], 
 
 
 def coverage(draws: int) -> pd.DataFrame:
-    """Of two quantities that share a part, ours beside intervals that take pairs for independent."""
+    """Computes how often intervals of a correlation contain the truth: ours, and those for independent pairs."""
     rng, rows = np.random.default_rng(0), []
     for layers, (kind, make), shared in product((6, 8), PLANTED.items(), (0.0, 0.6)):
 
@@ -132,37 +133,37 @@ def coverage(draws: int) -> pd.DataFrame:
             n: int, make: Callable[..., np.ndarray] = make, shared: float = shared
         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             s, t = np.triu_indices(n, 1)
-            own, other, both = (make(rng, n, s, t) for _ in range(3))
-            parts = [(1 - shared) ** 0.5 * one + shared**0.5 * both for one in (own, other)]
+            first, second, both = (make(rng, n, s, t) for _ in range(3))
+            parts = [(1 - shared) ** 0.5 * one + shared**0.5 * both for one in (first, second)]
             return parts[0], parts[1], np.column_stack([s, t])
 
-        # Of many layers the correlation hardly varies.
+        # With many layers the correlation hardly varies.
         truth = np.mean([stats.spearmanr(*drawn(40)[:2]).statistic for _ in range(60)]) if shared else 0.0
         ours = [rank_correlation(*drawn(layers)) for _ in range(draws)]
         plain = [
             abs(np.arctanh(one.rho) - np.arctanh(truth)) <= 1.96 * ((1 + one.rho**2 / 2) / (one.num_pairs - 3)) ** 0.5
             for one in ours
         ]
-        held = [one.low <= truth <= one.high for one in ours]
-        rows.append((layers, kind, truth, np.mean(held), np.mean(plain)))
+        covered = [one.low <= truth <= one.high for one in ours]
+        rows.append((layers, kind, truth, np.mean(covered), np.mean(plain)))
     return pd.DataFrame(rows, columns=["layers", "noise", "truth", "ours", "independent pairs"])
 
 
 def report(cases: Sequence[Case], options: argparse.Namespace) -> None:
     if not cases:
-        print("no atlas")
+        print("no pair sweep")
         return
-    show("atlases", pd.DataFrame([described(case) for case in cases]))
+    show("pair sweeps", pd.DataFrame([described(case) for case in cases]))
     table = correlations(cases)
     show("criteria: mean rank correlation over models, 95 % interval", pooled(table))
-    show("given the depths of both layers", pooled(table, column="partial"))
-    show("by atlas (* interval without 0)", by_atlas(table, "rho", "significant"))
+    show("controlled for the depths of both layers", pooled(table, column="partial"))
+    show("by pair sweep (* interval excludes 0)", by_atlas(table, "rho", "significant"))
     rng = np.random.default_rng(0)
     kinds = {kind: false_alarms(cases, rng, kind=kind, draws=options.draws) for kind in ("pairs", "layers", "smooth")}
-    alarms = pd.DataFrame(kinds, index=["plain", "given depths"]).T
-    show("false alarms: share of noise criteria that look significant in one atlas (stated: 0.05)", alarms)
+    alarms = pd.DataFrame(kinds, index=["plain", "controlled for depths"]).T
+    show("false alarms: share of noise criteria that are significant in one sweep (nominal: 0.05)", alarms)
     if len(by_model(cases)) < 2:
-        print("\none model: no rule can be judged on another")
+        print("\none model: rules cannot be evaluated on another")
         return
     predictions = leave_one_model_out(cases, rules(cases))
     verdicts = judged(predictions)
@@ -193,7 +194,7 @@ def described(case: Case) -> dict[str, object]:
 
 
 def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
-    """What is compared. The ones that learn do so by label-free criteria, too."""
+    """Returns the rules to compare by name; those that are fitted exist with all and with label-free criteria."""
     everything, free = known_criteria(cases), known_criteria(cases, labels=False)
     candidates = {
         "ridge": ridge(everything),
@@ -219,7 +220,7 @@ def rules(cases: Sequence[Case]) -> dict[str, Fitter]:
 
 
 def refused_last(*, label_free: bool) -> Fitter:
-    """As select orders all pairs: those within its limits by score, then those that it refuses, by score."""
+    """Returns the fitter of select's order of all pairs: admissible ones by score, then refused ones by score."""
     selected = as_selected(fixed(RULE), label_free=label_free)
 
     def fit(cases: Sequence[Case]) -> PairScorer:
@@ -234,7 +235,7 @@ def summary(verdicts: pd.DataFrame) -> pd.DataFrame:
     pool = pooled(verdicts, by="rule")[["rho", "low", "high"]]
     columns = ["regret", "regret_elsewhere", "gain", "taken", "none", "harm", "ties", "ties_within", "covered"]
     means = verdicts.groupby("rule", sort=False)[columns].mean()
-    return pool.reindex(means.index).join(means)  # a rule that ranked nothing has no correlation
+    return pool.reindex(means.index).join(means)  # a rule without any ranked pair has no correlation
 
 
 def by_atlas(table: pd.DataFrame, value: str, mark: str) -> pd.DataFrame:
@@ -244,7 +245,7 @@ def by_atlas(table: pd.DataFrame, value: str, mark: str) -> pd.DataFrame:
 
 
 def show_weights(cases: Sequence[Case]) -> None:
-    """Of the rules fitted on all models: what a new model is judged by, as constants of `selection`."""
+    """Prints the weights and calibrations of rules that are fitted on all models."""
     for name, labels in (("with labels", True), ("label-free", False)):
         names = known_criteria(cases, labels=labels)
         for key, fitter in {"ridge": ridge(names), "rank average": rank_average(names)}.items():
@@ -260,8 +261,8 @@ def show(title: str, table: pd.DataFrame) -> None:
 def draw(predictions: Sequence[RulePrediction], out: Path) -> None:
     metric = predictions[0].case.metric.replace(" ", "-").lower()
     save_figure(picks_figure(predictions), out, f"calibration-picks-{metric}")
-    own = [one for one in predictions if one.rule == CHOSEN]
-    save_figure(expectations_figure(own), out, f"calibration-expected-{metric}")
+    of_chosen = [one for one in predictions if one.rule == CHOSEN]
+    save_figure(expectations_figure(of_chosen), out, f"calibration-expected-{metric}")
 
 
 if __name__ == "__main__":

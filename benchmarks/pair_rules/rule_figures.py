@@ -1,4 +1,4 @@
-"""The figures of calibration: how criteria correlate with gains, what picks bring, and what was expected of pairs."""
+"""Figures of the evaluation: correlation of criteria with gains, gains of picks, and expected against true gains."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ COLORS = (ARM_COLORS["pick"], ARM_COLORS["depth heuristic"], ARM_COLORS["runner-
 
 @styled()
 def criteria_figure(cases: Sequence[Case]) -> Figure:
-    """Spearman correlation of every criterion with the gain, one mark an atlas, and the mean over models.
+    """Draws the Spearman correlation of every criterion with the gain, one mark per sweep, and the mean over models.
 
-    Bars are 95 % intervals of the mean over models; thin lines those of single atlases. What needs labels is starred.
-    Dotted lines are the noise ceilings of atlases of two seeds or more.
+    Bars are 95 % intervals of the mean over models, thin lines those of single sweeps. A star marks criteria that need
+    labels. Dotted lines are the noise ceilings of sweeps with two seeds or more.
 
     Args:
-        cases: Of one metric or several, each metric a panel.
+        cases: Pair sweeps with evidence; each metric has one panel.
 
     Raises:
         ValueError: If there is no case.
     """
     if not cases:
-        raise ValueError("there is no atlas to draw; pass one or more")
+        raise ValueError("there is no pair sweep to draw; pass one or more")
     tables = {metric: correlations(group).dropna(subset=["rho"]) for metric, group in _by_metric(cases).items()}
     order = pooled(pd.concat(tables.values())).index.tolist()[::-1]
     starred = {name for case in cases for name in case.needs_labels}
@@ -64,7 +64,7 @@ def criteria_figure(cases: Sequence[Case]) -> Figure:
     handles = [Line2D([], [], ls="", marker=_marker(names, name), c=_color(names, name), label=name) for name in names]
     handles.append(Line2D([], [], color=INK, lw=4, alpha=0.35, label="mean over models, 95 %"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
-    figure.suptitle("What tells before training what a pair is worth? (* needs labels)", x=0.008, ha="left")
+    figure.suptitle("Which evidence predicts the gain of a pair? (* needs labels)", x=0.008, ha="left")
     return figure
 
 
@@ -84,27 +84,28 @@ def _correlation_panel(axes: Axes, table: pd.DataFrame, order: Sequence[str], na
 
 
 def _best(pool: pd.DataFrame, metric: str) -> str:
-    known = pool.dropna(subset=["rho"])
-    if known.empty:
+    correlated = pool.dropna(subset=["rho"])
+    if correlated.empty:
         return f"{capital(metric)}: nothing varies"
-    first = known.iloc[0]
-    sure = known[(known["low"] > 0) | (known["high"] < 0)]
-    held = f"{len(sure)} of {len(known)} hold over models" if known["models"].max() > 1 else "one model"
-    return f"{capital(metric)}: {known.index[0]} {first['rho']:+.2f}; {held}"
+    first = correlated.iloc[0]
+    significant = correlated[(correlated["low"] > 0) | (correlated["high"] < 0)]
+    several = f"{len(significant)} of {len(correlated)} hold over models"
+    note = several if correlated["models"].max() > 1 else "one model"
+    return f"{capital(metric)}: {correlated.index[0]} {first['rho']:+.2f}; {note}"
 
 
 @styled()
 def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
-    """What each rule's pick gains on models the rule was not fitted on, one panel an atlas, beside what luck brings.
+    """Draws the gain of each rule's pick on models that the rule was not fitted on, one panel per pair sweep.
 
-    The solid line is the best pair (too large by luck), the dashed one the best pair of the other seed; the band is
-    what cannot be told from no alignment (95 %). Hollow marks: the rule said that no pair is worth it.
+    The solid line is the best pair (too large by luck), the dashed one the best pair of the other seeds. The band holds
+    gains that do not differ from the baseline (95 %). Hollow marks: the rule recommends no pair.
 
     Args:
-        predictions: Of one metric, as `leave_one_model_out` returns them.
+        predictions: Predictions in one metric, from `leave_one_model_out`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no prediction.
     """
     if not predictions:
         raise ValueError("there are no predictions to draw; leave one model out of two or more")
@@ -114,14 +115,14 @@ def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 1.9 + 0.32 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     for axes, (name, case) in zip(all_axes, cases.items(), strict=True):
-        value, own = worth(case), table[table["atlas"] == name]
+        value, rows_of_sweep = worth(case), table[table["atlas"] == name]
         axes.axvspan(-196 * value.error, 196 * value.error, color=GRAY, alpha=0.15, lw=0)
         axes.axvline(0, color=INK, lw=0.8)
         axes.axvline(100 * value.best, color=INK, lw=1.4)
         axes.axvline(100 * value.best_elsewhere, color=INK, lw=1.2, ls="--")
         axes.plot(100 * value.random, rows.index("mean random pair"), "s", color=GRAY)
         axes.plot(100 * value.heuristic, rows.index("depth heuristic"), "s", color=ARM_COLORS["depth heuristic"])
-        for row in own.to_dict("records"):
+        for row in rows_of_sweep.to_dict("records"):
             at = 0.0 if np.isnan(row["gain"]) else 100 * row["gain"]  # all pairs are refused
             fill = BACKGROUND if row["none"] else ARM_COLORS["pick"]
             axes.plot(at, rows.index(row["rule"]), "o", color=ARM_COLORS["pick"], mfc=fill)
@@ -132,8 +133,10 @@ def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
     handles = [
         Line2D([], [], color=INK, lw=1.4, label="best pair, by luck and merit"),
         Line2D([], [], color=INK, lw=1.2, ls="--", label="best pair of the other seeds"),
-        Line2D([], [], color=GRAY, lw=7, alpha=0.3, label="not told from no alignment (95 %)"),
-        Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="the rule says none"),
+        Line2D([], [], color=GRAY, lw=7, alpha=0.3, label="not different from the baseline (95 %)"),
+        Line2D(
+            [], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="the rule recommends no pair"
+        ),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     metric = predictions[0].case.metric
@@ -144,19 +147,19 @@ def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
 def _regret_title(table: pd.DataFrame, metric: str) -> str:
     regrets = table.groupby("rule", sort=False)["regret"].mean().dropna()
     if regrets.empty:
-        return f"{capital(metric)}: in no atlas does a pair pay beyond the noise, so no rule can be told from another"
+        return f"{capital(metric)}: no pair gains beyond the noise in any sweep, so the rules cannot be compared"
     return f"{capital(metric)}: {regrets.idxmin()} misses least of the best pair's gain, {regrets.min():.0%} on average"
 
 
 @styled()
 def expectations_figure(predictions: Sequence[RulePrediction]) -> Figure:
-    """Expected and true gain of every pair under one rule that did not know the model, one panel an atlas.
+    """Draws expected against true gains of all pairs for one rule that was not fitted on the model, a panel per sweep.
 
     Args:
-        predictions: Of one rule and one metric.
+        predictions: Predictions of one rule in one metric.
 
     Raises:
-        ValueError: If there is none, or they are of several rules.
+        ValueError: If there is no prediction, or there are several rules.
     """
     rules = {one.rule for one in predictions}
     if len(rules) != 1:
@@ -170,8 +173,8 @@ def expectations_figure(predictions: Sequence[RulePrediction]) -> Figure:
         axes.set_visible(False)
     for axes, one, rho in zip(all_axes, predictions, table["rho"], strict=False):
         _expectation_panel(axes, one)
-        told = f"rank correlation {rho:+.2f}" if np.isfinite(rho) else "all pairs score the same"
-        axes.set_title(f"{one.case.name}\n{told}")
+        note = f"rank correlation {rho:+.2f}" if np.isfinite(rho) else "all pairs score the same"
+        axes.set_title(f"{one.case.name}\n{note}")
     handles = [
         Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], ms=8, label="pick"),
         Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="tie with the pick"),
@@ -179,7 +182,8 @@ def expectations_figure(predictions: Sequence[RulePrediction]) -> Figure:
         Line2D([], [], ls="", marker="s", color=ARM_COLORS["depth heuristic"], label="depth heuristic"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    title = f"{capital(predictions[0].case.metric)}: what {next(iter(rules))} expected of models it had not seen"
+    (rule,), metric = rules, capital(predictions[0].case.metric)
+    title = f"{metric}: gains expected by {rule} for models that it was not fitted on"
     figure.suptitle(title, x=0.008, ha="left")
     return figure
 

@@ -1,22 +1,22 @@
-"""Which evidence tells what a layer pair is worth: criteria and rules against pair atlases.
+"""How well evidence predicts the gain of layer pairs: criteria compared with the results of pair sweeps.
 
-An atlas (`layerprobe atlas`) says what every pair was worth by experiment, `evidence.csv` says what was measured on the
-checkpoint beforehand. This module asks how well the second predicts the first. Atlases are few (three to six), small
-(15 or 28 pairs) and noisy (one or two seeds), so every number here is built for that:
+A pair sweep (`layerprobe atlas`) measures the gain of every pair by experiment; `evidence.csv` holds the measurements
+on the checkpoint before it. Pair sweeps are few (three to six), small (15 or 28 pairs) and noisy (one or two seeds),
+and the statistics here are made for that:
 
-- **Gain** of a pair: the share by which it undercuts the score without alignment, of the same seed at the same step.
-  Its noise is what is left of the gains of several seeds once each pair has its mean and each seed its own; with one
-  seed, what is left beyond one effect of each student and one of each teacher, which overstates it on average.
+- **Gain** of a pair: the share by which its score is below the baseline's, of the same seed at the same step. With
+  several seeds, its noise is the residual of the gains after subtracting the mean of each pair and the mean of each
+  seed. With one seed, it is the residual of one effect per student and one per teacher, too large on average.
 - **Rank correlations** are Spearman's. Pairs share layers, so they are not independent. The variance of Fisher's z is
-  what leaving out one layer at a time tells, less what that counts twice, the variance from leaving out one pair at a
-  time (as for dyadic data; Fafchamps and Gubert 2007), and at least that of independent pairs (Bonett and Wright
-  2000); the quantile is Student's with one degree of freedom fewer than layers. A bootstrap over pairs would be far
-  too sure of itself where gains follow layers. Even so, two quantities that both vary smoothly with depth correlate by
-  chance (`false_alarms` counts how often). `partial` takes out what the depths of the two layers explain, and only the
-  agreement of models, for which `pooled` has an interval, shows that a criterion holds elsewhere.
-- **Regret** is what a pick misses of the best pair's gain. The best pair of a noisy atlas owes a part of its gain to
-  luck. Where there are two seeds or more it is chosen on all but one and read on that one: such a best pair may be the
-  wrong one and so its gain is too small, where the largest mean gain is too large. The truth lies between.
+  the jackknife variance over layers minus the jackknife variance over pairs, which it counts twice (as for dyadic data;
+  Fafchamps and Gubert 2007), and at least that of independent pairs (Bonett and Wright 2000). The quantile is Student's
+  with one degree of freedom fewer than layers. A bootstrap over pairs would give intervals that are far too narrow if
+  gains follow layers. Even so, two quantities that both vary smoothly with depth correlate by chance (`false_alarms`
+  counts how often). A partial correlation removes what the depths of the two layers explain. Only the agreement of
+  models, for which `pooled` has an interval, shows that a criterion holds for other models.
+- **Regret** is the share of the best pair's gain that a pick misses. The best pair of a noisy sweep owes a part of its
+  gain to luck. With two seeds or more it is also chosen on all seeds but one and evaluated on that one. Its gain is
+  then too small, because another pair may be better, while the largest mean gain is too large. The truth lies between.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ CONFIDENCE = 0.95
 FEWEST_LAYERS, FEWEST_PAIRS = 5, 6  # 6 pairs are left of 5 layers where one is left out
 
 
-# --------------------------------------------------------------------------------------------------- atlas and evidence
+# ----------------------------------------------------------------------------------------------- sweep and evidence
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """An atlas beside its evidence: what pairs were worth, and what was known of them before.
+    """A pair sweep with its evidence: the gains of pairs, and the measurements before the training.
 
     Attributes:
-        name: Of the atlas.
-        model: Atlases of one model share it and are left out together.
-        metric: What the gains are gains in.
+        name: Name of the pair sweep.
+        model: Name of the model; sweeps of one model are left out together.
+        metric: Metric of the gains.
         step: Optimizer step of the scores.
-        layers: In execution order.
+        layers: Layer names in execution order.
         pairs: P pairs, in execution order of the student, then of the teacher.
-        gains: Share by which no alignment is undercut, shape (P, seeds).
-        criteria: Mean over noise levels, a row for each pair, a column for each criterion; nan where not measured.
-        needs_labels: Criteria that cannot be had without labels.
-        evidence: All evidence, if there is any.
+        gains: Shares by which the scores are below the baseline's, shape (P, seeds).
+        criteria: Means over noise levels, a row for each pair, a column for each criterion; nan if not measured.
+        needs_labels: Names of the criteria that need labels.
+        evidence: All evidence; None if it is missing.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Case:
 
     @property
     def gain(self) -> Floats:
-        """Mean over seeds, shape (P,)."""
+        """Gains averaged over seeds, shape (P,)."""
         return np.asarray(self.gains.mean(axis=1))
 
     @property
     def num_seeds(self) -> int:
-        """Seeds in which all pairs are finished."""
+        """Number of seeds in which all pairs are finished."""
         return int(self.gains.shape[1])
 
     @property
@@ -101,35 +101,35 @@ def read_case(
     name: str | None = None,
     model: str | None = None,
 ) -> Case:
-    """Reads an atlas and the evidence that was taken of its starting point.
+    """Reads the table of a pair sweep and the evidence on its start.
 
-    A seed counts once it has all pairs that any seed has, so an atlas may be read while it is trained. Depths are added
-    where the evidence has none: an atlas without any evidence is a case too, of the layers that its pairs name.
+    A seed counts once it has all pairs that any seed has, so a sweep may be read while it is running. Depths are always
+    among the criteria. Without evidence, the layers are those that the pairs name.
 
     Args:
-        atlas: An `atlas.csv`.
-        evidence: An `evidence.csv`, or None.
-        metric: Lower is better.
-        step: The last one if not given.
-        name: The name of the file, or of its folder if it is called `atlas.csv`, if not given.
-        model: `name` up to "-steps-" if not given.
+        atlas: Path of an `atlas.csv`.
+        evidence: Path of an `evidence.csv`; None for no evidence.
+        metric: Metric of the gains, of which lower values are better.
+        step: Optimizer step of the scores; None for the last one.
+        name: Name of the pair sweep; None for the name of the file, or of its folder if the file is `atlas.csv`.
+        model: Name of the model; None for `name` up to "-steps-".
 
     Raises:
-        ValueError: If a file is another table, the atlas has no gains in this metric at this step, or the evidence
-            knows none of its pairs.
+        ValueError: If a file is another table, the sweep has no gains in this metric at this step, or the evidence
+            contains none of its pairs.
     """
     atlas = Path(atlas)
     name = name or (atlas.parent.name if atlas.name == "atlas.csv" else atlas.stem)
     model = model or name.split("-steps-")[0]
     gains, step = _finished(read_pair_sweep(atlas), metric, step, name)
-    known = None if evidence is None else PairEvidence.read_csv(evidence)
+    measured = None if evidence is None else PairEvidence.read_csv(evidence)
     names = gains.index.tolist()
-    layers = execution_order(names + ([] if known is None else list(known.pairs)))
+    layers = execution_order(names + ([] if measured is None else list(measured.pairs)))
     names.sort(key=lambda pair: [layers.index(layer) for layer in pair])
     pairs = tuple(LayerPair(student, teacher) for student, teacher in names)
-    criteria, needs_labels = _criteria(known, pairs, layers)
+    criteria, needs_labels = _criteria(measured, pairs, layers)
     values = gains.loc[names].to_numpy(float)
-    return Case(name, model, metric, step, layers, pairs, values, criteria, needs_labels, known)
+    return Case(name, model, metric, step, layers, pairs, values, criteria, needs_labels, measured)
 
 
 def _finished(table: pd.DataFrame, metric: str, step: int | None, name: str) -> tuple[pd.DataFrame, int]:
@@ -138,14 +138,16 @@ def _finished(table: pd.DataFrame, metric: str, step: int | None, name: str) -> 
     step = int(rows["step"].max()) if step is None and len(rows) else step
     by_seed = rows[rows["step"] == step].pivot(index=["student", "teacher"], columns="seed", values="benefit")
     if by_seed.empty or step is None:
-        seen = f"metrics {', '.join(dict.fromkeys(table['metric']))}; steps {sorted(set(table['step']))}"
-        raise ValueError(f"{name} has no gains in {metric!r} at step {step} (it has {seen}); finish its branches first")
+        present = f"metrics {', '.join(dict.fromkeys(table['metric']))}; steps {sorted(set(table['step']))}"
+        raise ValueError(
+            f"{name} has no gains in {metric!r} at step {step} (it has {present}); finish its branches first"
+        )
     fullest = by_seed[by_seed.notna().sum().idxmax()].dropna().index
     return by_seed.loc[fullest].dropna(axis=1), step
 
 
 def by_model(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """The cases of each model, in their order."""
+    """Groups cases by model, in their order."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.model, []).append(case)
@@ -153,12 +155,12 @@ def by_model(cases: Sequence[Case]) -> dict[str, list[Case]]:
 
 
 def execution_order(pairs: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """The layers of (student, teacher) pairs, each student before its teacher.
+    """Returns the layers of (student, teacher) pairs in an order in which each student comes before its teacher.
 
-    All pairs of a model leave one order only; of some pairs, layers that no pair decides on go by their numbers.
+    All pairs of a model determine the order. With fewer pairs, layers in undetermined order are sorted by number.
 
     Raises:
-        ValueError: If there is no such order.
+        ValueError: If no order has each student before its teacher.
     """
     before: dict[str, set[str]] = {}
     for student, teacher in pairs:
@@ -189,14 +191,14 @@ def _criteria(
     index = pd.MultiIndex.from_tuples([(pair.student, pair.teacher) for pair in pairs], names=["student", "teacher"])
     measured, needs_labels = pd.DataFrame(index=index), frozenset[str]()
     if evidence is not None:
-        own = pd.MultiIndex.from_tuples(evidence.pairs, names=["student", "teacher"])
-        if not own.isin(index).any():
-            raise ValueError("the evidence knows none of the atlas's pairs; it is of another model")
+        evidence_index = pd.MultiIndex.from_tuples(evidence.pairs, names=["student", "teacher"])
+        if not evidence_index.isin(index).any():
+            raise ValueError("the evidence contains none of the pairs of the sweep; pass that of the same model")
         columns = {name: evidence.columns(name)[0] for name in CRITERIA if name not in DEPTHS and evidence.has(name)}
-        measured = pd.DataFrame(columns, index=own).reindex(index).dropna(axis=1, how="all")
+        measured = pd.DataFrame(columns, index=evidence_index).reindex(index).dropna(axis=1, how="all")
         needs_labels = frozenset(name for name in columns if CRITERIA[name].needs_labels)
     ends = [(layers.index(pair.student), layers.index(pair.teacher)) for pair in pairs]
-    # Whole numbers are subtracted first: distances that are equal must stay equal, they are ranked.
+    # Whole numbers are subtracted first, so that equal distances stay equal when they are ranked.
     depths = pd.DataFrame([(s, t, t - s) for s, t in ends], index=index, columns=list(DEPTHS)) / (len(layers) - 1)
     return measured.join(depths), needs_labels
 
@@ -206,13 +208,13 @@ def _criteria(
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of one seed's gain of one pair, beyond what all pairs of that seed share.
+    """Standard deviation of the gain of one pair with one seed, without the part that all pairs of that seed share.
 
     Attributes:
-        sd: As a share, like the gains; nan if it cannot be told.
+        sd: Standard deviation, as a share like the gains; nan if it cannot be estimated.
         dof: Degrees of freedom of the estimate.
-        from_seeds: Whether seeds told it. Otherwise it is what student and teacher effects leave: on average
-            too large.
+        from_seeds: Whether it is estimated from several seeds. Otherwise it is the residual of student and teacher
+            effects, which is too large on average.
     """
 
     sd: float
@@ -221,29 +223,29 @@ class Noise:
 
 
 def noise(case: Case) -> Noise:
-    """How much a gain varies from one seed to the next, or at most so much where there is one seed."""
+    """Estimates how much a gain varies over seeds; with one seed the estimate is too large on average."""
     num_pairs, num_seeds = case.gains.shape
     if num_seeds > 1:
-        left = case.gains - case.gains.mean(axis=1, keepdims=True) - case.gains.mean(axis=0) + case.gains.mean()
+        residual = case.gains - case.gains.mean(axis=1, keepdims=True) - case.gains.mean(axis=0) + case.gains.mean()
         dof = (num_pairs - 1) * (num_seeds - 1)
     else:
         identity = np.eye(len(case.layers))
         effects = np.hstack([identity[case.ends[:, 0]], identity[case.ends[:, 1]]])
         weights, _, rank, _ = np.linalg.lstsq(effects, case.gain, rcond=None)
-        left, dof = case.gain - effects @ weights, num_pairs - int(rank)
-    return Noise(float(np.sqrt((left**2).sum() / dof)) if dof > 0 else np.nan, dof, num_seeds > 1)
+        residual, dof = case.gain - effects @ weights, num_pairs - int(rank)
+    return Noise(float(np.sqrt((residual**2).sum() / dof)) if dof > 0 else np.nan, dof, num_seeds > 1)
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """How well a criterion can do at all, given the noise of the atlas.
+    """Largest correlation that a criterion can have, given the noise of the pair sweep.
 
     Attributes:
         between_seeds: Spearman correlation of the gains of two seeds, averaged over pairs of seeds; nan with one seed.
-        low: Of its interval; nan with more than two seeds.
-        high: As `low`.
-        of_mean: The correlation that the true gains would have with the mean over the seeds: the square root of the
-            mean's reliability, by the formula of Spearman and Brown.
+        low: Lower end of its 95 % interval; nan unless there are two seeds.
+        high: Upper end of its 95 % interval; nan unless there are two seeds.
+        of_mean: Correlation of the true gains with the mean over seeds: the square root of the mean's reliability, by
+            the formula of Spearman and Brown.
     """
 
     between_seeds: float
@@ -253,12 +255,12 @@ class Ceiling:
 
 
 def ceiling(case: Case) -> Ceiling:
-    """The noise ceiling of an atlas; nan where one seed does not tell."""
+    """Estimates the noise ceiling of a pair sweep; all values are nan with one seed."""
     n = case.num_seeds
     if n < 2:
         return Ceiling(np.nan, np.nan, np.nan, np.nan)
     between = [rank_correlation(case.gains[:, a], case.gains[:, b], case.ends) for a, b in combinations(range(n), 2)]
-    rho = float(np.mean([found.rho for found in between]))
+    rho = float(np.mean([correlation.rho for correlation in between]))
     low, high = (between[0].low, between[0].high) if n == 2 else (np.nan, np.nan)
     return Ceiling(rho, low, high, float(np.sqrt(n * max(rho, 0) / (1 + (n - 1) * max(rho, 0)))))
 
@@ -268,19 +270,19 @@ def ceiling(case: Case) -> Ceiling:
 
 @dataclass(frozen=True)
 class Worth:
-    """What there is to gain in an atlas, and what picking without evidence brings.
+    """Gains that are possible in a pair sweep, and those of picks without evidence.
 
     Attributes:
-        best: The largest mean gain: too large, for it was chosen by its own noise.
-        best_elsewhere: The gain of the best pair of the other seeds, averaged over seeds: too small if anything; nan
+        best: Largest mean gain; too large on average, because its pair was chosen by the same noise.
+        best_elsewhere: Gain of the pair that is best in all other seeds, averaged over seeds; too small on average. nan
             with one seed.
-        best_pair: The pair of `best`.
-        random: Mean gain of a pair.
-        heuristic: Of the depth heuristic's pair; nan if the atlas has not trained it.
-        error: Standard error of a pair's mean gain over no alignment.
-        dof: Its degrees of freedom.
-        pays: Whether the best pair beats no alignment beyond the noise (one-sided, 5 %, the choice among all pairs
-            allowed for).
+        best_pair: Pair with the largest mean gain.
+        random: Mean gain of all pairs.
+        heuristic: Mean gain of the depth heuristic's pair; nan if the sweep lacks it.
+        error: Standard error of a pair's mean gain over the baseline.
+        dof: Degrees of freedom of the error.
+        pays: Whether the best pair beats the baseline beyond the noise (one-sided, 5 %, corrected for the choice among
+            all pairs).
     """
 
     best: float
@@ -294,10 +296,10 @@ class Worth:
 
 
 def worth(case: Case) -> Worth:
-    """What there is to gain in an atlas."""
+    """Computes the gains that are possible in a pair sweep."""
     spread, gain = noise(case), case.gain
     num_pairs, num_seeds = case.gains.shape
-    # The branch without alignment has the noise of any other.
+    # The baseline is as noisy as any other branch.
     error = spread.sd * np.sqrt(2 / num_seeds)
     best, elsewhere = int(gain.argmax()), np.nan
     if num_seeds > 1:
@@ -323,7 +325,14 @@ def worth(case: Case) -> Worth:
 
 @dataclass(frozen=True)
 class Correlation:
-    """A Spearman correlation over pairs that share layers, with its 95 % interval; nan where it is undefined."""
+    """A Spearman correlation over pairs that share layers, with its 95 % interval; nan where it is undefined.
+
+    Attributes:
+        rho: Correlation.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        num_pairs: Number of pairs.
+    """
 
     rho: float
     low: float
@@ -332,85 +341,89 @@ class Correlation:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
-def rank_correlation(x: Floats, y: Floats, ends: NDArray[np.int64], *, given: Floats | None = None) -> Correlation:
-    """Spearman's correlation of two quantities of layer pairs, and an interval that knows that pairs share layers.
+def rank_correlation(x: Floats, y: Floats, ends: NDArray[np.int64], *, controls: Floats | None = None) -> Correlation:
+    """Computes Spearman's correlation of two quantities of layer pairs, with an interval for pairs that share layers.
 
     The interval is Fisher's z plus and minus Student's quantile (layers - 1 degrees of freedom) times a standard error
-    that leaving out single layers tells, see the top of this module.
+    by the jackknife over layers, see the docstring of this module.
 
     Args:
-        x: Shape (P,); pairs in which it is nan are left out.
-        y: Shape (P,).
-        ends: Which two layers each pair is of, shape (P, 2).
-        given: Shape (P, Q): the partial correlation, with what a linear model of their ranks explains taken out.
+        x: First quantity, shape (P,); pairs in which it is nan are left out.
+        y: Second quantity, shape (P,); pairs in which it is nan are left out.
+        ends: Indices of the two layers of each pair, shape (P, 2).
+        controls: Quantities of a partial correlation, shape (P, Q): what a linear model of their ranks explains is
+            removed. None for the plain correlation.
     """
-    known = np.isfinite(x) & np.isfinite(y)
-    columns = np.column_stack([x, y] if given is None else [x, y, given])[known]
-    ends, (num, spare) = ends[known], (len(columns), columns.shape[1] - 2)
+    is_finite = np.isfinite(x) & np.isfinite(y)
+    columns = np.column_stack([x, y] if controls is None else [x, y, controls])[is_finite]
+    ends, (num, num_controls) = ends[is_finite], (len(columns), columns.shape[1] - 2)
     layers = np.unique(ends)
     without_layer = (ends != layers[:, None, None]).all(axis=2)
-    kept = np.vstack([np.ones((1, num)), without_layer, 1 - np.eye(num)])
-    values = _spearman_each(columns, kept)
+    selections = np.vstack([np.ones((1, num)), without_layer, 1 - np.eye(num)])
+    values = _spearman_each(columns, selections)
     rho = float(values[0])
     fewest = int(without_layer.sum(axis=1).min(initial=num))
-    if len(layers) < FEWEST_LAYERS or fewest < FEWEST_PAIRS + spare or np.isnan(rho):
+    if len(layers) < FEWEST_LAYERS or fewest < FEWEST_PAIRS + num_controls or np.isnan(rho):
         return Correlation(rho, np.nan, np.nan, num)
-    z = _fisher(values, kept.sum(axis=1))
+    z = _fisher(values, selections.sum(axis=1))
     by_layer, by_pair = _jackknife(z[1 : 1 + len(layers)]), _jackknife(z[1 + len(layers) :])
-    independent = (1 + rho**2 / 2) / (num - 3 - spare)
+    independent = (1 + rho**2 / 2) / (num - 3 - num_controls)
     error = np.sqrt(max(by_layer - by_pair, independent))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(layers) - 1) * error
     return Correlation(rho, float(np.tanh(z[0] - half)), float(np.tanh(z[0] + half)), num)
 
 
-def _spearman_each(columns: Floats, kept: Floats) -> Floats:
-    """Spearman's correlation of the first two columns, the others taken out, within each selection of rows.
+def _spearman_each(columns: Floats, selections: Floats) -> Floats:
+    """Spearman's correlation of the first two columns, with the others as controls, within each selection of rows.
 
     Args:
-        columns: Shape (n, 2 + Q).
-        kept: 1 for rows that count, else 0, shape (K, n).
+        columns: Quantities, shape (n, 2 + Q).
+        selections: 1 for rows that count, else 0, shape (K, n).
 
     Returns:
-        Shape (K,), nan where nothing varies.
+        Correlations, shape (K,); nan if a column does not vary.
     """
     one, other = columns[:, None], columns[None]
     above = (one > other) + 0.5 * (one == other)
-    ranks = np.einsum("kj,ijv->kiv", kept, above)
-    ranks -= (kept[:, :, None] * ranks).sum(axis=1, keepdims=True) / np.maximum(kept.sum(axis=1), 1)[:, None, None]
-    ranks *= kept[:, :, None]
+    ranks = np.einsum("kj,ijv->kiv", selections, above)
+    counts = np.maximum(selections.sum(axis=1), 1)[:, None, None]
+    ranks -= (selections[:, :, None] * ranks).sum(axis=1, keepdims=True) / counts
+    ranks *= selections[:, :, None]
     moments = ranks.transpose(0, 2, 1) @ ranks
     of_two, across = moments[:, :2, :2], moments[:, :2, 2:]
-    left = of_two - across @ np.linalg.pinv(moments[:, 2:, 2:], rcond=1e-9, hermitian=True) @ across.transpose(0, 2, 1)
-    sizes, whole = (np.diagonal(values, axis1=1, axis2=2) for values in (left, of_two))
-    rho = np.full(len(kept), np.nan)
-    # What is left of a rank that the others explain is rounding.
+    residual = of_two - across @ np.linalg.pinv(moments[:, 2:, 2:], rcond=1e-9, hermitian=True) @ across.transpose(
+        0, 2, 1
+    )
+    sizes, whole = (np.diagonal(values, axis1=1, axis2=2) for values in (residual, of_two))
+    rho = np.full(len(selections), np.nan)
+    # The residual of a rank that the controls explain is rounding error.
     varies = ((sizes > 1e-9 * whole) & (whole > 0)).all(axis=1)
-    rho[varies] = left[varies, 0, 1] / np.sqrt(sizes[varies].prod(axis=1))
+    rho[varies] = residual[varies, 0, 1] / np.sqrt(sizes[varies].prod(axis=1))
     return np.asarray(np.clip(rho, -1, 1))
 
 
 def _fisher(rho: Floats, num: Floats) -> Floats:
-    # 1 has no z: it counts as the largest correlation below 1 that so many ranks can have.
+    # The z of 1 is infinite: it counts as the largest correlation below 1 that this number of ranks can have.
     largest = 1 - 12 / (num**3 - num)
     return np.asarray(np.arctanh(np.clip(rho, -largest, largest)))
 
 
 def _jackknife(left_out: Floats) -> float:
-    """Variance of a statistic from its values with one unit left out; values that do not exist are passed over."""
+    """Variance of a statistic from its values with one unit left out; missing values are skipped."""
     values = left_out[np.isfinite(left_out)]
     n = len(values)
     return float((n - 1) / n * ((values - values.mean()) ** 2).sum()) if n > 1 else np.inf
 
 
 def correlations(cases: Sequence[Case]) -> pd.DataFrame:
-    """Every criterion against the gain, in every atlas.
+    """Computes the rank correlation of every criterion with the gain, in every pair sweep.
 
-    Columns atlas, model, criterion, needs_labels, rho, low, high, significant, partial (given the depths of student
-    and teacher), partial_low, partial_high, pairs.
+    Columns: atlas (name of the sweep), model, criterion, needs_labels, rho, low, high, significant, partial (controlled
+    for the depths of student and teacher), partial_low, partial_high and pairs (their number).
     """
     rows = []
     for case in cases:
@@ -420,7 +433,7 @@ def correlations(cases: Sequence[Case]) -> pd.DataFrame:
             plain = rank_correlation(values, case.gain, case.ends)
             partial = Correlation(np.nan, np.nan, np.nan, plain.num_pairs)
             if criterion not in DEPTHS:
-                partial = rank_correlation(values, case.gain, case.ends, given=depths)
+                partial = rank_correlation(values, case.gain, case.ends, controls=depths)
             rows.append(
                 {
                     "atlas": case.name,
@@ -441,52 +454,51 @@ def correlations(cases: Sequence[Case]) -> pd.DataFrame:
 
 
 def pooled(table: pd.DataFrame, *, by: str = "criterion", column: str = "rho") -> pd.DataFrame:
-    """Mean correlation over models and its 95 % interval, by Fisher's z; index `by`, largest magnitude first.
+    """Computes the mean correlation over models and its 95 % interval, by Fisher's z; largest magnitude first.
 
-    Models are the sample: atlases of one model are averaged first, and the interval is Student's over models. It is nan
-    with one model.
+    Sweeps of one model are averaged first, and the interval is Student's over models. It is nan with one model.
 
     Args:
-        table: With the columns atlas, model, `by` and `column`, as `correlations` returns it.
-        by: What to pool for.
-        column: The correlation.
+        table: Table with the columns model, `by` and `column`, as `correlations` returns it.
+        by: Column of the groups, and index of the result.
+        column: Column of the correlations.
     """
     rows = {}
-    for key, found in table.dropna(subset=[column]).groupby(by, sort=False):
-        z = np.arctanh(found[column].clip(-0.999, 0.999)).groupby(found["model"]).mean()
+    for key, group in table.dropna(subset=[column]).groupby(by, sort=False):
+        z = np.arctanh(group[column].clip(-0.999, 0.999)).groupby(group["model"]).mean()
         half = np.nan
         if len(z) > 1:
             half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(z) - 1) * z.std() / np.sqrt(len(z)))
         ends = (np.tanh(z.mean() + part) for part in (0, -half, half))
-        rows[key] = (*ends, len(z), found[column].min(), found[column].max())
+        rows[key] = (*ends, len(z), group[column].min(), group[column].max())
     pool = pd.DataFrame.from_dict(rows, orient="index", columns=["rho", "low", "high", "models", "smallest", "largest"])
     return pool.sort_values("rho", key=np.abs, ascending=False, kind="stable").rename_axis(by)
 
 
-# ------------------------------------------------------------------------------------------------------ planted nothing
+# ---------------------------------------------------------------------------------------------------- noise criteria
 
 
 def false_alarms(
     cases: Sequence[Case], rng: np.random.Generator, *, kind: str, draws: int = 100
 ) -> tuple[float, float]:
-    """Share of correlations called significant when the criterion is noise, beside the true gains of these atlases.
+    """Computes the share of correlations that count as significant although the criterion is noise.
 
     Args:
-        cases: Whose gains.
-        rng: What the noise is drawn from.
-        kind: "pairs": its own number for each pair; "layers": the gap between a number for each layer; "smooth": the
-            same with numbers that wander along the depth, as real criteria do.
-        draws: Per case.
+        cases: Cases whose gains are used.
+        rng: Random generator of the noise.
+        kind: Kind of noise: "pairs", an independent number for each pair; "layers", the gap between independent numbers
+            of the layers; "smooth", the gap between numbers that follow a random walk over depth, as real criteria do.
+        draws: Number of noise criteria per case.
 
     Returns:
-        Of plain correlations, and of partial ones given the depths.
+        The share for plain correlations, and that for partial ones, controlled for the depths.
 
     Raises:
-        ValueError: If there is no such kind.
+        ValueError: If the kind is unknown.
     """
     if kind not in ("pairs", "layers", "smooth"):
-        raise ValueError(f"there is no noise of kind {kind!r}; pass pairs, layers or smooth")
-    found = []
+        raise ValueError(f"unknown kind of noise {kind!r}; pass pairs, layers or smooth")
+    is_significant = []
     for case in cases:
         for _ in range(draws):
             of_layers = rng.standard_normal(len(case.layers))
@@ -494,8 +506,11 @@ def false_alarms(
             gap = of_layers[case.ends[:, 1]] - of_layers[case.ends[:, 0]]
             values = rng.standard_normal(len(case.pairs)) if kind == "pairs" else gap
             depths = case.ends.astype(float)
-            found.append(
-                [rank_correlation(values, case.gain, case.ends, given=given).significant for given in (None, depths)]
+            is_significant.append(
+                [
+                    rank_correlation(values, case.gain, case.ends, controls=controls).significant
+                    for controls in (None, depths)
+                ]
             )
-    plain, partial = np.mean(found, axis=0)
+    plain, partial = np.mean(is_significant, axis=0)
     return float(plain), float(partial)

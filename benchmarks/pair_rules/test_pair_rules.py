@@ -1,4 +1,4 @@
-"""What is planted in small tables is found, what is not planted is not, and no rule sees the model it is judged on."""
+"""Planted effects in small tables are found, absent ones are not, and no rule sees the model that it is tested on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def ends_of(depth: int) -> NDArray[np.int64]:
 def planted(
     gains: Floats, criteria: dict[str, Floats] | None = None, *, name: str = "m", model: str | None = None
 ) -> Case:
-    """A case of all pairs of as many layers as these gains, shape (P, seeds), are of."""
+    """Makes a case with all pairs of the number of layers that fits gains of shape (P, seeds)."""
     depth = round((1 + np.sqrt(1 + 8 * len(gains))) / 2)
     layers = tuple(f"blocks.{i}" for i in range(depth))
     pairs = tuple(LayerPair(*names) for names in combinations(layers, 2))
@@ -83,7 +83,7 @@ def models(
     level: float = 0.1,
     seeds: int = 2,
 ) -> list[Case]:
-    """Models whose gains are a sum of criteria a, b, c by `weights`, and seed noise a third as large."""
+    """Makes models whose gains are the sum of criteria a, b, c by `weights`, and of seed noise a third as large."""
     cases = []
     for index in range(count):
         num = len(ends_of(depths[index % len(depths)]))
@@ -104,7 +104,7 @@ def write_atlas(path: Path, rows: list[tuple[str, str, int, int, str, float, flo
 
 
 def small_atlas(path: Path, *, seeds: Sequence[int] = (0, 1), leave_out: Sequence[tuple[str, int]] = ()) -> Path:
-    """Layers b.9, b.10 and b.11; benefits are seed + distance / 10; `leave_out` is (student, seed)."""
+    """Writes a sweep of layers b.9, b.10, b.11 with benefits seed + distance / 10; `leave_out` is (student, seed)."""
     rows: list[tuple[str, str, int, int, str, float, float]] = []
     for seed in seeds:
         for step in (5, 10):
@@ -192,7 +192,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at step 7 .* steps \[5, 10\]"):
         read_case(atlas, None, step=7)
     other = written(tmp_path / "e.csv", evidence_of({CKA: quantity([[0.2]])}, ("up.0", "up.1")))
-    with pytest.raises(ValueError, match="knows none of the atlas's pairs"):
+    with pytest.raises(ValueError, match="contains none of the pairs of the sweep"):
         read_case(atlas, other)
     with pytest.raises(
         ValueError,
@@ -206,9 +206,9 @@ def test_the_published_cifar_atlas_speaks_against_distance() -> None:
     path = DOCS / "cifar10-sit8x64-steps-1000-1400.csv"
     rows = pd.read_csv(path, keep_default_na=False)
     for metric, expected in ((FRECHET, -0.80), (HELD_OUT, -0.95)):
-        own = rows[(rows["metric"] == metric) & (rows["student"] != "")]
-        distance = own["teacher"].str[7:].astype(int) - own["student"].str[7:].astype(int)
-        reference = stats.spearmanr(distance, own["benefit"].astype(float)).statistic
+        pairs = rows[(rows["metric"] == metric) & (rows["student"] != "")]
+        distance = pairs["teacher"].str[7:].astype(int) - pairs["student"].str[7:].astype(int)
+        reference = stats.spearmanr(distance, pairs["benefit"].astype(float)).statistic
         found = correlations([read_case(path, None, metric=metric)]).set_index("criterion").loc["distance"]
         assert found["rho"] == pytest.approx(reference, abs=1e-12)
         assert found["rho"] == pytest.approx(expected, abs=0.005)
@@ -236,13 +236,13 @@ def test_the_partial_correlation_is_that_of_the_inverse_matrix_of_ranks() -> Non
     ranks = np.column_stack([stats.rankdata(v) for v in (x, y, ends[:, 0], ends[:, 1])])
     inverse = np.linalg.inv(np.corrcoef(ranks.T))
     expected = -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
-    assert rank_correlation(x, y, ends, given=ends.astype(float)).rho == pytest.approx(expected, abs=1e-10)
-    # What the depths explain altogether has nothing left to correlate.
-    assert np.isnan(rank_correlation(ends[:, 0].astype(float), y, ends, given=ends.astype(float)).rho)
+    assert rank_correlation(x, y, ends, controls=ends.astype(float)).rho == pytest.approx(expected, abs=1e-10)
+    # A quantity that the depths explain fully has no residual to correlate.
+    assert np.isnan(rank_correlation(ends[:, 0].astype(float), y, ends, controls=ends.astype(float)).rho)
 
 
 def test_half_an_atlas_is_read_by_the_layers_of_its_evidence(tmp_path: Path) -> None:
-    """As while it is trained: the layers that no pair has yet are there all the same."""
+    """While a sweep runs, layers without a finished pair are known from the evidence."""
     cka = quantity([[s / t for s, t in combinations(range(12), 2)]])
     evidence = evidence_of({CKA: cka}, [f"b.{i}" for i in range(12)])
     case = read_case(small_atlas(tmp_path / "x.csv"), written(tmp_path / "e.csv", evidence))
@@ -274,7 +274,7 @@ def test_perfect_agreement_has_a_finite_interval() -> None:
 
 @pytest.mark.parametrize("depth", [6, 8])
 def test_intervals_hold_where_gains_follow_layers_and_a_bootstrap_over_pairs_does_not(depth: int) -> None:
-    """Two unrelated quantities, each the gap between a number for every layer: the truth is 0."""
+    """The quantities are gaps between independent numbers of the layers: the true correlation is 0."""
     rng, ends, ours, plain = np.random.default_rng(depth), ends_of(depth), 0, 0
     for _ in range(150):
         x, y = (values[ends[:, 1]] - values[ends[:, 0]] for values in rng.standard_normal((2, depth)))
@@ -302,13 +302,13 @@ def test_criteria_of_noise_are_seldom_significant(kind: str) -> None:
 
 
 def test_smooth_criteria_are_significant_by_chance_more_often_and_that_is_told() -> None:
-    """The reason why a significant criterion of one atlas is no finding yet."""
+    """So a significant criterion in a single pair sweep is not yet a finding."""
     rng, ends = np.random.default_rng(3), ends_of(8)
     cases = [planted(-((ends[:, :1] - peak) ** 2.0) - (ends[:, 1:] - 5) ** 2) for peak in range(4)]
     rates = {kind: false_alarms(cases, rng, kind=kind, draws=40)[0] for kind in ("pairs", "smooth")}
     assert rates["pairs"] <= 0.05
     assert 0.07 <= rates["smooth"] <= 0.25
-    with pytest.raises(ValueError, match="no noise of kind 'white'; pass pairs, layers or smooth"):
+    with pytest.raises(ValueError, match="unknown kind of noise 'white'; pass pairs, layers or smooth"):
         false_alarms(cases, rng, kind="white")
 
 
@@ -404,7 +404,7 @@ def test_the_true_best_gain_lies_between_the_two_that_are_told() -> None:
 def test_an_atlas_pays_if_its_best_pair_is_beyond_the_luck_of_being_best(
     seeds: int, gain: float, low: float, high: float
 ) -> None:
-    """Of every seed the branch without alignment is noisy too: it moves all of its gains."""
+    """The baseline of every seed is noisy too, and its noise changes all gains of that seed."""
     rng = np.random.default_rng(10)
     paying = []
     for _ in range(200):
@@ -503,7 +503,7 @@ def test_gains_that_follow_depth_alone_are_told_by_the_depths_of_other_models() 
 
 @pytest.mark.parametrize("name", list(fitters()))
 def test_no_rule_sees_the_model_it_is_judged_on(name: str) -> None:
-    """Whatever the gains of the model left out, and of its other stages: the prediction is the same."""
+    """The prediction does not depend on the gains of the model that is left out, or of its other stages."""
     rng = np.random.default_rng(16)
     cases = models(rng, 3)
     stage = replace(models(rng, 1)[0], name="m0-later", model="m0")
@@ -542,7 +542,7 @@ def test_no_rule_is_calibrated_or_chosen_on_a_model_it_was_fitted_on(wrap: Calla
 def test_atlases_of_one_model_have_nothing_to_be_judged_on() -> None:
     cases = [replace(case, model="one") for case in models(np.random.default_rng(17), 2)]
     assert list(by_model(cases)) == ["one"]
-    with pytest.raises(ValueError, match="all 2 atlases are of one model; to leave one out pass two models"):
+    with pytest.raises(ValueError, match="all 2 pair sweeps are of one model; pass two models or more"):
         leave_one_model_out(cases, fitters())
 
 
@@ -563,7 +563,7 @@ def test_everything_runs_with_one_seed_and_with_evidence_missing(tmp_path: Path)
 
 
 def measured(rng: np.random.Generator) -> PairEvidence:
-    """Evidence of 8 layers as `select` needs it: deeper layers know more, up to the last two."""
+    """Makes evidence of 8 layers: probe accuracy rises with depth up to the last two layers."""
     knows = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.4, 0.3]) + 0.01 * rng.standard_normal(8)
     ends = ends_of(8)
     by_pair = {
@@ -605,7 +605,7 @@ def test_what_is_learned_of_all_models_is_a_rule_that_selection_can_use() -> Non
         for order in [scores(ridge("abc")([other for other in cases if other is not case]), case)]  # type: ignore[arg-type]
     ]
     assert np.sqrt(np.mean(np.square(np.concatenate(residual)))) == pytest.approx(rule.calibration.error, rel=0.25)
-    with pytest.raises(ValueError, match="no weighted sum of criteria; fit a ridge or an average"):
+    with pytest.raises(ValueError, match="no weighted sum of criteria; use a ridge or an average"):
         learned(same_depths, cases)
 
 
@@ -669,7 +669,7 @@ def test_one_known_model_never_makes_a_rule_sure() -> None:
 
 
 def test_a_rule_that_did_not_hold_on_known_models_calls_all_pairs_ties() -> None:
-    """Its sign turns from model to model: what it expects of a new one is the mean, for every pair."""
+    """Its sign differs between models, so it expects the mean gain for every pair of a new model."""
     rng = np.random.default_rng(23)
     cases = [replace(case, model=str(i)) for i in range(4) for case in models(rng, 1, weights=((-1) ** i, 0, 0))]
     prediction = predict("a", fixed({"a": 1}), cases[:2], cases[3])
@@ -698,8 +698,8 @@ def test_figures_say_what_is_seen_and_draw_what_is_missing(tmp_path: Path) -> No
     assert "misses least of the best pair's gain" in seen
     own = [one for one in predictions if one.rule == "ridge"]
     seen = texts(expectations_figure(own))
-    assert "what ridge expected of models it had not seen" in seen
-    assert "all pairs score the same" in seen  # the atlas without evidence
+    assert "gains expected by ridge for models that it was not fitted on" in seen
+    assert "all pairs score the same" in seen  # the sweep without evidence
     expectations_figure(own).savefig(tmp_path / "expected.png", dpi=40)
     assert (tmp_path / "expected.png").stat().st_size > 5_000
 
@@ -710,7 +710,7 @@ def test_one_model_and_one_seed_can_be_drawn() -> None:
 
 
 def test_figures_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="there is no atlas to draw"):
+    with pytest.raises(ValueError, match="there is no pair sweep to draw"):
         criteria_figure([])
     with pytest.raises(ValueError, match="there are no predictions to draw"):
         picks_figure([])
