@@ -6,24 +6,23 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.analyses.selection import PairLimits
 from layerprobe.cli import options
+from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit
 from layerprobe.cli.parsing import names
 
 
+@from_dataclasses()
 def select(
     run: options.Run,
+    *,
     criteria: Annotated[
-        str | None, typer.Option(help="Rank by these criteria of evidence.csv, equally: 'CKA,recoverability gap'.")
+        str | None,
+        typer.Option(help="Criteria to rank by, with equal weights: 'CKA,recoverability gap'."),
     ] = None,
-    label_free: Annotated[bool, typer.Option("--label-free", help="Use nothing that needs labels.")] = False,
-    exclude_tail: Annotated[float, typer.Option(min=0, max=1, help="Share of last layers that cannot teach.")] = 0.2,
-    min_distance: Annotated[
-        int | None, typer.Option(min=1, help="Layers between student and teacher, at least.")
-    ] = None,
-    max_cka: Annotated[
-        float, typer.Option("--max-cka", min=-1, max=1, help="Pairs with a larger mean CKA are alike already.")
-    ] = 0.9,
+    label_free: Annotated[bool, typer.Option("--label-free", help="Rank without anything that needs labels.")] = False,
+    limits: PairLimits,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -35,13 +34,12 @@ def select(
         recommend_layers,
         selection_record,
     )
-    from layerprobe.analyses.selection import PairLimits
 
     selection = choose_layers(
         run,
         criteria=names(criteria) if criteria else None,
         label_free=label_free or None,
-        limits=PairLimits(exclude_tail=exclude_tail, min_distance=min_distance, max_cka=max_cka),
+        limits=limits,
     )
     answers = recommend_layers(run, selection)
     lines = [*describe_selection(selection, num_pairs=10), *describe_recommendations(answers)]

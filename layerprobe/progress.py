@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 StepProgress = Callable[[int, int], None]
 """Called with (steps done, steps in total). What counts as a step is up to the computation that reports it."""
@@ -24,3 +25,21 @@ def named_progress(progress: TaskProgress | None, task: str) -> StepProgress | N
     if progress is None:
         return None
     return lambda done, total: progress(task, done, total)
+
+
+class StepCounter:
+    """Counts finished steps, of several threads too, and reports each of them.
+
+    Args:
+        progress: Callback, or None.
+        total: Number of steps in total.
+    """
+
+    def __init__(self, progress: StepProgress | None, total: int) -> None:
+        self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._done += 1
+            if self._progress:
+                self._progress(self._done, self._total)

@@ -34,6 +34,6 @@ from .power import too_short as too_short
 from .probe_errors import PROBE_ERROR as PROBE_ERROR
 from .verdict import STILL_IMPROVING as STILL_IMPROVING
 from .verdict import ArmResult as ArmResult
-from .verdict import Caution as Caution
 from .verdict import Comparison as Comparison
 from .verdict import Verdict as Verdict
+from .verdict import VerdictCaution as VerdictCaution

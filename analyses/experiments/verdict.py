@@ -46,7 +46,7 @@ STILL_IMPROVING = 0.05
 LAST_PART = 0.25
 
 Answer = Literal["helps", "hurts", "no difference found", "too early to tell"]
-Caution = Literal[
+VerdictCaution = Literal[
     "judged arm is not the pick",
     "no spread over seeds",
     "baseline got worse",
@@ -163,7 +163,7 @@ class Verdict:
     num_seeds: int
     num_samples: int
     answer: Answer
-    cautions: tuple[Caution, ...]
+    cautions: tuple[VerdictCaution, ...]
     arms: tuple[ArmResult, ...]
     judged: str
     comparisons: tuple[Comparison, ...]
@@ -203,7 +203,7 @@ class Verdict:
             verdict = cls(**fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a verdict ({type(error).__name__}: {error})") from error
-        unknown = {verdict.answer, *verdict.cautions} - {*get_args(Answer), *get_args(Caution)}
+        unknown = {verdict.answer, *verdict.cautions} - {*get_args(Answer), *get_args(VerdictCaution)}
         if unknown:
             raise ValueError(f"this is not a verdict (unknown code {min(unknown)!r})")
         return verdict
@@ -403,7 +403,7 @@ def steps_to_reach(steps: Sequence[float], values: Array, goal: float) -> float 
 
 def _answer(
     judged: ArmResult, reference: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float
-) -> tuple[Answer, tuple[Caution, ...]]:
+) -> tuple[Answer, tuple[VerdictCaution, ...]]:
     """The answer and its doubts; curves have a row for each seed and a column for each step."""
     assert judged.low is not None and judged.high is not None
     doubt = _doubt(judged, reference, curve, baseline, level)
@@ -417,7 +417,7 @@ def _answer(
 
 def _doubt(
     judged: ArmResult, reference: ArmResult, curve: pd.DataFrame, baseline: pd.DataFrame, level: float
-) -> Caution | None:
+) -> VerdictCaution | None:
     """Why these curves decide nothing yet; None if they do."""
     assert judged.difference is not None and judged.low is not None and judged.high is not None
     if judged.difference and judged.high - judged.low <= 1e-9 * abs(judged.difference):
@@ -441,8 +441,8 @@ def _moved(curve: pd.DataFrame) -> bool:
 
 def _other_cautions(
     judged: ArmResult, answer: Answer, comparisons: Sequence[Comparison], planned: bool
-) -> list[Caution]:
-    cautions: list[Caution] = []
+) -> list[VerdictCaution]:
+    cautions: list[VerdictCaution] = []
     if judged.name in (HEURISTIC, RUNNER_UP) or judged.name.startswith(RANDOM):
         cautions.append("judged arm is not the pick")
     if not planned:

@@ -30,7 +30,7 @@ from layerprobe.analyses.measures import (
     nearest,
     subtract_mean,
 )
-from layerprobe.progress import StepProgress
+from layerprobe.progress import StepCounter, StepProgress
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")
@@ -117,7 +117,7 @@ def score_features(
     groups = [rng.permutation(len(z)) % GROUPS for z in (features, reference)]
     neighborhood_metrics = [name for name in NEIGHBORHOODS if name in metrics]
     num_steps = ("frechet" in metrics) + ("kernel" in metrics) + bool(neighborhood_metrics) * (GROUPS + 1)
-    report = _Steps(progress, num_steps)
+    report = StepCounter(progress, num_steps)
     intervals: list[_Interval] = []
     warnings: tuple[str, ...] = ()
     if "frechet" in metrics:
@@ -314,18 +314,6 @@ def _neighborhood_scores(
         half = jackknife(value, left_out)[1]
         intervals.append((name, value, max(value - half, 0.0), min(value + half, np.inf if name == "density" else 1.0)))
     return intervals
-
-
-class _Steps:
-    """Counts finished steps and reports them."""
-
-    def __init__(self, progress: StepProgress | None, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, total
-
-    def __call__(self) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, self._total)
 
 
 def _check(features: Features, reference: Features, metrics: Sequence[str], k: int) -> None:

@@ -1,4 +1,4 @@
-from .filters import PairLimits as PairLimits
+from .limits import PairLimits as PairLimits
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights
 from .ranking import rank_pairs as rank_pairs

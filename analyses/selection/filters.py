@@ -18,57 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from layerprobe.analyses.selection.records import Objection, SelectionBasis
 from layerprobe.analyses.tables import CKA, RECOVERABILITY, TEACHER_NEED, Number, PairEvidence
-
-
-@dataclass(frozen=True)
-class PairLimits:
-    """Limits that an admissible pair must keep.
-
-    Attributes:
-        exclude_tail: Fraction of the layers at the end, rounded down to whole layers, that may not teach.
-        skip_first: Number of first layers that may not learn; a tenth of the layers, rounded down, if None.
-        min_distance: Least number of layers between student and teacher; a quarter of the depth, at least 2, if None.
-        max_cka: Largest mean CKA; a pair above it counts as alike already.
-        min_gap: Least recoverability gap; the lower end of the pair's interval must reach it.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-
-    exclude_tail: float = 0.2
-    skip_first: int | None = None
-    min_distance: int | None = None
-    max_cka: float = 0.9
-    min_gap: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.exclude_tail < 1:
-            raise ValueError(
-                f"exclude_tail is {self.exclude_tail}; pass a fraction of the layers, at least 0 and below 1"
-            )
-        for name, least in (("skip_first", 0), ("min_distance", 1)):
-            count = getattr(self, name)
-            if count is not None and count < least:
-                raise ValueError(f"{name} is {count}; pass {least} or more, or None for the default")
-
-    def tail(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the layers that may not teach."""
-        return layers[len(layers) - int(self.exclude_tail * len(layers) + 1e-9) :]
-
-    def head(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the layers that may not learn."""
-        return layers[: int(0.1 * len(layers) + 1e-9) if self.skip_first is None else self.skip_first]
-
-    def distance(self, layers: tuple[str, ...]) -> int:
-        """Returns the least distance in a network of these layers."""
-        return max(2, round(0.25 * len(layers))) if self.min_distance is None else self.min_distance
-
-
-DEFAULT_LIMITS = PairLimits()
 
 
 def objections(evidence: PairEvidence, index: int, basis: SelectionBasis, gap_criterion: str) -> tuple[Objection, ...]:

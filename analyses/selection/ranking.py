@@ -30,7 +30,8 @@ import pandas as pd
 from scipy import stats
 
 from layerprobe.analyses.measures import Z95, Floats
-from layerprobe.analyses.selection.filters import DEFAULT_LIMITS, PairLimits, different_shapes, objections
+from layerprobe.analyses.selection.filters import different_shapes, objections
+from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
 from layerprobe.analyses.selection.records import (
     Caution,
     LayerQuality,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from layerprobe.analyses.selection.filters import DEFAULT_LIMITS, PairLimits
+from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
 from layerprobe.analyses.selection.ranking import rank_pairs
 from layerprobe.analyses.selection.records import RankedPair, Selection
 from layerprobe.analyses.tables import PairEvidence, Quantity, measure_evidence

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from layerprobe.analyses.tables.similarity import (
 )
 from layerprobe.data import check_probed
 from layerprobe.extraction import SPLITS, FeatureStore
-from layerprobe.progress import StepProgress
+from layerprobe.progress import StepCounter, StepProgress
 
 MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
 QUALITY_COLUMNS = (
@@ -84,7 +83,7 @@ def measure(
         for level in store.noise_levels
     ]
     total = len(keys) + (stores[MODEL].draws if MODEL in stores else 0)
-    step = _Steps(progress, total)
+    step = StepCounter(progress, total)
 
     def measured(key: tuple[str, str, float]) -> list[Measurement]:
         representation = Representation(stores[key[0]], *key[1:])
@@ -173,19 +172,6 @@ def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> 
         for draw in range(store.draws):
             moments.update(split, tokens(split, draw))
     return moments
-
-
-class _Steps:
-    """Counts the steps of several threads."""
-
-    def __init__(self, progress: StepProgress | None, total: int) -> None:
-        self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
-
-    def __call__(self) -> None:
-        with self._lock:
-            self._done += 1
-            if self._progress:
-                self._progress(self._done, self._total)
 
 
 def bootstrap_interval(

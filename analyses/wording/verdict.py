@@ -14,11 +14,11 @@ from layerprobe.analyses.experiments import (
     RANDOM,
     STILL_IMPROVING,
     ArmResult,
-    Caution,
     Comparison,
     Resolution,
     Spread,
     Verdict,
+    VerdictCaution,
     seeds_needed,
     too_short,
 )
@@ -67,7 +67,7 @@ def _difference(verdict: Verdict) -> str:
     )
 
 
-def _caution(code: Caution, verdict: Verdict) -> str:
+def _caution(code: VerdictCaution, verdict: Verdict) -> str:
     baseline, judged = verdict.arms[0], verdict.arm(verdict.judged)
     match code:
         case "judged arm is not the pick":

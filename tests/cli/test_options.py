@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from layerprobe.analyses.runs.network import NewNetwork
+from layerprobe.analyses.selection.limits import PairLimits
 from layerprobe.checkpoints.source import CheckpointSource
 from layerprobe.cli.fields import Given, Unset, changed, from_dataclasses, groups_of, only, without
 from layerprobe.cli.main import COMMANDS, app
@@ -28,7 +29,16 @@ from layerprobe.options import attribute_entries, flags, from_record, option, op
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.training.plan import TrainingPlan
 
-CLASSES = (CheckpointSource, DataSource, ExtractionPlan, NewNetwork, SamplingPlan, SyncOptions, TrainingPlan)
+CLASSES = (
+    CheckpointSource,
+    DataSource,
+    ExtractionPlan,
+    NewNetwork,
+    PairLimits,
+    SamplingPlan,
+    SyncOptions,
+    TrainingPlan,
+)
 DOCS = Path(__file__).parents[2] / "docs"
 COMMAND_LINE = typer.main.get_command(app)
 

@@ -14,7 +14,7 @@ from planted_evidence import EIGHT, of_pairs, planted_evidence, quantity
 from scipy import stats
 
 from layerprobe.analyses.selection import ranking
-from layerprobe.analyses.selection.filters import PairLimits
+from layerprobe.analyses.selection.limits import PairLimits
 from layerprobe.analyses.selection.ranking import RULE, equal_weights, with_control_cautions
 from layerprobe.analyses.selection.records import Caution, Objection, Selection
 from layerprobe.analyses.tables import evidence as e

@@ -14,7 +14,7 @@ import torch
 from planted_evidence import planted_evidence, quantity
 from tiny import tiny_samples, tiny_sit
 
-from layerprobe.analyses.selection.filters import PairLimits
+from layerprobe.analyses.selection.limits import PairLimits
 from layerprobe.analyses.selection.ranking import RULE, rank_pairs
 from layerprobe.analyses.selection.while_training import AutoPick, Held, decide, held_pair, measure_layers
 from layerprobe.analyses.tables import evidence as e

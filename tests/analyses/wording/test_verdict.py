@@ -9,7 +9,7 @@ import pytest
 
 from layerprobe.analyses.experiments.arms import BASELINE, HEURISTIC, LEARNING_RATE, PICK, RANDOM
 from layerprobe.analyses.experiments.power import ENOUGH_STEPS, Spread, power, resolution
-from layerprobe.analyses.experiments.verdict import Answer, ArmResult, Caution, Comparison, Trend, Verdict
+from layerprobe.analyses.experiments.verdict import Answer, ArmResult, Comparison, Trend, Verdict, VerdictCaution
 from layerprobe.analyses.wording import (
     answer_title,
     length_cautions,
@@ -101,7 +101,7 @@ def test_the_paragraph_gives_the_difference_and_the_answer() -> None:
         ),
     ],
 )
-def test_a_caution_follows_the_answer(answer: Answer, caution: Caution, sentence: str) -> None:
+def test_a_caution_follows_the_answer(answer: Answer, caution: VerdictCaution, sentence: str) -> None:
     verdict = replace(VERDICT, answer=answer, cautions=(caution,))
     assert verdict_cautions(verdict) == [sentence]
     assert verdict_paragraph(verdict).endswith(sentence)
@@ -111,9 +111,9 @@ def test_a_caution_follows_the_answer(answer: Answer, caution: Caution, sentence
 def test_every_code_has_a_sentence() -> None:
     arms = (*VERDICT.arms, result(LEARNING_RATE, 3.6, rate=2e-4))
     comparison = Comparison("learning rate", 1, -0.1, -0.3, 0.1)
-    verdict = replace(VERDICT, arms=arms, comparisons=(comparison,), cautions=get_args(Caution))
+    verdict = replace(VERDICT, arms=arms, comparisons=(comparison,), cautions=get_args(VerdictCaution))
     sentences = verdict_cautions(verdict)
-    assert len(set(sentences)) == len(get_args(Caution))
+    assert len(set(sentences)) == len(get_args(VerdictCaution))
     assert all(sentence[0].isupper() and sentence.endswith(".") for sentence in sentences)
 
 

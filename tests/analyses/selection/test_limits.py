@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerprobe.analyses.selection.filters import PairLimits
+from layerprobe.analyses.selection.limits import PairLimits
 
 
 @pytest.mark.parametrize(
