@@ -1,4 +1,18 @@
-"""The limits that an admissible pair must keep."""
+"""The conditions that a layer pair must meet before it is ranked, and their limits.
+
+- **No teacher in the tail**, the last 20 % of the layers: these layers decode content back to pixels, and the
+  teachers of all pairs published for LayerSync come before them.
+- **No student in the head**, the first tenth of the layers, rounded down: no layer if there are fewer than ten.
+- **The student comes before its teacher and is not stronger** beyond the uncertainty. Strength is probe accuracy, or
+  noise-LiDAR without labels.
+- **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
+- **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network where all
+  pairs exceeded this limit, alignment cost quality (docs/picking.md).
+- **Out of linear reach**: where tokens were kept, a ridge regression from the student's tokens misses at least 5 % of
+  what the teacher adds (the recoverability gap), beyond the uncertainty.
+- **The network needs its teacher**: when the layer is skipped the loss rises, beyond the uncertainty. A layer that does
+  nothing, repeats another one or was damaged has nothing to teach, whatever a probe reads from the stream that passes.
+"""
 
 from __future__ import annotations
 
