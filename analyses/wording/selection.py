@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from layerprobe.analyses.selection import Caution, Objection, RankedPair, RejectedPair, Selection
@@ -55,7 +56,7 @@ def objection_texts(pair: RejectedPair, selection: Selection) -> list[str]:
 
 
 def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -> str:
-    value, limit = objection.value or 0.0, objection.limit or 0.0
+    value, limit = _number(objection.value), _number(objection.limit)
     match objection.code:
         case "teacher in the tail":
             return f"{pair.teacher} is {_among('last', limit)}, where networks decode"
@@ -88,7 +89,7 @@ def caution_texts(selection: Selection) -> list[str]:
 
 
 def _caution(caution: Caution, selection: Selection) -> str:
-    value, limit = caution.value or 0.0, caution.limit or 0.0
+    value, limit = _number(caution.value), _number(caution.limit)
     match caution.code:
         case "no labels":
             return f"Chosen without labels: {selection.basis.metric}, not a probe, tells which layer is weaker."
@@ -109,6 +110,11 @@ def _caution(caution: Caution, selection: Selection) -> str:
         case "control knows as much":
             teacher = selection.ranked[0].teacher
             return f"{teacher} does not beat the control {caution.subject!r}: {value:.3f} against {limit:.3f}."
+
+
+def _number(value: float | None) -> float:
+    # A number that a record lacks is told as nan, never as 0.
+    return math.nan if value is None else value
 
 
 def _among(end: str, count: float) -> str:

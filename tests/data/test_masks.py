@@ -184,7 +184,7 @@ def test_few_tokens_of_padded_samples_are_real_ones_over_again(few: int, tmp_pat
             assert same[real.numpy()].max() - same[real.numpy()].min() <= 1  # all of them before any comes again
 
 
-def test_contribution_and_convention_do_not_see_the_padding() -> None:
+def test_ablation_and_convention_do_not_see_the_padding() -> None:
     backbone = tiny_sit(shape=(2, 8))
     changes = [
         ablate_layers(backbone, splits_of(fill).test, (0.3, 0.8), split="test").velocity_change for fill in (0.0, 7.0)
