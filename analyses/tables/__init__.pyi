@@ -25,7 +25,6 @@ from .evidence import PairEvidence as PairEvidence
 from .evidence import Quantity as Quantity
 from .evidence_measures import ScoreKeeper as ScoreKeeper
 from .evidence_measures import measure_evidence as measure_evidence
-from .measurements import ANALYSES as ANALYSES
 from .measurements import PROBE as PROBE
 from .measurements import RANK as RANK
 from .measurements import Analysis as Analysis
@@ -33,6 +32,7 @@ from .measurements import Measurement as Measurement
 from .measurements import Representation as Representation
 from .measurements import headlines as headlines
 from .measurements import probed_column as probed_column
+from .quality import ANALYSES as ANALYSES
 from .quality import MODEL as MODEL
 from .quality import QUALITY_COLUMNS as QUALITY_COLUMNS
 from .quality import RANDOM_WEIGHTS as RANDOM_WEIGHTS

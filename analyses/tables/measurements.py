@@ -313,9 +313,6 @@ def spatial(representation: Representation) -> list[Measurement]:
     return [_mean_of(metric, "test", values, note) for metric, values in scores.items()]
 
 
-ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors, spectra, spatial)
-
-
 def _mean_of(metric: str, split: str, scores: Sequence[NDArray[Any]], note: str) -> Measurement:
     """The mean of scores by sample, averaged over noise draws first."""
     mean = np.mean(np.asarray(scores, np.float64), axis=0)

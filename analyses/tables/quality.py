@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 
 from layerprobe.analyses.measures import Floats, TokenMoments, cka_matrix, in_parallel, recoverability, shared_basis
 from layerprobe.analyses.tables.csv_files import read_table
-from layerprobe.analyses.tables.measurements import ANALYSES, RANK, Analysis, Measurement, Representation
+from layerprobe.analyses.tables.measurements import (
+    RANK,
+    Analysis,
+    Measurement,
+    Representation,
+    column_probes,
+    frame_probes,
+    neighbors,
+    probes,
+    spatial,
+    spectra,
+)
 from layerprobe.analyses.tables.similarity import (
     SIMILARITY_COLUMNS,
     ValidationSplit,
@@ -28,6 +39,8 @@ from layerprobe.data import check_probed
 from layerprobe.extraction import SPLITS, FeatureStore
 from layerprobe.progress import StepCounter, StepProgress
 
+# The analyses of a run, in the order of their rows.
+ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors, spectra, spatial)
 MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
 QUALITY_COLUMNS = (
     "source",
