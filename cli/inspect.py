@@ -41,7 +41,9 @@ def inspect(
 
 def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) -> tuple[dict[str, Any], list[str]]:
     record = checkpoint.describe()
-    lines = [f"{key:<14} {value}" for key, value in record.items() if key not in ("layers", "training") and value != []]
+    apart = ("layers", "training", "assumptions")
+    lines = [f"{key:<14} {value}" for key, value in record.items() if key not in apart and value != []]
+    lines += [f"{'assumed':<14} {assumption}" for assumption in record["assumptions"]]
     lines += [f"{'layer':<24} tokens x width"]
     lines += [f"{name:<24} {tokens} x {width}" for name, (tokens, width) in record["layers"].items()]
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]

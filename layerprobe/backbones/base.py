@@ -39,6 +39,8 @@ class Backbone:
         mask: Mask of the current batch, set by `masked`.
         token_grid: Number of tokens of a layer along each axis, if the family determines it; otherwise it is guessed
             from their total number.
+        assumptions: What was assumed because no file and no option told it, one sentence each, with the option that
+            tells it otherwise.
 
     Raises:
         ValueError: If the prediction is not one of `PREDICTIONS`.
@@ -56,6 +58,7 @@ class Backbone:
     takes_mask: bool = False
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     token_grid: tuple[int, ...] | None = None
+    assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:

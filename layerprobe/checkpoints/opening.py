@@ -148,6 +148,7 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         "data_at_time": float(times[0]),
         "noise_at_time": float(times[1]),
         "prediction": backbone.prediction,
+        "assumptions": list(backbone.assumptions),
         "weights_hash": weights_hash(backbone.module),
         "layers": {name: list(shape) for name, shape in layer_shapes(backbone).items()},
     }
