@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows per forward pass.")]
 TrustConvention = Annotated[
-    bool, typer.Option("--trust-convention", help="Continue if the weights fit another schedule or prediction.")
+    bool,
+    typer.Option(
+        "--trust-convention", help="Continue if the weights fit another schedule or prediction; pick if they fit none."
+    ),
 ]
 
 
@@ -111,6 +114,7 @@ def analyze(
     from layerprobe.analyses.runs import (
         analyze_run,
         describe_labels,
+        describe_ownership,
         describe_selection,
         draw_figures,
         selection_record,
@@ -132,7 +136,8 @@ def analyze(
     draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | selection_record(selection)
-    lines = [*describe_labels(run), *describe_selection(selection), f"report   {run / 'report.html'}"]
+    lines = [*describe_labels(run), *describe_ownership(run, selection), *describe_selection(selection)]
+    lines.append(f"report   {run / 'report.html'}")
     emit(record, lines, as_json=as_json)
 
 

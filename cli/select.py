@@ -23,12 +23,17 @@ def select(
     ] = None,
     label_free: Annotated[bool, typer.Option("--label-free", help="Rank without anything that needs labels.")] = False,
     limits: PairLimits,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Make this the run's own selection, which confirm, plot and report use.")
+    ] = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Rank the layer pairs of a run again, with reasons, write selection.json, and name layers for other uses."""
+    """Rank the layer pairs of a run again, with reasons, and name layers for other uses; a what-if without --keep."""
     from layerprobe.analyses.runs import (
+        RunFolder,
         choose_layers,
+        describe_ownership,
         describe_recommendations,
         describe_selection,
         recommend_layers,
@@ -41,7 +46,10 @@ def select(
         label_free=label_free or None,
         limits=limits,
     )
+    folder = RunFolder(run)
+    folder.keep_selection(selection, replace=keep)
     answers = recommend_layers(run, selection)
-    lines = [*describe_selection(selection, num_pairs=10), *describe_recommendations(answers)]
-    record = {"run": str(run)} | selection_record(selection)
+    lines = [*describe_ownership(run, selection), *describe_selection(selection, num_pairs=10)]
+    lines += describe_recommendations(answers)
+    record = {"run": str(run), "is_kept": folder.selection() == selection} | selection_record(selection)
     emit(record | {"recommendations": [answer.to_dict() for answer in answers]}, lines, as_json=as_json)

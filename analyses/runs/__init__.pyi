@@ -34,6 +34,7 @@ from .score import write_scores as write_scores
 from .text import describe_convention as describe_convention
 from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
+from .text import describe_ownership as describe_ownership
 from .text import describe_recommendations as describe_recommendations
 from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record

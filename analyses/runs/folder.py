@@ -21,7 +21,7 @@ from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
-from layerprobe.checkpoints import CheckpointSource
+from layerprobe.checkpoints import CheckpointSource, ConventionCheck
 from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
 from layerprobe.files import claim, write_text
@@ -153,6 +153,11 @@ class RunFolder:
         write_table(quality, self.path / "quality.csv")
 
     @property
+    def has_selection(self) -> bool:
+        """Whether the run has a selection of its own."""
+        return (self.path / "selection.json").is_file()
+
+    @property
     def is_measured(self) -> bool:
         """Whether the run has been measured."""
         return (self.path / "quality.csv").is_file()
@@ -177,8 +182,34 @@ class RunFolder:
         """
         return PairEvidence.read_csv(self._needed("evidence.csv", f"run `layerprobe analyze {self.path}` first"))
 
-    def write_selection(self, selection: Selection) -> None:
-        """Writes the selection."""
+    def convention_check(self) -> tuple[ConventionCheck, bool]:
+        """Reads the convention check, and whether the user trusts the declared convention against it."""
+        record = json.loads(self.convention.read_text(encoding="utf-8"))
+        return ConventionCheck.from_dict(record), record.get("trusted", False)
+
+    def write_convention(self, check: ConventionCheck, *, trusted: bool) -> None:
+        """Writes the convention check."""
+        write_text(self.convention, json.dumps(check.to_dict() | {"trusted": trusted}, indent=1))
+
+    def keep_selection(self, selection: Selection, *, replace: bool = False) -> None:
+        """Makes a selection the run's own if the run has none yet.
+
+        Args:
+            selection: The selection.
+            replace: Whether to replace the run's own selection too.
+
+        Raises:
+            ValueError: If a confirmation tests the pick of the selection that would be replaced.
+        """
+        if self.has_selection:
+            own = self.selection()
+            if not replace or own == selection:
+                return
+            if self.confirmation.is_dir() and own.pick != selection.pick:
+                raise ValueError(
+                    f"{self.confirmation} tests the run's own selection ({own.pick or 'no pick'}); to keep another, "
+                    "copy the run without confirmation/, confirmation.csv and verdict.json, or delete these"
+                )
         write_text(self.path / "selection.json", selection.to_json())
 
     def selection(self) -> Selection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,13 +18,16 @@ from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.selection import (
     RULE,
+    Caution,
+    Objection,
     PairLimits,
     Recommendation,
     Selection,
+    control_accuracies,
     equal_weights,
     rank_pairs,
     recommend,
-    with_control_cautions,
+    unfinished_probes,
 )
 from layerprobe.analyses.tables import (
     ANALYSES,
@@ -43,7 +45,7 @@ from layerprobe.analyses.tables import (
     write_table,
 )
 from layerprobe.backbones import Backbone, layer_shapes
-from layerprobe.checkpoints import check_convention, convention_message
+from layerprobe.checkpoints import check_convention, convention_message, convention_name
 from layerprobe.data import Splits
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
@@ -55,7 +57,6 @@ from layerprobe.extraction import (
     raw_input,
     raw_pool_cells,
 )
-from layerprobe.files import write_text
 from layerprobe.progress import TaskProgress, named_progress
 
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
@@ -84,7 +85,16 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
 def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """Runs the part of `probe_run` before the figures: convention check, features, tables and selection."""
     extract_run(plan, run, progress=progress, **options)
-    return choose_layers(run) if RunFolder(run).is_measured else analyze_run(run, progress=progress)
+    folder = RunFolder(run)
+    if not folder.is_measured:
+        return analyze_run(run, progress=progress)
+    folder.keep_selection(choose_layers(run), replace=folder.has_selection and _is_mistrusted(folder.selection()))
+    return folder.selection()
+
+
+def _is_mistrusted(selection: Selection) -> bool:
+    """Whether the convention check alone withholds the pick; --trust-convention may have come since."""
+    return any(objection.code == "network does not denoise" for objection in selection.refusal[1])
 
 
 def extract_run(
@@ -101,7 +111,8 @@ def extract_run(
     Args:
         plan: Checkpoint, data and extraction of the run.
         run: Run folder.
-        trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one.
+        trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one,
+            and to pick if they fit none.
         device: Device of the model.
         batch_size: Rows per forward pass.
         progress: Called with (task name, steps done, steps in total).
@@ -112,12 +123,15 @@ def extract_run(
     folder = RunFolder(run)
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
-    convention = None if folder.convention.is_file() else check_convention(backbone, splits.train, seed=plan.seed)
-    if convention is not None and convention.verdict == "misfit" and not trust_convention:
+    if folder.convention.is_file():
+        convention, trusted = folder.convention_check()
+    else:
+        convention, trusted = check_convention(backbone, splits.train, seed=plan.seed), False
+    trusted = trusted or trust_convention
+    if convention.verdict == "misfit" and not trusted:
         raise ValueError(convention_message(convention))
     folder.claim(plan)
-    if convention is not None:
-        write_text(folder.convention, json.dumps(convention.to_dict(), indent=1))
+    folder.write_convention(convention, trusted=trusted)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
     small = folder.store_folder(_EVIDENCE)
     extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
@@ -169,7 +183,9 @@ def analyze_run(
     if encoder is not None:
         tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
     folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
-    return choose_layers(run)
+    selection = choose_layers(run)
+    folder.keep_selection(selection)
+    return selection
 
 
 def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:
@@ -235,7 +251,7 @@ def choose_layers(
     limits: PairLimits | None = None,
     num_pairs: int | None = None,
 ) -> Selection:
-    """Ranks the layer pairs of a run by its evidence and writes `selection.json`.
+    """Ranks the layer pairs of a run by its evidence; the run's own selection stays as it is.
 
     Args:
         run: Folder of an analyzed run.
@@ -255,13 +271,33 @@ def choose_layers(
     rule = equal_weights(criteria, label_free=label_free) if criteria else RULE
     if missing := [name for name in criteria or () if not evidence.has(name)]:
         raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")
-    shapes = folder.store(MODEL).manifest["layer_shapes"]
-    selection = rank_pairs(
-        evidence, label_free=label_free, rule=rule, limits=limits or PairLimits(), num_pairs=num_pairs, shapes=shapes
+    store = folder.store(MODEL)
+    labels = None if label_free or store.labels is None else store.labels[store.splits == "validation"]
+    against_all, cautions = _by_convention(folder)
+    return rank_pairs(
+        evidence,
+        label_free=label_free,
+        rule=rule,
+        limits=limits or PairLimits(),
+        num_pairs=num_pairs,
+        shapes=store.manifest["layer_shapes"],
+        controls=control_accuracies(quality, labels, evidence.noise_levels),
+        against_all=against_all,
+        cautions=(*cautions, *(() if label_free else unfinished_probes(quality, evidence.noise_levels))),
     )
-    selection = with_control_cautions(selection, quality)
-    folder.write_selection(selection)
-    return selection
+
+
+def _by_convention(folder: RunFolder) -> tuple[tuple[Objection, ...], tuple[Caution, ...]]:
+    """What the convention check says against every pick, and against a pick that the user's trust allows."""
+    if not folder.convention.is_file():
+        return (), ()
+    check, trusted = folder.convention_check()
+    if check.verdict == "fits":
+        return (), ()
+    best = check.fits[0]
+    if trusted:
+        return (), (Caution("convention trusted", note=check.verdict),)
+    return (Objection("network does not denoise", value=math.exp(best.score), note=convention_name(best)),), ()
 
 
 def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:

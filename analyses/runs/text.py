@@ -12,13 +12,20 @@ from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Recommendation, Selection
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
-from layerprobe.analyses.wording import TRUST, caution_texts, decision_text, recommendation_text, selection_reason
-from layerprobe.checkpoints import ConventionCheck, convention_cautions, convention_message
+from layerprobe.analyses.wording import (
+    TRUST,
+    caution_texts,
+    decision_text,
+    recommendation_text,
+    selection_headline,
+    selection_reason,
+)
+from layerprobe.checkpoints import convention_cautions, convention_message
 
 
 def describe_convention(run: str | Path) -> list[str]:
     """Returns the result of a run's convention check as readable lines."""
-    check = ConventionCheck.from_dict(json.loads(RunFolder(run).convention.read_text(encoding="utf-8")))
+    check, _ = RunFolder(run).convention_check()
     return [f"weights  {convention_message(check)}", *(f"caution  {text}" for text in convention_cautions(check))]
 
 
@@ -56,18 +63,27 @@ def _is_probe(metric: str) -> bool:
 
 def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]:
     """Returns a selection as readable lines, with its first `num_pairs` ranked pairs."""
-    pick = selection.pick
-    lines = [f"pick     {f'{pick.student} should learn from {pick.teacher}' if pick else 'none'}"]
-    lines += [f"         {selection_reason(selection)}"]
+    lines = [f"pick     {selection_headline(selection)}"]
     if selection.ranked:
+        lines += [f"         {selection_reason(selection)}"]
         lines += [f"{'rank':<8} {'student':<16} {'teacher':<16} {'score':>7} {'gap':>7} {'CKA':>7}"]
     lines += [
         f"{rank:<8} {pair.student:<16} {pair.teacher:<16} {pair.score:>7.2f} {pair.gap:>7.4f} {pair.mean_cka:>7.3f}"
         + ("  tie" if pair.ties_with_first else "")
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
-    lines += [f"caution  {text}" for text in caution_texts(selection)]
-    return [*lines, f"trust    {TRUST}"] if pick else lines
+    lines += [f"caution  {text}" for text in caution_texts(selection) if text not in lines[0]]
+    return [*lines, f"trust    {TRUST}"] if selection.pick else lines
+
+
+def describe_ownership(run: str | Path, selection: Selection) -> list[str]:
+    """Returns a line if a selection is not the run's own, on which its figures, report and confirmation stand."""
+    own = RunFolder(run).selection()
+    if own == selection:
+        return []
+    return [
+        f"what-if  the run keeps its own selection ({own.pick or 'no pick'}); `layerprobe select --keep` replaces it"
+    ]
 
 
 def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
@@ -76,8 +92,12 @@ def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:
-    """Returns a selection as JSON values, with the reason for the pick and the cautions in words."""
-    return selection.to_dict() | {"reason": selection_reason(selection), "caution_texts": caution_texts(selection)}
+    """Returns a selection as JSON values, with headline, reason and cautions in words."""
+    return selection.to_dict() | {
+        "headline": selection_headline(selection),
+        "reason": selection_reason(selection),
+        "caution_texts": caution_texts(selection),
+    }
 
 
 def describe_decisions(training: str | Path) -> list[str]:

@@ -1,13 +1,16 @@
+from .controls import MAJORITY as MAJORITY
+from .controls import control_accuracies as control_accuracies
+from .controls import unfinished_probes as unfinished_probes
 from .limits import PairLimits as PairLimits
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights
 from .ranking import rank_pairs as rank_pairs
 from .ranking import standard_ranks as standard_ranks
 from .ranking import standardized as standardized
-from .ranking import with_control_cautions as with_control_cautions
 from .recommendations import Recommendation as Recommendation
 from .recommendations import recommend as recommend
 from .records import Caution as Caution
+from .records import CautionCode as CautionCode
 from .records import LayerQuality as LayerQuality
 from .records import Objection as Objection
 from .records import RankedPair as RankedPair

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from layerprobe.analyses.selection.controls import below_controls
 from layerprobe.analyses.selection.records import Objection, SelectionBasis
-from layerprobe.analyses.tables import CKA, RECOVERABILITY, TEACHER_NEED, Number, PairEvidence
+from layerprobe.analyses.tables import CKA, PROBE, RECOVERABILITY, TEACHER_NEED, Number, PairEvidence
 
 
 def objections(evidence: PairEvidence, index: int, basis: SelectionBasis, gap_criterion: str) -> tuple[Objection, ...]:
@@ -22,7 +23,7 @@ def objections(evidence: PairEvidence, index: int, basis: SelectionBasis, gap_cr
     against = list(_by_place(student, teacher, evidence, basis))
     against += _without_value(evidence, index, (gap_criterion, CKA, *(name for name, _ in basis.weights)))
     gap = evidence.number(gap_criterion, index)
-    if gap.upper_bound <= 0:
+    if gap.value <= 0:
         against.append(_objection("student not weaker", gap_criterion, gap))
     cka = evidence.number(CKA, index)
     if cka.value > basis.max_cka:
@@ -33,6 +34,7 @@ def objections(evidence: PairEvidence, index: int, basis: SelectionBasis, gap_cr
     need = evidence.number(TEACHER_NEED, index)
     if need.lower_bound <= 0:
         against.append(_objection("teacher not needed", TEACHER_NEED, need, 0.0))
+    against += below_controls(evidence.layer_number(PROBE, teacher), dict(basis.controls))
     return tuple(against)
 
 

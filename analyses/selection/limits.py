@@ -1,10 +1,11 @@
 """The conditions that a layer pair must meet before it is ranked, and their limits.
 
-- **No teacher in the tail**, the last 20 % of the layers: these layers decode content back to pixels, and the
-  teachers of all pairs published for LayerSync come before them.
+- **No teacher in the tail**, the last 20 % of the layers and at least the last one: these layers decode content back to
+  pixels, and the teachers of all pairs published for LayerSync come before them.
 - **No student in the head**, the first tenth of the layers, rounded down: no layer if there are fewer than ten.
-- **The student comes before its teacher and is not stronger** beyond the uncertainty. Strength is probe accuracy, or
-  noise-LiDAR without labels.
+- **The student comes before its teacher and is weaker.** Strength is probe accuracy, or noise-LiDAR without labels.
+- **The teacher knows something**: its probe accuracy is above that of the network with random weights, not surely below
+  that of the raw input, and surely above the share of the most frequent class.
 - **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
 - **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network where all
   pairs exceeded this limit, alignment cost quality (docs/picking.md).
@@ -26,7 +27,8 @@ class PairLimits:
     """Limits that an admissible pair must keep.
 
     Attributes:
-        exclude_tail: Fraction of the layers at the end, rounded down to whole layers, that may not teach.
+        exclude_tail: Fraction of the layers at the end, rounded down to whole layers but at least one, that may not
+            teach; 0 for none.
         skip_first: Number of first layers that may not learn; by default a tenth of the layers, rounded down.
         min_distance: Least number of layers between student and teacher; by default a quarter of the depth, at least 2.
         max_cka: Largest mean CKA; a pair above it counts as alike already.
@@ -54,7 +56,8 @@ class PairLimits:
 
     def tail(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the layers that may not teach."""
-        return layers[len(layers) - int(self.exclude_tail * len(layers) + 1e-9) :]
+        count = max(int(self.exclude_tail * len(layers) + 1e-9), int(self.exclude_tail > 0))
+        return layers[max(len(layers) - count, 0) :]
 
     def head(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the layers that may not learn."""

@@ -26,16 +26,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
 from layerprobe.analyses.measures import Z95, Floats
+from layerprobe.analyses.selection.controls import near_controls
 from layerprobe.analyses.selection.filters import different_shapes, objections
 from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
 from layerprobe.analyses.selection.records import (
     Caution,
     LayerQuality,
     Metric,
+    Objection,
     RankedPair,
     RejectedPair,
     ScorePart,
@@ -46,14 +47,11 @@ from layerprobe.analyses.tables import (
     CKA,
     CRITERIA,
     LIDAR_GAP,
-    MODEL,
     NOISE_LIDAR,
     PROBE,
     PROBE_GAP,
-    RANDOM_WEIGHTS,
     RANK,
     RANK_GAP,
-    RAW_INPUT,
     RECOVERABILITY,
     TEACHER_NEED,
     Number,
@@ -77,6 +75,9 @@ def rank_pairs(
     limits: PairLimits = DEFAULT_LIMITS,
     num_pairs: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    controls: Mapping[str, float] | None = None,
+    against_all: Sequence[Objection] = (),
+    cautions: Sequence[Caution] = (),
 ) -> Selection:
     """Ranks the pairs of an earlier layer (student) and a later layer (teacher).
 
@@ -87,6 +88,9 @@ def rank_pairs(
         limits: Limits that an admissible pair must keep.
         num_pairs: Number of ranked pairs to keep; all if None.
         shapes: Shape (tokens, width) of each layer, for the reason why the evidence does not contain a pair.
+        controls: Probe accuracy of the controls, see `control_accuracies`; without labels they are not compared.
+        against_all: Objections against every pair of the run, such as weights that do not denoise its data.
+        cautions: What else weakens a pick of the run.
 
     Raises:
         ValueError: If the evidence lacks what the ranking needs, or an argument is out of range.
@@ -106,14 +110,17 @@ def rank_pairs(
         max_cka=limits.max_cka,
         min_gap=limits.min_gap,
         weights=tuple(weights.items()),
+        controls=tuple((controls or {}).items()) if gap == PROBE_GAP else (),
     )
+    if min(evidence.noise_levels, default=0.0) >= 1:
+        against_all = (*against_all, Objection("nothing but noise", value=min(evidence.noise_levels)))
     admissible, rejected = [], []
     places = {pair: index for index, pair in enumerate(evidence.pairs)}
     for pair in combinations(evidence.layers, 2):
         index = places.get(pair)
         if index is None:
-            rejected.append(RejectedPair(*pair, (different_shapes(*pair, shapes or {}),)))
-        elif against := objections(evidence, index, basis, gap):
+            rejected.append(RejectedPair(*pair, (*against_all, different_shapes(*pair, shapes or {}))))
+        elif against := (*against_all, *objections(evidence, index, basis, gap)):
             rejected.append(RejectedPair(*pair, against))
         else:
             admissible.append(index)
@@ -127,7 +134,7 @@ def rank_pairs(
         ranked=ranked[:num_pairs],
         rejected=tuple(rejected),
         layers=tuple(qualities),
-        cautions=(*_cautions(ranked, evidence, gap, label_free), *missing),
+        cautions=(*cautions, *_cautions(ranked, evidence, gap, basis, label_free), *missing),
     )
 
 
@@ -143,38 +150,6 @@ def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[
         if label_free and CRITERIA[name].needs_labels:
             raise ValueError(f"{name!r} needs labels; leave it out, or leave out label_free")
     return {name: -1.0 if CRITERIA[name].smaller_is_better else 1.0 for name in criteria}
-
-
-def with_control_cautions(selection: Selection, quality: pd.DataFrame) -> Selection:
-    """Adds cautions from the quality table: probes that did not converge, and controls as good as the picked teacher.
-
-    A selection without labels is returned unchanged.
-
-    Args:
-        selection: Selection of the run.
-        quality: Quality table of the run.
-    """
-    if selection.label_free:
-        return selection
-    cautions = []
-    model = _rows(quality, MODEL, selection.basis)
-    unfinished = int(model["note"].str.contains("did not converge").sum())
-    if unfinished:
-        cautions.append(Caution("probes not converged", value=unfinished, limit=len(model)))
-    for source in (RANDOM_WEIGHTS, RAW_INPUT) if selection.ranked else ():
-        rows = _rows(quality, source, selection.basis)
-        if rows.empty:
-            continue
-        first, best = selection.ranked[0], float(rows.groupby("layer")["value"].mean().max())
-        if first.teacher_quality <= best:
-            cautions.append(Caution("control knows as much", source, value=first.teacher_quality, limit=best))
-    return replace(selection, cautions=(*selection.cautions, *cautions))
-
-
-def _rows(quality: pd.DataFrame, source: str, basis: SelectionBasis) -> pd.DataFrame:
-    """Rows of a source in the metric, split and noise levels of the selection."""
-    rows = quality[(quality["source"] == source) & (quality["metric"] == basis.metric)]
-    return rows[(rows["split"] == basis.split) & rows["noise_level"].isin(basis.noise_levels)]
 
 
 def _gap_criterion(evidence: PairEvidence, label_free: bool) -> str:
@@ -288,7 +263,9 @@ def _drawn(evidence: PairEvidence, criterion: str, *, seed: int) -> Floats:
     return drawn
 
 
-def _cautions(ranked: Sequence[RankedPair], evidence: PairEvidence, gap: str, label_free: bool) -> list[Caution]:
+def _cautions(
+    ranked: Sequence[RankedPair], evidence: PairEvidence, gap: str, basis: SelectionBasis, label_free: bool
+) -> list[Caution]:
     cautions = [Caution("no labels")] if label_free else []
     if gap == RANK_GAP:
         cautions.append(Caution("effective rank for noise-LiDAR"))
@@ -299,6 +276,10 @@ def _cautions(ranked: Sequence[RankedPair], evidence: PairEvidence, gap: str, la
     ties = sum(pair.ties_with_first for pair in ranked)
     if ties:
         cautions.append(Caution("ties with the pick", value=ties))
+    if len(ranked) == 1:
+        cautions.append(Caution("only one pair"))
+    if ranked:
+        cautions += near_controls(evidence.layer_number(PROBE, ranked[0].teacher), basis)
     return cautions
 
 

@@ -22,13 +22,20 @@ ObjectionCode = Literal[
     "already alike",
     "within linear reach",
     "teacher not needed",
+    "below a control",
+    "network does not denoise",
+    "nothing but noise",
 ]
+# Objections to the whole run, which stand against each of its pairs.
+OF_THE_RUN: tuple[ObjectionCode, ...] = ("network does not denoise", "nothing but noise")
 CautionCode = Literal[
     "no labels",
     "effective rank for noise-LiDAR",
     "needs not measured",
     "gap within the uncertainty",
     "ties with the pick",
+    "only one pair",
+    "convention trusted",
     "criterion not measured",
     "probes not converged",
     "control knows as much",
@@ -42,12 +49,12 @@ class Objection:
 
     Attributes:
         code: Code of the reason.
-        subject: Criterion or metric that was measured; "" if the reason needs no measurement.
-        value: Value of the pair; None without a measurement.
+        subject: Criterion, metric or control; "" if the reason needs no measurement.
+        value: Value of the pair, or of the run where the reason stands against all of its pairs; None without one.
         low: Lower end of the value's 95 % interval; None without an interval.
         high: Upper end of the value's 95 % interval; None without an interval.
         limit: Limit that the value violates; None without a limit.
-        note: Reason for a missing value, or the two shapes.
+        note: Reason for a missing value, the two shapes, or the name of the best convention.
     """
 
     code: ObjectionCode
@@ -68,7 +75,7 @@ class Caution:
         subject: Criterion or control that the caution is about; "" if it is about the selection.
         value: Number of pairs or probes, or the quality of the teacher.
         limit: Number that the value is compared with: all probes, or the best quality of the control.
-        note: Reason for a missing value.
+        note: Reason for a missing value, or the verdict of the convention check.
     """
 
     code: CautionCode
@@ -93,6 +100,8 @@ class SelectionBasis:
         max_cka: Largest mean CKA of a pair.
         min_gap: Least recoverability gap, where it was measured.
         weights: Weights of the criteria in the score, (name, weight).
+        controls: Quality of the controls, (name, quality): the best layer with random weights, the raw input, and the
+            share of the most frequent class. Empty where no labels are used.
     """
 
     metric: Metric
@@ -105,6 +114,7 @@ class SelectionBasis:
     max_cka: float
     min_gap: float
     weights: tuple[tuple[str, float], ...]
+    controls: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ class RankedPair:
         parts: Criteria, whose contributions sum to the score.
         teacher_quality: Quality of the teacher, averaged over noise levels.
         student_quality: Quality of the student, averaged over noise levels.
-        gap: Quality of the teacher minus that of the student; below 0 only within the uncertainty.
+        gap: Quality of the teacher minus that of the student.
         gap_is_certain: Whether the interval of the gap lies above 0; None without an interval.
         mean_cka: CKA between the two at equal noise levels, averaged.
         distance: Number of layers from the student to the teacher.
@@ -240,6 +250,19 @@ class Selection:
         return self.ranked[0].pair if self.ranked else None
 
     @property
+    def refusal(self) -> tuple[RejectedPair | None, tuple[Objection, ...]]:
+        """Why there is no pick: the objections to the whole run, else those against the closest pair.
+
+        The first item is the closest pair, None where the objections are to the run. Both are empty if there is a pick,
+        or no pair at all.
+        """
+        if self.ranked or not self.rejected:
+            return None, ()
+        closest = min(self.rejected, key=lambda pair: len(pair.objections))
+        to_run = tuple(objection for objection in closest.objections if objection.code in OF_THE_RUN)
+        return (None, to_run) if to_run else (closest, closest.objections)
+
+    @property
     def best_teacher(self) -> LayerQuality | None:
         """Best layer that may teach, or None if no layer may."""
         able = [layer for layer in self.layers if layer.may_teach]
@@ -248,7 +271,8 @@ class Selection:
     def to_dict(self) -> dict[str, Any]:
         """Returns the selection as JSON values, as in selection.json."""
         pick = {"student": self.pick.student, "teacher": self.pick.teacher} if self.pick else None
-        return {"pick": pick} | asdict(self)
+        no_pick = None if self.pick else [asdict(objection) for objection in self.refusal[1]]
+        return {"pick": pick, "no_pick": no_pick} | asdict(self)
 
     def to_json(self) -> str:
         """Returns the content of selection.json."""
@@ -264,7 +288,8 @@ class Selection:
         try:
             record = json.loads(text)
             basis = dict(record["basis"])
-            basis["weights"] = tuple((name, weight) for name, weight in basis["weights"])
+            for name in ("weights", "controls"):
+                basis[name] = tuple((of, number) for of, number in basis.get(name, ()))
             return cls(
                 basis=_record(SelectionBasis, basis),
                 label_free=record["label_free"],

@@ -5,6 +5,7 @@ from .selection import caution_texts as caution_texts
 from .selection import objection_texts as objection_texts
 from .selection import pair_reasons as pair_reasons
 from .selection import score_sentence as score_sentence
+from .selection import selection_headline as selection_headline
 from .selection import selection_reason as selection_reason
 from .verdict import answer_title as answer_title
 from .verdict import length_cautions as length_cautions

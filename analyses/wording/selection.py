@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from layerprobe.analyses.selection import Caution, Objection, RankedPair, RejectedPair, Selection
+from layerprobe.analyses.selection import MAJORITY, Caution, CautionCode, Objection, RankedPair, RejectedPair, Selection
+from layerprobe.analyses.tables import RANDOM_WEIGHTS, RAW_INPUT
 
 TRUST = (
     "A pick is a hypothesis; the confirmation run is the verdict. On trial in six small networks the picks of this "
@@ -13,13 +14,44 @@ TRUST = (
 )
 
 
+# Cautions that say how a pick was measured; all others are reasons to doubt it, and stand beside it.
+_NOTES: tuple[CautionCode, ...] = (
+    "no labels",
+    "effective rank for noise-LiDAR",
+    "needs not measured",
+    "criterion not measured",
+)
+
+
+def selection_headline(selection: Selection) -> str:
+    """Returns the pick with the cautions that are reasons to doubt it, or "none" with the reason."""
+    if selection.pick is None:
+        return f"none. {selection_reason(selection)}"
+    doubts = [_caution(caution, selection) for caution in selection.cautions if caution.code not in _NOTES]
+    return " ".join([f"{selection.pick.student} should learn from {selection.pick.teacher}.", *_called(doubts)])
+
+
+def _called(doubts: Sequence[str]) -> list[str]:
+    return [f"{'Caution' if len(doubts) == 1 else f'{len(doubts)} cautions'}: {' '.join(doubts)}"] if doubts else []
+
+
 def selection_reason(selection: Selection) -> str:
     """Returns the reasons for the pick, or why no pair is admissible."""
     if selection.ranked:
-        return " ".join(pair_reasons(selection.ranked[0], selection))
-    closest = min(selection.rejected, key=lambda pair: len(pair.objections), default=None)
-    reasons = ["there are fewer than two layers"] if closest is None else objection_texts(closest, selection)
-    return f"No pair is admissible. Closest to it: {'; '.join(reasons)}."
+        return " ".join([*pair_reasons(selection.ranked[0], selection), *_controls(selection)])
+    if not selection.rejected:
+        return "No pair is admissible: there are fewer than two layers."
+    closest, objections = selection.refusal
+    if closest is None:
+        pair, begins = selection.rejected[0], "No pair is admissible:"
+    else:
+        pair, begins = closest, f"No pair is admissible. Closest to it is {closest.student} <- {closest.teacher}:"
+    return f"{begins} {'; '.join(_objection(objection, pair, selection) for objection in objections)}."
+
+
+def _controls(selection: Selection) -> list[str]:
+    values = [f"{name} {value:.3f}" for name, value in selection.basis.controls]
+    return [f"Without what the network has learned: {_listed(values)}."] if values else []
 
 
 def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
@@ -76,11 +108,31 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
             return f"they are alike already: mean CKA {value:.3f}, above {limit:g}"
         case "within linear reach":
             begins = value if objection.low is None else objection.low
-            figures = f"the gap is {value:.3f}, its interval begins at {begins:.3f}"
+            figures = f"the recoverability gap is {value:.3f}, its interval begins at {begins:.3f}"
             return f"what the teacher adds is within the student's linear reach: {figures}"
         case "teacher not needed":
             interval = "" if objection.low is None else f" ({objection.low:.4f} to {objection.high:.4f})"
             return f"the network does not need {pair.teacher}: without it the loss rises by {value:.4f}{interval}"
+        case "below a control":
+            interval = "" if objection.low is None else f" ({objection.low:.3f} to {objection.high:.3f})"
+            figures = f"{selection.basis.metric} {value:.3f}{interval} against {limit:.3f}"
+            return f"{pair.teacher} {_BELOW[objection.subject]} {_control(objection.subject)}: {figures}"
+        case "network does not denoise":
+            return (
+                "the network does not denoise this data under any known convention, so its features mean nothing: the "
+                f"error is {value:.3g} times that of a linear denoiser at best ({objection.note}); if the data and the "
+                "weights are right, run `layerprobe probe` again with --trust-convention"
+            )
+        case "nothing but noise":
+            return f"every noise level is {value:g}, where samples are pure noise; measure at lower levels too"
+
+
+# How a teacher stands to the controls that refute it.
+_BELOW = {MAJORITY: "is not surely above", RANDOM_WEIGHTS: "is not above", RAW_INPUT: "is below"}
+
+
+def _control(name: str) -> str:
+    return f"the share of the {name}" if name == MAJORITY else f"the control {name!r}"
 
 
 def caution_texts(selection: Selection) -> list[str]:
@@ -92,7 +144,10 @@ def _caution(caution: Caution, selection: Selection) -> str:
     value, limit = _number(caution.value), _number(caution.limit)
     match caution.code:
         case "no labels":
-            return f"Chosen without labels: {selection.basis.metric}, not a probe, tells which layer is weaker."
+            return (
+                f"Chosen without labels: {selection.basis.metric}, not a probe, tells which layer is weaker, and no "
+                "control was compared."
+            )
         case "effective rank for noise-LiDAR":
             return "The effective rank stands in for noise-LiDAR; it also counts the directions of noise."
         case "needs not measured":
@@ -107,9 +162,16 @@ def _caution(caution: Caution, selection: Selection) -> str:
             return f"Ranked without {caution.subject} ({caution.note})."
         case "probes not converged":
             return f"{value:.0f} of {limit:.0f} probes did not converge."
+        case "only one pair":
+            return "It is the only admissible pair, so there was no choice."
+        case "convention trusted":
+            return (
+                f"The convention check says {caution.note!r}; the declared schedule and prediction were trusted "
+                "(--trust-convention)."
+            )
         case "control knows as much":
             teacher = selection.ranked[0].teacher
-            return f"{teacher} does not beat the control {caution.subject!r}: {value:.3f} against {limit:.3f}."
+            return f"{teacher} is not surely above {_control(caution.subject)}: {value:.3f} against {limit:.3f}."
 
 
 def _number(value: float | None) -> float:

@@ -23,7 +23,9 @@ def test_the_decisions_of_a_training_are_told_step_by_step(tmp_path: Path) -> No
     rows = [{"step": 5, "pairs": [], "record": nothing}, {"step": 10, "pairs": [["x", "y"]], "record": record}]
     (tmp_path / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = describe_decisions(tmp_path)
-    assert first == ("step 5: No pair yet. No pair is admissible. Closest to it: the evidence has no such pair.")
+    assert (
+        first == "step 5: No pair yet. No pair is admissible. Closest to it is a <- b: the evidence has no such pair."
+    )
     assert second.startswith(
         "step 10: blocks.0 <- blocks.6 is picked. blocks.6 is the best layer that may teach: noise-"
     )

@@ -8,19 +8,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from planted_evidence import EIGHT, of_pairs, planted_evidence, quantity
 from scipy import stats
 
 from layerprobe.analyses.selection import ranking
 from layerprobe.analyses.selection.limits import PairLimits
-from layerprobe.analyses.selection.ranking import RULE, equal_weights, with_control_cautions
+from layerprobe.analyses.selection.ranking import RULE, equal_weights
 from layerprobe.analyses.selection.records import Caution, Objection, Selection
 from layerprobe.analyses.tables import evidence as e
 from layerprobe.analyses.tables.evidence import PairEvidence
 from layerprobe.analyses.tables.measurements import PROBE, RANK
-from layerprobe.analyses.tables.quality import QUALITY_COLUMNS
 from layerprobe.extraction.ablation import LOSS_INCREASE
 from layerprobe.layersync.pair import LayerPair
 
@@ -129,13 +127,17 @@ def test_the_rule_follows_what_went_with_the_gain_and_takes_no_labels() -> None:
             )
 
 
-def test_a_student_is_refused_only_if_it_is_stronger_beyond_the_uncertainty() -> None:
-    stronger = {e.PROBE_GAP: {(1, 5): -0.01}, PROBE: {5: 0.24}}
-    pair = next(p for p in rank_pairs(planted(stronger, width={e.PROBE_GAP: 0.02})).ranked if p.pair == names(1, 5))
-    assert pair.gap_is_certain is False
-    assert pair.gap == pytest.approx(-0.01)
-    (objection,) = against(rank_pairs(planted(stronger)), EIGHT[1], EIGHT[5])
-    assert (objection.code, objection.value) == ("student not weaker", pytest.approx(-0.01))
+@pytest.mark.parametrize(("gap", "refused"), [(-0.01, True), (0.0, True), (0.01, False)])
+def test_a_student_that_is_not_weaker_is_refused_however_uncertain_that_is(gap: float, refused: bool) -> None:
+    evidence = planted({e.PROBE_GAP: {(1, 5): gap}, PROBE: {5: 0.25 + gap}}, width={e.PROBE_GAP: 0.02})
+    selection = rank_pairs(evidence)
+    if refused:
+        (objection,) = against(selection, EIGHT[1], EIGHT[5])
+        assert (objection.code, objection.value) == ("student not weaker", pytest.approx(gap))
+    else:
+        pair = next(pair for pair in selection.ranked if pair.pair == names(1, 5))
+        assert pair.gap_is_certain is False
+        assert pair.gap == pytest.approx(gap)
 
 
 def test_all_pairs_are_ranked_or_rejected_with_a_reason() -> None:
@@ -194,34 +196,86 @@ def test_ties_and_uncertain_gaps_are_flagged() -> None:
     assert not any(p.ties_with_first for p in certain.ranked)
 
 
-def quality_table(value: float, source: str, *, split: str = "validation", note: str = "C=1") -> pd.DataFrame:
-    rows: list[Any] = [
-        (source, layer, i, level, PROBE, split, value, value, value, note)
-        for i, layer in enumerate(EIGHT)
-        for level in LEVELS
-    ]
-    return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
+@pytest.mark.parametrize(
+    ("control", "accuracy", "refused"),
+    [
+        # The teacher has 0.50, known to 0.01.
+        ("random weights", 0.50, True),
+        ("random weights", 0.499, False),
+        ("raw input", 0.52, True),
+        ("raw input", 0.505, False),
+        ("majority class", 0.495, True),
+        ("majority class", 0.48, False),
+    ],
+)
+def test_a_teacher_that_a_control_refutes_is_no_teacher(control: str, accuracy: float, refused: bool) -> None:
+    selection = rank_pairs(evidence_of(), controls={control: accuracy})
+    assert selection.basis.controls == ((control, accuracy),)
+    if refused:
+        (objection,) = against(selection, "blocks.1", "blocks.5")
+        assert (objection.code, objection.subject, objection.limit) == ("below a control", control, accuracy)
+        assert objection.value == pytest.approx(0.50)
+        assert selection.pick is None or selection.pick.teacher != "blocks.5"
+    else:
+        assert selection.pick == LayerPair("blocks.1", "blocks.5")
+    near = [caution for caution in selection.cautions if caution.code == "control knows as much"]
+    assert near == [] or near == [Caution("control knows as much", control, value=pytest.approx(0.5), limit=accuracy)]
+    assert bool(near) == (not refused and accuracy > 0.49)
 
 
-def test_a_teacher_that_does_not_beat_a_control_is_a_caution() -> None:
-    quality = pd.concat(
-        [
-            quality_table(0.5, "model"),
-            quality_table(0.3, "random weights"),
-            quality_table(0.9, "random weights", split="test"),
-            quality_table(0.55, "raw input"),
-        ]
-    )
-    cautions = with_control_cautions(rank_pairs(evidence_of()), quality).cautions
-    assert cautions[-1] == Caution("control knows as much", "raw input", value=pytest.approx(0.5), limit=0.55)
-    assert [caution.code for caution in cautions].count("control knows as much") == 1
+def test_without_labels_no_control_is_compared() -> None:
+    evidence = planted(labels=False)
+    assert rank_pairs(evidence, label_free=True, controls={"raw input": 0.9}) == rank_pairs(evidence, label_free=True)
 
 
-def test_probes_that_did_not_converge_are_a_caution() -> None:
-    quality = quality_table(0.5, "model")
-    quality.loc[3, "note"] = "C=1, gradient norm 1e-02; 1 of 1 fits did not converge"
-    cautions = with_control_cautions(rank_pairs(evidence_of()), quality).cautions
-    assert cautions[-1] == Caution("probes not converged", value=1, limit=16)
+def test_an_objection_to_the_run_withholds_every_pick_and_is_the_reason() -> None:
+    objection = Objection("network does not denoise", value=2.1, note="--schedule sit --prediction velocity")
+    selection = rank_pairs(evidence_of(), against_all=[objection])
+    assert selection.pick is None
+    assert len(selection.rejected) == 28
+    assert selection.refusal == (None, (objection,))
+    record = selection.to_dict()
+    assert record["pick"] is None
+    assert [one["code"] for one in record["no_pick"]] == ["network does not denoise"]
+    assert Selection.from_json(selection.to_json()) == selection
+
+
+def test_at_pure_noise_alone_nothing_is_picked() -> None:
+    layers, pairs = {PROBE: quantity([CURVE])}, {e.PROBE_GAP: quantity([of_pairs(lambda s, t: CURVE[t] - CURVE[s])])}
+    pairs[e.CKA] = quantity([of_pairs(lambda s, t: 1 - 0.08 * (t - s))])
+    picks = {levels: rank_pairs(planted_evidence(layers, pairs, noise_levels=levels)) for levels in ((1.0,), (0.99,))}
+    assert picks[0.99,].pick == LayerPair("blocks.1", "blocks.5")
+    assert picks[1.0,].pick is None
+    assert picks[1.0,].refusal == (None, (Objection("nothing but noise", value=1.0),))
+
+
+def test_the_closest_pair_says_why_there_is_no_pick() -> None:
+    selection = rank_pairs(evidence_of(), limits=replace(LIMITS, max_cka=0.5, min_distance=4))
+    (closest, objections) = selection.refusal
+    assert closest is not None
+    assert objections == closest.objections
+    assert len(objections) == 1
+    assert rank_pairs(evidence_of()).refusal == (None, ())
+
+
+def test_a_single_admissible_pair_is_no_choice() -> None:
+    limits = replace(LIMITS, min_distance=4)
+    selection = rank_pairs(evidence_of(), limits=limits)
+    assert len(selection.ranked) == 1
+    assert Caution("only one pair") in selection.cautions
+    # Cutting the list is no lack of choice.
+    assert Caution("only one pair") not in rank_pairs(evidence_of(), num_pairs=1).cautions
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_the_last_layer_of_a_short_network_does_not_teach(depth: int) -> None:
+    curve = [0.2 + 0.1 * i for i in range(depth)]
+    selection = ranking.rank_pairs(evidence_of(curve, EIGHT[:depth]), rule=BY_PROBES)
+    assert selection.basis.tail == (EIGHT[depth - 1],)
+    assert selection.pick == (None if depth == 3 else LayerPair("blocks.0", "blocks.2"))
+    free = ranking.rank_pairs(evidence_of(curve, EIGHT[:depth]), rule=BY_PROBES, limits=PairLimits(exclude_tail=0.0))
+    assert free.basis.tail == ()
+    assert free.pick is not None
 
 
 def test_without_labels_and_noise_draws_the_effective_rank_decides_and_the_result_says_so() -> None:

@@ -95,7 +95,7 @@ def test_where_students_could_give_all_by_themselves_no_pair_is_worth_it(gap: fl
     decision = decide(evidence(dict.fromkeys(PLACES, gap)))
     assert decision.pairs == ()
     assert (decision.record["decision"], decision.record["credit"]) == ("none", None)
-    assert decision_text(decision.record).startswith("No pair yet. No pair is admissible. Closest to it: what the")
+    assert decision_text(decision.record).startswith("No pair yet. No pair is admissible. Closest to it is b")
 
 
 # ------------------------------------------------------------------------------------------------------- looking again

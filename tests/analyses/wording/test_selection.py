@@ -24,6 +24,7 @@ from layerprobe.analyses.wording.selection import (
     objection_texts,
     pair_reasons,
     score_sentence,
+    selection_headline,
     selection_reason,
 )
 
@@ -84,11 +85,25 @@ OBJECTIONS = {
     Objection("student not weaker", "probe accuracy gap", -0.1): "a is not weaker than b: probe accuracy 0.250 against",
     Objection("already alike", "CKA", 0.99, 0.98, 1.0, 0.9): "they are alike already: mean CKA 0.990, above 0.9",
     Objection("within linear reach", "recoverability gap", 0.06, -0.04, 0.16, 0.05): (
-        "what the teacher adds is within the student's linear reach: the gap is 0.060, its interval begins at -0.040"
+        "what the teacher adds is within the student's linear reach: the recoverability gap is 0.060, its interval begins "
+        "at -0.040"
     ),
     Objection("teacher not needed", "teacher loss increase", 0.001, -0.002, 0.004, 0.0): (
         "the network does not need b: without it the loss rises by 0.0010 (-0.0020 to 0.0040)"
     ),
+    Objection("below a control", "majority class", 0.7, 0.66, 0.74, 0.667): (
+        "b is not surely above the share of the majority class: probe accuracy 0.700 (0.660 to 0.740) against 0.667"
+    ),
+    Objection("below a control", "random weights", 0.5, limit=0.55): (
+        "b is not above the control 'random weights': probe accuracy 0.500 against 0.550"
+    ),
+    Objection("below a control", "raw input", 0.5, limit=0.55): "b is below the control 'raw input': probe accuracy",
+    Objection("network does not denoise", value=2.125, note="--schedule sit --prediction velocity"): (
+        "the network does not denoise this data under any known convention, so its features mean nothing: the error is "
+        "2.12 times that of a linear denoiser at best (--schedule sit --prediction velocity); if the data and the "
+        "weights are right, run `layerprobe probe` again with --trust-convention"
+    ),
+    Objection("nothing but noise", value=1.0): "every noise level is 1, where samples are pure noise",
 }
 
 
@@ -99,14 +114,16 @@ def test_an_objection_in_words(objection: Objection, text: str) -> None:
 
 
 CAUTIONS = {
-    Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker.",
+    Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker, and no",
     Caution("effective rank for noise-LiDAR"): "The effective rank stands in for noise-LiDAR; it also counts the",
     Caution("needs not measured"): "Whether the network needs its layers was not measured.",
     Caution("gap within the uncertainty"): "The gap between a and b is within the uncertainty; use more samples.",
     Caution("ties with the pick", value=3): "The data cannot tell 3 other pairs from the pick; use more samples.",
     Caution("criterion not measured", "CKNNA", note="no CKNNA"): "Ranked without CKNNA (no CKNNA).",
     Caution("probes not converged", value=1, limit=16): "1 of 16 probes did not converge.",
-    Caution("control knows as much", "raw input", 0.5, 0.55): "b does not beat the control 'raw input': 0.500 against",
+    Caution("control knows as much", "raw input", 0.5, 0.55): "b is not surely above the control 'raw input': 0.500 a",
+    Caution("only one pair"): "It is the only admissible pair, so there was no choice.",
+    Caution("convention trusted", note="unclear"): "The convention check says 'unclear'; the declared schedule and",
 }
 
 
@@ -124,6 +141,30 @@ def test_every_code_is_tried_above() -> None:
 def test_without_an_admissible_pair_the_closest_one_is_named() -> None:
     far = RejectedPair("a", "c", (Objection("teacher in the tail", limit=1), Objection("student in the head", limit=1)))
     near = RejectedPair("a", "b", (Objection("too close", value=1, limit=2),))
-    expected = "No pair is admissible. Closest to it: they are 1 apart, and at least 2 is required."
+    expected = "No pair is admissible. Closest to it is a <- b: they are 1 apart, and at least 2 is required."
     assert selection_reason(selection(rejected=(far, near))) == expected
-    assert selection_reason(selection()) == ("No pair is admissible. Closest to it: there are fewer than two layers.")
+    assert selection_reason(selection()) == "No pair is admissible: there are fewer than two layers."
+
+
+def test_an_objection_to_the_run_is_the_only_reason() -> None:
+    noise = Objection("nothing but noise", value=1.0)
+    pairs = tuple(RejectedPair("a", b, (noise, Objection("too close", value=1, limit=2))) for b in "bc")
+    reason = selection_reason(selection(rejected=pairs))
+    assert reason.startswith("No pair is admissible: every noise level is 1")
+    assert "apart" not in reason
+    assert selection_headline(selection(rejected=pairs)) == f"none. {reason}"
+
+
+def test_the_headline_has_the_reasons_to_doubt_a_pick_and_not_how_it_was_measured() -> None:
+    assert selection_headline(selection(PAIR)) == "a should learn from b."
+    noted = selection(PAIR, cautions=(Caution("no labels"), Caution("only one pair")))
+    only = "It is the only admissible pair, so there was no choice."
+    assert selection_headline(noted) == f"a should learn from b. Caution: {only}"
+    two = replace(noted, cautions=(*noted.cautions, Caution("probes not converged", value=1, limit=2)))
+    assert selection_headline(two) == f"a should learn from b. 2 cautions: {only} 1 of 2 probes did not converge."
+
+
+def test_the_controls_stand_beside_the_accuracy_of_the_pick() -> None:
+    basis = replace(BASIS, controls=(("majority class", 0.25), ("raw input", 0.125)))
+    reason = selection_reason(selection(PAIR, basis=basis))
+    assert reason.endswith(" Without what the network has learned: majority class 0.250 and raw input 0.125.")
