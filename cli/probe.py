@@ -46,6 +46,7 @@ def probe(
     """Measure every layer at every noise level, pick student and teacher, draw figures and a report."""
     from layerprobe.analyses.runs import (
         describe_convention,
+        describe_copies,
         describe_labels,
         describe_selection,
         probe_run,
@@ -61,7 +62,7 @@ def probe(
             plan, out, device=device, batch_size=batch_size, trust_convention=trust_convention, progress=progress
         )
     record = {"run": str(out)} | selection_record(selection)
-    lines = [*describe_convention(out), *describe_labels(out), *describe_selection(selection)]
+    lines = [*describe_convention(out), *describe_copies(out), *describe_labels(out), *describe_selection(selection)]
     emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)
 
 
@@ -81,7 +82,7 @@ def extract(
     config: options.Config = None,
 ) -> None:
     """Only read the layers, on a machine with the model; `analyze` continues with the run folder on any machine."""
-    from layerprobe.analyses.runs import describe_convention, extract_run
+    from layerprobe.analyses.runs import describe_convention, describe_copies, extract_run
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
@@ -91,7 +92,8 @@ def extract(
         extract_run(
             plan, out, device=device, batch_size=batch_size, trust_convention=trust_convention, progress=progress
         )
-    emit({"run": str(out)}, [*describe_convention(out), f"features {out / 'features'}"], as_json=as_json)
+    lines = [*describe_convention(out), *describe_copies(out), f"features {out / 'features'}"]
+    emit({"run": str(out)}, lines, as_json=as_json)
 
 
 def analyze(
@@ -113,6 +115,7 @@ def analyze(
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import (
         analyze_run,
+        describe_copies,
         describe_labels,
         describe_ownership,
         describe_selection,
@@ -136,7 +139,12 @@ def analyze(
     draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | selection_record(selection)
-    lines = [*describe_labels(run), *describe_ownership(run, selection), *describe_selection(selection)]
+    lines = [
+        *describe_copies(run),
+        *describe_labels(run),
+        *describe_ownership(run, selection),
+        *describe_selection(selection),
+    ]
     lines.append(f"report   {run / 'report.html'}")
     emit(record, lines, as_json=as_json)
 

@@ -21,6 +21,7 @@ Record = Mapping[str, Any]
 RECORDS = {
     "Features": "features/model/manifest.json",
     "Plan": "plan.json",
+    "Data": "data.json",
     "Convention check": "convention.json",
     "Environment": "environment.json",
 }

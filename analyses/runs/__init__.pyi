@@ -32,6 +32,7 @@ from .score import open_comparison as open_comparison
 from .score import score_run as score_run
 from .score import write_scores as write_scores
 from .text import describe_convention as describe_convention
+from .text import describe_copies as describe_copies
 from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
 from .text import describe_ownership as describe_ownership

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -97,6 +97,7 @@ class RunFolder:
         features: Folder of the feature stores.
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
+        data: Path of the record of the samples that were read, and of their copies.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
     """
@@ -106,6 +107,7 @@ class RunFolder:
         self.features, self.figures = self.path / "features", self.path / "figures"
         self.confirmation = self.path / "confirmation"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
+        self.data = self.path / "data.json"
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.
@@ -116,6 +118,12 @@ class RunFolder:
         claim(self.path, "plan.json", plan.to_dict(), what="the results")
         if not (self.path / "environment.json").is_file():
             write_text(self.path / "environment.json", json.dumps(_environment(), indent=1))
+
+    def write_data(self, splits: Splits) -> None:
+        """Writes how many samples were read, and which of them are copies."""
+        counts = {name: len(samples) for name, samples in splits.items()}
+        copies = [asdict(copies) for copies in splits.copies]
+        write_text(self.data, json.dumps({"samples": counts, "copies": copies}, indent=1))
 
     def plan(self) -> RunPlan:
         """Reads the plan.

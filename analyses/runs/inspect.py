@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from layerprobe.analyses.wording import copy_sentences
 from layerprobe.backbones import SMALL_PRESETS, SiTConfig
 from layerprobe.data import (
     FILE,
@@ -27,6 +28,7 @@ from layerprobe.data import (
     read_columns,
     read_table,
     rendering_of,
+    without_copies,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
         "axes": _axes(whole[0]),
         "lengths": _lengths(whole),
         "classes": _classes(splits),
+        "copies": [asdict(copies) for copies in without_copies(splits).copies],
         "normalization": _normalization(whole[0]),
         "presets": _presets(model_shape),
         "notes": notes,
@@ -107,7 +110,8 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
     lines |= {f"--preset {name}": text for name, text in record["presets"].items()}
     lines["cannot be read"] = _bad_line(record["bad"]) if record["bad"] else "nothing" * bool(record["parts"])
     width = max(map(len, lines)) + 2
-    return [*(f"{name:<{width}}{text}" for name, text in lines.items() if text), *record["notes"]]
+    shown = [f"{name:<{width}}{text}" for name, text in lines.items() if text]
+    return [*shown, *(f"{'copies':<{width}}{text}" for text in copy_sentences(record["copies"])), *record["notes"]]
 
 
 def peek(splits: Splits) -> Figure:

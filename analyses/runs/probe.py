@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from layerprobe.analyses.tables import (
     recoverability_table,
     write_table,
 )
+from layerprobe.analyses.wording import copy_sentences
 from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.checkpoints import check_convention, convention_message, convention_name
 from layerprobe.data import Splits
@@ -132,6 +133,7 @@ def extract_run(
         raise ValueError(convention_message(convention))
     folder.claim(plan)
     folder.write_convention(convention, trusted=trusted)
+    folder.write_data(splits)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
     small = folder.store_folder(_EVIDENCE)
     extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
@@ -319,6 +321,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
         "layers": len(shapes),
         "noise_levels": list(extraction.noise_levels),
         "samples": {name: len(samples) for name, samples in splits.items()},
+        "copies": copy_sentences([asdict(copies) for copies in splits.copies]),
         "forward_passes": 2 * rows,
         "feature_bytes": 4
         * rows

@@ -15,6 +15,7 @@ from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, 
 from layerprobe.analyses.wording import (
     TRUST,
     caution_texts,
+    copy_sentences,
     decision_text,
     recommendation_text,
     selection_headline,
@@ -27,6 +28,13 @@ def describe_convention(run: str | Path) -> list[str]:
     """Returns the result of a run's convention check as readable lines."""
     check, _ = RunFolder(run).convention_check()
     return [f"weights  {convention_message(check)}", *(f"caution  {text}" for text in convention_cautions(check))]
+
+
+def describe_copies(run: str | Path) -> list[str]:
+    """Returns a readable line for each split that had copies; no lines if there were none."""
+    path = RunFolder(run).data
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"copies": []}
+    return [f"copies   {sentence}" for sentence in copy_sentences(record["copies"])]
 
 
 def describe_labels(run: str | Path) -> list[str]:

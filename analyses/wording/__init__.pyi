@@ -1,3 +1,4 @@
+from .copies import copy_sentences as copy_sentences
 from .decisions import decision_text as decision_text
 from .recommendations import recommendation_text as recommendation_text
 from .selection import TRUST as TRUST

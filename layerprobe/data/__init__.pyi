@@ -1,5 +1,6 @@
 from .arrays import ArraySamples as ArraySamples
 from .arrays import load_array as load_array
+from .duplicates import without_copies as without_copies
 from .embedded_digits import digits as digits
 from .images import ImageSamples as ImageSamples
 from .images import load_images as load_images
@@ -14,6 +15,7 @@ from .rendering import Rendering as Rendering
 from .rendering import rendering_of as rendering_of
 from .samples import MISSING as MISSING
 from .samples import Batch as Batch
+from .samples import Copies as Copies
 from .samples import Samples as Samples
 from .samples import Splits as Splits
 from .samples import Subset as Subset

@@ -30,6 +30,7 @@ from layerprobe.data.samples import (
     LabelColumn,
     Samples,
     content_hash,
+    digest_of,
     pixels_to_float,
 )
 from layerprobe.files import one_line
@@ -106,6 +107,7 @@ def load_images(
             class_names=class_names,
             first_id=tables.first_id(name),
             content=headers[name].content,
+            digests=headers[name].digests,
             keep=num_bytes <= memory_budget_bytes,
             columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
         )
@@ -140,6 +142,7 @@ class ImageSamples(Samples):
         class_names: Class names, one per class.
         first_id: Id of row 0.
         content: Hash of the encoded images.
+        digests: Hash of each encoded image.
         keep: Whether to keep decoded images in memory, as uint8.
         columns: Extra label columns.
     """
@@ -153,6 +156,7 @@ class ImageSamples(Samples):
         class_names: tuple[str, ...],
         first_id: int,
         content: str,
+        digests: list[bytes],
         keep: bool,
         columns: tuple[LabelColumn, ...] = (),
     ) -> None:
@@ -162,6 +166,7 @@ class ImageSamples(Samples):
         self.fingerprint = content_hash("images, version 1", content, shape, labels, class_names, first_id)
         self.images = images
         # Memory that was never written costs nothing: the system allocates pages as images are decoded.
+        self._digests = digests
         self._pixels = torch.empty((len(images), *shape), dtype=torch.uint8) if keep else None
         self._decoded = torch.zeros(len(images), dtype=torch.bool)
 
@@ -172,6 +177,9 @@ class ImageSamples(Samples):
         index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
         labels = None if self.labels is None else self.labels[index]
         return Batch(pixels_to_float(self._read(index)), labels, self.ids[index])
+
+    def stored_digests(self) -> list[bytes]:
+        return self._digests
 
     def _read(self, index: Tensor) -> Tensor:
         if self._pixels is None:
@@ -185,10 +193,11 @@ class ImageSamples(Samples):
 
 @dataclass(frozen=True)
 class _Headers:
-    """Channels, height and width of the images as displayed, shape (n, 3), and a hash of their bytes."""
+    """Channels, height and width of the images as displayed, shape (n, 3), a hash of their bytes and one of each."""
 
     shapes: NDArray[Any]
     content: str
+    digests: list[bytes]
 
 
 class EncodedImages:
@@ -226,15 +235,16 @@ class EncodedImages:
         """
         if skip_bad:
             self._leave_out_bad(skip_bad)
-        shapes, digest = np.empty((len(self), 3), np.int64), hashlib.sha256()
+        shapes, digest, digests = np.empty((len(self), 3), np.int64), hashlib.sha256(), []
         for start in range(0, len(self), 256):
             index = range(start, min(start + 256, len(self)))
             for row, encoded in zip(index, self._encoded(index), strict=True):
                 digest.update(len(encoded).to_bytes(8, "little"))
                 digest.update(encoded)
+                digests.append(digest_of(encoded))
                 with self._errors(row):
                     shapes[row] = _shape(encoded)
-        return _Headers(shapes, digest.hexdigest())
+        return _Headers(shapes, digest.hexdigest(), digests)
 
     def _leave_out_bad(self, skip_bad: int) -> None:
         kept = []

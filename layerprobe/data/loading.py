@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ def encode_splits(
         name: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
         for name, samples in splits.items()
     }
-    return Splits(**latents_by_split)
+    return replace(splits, **latents_by_split)
 
 
 def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:

@@ -104,6 +104,21 @@ class Samples(ABC):
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the samples at these positions, in this order."""
 
+    def content(self, indices: Sequence[int]) -> Tensor:
+        """Returns what tells the samples at these positions from others, shape (B, ...): equal samples have it equal.
+
+        It is the samples themselves, unless they are drawn at random from what is stored.
+        """
+        return self.batch(indices).x
+
+    def stored_digests(self) -> list[bytes] | None:
+        """Returns a hash of what is stored of every sample, equal only for equal samples; None if they are not kept.
+
+        They are kept where everything is read at the beginning anyway, so they may miss samples that are stored in two
+        ways and read as the same.
+        """
+        return None
+
 
 class TensorSamples(Samples):
     """Samples held in memory.
@@ -163,6 +178,9 @@ class TensorSamples(Samples):
     def __len__(self) -> int:
         return len(self.x)
 
+    def stored_digests(self) -> list[bytes]:
+        return row_digests(self.x)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         index = torch.as_tensor(indices, dtype=torch.long)
         x = self.x[index]
@@ -194,7 +212,17 @@ class Subset(Samples):
         return len(self.indices)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        return self.samples.batch(self.indices[torch.as_tensor(indices, dtype=torch.long)].tolist())
+        return self.samples.batch(self._inner(indices))
+
+    def content(self, indices: Sequence[int]) -> Tensor:
+        return self.samples.content(self._inner(indices))
+
+    def stored_digests(self) -> list[bytes] | None:
+        stored = self.samples.stored_digests()
+        return None if stored is None else [stored[index] for index in self.indices.tolist()]
+
+    def _inner(self, indices: Sequence[int]) -> list[int]:
+        return self.indices[torch.as_tensor(indices, dtype=torch.long)].tolist()
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -207,6 +235,25 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Samples of a split that equal a sample before them.
+
+    Attributes:
+        split: Split that the copies are in.
+        of: Split of the samples that they equal.
+        num: Number of copies.
+        total: Number of samples of their split, the copies included.
+        is_left_out: Whether the copies were left out of their split.
+    """
+
+    split: str
+    of: str
+    num: int
+    total: int
+    is_left_out: bool
+
+
+@dataclass(frozen=True)
 class Splits:
     """Disjoint training, validation and test splits.
 
@@ -214,11 +261,13 @@ class Splits:
         train: Samples that probes are fitted on.
         validation: Samples that penalties and layers are chosen on.
         test: Samples that reported numbers are computed on.
+        copies: Equal samples that were found, see `duplicates.without_copies`.
     """
 
     train: Samples
     validation: Samples
     test: Samples
+    copies: tuple[Copies, ...] = ()
 
     def items(self) -> list[tuple[str, Samples]]:
         """Returns the names and samples of the three splits: training, validation, test."""
@@ -240,6 +289,17 @@ def content_hash(*parts: object) -> str:
         else:
             digest.update(f"{part!r};".encode())
     return digest.hexdigest()[:32]
+
+
+def row_digests(x: Tensor) -> list[bytes]:
+    """Returns a hash of every row of a tensor, 16 bytes; those of equal rows are equal."""
+    # Adding 0 turns -0.0, which equals 0.0 but has other bytes, into 0.0.
+    return [digest_of(row.numpy().tobytes()) for row in x + 0]
+
+
+def digest_of(content: bytes) -> bytes:
+    """Returns a hash of 16 bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _checked_floats(x: Tensor) -> Tensor:

@@ -134,10 +134,9 @@ class DataSource:
             shape: Shape (C, *grid) that the model takes.
             progress: See `encode`.
         """
-        from layerprobe.data.samples import Splits
         from layerprobe.data.splits import for_probing, take
 
         whole = replace(self, num_train=None, num_validation=None, num_test=None).load(expect_shape=shape)
         counted = take(whole, num_validation=self.num_validation, num_test=self.num_test)
         probed = for_probing(counted, given=self.options())
-        return self.encode(Splits(whole.train, probed.validation, probed.test), expect_shape=shape, progress=progress)
+        return self.encode(replace(probed, train=whole.train), expect_shape=shape, progress=progress)

@@ -7,7 +7,8 @@ when a count changes: no run is tested on samples that another run was trained o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layerprobe.data.duplicates import groups, without_copies
 from layerprobe.data.samples import MISSING, Samples, Splits, Subset
 
 # Default maximum for probing: more samples change no conclusion and take proportionally longer.
@@ -34,7 +36,8 @@ def split(
 
     If the data set has a "train" part and a "test" (or "validation") part, 80 % of the former become the training
     split, 20 % the validation split, and the latter part becomes the test split. A single part, or "train" alone, is
-    divided 60/20/20. All splits are stratified by class.
+    divided 60/20/20. All splits are stratified by class. Samples that are known to be equal, see `groups`, stay in one
+    split, the shares being those of different samples.
 
     Args:
         sources: Parts of a data set by name, or a single part.
@@ -49,22 +52,35 @@ def split(
     """
     train, held_out = _parts({"all": sources} if isinstance(sources, Samples) else sources)
     _check_class_sizes(train)
-    order = keyed_order(train, seed=seed)
-    if held_out is None:
-        ends = [round(0.6 * len(train)), round(0.8 * len(train))]
-        test = Subset(train, order[ends[1] :], name="test")
-    else:
+    if held_out is not None:
         _check_related(train, held_out)
-        ends = [round(0.8 * len(train)), len(train)]
-        test = Subset(held_out, keyed_order(held_out, seed=seed), name="test")
+    first, second, *third = _sections(train, (0.6, 0.8) if held_out is None else (0.8,), seed=seed)
     splits = Splits(
-        Subset(train, order[: ends[0]], name="train"),
-        Subset(train, order[ends[0] : ends[1]], name="validation"),
-        test,
+        Subset(train, first, name="train"),
+        Subset(train, second, name="validation"),
+        Subset(train, third[0], name="test")
+        if held_out is None
+        else Subset(held_out, keyed_order(held_out, seed=seed), name="test"),
     )
     if not all(len(samples) for _, samples in splits.items()):
-        raise ValueError(f"{len(train)} samples are too few for three splits; pass at least 5")
+        different = len(np.unique(groups(train)))
+        raise ValueError(f"{different} different samples are too few for three splits; pass at least 5")
     return take(splits, num_train=num_train, num_validation=num_validation, num_test=num_test)
+
+
+def _sections(samples: Samples, ends: Sequence[float], *, seed: int) -> list[Tensor]:
+    """Positions of the samples in the sections of their order that end at these fractions, and in the rest.
+
+    Copies come last in the section of the sample that they equal, so without copies the order is `keyed_order`.
+    """
+    first = torch.from_numpy(groups(samples))
+    own = (first == torch.arange(len(samples))).nonzero().squeeze(1)
+    order = own[keyed_order(Subset(samples, own, name="different"), seed=seed)]
+    copies = keyed_order(samples, seed=seed)
+    copies = copies[(first != torch.arange(len(samples)))[copies]]
+    cuts = [0, *(round(end * len(order)) for end in ends), len(order)]
+    sections = [order[start:end] for start, end in pairwise(cuts)]
+    return [torch.cat([section, copies[torch.isin(first[copies], section)]]) for section in sections]
 
 
 def take(
@@ -101,6 +117,7 @@ def take(
 def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
     """Limits each split to `PROBING_COUNTS` samples, unless the user set its count, and checks the extra label columns.
 
+    Of equal samples among these, validation and test keep none that a split before them has, see `without_copies`.
     Splits are stratified by the class alone, so a class of an extra label column may be missing from a split.
 
     Args:
@@ -108,14 +125,20 @@ def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
         given: Options set by the user; those named num_train, num_validation and num_test exempt their split.
 
     Raises:
-        ValueError: If a probe cannot be fitted on an extra label column, see `check_probed`.
+        ValueError: If a split has nothing but copies, or a probe cannot be fitted on an extra label column, see
+            `check_probed`.
     """
     counts = {
         f"num_{name}": min(len(samples), PROBING_COUNTS[name])
         for name, samples in splits.items()
         if f"num_{name}" not in given
     }
-    subsets = take(splits, **counts)
+    subsets = without_copies(take(splits, **counts))
+    for name, samples in subsets.items():
+        if not len(samples):
+            raise ValueError(
+                f"all {name} samples are copies of samples in other splits; pass data whose samples differ"
+            )
     for columns in zip(*(samples.columns for _, samples in subsets.items()), strict=True):
         names = (name for name, _ in subsets.items())
         check_probed(columns[0].name, {name: c.labels.numpy() for name, c in zip(names, columns, strict=True)})

@@ -55,8 +55,10 @@ def expected(images: list[Image.Image]) -> Tensor:
 
 def labeled(counts: list[int], *, first: int = 0) -> TensorSamples:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    n = len(labels)
-    return TensorSamples(torch.zeros(n, 1, 2, 2), labels, ids=torch.arange(first, first + n))
+    ids = torch.arange(first, first + len(labels))
+    # Every sample is its own: its pixels are the bytes of its id.
+    x = (ids.unsqueeze(1) >> torch.tensor([0, 8, 16, 24]) & 255).to(torch.uint8)
+    return TensorSamples(x.view(-1, 1, 2, 2), labels, ids=ids)
 
 
 def all_ids(splits: Splits) -> dict[str, set[int]]:

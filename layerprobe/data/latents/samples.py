@@ -87,6 +87,10 @@ class LatentSamples(Samples):
         labels = None if self.labels is None else self.labels[index]
         return Batch((self._z(stored, self.ids[index]) - self._shift) * self._scale, labels, self.ids[index])
 
+    def content(self, indices: Sequence[int]) -> Tensor:
+        """Returns the stored tensors, which are equal for equal images, unlike draws from the posterior."""
+        return self._rows.read(torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)].tolist())
+
     def _z(self, stored: Tensor, ids: Tensor) -> Tensor:
         if self._seed is None:
             return stored

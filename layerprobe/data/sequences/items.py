@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.samples import MEMORY_BUDGET_BYTES, MISSING, Batch, LabelColumn, Samples, content_hash
+from layerprobe.data.samples import (
+    MEMORY_BUDGET_BYTES,
+    MISSING,
+    Batch,
+    LabelColumn,
+    Samples,
+    content_hash,
+    digest_of,
+)
 from layerprobe.files import one_line
 
 if TYPE_CHECKING:
@@ -118,6 +126,9 @@ class MediaSamples(Samples):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def stored_digests(self) -> list[bytes]:
+        return self.items.digests
+
     def batch(self, indices: Sequence[int]) -> Batch:
         index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
         x = torch.zeros(len(index), *self.shape)
@@ -146,6 +157,7 @@ class Items:
         shapes: Shape (C, *grid) of each readable item, shape (n, 1 + axes).
         rows_kept: Rows of the readable items, shape (n,).
         content: Hash of the decoded items.
+        digests: Hash of each decoded item.
         bad: Errors of the items that were left out, by name of the item.
         column: Column of the items.
 
@@ -162,6 +174,7 @@ class Items:
         self._rows = self._rows.with_format(decoder.row_format)
         self._values: dict[int, Tensor] = {}
         digest, shapes, kept = hashlib.sha256(), [], []
+        self.digests: list[bytes] = []
         for row, item in read_items(self._rows, column):
             try:
                 value = _checked(decoder(item))
@@ -172,7 +185,9 @@ class Items:
                 if len(self.bad) > skip_bad:
                     raise ValueError(self._complaint(skip_bad)) from error
                 continue
-            digest.update(value.numpy().tobytes())
+            content = value.numpy().tobytes()
+            digest.update(content)
+            self.digests.append(digest_of(content))
             shapes.append(value.shape)
             kept.append(row)
             budget_bytes -= value.nbytes

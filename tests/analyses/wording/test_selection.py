@@ -85,8 +85,8 @@ OBJECTIONS = {
     Objection("student not weaker", "probe accuracy gap", -0.1): "a is not weaker than b: probe accuracy 0.250 against",
     Objection("already alike", "CKA", 0.99, 0.98, 1.0, 0.9): "they are alike already: mean CKA 0.990, above 0.9",
     Objection("within linear reach", "recoverability gap", 0.06, -0.04, 0.16, 0.05): (
-        "what the teacher adds is within the student's linear reach: the recoverability gap is 0.060, its interval begins "
-        "at -0.040"
+        "what the teacher adds is within the student's linear reach: the recoverability gap is 0.060, its interval "
+        "begins at -0.040"
     ),
     Objection("teacher not needed", "teacher loss increase", 0.001, -0.002, 0.004, 0.0): (
         "the network does not need b: without it the loss rises by 0.0010 (-0.0020 to 0.0040)"

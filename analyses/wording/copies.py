@@ -1,0 +1,27 @@
+"""Sentences about equal samples that a data set contains several times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def copy_sentences(copies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns one sentence for each split that has copies; none if there are no copies.
+
+    Args:
+        copies: Records of `layerprobe.data.Copies`, as in `data.json` of a run.
+    """
+    by_split: dict[str, list[Mapping[str, Any]]] = {}
+    for record in copies:
+        by_split.setdefault(record["split"], []).append(record)
+    return [_sentence(split, records) for split, records in by_split.items()]
+
+
+def _sentence(split: str, records: Sequence[Mapping[str, Any]]) -> str:
+    num, total = sum(record["num"] for record in records), records[0]["total"]
+    sources = ", ".join(f"{record['num']} of {record['of']}" for record in records)
+    begins = f"{num} of {total} {split} samples are copies, equal value for value to others ({sources} samples)"
+    if records[0]["is_left_out"]:
+        return f"{begins}; they are left out, and {total - num} are left."
+    return f"{begins}; they stay in."
