@@ -32,20 +32,21 @@ def without_copies(splits: Splits) -> Splits:
         The splits; one that has nothing but copies is empty.
     """
     first_split: dict[bytes, str] = {}
-    kept, copies = {}, []
-    for name, samples in splits.items():
-        numbers: Counter[str] = Counter()
-        rows = []
+    copies: list[Copies] = []
+
+    def different(name: str, samples: Samples) -> Samples:
+        rows, numbers = [], Counter[str]()
         for row, digest in enumerate(digests(samples)):
             if digest in first_split:
                 numbers[first_split[digest]] += 1
             else:
                 first_split[digest] = name
                 rows.append(row)
-        copies += [Copies(name, of, num, len(samples), is_left_out=name != "train") for of, num in numbers.items()]
-        left_out = numbers and name != "train"
-        kept[name] = Subset(samples, rows, name="without-copies") if left_out else samples
-    return replace(splits, **kept, copies=tuple(copies))
+        is_left_out = name != "train"
+        copies.extend(Copies(name, of, num, len(samples), is_left_out) for of, num in numbers.items())
+        return Subset(samples, rows, name="without-copies") if numbers and is_left_out else samples
+
+    return replace(splits.mapped(different), copies=tuple(copies))
 
 
 def digests(samples: Samples) -> list[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,11 +166,9 @@ def encode_splits(
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    latents_by_split = {
-        name: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
-        for name, samples in splits.items()
-    }
-    return replace(splits, **latents_by_split)
+    return splits.mapped(
+        lambda _, samples: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
+    )
 
 
 def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -267,11 +267,16 @@ class Splits:
     train: Samples
     validation: Samples
     test: Samples
-    copies: tuple[Copies, ...] = ()
+    copies: tuple[Copies, ...] = field(default=(), kw_only=True)
 
     def items(self) -> list[tuple[str, Samples]]:
         """Returns the names and samples of the three splits: training, validation, test."""
         return [("train", self.train), ("validation", self.validation), ("test", self.test)]
+
+    def mapped(self, function: Callable[[str, Samples], Samples]) -> Splits:
+        """Returns the results of a function of name and samples, called for the three splits in their order."""
+        train, validation, test = (function(name, samples) for name, samples in self.items())
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def pixels_to_float(pixels: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def take(
         ValueError: If a count exceeds its split, the training split then lacks a class, or an id occurs twice.
     """
     counts = {"train": num_train, "validation": num_validation, "test": num_test}
-    subsets = Splits(**{name: _first(samples, counts[name], name) for name, samples in splits.items()})
+    subsets = splits.mapped(lambda name, samples: _first(samples, counts[name], name))
     train = subsets.train
     if train.labels is not None:
         missing = [c for c, count in enumerate(_class_sizes(train)) if count == 0]
