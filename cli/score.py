@@ -54,7 +54,7 @@ def score(
     from dataclasses import asdict
 
     from layerprobe.analyses.generation import check_metrics, open_encoder
-    from layerprobe.analyses.runs import describe_scores, open_comparison, score_run, write_scores
+    from layerprobe.analyses.runs import check_scores, describe_scores, open_comparison, score_run, write_scores
     from layerprobe.checkpoints import resolve_device
 
     metric_names = names(metrics)
@@ -77,6 +77,8 @@ def score(
         record |= {"extractor": encoder.name if encoder else "trained on the data"}
         emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
         return
+    if out is not None:
+        check_scores(out, record)
     with progress_bar() as progress:
         scores, warnings = score_run(
             generated, splits, data, extractor=encoder, metrics=metric_names, k=neighbors, seed=seed, progress=progress

@@ -30,12 +30,14 @@ def select(
     config: options.Config = None,
 ) -> None:
     """Rank the layer pairs of a run again, with reasons, and name layers for other uses; a what-if without --keep."""
+    from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import (
         RunFolder,
         choose_layers,
         describe_ownership,
         describe_recommendations,
         describe_selection,
+        draw_figures,
         recommend_layers,
         selection_record,
     )
@@ -48,6 +50,9 @@ def select(
     )
     folder = RunFolder(run)
     folder.keep_selection(selection, replace=keep)
+    if keep:
+        draw_figures(run)
+        write_report(run)
     answers = recommend_layers(run, selection)
     lines = [*describe_ownership(run, selection), *describe_selection(selection, num_pairs=10)]
     lines += describe_recommendations(answers)

@@ -95,6 +95,27 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     write_text(record_path, json.dumps(record, indent=1))
 
 
+def check_same(path: Path, record: Mapping[str, Any], *, what: str) -> None:
+    """Checks that a file with the record of a result describes the same result, so that writing it again loses nothing.
+
+    Args:
+        path: File with the record; it need not exist.
+        record: Description of the result that will be written, JSON-compatible; other keys of the file do not count.
+        what: Name of the result, such as "samples", for the error message.
+
+    Raises:
+        ValueError: If the file describes another result.
+    """
+    if path.is_file():
+        before = _read(path)
+        changed = differences({key: before.get(key) for key in record}, json.loads(json.dumps(record)))
+        if changed:
+            raise ValueError(
+                f"{path.parent} holds {what} of another command (different: {', '.join(changed[:4])}); choose another "
+                "--out, or delete them first"
+            )
+
+
 def differences(before: Any, now: Any, at: str = "") -> list[str]:
     """Returns the dotted keys at which two JSON values differ.
 

@@ -126,7 +126,8 @@ def sweep_pairs(
         progress: Callback with (name of the running branch, steps done, total steps), counted over this shard.
 
     Returns:
-        The content of `atlas.csv`, see `pair_sweep_table`; it lacks the branches that no shard has finished.
+        The content of `atlas.csv`, see `pair_sweep_table`, with the pairs and seeds of earlier calls; it lacks the
+        branches that no shard has finished.
 
     Raises:
         ValueError: If a pair is listed twice, the shard does not exist, or the folder belongs to another run.
@@ -153,9 +154,19 @@ def sweep_pairs(
         start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
         _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
     scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
-    sweep = pair_sweep_table(scores)
+    sweep = _with_earlier(pair_sweep_table(scores), folder / "atlas.csv")
     write_text(folder / "atlas.csv", sweep.to_csv(index=False))
     return sweep
+
+
+def _with_earlier(sweep: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table with those branches of the table in a file that this call did not ask for."""
+    if not path.is_file():
+        return sweep
+    earlier, branch = read_pair_sweep(path), ["student", "teacher", "seed"]
+    asked = set(sweep[branch].itertuples(index=False, name=None))
+    kept = [row not in asked for row in earlier[branch].itertuples(index=False, name=None)]
+    return pd.concat([sweep, earlier[kept]], ignore_index=True) if any(kept) else sweep
 
 
 def branch_scores(model: Backbone, scorer: Scorer, splits: Splits) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from layerprobe.analyses.measures import ProbeResult, linear_probe
 from layerprobe.backbones import Backbone
-from layerprobe.data import Splits, Subset
+from layerprobe.data import Splits, Subset, without_copies
 from layerprobe.extraction import SPLITS, ExtractionPlan, FeatureStore, extract
 
 PROBE_ERROR = "probe error"
@@ -30,11 +30,15 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
         splits: Data to probe it with.
 
     Returns:
-        Errors by metric; empty if the data has no labels, or its training split has a single class.
+        Errors by metric; empty if the data has no labels, its training split has a single class, or another split has
+        nothing but copies.
     """
     parts = zip(splits.items(), NUM_SAMPLES, strict=True)
-    subset = Splits(*(Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts))
+    first = (Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts)
+    subset = without_copies(Splits(*first))
     if subset.train.labels is None or len(set(subset.train.labels.tolist())) < 2:
+        return {}
+    if not all(len(samples) for _, samples in subset.items()):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan = ExtractionPlan(layers=backbone.layers, noise_levels=NOISE_LEVELS)

@@ -60,7 +60,7 @@ def cka_heatmap(
         student, teacher = names.index(pair.student), names.index(pair.teacher)
         mark_cell(right, student, teacher)
         mark_cell(right, teacher, student)
-    label = "debiased linear CKA (1: equal)"
+    label = "debiased linear CKA on the validation split (1: equal)"
     figure.colorbar(mesh, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=label)
     figure.suptitle(wrap_title(_cka_title(names, levels, mean, pair)), x=0.008, ha="left")
     return figure
@@ -115,6 +115,7 @@ def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], sid
 
 def _cka_title(names: Sequence[str], levels: Sequence[float], mean: Floats, pair: LayerPair | None) -> str:
     kind, where = ("mean CKA", "") if len(levels) > 1 else ("CKA", f" at noise level {levels[0]:g}")
+    where += " on the validation split"
     if pair is not None:
         value = mean[names.index(pair.student), names.index(pair.teacher)]
         return f"Student {pair.student} and teacher {pair.teacher}: {kind} {value:.2f}{where}"

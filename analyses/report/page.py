@@ -37,8 +37,11 @@ from layerprobe.analyses.tables import PROBE, probed_column
 from layerprobe.analyses.wording import (
     TRUST,
     caution_texts,
+    copy_sentences,
     objection_texts,
+    other_pair_sentence,
     pair_reasons,
+    selection_headline,
     selection_reason,
     verdict_paragraph,
 )
@@ -106,7 +109,9 @@ def _context(run: RunFiles) -> dict[str, Any]:
         **_quality_figures(run),
         "similarity": _similarity(run),
         "selection": run.selection and _selection(run.selection),
-        "verdict": run.verdict and _verdict(run.verdict),
+        "verdict": run.verdict and _verdict(run.verdict, run.selection),
+        "copies": copy_sentences((run.records["Data"] or {}).get("copies", [])),
+        "num_pair_samples": (run.records["Features of pairs"] or {}).get("num_samples"),
         "confirmation_started": run.confirmation is not None,
         "confirmation": _confirmation_figures(run),
         "pictures": [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in run.pictures],
@@ -144,6 +149,7 @@ def _selection(selection: Selection) -> dict[str, Any]:
     ]
     return {
         "pick": selection.pick,
+        "headline": selection_headline(selection),
         "reason": selection_reason(selection),
         "trust": TRUST,
         "basis": selection.basis,
@@ -154,8 +160,10 @@ def _selection(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return vars(verdict) | {"paragraph": verdict_paragraph(verdict)}
+def _verdict(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
+    other = other_pair_sentence(verdict, selection)
+    sentences = [other, verdict_paragraph(verdict)]
+    return vars(verdict) | {"paragraph": " ".join(filter(None, sentences)), "is_of_pick": not other}
 
 
 def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:

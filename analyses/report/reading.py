@@ -20,6 +20,7 @@ Record = Mapping[str, Any]
 
 RECORDS = {
     "Features": "features/model/manifest.json",
+    "Features of pairs": "features/evidence/manifest.json",
     "Plan": "plan.json",
     "Data": "data.json",
     "Convention check": "convention.json",

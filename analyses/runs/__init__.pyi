@@ -27,6 +27,7 @@ from .quickstart import quickstart_run as quickstart_run
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples
 from .sample import find_meaning as find_meaning
+from .score import check_scores as check_scores
 from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import score_run as score_run

@@ -56,6 +56,9 @@ def confirm_run(
         sampling: Sampling plan for these samples.
         device: Device of the models.
         progress: Called with (name of the running arm, steps done, steps in total).
+
+    Raises:
+        ValueError: If the run has a verdict on more arms or seeds, or as `confirm_pair`.
     """
     folder = RunFolder(run)
     plan, selection = folder.plan(), folder.selection()
@@ -69,6 +72,7 @@ def confirm_run(
         stop_early,
     )
     trained_arms = _arms(selection, alignable_layers(backbone), arms, seeds)
+    _check_nothing_is_dropped(folder, trained_arms, seeds)
     encoding = named_progress(progress, "encoding images")
     splits = plan.data.training_splits(backbone.shape, progress=encoding)
     verdict = confirm_pair(
@@ -84,6 +88,22 @@ def confirm_run(
     draw_figures(run)
     write_report(run)
     return verdict
+
+
+def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """Refuses to replace a verdict by one on fewer arms or seeds, since the report has one verdict only."""
+    before = folder.verdict()
+    if before is None:
+        return
+    curves, verdict = before
+    lost = [f"the arm {name!r}" for name in curves["arm"].unique() if name not in {arm.name for arm in arms}]
+    lost += [f"seed {seed}" for seed in sorted(set(curves["seed"]) - set(seeds))]
+    if lost:
+        raise ValueError(
+            f"{folder.path} has a verdict on {verdict.judged!r}, and these options would replace it by one without "
+            f"{lost[0]}; ask for all of its arms and seeds, or copy the run without confirmation/, confirmation.csv and "
+            "verdict.json"
+        )
 
 
 def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = False, **options: Any) -> TrainingPlan:

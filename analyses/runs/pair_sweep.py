@@ -161,7 +161,7 @@ def describe_pair_sweep(sweep: pd.DataFrame, branches: int, *, num_pairs: int = 
         num_pairs: Number of best pairs to list.
     """
     done = len(sweep[["student", "teacher", "seed"]].drop_duplicates())
-    lines = [f"branches {done} of {branches} finished"]
+    lines = [f"branches {done} of {max(branches, done)} finished"]
     if done < branches:
         return lines
     for metric in (FRECHET, PROBE_ERROR) if _is_probed(sweep) else (FRECHET,):

@@ -60,6 +60,7 @@ from layerprobe.extraction import (
 )
 from layerprobe.progress import TaskProgress, named_progress
 
+LEAST_COMPARED = 4  # samples that debiased CKA needs
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
@@ -124,6 +125,7 @@ def extract_run(
     folder = RunFolder(run)
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
+    _check_samples(splits)
     if folder.convention.is_file():
         convention, trusted = folder.convention_check()
     else:
@@ -157,7 +159,9 @@ def analyze_run(
     encoder: Extractor | None = None,
     progress: TaskProgress | None = None,
 ) -> Selection:
-    """Measures the features of a run: writes its tables and its selection.
+    """Measures the features of a run: writes its tables, and its selection if it has none yet.
+
+    What earlier calls measured by other analyses stays in the quality table.
 
     Args:
         run: Run folder with features.
@@ -184,6 +188,10 @@ def analyze_run(
     tables = [quality, ablation]
     if encoder is not None:
         tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
+    if folder.is_measured:
+        # Measurements of these same features by analyses or encoders that are not asked for now.
+        before = folder.quality()
+        tables.append(before[~before["metric"].isin(pd.concat(tables)["metric"])])
     folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
     selection = choose_layers(run)
     folder.keep_selection(selection)
@@ -242,6 +250,21 @@ def _check_frames(plan: RunPlan, splits: Splits) -> None:
     if frames and not plan.extraction.token_samples:
         raise ValueError(
             f"{frames[0]!r} labels every frame, which the kept tokens are probed for; pass --token-samples 200 or so"
+        )
+
+
+def _check_samples(splits: Splits) -> None:
+    """Refuses before the extraction what cannot be measured after it."""
+    if len(splits.validation) < LEAST_COMPARED:
+        raise ValueError(
+            f"the validation split has {len(splits.validation)} samples, and comparing layers needs {LEAST_COMPARED}; "
+            "pass more data"
+        )
+    labels = splits.train.labels
+    if labels is not None and len(labels.unique()) < 2:
+        raise ValueError(
+            "the training split has one class only, and a probe needs two; pass data with two classes or more, or "
+            "without labels"
         )
 
 
@@ -313,6 +336,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
+    _check_samples(splits)
     shapes = layer_shapes(backbone)
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws

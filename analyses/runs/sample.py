@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import zipfile
@@ -19,7 +20,7 @@ from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
-from layerprobe.files import atomic_write, claim
+from layerprobe.files import atomic_write, check_same, claim, write_text
 from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import processes
@@ -82,7 +83,7 @@ def draw_samples(
         num: Number of samples.
         plan: Sampling plan: solver, steps, guidance and seed.
         keep: Whether to save the samples themselves too, shape (num, C, *grid), as `samples.npy` with zeros as padding,
-            and the lengths (num,) of padded samples as `lengths.npy`.
+            the lengths (num,) of padded samples as `lengths.npy`, and what they were drawn from as `samples.json`.
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         meaning: What the samples represent; images if None.
         length: Length of every sample along its time axis; as in the training data if None.
@@ -91,10 +92,14 @@ def draw_samples(
         The path of `samples.png`.
 
     Raises:
-        ValueError: If it is unknown what the samples represent, or they cannot have that length.
+        ValueError: If it is unknown what the samples represent, they cannot have that length, or the folder keeps other
+            samples.
     """
     meaning, plan = meaning or Meaning(), plan or SamplingPlan()
     rendering = meaning.rendering
+    made_of, record_path = _made_of(backbone, num, plan, vae) | {"length": length}, Path(folder) / "samples.json"
+    if keep:
+        check_same(record_path, made_of, what="samples")
     if rendering is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
         raise ValueError(
             f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they represent; "
@@ -108,6 +113,7 @@ def draw_samples(
     shown = x if vae is None else decode(x, vae, device=backbone.device)
     place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
+        write_text(record_path, json.dumps(made_of, indent=1))
         np.save(place.with_suffix(".npy"), shown.numpy())
         if rendering is not None and mask is not None:
             np.save(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
@@ -271,7 +277,7 @@ def _images(
 
 
 def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
-    """Returns everything that determines the archive."""
+    """Returns everything that determines the samples."""
     return {
         "weights": weights_hash(backbone.module),
         "schedule_hash": content_hash(backbone.schedule.to_config())[:16],

@@ -21,7 +21,7 @@ from layerprobe.analyses.generation import (
     score_features,
 )
 from layerprobe.data import ArraySamples, DataSource, Samples, Splits, load_array, take
-from layerprobe.files import write_text
+from layerprobe.files import check_same, write_text
 from layerprobe.options import flags, to_record
 from layerprobe.progress import TaskProgress, named_progress
 
@@ -143,6 +143,19 @@ def range_warnings(generated: ArraySamples, reference: Samples) -> list[str]:
             "if they are scaled differently, rescale them"
         ]
     return []
+
+
+def check_scores(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Checks that a folder has no scores of other samples, data or settings, which `write_scores` would replace.
+
+    Args:
+        folder: Folder of the scores.
+        record: What is scored, and how.
+
+    Raises:
+        ValueError: If it has.
+    """
+    check_same(Path(folder) / "scores.json", record, what="scores")
 
 
 def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Recommendation, Selection
@@ -22,6 +24,9 @@ from layerprobe.analyses.wording import (
     selection_reason,
 )
 from layerprobe.checkpoints import convention_cautions, convention_message
+
+
+_CONTROLS = (RANDOM_WEIGHTS, RAW_INPUT)
 
 
 def describe_convention(run: str | Path) -> list[str]:
@@ -40,29 +45,41 @@ def describe_copies(run: str | Path) -> list[str]:
 def describe_labels(run: str | Path) -> list[str]:
     """Returns the probe accuracy of each label column as readable lines; no lines if the class is the only label.
 
-    A line has the highest accuracy of the model on the test split, and those of both controls at that noise level.
+    A line has the accuracy of the model on the test split at the layer and noise level that are best on the validation
+    split, and those of both controls at that noise level, whose layers are chosen in the same way.
     """
     quality = read_quality(Path(run) / "quality.csv")
     columns = {probed_column(metric) or CLASS: metric for metric in quality["metric"].unique() if _is_probe(metric)}
     lines = []
     for column, metric in columns.items() if set(columns) - {CLASS} else ():
-        rows = quality[(quality["metric"] == metric) & (quality["split"] == "test")].dropna(subset="value")
-        of = {source: rows[rows["source"] == source] for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
-        if of[MODEL].empty:
+        rows = quality[quality["metric"] == metric]
+        best = _best_on_validation(rows[rows["source"] == MODEL])
+        if best is None:
             lines.append(f"knows    {column}: nothing could be measured")
             continue
-        best = of[MODEL].loc[of[MODEL]["value"].idxmax()]
-        beside = (
-            f"{source} {part['value'].max():.2f}"
-            for source in (RANDOM_WEIGHTS, RAW_INPUT)
-            if not (part := of[source][of[source]["noise_level"] == best["noise_level"]]).empty
-        )
+        at_level = rows[rows["noise_level"] == best["noise_level"]]
+        controls = {source: _best_on_validation(at_level[at_level["source"] == source]) for source in _CONTROLS}
+        beside = (f"{source} {control['value']:.2f}" for source, control in controls.items() if control is not None)
         lines.append(
             f"knows    {column}: {best['value']:.2f} at {best['layer']}, noise level {best['noise_level']:g} "
             f"({', '.join(beside)})"
         )
         lines += [f"caution  {column}: {counts}" for counts in re.findall("left out of.*", best["note"])]
     return lines
+
+
+def _best_on_validation(rows: pd.DataFrame) -> pd.Series[Any] | None:
+    """The row of the test split at the layer and noise level that are best on the validation split; None without one.
+
+    Choosing on the test split itself would report the luckiest of many numbers.
+    """
+    places = ["layer", "noise_level"]
+    chosen = rows[rows["split"] == "validation"].dropna(subset="value").sort_values("value", kind="stable")
+    tested = rows[rows["split"] == "test"].dropna(subset="value").set_index(places, drop=False)
+    for place in reversed(list(chosen[places].itertuples(index=False, name=None))):
+        if place in tested.index:
+            return tested.loc[[place]].iloc[0]
+    return None
 
 
 def _is_probe(metric: str) -> bool:

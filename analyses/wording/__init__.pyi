@@ -10,6 +10,7 @@ from .selection import selection_headline as selection_headline
 from .selection import selection_reason as selection_reason
 from .verdict import answer_title as answer_title
 from .verdict import length_cautions as length_cautions
+from .verdict import other_pair_sentence as other_pair_sentence
 from .verdict import resolution_sentences as resolution_sentences
 from .verdict import spread_source as spread_source
 from .verdict import verdict_cautions as verdict_cautions

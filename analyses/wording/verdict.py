@@ -22,6 +22,7 @@ from layerprobe.analyses.experiments import (
     seeds_needed,
     too_short,
 )
+from layerprobe.analyses.selection import Selection
 
 _ANSWERS = {
     "helps": "The pair helps: the whole interval lies below zero.",
@@ -44,6 +45,15 @@ def verdict_paragraph(verdict: Verdict) -> str:
         lowest = min(verdict.arms, key=_mean)
         sentences.append(f"Of the {len(verdict.arms)} arms, {_the(lowest.name)} ended lowest ({_mean(lowest):.3g}).")
     return " ".join(sentences)
+
+
+def other_pair_sentence(verdict: Verdict, selection: Selection | None) -> str:
+    """Returns the sentence that a verdict is not about the pick that it stands beside; "" if it is."""
+    judged, pick = verdict.arm(verdict.judged), selection and selection.pick
+    if pick is not None and (judged.student, judged.teacher) == (pick.student, pick.teacher):
+        return ""
+    present = "the present selection has no pick" if pick is None else f"the present pick is {pick}"
+    return f"This verdict is about {judged.student} <- {judged.teacher}; {present}."
 
 
 def verdict_cautions(verdict: Verdict) -> list[str]:

@@ -21,6 +21,7 @@ from layerprobe.data.samples import MISSING, Samples, Splits, Subset
 
 # Default maximum for probing: more samples change no conclusion and take proportionally longer.
 PROBING_COUNTS = {"train": 8000, "validation": 2000, "test": 5000}
+_LEAST = 5  # different samples that can be divided
 _TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -37,7 +38,7 @@ def split(
     If the data set has a "train" part and a "test" (or "validation") part, 80 % of the former become the training
     split, 20 % the validation split, and the latter part becomes the test split. A single part, or "train" alone, is
     divided 60/20/20. All splits are stratified by class. Samples that are known to be equal, see `groups`, stay in one
-    split, the shares being those of different samples.
+    split, the shares being those of different samples, of which there must be at least 5.
 
     Args:
         sources: Parts of a data set by name, or a single part.
@@ -63,8 +64,7 @@ def split(
         else Subset(held_out, keyed_order(held_out, seed=seed), name="test"),
     )
     if not all(len(samples) for _, samples in splits.items()):
-        different = len(np.unique(groups(train)))
-        raise ValueError(f"{different} different samples are too few for three splits; pass at least 5")
+        raise ValueError(f"{len(train)} samples are too few for three splits; pass at least {_LEAST}")
     return take(splits, num_train=num_train, num_validation=num_validation, num_test=num_test)
 
 
@@ -73,11 +73,14 @@ def _sections(samples: Samples, ends: Sequence[float], *, seed: int) -> list[Ten
 
     Copies come last in the section of the sample that they equal, so without copies the order is `keyed_order`.
     """
+    positions = torch.arange(len(samples))
     first = torch.from_numpy(groups(samples))
-    own = (first == torch.arange(len(samples))).nonzero().squeeze(1)
+    if int((first == positions).sum()) < _LEAST:
+        first = positions  # Divided all the same, for a description or a training; a probing run finds the copies.
+    own = positions[first == positions]
     order = own[keyed_order(Subset(samples, own, name="different"), seed=seed)]
     copies = keyed_order(samples, seed=seed)
-    copies = copies[(first != torch.arange(len(samples)))[copies]]
+    copies = copies[(first != positions)[copies]]
     cuts = [0, *(round(end * len(order)) for end in ends), len(order)]
     sections = [order[start:end] for start, end in pairwise(cuts)]
     return [torch.cat([section, copies[torch.isin(first[copies], section)]]) for section in sections]

@@ -124,6 +124,13 @@ def test_a_split_of_copies_alone_is_refused() -> None:
         for_probing(split({"train": train, "test": copies}), given={})
 
 
+def test_too_few_different_samples_are_divided_and_not_probed() -> None:
+    splits = split(TensorSamples(torch.zeros(20, 1, 2, 2)))
+    assert [len(samples) for _, samples in splits.items()] == [12, 4, 4]
+    with pytest.raises(ValueError, match="all validation samples are copies of samples in other splits; pass data"):
+        for_probing(splits, given={})
+
+
 def test_hashes_do_not_depend_on_the_chunk_and_equal_numbers_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     data = repeated(20, 8)
     whole = digests(data)

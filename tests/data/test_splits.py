@@ -121,8 +121,8 @@ def test_impossible_splits_are_refused() -> None:
     named = TensorSamples(torch.zeros(9, 1, 2, 2), torch.tensor([0] * 8 + [1]), class_names=("cat", "dog", "emu"))
     with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: dog\)"):
         split(named)
-    with pytest.raises(ValueError, match="2 different samples are too few for three splits; pass at least 5"):
-        split(TensorSamples(torch.arange(20.0).remainder(2).view(20, 1, 1, 1)))
+    with pytest.raises(ValueError, match="2 samples are too few for three splits; pass at least 5"):
+        split(TensorSamples(torch.zeros(2, 1, 2, 2)))
     with pytest.raises(
         ValueError, match="the data has the parts a, b, but none is named train; pass one of them as --sp"
     ):

@@ -23,7 +23,7 @@ def test_cka_blocks_and_their_mean(both_orders: bool) -> None:
     np.testing.assert_array_equal(full, expected)
     marked = {(patch.get_x(), patch.get_y()) for patch in panel(figure, "Mean over equal").patches}
     assert marked == {(4, 1), (1, 4)}
-    assert title_of(figure) == "Student blocks.1 and teacher blocks.4: mean CKA 0.69"
+    assert title_of(figure) == "Student blocks.1 and teacher blocks.4: mean CKA 0.69 on the validation split"
 
 
 def test_cka_takes_the_order_of_layers() -> None:
@@ -37,7 +37,7 @@ def test_cka_without_pick_names_the_sharpest_change() -> None:
     sharp = (table["layer_a"] < "blocks.3") != (table["layer_b"] < "blocks.3")
     table.loc[sharp, "cka"] -= 0.3
     title = title_of(cka.cka_heatmap(table))
-    assert title == "Sharpest change: blocks.2 to blocks.3, mean CKA 0.58"
+    assert title == "Sharpest change: blocks.2 to blocks.3, mean CKA 0.58 on the validation split"
 
 
 def test_dead_representation_stays_empty() -> None:

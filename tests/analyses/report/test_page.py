@@ -32,7 +32,14 @@ from layerprobe.analyses.selection.records import (
     SelectionBasis,
 )
 from layerprobe.analyses.tables.csv_files import write_table
-from layerprobe.analyses.wording.selection import caution_texts, objection_texts, pair_reasons, selection_reason
+from layerprobe.analyses.wording.copies import copy_sentences
+from layerprobe.analyses.wording.selection import (
+    caution_texts,
+    objection_texts,
+    pair_reasons,
+    selection_headline,
+    selection_reason,
+)
 from layerprobe.analyses.wording.verdict import verdict_paragraph
 
 LEVELS = (0.1, 0.3)
@@ -87,8 +94,8 @@ def verdict(*, extractor: str = "a small classifier", metric: str = "Frechet dis
     aligned = replace(
         arm,
         name=name,
-        student="blocks.1",
-        teacher="blocks.4",
+        student="blocks.0",
+        teacher="blocks.1",
         weight=0.3,
         final=[1.2, 1.2, 1.2],
         difference=-0.3,
@@ -215,8 +222,35 @@ def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path
     selection = Selection.from_json((full_run / "selection.json").read_text())
     opening = full_page.text[: full_page.text.index("What each layer knows")]
     assert "Verdict: helps" in opening
-    assert f"blocks.0 should learn from blocks.1. {selection_reason(selection)}" in opening
+    assert f"{selection_headline(selection)} {selection_reason(selection)}" in opening
+    assert "Caution: The data cannot tell 1 other pair from the pick" in opening
     assert opening.rstrip().endswith(verdict_paragraph(verdict()))
+    assert "present pick" not in full_page.text
+
+
+def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
+    confirm_run(run)
+    other = selection_of(BLOCKS[1:8])
+    (run / "selection.json").write_text(other.to_json())
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "Verdict on another pair: helps" in page.text
+    sentence = "This verdict is about blocks.0 <- blocks.1; the present pick is blocks.1 <- blocks.2."
+    assert page.text.count(sentence) == 2
+    (run / "selection.json").write_text(replace(other, ranked=()).to_json())
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "This verdict is about blocks.0 <- blocks.1; the present selection has no pick." in page.text
+
+
+def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
+    copies = [{"split": "test", "of": "train", "num": 12, "total": 400, "is_left_out": True}]
+    (run / "data.json").write_text(json.dumps({"samples": {"test": 388}, "copies": copies}))
+    (run / "features" / "evidence").mkdir()
+    (run / "features" / "evidence" / "manifest.json").write_text(json.dumps({"num_samples": 321}))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert all(sentence in page.text for sentence in copy_sentences(copies))
+    assert "measured on 321 samples of the train and validation splits" in page.text
 
 
 def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
