@@ -101,7 +101,7 @@ def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Seq
     if lost:
         raise ValueError(
             f"{folder.path} has a verdict on {verdict.judged!r}, and these options would replace it by one without "
-            f"{lost[0]}; ask for all of its arms and seeds, or copy the run without confirmation/, confirmation.csv and "
+            f"{lost[0]}; ask for all of its arms and seeds, or use a copy of the run without confirmation/ and "
             "verdict.json"
         )
 

@@ -261,7 +261,7 @@ def _check_samples(splits: Splits) -> None:
             "pass more data"
         )
     labels = splits.train.labels
-    if labels is not None and len(labels.unique()) < 2:
+    if labels is not None and bool((labels == labels[0]).all()):
         raise ValueError(
             "the training split has one class only, and a probe needs two; pass data with two classes or more, or "
             "without labels"
@@ -292,7 +292,7 @@ def choose_layers(
     folder = RunFolder(run)
     quality, evidence = folder.quality(), folder.evidence()
     if label_free is None:
-        label_free = PROBE not in set(quality["metric"])
+        label_free = PROBE not in evidence.by_layer
     rule = equal_weights(criteria, label_free=label_free) if criteria else RULE
     if missing := [name for name in criteria or () if not evidence.has(name)]:
         raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")

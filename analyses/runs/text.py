@@ -25,7 +25,6 @@ from layerprobe.analyses.wording import (
 )
 from layerprobe.checkpoints import convention_cautions, convention_message
 
-
 _CONTROLS = (RANDOM_WEIGHTS, RAW_INPUT)
 
 

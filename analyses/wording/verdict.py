@@ -49,7 +49,7 @@ def verdict_paragraph(verdict: Verdict) -> str:
 
 def other_pair_sentence(verdict: Verdict, selection: Selection | None) -> str:
     """Returns the sentence that a verdict is not about the pick that it stands beside; "" if it is."""
-    judged, pick = verdict.arm(verdict.judged), selection and selection.pick
+    judged, pick = verdict.arm(verdict.judged), None if selection is None else selection.pick
     if pick is not None and (judged.student, judged.teacher) == (pick.student, pick.teacher):
         return ""
     present = "the present selection has no pick" if pick is None else f"the present pick is {pick}"

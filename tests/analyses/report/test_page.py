@@ -228,7 +228,8 @@ def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path
     assert "present pick" not in full_page.text
 
 
-def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path) -> None:
+def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
     run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
     confirm_run(run)
     other = selection_of(BLOCKS[1:8])
@@ -242,7 +243,8 @@ def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path) -> None
     assert "This verdict is about blocks.0 <- blocks.1; the present selection has no pick." in page.text
 
 
-def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path) -> None:
+def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
     run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
     copies = [{"split": "test", "of": "train", "num": 12, "total": 400, "is_left_out": True}]
     (run / "data.json").write_text(json.dumps({"samples": {"test": 388}, "copies": copies}))
