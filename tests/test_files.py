@@ -9,13 +9,23 @@ from typing import Any
 
 import pytest
 
-from layerprobe.files import atomic_write, claim, differences, import_optional, one_line, write_text
+from layerprobe.files import atomic_write, check_same, claim, differences, import_optional, one_line, write_text
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_result_is_replaced_by_the_same_one_only(tmp_path: Path) -> None:
+    path = tmp_path / "samples.json"
+    check_same(path, RECORD, what="samples")
+    write_text(path, json.dumps(RECORD | {"scores": [1, 2]}))
+    check_same(path, RECORD, what="samples")
+    other = RECORD | {"plan": {"steps": 4, "levels": (0.1, 0.5)}}
+    with pytest.raises(ValueError, match=r"holds samples of another command \(different: plan.steps\); choose another"):
+        check_same(path, other, what="samples")
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def test_interrupted_and_repeated_it_gives_the_same_table(whole: Path, tmp_path:
     assert told[0] == ("seed 3, baseline", 1, 24)
     draw(tmp_path / "a", plan=plan)
     assert (tmp_path / "a" / "atlas.csv").read_bytes() == (whole / "atlas.csv").read_bytes()
+
+
+def test_a_call_for_fewer_pairs_keeps_the_others_in_the_table(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "atlas"))
+    before = read_pair_sweep(folder / "atlas.csv")
+    after = draw(folder, PAIRS[:1])
+    keys = ["student", "teacher", "seed", "step", "metric"]
+    pd.testing.assert_frame_equal(
+        after.sort_values(keys, ignore_index=True), before.sort_values(keys, ignore_index=True), check_exact=False
+    )
+    assert len(read_pair_sweep(folder / "atlas.csv")) == len(before)
 
 
 def test_pairs_and_seeds_may_be_added_later(whole: Path, tmp_path: Path) -> None:

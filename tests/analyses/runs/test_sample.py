@@ -253,10 +253,14 @@ def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: A
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
         "lengths.npy",
         "samples.gif",
+        "samples.json",
         "samples.npy",
         "samples.png",
         "samples.svg",
     ]
+    code, out, err = cli("sample", model, "--out", tmp_path / "s", "--num", 2, "--steps", 2, "--seed", 1)
+    assert (code, out) == (2, "")
+    assert "holds samples of another command (different: plan.seed); choose another --out" in err
     x, lengths = np.load(tmp_path / "s" / "samples.npy"), np.load(tmp_path / "s" / "lengths.npy")
     assert x.shape == (2, 48, 16)
     assert [int((sample != 0).any(0).sum()) for sample in x] == lengths.tolist()
