@@ -22,7 +22,7 @@ from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import CheckpointSource
-from layerprobe.data import DataSource, Splits
+from layerprobe.data import DataSource, Reading, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
 from layerprobe.files import claim, write_text
 from layerprobe.options import from_record, to_record
@@ -97,6 +97,7 @@ class RunFolder:
         features: Folder of the feature stores.
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
+        reading: Path of the record of what was read of the data.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
     """
@@ -106,6 +107,7 @@ class RunFolder:
         self.features, self.figures = self.path / "features", self.path / "figures"
         self.confirmation = self.path / "confirmation"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
+        self.reading = self.path / "reading.json"
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.
@@ -129,6 +131,10 @@ class RunFolder:
                 f"{self.path} holds no run (no plan.json); pass a folder that `layerprobe probe` has made"
             )
         return RunPlan.from_dict(json.loads(place.read_text(encoding="utf-8")))
+
+    def write_reading(self, reading: Reading) -> None:
+        """Writes what was read of the data."""
+        write_text(self.reading, json.dumps(reading.to_dict(), indent=1))
 
     def store(self, source: str) -> FeatureStore:
         """Opens the features of the model or of one of its controls."""

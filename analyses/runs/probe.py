@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from layerprobe.analyses.tables import (
 )
 from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.checkpoints import check_convention, convention_message
-from layerprobe.data import Splits
+from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
     FeatureStore,
@@ -94,6 +94,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
+    on_reading: Callable[[Reading], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -104,6 +105,7 @@ def extract_run(
         trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one.
         device: Device of the model.
         batch_size: Rows per forward pass.
+        on_reading: Called with what was read of the data, before the model runs.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
@@ -112,10 +114,15 @@ def extract_run(
     folder = RunFolder(run)
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
+    reading = splits.train.reading
+    if on_reading and reading is not None:
+        on_reading(reading)
     convention = None if folder.convention.is_file() else check_convention(backbone, splits.train, seed=plan.seed)
     if convention is not None and convention.verdict == "misfit" and not trust_convention:
         raise ValueError(convention_message(convention))
     folder.claim(plan)
+    if reading is not None:
+        folder.write_reading(reading)
     if convention is not None:
         write_text(folder.convention, json.dumps(convention.to_dict(), indent=1))
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
@@ -276,6 +283,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
     shapes = layer_shapes(backbone)
+    reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws
     return {
@@ -283,6 +291,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
         "layers": len(shapes),
         "noise_levels": list(extraction.noise_levels),
         "samples": {name: len(samples) for name, samples in splits.items()},
+        **({} if reading is None else reading_lines(reading)),
         "forward_passes": 2 * rows,
         "feature_bytes": 4
         * rows
