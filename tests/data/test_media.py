@@ -323,6 +323,13 @@ class TestAudio:
         assert torch.equal(loaded[0].batch([2, 0]).x, loaded[1].batch([2, 0]).x)
         assert loaded[0].fingerprint == loaded[1].fingerprint
 
+    def test_a_column_of_paths_beside_the_audio_is_not_the_audio(self, tmp_path: Path) -> None:
+        """As in LibriSpeech."""
+        audio = [{"bytes": wav_bytes(tone(500)), "path": None}] * 2
+        rows = Dataset.from_dict({"file": ["/far/0.flac", "/far/1.flac"], "audio": audio})
+        rows.to_parquet(tmp_path / "x.parquet")
+        assert only(load_audio(tmp_path / "x.parquet")).items.column == "audio"
+
     def test_real_digits(self, shared_data: Path) -> None:
         splits = load(shared_data / "spoken-digits", split="test", length=48, label_column="speaker")
         assert splits.train.shape == (1, 32, 48)
