@@ -17,9 +17,14 @@ def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> N
     print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
 
 
+def tell(line: str) -> None:
+    """Prints a line beside the results, before or while a command works."""
+    print(f"layerprobe: {line}", file=sys.stderr, flush=True)
+
+
 def warn(line: str) -> None:
     """Prints a warning."""
-    print(f"layerprobe: warning: {line}", file=sys.stderr, flush=True)
+    tell(f"warning: {line}")
 
 
 @contextmanager

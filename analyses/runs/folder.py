@@ -97,7 +97,7 @@ class RunFolder:
         features: Folder of the feature stores.
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
-        data: Path of the record of the samples that were read, and of their copies.
+        data: Path of the record of what was read of the data, and of copies among the samples.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
     """
@@ -120,10 +120,12 @@ class RunFolder:
             write_text(self.path / "environment.json", json.dumps(_environment(), indent=1))
 
     def write_data(self, splits: Splits) -> None:
-        """Writes how many samples were read, and which of them are copies."""
+        """Writes what was read of the data, how many samples each split has, and which samples were copies."""
+        reading = splits.train.reading
         counts = {name: len(samples) for name, samples in splits.items()}
         copies = [asdict(copies) for copies in splits.copies]
-        write_text(self.data, json.dumps({"samples": counts, "copies": copies}, indent=1))
+        record = {"reading": None if reading is None else reading.to_dict(), "samples": counts, "copies": copies}
+        write_text(self.data, json.dumps(record, indent=1))
 
     def plan(self) -> RunPlan:
         """Reads the plan.

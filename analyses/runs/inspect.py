@@ -19,6 +19,7 @@ from layerprobe.data import (
     DataSource,
     ImageSamples,
     MediaSamples,
+    Reading,
     Samples,
     Splits,
     Subset,
@@ -27,6 +28,7 @@ from layerprobe.data import (
     latent_format,
     read_columns,
     read_table,
+    reading_lines,
     rendering_of,
     without_copies,
 )
@@ -77,6 +79,7 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
         "modality": splits.train.modality,
         "columns": {} if first is None else {name: _column(name, kind, uses) for name, kind in first.features.items()},
         "parts": {name: len(rows) for name, rows in table.items()},
+        "reading": None if splits.train.reading is None else splits.train.reading.to_dict(),
         "bad": {name: problem for samples in whole for name, problem in _bad(samples).items()},
         "splits": {name: len(samples) for name, samples in splits.items()},
         "shape": list(splits.train.shape),
@@ -96,6 +99,8 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
 def lines_of(record: Mapping[str, Any]) -> list[str]:
     """Returns the description of `examine_data` as readable lines."""
     lines = {"data": f"{record['data']} ({record['modality']})"}
+    if record["reading"] is not None:
+        lines |= reading_lines(Reading.from_dict(record["reading"]))
     lines["rows"] = ", ".join(f"{count} in {name}" for name, count in record["parts"].items())
     lines |= {
         f"column {name}": column["type"] + (f", taken as {column['taken_as']}" if column["taken_as"] else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from layerprobe.analyses.tables import (
 from layerprobe.analyses.wording import copy_sentences
 from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.checkpoints import check_convention, convention_message, convention_name
-from layerprobe.data import Splits
+from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
     FeatureStore,
@@ -106,6 +106,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
+    on_reading: Callable[[Reading], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -117,6 +118,7 @@ def extract_run(
             and to pick if they fit none.
         device: Device of the model.
         batch_size: Rows per forward pass.
+        on_reading: Called with what was read of the data, before the model runs.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
@@ -126,6 +128,9 @@ def extract_run(
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
+    reading = splits.train.reading
+    if on_reading and reading is not None:
+        on_reading(reading)
     if folder.convention.is_file():
         convention, trusted = folder.convention_check()
     else:
@@ -338,6 +343,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     _check_frames(plan, splits)
     _check_samples(splits)
     shapes = layer_shapes(backbone)
+    reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws
     return {
@@ -345,6 +351,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
         "layers": len(shapes),
         "noise_levels": list(extraction.noise_levels),
         "samples": {name: len(samples) for name, samples in splits.items()},
+        **({} if reading is None else reading_lines(reading)),
         "copies": copy_sentences([asdict(copies) for copies in splits.copies]),
         "forward_passes": 2 * rows,
         "feature_bytes": 4

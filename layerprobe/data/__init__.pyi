@@ -4,6 +4,8 @@ from .duplicates import without_copies as without_copies
 from .embedded_digits import digits as digits
 from .images import ImageSamples as ImageSamples
 from .images import load_images as load_images
+from .labels import label_column as label_column
+from .labels import read_columns as read_columns
 from .latents.layouts import latent_format as latent_format
 from .latents.vae import decode as decode
 from .latents.vae import latent_shape as latent_shape
@@ -11,6 +13,8 @@ from .loading import encode_splits as encode_splits
 from .loading import guess_modality as guess_modality
 from .loading import load as load
 from .loading import read_table as read_table
+from .reading import Reading as Reading
+from .reading import reading_lines as reading_lines
 from .rendering import Rendering as Rendering
 from .rendering import rendering_of as rendering_of
 from .samples import MISSING as MISSING
@@ -34,5 +38,3 @@ from .splits import known_labels as known_labels
 from .splits import split as split
 from .splits import take as take
 from .tables import FILE as FILE
-from .tables import label_column as label_column
-from .tables import read_columns as read_columns

@@ -107,6 +107,31 @@ def load_array(path: str | Path) -> ArraySamples:
     return ArraySamples(array, source=str(path))
 
 
+def array_modality(path: Path) -> str:
+    """Returns the modality of a data set of arrays in files of their own, by the first of them: "image" or "motion".
+
+    Motion has shape (frames, joints, 3), (frames, channels) or the like; an image is uint8, with 1, 3 or 4 channels
+    as its first or last axis.
+
+    Raises:
+        ValueError: If the array may be a latent or an image of other values.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return "motion"  # whose loader names what is wrong
+    shape = array.shape[1:] if array.ndim == 4 and len(array) == 1 else array.shape
+    if array.dtype == np.uint8 and len(shape) in (2, 3):
+        return "image"
+    if len(shape) == 3 and shape[1] == shape[2] > 3:
+        raise ValueError(
+            f"{path} contains {array.dtype} of shape {'x'.join(map(str, array.shape))}, a latent or an image rather "
+            "than motion; pass latents as REPA, LightningDiT or fast-DiT write them, images as uint8, or for motion "
+            "--modality motion"
+        )
+    return "motion"
+
+
 def _npz_array(path: Path) -> NDArray[Any]:
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{_ARRAY}.npy")

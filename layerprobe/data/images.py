@@ -24,6 +24,9 @@ from torch import Tensor
 
 from layerprobe.data import tables
 from layerprobe.data.kind import DataKind
+from layerprobe.data.labels import further_columns, read_columns, read_labels, reading_of
+from layerprobe.data.listing import list_files
+from layerprobe.data.reading import Reading
 from layerprobe.data.samples import (
     MEMORY_BUDGET_BYTES,
     Batch,
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-_IMAGE_COLUMNS = ("image", "img", "images")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+_IMAGE_COLUMNS = (tables.FILE, "image", "img", "images")
+SUFFIXES = (".npy", ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # Not all formats of Pillow: some of them start other programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
@@ -71,7 +74,7 @@ def load_images(
         channels: Number of channels, 1 or 3; None keeps the channels of the images.
         split: Name of the only part to read; None for all parts.
         image_column: Column of the images; None finds it by type and name.
-        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        label_column: Column of the class labels; None finds it as in `labels.label_column`.
         probe_labels: Extra label columns, separated by commas.
         skip_bad: Maximum number of unreadable images per part, which are left out. If it is not 0, all images are
             decoded once in advance, because a damaged image may have a valid header.
@@ -90,11 +93,11 @@ def load_images(
         raise ValueError(f"--channels is {channels}; pass 1 (gray) or 3 (color)")
     if skip_bad < 0:
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
-    parts = _read(source, split)
+    listing = list_files(source, SUFFIXES)
+    parts = tables.read(listing, split=split)
     column = _image_column(parts, image_column)
-    labels_in = tables.label_column(parts, label_column)
-    labels, class_names = tables.read_labels(parts, labels_in)
-    columns = tables.read_columns(parts, tables.further_columns(probe_labels, labels_in))
+    labels = read_labels(parts, label_column)
+    columns = read_columns(parts, further_columns(probe_labels, labels.column))
     images = {name: EncodedImages(rows, column, part=name) for name, rows in parts.items()}
     headers = {name: part.headers(skip_bad=skip_bad) for name, part in images.items()}
     shape = _common_shape(images, headers, size, channels)
@@ -104,32 +107,16 @@ def load_images(
             images[name],
             shape,
             labels=None if part_labels is None else part_labels[images[name].row_numbers],
-            class_names=class_names,
+            class_names=labels.class_names,
             first_id=tables.first_id(name),
             content=headers[name].content,
             digests=headers[name].digests,
             keep=num_bytes <= memory_budget_bytes,
             columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
+            reading=reading_of(listing, parts, labels, given=label_column),
         )
-        for name, part_labels in labels.items()
+        for name, part_labels in labels.by_part.items()
     }
-
-
-def _read(source: str | Path, split: str | None) -> dict[str, Dataset]:
-    """Reads rows of encoded images.
-
-    With a metadata.csv, `datasets` would drop the images that it does not name, and the classes of the folders.
-    """
-    root = Path(source).expanduser()
-    if not root.is_dir() or next(root.rglob("metadata.csv"), None) is None:
-        return tables.read(source, suffixes=SUFFIXES, split=split)
-    from datasets import Image
-
-    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
-    for name, rows in parts.items():
-        if tables.FILE in rows.features:
-            parts[name] = rows.rename_column(tables.FILE, "image").cast_column("image", Image(decode=False))
-    return parts
 
 
 class ImageSamples(Samples):
@@ -145,6 +132,7 @@ class ImageSamples(Samples):
         digests: Hash of each encoded image.
         keep: Whether to keep decoded images in memory, as uint8.
         columns: Extra label columns.
+        reading: What was read of the data set.
     """
 
     def __init__(
@@ -159,8 +147,9 @@ class ImageSamples(Samples):
         digests: list[bytes],
         keep: bool,
         columns: tuple[LabelColumn, ...] = (),
+        reading: Reading | None = None,
     ) -> None:
-        self.shape, self.modality, self.columns = shape, "image", columns
+        self.shape, self.modality, self.columns, self.reading = shape, "image", columns, reading
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
         self.ids = first_id + images.row_numbers
         self.fingerprint = content_hash("images, version 1", content, shape, labels, class_names, first_id)
@@ -306,6 +295,8 @@ class EncodedImages:
 def _open(encoded: bytes) -> Image:
     from PIL import Image, UnidentifiedImageError
 
+    if encoded.startswith(b"\x93NUMPY"):
+        return Image.fromarray(_pixels(np.load(io.BytesIO(encoded), allow_pickle=False)))
     try:
         image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except UnidentifiedImageError:  # its message names an object in memory
@@ -313,6 +304,15 @@ def _open(encoded: bytes) -> Image:
     if image.mode not in _MODE_CHANNELS:
         raise ValueError(f"its pixels are {image.mode}, not 8-bit gray or color")
     return image
+
+
+def _pixels(array: NDArray[Any]) -> NDArray[Any]:
+    """An image in an array as Pillow takes it, shape (H, W) or (H, W, C)."""
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"it is {array.dtype} of shape {array.shape}, not uint8 of (H, W, C), (C, H, W) or (H, W)")
+    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def _orientation(image: Image) -> int:
@@ -393,4 +393,4 @@ def _image_column(parts: Mapping[str, Dataset], given: str | None) -> str:
     return column
 
 
-KIND = DataKind(load_images, SUFFIXES, items=False)
+KIND = DataKind(load_images, SUFFIXES)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.data import tables
+from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples
 
 if TYPE_CHECKING:
@@ -26,14 +27,12 @@ class DataKind:
         suffixes: Endings of its files.
         telling: Endings that a folder of this kind is recognized by; empty if any other folder may be of this kind.
         holds: Tests from a column's name and type whether it is of this kind; None if any other column may be.
-        items: Whether the files of a folder are items of a column, each decoded by the loader.
     """
 
     load: Callable[..., dict[str, Samples]]
     suffixes: tuple[str, ...]
     telling: tuple[str, ...] = ()
     holds: Callable[[str, Any], bool] | None = None
-    items: bool = True
 
     def read(self, source: str | Path, *, split: str | None = None) -> dict[str, Dataset]:
         """Returns the rows of a data set by part, as the loader reads them.
@@ -41,5 +40,4 @@ class DataKind:
         Raises:
             ValueError: If they cannot be read.
         """
-        read = tables.read_items if self.items else tables.read
-        return read(source, suffixes=self.suffixes, split=split)
+        return tables.read(list_files(source, self.suffixes), split=split)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerprobe.data import images, tables
+from layerprobe.data.arrays import array_modality
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.kind import DataKind
 from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.samples import LatentSamples
 from layerprobe.data.latents.vae import encode, latent_shape
+from layerprobe.data.listing import TABLES, list_files, walk
+from layerprobe.data.parts import prepare_parts
 from layerprobe.data.samples import Samples, Splits
 from layerprobe.data.sequences import audio, motion, video
 from layerprobe.data.splits import split as divide
@@ -33,6 +37,7 @@ def load(
     num_train: int | None = None,
     num_validation: int | None = None,
     num_test: int | None = None,
+    min_per_class: int | None = None,
     seed: int = 0,
     expect_shape: tuple[int, ...] | None = None,
     require_labels: bool = False,
@@ -47,6 +52,7 @@ def load(
         num_train: Number of samples of the training split; None for all, see `splits.split`.
         num_validation: Number of samples of the validation split; None for all.
         num_test: Number of samples of the test split; None for all.
+        min_per_class: Smallest number of samples of a class in the training part; smaller classes are left out.
         seed: Seed that assigns samples to splits; without effect on the digits, whose splits are fixed.
         expect_shape: Shape (C, *grid) that the model takes.
         require_labels: Whether to refuse unlabeled data.
@@ -60,6 +66,7 @@ def load(
     options = {name: value for name, value in options.items() if value is not None}
     if source == "digits":
         surplus = _flags(options) + ["--latent-scale"] * (latent_scale is not None)
+        surplus += ["--min-per-class"] * (min_per_class is not None)
         if surplus:
             raise ValueError(f"the embedded digits are 1x8x8 and labeled as they are; leave out {' '.join(surplus)}")
         embedded = digits()
@@ -72,7 +79,7 @@ def load(
         _check_shape(latents, expect_shape, source)
         if require_labels and latents.labels is None:
             raise ValueError(f"{source} has no labels; write them where the tool that encoded the latents does")
-        return divide(latents, **counts, seed=seed)
+        return divide(prepare_parts({"train": latents}, min_per_class), **counts, seed=seed)
     if latent_scale is not None:
         raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
     modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
@@ -82,7 +89,7 @@ def load(
         raise ValueError(f"{source} holds {modality} data, for which {' '.join(unknown)} has no effect; leave it out")
     if modality == "video" and "size" not in options:
         raise ValueError(f"{source} holds video; pass --size, the side of a frame in pixels")
-    parts = loader(source, **options)
+    parts = prepare_parts(loader(source, **options), min_per_class)
     for samples in parts.values():
         _check_shape(samples, expect_shape, source)
         if require_labels and samples.labels is None:
@@ -112,18 +119,36 @@ def guess_modality(source: str | Path, *, split: str | None = None) -> str:
     """Returns the modality of a data set by the endings of its files, or else by the names and types of its columns.
 
     If these do not determine it, the modality is "image".
+
+    Raises:
+        ValueError: If there are files of several modalities, or arrays that may be something else than motion.
     """
     root = Path(source).expanduser()
-    endings = {file.suffix.lower() for file in root.rglob("*")} if root.is_dir() else set()
-    is_table = root.exists() and (not root.is_dir() or bool(endings & tables.TABLES.keys()))
-    if not is_table:
-        return next((name for name, kind in KINDS.items() if endings & set(kind.telling)), "image")
-    features = next(iter(tables.read(source, suffixes=(), split=split).values())).features
+    files = walk(root).files if root.is_dir() else []
+    endings = Counter(file.suffix.lower() for file in files)
+    if not root.exists() or not (root.is_file() or endings.keys() & TABLES.keys()):
+        return _modality_of_files(source, files, endings)
+    features = next(iter(tables.read(list_files(source, ()), split=split).values())).features
     for column, feature in features.items():
         for name, kind in KINDS.items():
             if kind.holds is not None and kind.holds(column, feature):
                 return name
     return "image"
+
+
+def _modality_of_files(source: str | Path, files: Sequence[Path], endings: Mapping[str, int]) -> str:
+    arrays = [file for file in files if file.suffix.lower() == ".npy"]
+    counts = {
+        name: sum(endings.get(ending, 0) for ending in kind.telling or kind.suffixes if ending != ".npy")
+        for name, kind in KINDS.items()
+    }
+    found = [name for name, count in counts.items() if count]
+    if len(found) > 1:
+        content = " and ".join(f"{counts[name]} {name} file{'s' * (counts[name] != 1)}" for name in found)
+        raise ValueError(f"{source} contains {content}; pass --modality {found[0]}, or another, to read these alone")
+    if not found and arrays:
+        return array_modality(arrays[0])
+    return next(iter(found), "image")
 
 
 def _kind(modality: str) -> DataKind:

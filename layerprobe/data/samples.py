@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from layerprobe.data.reading import Reading
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -86,6 +88,7 @@ class Samples(ABC):
         labels: Class labels, shape (n,), int64, in [0, num_classes), or None for unlabeled data; held in memory.
         ids: Sample ids, shape (n,), int64; held in memory.
         columns: Extra label columns, for probes.
+        reading: What was read of the data set; None for samples that do not come from files.
     """
 
     shape: tuple[int, ...]
@@ -96,6 +99,7 @@ class Samples(ABC):
     labels: Tensor | None
     ids: Tensor
     columns: tuple[LabelColumn, ...] = ()
+    reading: Reading | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -206,6 +210,7 @@ class Subset(Samples):
         self.labels = None if samples.labels is None else samples.labels[self.indices]
         self.ids = samples.ids[self.indices]
         self.columns = tuple(column.at(self.indices) for column in samples.columns)
+        self.reading = samples.reading
         self.fingerprint = f"{samples.fingerprint}/{name}-{content_hash(self.indices)[:8]}"
 
     def __len__(self) -> int:
@@ -223,6 +228,30 @@ class Subset(Samples):
 
     def _inner(self, indices: Sequence[int]) -> list[int]:
         return self.indices[torch.as_tensor(indices, dtype=torch.long)].tolist()
+
+
+class ClassSubset(Subset):
+    """The samples of some classes, which are numbered anew.
+
+    Args:
+        samples: The samples to select from, with labels.
+        classes: Classes that are kept, ascending.
+    """
+
+    def __init__(self, samples: Samples, classes: Sequence[int]) -> None:
+        assert samples.labels is not None
+        kept = torch.as_tensor(classes, dtype=torch.long)
+        super().__init__(samples, torch.isin(samples.labels, kept).nonzero().flatten(), name="classes")
+        number = torch.full((samples.num_classes,), MISSING)
+        number[kept] = torch.arange(len(kept))
+        self.labels = number[samples.labels[self.indices]]
+        self.class_names = tuple(samples.class_names[c] if samples.class_names else str(c) for c in kept.tolist())
+        self.num_classes = len(kept)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices, dtype=torch.long)
+        assert self.labels is not None
+        return replace(super().batch(indices), labels=self.labels[index])
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

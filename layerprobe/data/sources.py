@@ -39,8 +39,9 @@ class DataSource:
         skip_bad: Largest number of unreadable items that are left out of each part of the data.
         vae: Folder of the diffusers AutoencoderKL that encodes the images.
         latent_scale: Factor of the latents, in place of the usual one.
-        label_column: Column of the labels.
+        label_column: Column of the labels; 'folder' for class folders, 'none' for no labels.
         probe_labels: Further label columns to probe, separated by commas: speaker,style.
+        min_per_class: Smallest number of samples of a class in the training part; smaller classes are left out.
         num_train: Number of samples that fit the probes; at most 8000 if not given.
         num_validation: Number of samples that choose penalties and layers; at most 2000 if not given.
         num_test: Number of samples for the reported numbers; at most 5000 if not given.
@@ -65,6 +66,7 @@ class DataSource:
     latent_scale: float | None = field(default=None, metadata=option(panel=DATA_PANEL))
     label_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     probe_labels: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    min_per_class: int | None = field(default=None, metadata=option(panel=DATA_PANEL, minimum=1))
     num_train: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     num_validation: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     num_test: int | None = field(default=None, metadata=option(panel=DATA_PANEL))

@@ -51,7 +51,7 @@ def split(
         ValueError: If a count exceeds its split, the training split lacks a class, a class has fewer than two samples,
             or the parts do not belong together.
     """
-    train, held_out = _parts({"all": sources} if isinstance(sources, Samples) else sources)
+    train, held_out = train_and_held_out({"all": sources} if isinstance(sources, Samples) else sources)
     _check_class_sizes(train)
     if held_out is not None:
         _check_related(train, held_out)
@@ -128,9 +128,14 @@ def for_probing(splits: Splits, *, given: Mapping[str, Any]) -> Splits:
         given: Options set by the user; those named num_train, num_validation and num_test exempt their split.
 
     Raises:
-        ValueError: If a split has nothing but copies, or a probe cannot be fitted on an extra label column, see
-            `check_probed`.
+        ValueError: If a split has nothing but copies, there is a single class, or a probe cannot be fitted on an extra
+            label column, see `check_probed`.
     """
+    if splits.train.num_classes == 1:
+        raise ValueError(
+            f"all samples are of one class ({_class_name(splits.train, 0)}), and a probe needs two; pass another "
+            "--label-column, or --label-column none to measure without labels"
+        )
     counts = {
         f"num_{name}": min(len(samples), PROBING_COUNTS[name])
         for name, samples in splits.items()
@@ -228,8 +233,15 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _parts(sources: Mapping[str, Samples]) -> tuple[Samples, Samples | None]:
-    """The training part and the held-out part, or None if a single part serves all splits."""
+def train_and_held_out(sources: Mapping[str, Samples]) -> tuple[Samples, Samples | None]:
+    """Returns the training part and the held-out part, or None if a single part serves all splits.
+
+    Args:
+        sources: Parts of a data set by name.
+
+    Raises:
+        ValueError: If there are several parts and none is named train.
+    """
     if len(sources) == 1:
         return next(iter(sources.values())), None
     if "train" not in sources:
@@ -261,7 +273,7 @@ def _check_class_sizes(samples: Samples) -> None:
     if small:
         raise ValueError(
             f"{len(small)} of {samples.num_classes} classes have fewer than 2 samples (first: "
-            f"{_class_name(samples, small[0])}); leave them out, or pass another --label-column"
+            f"{_class_name(samples, small[0])}); pass --min-per-class 2 to leave them out, or another --label-column"
         )
 
 

@@ -346,7 +346,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "labels of other shards": (
         lightningdit_with(latents=torch.zeros(2, *SHAPE), labels=torch.zeros(3)),
-        "6 latents but 7 labels",
+        "rank09_shard000.safetensors has 2 latents but 3 labels; encode its images again",
     ),
     "weights": (
         lightningdit_with(weight=torch.zeros(1)),
@@ -649,3 +649,21 @@ def test_splits_of_images_are_encoded_into_the_cache(
     assert len(list((tmp_path / "layerprobe" / "latents").iterdir())) == 3
     with pytest.raises(ValueError, match=r"makes latents of 4x4x2 but the model takes 4x8x8; pass --size, or another"):
         encode_splits(splits, vae_folders["plain"], expect_shape=(4, 8, 8))
+
+
+def test_labels_of_latents_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.zeros((8, 2, 2), np.float32))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[f"{i}.npy", i % 2] for i in range(6)]}))
+    with pytest.raises(ValueError, match=r"2 of the 6 files that .*dataset.json names are not there \(first: 4.npy\)"):
+        load_latents(tmp_path)
+
+
+def test_what_was_read_of_latents(tmp_path: Path) -> None:
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.zeros((8, 2, 2), np.float32))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[f"{i}.npy", i % 2] for i in range(4)]}))
+    (tmp_path / "README.md").touch()
+    reading = load_latents(tmp_path).reading
+    assert reading is not None
+    assert (reading.files_read, reading.files_left, reading.num_classes) == (5, {".md": 1}, 2)

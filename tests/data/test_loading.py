@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from pictures import all_ids, encode, expected, noise, pixels, write_folder, write_parquet
@@ -94,3 +95,63 @@ def test_a_new_kind_of_data_takes_its_record_and_one_line(tmp_path: Path, monkey
     splits = load(tmp_path, num_train=4, num_validation=1, num_test=1)
     assert splits.train.shape == (1, 1, 1)
     assert len(splits.train) == 4
+
+
+def test_files_of_several_modalities_are_asked_for(tmp_path: Path) -> None:
+    write_folder(tmp_path, noise(20))
+    (tmp_path / "demo.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="20 image files and 1 video file; pass --modality image, or another"):
+        load(tmp_path)
+    reading = load(tmp_path, modality="image").train.reading
+    assert reading is not None
+    assert reading.files_left == {".mp4": 1}
+
+
+@pytest.mark.parametrize("layout", ["HWC", "CHW", "HW"])
+def test_arrays_of_pixels_are_images(tmp_path: Path, layout: str) -> None:
+    images = noise(20, mode="L" if layout == "HW" else "RGB")
+    for i, image in enumerate(images):
+        array = np.asarray(image).transpose(2, 0, 1) if layout == "CHW" else np.asarray(image)
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        np.save(tmp_path / "ab"[i % 2] / f"{i:03}.npy", array)
+    splits = load(tmp_path)
+    assert (splits.train.modality, splits.train.num_classes) == ("image", 2)
+    by_row = expected([images[i] for i in (*range(0, 20, 2), *range(1, 20, 2))])
+    assert torch.equal(pixels(splits.test), by_row[splits.test.ids])
+
+
+@pytest.mark.parametrize("shape", [(30, 22, 3), (30, 66), (30, 22, 6)])
+def test_arrays_of_positions_are_motion(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "0.npy", np.zeros(shape, np.float32))
+    assert guess_modality(tmp_path) == "motion"
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (1, 4, 32, 32), (8, 16, 16), (1, 28, 28)])
+def test_arrays_of_latents_are_asked_for(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    (tmp_path / "cat").mkdir()
+    np.save(tmp_path / "cat" / "0.npy", np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match=r"cat/0.npy contains float32 of shape .*, a latent or an image rather than"):
+        guess_modality(tmp_path)
+
+
+def test_arrays_beside_pictures_are_left(tmp_path: Path) -> None:
+    write_folder(tmp_path, noise(20))
+    np.save(tmp_path / "labels.npy", np.arange(20.0))
+    splits = load(tmp_path)
+    assert splits.train.modality == "image"
+    assert splits.train.reading is not None
+    assert splits.train.reading.files_left == {".npy": 1}
+
+
+def test_real_recordings_with_split_words_in_their_names(shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("soundfile")
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(shared_data / "spoken-digits" / "test.parquet"), split="train"
+    ).cast_column("audio", datasets.Audio(decode=False))
+    for i, row in enumerate(rows.select(range(60))):
+        folder = tmp_path / str(row["label"] % 2)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{'test' if i % 5 == 0 else 'train'}_{i}.wav").write_bytes(row["audio"]["bytes"])
+    splits = load(tmp_path, length=48)
+    assert sum(len(samples) for _, samples in splits.items()) == 60
+    assert splits.train.num_classes == 2

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.listing import list_files
 from layerprobe.data.loading import guess_modality, load
 from layerprobe.data.sequences import audio
 from layerprobe.data.sequences.audio import AudioDecoder, load_audio, mel_filters, write_wav
@@ -314,12 +315,20 @@ class TestAudio:
 
     def test_what_does_not_fit_the_memory_is_decoded_again(self, tmp_path: Path) -> None:
         self.folder(tmp_path, {f"{f}": wav_bytes(tone(f)) for f in (300, 1000, 2500)})
-        parts = tables.read_items(tmp_path, suffixes=audio.SUFFIXES)
+        listing = list_files(tmp_path, audio.SUFFIXES)
+        parts, decoder = tables.read(listing), AudioDecoder(RATE)
         loaded = [
-            only(load_media(parts, "file", AudioDecoder(RATE), memory_budget_bytes=budget)) for budget in (0, 2**30)
+            only(load_media(listing, parts, "file", decoder, memory_budget_bytes=budget)) for budget in (0, 2**30)
         ]
         assert torch.equal(loaded[0].batch([2, 0]).x, loaded[1].batch([2, 0]).x)
         assert loaded[0].fingerprint == loaded[1].fingerprint
+
+    def test_a_column_of_paths_beside_the_audio_is_not_the_audio(self, tmp_path: Path) -> None:
+        """As in LibriSpeech."""
+        audio = [{"bytes": wav_bytes(tone(500)), "path": None}] * 2
+        rows = Dataset.from_dict({"file": ["/far/0.flac", "/far/1.flac"], "audio": audio})
+        rows.to_parquet(tmp_path / "x.parquet")
+        assert only(load_audio(tmp_path / "x.parquet")).items.column == "audio"
 
     def test_real_digits(self, shared_data: Path) -> None:
         splits = load(shared_data / "spoken-digits", split="test", length=48, label_column="speaker")
@@ -404,9 +413,9 @@ def test_counts_are_checked(tmp_path: Path, option: str, value: int) -> None:
 def test_a_missing_package_is_not_the_items_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.wav").write_bytes(wav_bytes(tone(500)))
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    parts = tables.read_items(tmp_path, suffixes=audio.SUFFIXES)
+    listing = list_files(tmp_path, audio.SUFFIXES)
     with pytest.raises(ModuleNotFoundError, match=r"soundfile is not installed; install layerprobe\[audio\]"):
-        load_media(parts, "file", AudioDecoder(RATE), skip_bad=1)
+        load_media(listing, tables.read(listing), "file", AudioDecoder(RATE), skip_bad=1)
 
 
 def test_normalization_comes_back_from_json() -> None:

@@ -116,7 +116,9 @@ def test_impossible_splits_are_refused() -> None:
         ValueError, match=r"training split of 3 samples lacks 7 of 10 classes \(first: .\); pass a larger --num-train"
     ):
         split(labeled([10] * 10), num_train=3)
-    with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: 0\); leave them out"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: 0\); pass --min-per-class"
+    ):
         split(labeled([1, 30, 1]))
     named = TensorSamples(torch.zeros(9, 1, 2, 2), torch.tensor([0] * 8 + [1]), class_names=("cat", "dog", "emu"))
     with pytest.raises(ValueError, match=r"2 of 3 classes have fewer than 2 samples \(first: dog\)"):
@@ -146,3 +148,9 @@ def test_five_samples_are_enough_and_taking_all_is_the_same() -> None:
     splits = split(TensorSamples(torch.arange(5.0).view(5, 1, 1, 1)))
     assert [len(samples) for _, samples in splits.items()] == [3, 1, 1]
     assert all_ids(take(splits)) == all_ids(splits)
+
+
+def test_a_single_class_is_refused_before_a_probing_run() -> None:
+    one = split(labeled([30]))
+    with pytest.raises(ValueError, match=r"all samples are of one class \(0\), .* or --label-column none"):
+        for_probing(one, given={})

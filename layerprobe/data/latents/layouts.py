@@ -17,7 +17,7 @@ datasets/img_latent_dataset.py) and fast-DiT (chuanyangjin/fast-DiT, train.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -28,12 +28,15 @@ from layerprobe.data.latents.samples import (
     FileRows,
     Format,
     LatentSamples,
+    Rows,
     ShardRows,
     check_scale,
     files_hash,
     load_npy,
     open_shard,
 )
+from layerprobe.data.listing import count_left, walk
+from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Samples
 
 _STATS = "latents_stats.pt"
@@ -94,13 +97,27 @@ def _load_moments(folder: Path, scale: float, seed: int) -> Samples:
         raise ValueError(f"{folder} contains no .npy file; pass the folder of the latents")
     labels = _dataset_labels(folder / "dataset.json", names)
     paths = [folder / name for name in names]
+    rows = FileRows(paths)
     return LatentSamples(
-        FileRows(paths),
+        rows,
         content=files_hash(paths, folder),
         labels=labels,
         shift=torch.zeros(()),
         scale=torch.tensor(scale),
         posterior_seed=seed,
+        reading=_reading(folder, rows, labels, [*paths, folder / "dataset.json"]),
+    )
+
+
+def _reading(folder: Path, rows: Rows, labels: Tensor | None, read: Collection[Path]) -> Reading:
+    """What was read of the files in a folder of latents."""
+    tree = walk(folder)
+    return Reading(
+        files_read=len(read),
+        files_left=count_left(tree, read),
+        rows={"train": len(rows)},
+        label="unlabeled latents" if labels is None else "latents",
+        num_classes=0 if labels is None else len(set(labels.tolist())),
     )
 
 
@@ -120,6 +137,12 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
         raise ValueError(
             f"{path} has no class for {len(missing)} of {len(names)} files (first: {missing[0]}); add them"
         )
+    absent = sorted(table.keys() - set(names))
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of the {len(table)} files that {path} names are not there (first: {absent[0]}); copy them, "
+            "or remove their entries"
+        )
     return torch.tensor([table[name] for name in names])
 
 
@@ -127,21 +150,25 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
     paths = sorted(folder.glob("*.safetensors"), key=str)
     rows, stats = ShardRows(paths), folder / _STATS
     labels = []
-    for path in paths:
+    for path, count in zip(paths, rows.counts, strict=True):
         with open_shard(path) as file:
             labels.append(file.get_tensor("labels").long().flatten())
+        if len(labels[-1]) != count:
+            raise ValueError(f"{path} has {count} latents but {len(labels[-1])} labels; encode its images again")
     if scale is None and not stats.is_file():
         raise ValueError(
             f"{stats} is missing, so the latents cannot be normalized; copy it from the training data of the model, or "
             "pass --latent-scale for a model trained without it"
         )
     mean, deviation = _read_stats(stats, rows.shape[0]) if stats.is_file() else (torch.zeros(()), torch.ones(()))
+    every_label = torch.cat(labels)
     return LatentSamples(
         rows,
         content=files_hash(paths, folder),
-        labels=torch.cat(labels),
+        labels=every_label,
         shift=mean,
         scale=(1.0 if scale is None else scale) / deviation,
+        reading=_reading(folder, rows, every_label, [*paths, *folder.glob(_STATS)]),
     )
 
 
@@ -174,12 +201,14 @@ def _load_pairs(folder: Path, scale: float) -> Samples:
         )
     paths = [features / name for name in names]
     rows = FileRows(paths)
+    classes = torch.tensor([_one_label(labels / name) for name in names])
     return LatentSamples(
         rows,
         content=files_hash(paths, folder),
-        labels=torch.tensor([_one_label(labels / name) for name in names]),
+        labels=classes,
         shift=torch.zeros(()),
         scale=torch.tensor(scale),
+        reading=_reading(folder, rows, classes, [*paths, *(labels / name for name in names)]),
     )
 
 

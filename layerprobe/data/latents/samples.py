@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
 from layerprobe.noise import RandomStream
 
@@ -39,6 +40,7 @@ class LatentSamples(Samples):
         scale: Factor that multiplies the shifted z, a number or shape (C, 1, 1).
         posterior_seed: Seed for drawing z from stored means and standard deviations, shape (2C, H, W); None if z itself
             is stored.
+        reading: What was read of the data set.
 
     Raises:
         ValueError: If labels are negative, or the numbers of labels and rows differ.
@@ -56,6 +58,7 @@ class LatentSamples(Samples):
         shift: Tensor,
         scale: Tensor,
         posterior_seed: int | None = None,
+        reading: Reading | None = None,
     ) -> None:
         if labels is not None and len(labels) != len(rows):
             raise ValueError(f"{len(rows)} latents but {len(labels)} labels; encode the images again")
@@ -69,7 +72,7 @@ class LatentSamples(Samples):
                 "encode it again"
             )
         self.shape = (channels if posterior_seed is None else channels // 2, *grid)
-        self.modality = "image"
+        self.modality, self.reading = "image", reading
         self.labels, self.class_names, self.columns = labels, class_names, columns
         self.num_classes = 0 if labels is None else len(class_names) or int(labels.max()) + 1
         self.ids = torch.arange(len(rows)) if ids is None else ids
@@ -153,7 +156,11 @@ class FileRows(Rows):
 
 
 class ShardRows(Rows):
-    """Rows in the tensor `latents` of safetensors files."""
+    """Rows in the tensor `latents` of safetensors files.
+
+    Attributes:
+        counts: Number of rows of each file.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -168,7 +175,8 @@ class ShardRows(Rows):
                     f"{path} contains latents of shape {shape}, not (n, {', '.join(map(str, self.shape))}) like "
                     f"{paths[0].name}; keep latents of one shape together"
                 )
-        self._ends = np.cumsum([shape[0] for shape in shapes])
+        self.counts = [shape[0] for shape in shapes]
+        self._ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

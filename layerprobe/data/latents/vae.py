@@ -71,6 +71,7 @@ def encode(
         shift=shift,
         scale=factor,
         posterior_seed=seed,
+        reading=samples.reading,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layerprobe.data import tables
 from layerprobe.data.kind import DataKind
+from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media, read_items, undecoded
 from layerprobe.files import import_optional
@@ -128,7 +129,7 @@ def load_audio(
     """Loads the parts of an audio data set.
 
     Args:
-        source: Source as in `tables.read_items`: audio files with a folder per class, or rows with a column of encoded
+        source: Source as in `list_files`: audio files with a folder per class, or rows with a column of encoded
             audio.
         rate: Sampling rate in Hz; None for the common rate of all recordings.
         form: Form of the samples: "log-mel" or "waveform".
@@ -137,7 +138,7 @@ def load_audio(
         length: Number of columns or frames of a sample; None for the longest recording.
         split: Name of the only part to read; None for all parts.
         column: Column of the audio; None finds it by name and type.
-        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        label_column: Column of the class labels; None finds it as in `labels.label_column`.
         probe_labels: Extra label columns, as in `load_media`.
         skip_bad: Maximum number of unreadable recordings per part, which are left out.
 
@@ -149,12 +150,14 @@ def load_audio(
         ModuleNotFoundError: If soundfile is not installed.
     """
     import_optional("soundfile", "audio")
-    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    listing = list_files(source, SUFFIXES)
+    parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="audio", fits=tables.holds_bytes)
     if rate is None:
         rate = _common_rate(parts, item_column)
     decoder = AudioDecoder(rate, form, mels, hop or max(round(0.016 * rate), 1))
     return load_media(
+        listing,
         parts,
         item_column,
         decoder,

@@ -20,6 +20,16 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.labels import (
+    further_columns,
+    holds_lists,
+    read_columns,
+    read_frame_labels,
+    read_labels,
+    reading_of,
+)
+from layerprobe.data.listing import Listing
+from layerprobe.data.reading import Reading
 from layerprobe.data.samples import (
     MEMORY_BUDGET_BYTES,
     MISSING,
@@ -95,6 +105,7 @@ class MediaSamples(Samples):
         normalization: Normalization of the values, or None.
         first_id: Id of row 0.
         columns: Extra label columns.
+        reading: What was read of the data set.
     """
 
     normalization: Normalization | None
@@ -109,9 +120,10 @@ class MediaSamples(Samples):
         normalization: Normalization | None,
         first_id: int,
         columns: tuple[LabelColumn, ...] = (),
+        reading: Reading | None = None,
     ) -> None:
         self.shape, self.modality = shape, items.decoder.modality
-        self.columns = columns
+        self.columns, self.reading = columns, reading
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
         self.ids = first_id + items.rows_kept
         self.normalization = normalization
@@ -230,6 +242,7 @@ class Items:
 
 
 def load_media(
+    listing: Listing,
     parts: Mapping[str, Dataset],
     column: str,
     decoder: Decoder,
@@ -243,10 +256,11 @@ def load_media(
     """Converts the parts of a data set to samples of one shape.
 
     Args:
+        listing: Files of the data set.
         parts: Rows of the data set by part name.
         column: Column of the items.
         decoder: Decoder of the items.
-        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        label_column: Column of the class labels; None finds it as in `labels.label_column`.
         probe_labels: Extra label columns, separated by commas; a column of lists labels every frame of its items.
         length: Length along the time axis; None for the longest item.
         skip_bad: Maximum number of unreadable items per part, which are left out.
@@ -262,11 +276,11 @@ def load_media(
         raise ValueError(f"--length is {length}; pass at least 1")
     if skip_bad < 0:
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
-    labels_in = tables.label_column(parts, label_column)
-    labels, class_names = tables.read_labels(parts, labels_in)
-    extra = tables.further_columns(probe_labels, labels_in)
-    frame_labels = {name: tables.read_frame_labels(parts, name) for name in extra if tables.holds_lists(parts, name)}
-    columns = tables.read_columns(parts, [name for name in extra if name not in frame_labels])
+    labels = read_labels(parts, label_column)
+    extra = further_columns(probe_labels, labels.column)
+    frame_labels = {name: read_frame_labels(parts, name) for name in extra if holds_lists(parts, name)}
+    columns = read_columns(parts, [name for name in extra if name not in frame_labels])
+    reading = reading_of(listing, parts, labels, given=label_column)
     items = {}
     for name, rows in parts.items():
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
@@ -275,14 +289,15 @@ def load_media(
     statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalized else None
     samples: dict[str, Samples] = {}
     for name, part in items.items():
-        part_labels = labels[name]
+        part_labels = labels.by_part[name]
         samples[name] = MediaSamples(
             part,
             shape,
             labels=None if part_labels is None else part_labels[part.rows_kept],
-            class_names=class_names,
+            class_names=labels.class_names,
             normalization=statistics,
             first_id=tables.first_id(name),
+            reading=reading,
             columns=(
                 *(column.at(part.rows_kept) for column in columns[name]),
                 *(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from layerprobe.data import tables
 from layerprobe.data.kind import DataKind
+from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.bvh import Floats, bvh_positions
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
@@ -92,7 +93,7 @@ def load_motion(
     """Loads the parts of a motion data set.
 
     Args:
-        source: Source as in `tables.read_items`: .npy, .npz (one array) or .bvh files with a folder per class, or rows
+        source: Source as in `list_files`: .npy, .npz (one array) or .bvh files with a folder per class, or rows
             with a column of nested lists.
         length: Number of frames of a sample, after the stride; None for the longest clip.
         stride: Stride between the frames that are kept.
@@ -100,7 +101,7 @@ def load_motion(
         root_joint: Root joint, counted from 0, usually the pelvis; None for no root.
         split: Name of the only part to read; None for all parts.
         column: Column of the clips; None finds it by name and type.
-        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        label_column: Column of the class labels; None finds it as in `labels.label_column`.
         probe_labels: Extra label columns, as in `load_media`.
         skip_bad: Maximum number of unreadable clips per part, which are left out.
 
@@ -112,12 +113,14 @@ def load_motion(
     """
     if stride < 1:
         raise ValueError(f"--stride is {stride}; pass at least 1")
-    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    listing = list_files(source, SUFFIXES)
+    parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="motion", fits=holds_motion)
     if root_joint is not None and up_axis is None:
         raise ValueError("--root-joint needs a vertical axis; pass up_axis 0, 1 or 2")
     decoder = MotionDecoder(stride, up_axis, root_joint)
     return load_media(
+        listing,
         parts,
         item_column,
         decoder,

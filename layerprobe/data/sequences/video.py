@@ -17,6 +17,7 @@ from torch import Tensor
 from layerprobe.data import tables
 from layerprobe.data.images import decode_image
 from layerprobe.data.kind import DataKind
+from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples, pixels_to_float
 from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
 from layerprobe.files import import_optional
@@ -88,7 +89,7 @@ def load_video(
     """Loads the parts of a video data set.
 
     Args:
-        source: Source as in `tables.read_items`: video files with a folder per class, or rows with a column of encoded
+        source: Source as in `list_files`: video files with a folder per class, or rows with a column of encoded
             files or of lists of images.
         size: Side of the square frames in pixels.
         channels: Number of channels, 1 or 3.
@@ -96,7 +97,7 @@ def load_video(
         stride: Stride between the frames that are kept.
         split: Name of the only part to read; None for all parts.
         column: Column of the clips; None finds it by name and type.
-        label_column: Column of the class labels; None finds it as in `tables.label_column`.
+        label_column: Column of the class labels; None finds it as in `labels.label_column`.
         probe_labels: Extra label columns, as in `load_media`.
         skip_bad: Maximum number of unreadable clips per part, which are left out.
 
@@ -111,12 +112,14 @@ def load_video(
         raise ValueError(
             f"--size and --stride must be at least 1 and --channels 1 or 3, got {size}, {stride} and {channels}"
         )
-    parts = tables.read_items(source, suffixes=SUFFIXES, split=split)
+    listing = list_files(source, SUFFIXES)
+    parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
     if item_column == tables.FILE:
         import_optional("av", "video")
     decoder = VideoDecoder(size, channels, stride)
     return load_media(
+        listing,
         parts,
         item_column,
         decoder,

@@ -92,6 +92,22 @@ class TestWhatIsFound:
         with Image.open(tmp_path / "p" / "peek.png") as picture:
             assert min(picture.size) > 100
 
+    def test_files_and_the_source_of_labels(self, inspected, tmp_path: Path) -> None:
+        for i in range(40):
+            place = tmp_path / ("bus", "train")[i % 2] / f"street_test_{i}.png"
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(png(i))
+        for name in ("a.txt", "b.txt", "c.md"):
+            (tmp_path / "bus" / name).touch()
+        record, text = inspected(tmp_path)
+        assert record["reading"]["files_read"] == len(list(tmp_path.rglob("*.png"))) == sum(record["splits"].values())
+        assert record["reading"]["files_left"] == {".txt": 2, ".md": 1}
+        assert record["classes"]["label"]["train"].keys() == {"bus", "train"}
+        found = dict(line.split(maxsplit=1) for line in text.splitlines())
+        assert (found["files"], found["labels"]) == ("40 of 43 read; left: 2 .txt, 1 .md", "top folder, 2 classes")
+        _, text = inspected(tmp_path, "--label-column", "none")
+        assert "none, as --label-column none asks" in text
+
     def test_motion_lengths_classes_and_values(self, inspected, tmp_path: Path) -> None:
         lengths = [5, 9, 7, 12] * 5
         rows = {

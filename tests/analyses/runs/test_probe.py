@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,3 +56,29 @@ def test_the_test_split_takes_no_part_in_the_pick(cli: Cli, tmp_path: Path) -> N
     whole, corrupted = runs["whole"], runs["corrupted"]
     assert whole.pop("reported") > corrupted.pop("reported") + 0.3
     assert whole == corrupted
+
+
+def test_a_run_tells_what_is_read_before_the_model_runs_and_keeps_it(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    for i in range(60):
+        path = folder / ("bus", "car", "train")[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 4 * i, np.uint8)).save(path)
+    (folder / "README.md").touch()
+    command = ("extract", "digits", "--data", folder, "--noise-levels", "0.3", "--trust-convention")
+    code, out, error = cli(*command, "--out", tmp_path / "run")
+    assert code == 0, error
+    told = ["layerprobe: files: 60 of 61 read; left: 1 .md", "layerprobe: labels: top folder, 3 classes"]
+    assert error.splitlines()[:2] == told
+    record = json.loads((tmp_path / "run" / "data.json").read_text())["reading"]
+    assert (record["files_read"], record["files_left"], record["label"]) == (60, {".md": 1}, "folder")
+    code, out, _ = cli(*command, "--out", tmp_path / "other", "--dry-run")
+    assert code == 0
+    assert {"files: 60 of 61 read; left: 1 .md", "labels: top folder, 3 classes"} <= set(out.splitlines())
+    for path in (folder / "bus").iterdir():
+        path.unlink()
+    for path in (folder / "car").iterdir():
+        path.unlink()
+    code, out, error = cli(*command, "--out", tmp_path / "unlabeled")
+    assert code == 0, error
+    assert error.splitlines()[1].startswith("layerprobe: labels: none: the files are not in one folder per class")
