@@ -1,6 +1,7 @@
 from .limits import PairLimits as PairLimits
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights
+from .ranking import probe_cautions as probe_cautions
 from .ranking import rank_pairs as rank_pairs
 from .ranking import standard_ranks as standard_ranks
 from .ranking import standardized as standardized

@@ -34,6 +34,7 @@ from layerprobe.analyses.selection.filters import different_shapes, objections
 from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
 from layerprobe.analyses.selection.records import (
     Caution,
+    CautionCode,
     LayerQuality,
     Metric,
     RankedPair,
@@ -45,8 +46,8 @@ from layerprobe.analyses.selection.records import (
 from layerprobe.analyses.tables import (
     CKA,
     CRITERIA,
+    LAST_PENALTY,
     LIDAR_GAP,
-    MODEL,
     NOISE_LIDAR,
     PROBE,
     PROBE_GAP,
@@ -56,6 +57,7 @@ from layerprobe.analyses.tables import (
     RAW_INPUT,
     RECOVERABILITY,
     TEACHER_NEED,
+    UNFINISHED,
     Number,
     PairEvidence,
 )
@@ -65,6 +67,10 @@ from layerprobe.analyses.tables import (
 # Recoverability and CKA go with it where alignment pays; weighing the two is RARE's idea (docs/atlas/findings.md).
 RULE: Mapping[str, float] = {RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0}
 _DRAWS = 400  # random draws of the criteria within their intervals
+_PROBE_CAUTIONS: Mapping[CautionCode, str] = {
+    "probes not converged": UNFINISHED,
+    "probes at the end of the search": LAST_PENALTY,
+}
 _QUALITY: Mapping[str, Metric] = {PROBE_GAP: "probe accuracy", LIDAR_GAP: "noise-LiDAR", RANK_GAP: "effective rank"}
 _QUANTITY: Mapping[Metric, str] = {"probe accuracy": PROBE, "noise-LiDAR": NOISE_LIDAR, "effective rank": RANK}
 
@@ -146,7 +152,7 @@ def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[
 
 
 def with_control_cautions(selection: Selection, quality: pd.DataFrame) -> Selection:
-    """Adds cautions from the quality table: probes that did not converge, and controls as good as the picked teacher.
+    """Adds cautions from the quality table: probes that may be too bad, and controls as good as the picked teacher.
 
     A selection without labels is returned unchanged.
 
@@ -156,19 +162,33 @@ def with_control_cautions(selection: Selection, quality: pd.DataFrame) -> Select
     """
     if selection.label_free:
         return selection
-    cautions = []
-    model = _rows(quality, MODEL, selection.basis)
-    unfinished = int(model["note"].str.contains("did not converge").sum())
-    if unfinished:
-        cautions.append(Caution("probes not converged", value=unfinished, limit=len(model)))
+    basis = selection.basis
+    cautions = probe_cautions(quality[quality["noise_level"].isin(basis.noise_levels)], basis.metric, basis.split)
     for source in (RANDOM_WEIGHTS, RAW_INPUT) if selection.ranked else ():
-        rows = _rows(quality, source, selection.basis)
+        rows = _rows(quality, source, basis)
         if rows.empty:
             continue
         first, best = selection.ranked[0], float(rows.groupby("layer")["value"].mean().max())
         if first.teacher_quality <= best:
             cautions.append(Caution("control knows as much", source, value=first.teacher_quality, limit=best))
     return replace(selection, cautions=(*selection.cautions, *cautions))
+
+
+def probe_cautions(quality: pd.DataFrame, metric: str, split: str) -> list[Caution]:
+    """Returns cautions about probes that may be too bad, by source: the model and its controls.
+
+    Args:
+        quality: Quality table.
+        metric: Metric of the probes.
+        split: Split of the rows to count.
+    """
+    rows = quality[(quality["metric"] == metric) & (quality["split"] == split)]
+    return [
+        Caution(code, str(source), value=count, limit=len(notes))
+        for source, notes in rows.groupby("source", sort=False)["note"]
+        for code, sign in _PROBE_CAUTIONS.items()
+        if (count := int(notes.str.contains(sign, regex=False).sum()))
+    ]
 
 
 def _rows(quality: pd.DataFrame, source: str, basis: SelectionBasis) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from layerprobe.analyses.selection.ranking import RULE, equal_weights, with_cont
 from layerprobe.analyses.selection.records import Caution, Objection, Selection
 from layerprobe.analyses.tables import evidence as e
 from layerprobe.analyses.tables.evidence import PairEvidence
-from layerprobe.analyses.tables.measurements import PROBE, RANK
+from layerprobe.analyses.tables.measurements import LAST_PENALTY, PROBE, RANK, UNFINISHED
 from layerprobe.analyses.tables.quality import QUALITY_COLUMNS
 from layerprobe.extraction.ablation import LOSS_INCREASE
 from layerprobe.layersync.pair import LayerPair
@@ -217,11 +217,16 @@ def test_a_teacher_that_does_not_beat_a_control_is_a_caution() -> None:
     assert [caution.code for caution in cautions].count("control knows as much") == 1
 
 
-def test_probes_that_did_not_converge_are_a_caution() -> None:
-    quality = quality_table(0.5, "model")
-    quality.loc[3, "note"] = "C=1, gradient norm 1e-02; 1 of 1 fits did not converge"
-    cautions = with_control_cautions(rank_pairs(evidence_of()), quality).cautions
-    assert cautions[-1] == Caution("probes not converged", value=1, limit=16)
+def test_probes_that_may_be_too_bad_are_a_caution_for_the_model_and_for_each_control() -> None:
+    quality = pd.concat([quality_table(0.5, "model"), quality_table(0.3, "raw input")], ignore_index=True)
+    quality.loc[3, "note"] = f"C=1, gradient norm 1e-02; 1 of 1 fits {UNFINISHED}"
+    quality.loc[[17, 18], "note"] = f"C=1e+06, gradient norm 1e-09; 1 of 1 fits {LAST_PENALTY}"
+    selection = rank_pairs(evidence_of())
+    cautions = with_control_cautions(selection, quality).cautions
+    assert cautions[len(selection.cautions) :] == (
+        Caution("probes not converged", "model", value=1, limit=16),
+        Caution("probes at the end of the search", "raw input", value=2, limit=16),
+    )
 
 
 def test_without_labels_and_noise_draws_the_effective_rank_decides_and_the_result_says_so() -> None:
