@@ -43,6 +43,14 @@ def headlines(metrics: Iterable[str]) -> list[str]:
     return [name for name in (PROBE, *filter(probed_column, names), KNN, RANK) if name in names]
 
 
+def num_neighbors(num_others: int) -> int:
+    """Returns the number of nearest neighbors among so many samples: 10, but at most half of them.
+
+    If all are neighbors, every vote is that of the commonest class, and every two layers agree.
+    """
+    return max(1, min(NUM_NEIGHBORS, num_others // 2))
+
+
 def probe_of(column: str) -> str:
     """Returns the name of the metric for the probe of a further label column."""
     return _PROBE_OF + column
@@ -267,7 +275,7 @@ def neighbors(representation: Representation) -> list[Measurement]:
     if representation.reason:
         return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
     part, bank_y = representation.part, representation.part(labels, "train")
-    k = min(NUM_NEIGHBORS, len(bank_y))
+    k = num_neighbors(len(bank_y))
     measurements = []
     for split in ("validation", "test"):
         query_y = part(labels, split)
@@ -296,7 +304,9 @@ def spectra(representation: Representation) -> list[Measurement]:
     }
     if len(parts) > 1:
         ranked = lidar(np.stack(parts, axis=1))
-        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws")
+        has_few = parts[0].shape[0] * (len(parts) - 1) <= parts[0].shape[1]
+        few = f"; depends on its ridge: too few draws for {parts[0].shape[1]} directions" if has_few else ""
+        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws{few}")
     return [Measurement(metric, "train", float(value), note) for metric, (value, note) in numbers.items()]
 
 

@@ -256,6 +256,23 @@ def test_a_choice_at_the_end_of_the_search_is_noted(tmp_path: Path, monkeypatch:
     assert at_end.sum() == 5
 
 
+def test_few_samples_have_few_neighbors(tmp_path: Path) -> None:
+    """With all others as neighbors every two layers agree, and every vote is that of the commonest class."""
+    splits = np.repeat([0, 1, 2], [8, 9, NUM - 17])
+    quality, similarity = measure({"model": make_store(tmp_path / "model", splits=splits)})
+    others = similarity["mutual_knn"][similarity["layer_a"] != similarity["layer_b"]]
+    assert others.max() < 1
+    assert set(quality[quality["metric"] == "knn accuracy"]["note"]) == {"k=4, cosine"}
+
+
+def test_lidar_of_fewer_draws_than_directions_says_so(tmp_path: Path) -> None:
+    splits = np.repeat([0, 1, 2], [6, 72, 72])
+    few, _ = measure({"model": make_store(tmp_path / "few", draws=2, splits=splits)})
+    enough, _ = measure({"model": make_store(tmp_path / "enough", draws=2)})
+    notes = [set(quality[quality["metric"] == "LiDAR"]["note"]) for quality in (few, enough)]
+    assert notes == [{"2 noise draws; depends on its ridge: too few draws for 6 directions"}, {"2 noise draws"}]
+
+
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     measure({"model": make_store(tmp_path / "model", draws=2)}, progress=lambda *at: seen.append(at))
