@@ -90,7 +90,8 @@ def effective_rank_estimate(x: Features) -> Estimate:
     """
     wide = centered(x / np.float64(np.abs(x).max()))
     if len(wide) < wide.shape[1]:  # in coordinates of the directions that the samples span
-        wide = np.linalg.qr(wide.T, mode="r").T
+        triangle: Any = np.linalg.qr(wide.T, mode="r")
+        wide = triangle.T
     variances, axes = np.linalg.eigh(wide.T @ wide / len(wide))
     is_positive = variances > NEGLIGIBLE * variances[-1]
     variances, axes = variances[is_positive], axes[:, is_positive]
