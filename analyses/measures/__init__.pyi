@@ -24,7 +24,6 @@ from .knn import TILE_BYTES as TILE_BYTES
 from .knn import KnnResult as KnnResult
 from .knn import knn_accuracy as knn_accuracy
 from .knn import nearest as nearest
-from .linear_probes import INVERSE_PENALTIES as INVERSE_PENALTIES
 from .linear_probes import ProbeResult as ProbeResult
 from .linear_probes import control_probe as control_probe
 from .linear_probes import linear_probe as linear_probe
@@ -37,6 +36,7 @@ from .logistic.fits import fit_logistic as fit_logistic
 from .logistic.fits import fit_logistic_map as fit_logistic_map
 from .logistic.fits import fit_logistic_path as fit_logistic_path
 from .logistic.fits import fit_multilabel_path as fit_multilabel_path
+from .logistic.search import INVERSE_PENALTIES as INVERSE_PENALTIES
 from .neighbor_graphs import NeighborGraph as NeighborGraph
 from .neighbor_graphs import cknna as cknna
 from .neighbor_graphs import cycle_knn as cycle_knn

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 from layerprobe.analyses.measures.arrays import SPLITS, Features, Floats, checked
-from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES
-from layerprobe.analyses.measures.logistic.fits import LogisticFit, fit_logistic_path
+from layerprobe.analyses.measures.logistic.fits import LogisticFit
+from layerprobe.analyses.measures.logistic.search import SearchEnd, choose_fit
 
 Labels = NDArray[Any]
 
@@ -76,7 +76,8 @@ class DenseProbeResult:
         test: Score on the split on which nothing was chosen.
         ceiling: Score on the test split of each token's own majority label, interpolated in the same way: roughly the
             best that the grid allows.
-        inverse_penalty: The C with the best mIoU on the validation split; of equally good ones the smallest.
+        inverse_penalty: The C with the best mIoU on the validation split, by the search of `choose_fit`.
+        search_end: Which end of the search the C lies at, so that one beyond may be better; "" if at none.
         gradient_norm: Gradient norm of the chosen fit.
         converged: Whether the chosen fit converged.
     """
@@ -85,6 +86,7 @@ class DenseProbeResult:
     test: SegmentationScore
     ceiling: SegmentationScore
     inverse_penalty: float
+    search_end: SearchEnd
     gradient_norm: float
     converged: bool
 
@@ -95,7 +97,7 @@ def dense_probe(
     grid: Sequence[int],
     *,
     ignore: int | None = None,
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    inverse_penalties: Sequence[float] | None = None,
 ) -> DenseProbeResult:
     """Measures how well a linear classifier predicts the label of every pixel from its token.
 
@@ -109,7 +111,7 @@ def dense_probe(
         labels: Integer labels of each split, shape (n, *size); size has as many axes as the grid.
         grid: Number of cells along each axis, of product T.
         ignore: Label that is not scored, such as 11, the void of CamVid.
-        inverse_penalties: Values of C to choose from.
+        inverse_penalties: Values of C to choose from, and no others; None for the search of `choose_fit`.
 
     Raises:
         ValueError: If a split is missing, arrays do not fit together, tokens are not finite, or fewer than two classes
@@ -122,11 +124,6 @@ def dense_probe(
     is_labeled = shares.any(axis=1)
     train_x = tokens["train"].reshape(-1, tokens["train"].shape[2]).astype(np.float64)
     scaler = StandardScaler().fit(train_x)
-    fits = fit_logistic_path(
-        scaler.transform(train_x[is_labeled]),
-        classes[shares[is_labeled].argmax(axis=1)],
-        sorted(inverse_penalties),
-    )
 
     def score(fit: LogisticFit, split: str) -> SegmentationScore:
         def logits(samples: slice) -> Floats:
@@ -135,15 +132,20 @@ def dense_probe(
 
         return _score(logits, labels[split], classes, grid)
 
-    validation_scores = [score(fit, "validation") for fit in fits]
-    best = int(np.argmax([result.mean_iou for result in validation_scores]))
+    chosen = choose_fit(
+        scaler.transform(train_x[is_labeled]),
+        classes[shares[is_labeled].argmax(axis=1)],
+        lambda fit: score(fit, "validation").mean_iou,
+        inverse_penalties=inverse_penalties,
+    )
     return DenseProbeResult(
-        validation=validation_scores[best],
-        test=score(fits[best], "test"),
+        validation=score(chosen.fit, "validation"),
+        test=score(chosen.fit, "test"),
         ceiling=_ceiling(labels["test"], classes, grid),
-        inverse_penalty=fits[best].inverse_penalty,
-        gradient_norm=fits[best].gradient_norm,
-        converged=fits[best].converged,
+        inverse_penalty=chosen.fit.inverse_penalty,
+        search_end=chosen.end,
+        gradient_norm=chosen.fit.gradient_norm,
+        converged=chosen.fit.converged,
     )
 
 

@@ -89,6 +89,9 @@ def effective_rank_estimate(x: Features) -> Estimate:
     The influence of sample i on an eigenvalue of the covariance with eigenvector u is `(u x_i)^2 - eigenvalue`.
     """
     wide = centered(x / np.float64(np.abs(x).max()))
+    if len(wide) < wide.shape[1]:  # in coordinates of the directions that the samples span
+        triangle: Any = np.linalg.qr(wide.T, mode="r")
+        wide = triangle.T
     variances, axes = np.linalg.eigh(wide.T @ wide / len(wide))
     is_positive = variances > NEGLIGIBLE * variances[-1]
     variances, axes = variances[is_positive], axes[:, is_positive]

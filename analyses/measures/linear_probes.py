@@ -17,9 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from layerprobe.analyses.measures.arrays import Features
 from layerprobe.analyses.measures.classification import ClassificationScores, classification_scores
-from layerprobe.analyses.measures.logistic.fits import ClassWeight, check_pair, fit_logistic_path
-
-INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+from layerprobe.analyses.measures.logistic.fits import ClassWeight, LogisticFit, check_pair
+from layerprobe.analyses.measures.logistic.search import SearchEnd, choose_fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +32,8 @@ class ProbeResult:
         test_correct: Whether each test sample was predicted correctly, shape (n_test,), bool.
         validation: Per-class and balanced accuracy, top-5 and calibration on the validation split.
         test: The same on the test split.
-        inverse_penalty: The C that was best on the validation split; of equally good ones the smallest, which is the
-            strongest penalty.
+        inverse_penalty: The C that was best on the validation split, by the search of `choose_fit`.
+        search_end: Which end of the search the C lies at, so that one beyond may be better; "" if at none.
         gradient_norm: Gradient norm of the chosen fit.
         converged: Whether the chosen fit converged.
     """
@@ -46,6 +45,7 @@ class ProbeResult:
     validation: ClassificationScores
     test: ClassificationScores
     inverse_penalty: float
+    search_end: SearchEnd
     gradient_norm: float
     converged: bool
 
@@ -58,7 +58,7 @@ def linear_probe(
     test_x: Features,
     test_y: NDArray[Any],
     *,
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    inverse_penalties: Sequence[float] | None = None,
     standardize: bool = True,
     class_weight: ClassWeight = None,
     device: str = "cpu",
@@ -76,7 +76,7 @@ def linear_probe(
             as an error.
         test_x: Test features, shape (n_test, D).
         test_y: Test labels, shape (n_test,).
-        inverse_penalties: Values of C to choose from.
+        inverse_penalties: Values of C to choose from, and no others; None for the search of `choose_fit`.
         standardize: Whether to divide each feature by its standard deviation on the training split (constant features
             are left as they are). Without it the same C is a strong penalty for a layer with small activations and a
             weak one for a layer with large activations.
@@ -98,21 +98,30 @@ def linear_probe(
     if standardize:
         scaler = StandardScaler().fit(features["train"])
         features = {split: scaler.transform(x) for split, x in features.items()}
-    fits = fit_logistic_path(
-        features["train"], train_y, sorted(inverse_penalties), class_weight=class_weight, device=device
+
+    def validation_accuracy(fit: LogisticFit) -> float:
+        return float((fit.predict(features["validation"]) == validation_y).mean())
+
+    chosen = choose_fit(
+        features["train"],
+        train_y,
+        validation_accuracy,
+        inverse_penalties=inverse_penalties,
+        class_weight=class_weight,
+        device=device,
     )
-    correct = [fit.predict(features["validation"]) == validation_y for fit in fits]
-    best = int(np.argmax([c.mean() for c in correct]))
-    fit = fits[best]
+    fit = chosen.fit
+    validation_correct = fit.predict(features["validation"]) == validation_y
     test_correct = fit.predict(features["test"]) == test_y
     return ProbeResult(
-        validation_accuracy=float(correct[best].mean()),
+        validation_accuracy=float(validation_correct.mean()),
         test_accuracy=float(test_correct.mean()),
-        validation_correct=correct[best],
+        validation_correct=validation_correct,
         test_correct=test_correct,
         validation=classification_scores(fit.log_probabilities(features["validation"]), fit.classes, validation_y),
         test=classification_scores(fit.log_probabilities(features["test"]), fit.classes, test_y),
         inverse_penalty=fit.inverse_penalty,
+        search_end=chosen.end,
         gradient_norm=fit.gradient_norm,
         converged=fit.converged,
     )

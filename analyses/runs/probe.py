@@ -25,9 +25,9 @@ from layerprobe.analyses.selection import (
     Selection,
     control_accuracies,
     equal_weights,
+    probe_cautions,
     rank_pairs,
     recommend,
-    unfinished_probes,
 )
 from layerprobe.analyses.tables import (
     ANALYSES,
@@ -313,7 +313,7 @@ def choose_layers(
         shapes=store.manifest["layer_shapes"],
         controls=control_accuracies(quality, labels, evidence.noise_levels),
         against_all=against_all,
-        cautions=(*cautions, *(() if label_free else unfinished_probes(quality, evidence.noise_levels))),
+        cautions=(*cautions, *(() if label_free else probe_cautions(quality, PROBE, "validation"))),
     )
 
 

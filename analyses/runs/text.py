@@ -12,13 +12,14 @@ import pandas as pd
 
 from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.selection import Recommendation, Selection
+from layerprobe.analyses.selection import Recommendation, Selection, probe_cautions
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
 from layerprobe.analyses.wording import (
     TRUST,
     caution_texts,
     copy_sentences,
     decision_text,
+    probe_caution_text,
     recommendation_text,
     selection_headline,
     selection_reason,
@@ -64,6 +65,9 @@ def describe_labels(run: str | Path) -> list[str]:
             f"({', '.join(beside)})"
         )
         lines += [f"caution  {column}: {counts}" for counts in re.findall("left out of.*", best["note"])]
+        if metric != PROBE:  # those of the class are cautions of the selection
+            cautions = probe_cautions(quality, metric, "test")
+            lines += [f"caution  {column}: {probe_caution_text(caution)}" for caution in cautions]
     return lines
 
 

@@ -1,6 +1,6 @@
 from .controls import MAJORITY as MAJORITY
 from .controls import control_accuracies as control_accuracies
-from .controls import unfinished_probes as unfinished_probes
+from .controls import probe_cautions as probe_cautions
 from .limits import PairLimits as PairLimits
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from layerprobe.analyses.selection.records import Caution, Objection, SelectionBasis
-from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, Number
+from layerprobe.analyses.selection.records import Caution, CautionCode, Objection, SelectionBasis
+from layerprobe.analyses.tables import LAST_PENALTY, PROBE, RANDOM_WEIGHTS, RAW_INPUT, UNFINISHED, Number
 
 MAJORITY = "majority class"
 
@@ -40,11 +40,28 @@ def control_accuracies(
     return controls
 
 
-def unfinished_probes(quality: pd.DataFrame, noise_levels: Sequence[float]) -> tuple[Caution, ...]:
-    """Returns a caution if probes of the model did not converge."""
-    notes = _probes(quality, MODEL, noise_levels)["note"]
-    unfinished = int(notes.str.contains("did not converge").sum())
-    return (Caution("probes not converged", value=unfinished, limit=len(notes)),) if unfinished else ()
+# What the note of a quality row says if a probe may be too bad.
+_PROBE_CAUTIONS: Mapping[CautionCode, str] = {
+    "probes not converged": UNFINISHED,
+    "probes at the end of the search": LAST_PENALTY,
+}
+
+
+def probe_cautions(quality: pd.DataFrame, metric: str, split: str) -> list[Caution]:
+    """Returns cautions about probes that may be too bad, by source: the model and its controls.
+
+    Args:
+        quality: Quality table.
+        metric: Metric of the probes.
+        split: Split of the rows to count.
+    """
+    rows = quality[(quality["metric"] == metric) & (quality["split"] == split)]
+    return [
+        Caution(code, str(source), value=count, limit=len(notes))
+        for source, notes in rows.groupby("source", sort=False)["note"]
+        for code, sign in _PROBE_CAUTIONS.items()
+        if (count := int(notes.str.contains(sign, regex=False).sum()))
+    ]
 
 
 def below_controls(teacher: Number, controls: Mapping[str, float]) -> list[Objection]:

@@ -16,6 +16,8 @@ from layerprobe.analyses.tables import MODEL, NOISE_LIDAR, PROBE, PairEvidence
 from layerprobe.extraction import LOSS_INCREASE
 from layerprobe.layersync import depth_heuristic
 
+LevelEnd = Literal["", "lowest", "highest"]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -48,6 +50,8 @@ class Recommendation:
         test_value: Value of the best layer on the test split, which nothing was chosen on; None if it is missing.
         by_depth: Layer that is chosen by its depth alone, for "encoder"; "" otherwise.
         encoder_similarity: Mean CKA of that layer with external encoders, by metric.
+        level_end: Whether the noise level of the best layer, for "features", is the lowest or the highest of those that
+            were measured, so that one beyond it may be better; "" if it lies between others, or is 0 or 1.
     """
 
     purpose: Literal["features", "encoder", "prune"]
@@ -56,6 +60,7 @@ class Recommendation:
     test_value: float | None = None
     by_depth: str = ""
     encoder_similarity: tuple[tuple[str, float], ...] = ()
+    level_end: LevelEnd = ""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -92,10 +97,13 @@ def for_features(quality: pd.DataFrame, evidence: PairEvidence, *, label_free: b
     It is chosen on the validation split; its accuracy on the test split is reported.
     """
     if label_free:
-        return Recommendation("features", NOISE_LIDAR, _tied(_by_level(evidence, NOISE_LIDAR)))
+        measured = _by_level(evidence, NOISE_LIDAR)
+        return Recommendation("features", NOISE_LIDAR, _tied(measured), level_end=_level_end(measured))
     rows = quality[(quality["metric"] == PROBE) & (quality["split"] == "validation")].dropna(subset="value")
-    candidates = _tied([_candidate(row) for row in rows.itertuples()])
-    return Recommendation("features", PROBE, candidates, _on_test(quality, candidates))
+    measured = [_candidate(row) for row in rows.itertuples()]
+    candidates = _tied(measured)
+    test_value = _on_test(quality, candidates)
+    return Recommendation("features", PROBE, candidates, test_value, level_end=_level_end(measured))
 
 
 def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
@@ -141,6 +149,17 @@ def _tied(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """The best candidate, and those not below the lower end of its interval; all by falling value."""
     ordered = sorted(candidates, key=lambda candidate: -candidate.value)
     return tuple(candidate for candidate in ordered if candidate.value >= ordered[0].low or candidate is ordered[0])
+
+
+def _level_end(candidates: Sequence[Candidate]) -> LevelEnd:
+    """At which end of the measured noise levels the best candidate lies, if there is room beyond it."""
+    levels = sorted({c.noise_level for c in candidates if c.noise_level is not None})
+    if len(levels) < 2:
+        return ""
+    best = _tied(candidates)[0].noise_level
+    if best == levels[0] > 0:
+        return "lowest"
+    return "highest" if best == levels[-1] < 1 else ""
 
 
 def _on_test(quality: pd.DataFrame, candidates: Sequence[Candidate]) -> float | None:

@@ -38,6 +38,7 @@ CautionCode = Literal[
     "convention trusted",
     "criterion not measured",
     "probes not converged",
+    "probes at the end of the search",
     "control knows as much",
 ]
 Metric = Literal["probe accuracy", "noise-LiDAR", "effective rank"]
@@ -72,7 +73,7 @@ class Caution:
 
     Attributes:
         code: Code of the fact.
-        subject: Criterion or control that the caution is about; "" if it is about the selection.
+        subject: Criterion or source that the caution is about; "" if it is about the selection.
         value: Number of pairs or probes, or the quality of the teacher.
         limit: Number that the value is compared with: all probes, or the best quality of the control.
         note: Reason for a missing value, or the verdict of the convention check.

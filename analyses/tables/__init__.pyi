@@ -25,8 +25,10 @@ from .evidence import PairEvidence as PairEvidence
 from .evidence import Quantity as Quantity
 from .evidence_measures import ScoreKeeper as ScoreKeeper
 from .evidence_measures import measure_evidence as measure_evidence
+from .measurements import LAST_PENALTY as LAST_PENALTY
 from .measurements import PROBE as PROBE
 from .measurements import RANK as RANK
+from .measurements import UNFINISHED as UNFINISHED
 from .measurements import Analysis as Analysis
 from .measurements import Measurement as Measurement
 from .measurements import Representation as Representation

@@ -52,12 +52,12 @@ from layerprobe.analyses.tables.evidence import (
 )
 from layerprobe.analyses.tables.measurements import (
     KNN,
-    NUM_NEIGHBORS,
     PROBE,
     RANK,
     Analysis,
     Measurement,
     Representation,
+    num_neighbors,
 )
 from layerprobe.analyses.tables.quality import MAX_RANK, MODEL
 from layerprobe.extraction import LOSS_INCREASE, VELOCITY_CHANGE, FeatureStore, pair_layers
@@ -259,12 +259,13 @@ def _at_level(store: FeatureStore, layers: Sequence[str], level: float) -> _Leve
     usable = [features[i] for i in positions]
     num = len(layers)
     by_layer, by_pair = {}, {}
-    small = _narrowed(usable)
-    by_layer[RANK] = _scattered([effective_rank_estimate(x[:, 0]) for x in small], positions, num, len(rows))
+    # Of all directions: within those that the layers share, a wide layer's rank would end at their number.
+    by_layer[RANK] = _scattered([effective_rank_estimate(x[:, 0]) for x in usable], positions, num, len(rows))
     if store.draws > 1:
-        by_layer[NOISE_LIDAR] = _scattered([lidar_estimate(x) for x in small], positions, num, len(rows))
+        lidars = [lidar_estimate(x) for x in _narrowed(usable)]
+        by_layer[NOISE_LIDAR] = _scattered(lidars, positions, num, len(rows))
     by_pair[CKA] = _averaged([cka_estimates([x[:, d] for x in usable]) for d in range(store.draws)], positions, num)
-    k = min(NUM_NEIGHBORS, len(rows) - 1)
+    k = num_neighbors(len(rows) - 1)
     graphs = [[neighbor_graph(x[:, d], k=k) for x in usable] for d in range(store.draws)]
     by_pair[CKNNA] = _averaged([cknna_estimates(of_draw) for of_draw in graphs], positions, num)
     if len(store.token_rows):
@@ -296,7 +297,7 @@ def _unusable(x: Features) -> str:
 
 
 def _narrowed(features: Sequence[Features]) -> list[Features]:
-    """Projects wide layers onto the directions of largest variance: there are too few samples for all directions."""
+    """Projects wide layers onto the directions of largest variance: LiDAR has too few draws for all directions."""
     widths: dict[int, list[Features]] = {}
     for x in features:
         widths.setdefault(x.shape[2], []).append(x)

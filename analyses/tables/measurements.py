@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerprobe.analyses.measures import (
-    INVERSE_PENALTIES,
+    DenseProbeResult,
     Features,
     Floats,
     ProbeResult,
@@ -33,12 +33,22 @@ from layerprobe.extraction import SPLITS, FeatureStore
 PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
 _PROBE_OF = f"{PROBE} of "
 NUM_NEIGHBORS = 10
+# How a note says that an accuracy may be too low; cautions count them.
+UNFINISHED, LAST_PENALTY = "did not converge", "took the last C of the search"
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:
     """Returns the metrics to show first: probes of every label column, nearest neighbors and effective rank."""
     names = list(dict.fromkeys(metrics))
     return [name for name in (PROBE, *filter(probed_column, names), KNN, RANK) if name in names]
+
+
+def num_neighbors(num_others: int) -> int:
+    """Returns the number of nearest neighbors among so many samples: 10, but at most half of them.
+
+    If all are neighbors, every vote is that of the commonest class, and every two layers agree.
+    """
+    return max(1, min(NUM_NEIGHBORS, num_others // 2))
 
 
 def probe_of(column: str) -> str:
@@ -191,13 +201,13 @@ def _frame_probe(representation: Representation, name: str, labels: NDArray[np.i
         )
         for draw in range(store.draws)
     ]
-    penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
+    fits = _fit_note(results)
     measurements = []
     for split in ("validation", "test"):
         scores = [r.validation if split == "validation" else r.test for r in results]
         right = [s.confusions.trace(axis1=1, axis2=2) / np.maximum(s.confusions.sum((1, 2)), 1) for s in scores]
         some = (known[split] != MISSING).any(axis=1)
-        note = f"C={penalties}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
+        note = f"{fits}; share of frames, mean over {some.sum()} samples, mean IoU {scores[0].mean_iou:.2f}"
         counts = _left_out(kept[split].ravel(), (known[split] != MISSING).ravel())
         measurements.append(_mean_of(probe_of(name), split, [each[some] for each in right], f"{note}{counts}"))
     return measurements
@@ -235,16 +245,18 @@ def _probed(
     part, rows = representation.part, np.ones(len(labels), bool) if rows is None else rows
     kept = {split: part(rows, split) for split in SPLITS}
     results = [
-        linear_probe(
-            *(part(array, split)[kept[split]] for split in SPLITS for array in (x, labels)),
-            inverse_penalties=INVERSE_PENALTIES,
-        )
+        linear_probe(*(part(array, split)[kept[split]] for split in SPLITS for array in (x, labels)))
         for x in representation.draws
     ]
+    return results, _fit_note(results)
+
+
+def _fit_note(results: Sequence[ProbeResult | DenseProbeResult]) -> str:
+    """The penalties and the certificate of fits, and how many of them may be too bad."""
     penalties = ", ".join(f"{c:g}" for c in sorted({r.inverse_penalty for r in results}))
     note = f"C={penalties}, gradient norm {max(r.gradient_norm for r in results):.0e}"
-    failed = sum(not r.converged for r in results)
-    return results, note + (f"; {failed} of {len(results)} fits did not converge" if failed else "")
+    counts = {UNFINISHED: sum(not r.converged for r in results), LAST_PENALTY: sum(r.search_end != "" for r in results)}
+    return note + "".join(f"; {count} of {len(results)} fits {sign}" for sign, count in counts.items() if count)
 
 
 def _left_out(labels: NDArray[np.int64], known: NDArray[np.bool_]) -> str:
@@ -263,7 +275,7 @@ def neighbors(representation: Representation) -> list[Measurement]:
     if representation.reason:
         return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
     part, bank_y = representation.part, representation.part(labels, "train")
-    k = min(NUM_NEIGHBORS, len(bank_y))
+    k = num_neighbors(len(bank_y))
     measurements = []
     for split in ("validation", "test"):
         query_y = part(labels, split)
@@ -292,7 +304,9 @@ def spectra(representation: Representation) -> list[Measurement]:
     }
     if len(parts) > 1:
         ranked = lidar(np.stack(parts, axis=1))
-        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws")
+        has_few = parts[0].shape[0] * (len(parts) - 1) <= parts[0].shape[1]
+        few = f"; depends on its ridge: too few draws for {parts[0].shape[1]} directions" if has_few else ""
+        numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws{few}")
     return [Measurement(metric, "train", float(value), note) for metric, (value, note) in numbers.items()]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel, mutual_knn, neighbor_graph
 from layerprobe.analyses.tables.csv_files import read_table
-from layerprobe.analyses.tables.measurements import NUM_NEIGHBORS
+from layerprobe.analyses.tables.measurements import num_neighbors
 from layerprobe.extraction import FeatureStore
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
@@ -60,7 +60,7 @@ def similarities(
         A matrix for each measure, and the reasons for missing values by layer and noise level.
     """
     keys = representations(store)
-    k = min(NUM_NEIGHBORS, int((store.splits == "validation").sum()) - 1)
+    k = num_neighbors(int((store.splits == "validation").sum()) - 1)
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):

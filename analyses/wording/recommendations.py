@@ -21,7 +21,11 @@ def _features(answer: Recommendation) -> str:
         figures += f", {answer.test_value:.3f} on the test split, which nothing was chosen on"
     tied = [f"{other.layer} at {other.noise_level:g}" for other in others]
     ties = f"; the data cannot tell {_listed(tied)} from it" if tied else ""
-    return f"The richest features are those of {best.layer} at noise level {best.noise_level:g}: {figures}{ties}."
+    beyond = {"lowest": "a lower", "highest": "a higher"}.get(answer.level_end)
+    edge = (
+        f" It is the {answer.level_end} level that was measured; at {beyond} one they may be richer." if beyond else ""
+    )
+    return f"The richest features are those of {best.layer} at noise level {best.noise_level:g}: {figures}{ties}.{edge}"
 
 
 def _encoder(answer: Recommendation) -> str:

@@ -140,6 +140,14 @@ def caution_texts(selection: Selection) -> list[str]:
     return [_caution(caution, selection) for caution in selection.cautions]
 
 
+def probe_caution_text(caution: Caution) -> str:
+    """Returns the sentence about probes that may be too bad."""
+    counts = f"{_number(caution.value):.0f} of {_number(caution.limit):.0f} probes of {caution.subject!r}"
+    if caution.code == "probes not converged":
+        return f"{counts} did not converge."
+    return f"{counts} took the last penalty of the search; with another one they may know more."
+
+
 def _caution(caution: Caution, selection: Selection) -> str:
     value, limit = _number(caution.value), _number(caution.limit)
     match caution.code:
@@ -160,8 +168,6 @@ def _caution(caution: Caution, selection: Selection) -> str:
             return f"The data cannot tell {others} from the pick; use more samples."
         case "criterion not measured":
             return f"Ranked without {caution.subject} ({caution.note})."
-        case "probes not converged":
-            return f"{value:.0f} of {limit:.0f} probes did not converge."
         case "only one pair":
             return "It is the only admissible pair, so there was no choice."
         case "convention trusted":
@@ -169,6 +175,8 @@ def _caution(caution: Caution, selection: Selection) -> str:
                 f"The convention check says {caution.note!r}; the declared schedule and prediction were trusted "
                 "(--trust-convention)."
             )
+        case "probes not converged" | "probes at the end of the search":
+            return probe_caution_text(caution)
         case "control knows as much":
             teacher = selection.ranked[0].teacher
             return f"{teacher} is not surely above {_control(caution.subject)}: {value:.3f} against {limit:.3f}."

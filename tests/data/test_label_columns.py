@@ -518,6 +518,7 @@ class TestFrames:
             f"left out of 200: {unlabeled} without a label, {unseen} of a class that is missing in the training split"
         )
         assert row.note.endswith(counts)
+        assert re.match(r"C=[\d.e+-]+, gradient norm ", row.note)
 
     def test_padding_never_counts(self, tmp_path: Path) -> None:
         whole = self.splits().train.samples

@@ -30,12 +30,36 @@ def clouds(
     return x, y, centers
 
 
-def sklearn_fit(x: Array, y: Array, inverse_penalty: float) -> LogisticRegression:
+def sklearn_fit(x: Array, y: Array, inverse_penalty: float, solver: str = "newton-cg") -> LogisticRegression:
     with warnings.catch_warnings():
         # At this tolerance its line search may end in rounding error, and then warns; the optimum is reached all the
         # same.
         warnings.simplefilter("ignore")
-        return LogisticRegression(C=inverse_penalty, solver="newton-cg", tol=1e-11, max_iter=5000).fit(x, y)
+        return LogisticRegression(C=inverse_penalty, solver=solver, tol=1e-11, max_iter=5000).fit(x, y)
+
+
+def searched(x: Array, y: Array, held_x: Array, held_y: Array) -> tuple[LogisticRegression, float]:
+    """scikit-learn's model of the best C, and its accuracy on held-out samples, over the search of probes.
+
+    C from 1e-3 to 1; the smallest of the best ones. Then by decades until two on either side are no better.
+    """
+    solver = "newton-cholesky"  # a hundred times as fast as newton-cg under a weak penalty
+    decades = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6]
+    models: dict[int, LogisticRegression] = {}
+    scores: dict[int, float] = {}
+
+    def score(i: int) -> float:
+        models[i] = sklearn_fit(x, y, decades[i], solver)
+        scores[i] = float(models[i].score(held_x, held_y))
+        return scores[i]
+
+    best = max(range(3, 7), key=score)  # the first of equal ones
+    for step, limit in ((1, len(decades)), (-1, -1)):
+        edge = max(scores) if step == 1 else min(scores)
+        while scores[best] < 1 and abs(edge - best) < 2 and edge + step != limit:
+            edge += step
+            best = edge if score(edge) > scores[best] else best
+    return models[best], scores[best]
 
 
 def digits() -> tuple[Array, Array]:

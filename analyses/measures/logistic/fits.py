@@ -168,15 +168,17 @@ def fit_logistic_path(
     Raises:
         ValueError: As in `fit_logistic`.
     """
-    check_pair(x, y, "train")
-    _check_penalties(inverse_penalties)
-    classes, targets = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"all {len(y)} labels are {classes[0]}; a probe needs two classes or more")
-    sample_weights = _class_weights(class_weight, classes, y)[targets]
-    with torch.inference_mode(), _suitable_threads(x):
-        data = _on_axes(torch.as_tensor(x, device=device), max(inverse_penalties) * float(sample_weights.sum()))
-        return _path(data, targets, classes, sample_weights, inverse_penalties, tolerance, max_passes)
+    check_penalties(inverse_penalties)
+    path = logistic_path(
+        x,
+        y,
+        weakest=max(inverse_penalties),
+        class_weight=class_weight,
+        tolerance=tolerance,
+        max_passes=max_passes,
+        device=device,
+    )
+    return path.fits(inverse_penalties)
 
 
 def fit_logistic_map(
@@ -250,7 +252,7 @@ def fit_multilabel_path(
     Raises:
         ValueError: If x and y disagree, y holds anything but 0 and 1, or a label is on all samples or on none.
     """
-    _check_penalties(inverse_penalties)
+    check_penalties(inverse_penalties)
     checked(x, "features of the train split")
     y = np.asarray(y)
     if y.ndim != 2 or len(y) != len(x) or not np.isin(y, (0, 1)).all():
@@ -259,14 +261,120 @@ def fit_multilabel_path(
         if share in (0, 1):
             raise ValueError(f"label {label} is on {'all' if share else 'no'} samples; leave it out")
     classes, ones = np.array([0, 1]), np.ones(len(y))
-    with torch.inference_mode(), _suitable_threads(x):
+    with torch.inference_mode(), _suitable_threads(x.size):
         halves = [c / 2 for c in inverse_penalties]
         data = _on_axes(torch.as_tensor(x, device=device), max(halves) * len(x))
-        fits = [_path(data, column.astype(np.intp), classes, ones, halves, tolerance, max_passes) for column in y.T]
+        paths = [
+            LogisticPath(data, column.astype(np.intp), classes, ones, tolerance=tolerance, max_passes=max_passes)
+            for column in y.T
+        ]
+        fits = [path.fits(halves) for path in paths]
     return tuple(
-        tuple(replace(fit, inverse_penalty=float(c)) for fit, c in zip(path, inverse_penalties, strict=True))
-        for path in fits
+        tuple(replace(fit, inverse_penalty=float(c)) for fit, c in zip(of_label, inverse_penalties, strict=True))
+        for of_label in fits
     )
+
+
+def logistic_path(
+    x: Features,
+    y: NDArray[Any],
+    *,
+    weakest: float,
+    class_weight: ClassWeight = None,
+    tolerance: float = 1e-8,
+    max_passes: int = 5000,
+    device: str = "cpu",
+) -> LogisticPath:
+    """Prepares the fits of `fit_logistic` for penalties that are not all known beforehand.
+
+    Args:
+        x: Features, shape (n, D), any float dtype.
+        y: Labels, shape (n,).
+        weakest: About the largest C that will be asked for; it decides how the features are prepared.
+        class_weight: Weight of the samples of each class, as in `fit_logistic`.
+        tolerance: Tolerance of convergence, as in `fit_logistic`.
+        max_passes: Maximum number of passes per fit.
+        device: Device of the computation.
+
+    Raises:
+        ValueError: As in `fit_logistic`.
+    """
+    check_pair(x, y, "train")
+    classes, targets = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"all {len(y)} labels are {classes[0]}; a probe needs two classes or more")
+    sample_weights = _class_weights(class_weight, classes, y)[targets]
+    with torch.inference_mode(), _suitable_threads(x.size):
+        data = _on_axes(torch.as_tensor(x, device=device), weakest * float(sample_weights.sum()))
+    return LogisticPath(data, targets, classes, sample_weights, tolerance=tolerance, max_passes=max_passes)
+
+
+class LogisticPath:
+    """The fits of one representation, one penalty after another.
+
+    A penalty starts from the solutions for the last ones if it is weaker than they, which is the order to prefer, and
+    afresh otherwise. Memory holds three solutions.
+
+    Args:
+        data: Features on their axes.
+        targets: Class indices, shape (n,).
+        classes: The K labels in ascending order.
+        sample_weights: Weight of each sample, shape (n,), positive.
+        tolerance: Tolerance of convergence, as in `fit_logistic`.
+        max_passes: Maximum number of passes per fit.
+    """
+
+    def __init__(
+        self,
+        data: Decomposition,
+        targets: NDArray[np.intp],
+        classes: NDArray[Any],
+        sample_weights: Floats,
+        *,
+        tolerance: float,
+        max_passes: int,
+    ) -> None:
+        self._data, self._classes, self._tolerance, self._max_passes = data, classes, tolerance, max_passes
+        self._total = float(sample_weights.sum())
+        self._targets = torch.as_tensor(targets, device=data.exact.device)
+        self._sample_weights = torch.as_tensor(sample_weights / self._total, device=data.exact.device)
+        self._curvature: Curvature | None = None
+        self._solutions: list[tuple[float, Point]] = []  # log C and optimum of the last penalties
+
+    def fits(self, inverse_penalties: Sequence[float]) -> tuple[LogisticFit, ...]:
+        """Fits several penalties, the strongest first; returns them in the order in which they were given."""
+        fits = {c: self.fit(c) for c in sorted(set(inverse_penalties))}
+        return tuple(fits[c] for c in inverse_penalties)
+
+    @torch.inference_mode()
+    def fit(self, inverse_penalty: float) -> LogisticFit:
+        """Fits one penalty.
+
+        Args:
+            inverse_penalty: Inverse penalty C > 0.
+        """
+        data, log_c = self._data, math.log(inverse_penalty)
+        if self._solutions and log_c <= self._solutions[-1][0]:
+            self._curvature, self._solutions = None, []
+        penalty = 1 / (inverse_penalty * self._total * data.unit**2)
+        problem = Problem(data, self._targets, len(self._classes), self._sample_weights, penalty)
+        with _suitable_threads(data.axes.shape[0] * data.exact.shape[1]):
+            self._curvature = self._curvature or Curvature(problem)
+            start = _start(problem, self._solutions, log_c)
+            point, passes, converged = _solve(problem, start, self._curvature, self._tolerance, self._max_passes)
+            self._solutions = [*self._solutions[-2:], (log_c, point)]
+            weights = point.theta[:, :-1] @ data.axes.T
+            return LogisticFit(
+                weights=weights.cpu().numpy(),
+                bias=(point.theta[:, -1] - weights @ data.mean).cpu().numpy(),
+                classes=self._classes,
+                inverse_penalty=float(inverse_penalty),
+                objective=point.objective,
+                gradient_norm=gradient_norm(problem, point),
+                gap=gap(problem, point),
+                passes=passes,
+                converged=converged,
+            )
 
 
 def check_pair(x: Features, y: NDArray[Any], split: str) -> None:
@@ -281,7 +389,12 @@ def check_pair(x: Features, y: NDArray[Any], split: str) -> None:
         raise ValueError(f"the {split} split has {shapes}; pass one label per sample")
 
 
-def _check_penalties(inverse_penalties: Sequence[float]) -> None:
+def check_penalties(inverse_penalties: Sequence[float]) -> None:
+    """Checks that there are inverse penalties, finite and above 0.
+
+    Raises:
+        ValueError: If not.
+    """
     if not len(inverse_penalties) or min(inverse_penalties) <= 0 or not np.isfinite(inverse_penalties).all():
         raise ValueError(f"the inverse penalties C are {tuple(inverse_penalties)}; pass finite numbers above 0")
 
@@ -297,8 +410,8 @@ def _class_weights(class_weight: ClassWeight, classes: NDArray[Any], y: NDArray[
     return weights
 
 
-def _suitable_threads(x: Features) -> AbstractContextManager[None]:
-    return torch_threads(1 if x.size < _SINGLE_THREAD_ENTRIES else torch.get_num_threads())
+def _suitable_threads(num_entries: int) -> AbstractContextManager[None]:
+    return torch_threads(1 if num_entries < _SINGLE_THREAD_ENTRIES else torch.get_num_threads())
 
 
 def _on_axes(x: Tensor, inverse_penalty: float) -> Decomposition:
@@ -311,42 +424,6 @@ def _on_axes(x: Tensor, inverse_penalty: float) -> Decomposition:
         if inverse_penalty * data.unit**2 < 10:  # Under a strong penalty principal axes take longer than they save.
             return data
     return decompose(x)
-
-
-def _path(
-    data: Decomposition,
-    targets: NDArray[np.intp],
-    classes: NDArray[Any],
-    sample_weights: Floats,
-    inverse_penalties: Sequence[float],
-    tolerance: float,
-    max_passes: int,
-) -> tuple[LogisticFit, ...]:
-    device, total = data.exact.device, float(sample_weights.sum())
-    indices = torch.as_tensor(targets, device=device)
-    normalized_weights = torch.as_tensor(sample_weights / total, device=device)
-    curvature: Curvature | None = None
-    solutions: list[tuple[float, Point]] = []  # log C and optimum of the last penalties
-    fits = {}
-    for c in sorted(set(inverse_penalties)):
-        problem = Problem(data, indices, len(classes), normalized_weights, 1 / (c * total * data.unit**2))
-        curvature = curvature or Curvature(problem)
-        start = _start(problem, solutions, math.log(c))
-        point, passes, converged = _solve(problem, start, curvature, tolerance, max_passes)
-        solutions = [*solutions[-2:], (math.log(c), point)]
-        weights = point.theta[:, :-1] @ data.axes.T
-        fits[c] = LogisticFit(
-            weights=weights.cpu().numpy(),
-            bias=(point.theta[:, -1] - weights @ data.mean).cpu().numpy(),
-            classes=classes,
-            inverse_penalty=float(c),
-            objective=point.objective,
-            gradient_norm=gradient_norm(problem, point),
-            gap=gap(problem, point),
-            passes=passes,
-            converged=converged,
-        )
-    return tuple(fits[c] for c in inverse_penalties)
 
 
 def _solve(

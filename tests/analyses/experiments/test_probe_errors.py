@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from gaussian_classes import searched
 from sklearn.preprocessing import StandardScaler
 from tiny import tiny_sit, tiny_splits
 
 from layerprobe.analyses.experiments import probe_errors as probe_scores
-from layerprobe.analyses.measures.linear_probes import INVERSE_PENALTIES
 from layerprobe.data.samples import Splits, Subset
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
@@ -27,12 +26,8 @@ def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:
         for level in store.noise_levels:
             scale = StandardScaler().fit(store.features(layer, level, split="train"))
             x = {split: scale.transform(store.features(layer, level, split=split).astype(float)) for split in y}
-            fits = [
-                LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(x["train"], y["train"])
-                for c in INVERSE_PENALTIES
-            ]
-            chosen = max(fits, key=lambda fit: fit.score(x["validation"], y["validation"]))
-            found.append((chosen.score(x["validation"], y["validation"]), chosen.score(x["test"], y["test"])))
+            chosen, accuracy = searched(x["train"], y["train"], x["validation"], y["validation"])
+            found.append((accuracy, chosen.score(x["test"], y["test"])))
     best = max(found, key=lambda pair: pair[0])
     return {
         probe_scores.PROBE_ERROR: 1 - float(np.mean([report for _, report in found])),

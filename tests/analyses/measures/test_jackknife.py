@@ -62,6 +62,14 @@ def test_estimates_equal_the_measures(offset: float) -> None:
         assert lidar_estimate(a).value == pytest.approx(lidar(a).debiased_rank, abs=exact)
 
 
+def test_wide_features_have_the_rank_and_the_influences_of_their_span() -> None:
+    x = layers(40, 4)[0][:, 0]
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((300, 8)))[0]
+    wide, narrow = effective_rank_estimate(x @ basis.T), effective_rank_estimate(x)
+    assert wide.value == pytest.approx(narrow.value, rel=1e-6)
+    np.testing.assert_allclose(wide.influence, narrow.influence, atol=1e-6)
+
+
 def test_the_jackknife_of_cka_is_cka_without_each_sample() -> None:
     arrays = [a[:, 0] for a in layers(12, 3)]
     without = np.stack([cka_matrix([np.delete(a, i, axis=0) for a in arrays]).values for i in range(12)], axis=-1)

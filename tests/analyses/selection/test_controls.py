@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from layerprobe.analyses.selection.controls import control_accuracies, unfinished_probes
+from layerprobe.analyses.selection.controls import control_accuracies, probe_cautions
 from layerprobe.analyses.selection.records import Caution
-from layerprobe.analyses.tables.measurements import PROBE
+from layerprobe.analyses.tables.measurements import LAST_PENALTY, PROBE, UNFINISHED
 from layerprobe.analyses.tables.quality import QUALITY_COLUMNS
 
 LEVELS = (0.1, 0.5)
@@ -44,8 +44,13 @@ def test_controls_are_the_best_layer_the_input_and_the_most_frequent_class() -> 
     assert control_accuracies(quality_table(0.5, "model"), labels, LEVELS) == {"majority class": 0.5}
 
 
-def test_probes_that_did_not_converge_are_a_caution() -> None:
-    quality = quality_table(0.5, "model")
-    assert unfinished_probes(quality, LEVELS) == ()
-    quality.loc[3, "note"] = "C=1, gradient norm 1e-02; 1 of 1 fits did not converge"
-    assert unfinished_probes(quality, LEVELS) == (Caution("probes not converged", value=1, limit=16),)
+def test_probes_that_may_be_too_bad_are_a_caution_for_the_model_and_for_each_control() -> None:
+    quality = pd.concat([quality_table(0.5, "model"), quality_table(0.3, "raw input")], ignore_index=True)
+    assert probe_cautions(quality, PROBE, "validation") == []
+    quality.loc[3, "note"] = f"C=1, gradient norm 1e-02; 1 of 1 fits {UNFINISHED}"
+    quality.loc[[17, 18], "note"] = f"C=1e+06, gradient norm 1e-09; 1 of 1 fits {LAST_PENALTY}"
+    assert probe_cautions(quality, PROBE, "validation") == [
+        Caution("probes not converged", "model", value=1, limit=16),
+        Caution("probes at the end of the search", "raw input", value=2, limit=16),
+    ]
+    assert probe_cautions(quality, PROBE, "test") == []

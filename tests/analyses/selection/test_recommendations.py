@@ -52,6 +52,23 @@ def test_without_labels_noise_lidar_says_which_features_are_richest() -> None:
     (best,) = answer.candidates
     assert (best.layer, best.noise_level, best.value, best.low) == ("blocks.2", 0.1, 9.0, 8.9)
     assert answer.test_value is None
+    assert answer.level_end == "lowest"
+
+
+@pytest.mark.parametrize(
+    ("best", "levels", "end"),
+    [
+        (0.1, (0.1, 0.5, 0.9), "lowest"),
+        (0.5, (0.1, 0.5, 0.9), ""),
+        (0.9, (0.1, 0.5, 0.9), "highest"),
+        (0.0, (0.0, 0.5, 1.0), ""),
+        (1.0, (0.0, 0.5, 1.0), ""),
+        (0.3, (0.3,), ""),
+    ],
+)
+def test_a_best_level_at_the_end_of_those_measured_is_marked(best: float, levels: tuple[float, ...], end: str) -> None:
+    values = {(i, level): 0.9 if (i, level) == (2, best) else 0.5 for i in range(4) for level in levels}
+    assert for_features(quality(values), NOTHING).level_end == end
 
 
 def test_nothing_is_said_of_features_that_were_not_measured() -> None:

@@ -20,12 +20,12 @@ from layerprobe.analyses.measures.spatial import spatial_structure
 from layerprobe.analyses.tables import evidence as e
 from layerprobe.analyses.tables.evidence import CRITERIA, Number, PairEvidence
 from layerprobe.analyses.tables.evidence_measures import ScoreKeeper, measure_evidence
-from layerprobe.analyses.tables.measurements import PROBE, Representation, neighbors, probes
+from layerprobe.analyses.tables.measurements import PROBE, RANK, Representation, neighbors, probes
 from layerprobe.analyses.tables.quality import measure
 from layerprobe.data.samples import Splits, TensorSamples
 from layerprobe.extraction.ablation import LOSS_INCREASE, VELOCITY_CHANGE, ablate_layers
 from layerprobe.extraction.evidence import extract_evidence, pair_layers
-from layerprobe.extraction.features import FeatureStore
+from layerprobe.extraction.features import FeatureStore, begin_store, shard_path, write_tensors
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
 
@@ -251,6 +251,23 @@ def test_ablations_on_the_test_split_are_not_read(store: FeatureStore, splits: S
     evidence = measure_evidence(store, ablation=pd.DataFrame(skipped.rows()))
     for quantity in (VELOCITY_CHANGE, LOSS_INCREASE):
         assert np.isnan(evidence.by_layer[quantity].value).all()
+
+
+def test_the_rank_of_a_wide_layer_is_not_that_of_the_directions_that_layers_share(tmp_path: Path) -> None:
+    """Planted: a layer that varies in 130 directions, and one that varies in all 400, both evenly."""
+    rng, n = np.random.default_rng(0), 320
+    few = rng.normal(size=(n, 130)) @ np.linalg.qr(rng.normal(size=(400, 130)))[0].T
+    tensors = {"a": few, "b": rng.normal(size=(n, 400))}
+    manifest = {
+        "plan": {"layers": list(tensors), "noise_levels": [0.5], "draws": 1},
+        "num_shards": 1,
+        "layer_shapes": {"a": [1, 400], "b": [1, 400]},
+    }
+    begin_store(tmp_path, manifest, {"ids": np.arange(n), "splits": np.arange(n) % 2})
+    write_tensors(shard_path(tmp_path, 0), {name: x[None, None].astype(np.float32) for name, x in tensors.items()})
+    found = measure_evidence(FeatureStore.open(tmp_path))
+    assert found.by_layer[RANK].value[0] == pytest.approx([effective_rank(x) for x in tensors.values()], rel=1e-4)
+    assert found.by_layer[RANK].value[0, 1] > 2 * found.by_layer[RANK].value[0, 0]
 
 
 # --------------------------------------------------------------------------------------------- what is not there

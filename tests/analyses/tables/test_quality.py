@@ -14,6 +14,7 @@ from layerprobe.analyses.measures import effective_rank, lidar, spectrum
 from layerprobe.analyses.measures.cka import linear_cka
 from layerprobe.analyses.measures.knn import knn_accuracy
 from layerprobe.analyses.measures.linear_probes import linear_probe
+from layerprobe.analyses.measures.logistic import search
 from layerprobe.analyses.measures.neighbor_graphs import cknna, mutual_knn, neighbor_graph
 from layerprobe.analyses.tables import measurements as measurements_module
 from layerprobe.analyses.tables.csv_files import write_table
@@ -242,6 +243,34 @@ def test_a_fit_that_did_not_converge_is_noted(tmp_path: Path, monkeypatch: pytes
     quality, _ = measure({"model": make_store(tmp_path / "model")})
     notes = quality[quality["metric"] == "probe accuracy"]["note"]
     assert notes.str.endswith("; 1 of 1 fits did not converge").all()
+
+
+def test_a_choice_at_the_end_of_the_search_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "INVERSE_PENALTIES", (1e-6, 1e-1))
+    monkeypatch.setattr(search, "WEAKER", ())
+    monkeypatch.setattr(search, "STRONGER", ())
+    quality, _ = measure({"model": make_store(tmp_path / "model", draws=2)})
+    probed = quality[(quality["metric"] == "probe accuracy") & (quality["split"] == "validation")]
+    at_end = probed["note"].str.endswith("; 2 of 2 fits took the last C of the search")
+    assert (at_end == (probed["value"] < 1)).all()  # nothing is better than 1
+    assert at_end.sum() == 5
+
+
+def test_few_samples_have_few_neighbors(tmp_path: Path) -> None:
+    """With all others as neighbors every two layers agree, and every vote is that of the commonest class."""
+    splits = np.repeat([0, 1, 2], [8, 9, NUM - 17])
+    quality, similarity = measure({"model": make_store(tmp_path / "model", splits=splits)})
+    others = similarity["mutual_knn"][similarity["layer_a"] != similarity["layer_b"]]
+    assert others.max() < 1
+    assert set(quality[quality["metric"] == "knn accuracy"]["note"]) == {"k=4, cosine"}
+
+
+def test_lidar_of_fewer_draws_than_directions_says_so(tmp_path: Path) -> None:
+    splits = np.repeat([0, 1, 2], [6, 72, 72])
+    few, _ = measure({"model": make_store(tmp_path / "few", draws=2, splits=splits)})
+    enough, _ = measure({"model": make_store(tmp_path / "enough", draws=2)})
+    notes = [set(quality[quality["metric"] == "LiDAR"]["note"]) for quality in (few, enough)]
+    assert notes == [{"2 noise draws; depends on its ridge: too few draws for 6 directions"}, {"2 noise draws"}]
 
 
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ def test_features() -> None:
         "The richest features are those of blocks.2 at noise level 0.1: probe accuracy 0.900 (0.890 to 0.910), 0.800 "
         "on the test split, which nothing was chosen on; the data cannot tell blocks.2 at 0.5 from it."
     )
+    at_end = recommendation_text(replace(answer, level_end="highest"))
+    assert at_end.endswith(" It is the highest level that was measured; at a higher one they may be richer.")
     many = replace(answer, candidates=(BEST, *[TIED] * 5), test_value=None)
     assert "tell blocks.2 at 0.5, blocks.2 at 0.5, blocks.2 at 0.5 and 2 more from it" in recommendation_text(many)
     nothing = Recommendation("features", "noise-LiDAR", ())

@@ -120,10 +120,13 @@ CAUTIONS = {
     Caution("gap within the uncertainty"): "The gap between a and b is within the uncertainty; use more samples.",
     Caution("ties with the pick", value=3): "The data cannot tell 3 other pairs from the pick; use more samples.",
     Caution("criterion not measured", "CKNNA", note="no CKNNA"): "Ranked without CKNNA (no CKNNA).",
-    Caution("probes not converged", value=1, limit=16): "1 of 16 probes did not converge.",
     Caution("control knows as much", "raw input", 0.5, 0.55): "b is not surely above the control 'raw input': 0.500 a",
     Caution("only one pair"): "It is the only admissible pair, so there was no choice.",
     Caution("convention trusted", note="unclear"): "The convention check says 'unclear'; the declared schedule and",
+    Caution("probes not converged", "model", value=1, limit=16): "1 of 16 probes of 'model' did not converge.",
+    Caution("probes at the end of the search", "raw input", value=2, limit=16): (
+        "2 of 16 probes of 'raw input' took the last penalty of the search; with another one they may know more."
+    ),
 }
 
 

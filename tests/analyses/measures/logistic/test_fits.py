@@ -22,6 +22,7 @@ from layerprobe.analyses.measures.logistic.fits import (
     fit_logistic_map,
     fit_logistic_path,
     fit_multilabel_path,
+    logistic_path,
 )
 
 Array = NDArray[Any]
@@ -192,6 +193,18 @@ def test_path_equals_single_fits() -> None:
         assert fit.objective == pytest.approx(single.objective, rel=1e-9)
         # The weights are only as sure as the gradient allows, and the paths to them differ.
         np.testing.assert_allclose(fit.weights, single.weights, atol=1e-4 * np.abs(single.weights).max())
+
+
+@by_each_solver
+def test_a_path_may_go_on_in_either_direction() -> None:
+    """Weaker penalties start from the last ones, a stronger one afresh."""
+    x, y, _ = clouds(8)
+    path = logistic_path(x, y, weakest=1.0)
+    for inverse_penalty in (0.1, 1.0, 100.0, 0.01, 1e-4, 10.0):
+        fit, single = path.fit(inverse_penalty), fit_logistic(x, y, inverse_penalty=inverse_penalty)
+        assert fit.converged
+        assert fit.inverse_penalty == inverse_penalty
+        assert fit.objective == pytest.approx(single.objective, rel=1e-9)
 
 
 def test_map_equals_paths_whatever_the_number_of_workers() -> None:
