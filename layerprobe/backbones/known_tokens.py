@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.mdm import MDM, frame_tokens
-from layerprobe.capture import INPUT, find_layer
+from layerprobe.capture import INPUT, as_tokens, find_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,23 +42,32 @@ class KnownLayer:
         """
         if self.class_name == MDM.__name__:
             return frame_tokens(output, self.name)
-        family, config = CLASSES[self.class_name], self.network.config
-        arguments = self._arguments(args, kwargs)
+        family, arguments = CLASSES[self.class_name], self._arguments(args, kwargs)
         sample = arguments["sample" if "sample" in arguments else "hidden_states"]
-        sample = sample.transpose(1, 2) if family.frames_before_channels else sample
-        shape = tuple(sample.shape[1:])
+        shape = tuple(sample.transpose(1, 2).shape[1:] if family.frames_before_channels else sample.shape[1:])
         if family.packed:
             num_tokens = shape[0]
         else:
-            num_tokens = math.prod(e // p for e, p in zip(shape[1:], family.patch(config), strict=True))
-        lengths = arguments[family.text_mask].sum(1).long() if family.text_mask else None
-        tokens = family.tokens(output, self.name, shape=shape, num_tokens=num_tokens, text_lengths=lengths)
+            patch = family.patch(self.network.config)
+            num_tokens = math.prod(edge // p for edge, p in zip(shape[1:], patch, strict=True))
+        if self._is_text(output, arguments):
+            tokens = as_tokens(output, self.name)
+        else:
+            lengths = arguments[family.text_mask].sum(1).long() if family.text_mask else None
+            tokens = family.tokens(output, self.name, shape=shape, num_tokens=num_tokens, text_lengths=lengths)
         if family.keeps_grid and tokens.shape[1] != num_tokens:
             raise ValueError(
                 f"{self.name} of {self.class_name} returns {tokens.shape[1]} tokens, but the sample has {num_tokens}; "
                 "name one of its blocks, or pass the tokens of the sample as tokens=lambda output, name: ..."
             )
         return tokens
+
+    def _is_text(self, output: Any, arguments: dict[str, Any]) -> bool:
+        """Whether a layer inside a block returns the text alone, which looks like a longer sequence with the sample."""
+        text, inner = arguments.get("encoder_hidden_states"), self.name.count(".") > 1
+        if not (inner and isinstance(output, Tensor) and isinstance(text, Tensor)):
+            return False
+        return output.ndim == text.ndim == 3 and output.shape[1] == text.shape[1]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         forward = _known_class(self.network).forward  # type: ignore[union-attr]
