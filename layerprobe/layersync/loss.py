@@ -173,7 +173,7 @@ class LayerSync:
         self._highest_ranks: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_latest": ()}  # It belongs to a pass, which copies and pickles do not have.
+        return self.__dict__ | {"_latest": (), "_num_passes": 0}  # Copies and pickles have no recorded pass.
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -213,7 +213,7 @@ class LayerSync:
         self._student_pass.detach()
         if self._teacher_pass is not None:
             self._teacher_pass.detach()
-        self._latest = ()
+        self._latest, self._num_passes = (), 0
 
     def loss(self, step: int | None = None, noise_level: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Computes the regularizer of the latest forward pass, a scalar, and updates `cosines`.

@@ -365,7 +365,7 @@ def test_changes_in_place_after_the_layer_are_noticed() -> None:
 
     network, x = Adds(nn.Linear(4, 4)), torch.randn(2, 3, 4)
     with torch.no_grad():
-        with pytest.raises(ValueError, match="^the output of 0 was changed in place"), capture(network, ["0"]):
+        with pytest.raises(ValueError, match=r"^the output of 0 was changed in place"), capture(network, ["0"]):
             network(x)
         with capture(network, ["0"], transform=torch.clone) as outputs:
             network(x)
@@ -377,6 +377,6 @@ def test_several_streams_and_nested_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^a returns 2 tensors of shapes \(2, 3, 4\) and \(2, 5, 4\), and which one"):
         as_tokens((text, image), "a")
     nested = torch.nested.nested_tensor([text[0], image[0]], layout=torch.jagged)
-    with pytest.raises(ValueError, match="^a returns a nested tensor, which is neither tokens"):
+    with pytest.raises(ValueError, match=r"^a returns a nested tensor, which is neither tokens"):
         as_tokens(nested, "a")
     assert as_tokens((text, None, torch.zeros(2, 4), [image]), "a") is text

@@ -60,17 +60,21 @@ WRAPPERS = {
     "peft, names of the wrapper": (with_peft, "base_model.model."),
     "accelerate": (with_accelerate, ""),
     "inside": (lambda network: Inside(network), "net."),
-    "compiled": (lambda network: torch.compile(network, backend="eager", fullgraph=True), ""),
 }
+COMPILED = (lambda network: torch.compile(network, backend="eager"), "")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by Dynamo
-@pytest.mark.parametrize(("wrap", "prefix"), WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        *(pytest.param(*wrapper, id=name) for name, wrapper in WRAPPERS.items()),
+        pytest.param(*COMPILED, id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_the_image_of_flux_is_aligned_in_every_wrapper(
     wrap: Callable[[nn.Module], nn.Module], prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if wrap is WRAPPERS["compiled"][0] and not torch.compiler.is_dynamo_supported():
-        pytest.skip("no compiler")
     network = FLUX.build().double()
     expected = plain(network)
     wrapped = wrap(network)
@@ -226,8 +230,8 @@ class Maps(nn.Module):
 
 def test_maps_are_known_by_the_grid_of_the_input_or_by_convolutions() -> None:
     x = torch.randn(2, 3, 9, 6, generator=torch.Generator().manual_seed(0))
-    assert aligned(Maps(8, stride=2), x) == "15 tokens of width 8"
-    assert aligned(Maps(8, stride=2, convolve=False), x) == "15 tokens of width 8"
+    for convolve in (True, False):
+        assert aligned(Maps(32, stride=2, convolve=convolve), x) == "15 tokens of width 32"
     square = x[:, :, :6]
     assert aligned(Maps(6), square) == "36 tokens of width 6"  # (2, 6, 6, 6): a convolution decides
     for network in (Maps(6, convolve=False), Maps(16, last=True)):

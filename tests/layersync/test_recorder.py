@@ -124,6 +124,7 @@ def test_changes_in_place_are_noticed_and_a_clone_is_not_changed() -> None:
     torch.testing.assert_close(loss, loss_of(network))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by Dynamo
 def test_a_compiled_graph_records_before_changes_in_place() -> None:
     network = InPlace()
