@@ -187,7 +187,8 @@ class LayerSync:
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        if not isinstance(weight, (int, float)) and not (isinstance(weight, Tensor) and weight.numel() == 1):
+        is_number = isinstance(weight, (int, float))
+        if not is_number and not (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.requires_grad):
             raise ValueError(
                 f"the weight is a {type(weight).__name__}; pass a number, and for a schedule SyncOptions or "
                 "sync.weight = ... at each step"
@@ -202,9 +203,13 @@ class LayerSync:
     def __enter__(self) -> LayerSync:
         if self._student_pass.attached:
             raise ValueError("this LayerSync is already active; leave its block first")
-        self._student_pass.attach()
-        if self._teacher_pass is not None:
-            self._teacher_pass.attach()
+        try:
+            self._student_pass.attach()
+            if self._teacher_pass is not None:
+                self._teacher_pass.attach()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

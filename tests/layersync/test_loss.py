@@ -205,6 +205,15 @@ def test_every_hook_is_removed_after_an_exception() -> None:
     assert num_hooks(network) == 0
 
 
+def test_no_hook_is_left_if_a_layer_is_gone_when_the_block_begins() -> None:
+    network = Network()
+    sync = LayerSync(network, TWO, weight=1.0)
+    network.blocks = network.blocks[:3]
+    with pytest.raises(ValueError, match=r"^blocks.3 is not in Network"), sync:
+        pass
+    assert num_hooks(network) == 0
+
+
 def test_a_block_can_be_entered_again_but_not_twice_at_once() -> None:
     network = Network()
     sync = LayerSync(network, ONE, weight=1.0)
@@ -912,7 +921,7 @@ def test_a_mask_without_a_token_is_refused_and_a_sample_of_padding_is_not() -> N
     network, mask = Network(), torch.ones(5, 7, dtype=torch.bool)
     mask[1] = False
     others = torch.tensor([0, 2, 3, 4])
-    assert float(loss_of(network, mask=mask)) == pytest.approx(
+    assert float(loss_of(network, mask=mask).detach()) == pytest.approx(
         0.8 * regularizer_of(network, x=X[others], options=SyncOptions())[0], rel=1e-5
     )
     with pytest.raises(ValueError, match=r"^the mask counts no token; pass True for tokens that count"):
