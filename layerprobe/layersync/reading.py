@@ -73,6 +73,11 @@ def _tokens_of_unknown(name: str, output: Any, layer: nn.Module, call: Call) -> 
             f"{name} returns shape {shape}, which is not known to be a map (B, C, *grid) of the input; pass the tokens "
             "(B, T, D), such as tokens=lambda output, name: output.flatten(1, -2) if the channels come last"
         )
+    if len(shape) == 3 and _convolves(layer, shape[1]):
+        raise ValueError(
+            f"{name} returns shape {shape}, which may be (B, C, L) of its convolutions; pass the tokens (B, T, D), such "
+            "as tokens=lambda output, name: output.transpose(1, 2)"
+        )
     batch_sizes = {len(value) for value in inputs if value.ndim}
     if batch_sizes and len(tokens) not in batch_sizes:
         size = next(len(value) for value in inputs if value.ndim)
@@ -110,6 +115,12 @@ def _is_map(shape: tuple[int, ...], inputs: list[Tensor], layer: nn.Module) -> b
     if grids and as_map != channels_last:
         return as_map
     return (as_map or not grids) and any(isinstance(part, _ConvNd) for part in layer.modules())
+
+
+def _convolves(layer: nn.Module, channels: int) -> bool:
+    """Whether a 1-D convolution in the layer takes or returns so many channels."""
+    convolutions = [part for part in layer.modules() if isinstance(part, nn.Conv1d)]
+    return any(channels in (part.in_channels, part.out_channels) for part in convolutions)
 
 
 def _in_proportion(edges: tuple[int, ...], grid: tuple[int, ...]) -> bool:

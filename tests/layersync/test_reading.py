@@ -212,6 +212,17 @@ def test_the_caller_may_say_what_the_tokens_are() -> None:
         aligned(network, X, tokens=lambda output, name: output[1][:, 0])
 
 
+def test_sequences_with_their_channels_first_are_refused() -> None:
+    network = Of(lambda x: x * 1, lambda: nn.Conv1d(7, 7, 1))  # of shape (5, 7, 16), which may be 7 channels
+    with pytest.raises(
+        ValueError, match=r"^a returns shape \(5, 7, 16\), which may be \(B, C, L\) of its convolutions"
+    ):
+        aligned(network, X)
+    told = aligned(network, X, tokens=lambda output, name: output.transpose(1, 2))
+    assert told == "16 tokens of width 7"
+    assert aligned(Of(lambda x: x * 1, lambda: nn.Conv1d(16, 16, 1)), X) == "7 tokens of width 16"
+
+
 class Maps(nn.Module):
     """Maps whose layers are convolutions, or have their channels last."""
 
