@@ -75,8 +75,8 @@ def _tokens_of_unknown(name: str, output: Any, layer: nn.Module, call: Call) -> 
         )
     if len(shape) == 3 and _convolves(layer, shape[1]):
         raise ValueError(
-            f"{name} returns shape {shape}, which may be (B, C, L) of its convolutions; pass the tokens (B, T, D), such "
-            "as tokens=lambda output, name: output.transpose(1, 2)"
+            f"{name} returns shape {shape}, which may be (B, C, L) of its convolutions; pass the tokens (B, T, D), "
+            "such as tokens=lambda output, name: output.transpose(1, 2)"
         )
     batch_sizes = {len(value) for value in inputs if value.ndim}
     if batch_sizes and len(tokens) not in batch_sizes:
