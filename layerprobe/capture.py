@@ -2,6 +2,8 @@
 
 A layer is named as in the module. `blocks.3.attn` stands for the output of the layer, `blocks.3.attn:input` for its
 input. Inside a pre-normalized block, the input of the attention is the normalized and modulated residual stream.
+
+A copy or a pickle of a hooked network has no hooks, see `Hook`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,19 +25,29 @@ def as_tokens(output: Any, name: str) -> Tensor:
     """Converts a layer's output to tokens, shape (B, T, D).
 
     Feature maps (B, C, *grid) are flattened, vectors (B, D) become one token, and of a tuple or list the first element
-    is used. Three axes are always read as (B, T, D); outputs (B, C, L) of a 1-D convolution must be transposed first.
+    is used, if no other one could be tokens too. Three axes are always read as (B, T, D); outputs (B, C, L) of a 1-D
+    convolution must be transposed first.
 
     Args:
         output: Output of the layer.
         name: Name of the layer, for the error message.
 
     Raises:
-        ValueError: If the output is not a tensor with at least two axes.
+        ValueError: If the output is not a tensor with at least two axes, is a nested tensor, or is a tuple in which
+            several tensors have three axes or more, as in layers that return image and text.
     """
     if isinstance(output, (tuple, list)) and output:
+        streams = [tuple(part.shape) for part in output if isinstance(part, Tensor) and part.ndim > 2]
+        if len(streams) > 1:
+            raise ValueError(
+                f"{name} returns {len(streams)} tensors of shapes {' and '.join(map(str, streams))}, and which one is "
+                "the sample's is unknown; pass the tokens of the sample, such as tokens=lambda output, name: output[1]"
+            )
         output = output[0]
-    if not isinstance(output, Tensor) or output.ndim < 2:
-        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor) or output.is_nested or output.ndim < 2:
+        kind = type(output).__name__
+        if isinstance(output, Tensor):
+            kind = "a nested tensor" if output.is_nested else f"shape {tuple(output.shape)}"
         raise ValueError(
             f"{name} returns {kind}, which is neither tokens (B, T, D) nor a map (B, C, *grid); name another layer"
         )
@@ -72,7 +85,8 @@ def capture(
             model(x_t, t, y)
         outputs["blocks.5"]  # tokens, shape (B, T, D)
 
-    The recorded tensors are not copies: if a later layer works in place, clone them in `transform`.
+    The recorded tensors are not copies: if a later layer works in place, clone them in `transform`. Otherwise the end
+    of the block raises an error, except in inference mode, where PyTorch does not count changes.
 
     Args:
         module: The network.
@@ -83,10 +97,12 @@ def capture(
             layer in the same pass is then not detected.
 
     Raises:
-        ValueError: If a layer is missing in the module, returns no tensor, did not run, or ran more than once.
+        ValueError: If a layer is missing in the module, returns no tensor, did not run, ran more than once, or a
+            recorded tensor was changed in place.
     """
     layers = tuple(dict.fromkeys(layers))
     outputs: dict[str, Tensor] = {}
+    versions: dict[str, int | None] = {}
     stop = _AllCaptured()
 
     def record(name: str, output: Any) -> None:
@@ -94,6 +110,7 @@ def capture(
             raise ValueError(f"{name} ran twice in one forward pass; name a layer that runs once")
         layer_tokens = tokens(output, name)
         outputs[name] = layer_tokens if transform is None else transform(layer_tokens)
+        versions[name] = version_of(outputs[name])
         if stop_early and len(outputs) == len(layers):
             raise stop
 
@@ -114,6 +131,22 @@ def capture(
     missing = [name for name in layers if name not in outputs]
     if missing:
         raise ValueError(f"{missing[0]} did not run in the forward pass; name a layer that does")
+    for name, version in versions.items():
+        if name in outputs and version_of(outputs[name]) != version:
+            raise changed_in_place(name)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Returns how often the tensor was changed in place; None in inference mode, where this is not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def changed_in_place(name: str) -> ValueError:
+    """Returns the error for a recorded tensor that is no longer what the layer returned."""
+    return ValueError(
+        f"the output of {name} was changed in place after the layer ran, so it is no longer the layer's; "
+        "clone it, such as tokens=lambda output, name: output.clone()"
+    )
 
 
 @contextmanager
@@ -132,7 +165,51 @@ class _AllCaptured(Exception):
     """Ends a forward pass as soon as every layer is recorded."""
 
 
-def hook_layer(module: nn.Module, name: str, record: Callable[[str, Any], None]) -> RemovableHandle:
+class Hook:
+    """A hook that copies and pickles of its module do not get.
+
+    Hooks are attributes of a module, so that `copy.deepcopy`, and with it an averaged copy, or `torch.save` would take
+    along the hook and everything that it holds.
+
+    Args:
+        module: The hooked module.
+        handle: Handle that PyTorch returned for the hook.
+    """
+
+    def __init__(self, module: nn.Module, handle: RemovableHandle) -> None:
+        self._module, self._handle = module, handle
+        # Copying and pickling ask the instance first, before its class.
+        state = module.__dict__.setdefault("__getstate__", _StateWithoutHooks(module))
+        state.hooks.add(handle.id)
+
+    def remove(self) -> None:
+        """Removes the hook."""
+        self._handle.remove()
+        state = self._module.__dict__["__getstate__"]
+        state.hooks.discard(self._handle.id)
+        if not state.hooks:
+            del self._module.__dict__["__getstate__"]
+
+
+class _StateWithoutHooks:
+    """The `__getstate__` of a module while it has a `Hook`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.hooks = module, set[int]()
+
+    def __call__(self) -> Any:
+        own: Any = type(self.module)
+        state = own.__getstate__(self.module)
+        if not isinstance(state, dict):
+            return state
+        without = {key: value for key, value in state.items() if key != "__getstate__"}
+        for key in without:
+            if key.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                without[key] = type(without[key])((k, v) for k, v in without[key].items() if k not in self.hooks)
+        return without
+
+
+def hook_layer(module: nn.Module, name: str, record: Callable[[str, Any], None]) -> Hook:
     """Adds a hook that calls `record(name, output)` after each run of the layer.
 
     For a name that ends in `:input`, `record(name, first input)` is called before each run.
@@ -142,24 +219,26 @@ def hook_layer(module: nn.Module, name: str, record: Callable[[str, Any], None])
     """
     layer = find_layer(module, name)
     if not name.endswith(INPUT):
-        return layer.register_forward_hook(lambda _, __, output: record(name, output))
+        return Hook(layer, layer.register_forward_hook(lambda _, __, output: record(name, output)))
 
     def record_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         record(name, next(iter((*args, *kwargs.values())), None))
 
-    return layer.register_forward_pre_hook(record_input, with_kwargs=True)
+    return Hook(layer, layer.register_forward_pre_hook(record_input, with_kwargs=True))
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:
     """Returns the submodule with this name; an ending `:input` is ignored.
 
     Raises:
-        ValueError: If the module does not contain it; the message lists what it contains.
+        ValueError: If the module does not contain it; the message lists what it contains and names a similar layer.
     """
     try:
         return module.get_submodule(name.removesuffix(INPUT))
     except AttributeError:
-        raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}") from None
+        similar = _similar_name(module, name.removesuffix(INPUT))
+        hint = f"; did you mean {similar}?" if similar else ""
+        raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}{hint}") from None
 
 
 def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -180,6 +259,17 @@ def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
         if not any(expression.fullmatch(name) for name in names):
             raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}")
     return tuple(name for name in names if any(e.fullmatch(name) for e in expressions))
+
+
+def _similar_name(module: nn.Module, name: str) -> str | None:
+    """Returns the name with which a wrapper begins or ends otherwise, or a similarly spelled one with its numbers."""
+    names: list[str] = [other for other, _ in module.named_modules() if other]
+    wrapped = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    if wrapped:
+        return sorted(wrapped, key=len)[0]
+    numbers = re.findall(r"\d+", name)
+    close = get_close_matches(name, [other for other in names if re.findall(r"\d+", other) == numbers], n=1)
+    return close[0] if close else None
 
 
 def _sketch(module: nn.Module) -> str:

@@ -36,7 +36,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "backbones": (*_LOWEST, "noise", "capture"),
     "checkpoints": _MODELS,
     "extraction": (*_MODELS, "checkpoints"),
-    "layersync": (*_LOWEST, "capture"),
+    "layersync": (*_LOWEST, "capture", "backbones"),
     "sampling": (*_LOWEST, "noise", "capture", "backbones"),
     "training": (*_MODELS, "checkpoints", "extraction", "layersync"),
     "analyses.measures": (),

@@ -7,6 +7,8 @@ from .diffusers.opening import open_diffusers as open_diffusers
 from .families import FAMILIES as FAMILIES
 from .families import build as build
 from .families import recognize as recognize
+from .known_tokens import KnownLayer as KnownLayer
+from .known_tokens import known_layer as known_layer
 from .sit import SMALL_PRESETS as SMALL_PRESETS
 from .sit import SiT as SiT
 from .sit import SiTConfig as SiTConfig

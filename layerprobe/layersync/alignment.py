@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 MIN_NORM = 1e-8
 MAX_RANK_TOKENS = 4096
@@ -16,7 +15,8 @@ MAX_RANK_TOKENS = 4096
 def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, *, centered: bool = False) -> Tensor:
     """Computes the mean over the batch of each sample's mean cosine, a scalar, with gradients for the student only.
 
-    A sample without counted tokens adds 0 and stays in the denominator. Equal parts of a batch, computed one after
+    A token that is not counted has no influence, even if it is not finite, as padding may be. A sample without counted
+    tokens adds 0 and stays in the denominator. Equal parts of a batch, computed one after
     another or by several processes, therefore average to the whole. Centering is an exception: each part subtracts
     its own mean.
 
@@ -26,6 +26,8 @@ def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, 
         counts: Mask of the counted tokens, shape (B, T), bool; None counts all.
         centered: Whether to subtract each channel's mean over the counted tokens first.
     """
+    if counts is not None:
+        student, teacher = without_padding(student, counts), without_padding(teacher, counts)
     if centered:
         student, teacher = _centered(student, counts), _centered(teacher.detach(), counts)
     cosines = token_cosines(student, teacher)
@@ -33,6 +35,11 @@ def mean_cosine(student: Tensor, teacher: Tensor, counts: Tensor | None = None, 
         return cosines.mean()
     share = counts / (counts.sum(1, keepdim=True).clamp(min=1) * len(counts))
     return (cosines * share).sum()
+
+
+def without_padding(tokens: Tensor, counts: Tensor) -> Tensor:
+    """Returns the tokens, shape (B, T, D), with 0 for those that are not counted."""
+    return tokens.masked_fill(~counts[..., None], 0.0)
 
 
 def token_cosines(student: Tensor, teacher: Tensor) -> Tensor:
@@ -65,9 +72,10 @@ class _TokenCosines(torch.autograd.Function):
         return cosines
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         student, teacher, cosines, inverse_s, inverse_t = ctx.saved_tensors
+        if torch.is_grad_enabled():  # The result will be differentiated too, and depends on the student by its norm.
+            inverse_s = _inverse_norm(student, cosines.dtype)
         # d cos / d s = t / (|s| |t|) - cos s / |s|^2
         towards, along = gradient * inverse_s * inverse_t, gradient * cosines * inverse_s.square()
         result = torch.addcmul(teacher.to(cosines.dtype) * towards[..., None], student, along[..., None], value=-1)
@@ -80,10 +88,10 @@ def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | 
     Args:
         tokens: Tokens that are aligned, shape (B, T, D).
         samples: Mask of the counted samples, shape (B,), bool; None counts all.
-        mask: Mask of the counted tokens, shape (B, T), bool; None counts all.
+        mask: Mask of the counted tokens, shape (B, T), bool or numbers 0 and 1; None counts all.
 
     Raises:
-        ValueError: If a mask does not match the shape of the tokens.
+        ValueError: If a mask does not match the shape of the tokens, or contains other numbers.
     """
     if samples is None and mask is None:
         return None
@@ -100,7 +108,7 @@ def tokens_that_count(tokens: Tensor, *, samples: Tensor | None, mask: Tensor | 
             raise ValueError(
                 f"the mask has shape {tuple(mask.shape)}, the tokens have {shape}; pass one value per token"
             )
-        counts &= mask.to(tokens.device)
+        counts &= _as_bool(mask).to(tokens.device)
     return counts
 
 
@@ -154,9 +162,20 @@ class Projectors(nn.Module):
         return [head(student) for head, student in zip(self.heads, tokens, strict=True)]
 
 
+def _as_bool(mask: Tensor) -> Tensor:
+    counts = mask == 1
+    # Masks that are added to the logits of an attention contain 0 for tokens that count.
+    if mask.dtype != torch.bool and not bool((counts | (mask == 0)).all()):
+        other = float(mask[~counts & (mask != 0)][0])
+        raise ValueError(f"the mask contains {other:g}; pass True or 1 for tokens that count, False or 0 for padding")
+    return counts
+
+
 def _inverse_norm(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)
-    return norm.reciprocal().masked_fill(norm < MIN_NORM, 0.0)
+    # Filled first: the slope of 1 / 0 would be nan.
+    small = norm < MIN_NORM
+    return norm.masked_fill(small, 1.0).reciprocal().masked_fill(small, 0.0)
 
 
 def _centered(tokens: Tensor, counts: Tensor | None) -> Tensor:

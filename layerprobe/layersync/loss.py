@@ -9,7 +9,9 @@ Source: Haghighi et al. 2025, LayerSync (arXiv:2510.12581).
 
 from __future__ import annotations
 
-import copy
+import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layerprobe.capture import as_tokens, capture, evaluating, find_layer
-from layerprobe.layersync.alignment import Projectors, mean_cosine, token_rank, tokens_that_count
-from layerprobe.layersync.options import SyncOptions
+from layerprobe.capture import INPUT, evaluating, find_layer
+from layerprobe.layersync.alignment import Projectors, mean_cosine, token_rank, tokens_that_count, without_padding
+from layerprobe.layersync.average import WeightAverage
+from layerprobe.layersync.options import SyncOptions, check_noise_levels
 from layerprobe.layersync.pair import LayerPair, as_pair
-from layerprobe.layersync.recorder import PassRecorder, forget_compiled
+from layerprobe.layersync.reading import TokenReader
+from layerprobe.layersync.recorder import PassRecorder
 
 PAPER_OPTIONS = SyncOptions()
 # A student whose effective rank is below this share of the highest seen has collapsed.
@@ -46,10 +50,29 @@ class _Term:
         """Converts a mean over all samples, where samples without counted tokens add 0, to one over the others."""
         return mean if self.counts is None else mean / self.counts.any(1).to(mean.dtype).mean()
 
+    def __str__(self) -> str:
+        """What is aligned, as "blocks.1 <- blocks.4: 256 tokens of width 1152"."""
+        (_, count, width), target = self.student.shape, self.teacher.shape[-1]
+        projected = "" if width == target else f", projected to {target}"
+        return f"{self.pair}: {count} tokens of width {width}{projected}"
+
+    def not_finite(self) -> str | None:
+        """Returns the name of a layer with a counted token that is not finite."""
+        for name, tokens in ((self.pair.student, self.student), (self.pair.teacher, self.teacher)):
+            if not bool((tokens if self.counts is None else tokens[self.counts]).isfinite().all()):
+                return name
+        return None
+
     @property
     def tokens_that_count(self) -> Tensor:
         """The counted tokens of the student, shape (n, D)."""
         return self.student.flatten(0, -2) if self.counts is None else self.student[self.counts]
+
+
+def _print(line: str) -> None:
+    """Prints a line to standard error, in the first of several processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        print(f"layerprobe: {line}", file=sys.stderr, flush=True)
 
 
 class LayerSync:
@@ -61,8 +84,13 @@ class LayerSync:
                 ...
 
     `sync.loss()` uses the latest forward pass with gradients and can be called once per pass. Passes without gradients
-    are not recorded and may happen in between. Layers may return tokens (B, T, D), feature maps (B, C, *grid) or tuples
-    that begin with one of these. Leaving the block removes every hook.
+    are not recorded and may happen in between. Leaving the block removes every hook; copies and pickles made inside it
+    have none.
+
+    In the diffusers classes that layerprobe knows, also inside wrappers, the tokens of the noisy sample are aligned,
+    and not those of the text. Layers of other networks may return tokens (B, T, D), feature maps (B, C, *grid) or
+    tuples that begin with one of these; whatever can be read in several ways is refused. The first loss says what is
+    aligned.
 
     Works under autocast, torch.compile (compiled graphs are compiled again), non-reentrant gradient checkpointing, DDP
     and `fully_shard`. Cosines are computed in at least float32.
@@ -84,20 +112,24 @@ class LayerSync:
                 sync.update_teacher()
 
     Args:
-        module: The network, also wrapped in DDP or torch.compile; call the module itself, not its `forward`.
+        module: The network, also wrapped in DDP, torch.compile or peft; call the module itself, not its `forward`.
         pairs: Pairs of layers, as (student, teacher) names or `LayerPair`s; the student must run before the teacher.
-        weight: Factor of the alignment; values of about 0.1 to 0.7 are published as working.
+        weight: Factor of the alignment, at least 0; values of about 0.1 to 0.7 are published as working.
         options: Differences from the paper.
-        tokens: Function from a layer's output and name to its tokens (B, T, D), as in `Backbone`.
+        tokens: Function from a layer's output and name to its tokens (B, T, D), as in `Backbone`, applied as soon as
+            the layer has run.
+        say: Function called once for each pair, at the first loss, with a line about what is aligned; by default it
+            prints to standard error.
 
     Attributes:
+        aligned: What the latest loss aligned, a line for each pair: "blocks.1 <- blocks.4: 256 tokens of width 1152".
         cosines: Mean cosine of each pair over the counted tokens of the latest loss, detached.
         projectors: Projectors of the pairs, created by `prepare`; else None.
-        teacher: Moving average of the network, or None. It is created here, before `fully_shard`; shard it likewise.
 
     Raises:
         ValueError: If a layer is missing in the module, no pair is given, a pair is given twice, a layer is aligned to
-            itself or to an earlier one, or the number of pair weights differs from the number of pairs.
+            itself or to an earlier one, the weight is negative or not finite, or the number of pair weights differs
+            from the number of pairs.
     """
 
     def __init__(
@@ -107,7 +139,8 @@ class LayerSync:
         *,
         weight: float,
         options: SyncOptions = PAPER_OPTIONS,
-        tokens: Callable[[Any, str], Tensor] = as_tokens,
+        tokens: Callable[[Any, str], Tensor] | None = None,
+        say: Callable[[str], None] = _print,
     ) -> None:
         self.pairs = tuple(as_pair(pair) for pair in pairs)
         if not self.pairs:
@@ -119,29 +152,64 @@ class LayerSync:
                 f"{len(options.pair_weights)} weights for {len(self.pairs)} layer pairs; pass one per pair"
             )
         self.module, self.weight, self.options = _network(module), weight, options
+        self.aligned: tuple[str, ...] = ()
         self.cosines: dict[LayerPair, Tensor] = {}
+        for pair in self.pairs:
+            _check_layers(self.module, pair)
         names = dict.fromkeys(name for pair in self.pairs for name in (pair.student, pair.teacher))
-        for name in names:
-            find_layer(self.module, name)
-        self._tokens = tokens
+        self._tokens, self._say = tokens, say
+        self._reader = TokenReader(self.module, names, tokens)
         self.projectors: nn.Module | None = None
-        self.teacher: nn.Module | None = None
-        if options.teacher_decay:
-            self.teacher = copy.deepcopy(self.module).eval().requires_grad_(False)
-        self._student_pass = PassRecorder(self.module, names, tokens, on_begin=self._forget_latest)
-        self._teacher_pass: PassRecorder | None = None
+        self._average = WeightAverage(self.module, options.teacher_decay) if options.teacher_decay else None
+        self._student_pass = self._recorder(self.module, self._reader, names, on_begin=self._new_pass)
+        self._teacher_reader, self._teacher_pass = self._reader, None
         if options.second_pass:
-            teacher = self.module if self.teacher is None else self.teacher
-            self._teacher_pass = PassRecorder(teacher, dict.fromkeys(pair.teacher for pair in self.pairs), tokens)
+            teacher = self.module if self._average is None else self._average.module
+            taught = dict.fromkeys(pair.teacher for pair in self.pairs)
+            self._teacher_reader = TokenReader(teacher, taught, tokens)
+            self._teacher_pass = self._recorder(teacher, self._teacher_reader, taught)
         self._latest: tuple[_Term, ...] = ()
+        self._num_passes = 0
         self._highest_ranks: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_latest": (), "_num_passes": 0}  # Copies and pickles have no recorded pass.
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """Moving average of the network, or None. It is created before `fully_shard`; shard it likewise."""
+        return None if self._average is None else self._average.module
+
+    @property
+    def weight(self) -> float:
+        """Factor of the alignment, which may be changed at any step."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        is_number = isinstance(weight, (int, float))
+        if not is_number and not (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.requires_grad):
+            raise ValueError(
+                f"the weight is a {type(weight).__name__}; pass a number, and for a schedule SyncOptions or "
+                "sync.weight = ... at each step"
+            )
+        number = float(weight)
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(
+                f"the weight is {number:g}; pass a finite number of at least 0, since the loss has its minus already"
+            )
+        self._weight = number
 
     def __enter__(self) -> LayerSync:
         if self._student_pass.attached:
             raise ValueError("this LayerSync is already active; leave its block first")
-        self._student_pass.attach()
-        if self._teacher_pass is not None:
-            self._teacher_pass.attach()
+        try:
+            self._student_pass.attach()
+            if self._teacher_pass is not None:
+                self._teacher_pass.attach()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -150,7 +218,7 @@ class LayerSync:
         self._student_pass.detach()
         if self._teacher_pass is not None:
             self._teacher_pass.detach()
-        self._latest = ()
+        self._latest, self._num_passes = (), 0
 
     def loss(self, step: int | None = None, noise_level: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Computes the regularizer of the latest forward pass, a scalar, and updates `cosines`.
@@ -161,18 +229,24 @@ class LayerSync:
         Args:
             step: Training step, counted from 0; required by a schedule.
             noise_level: Noise levels of the samples, shape (B,), in [0, 1]; required by a noise range.
-            mask: Mask of the counted tokens, shape (B, T), bool; False for padding.
+            mask: Mask of the counted tokens, shape (B, T), bool or numbers 0 and 1; False or 0 for padding.
 
         Raises:
             ValueError: If no forward pass was recorded, a layer ran twice in it, a teacher ran before its student,
-                the layers differ in shape, the student has no gradient, or an option lacks its argument.
+                an output was changed in place, it is unknown which tokens are those of the sample, the layers differ
+                in shape, the student has no gradient, or an option lacks its argument. The first loss also raises it
+                for tokens that are not finite, a mask without any token and noise levels outside [0, 1]; on the CPU,
+                noise levels are always checked.
         """
-        factor, samples = self._factor(step), self._samples_that_count(noise_level)
+        is_first = not self.aligned
+        factor, samples = self._factor(step), self._samples_that_count(noise_level, is_first=is_first)
         student_outputs, teacher_outputs = self._take()
         terms = []
         for pair, weight in zip(self.pairs, self.options.pair_weights or (1.0,) * len(self.pairs), strict=True):
             student, teacher = student_outputs[pair.student], teacher_outputs[pair.teacher].detach()
-            _check_gradient(student, pair)
+            if teacher.is_inference():  # Autograd does not save such tensors for the backward pass.
+                teacher = teacher.clone()
+            _check_tokens(student, teacher, pair)
             counts = tokens_that_count(student, samples=samples, mask=mask)
             terms.append(_Term(pair, student, teacher, counts, self.weight * factor * weight))
         total = torch.zeros((), device=terms[0].student.device)
@@ -182,6 +256,12 @@ class LayerSync:
                 self.cosines[term.pair] = term.over_counted_samples(cosine.detach())
                 total = total - term.weight * cosine
         self._latest = tuple(replace(term, student=term.student.detach()) for term in terms)
+        if is_first:
+            _check_first(self._latest, mask)
+        self.aligned = tuple(map(str, self._latest))
+        if is_first:
+            for line in self.aligned:
+                self._say(line)
         return total
 
     def statistics(self) -> dict[str, float]:
@@ -222,11 +302,16 @@ class LayerSync:
         """
         if not self.options.projector_width:
             raise ValueError("there is no projector to prepare; pass SyncOptions(projector_width=...)")
-        names = [name for pair in self.pairs for name in (pair.student, pair.teacher)]
-        forget_compiled()
-        with torch.no_grad(), evaluating(self.module), capture(self.module, names, tokens=self._tokens) as outputs:
-            self.module(*args, **kwargs)
-        forget_compiled()
+        names = dict.fromkeys(name for pair in self.pairs for name in (pair.student, pair.teacher))
+        recorder = self._recorder(self.module, self._reader, names)
+        recorder.attach()
+        try:
+            recorder.recording = True
+            with torch.no_grad(), evaluating(self.module):
+                self.module(*args, **kwargs)
+            outputs = self._reader.read(recorder.take("the network ran none of the layers; name layers that run"))
+        finally:
+            recorder.detach()
         widths = [(outputs[pair.student].shape[-1], outputs[pair.teacher].shape[-1]) for pair in self.pairs]
         weight = next(self.module.parameters())
         self.projectors = Projectors(widths, self.options.projector_width).to(weight.device, weight.dtype)
@@ -248,7 +333,10 @@ class LayerSync:
             raise ValueError(
                 "the teacher has no separate forward pass; pass SyncOptions(teacher_decay=...) or noise_gap"
             )
-        teacher = self.module if self.teacher is None else self.teacher
+        teacher = self.module
+        if self._average is not None:
+            self._average.check_device(self.module)
+            teacher = self._average.module
         self._teacher_pass.clear()
         self._teacher_pass.recording = True
         try:
@@ -257,18 +345,18 @@ class LayerSync:
         finally:
             self._teacher_pass.recording = False
 
-    @torch.no_grad()
     def update_teacher(self) -> None:
         """Updates the moving average of the teacher; call it after each step of the optimizer.
 
+        It is kept in at least float32, also for a network in half precision.
+
         Raises:
-            ValueError: If the teacher is not a moving average.
+            ValueError: If the teacher is not a moving average, or the network has other parameters than it or is on
+                another device.
         """
-        if self.teacher is None:
+        if self._average is None:
             raise ValueError("there is no teacher to update; pass SyncOptions(teacher_decay=...)")
-        torch._foreach_lerp_([*self.teacher.parameters()], [*self.module.parameters()], 1 - self.options.teacher_decay)
-        for teacher_buffer, buffer in zip(self.teacher.buffers(), self.module.buffers(), strict=True):
-            teacher_buffer.copy_(buffer)
+        self._average.update(self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state that a resumed training needs besides the network: projectors, teacher, highest ranks."""
@@ -294,9 +382,14 @@ class LayerSync:
             part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
         self._highest_ranks = {k.removeprefix(_HIGHEST): float(v) for k, v in state.items() if k.startswith(_HIGHEST)}
 
-    def _parts(self) -> list[tuple[str, nn.Module]]:
-        parts = (("projectors", self.projectors), ("teacher", self.teacher))
-        return [(name, _network(part)) for name, part in parts if part is not None]
+    def _parts(self) -> list[tuple[str, nn.Module | WeightAverage]]:
+        projectors = None if self.projectors is None else _network(self.projectors)
+        return [(name, p) for name, p in (("projectors", projectors), ("teacher", self._average)) if p is not None]
+
+    def _recorder(
+        self, module: nn.Module, reader: TokenReader, layers: Iterable[str], on_begin: Callable[[], None] | None = None
+    ) -> PassRecorder:
+        return PassRecorder(module, layers, keep=self._tokens, on_begin=on_begin, inner=reader.networks)
 
     def _factor(self, step: int | None) -> float:
         if not self.options.scheduled:
@@ -305,7 +398,9 @@ class LayerSync:
             raise ValueError("the weight depends on the step; pass loss(step=...)")
         return self.options.factor(step)
 
-    def _samples_that_count(self, noise_level: Tensor | None) -> Tensor | None:
+    def _samples_that_count(self, noise_level: Tensor | None, *, is_first: bool) -> Tensor | None:
+        if noise_level is not None:
+            check_noise_levels(noise_level, on_any_device=is_first)
         if not self.options.ranged:
             return None
         if noise_level is None:
@@ -314,9 +409,11 @@ class LayerSync:
         return (noise_level >= low) & (noise_level <= high)
 
     def _projected(self, projectors: nn.Module | None, terms: Sequence[_Term]) -> list[Tensor]:
-        students = [term.student for term in terms]
         if not self.options.projector_width:
-            return students
+            return [term.student for term in terms]
+        students = [
+            term.student if term.counts is None else without_padding(term.student, term.counts) for term in terms
+        ]
         if projectors is None:
             raise ValueError("the projectors do not exist yet; call prepare() before creating the optimizer")
         projected: list[Tensor] = projectors(students)
@@ -346,24 +443,53 @@ class LayerSync:
         return {f"effective rank {student}": rank, f"collapse {student}": float(rank < COLLAPSE * highest)}
 
     def _take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        outputs = self._student_pass.take(
+        recorded = self._student_pass.take(
             "no forward pass with gradients was recorded; call the module inside the `with` block before loss()"
         )
+        if self._num_passes > 1:
+            warnings.warn(
+                f"{self._num_passes} forward passes with gradients, but only the latest is aligned; call loss() after "
+                "each, and evaluate under no_grad",
+                stacklevel=3,
+            )
+        self._num_passes = 0
+        outputs = self._reader.read(recorded)
         order = list(outputs)
         for pair in self.pairs:
             if order.index(pair.student) > order.index(pair.teacher):
                 raise ValueError(f"student {pair.student} runs after teacher {pair.teacher}; swap them")
         if self._teacher_pass is None:
             return outputs, outputs
-        return outputs, self._teacher_pass.take(
-            "the teacher did not run; call it inside `with sync.teaching()` before loss()"
+        taught = self._teacher_pass.take("the teacher did not run; call it inside `with sync.teaching()` before loss()")
+        return outputs, self._teacher_reader.read(taught)
+
+    def _new_pass(self) -> None:
+        self._latest, self._num_passes = (), self._num_passes + 1
+
+
+def _check_layers(module: nn.Module, pair: LayerPair) -> None:
+    student, teacher = find_layer(module, pair.student), find_layer(module, pair.teacher)
+    if student is teacher and pair.student.endswith(INPUT) == pair.teacher.endswith(INPUT):
+        raise ValueError(f"{pair.student} and {pair.teacher} are the same layer, which would learn nothing from itself")
+
+
+def _check_first(terms: Iterable[_Term], mask: Tensor | None) -> None:
+    """Checks values, for which other devices have to be waited for."""
+    if mask is not None and not bool(mask.any()):
+        raise ValueError("the mask counts no token; pass True for tokens that count, False for padding")
+    for term in terms:
+        if name := term.not_finite():
+            raise ValueError(
+                f"the tokens of {name} are not finite; look for an overflow, or leave padding out with loss(mask=...)"
+            )
+
+
+def _check_tokens(student: Tensor, teacher: Tensor, pair: LayerPair) -> None:
+    if student.numel() and student.data_ptr() == teacher.data_ptr() and student.shape == teacher.shape:
+        raise ValueError(
+            f"{pair.student} and {pair.teacher} return the same tensor, which learns nothing from itself; name a later "
+            "teacher"
         )
-
-    def _forget_latest(self) -> None:
-        self._latest = ()
-
-
-def _check_gradient(student: Tensor, pair: LayerPair) -> None:
     if not student.requires_grad:
         raise ValueError(
             f"{pair.student} has no gradient (frozen, or under reentrant checkpointing); "
@@ -373,8 +499,13 @@ def _check_gradient(student: Tensor, pair: LayerPair) -> None:
 
 def _network(module: nn.Module) -> nn.Module:
     """Unwraps DDP and torch.compile, whose names contain "module." and "_orig_mod."."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{type(module).__name__} is not a torch.nn.Module; pass the network, such as backbone.module or "
+            "pipeline.transformer"
+        )
     while True:
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
             module = module.module
         elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
             module = compiled

@@ -108,6 +108,34 @@ class SyncOptions:
             noise_level: Noise levels of the student, shape (B,).
             draw: Uniform random numbers in [0, 1), shape (B,).
 
+        Raises:
+            ValueError: If a noise level is outside [0, 1].
+
         Source: SRA (arXiv:2505.02831).
         """
+        check_noise_levels(noise_level)
         return (noise_level - self.noise_gap * draw).clamp(min=0)
+
+
+def check_noise_levels(levels: Tensor, *, on_any_device: bool = False) -> None:
+    """Checks that noise levels are numbers in [0, 1], as the times of a scheduler may not be.
+
+    Args:
+        levels: Noise levels, any shape.
+        on_any_device: Whether to look at the values on other devices than the CPU, which have to be waited for.
+
+    Raises:
+        ValueError: If they are whole numbers or outside [0, 1].
+    """
+    if not levels.is_floating_point():
+        raise ValueError(
+            f"the noise levels are of {levels.dtype}, like the times of a scheduler; pass sigma / (alpha + sigma) in "
+            "[0, 1], 0 for clean samples"
+        )
+    if levels.device.type == "cpu" or on_any_device:
+        outside = levels[~((levels >= 0) & (levels <= 1))]
+        if outside.numel():
+            raise ValueError(
+                f"a noise level is {float(outside[0]):g}, which is outside [0, 1]; pass sigma / (alpha + sigma), 0 for "
+                "clean samples"
+            )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones import Backbone, layer_shapes
-from layerprobe.capture import evaluating, real_tokens
+from layerprobe.capture import as_tokens, evaluating, real_tokens
 from layerprobe.checkpoints import save_checkpoint, training_record, weights_hash
 from layerprobe.data import Samples, content_hash, rendering_of
 from layerprobe.extraction import token_grid
@@ -299,7 +299,9 @@ def _align(
     if not pairs:
         return
     _reseed(plan, state.step)
-    sync = LayerSync(state.module, pairs, weight=plan.weight, options=plan.sync, tokens=backbone.tokens)
+    # LayerSync also looks at the network's input, which `as_tokens` does not have.
+    tokens = None if backbone.tokens is as_tokens else backbone.tokens
+    sync = LayerSync(state.module, pairs, weight=plan.weight, options=plan.sync, tokens=tokens)
     if plan.sync.projector_width:
         args, kwargs = _network_arguments(replace(backbone, module=state.module))
         sync.prepare(*args, **kwargs)

@@ -29,7 +29,7 @@ class TrainingState:
 
     Attributes:
         module: The network in training.
-        averages: Averaged weights by name, for each decay; observers get the first average.
+        averages: Averaged weights by name, for each decay, in at least float32; observers get the first average.
         optimizer: Optimizer; its first group holds the parameters of the network, a second group those of the
             regularizer, if it has any.
         step: Number of steps done.
@@ -58,7 +58,9 @@ class TrainingState:
             weights = [local(parameter) for parameter in self.optimizer.param_groups[0]["params"]]
             for decay, average in self.averages.items():
                 current_decay = min(decay, (self.step + 1) / (self.step + 10))
-                torch._foreach_lerp_([local(tensor) for tensor in average.values()], weights, 1 - current_decay)
+                tensors = [local(tensor) for tensor in average.values()]
+                current = [weight.to(tensor.dtype) for weight, tensor in zip(weights, tensors, strict=True)]
+                torch._foreach_lerp_(tensors, current, 1 - current_decay)
 
     def decided_pairs(self) -> tuple[LayerPair, ...] | None:
         """Returns the pairs of the latest decision, or None before the first decision."""
@@ -74,8 +76,14 @@ def new_state(module: nn.Module, decays: tuple[float, ...], **adamw: Any) -> Tra
         **adamw: Options of AdamW.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    averages = {decay: {name: p.detach().clone() for name, p in trained.items()} for decay in decays}
+    averages = {decay: {name: _average_of(p) for name, p in trained.items()} for decay in decays}
     return TrainingState(module, averages, torch.optim.AdamW(trained.values(), **adamw))
+
+
+def _average_of(parameter: nn.Parameter) -> Tensor:
+    # An average in half precision would not move, since its updates are below half a step of the numbers.
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(dtype, copy=True)
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -333,3 +333,50 @@ def test_what_the_tokens_are_is_the_callers_to_say() -> None:
     with capture(network, ["0"], tokens=lambda output, name: output[1:].transpose(0, 1)) as outputs:
         network(sequence_first)
     assert torch.equal(outputs["0"], sequence_first[1:].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("block.3", "blocks.3"),
+        ("module.blocks.3", "blocks.3"),
+        ("blocks.3.fcc", "blocks.3.fc"),
+        ("steam:input", "stem"),
+        ("nothing", None),
+        ("blocks.12", None),
+    ],
+)
+def test_a_similar_name_is_suggested(name: str, hint: str | None) -> None:
+    ending = rf"unused; did you mean {hint}\?$" if hint else "unused$"
+    with pytest.raises(ValueError, match=ending):
+        find_layer(Network(), name)
+    if name == "block.3":
+        wrapped = nn.ModuleDict({"base": Network()})
+        with pytest.raises(ValueError, match=r"; did you mean base.blocks.3\?$"):
+            find_layer(wrapped, "blocks.3")
+
+
+def test_changes_in_place_after_the_layer_are_noticed() -> None:
+    class Adds(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self[0](x)
+            h += 1
+            return h
+
+    network, x = Adds(nn.Linear(4, 4)), torch.randn(2, 3, 4)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"^the output of 0 was changed in place"), capture(network, ["0"]):
+            network(x)
+        with capture(network, ["0"], transform=torch.clone) as outputs:
+            network(x)
+        torch.testing.assert_close(outputs["0"], network[0](x))
+
+
+def test_several_streams_and_nested_tensors_are_refused() -> None:
+    text, image = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    with pytest.raises(ValueError, match=r"^a returns 2 tensors of shapes \(2, 3, 4\) and \(2, 5, 4\), and which one"):
+        as_tokens((text, image), "a")
+    nested = torch.nested.nested_tensor([text[0], image[0]], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"^a returns a nested tensor, which is neither tokens"):
+        as_tokens(nested, "a")
+    assert as_tokens((text, None, torch.zeros(2, 4), [image]), "a") is text

@@ -165,3 +165,43 @@ def test_each_pair_has_its_own_head() -> None:
     assert second.shape == (3, 4, 5)
     linear, _, last = projectors.heads[1]
     torch.testing.assert_close(second, last(F.silu(linear(student))))
+
+
+def test_second_order_gradients_are_those_of_the_plain_formula() -> None:
+    student, teacher = tokens(0).requires_grad_(), tokens(1)
+    teacher[0, 0] = 0  # without a direction
+    slopes = []
+    for cosines in (token_cosines, F.cosine_similarity):
+        (first,) = torch.autograd.grad(
+            cosines(student, teacher, **({} if cosines is token_cosines else {"dim": -1})).mean(),
+            student,
+            create_graph=True,
+        )
+        slopes.append(torch.autograd.grad(first.square().sum(), student)[0])
+    assert slopes[0].abs().max() > 1e-4
+    torch.testing.assert_close(slopes[0][1:], slopes[1][1:])
+    torch.testing.assert_close(slopes[0][0, 1:], slopes[1][0, 1:])
+    assert not slopes[0][0, 0].any()  # nor nan
+    assert torch.autograd.gradgradcheck(lambda s: token_cosines(s, teacher), (student,))
+
+
+def test_padding_that_is_not_finite_has_no_influence() -> None:
+    student, teacher = tokens(0), tokens(1)
+    expected = gradient(student, teacher, COUNTS)
+    student[~COUNTS], teacher[~COUNTS] = float("nan"), float("inf")
+    for got, other in zip(gradient(student, teacher, COUNTS), expected, strict=True):
+        assert torch.equal(got, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.uint8, torch.float32, torch.bfloat16])
+def test_masks_of_zeros_and_ones_have_any_dtype(dtype: torch.dtype) -> None:
+    counts = tokens_that_count(tokens(0), samples=None, mask=COUNTS.to(dtype))
+    assert counts is not None
+    assert torch.equal(counts, COUNTS)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-10000.0, "-10000"), (float("-inf"), "-inf"), (float("nan"), "nan")])
+def test_masks_of_other_numbers_are_refused(value: float, shown: str) -> None:
+    mask = torch.where(COUNTS, 0.0, value)  # as it is added to logits
+    with pytest.raises(ValueError, match=rf"^the mask contains {shown}; pass True or 1 for tokens that count"):
+        tokens_that_count(tokens(0), samples=None, mask=mask)

@@ -187,7 +187,7 @@ def test_invalid_pairs_are_refused(pairs: Any, message: str) -> None:
 def test_every_hook_is_removed_after_the_block() -> None:
     network = Network()
     with LayerSync(network, TWO, weight=1.0) as sync:
-        assert num_hooks(network) == 5  # four layers and the network
+        assert num_hooks(network) == 6  # four layers, and the network before and after
         network(X)
     assert num_hooks(network) == 0
     network(X)
@@ -202,6 +202,15 @@ def test_every_hook_is_removed_after_an_exception() -> None:
     assert num_hooks(network) == 0
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), LayerSync(network, ONE, weight=1.0):
         network(torch.zeros(1, 1, 3))
+    assert num_hooks(network) == 0
+
+
+def test_no_hook_is_left_if_a_layer_is_gone_when_the_block_begins() -> None:
+    network = Network()
+    sync = LayerSync(network, TWO, weight=1.0)
+    network.blocks = network.blocks[:3]
+    with pytest.raises(ValueError, match=r"^blocks.3 is not in Network"), sync:
+        pass
     assert num_hooks(network) == 0
 
 
@@ -222,7 +231,8 @@ def test_each_pass_gives_its_loss_once() -> None:
     with LayerSync(network, ONE, weight=1.0) as sync:
         network(X)
         network(2 * X)  # a forward pass without a call of loss()
-        latest = sync.loss().item()
+        with pytest.warns(UserWarning, match=r"^2 forward passes with gradients, but only the latest is aligned; call"):
+            latest = sync.loss().item()
         with pytest.raises(ValueError, match="no forward pass with gradients was recorded"):
             sync.loss()
         network(2 * X)
@@ -351,7 +361,7 @@ def test_bfloat16_tokens_are_compared_in_float32() -> None:
     network = Network().to(torch.bfloat16)
     with LayerSync(network, ONE, weight=1.0) as sync:
         network(X.to(torch.bfloat16))
-        outputs = dict(sync._student_pass._outputs)
+        outputs = {recorded.name: recorded.output for recorded in sync._student_pass._outputs}
         loss = sync.loss()
     student, teacher = (outputs[name].float() for name in ONE[0])
     assert loss.dtype == torch.float32
@@ -401,7 +411,7 @@ def test_far_off_and_empty_tokens_give_finite_gradients(offset: float) -> None:
     x[:, 0] = 0  # tanh(0) = 0: the student's token is exactly zero and has no direction
     with LayerSync(network, ONE, weight=WEIGHT) as sync:
         output = network(x)
-        assert not dict(sync._student_pass._outputs)["blocks.0"][:, 0].any()
+        assert not sync._student_pass._outputs[0].output[:, 0].any()
         loss = sync.loss() + 0 * output.sum()
         loss.backward()
     assert bool(loss.isfinite())
@@ -857,3 +867,100 @@ def test_wrappers_are_removed() -> None:
     network = Network()
     with LayerSync(torch.compile(network, backend="eager"), ONE, weight=1.0) as sync:
         assert sync.module is network
+
+
+# --- one line at the first step
+
+
+def loss_of(network: nn.Module, pairs: Any = ONE, **call: Any) -> Tensor:
+    options = call.pop("options", SyncOptions())
+    with LayerSync(network, pairs, weight=WEIGHT, options=options) as sync:
+        network(X)
+        return sync.loss(**call)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.3])
+def test_weights_that_are_negative_or_not_finite_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"^the weight is {weight:g}; pass a finite number of at least 0, since"):
+        LayerSync(Network(), ONE, weight=weight)
+
+
+def test_the_weight_may_be_a_tensor_and_change_but_not_be_a_function() -> None:
+    network = Network()
+    with LayerSync(network, ONE, weight=torch.tensor(0.5)) as sync:  # type: ignore[arg-type]
+        losses = []
+        for weight in (0.5, 1.0):
+            sync.weight = weight
+            network(X)
+            losses.append(float(sync.loss().detach()))
+    assert losses[1] == pytest.approx(2 * losses[0])
+    with pytest.raises(
+        ValueError, match=r"^the weight is a function; pass a number, and for a schedule SyncOptions or"
+    ):
+        LayerSync(network, ONE, weight=lambda step: 0.3)  # type: ignore[arg-type, return-value]
+
+
+def test_a_layer_is_not_aligned_to_itself_under_another_name() -> None:
+    network = Network()
+    network.alias = network.blocks[0]
+    with pytest.raises(ValueError, match=r"^alias and blocks.0 are the same layer, which would learn nothing from"):
+        LayerSync(network, [("alias", "blocks.0")], weight=1.0)
+    with pytest.raises(ValueError, match=r"^blocks.0 and blocks.1:input return the same tensor, which learns nothing"):
+        loss_of(network, [("blocks.0", "blocks.1:input")])
+
+
+def test_noise_levels_are_checked_also_without_a_range() -> None:
+    network = Network()
+    with pytest.raises(ValueError, match=r"^a noise level is 500, which is outside \[0, 1\]; pass sigma / "):
+        loss_of(network, noise_level=torch.full((5,), 500.0))
+    with pytest.raises(ValueError, match=r"^the noise levels are of torch.int64, like the times of a scheduler; pass"):
+        loss_of(network, noise_level=torch.zeros(5, dtype=torch.long), options=SyncOptions(noise_range=(0.2, 1.0)))
+
+
+def test_a_mask_without_a_token_is_refused_and_a_sample_of_padding_is_not() -> None:
+    network, mask = Network(), torch.ones(5, 7, dtype=torch.bool)
+    mask[1] = False
+    others = torch.tensor([0, 2, 3, 4])
+    assert float(loss_of(network, mask=mask).detach()) == pytest.approx(
+        0.8 * regularizer_of(network, x=X[others], options=SyncOptions())[0], rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"^the mask counts no token; pass True for tokens that count"):
+        loss_of(network, mask=~mask & mask)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0", "blocks.2"])
+def test_tokens_that_are_not_finite_are_refused_unless_they_are_padding(layer: str) -> None:
+    network, mask = Network(), torch.ones(5, 7, dtype=torch.bool)
+    mask[:, 6] = False
+
+    def spoil(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :6], output[:, 6:] * float("nan")], 1)
+
+    expected_loss = loss_of(network, mask=mask).detach()
+    network.get_submodule(layer).register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"^the tokens of blocks.\d are not finite; look for an overflow, or leave"):
+        loss_of(network)
+    loss = loss_of(network, mask=mask)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected_loss)
+
+
+def test_what_is_aligned_is_said_once_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    network = Network()
+    sync = LayerSync(network, TWO, weight=1.0)
+    assert sync.aligned == ()
+    for x in (X, X, X[:1, :3]):
+        with sync:
+            network(x)
+            sync.loss()
+    assert capsys.readouterr().err.splitlines() == [
+        "layerprobe: blocks.0 <- blocks.2: 7 tokens of width 16",
+        "layerprobe: blocks.1 <- blocks.3: 7 tokens of width 16",
+    ]
+    assert sync.aligned[0] == "blocks.0 <- blocks.2: 3 tokens of width 16"  # of the latest loss
+
+
+@pytest.mark.parametrize("thing", ["blocks", {"network": 1}])
+def test_other_things_than_modules_are_refused(thing: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{type(thing).__name__} is not a torch.nn.Module; pass the network"):
+        LayerSync(thing, ONE, weight=1.0)

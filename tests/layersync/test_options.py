@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerprobe.layersync.options import SyncOptions
+from layerprobe.layersync.options import SyncOptions, check_noise_levels
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -75,3 +75,20 @@ def test_teacher_sees_at_most_the_gap_less_noise_and_never_less_than_none() -> N
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyncOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (torch.tensor([0, 999]), "^the noise levels are of torch.int64, like the times of a scheduler; pass sigma"),
+        (torch.tensor([0.5, 1.5]), r"^a noise level is 1.5, which is outside \[0, 1\]; pass sigma"),
+        (torch.tensor([-0.25]), "^a noise level is -0.25, which is outside"),
+        (torch.tensor([float("nan")]), "^a noise level is nan, which is outside"),
+    ],
+)
+def test_noise_levels_are_numbers_from_0_to_1(levels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_noise_levels(levels)
+    with pytest.raises(ValueError, match=message):
+        SyncOptions(noise_gap=0.2).teacher_level(levels, torch.zeros(len(levels)))
+    check_noise_levels(torch.tensor([0.0, 1.0], dtype=torch.bfloat16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerprobe.layersync.pair import LayerPair, depth_heuristic, layer_of_depth
+from layerprobe.layersync.pair import LayerPair, as_pair, depth_heuristic, layer_of_depth
 
 
 def test_pairs_of_a_layer_with_itself_or_an_earlier_one_are_refused() -> None:
@@ -39,3 +39,12 @@ def test_depth_heuristic_gives_a_pair_at_every_depth(depth: int) -> None:
 def test_depth_heuristic_needs_two_layers() -> None:
     with pytest.raises(ValueError, match=r"^a pair needs two layers, got 1$"):
         depth_heuristic(("blocks.0",))
+
+
+def test_numbers_for_layers_are_refused_since_they_are_counted_in_two_ways() -> None:
+    for pair in ((8, 16), ("blocks.7", 15)):
+        with pytest.raises(ValueError, match=r" has numbers for layers, which papers count from 1 and modules from 0"):
+            as_pair(pair)  # type: ignore[arg-type]
+    for other in (8, (None, "blocks.1")):
+        with pytest.raises(ValueError, match=r" is not a \(student, teacher\) pair; pass a list of pairs"):
+            as_pair(other)  # type: ignore[arg-type]

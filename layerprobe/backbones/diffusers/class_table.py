@@ -323,6 +323,7 @@ CLASSES: dict[str, DiffusersClass] = {
         text=lambda c: (256, c.cap_feat_dim, 0),
         arguments=_masked_text,
         second=("layers",),
+        text_mask="encoder_attention_mask",
         times=(1, 0),
         trained=_FLOW,
     ),

@@ -56,6 +56,8 @@ class DiffusersClass:
             nested.
         second: Lists of blocks whose outputs hold the image second, in a pair or along the sequence.
         first: Lists of blocks whose outputs hold the image first and then the text along the sequence.
+        text_mask: Argument with the mask (B, L) of the text, for classes that put each sample's image directly behind
+            its own text, so that it begins at another place in each sample.
         frames: Lists of blocks that treat every frame as a sample of its own: (B F, T, D).
         columns: Lists of blocks that treat every position as a sample of its own: (B T, F, D).
         channels_first: Whether the layers return (B, D, L) instead of (B, T, D).
@@ -75,6 +77,7 @@ class DiffusersClass:
     arguments: Callable[[Config, Shape, Text], Mapping[str, Any]] = lambda c, shape, text: {}
     second: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
+    text_mask: str = ""
     frames: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     channels_first: bool = False
@@ -90,7 +93,14 @@ class DiffusersClass:
         """Returns the number of channels of one sample, before patches are cut."""
         return int(config.in_channels) // (math.prod(self.patch(config)) if self.packed else 1)
 
-    def tokens(self, output: Any, name: str, *, shape: Shape, num_tokens: int) -> Tensor:
+    @property
+    def keeps_grid(self) -> bool:
+        """Whether every block has the same tokens of the image; U-Nets change their grid."""
+        return "down_blocks.*" not in self.layers
+
+    def tokens(
+        self, output: Any, name: str, *, shape: Shape, num_tokens: int, text_lengths: Tensor | None = None
+    ) -> Tensor:
         """Extracts the image's tokens (B, T, D) from a layer's output.
 
         Args:
@@ -99,12 +109,12 @@ class DiffusersClass:
                 image first, as in the attention of diffusers.
             shape: Shape of one sample.
             num_tokens: Number of tokens of one sample; longer sequences include text.
+            text_lengths: Number of text tokens before each image, shape (B,), for a class with a `text_mask`. None if
+                all are as long as the longest.
         """
         block, _, _ = name.rpartition(".")
-        if isinstance(output, (tuple, list)) and len(output) > 1 and block in self.second:
-            output = output[1]
-        if self.channels_first and isinstance(output, (tuple, list)):
-            output = output[0]
+        if isinstance(output, (tuple, list)) and output:
+            output = output[1 if len(output) > 1 and block in self.second else 0]
         if self.channels_first and isinstance(output, Tensor):
             output = output.transpose(1, 2)
         tokens = as_tokens(output, name)
@@ -114,6 +124,9 @@ class DiffusersClass:
         if blocks in self.columns:
             count, width = tokens.shape[1:]
             return tokens.reshape(-1, num_tokens // count, count, width).transpose(1, 2).flatten(1, 2)
+        if text_lengths is not None and blocks in self.second:
+            places = text_lengths.to(tokens.device)[:, None] + torch.arange(num_tokens, device=tokens.device)
+            return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
         if tokens.shape[1] > num_tokens and blocks in self.second:
             return tokens[:, -num_tokens:]
         if tokens.shape[1] > num_tokens and blocks in self.first:

@@ -163,8 +163,9 @@ def test_the_headline_has_the_reasons_to_doubt_a_pick_and_not_how_it_was_measure
     noted = selection(PAIR, cautions=(Caution("no labels"), Caution("only one pair")))
     only = "It is the only admissible pair, so there was no choice."
     assert selection_headline(noted) == f"a should learn from b. Caution: {only}"
-    two = replace(noted, cautions=(*noted.cautions, Caution("probes not converged", value=1, limit=2)))
-    assert selection_headline(two) == f"a should learn from b. 2 cautions: {only} 1 of 2 probes did not converge."
+    two = replace(noted, cautions=(*noted.cautions, Caution("probes not converged", "model", value=1, limit=2)))
+    unfinished = "1 of 2 probes of 'model' did not converge."
+    assert selection_headline(two) == f"a should learn from b. 2 cautions: {only} {unfinished}"
 
 
 def test_the_controls_stand_beside_the_accuracy_of_the_pick() -> None:
