@@ -6,15 +6,15 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, weight_files
+from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, read_files, weight_files
 from layerprobe.files import import_optional, one_line
 
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
@@ -51,6 +51,67 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
         raise ValueError(f"{folder.model} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
     opened: nn.Module = module.eval()
     return opened
+
+
+def convert_denoiser(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Builds the denoiser that a folder configures with the weights of a single file of the original code.
+
+    Args:
+        folder: Folder with the configuration; its weights are not read.
+        tensors: Tensors of the single file, by the names of the original code or of diffusers.
+
+    Raises:
+        ValueError: If diffusers cannot convert files of this class, or the weights are of another model, quantized or
+            not finite.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    model_class = _model_class(folder)
+    title = model_class.__name__
+    with quiet_libraries():
+        module = model_class.from_config(dict(folder.config)).float()
+        wanted = module.state_dict()
+        if not wanted.keys() <= tensors.keys():
+            if title not in SINGLE_FILE_LOADABLE_CLASSES:
+                raise ValueError(f"diffusers cannot convert single files of {title}; pass a folder that it saved")
+            convert = SINGLE_FILE_LOADABLE_CLASSES[title]["checkpoint_mapping_fn"]
+            try:
+                # Some converters take entries out of the dictionary that they are given.
+                tensors = convert(checkpoint=dict(tensors), config=dict(folder.config))
+            except Exception as error:  # On another model's names they fail in any way.
+                raise ValueError(
+                    f"the file is not one of {title} as {folder.model} configures it ({one_line(error)}); "
+                    "pass --pipeline with the folder of its own model"
+                ) from error
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the file does not fit {title} as {folder.model} configures it: {len(missing)} tensors are missing, "
+            f"{len(unexpected)} unexpected and {len(shapes)} of another shape, the first "
+            f"{(missing + unexpected + shapes)[0]}; pass --pipeline with the folder of its own model"
+        )
+    for name, tensor in tensors.items():
+        if tensor.itemsize == 1 and wanted[name].is_floating_point():
+            raise ValueError(f"the file is quantized ({name}); dequantize it first")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"the file holds values that are not finite in {name}; use an earlier checkpoint")
+    module.load_state_dict(tensors)
+    opened: nn.Module = module.eval()
+    return opened
+
+
+def weights_origin(folder: ModelFolder) -> dict[str, Any]:
+    """Returns which weights `load_denoiser` reads, as JSON: files, stored types, and what else is there."""
+    files, variants = read_files(folder.model)
+    types: set[str] = set()
+    for file in files if files[0].suffix == ".safetensors" else ():
+        with safe_open(file, framework="pt") as weights:
+            types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as above)
+    record: dict[str, Any] = {"files": [str(file) for file in files]}
+    if types:
+        record["stored_types"] = sorted(f"{kind}, read as F32" if kind in FLOATS - {"F32"} else kind for kind in types)
+    return record | {"other_weights": [*folder.others, *variants]}
 
 
 def _refuse_quantized(folder: Path) -> None:
