@@ -135,7 +135,9 @@ def _weighted(
 ) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
     """Returns the denoiser with its weights, where they come from, and what was assumed about them."""
     if tensors is not None:
-        return convert_denoiser(folder, tensors), {"configuration": str(folder.model)}, ()
+        module, left_out = convert_denoiser(folder, tensors)
+        origin = {"configuration": str(folder.model)} | ({"left_out": left_out} if left_out else {})
+        return module, origin, ()
     parts = [name for name in folder.others if name in folder.index]
     assumption = (
         f"{folder.model.name} works at every noise level, although there is also {', '.join(parts)} (--subfolder)"
