@@ -261,7 +261,8 @@ def _single_file(
         backbone = open_diffusers(pipeline, tensors=weights.tensors, **options)
     except SingleFileRefused as error:
         raise ValueError(f"{path} {error}") from error
-    return _OpenedCheckpoint(backbone, source | dict(backbone.origin))
+    types = {_type(tensor, torch.empty(0)) for tensor in weights.tensors.values() if tensor.is_floating_point()}
+    return _OpenedCheckpoint(backbone, source | {"stored_types": sorted(types)} | dict(backbone.origin))
 
 
 def _found(

@@ -115,7 +115,7 @@ def test_a_single_file_opens_with_the_folder_of_its_model(name: str, prefix: str
     assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
     told = describe_checkpoint(path, **model_options)
     assert told.get("left_out") == ({"first_stage_model": 1, "cond_stage_model": 1} if prefix else None)
-    assert told["files"] == [str(path)]
+    assert (told["files"], told["stored_types"]) == ([str(path)], ["float32"])
 
 
 def test_the_averaged_weights_of_latent_diffusion_are_read(tmp_path: Path) -> None:

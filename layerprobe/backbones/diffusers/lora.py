@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,19 @@ def _merged(module: nn.Module, file: Path, component: str, given: float | None) 
     names = _names(tensors, module, component)
     if names.replaced and not source.replaces:
         raise AdapterRefused(f"has {next(iter(names.replaced))} beside its matrices; merge it with its own program")
+    if names.converted and source.patterns:
+        raise AdapterRefused(
+            f"has an alpha_pattern in {source.source} for names of the original code; merge it yourself"
+        )
     absent = [end for end in source.targets if not any(f".{name}".endswith(f".{end}") for name in names.parts)]
-    if absent:
+    if absent and not names.converted:  # The list has the names of the original code too.
         raise AdapterRefused(f"has no matrices of {absent[0]}, which {source.source} lists; download it again")
     counts = [_merge(module.get_submodule(name), name, parts, source) for name, parts in names.parts.items()]
     with torch.no_grad():
         for name, value in names.replaced.items():
             parameter = module.get_parameter(name)
             parameter.copy_(_fit(parameter, value, name))
-    folded = source.in_tensors and not any("alpha" in parts for parts in names.parts.values())
+    folded = names.converted and source.in_tensors and not any("alpha" in parts for parts in names.parts.values())
     record = {
         "file": str(file),
         "modules": len(counts),
@@ -112,8 +116,7 @@ def _names(tensors: Mapping[str, Tensor], module: nn.Module, component: str) -> 
             converted = converted_names(tensors, module)
             other = read_names(converted, module, component) if converted else names
             if not other.unknown:
-                other.text_encoders = names.text_encoders
-                names = other
+                names = replace(other, text_encoders=names.text_encoders, converted=True)
     title = type(module).__name__
     if names.unknown:
         raise AdapterRefused(
@@ -161,7 +164,8 @@ def _with_norm(weight: Tensor, name: str, parts: Mapping[str, Tensor]) -> Tensor
     magnitude = parts.get("magnitude")
     if magnitude is None or weight.ndim != 2 or magnitude.shape != weight.shape[:1]:
         raise AdapterRefused(f"has no magnitude of DoRA that fits {name}; merge it with peft and pass the result")
-    return weight * (magnitude.float() / weight.norm(dim=1))[:, None]
+    factors: Tensor = magnitude.float() / weight.norm(dim=1)
+    return weight * factors[:, None]
 
 
 def _fit(parameter: Tensor, value: Tensor, name: str) -> Tensor:

@@ -55,12 +55,14 @@ class Names:
         replaced: Tensors that replace a parameter of the network, by its name.
         unknown: Names that belong to no module of the network.
         text_encoders: Names of tensors for text encoders.
+        converted: Whether diffusers converted the names from those of the original code.
     """
 
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     text_encoders: list[str] = field(default_factory=list)
+    converted: bool = False
 
 
 def adapter_kind(names: Iterable[str]) -> tuple[str, str] | None:
@@ -118,6 +120,7 @@ def converted_names(tensors: Mapping[str, Tensor], module: Any) -> dict[str, Ten
     """
     from diffusers.loaders import lora_pipeline
 
+    tensors = {stored: tensor for stored, tensor in tensors.items() if not _TEXT_ENCODERS.match(stored)}
     name = type(module).__name__
     loader = _LOADERS.get(name) or re.sub(r"Transformer\dDModel$", "", name)
     mixin = getattr(lora_pipeline, f"{loader}LoraLoaderMixin", None)

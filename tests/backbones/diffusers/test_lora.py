@@ -224,11 +224,14 @@ def test_names_of_the_original_code_are_converted(case: str, tmp_path: Path) -> 
         own = kohya(base, [UNET_TARGETS[0]])
         other = underscored(own)
         other = {n.replace("down_blocks_0_attentions_0", "input_blocks_1_1"): v for n, v in other.items()}
+        other |= {f"lora_te2_text_model_q_proj.lora_{part}.weight": torch.ones(2, 2) for part in ("up", "down")}
     save_file(own, tmp_path / "own.safetensors")
     save_file(other, tmp_path / "other.safetensors")
     wanted = open_diffusers(tmp_path / "base", lora=tmp_path / "own.safetensors", shape=_shape(name))
     found = open_diffusers(tmp_path / "base", lora=tmp_path / "other.safetensors", shape=_shape(name))
     same(found.module, wanted.module.state_dict())
+    assert found.origin["lora"]["left_out"] == ({"lora_te2": 2} if case.startswith("SDXL") else {})
+    assert ("converted" in found.origin["lora"]["alpha_from"]) == case.startswith("Flux")
     plain = open_diffusers(tmp_path / "base", shape=_shape(name)).module.state_dict()
     assert any(not torch.equal(plain[key], value) for key, value in found.module.state_dict().items())
 
@@ -243,6 +246,17 @@ def test_a_conversion_that_leaves_something_out_is_refused(tmp_path: Path) -> No
         ValueError, match=r"no place for lora_unet_input_blocks_1_1_\S+ \(3 of the adapter's 6 tensors\)"
     ):
         open_diffusers(tmp_path / "base", lora=tmp_path / "mixed.safetensors")
+
+
+def test_patterns_of_alpha_for_names_of_the_original_code_are_refused(tmp_path: Path) -> None:
+    base: Any = BY_NAME["WanTransformer3DModel"].save(tmp_path / "base")
+    width = base.blocks[0].attn1.to_q.weight.shape[0]
+    state = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
+    header = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {"self_attn.q": 8}})}
+    named = {f"diffusion_model.blocks.0.self_attn.q.{name}": tensor for name, tensor in state.items()}
+    save_file(named, tmp_path / "a.safetensors", metadata=header)
+    with pytest.raises(ValueError, match=r"has an alpha_pattern in lora_adapter_metadata .*names of the original code"):
+        open_diffusers(tmp_path / "base", lora=tmp_path / "a.safetensors", shape=_shape("WanTransformer3DModel"))
 
 
 def _shape(name: str) -> Any:
