@@ -64,7 +64,7 @@ _FOLDERS = {
     ),
     r"saved_model\.pb|.*\.data-\d+-of-\d+": _SUFFIXES[".pb", ".index", ".meta"],
     r"flax_model\.msgpack|diffusion_flax_model\.msgpack": _SUFFIXES[(".msgpack",)],
-    r"adapter_config\.json": _LORA,
+    r"adapter_config\.json|pytorch_lora_weights\.safetensors": _LORA,
     r".*\.onnx": _SUFFIXES[".onnx", ".onnx_data"],
     r".*\.gguf": _SUFFIXES[".gguf", ".ggml"],
 }

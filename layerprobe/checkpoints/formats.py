@@ -31,7 +31,7 @@ CONTAINERS = (
 # Names, without their ends, of files with other states of a training.
 _STATES = re.compile(
     r"(optimizer|optim|opt|(lr_)?scheduler|random_states|rng_state|sampler|(grad_)?scaler|training_args|dl_state_dict"
-    r"|.*_optim_states|.*_model_states|adapter_model|pytorch_lora_weights)([_-]\d+)*"
+    r"|.*_optim_states|.*_model_states|model_optim_rng|model_rng|distrib_optim|adapter_model|pytorch_lora_weights)([_-]\d+)*"
 )
 _BESIDE_DCP = ("meta.pt", "common.pt")  # Settings that Lightning and Megatron write into folders of DCP.
 _DEPTH, _MOST_FILES = 3, 20_000  # of the search below a folder
@@ -101,12 +101,11 @@ def _checkpoint_file(path: Path) -> Path:
             raise FileNotFoundError(f"there is no checkpoint file {path}; pass a .safetensors or .pt file, or a folder")
         return path
     checkpoints = _checkpoints_in(path)
+    below = [] if checkpoints else _names_below(path)
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in below if "/" in name)
+    checkpoints += [f"{folder}/{name}" for folder in folders for name in _checkpoints_in(path / folder)]
     if not checkpoints:
-        below = _names_below(path)
         refuse_foreign_folder(below)
-        folders = dict.fromkeys(name.rpartition("/")[0] for name in below)
-        checkpoints = [f"{folder}/{name}" for folder in folders if folder for name in _checkpoints_in(path / folder)]
-    if not checkpoints:
         entries = sorted(entry.name for entry in path.iterdir())
         content = f", only {', '.join(map(printable, entries[:4]))}" if entries else ""
         raise FileNotFoundError(f"{path} contains no checkpoint{content}; pass a .safetensors or .pt file")

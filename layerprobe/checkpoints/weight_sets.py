@@ -20,7 +20,9 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Names under which training code saves its settings.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options", "model_args", "model_config")
 _AVERAGED = re.compile(
-    r"(^|[^a-z])emas?([^a-z]|$|callback|weight|model)|averaged?|(^|_)(swa|avg|polyak)(_|$)|shadow", re.IGNORECASE
+    # Adam's "exp_avg" is an average of gradients.
+    r"(^|[^a-z])emas?([^a-z]|$|callback|weight|model)|averaged?|(?<!exp)(^|_)(swa|avg|polyak)(_|$)|shadow",
+    re.IGNORECASE,
 )
 # Names that wrappers give to the averaged copy of a network inside the same state dict.
 _COPIES = ("ema_model", "model_ema", "net_ema", "ema_net", "module_ema", "ema_module", "ema")

@@ -92,6 +92,7 @@ def test_weights_in_another_order_of_axes_are_refused(tmp_path: Path, framework:
         (["manifest.ocdbt", "_CHECKPOINT_METADATA"], "is a checkpoint of Orbax, for JAX"),
         (["model.ckpt-5.data-00000-of-00001", "model.ckpt-5.index"], "is a checkpoint of TensorFlow"),
         (["flax_model.msgpack"], "is a checkpoint of Flax"),
+        (["pytorch_lora_weights.safetensors", "optimizer.bin"], r"is a LoRA adapter, not a network"),
         (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter, not a network; .* as --lora"),
     ],
 )
@@ -126,6 +127,8 @@ def test_the_one_checkpoint_below_a_folder_of_a_run_is_found(tmp_path: Path) -> 
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/model.pt").write_bytes(b"abc")
     written(tmp_path / "checkpoints", "zip")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/model.onnx").write_bytes(b"abc")
     found = read_weights(tmp_path)
     assert found.files == (tmp_path / "checkpoints/c.pt",)
     written(tmp_path / "checkpoints" / "optimizer_0", "dcp")

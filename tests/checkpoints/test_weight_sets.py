@@ -61,6 +61,8 @@ def test_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str)
         ({"models": {"unet": 1, "unet_ema": 2}}, ("models.unet_ema", "models.unet")),
         ({"ema_model": {"model": 2}, "model": 1}, ("ema_model.model", "model")),
         ({"optimizer": {"m": 1}, "scaler": {"s": 1}, "whatever": 2}, ("whatever",)),
+        ({"avg_model": 2, "model": 1}, ("avg_model", "model")),
+        ({"model": 2, "adam": {"exp_avg": 1, "exp_avg_sq": 3}}, ("model", "adam.exp_avg", "adam.exp_avg_sq")),
         ({"schema": 1, "state_dict": 2}, ("state_dict", "schema")),
     ],
 )
