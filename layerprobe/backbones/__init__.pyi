@@ -2,8 +2,10 @@ from .base import Backbone as Backbone
 from .base import alignable_layers as alignable_layers
 from .base import layer_shapes as layer_shapes
 from .base import wrap as wrap
+from .diffusers.folders import snapshot_of as snapshot_of
 from .diffusers.opening import is_diffusers as is_diffusers
 from .diffusers.opening import open_diffusers as open_diffusers
+from .diffusers.weights import SingleFileRefused as SingleFileRefused
 from .families import FAMILIES as FAMILIES
 from .families import build as build
 from .families import recognize as recognize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Backbone:
             from their total number.
         assumptions: What was assumed because no file and no option told it, one sentence each, with the option that
             tells it otherwise.
+        origin: Where the weights come from, as JSON: files, stored types, adapters, what was left out.
 
     Raises:
         ValueError: If the prediction is not one of `PREDICTIONS`.
@@ -59,6 +60,7 @@ class Backbone:
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     token_grid: tuple[int, ...] | None = None
     assumptions: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:

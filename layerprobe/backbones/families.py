@@ -4,14 +4,15 @@ SiT, LayerSync, DispLoss and DiT files have the same names and shapes, but diffe
 Training arguments saved with the weights can distinguish them.
 
 Sources: the published training code of SiT (arXiv:2401.08740), LayerSync (arXiv:2510.12581), DispLoss
-(arXiv:2506.09027), DiT (arXiv:2212.09748), REPA (arXiv:2410.06940), SRA (arXiv:2505.02831) and LightningDiT
-(arXiv:2501.01423); `mdm` names the source of MDM.
+(arXiv:2506.09027), DiT (arXiv:2212.09748), REPA (arXiv:2410.06940), REPA-E (arXiv:2504.10483), SRA (arXiv:2505.02831)
+and LightningDiT (arXiv:2501.01423); `mdm` names the source of MDM.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -41,7 +42,7 @@ def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any] = NO_ARGUME
         return ()
     # Products over slices of the shape, which exist for tensors of any shape.
     learn_sigma = last.shape[:1].numel() == 2 * patch.shape[1:].numel()
-    if any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors):
+    if any(name.startswith(("projectors.", "decoder_blocks.", "bn.")) for name in tensors):
         return ("repa",)
     if any(name.startswith("ap_head.") for name in tensors):
         return ("sra-dit",) if learn_sigma else ("sra",)
@@ -104,7 +105,19 @@ def _build_sit(tensors: Mapping[str, Tensor], family: Family, **options: Any) ->
 
 
 def _build_repa(tensors: Mapping[str, Tensor], family: Family, **options: Any) -> Opened:
-    return build_transformer(_sit, _without_decoder_blocks(tensors), family, **options)
+    opened = build_transformer(_sit, _without_decoder_blocks(tensors), family, **options)
+    return replace(opened, latents=_normalized_latents(tensors))
+
+
+def _normalized_latents(tensors: Mapping[str, Tensor]) -> str:
+    """Returns what REPA-E's network takes: latents normalized by the running statistics in front of it; else ""."""
+    mean, variance = tensors.get("bn.running_mean"), tensors.get("bn.running_var")
+    if mean is None or variance is None:
+        return ""
+    shift, scale = (
+        ", ".join(f"{value:.4g}" for value in values.flatten().tolist()) for values in (mean, variance.rsqrt())
+    )
+    return f"unscaled latents z of the VAE in the file's training, as (z - {shift}) * {scale} per channel, from bn.*"
 
 
 def _sit(
@@ -150,7 +163,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "layersync": Family("LayerSync", "sit", "velocity", mark="gt_encoder_depth"),
         "disploss": Family("DispLoss", "sit", "velocity", mark="disp"),
         "dit": Family("DiT", "ddpm-linear", "eps"),
-        "repa": Family("REPA", "flow", "velocity", mark="proj_coeff", heads=("projectors.",), build=_build_repa),
+        "repa": Family("REPA", "flow", "velocity", mark="proj_coeff", heads=("projectors.", "bn."), build=_build_repa),
         "sra": Family("SRA", "flow", "velocity", mark="block_out_s", heads=("ap_head.",)),
         "sra-dit": Family("SRA-DiT", "ddpm-linear", "eps", mark="block_out_s", heads=("ap_head.",)),
         "lightningdit": lightningdit.FAMILY,

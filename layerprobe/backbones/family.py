@@ -34,11 +34,13 @@ class Opened:
         backbone: Backbone with its module on the "meta" device; `load_state_dict(tensors, assign=True)` fills it.
         tensors: Tensors of the file, by the module's names.
         unused: Names of the file's tensors that only training needs.
+        latents: Input of the network in training, if the file itself says it; "" for that of the family.
     """
 
     backbone: Backbone
     tensors: dict[str, Tensor]
     unused: tuple[str, ...]
+    latents: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from layerprobe.checkpoints.foreign import refuse_foreign_file, refuse_foreign_folder, refuse_other_order
 from layerprobe.checkpoints.torch_files import LazyTensor, mapped, read_distributed, read_stream, read_zip
 from layerprobe.checkpoints.unpickling import Refused, mapping, printable
 from layerprobe.files import MissingWeights, one_line
@@ -26,6 +28,13 @@ CONTAINERS = (
     *("ema", "model_ema", "ema_model", "model_avg", "ema_state_dict", "params_ema"),
     *("model", "state_dict", "model_state_dict", "module", "network", "net", "params", "weights", "online_model"),
 )
+# Names, without their ends, of files with other states of a training.
+_STATES = re.compile(
+    r"(optimizer|optim|opt|(lr_)?scheduler|random_states|rng_state|sampler|(grad_)?scaler|training_args|dl_state_dict"
+    r"|.*_optim_states|.*_model_states|model_optim_rng|model_rng|distrib_optim|adapter_model|pytorch_lora_weights)([_-]\d+)*"
+)
+_BESIDE_DCP = ("meta.pt", "common.pt")  # Settings that Lightning and Megatron write into folders of DCP.
+_DEPTH, _MOST_FILES = 3, 20_000  # of the search below a folder
 # Names of other tensors in a checkpoint: states of optimizers, schedulers and random generators.
 NO_WEIGHTS = re.compile(r"(opt|optim|optimi[sz]er)(s|_.*)?$|.*(scaler|sched|random)|(rng|loops|collected_params)$")
 
@@ -91,18 +100,42 @@ def _checkpoint_file(path: Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint file {path}; pass a .safetensors or .pt file, or a folder")
         return path
-    entries = sorted(entry.name for entry in path.iterdir())
-    indices = [name for name in entries if name.endswith(INDEX_SUFFIXES)]
-    shards = {shard for name in indices for shard in _weight_map(_inside(path, name)).values()}
-    files = [name for name in entries if name.endswith(SUFFIXES) and name not in shards]
-    checkpoints = [name for name in entries if name == ".metadata"] + indices + files
+    checkpoints = _checkpoints_in(path)
+    below = [] if checkpoints else _names_below(path)
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in below if "/" in name)
+    checkpoints += [f"{folder}/{name}" for folder in folders for name in _checkpoints_in(path / folder)]
     if not checkpoints:
+        refuse_foreign_folder(below)
+        entries = sorted(entry.name for entry in path.iterdir())
         content = f", only {', '.join(map(printable, entries[:4]))}" if entries else ""
         raise FileNotFoundError(f"{path} contains no checkpoint{content}; pass a .safetensors or .pt file")
     if len(checkpoints) > 1:
         names = ", ".join(map(printable, checkpoints[:6]))
         raise Refused(f"contains several checkpoints ({names}); pass one of them")
     return _inside(path, checkpoints[0])
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """Returns the names of the checkpoints in a folder, without shards and without other states of a training."""
+    entries = sorted(entry.name for entry in folder.iterdir())
+    indices = [name for name in entries if name.endswith(INDEX_SUFFIXES)]
+    shards = {shard for name in indices for shard in _weight_map(_inside(folder, name)).values()}
+    distributed = [name for name in entries if name == ".metadata"]
+    apart = {*shards, *(_BESIDE_DCP if distributed else ())}
+    files = [name for name in entries if name.endswith(SUFFIXES) and name not in apart]
+    return distributed + indices + [name for name in files if not _STATES.fullmatch(name.rpartition(".")[0])]
+
+
+def _names_below(folder: Path) -> list[str]:
+    """Returns the names of the files below a folder, as deep as trainings put them; not those in hidden folders."""
+    names: list[str] = []
+    for at, folders, files in os.walk(folder):
+        depth = len(Path(at).relative_to(folder).parts)
+        folders[:] = [f for f in sorted(folders) if depth < _DEPTH and f[0] != "." and not NO_WEIGHTS.match(f)]
+        names += [(Path(at) / file).relative_to(folder).as_posix() for file in sorted(files)]
+        if len(names) > _MOST_FILES:
+            break
+    return names
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -138,12 +171,11 @@ def _distributed(metadata: Path) -> FileContent:
 def _single(file: Path) -> FileContent:
     view = mapped(file)
     start = bytes(view[:64])
+    refuse_foreign_file(file, start)
     if file.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < len(view)):
         return _safetensors(file)
-    if start.startswith(b"version https://git-lfs"):
-        raise Refused("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise Refused("is a web page, not a checkpoint; download the file itself")
+    if bytes(view[257:262]) == b"ustar":
+        raise Refused("is a tar archive; unpack it and pass the weight file in it")
     if start.startswith(b"PK"):
         tree, foreign = read_zip(view)
         return FileContent("PyTorch zip", (file,), tree, foreign)
@@ -153,7 +185,9 @@ def _single(file: Path) -> FileContent:
 
 def _safetensors(file: Path) -> FileContent:
     tensors: Any = safe_open(file, framework="pt")  # Not closed: tensors are read from it later.
-    record = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
+    header = tensors.metadata() or {}
+    refuse_other_order(header)
+    record = json.loads(header.get(METADATA_KEY, "{}"))
     if not isinstance(record, dict):
         raise Refused(f"has a damaged record ({printable(str(record)[:40])!r}); copy or download it again")
     tree = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from layerprobe.backbones import (
     FAMILIES,
     Backbone,
+    SingleFileRefused,
     SiT,
     SiTConfig,
     build,
@@ -27,7 +28,10 @@ from layerprobe.backbones import (
     open_diffusers,
     recognize,
     sit_backbone,
+    snapshot_of,
 )
+from layerprobe.checkpoints.foreign import refuse_other_content
+from layerprobe.checkpoints.networks import FoundNetwork, closest_part, find_network
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
@@ -39,7 +43,8 @@ EMBEDDED = "digits"
 _OWN_OPTIONS = ("weights", "layers")
 _FAMILY_OPTIONS = ("weights", "layers", "family", "num_heads", "schedule", "prediction", "shape", "num_classes")
 _MODEL_OPTIONS = ("weights", "layers", "model", "schedule", "prediction", "shape", "num_classes")
-_DIFFUSERS_OPTIONS = ("subfolder", "lora", "layers", "schedule", "prediction", "shape", "num_classes")
+_DIFFUSERS_OPTIONS = ("subfolder", "lora", "lora_alpha", "layers", "schedule", "prediction", "shape", "num_classes")
+_SINGLE_FILE_OPTIONS = ("weights", "pipeline", *_DIFFUSERS_OPTIONS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +66,9 @@ def open_checkpoint(
     num_heads: int | None = None,
     model: str | Callable[[], Any] | None = None,
     subfolder: str | None = None,
+    pipeline: str | Path | None = None,
     lora: str | Path | None = None,
+    lora_alpha: float | None = None,
     layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
@@ -81,7 +88,10 @@ def open_checkpoint(
             returns a module or a complete `Backbone`, or one of these itself. A module also needs `layers`,
             `schedule`, `prediction` and `shape`.
         subfolder: Component of a diffusers pipeline, as for `open_diffusers`.
+        pipeline: Diffusers folder of the model that a single file of the original code belongs to, as for
+            `open_diffusers`; its configuration, scheduler and text encoders are read, and its weights are not.
         lora: Path of an adapter for a diffusers model, as for `open_diffusers`.
+        lora_alpha: Alpha of an adapter that does not say it, as for `open_diffusers`.
         layers: Names or patterns of layers, as for `wrap`.
         schedule: Schedule or its name, as for `wrap`; for a `model`, or if a model was trained differently from its
             family.
@@ -103,7 +113,9 @@ def open_checkpoint(
         "num_heads": num_heads,
         "model": model,
         "subfolder": subfolder,
+        "pipeline": pipeline,
         "lora": lora,
+        "lora_alpha": lora_alpha,
         "layers": layers,
         "schedule": schedule,
         "prediction": prediction,
@@ -163,27 +175,31 @@ def training_record(path: str | Path) -> dict[str, Any]:
 
 
 def _located(path: str | Path) -> Path:
-    return embedded_checkpoint() if str(path) == EMBEDDED else Path(path)
+    return embedded_checkpoint() if str(path) == EMBEDDED else snapshot_of(Path(path))
 
 
 def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
     if "model" not in options and is_diffusers(path):
         refuse_other_options(_DIFFUSERS_OPTIONS, options, f"{path} is a diffusers model")
-        return _OpenedCheckpoint(open_diffusers(path, **options), {"format": "diffusers"})
+        backbone = open_diffusers(path, **options)
+        return _OpenedCheckpoint(backbone, {"format": "diffusers", **backbone.origin})
     path = _located(path)
     weights = read_weights(path, weights=options.get("weights"))
-    source = {"format": weights.format, "weights": weights.container, "other_weights": list(weights.containers[1:])}
-    source |= {"left_unbuilt": list(weights.foreign)}
+    source = {"format": weights.format, "files": [str(file) for file in weights.files], "weights": weights.container}
+    source |= {"other_weights": list(weights.containers[1:]), "left_unbuilt": list(weights.foreign)}
     model_options = {name: value for name, value in options.items() if name != "weights"}
+    if "pipeline" in options:
+        refuse_other_options(_SINGLE_FILE_OPTIONS, options, "with --pipeline")
+        return _single_file(path, weights, source, **model_options)
     if "model" in options:
         refuse_other_options(_MODEL_OPTIONS, options, "with a model of your own")
         backbone = user_backbone(**model_options)
-        _load(backbone.module, weights.tensors, path)
+        source |= _load(backbone.module, weights.tensors, path, weights.container)
         return _OpenedCheckpoint(backbone, source)
     if "family" in weights.record:
         refuse_other_options(_OWN_OPTIONS, options, f"{path} records its own configuration")
         backbone = _own_backbone(path, weights.record)
-        _load(backbone.module, weights.tensors, path)
+        source |= _load(backbone.module, weights.tensors, path)
         source |= {"training": weights.record.get("training", {})}
     else:
         refuse_other_options(_FAMILY_OPTIONS, options, "without a model of your own")
@@ -210,24 +226,58 @@ def _family_backbone(
     path: Path, weights: Weights, family: str | None = None, **options: Any
 ) -> tuple[Backbone, dict[str, Any]]:
     """Opens a published network with its weights, and describes it."""
+    refuse_other_content(path, weights.tensors)
     args = weights.args | _arguments_beside(path)
-    tensors = _without_common_prefix(weights.tensors, lambda tensors: bool(recognize(tensors, args)))
-    possible = recognize(tensors, args)
-    if not possible:
+    found = _found(path, weights.tensors, lambda tensors: bool(recognize(tensors, args)), weights.container)
+    if found is None:
         names = ", ".join(list(weights.tensors)[:3])
         raise ValueError(
-            f"{path} belongs to no known family (its first tensors are {names}); "
-            "pass --model file.py:factory for your own network"
+            f"{path} belongs to no known family (its first tensors are {names}); pass --model file.py:factory for your "
+            "own network, or --pipeline FOLDER for a single file of a model that diffusers knows"
         )
+    possible = recognize(found.tensors, args)
     if family is None and len(possible) > 1:
         # Files of these families have the same names and shapes: nothing in them tells the convention of time.
         raise ValueError(
             f"{path} could belong to any of {', '.join(possible)}, which differ in their time convention; pass --family"
         )
     family = family or possible[0]
-    opened = build(family, tensors, args=args, **options)
-    _load(opened.backbone.module, opened.tensors, path)
-    return opened.backbone, {"family": family, "latents": FAMILIES[family].latents, "unused": list(opened.unused)}
+    opened = build(family, found.tensors, args=args, **options)
+    record = {"family": family, "latents": opened.latents or FAMILIES[family].latents, "unused": list(opened.unused)}
+    record |= _placed(found) | _load(opened.backbone.module, opened.tensors, path)
+    return opened.backbone, record
+
+
+def _single_file(
+    path: Path, weights: Weights, source: dict[str, Any], *, pipeline: str | Path, **options: Any
+) -> _OpenedCheckpoint:
+    """Opens a single file of original names with the configuration of a diffusers folder."""
+    refuse_other_content(path, weights.tensors)
+    if not is_diffusers(pipeline):
+        raise ValueError(
+            f"--pipeline {pipeline} is no folder that diffusers saved; pass the folder of the file's model"
+        )
+    try:
+        backbone = open_diffusers(pipeline, tensors=weights.tensors, **options)
+    except SingleFileRefused as error:
+        raise ValueError(f"{path} {error}") from error
+    types = {_type(tensor, torch.empty(0)) for tensor in weights.tensors.values() if tensor.is_floating_point()}
+    return _OpenedCheckpoint(backbone, source | {"stored_types": sorted(types)} | dict(backbone.origin))
+
+
+def _found(
+    path: Path, tensors: Mapping[str, Tensor], fits: Callable[[Mapping[str, Tensor]], bool], container: str
+) -> FoundNetwork | None:
+    try:
+        return find_network(tensors, fits, container=container)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def _placed(found: FoundNetwork) -> dict[str, Any]:
+    """Returns where the network was found, if it is not all that the file holds."""
+    record: dict[str, Any] = {"prefix": found.prefix} if found.prefix else {}
+    return record | ({"left_out": dict(found.left_out)} if found.left_out else {})
 
 
 def _arguments_beside(path: Path) -> dict[str, Any]:
@@ -242,24 +292,59 @@ def _arguments_beside(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads weights; a module on the "meta" device takes the file's tensors without a second copy in memory."""
-    parameters = module.state_dict()
-    # Stripped like the file's names, so that a network with a part called "module" fits its own file.
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, container: str = "") -> dict[str, Any]:
+    """Loads weights; a module on the "meta" device takes the file's tensors without a second copy in memory.
+
+    Returns:
+        Where the network was found in the file, and the types of its weights there.
+    """
+    parameters = module.state_dict(keep_vars=True)
+    # Stripped like the file's names, so that a network with a part called "module" fits its own file. Tied parameters
+    # have several names, of which a file may have one.
+    tied: dict[int, set[str]] = {}
+    for name, parameter in parameters.items():
+        tied.setdefault(id(parameter), set()).add(stripped(name))
     expected = {stripped(name) for name in parameters}
-    tensors = _without_common_prefix(tensors, lambda tensors: not expected.isdisjoint(tensors))
-    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    if missing or unexpected:
+
+    def fits(part: Mapping[str, Tensor]) -> bool:
+        return part.keys() <= expected and not any(names.isdisjoint(part) for names in tied.values())
+
+    found = _found(path, tensors, fits, container)
+    if found is None:
+        refuse_other_content(path, tensors)  # Not before: a user's network may have such names.
+        tensors = closest_part(tensors, expected)
+        missing = sorted(min(names) for names in tied.values() if names.isdisjoint(tensors))
+        unexpected = sorted(tensors.keys() - expected)
         difference = f"lacks {missing[0]}" if missing else f"also has {unexpected[0]}"
         raise ValueError(
             f"{path} does not fit {type(module).__name__}: it {difference} ({len(missing)} missing, "
             f"{len(unexpected)} unexpected); pass the network that it was saved from"
         )
-    weights = {
-        name: _converted(tensors[stripped(name)], parameter, name, path, module)
-        for name, parameter in parameters.items()
-    }
+    same_name = {name: _stored_name(names, found.tensors, path) for names in tied.values() for name in names}
+    weights, types = {}, set()
+    for name, parameter in parameters.items():
+        stored = found.tensors[same_name[stripped(name)]]
+        weights[name] = _converted(stored, parameter, name, path, module)
+        types.add(_type(stored, parameter))
     module.load_state_dict(weights, assign=any(parameter.is_meta for parameter in parameters.values()))
+    return _placed(found) | {"stored_types": sorted(types)}
+
+
+def _stored_name(names: set[str], tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Returns the name of a parameter in a file, of the names that it has in the network."""
+    first, *others = sorted(names & tensors.keys())
+    for other in others:
+        if not torch.equal(tensors[first], tensors[other]):
+            raise ValueError(
+                f"{path} has other values in {other} than in {first}, which are one parameter in the network; "
+                "pass the network that it was saved from"
+            )
+    return first
+
+
+def _type(stored: Tensor, parameter: Tensor) -> str:
+    name, target = (str(tensor.dtype).removeprefix("torch.") for tensor in (stored, parameter))
+    return name if name == target else f"{name}, read as {target}"
 
 
 def _converted(tensor: Tensor, parameter: Tensor, name: str, path: Path, module: nn.Module) -> Tensor:
@@ -279,15 +364,3 @@ def _converted(tensor: Tensor, parameter: Tensor, name: str, path: Path, module:
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ValueError(f"{path} holds values that are not finite in {name}; use an earlier checkpoint")
     return tensor.to(parameter.dtype)
-
-
-def _without_common_prefix(
-    tensors: Mapping[str, Tensor], fits: Callable[[Mapping[str, Tensor]], bool]
-) -> Mapping[str, Tensor]:
-    """Drops a prefix that all names share, such as "network.", if the names fit only without it."""
-    prefixes = {name.partition(".")[0] for name in tensors}
-    if len(prefixes) != 1 or fits(tensors):
-        return tensors
-    (prefix,) = prefixes
-    shorter = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
-    return shorter if fits(shorter) else tensors

@@ -18,12 +18,15 @@ class CheckpointSource:
 
     Attributes:
         path: Weight file or folder of them, diffusers folder, or 'digits' for the embedded checkpoint.
-        weights: Set of weights of a file that has several, such as ema or model; the averaged ones if not given.
+        weights: Set of weights of a file that has several, such as ema, model or state_dict.net; the averaged ones if
+            not given.
         family: Family of a file that leaves it open: sit, layersync, disploss, dit, repa, sra, ...
         num_heads: Number of attention heads, for widths that belong to no preset.
         model: Network of your own: file.py:factory or package.module:Class.
         subfolder: Folder of the model in a diffusers pipeline, if it is not the usual one.
+        pipeline: Diffusers folder of the model that a single file of the original code belongs to.
         lora: LoRA adapter on top of a diffusers model.
+        lora_alpha: Alpha of a LoRA adapter that does not say it; its rank if not given.
         layers: Names or patterns of layers, separated by commas: 'blocks.*,mid'; 'blocks.*.attn:input' for the input
             of a module.
         schedule: Noise schedule: sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, ddpm-scaled_linear or
@@ -39,7 +42,9 @@ class CheckpointSource:
     num_heads: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     model: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     subfolder: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    pipeline: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    lora_alpha: float | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     layers: tuple[str, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     schedule: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
@@ -59,7 +64,8 @@ class CheckpointSource:
             file, colon, name = model.rpartition(":")
             model = f"{absolute_source(file)}{colon}{name}"
         lora = None if self.lora is None else absolute_source(self.lora)
-        return replace(self, path=absolute_source(self.path), model=model, lora=lora)
+        pipeline = None if self.pipeline is None else absolute_source(self.pipeline)
+        return replace(self, path=absolute_source(self.path), model=model, pipeline=pipeline, lora=lora)
 
     def open(self, *, device: str = "auto") -> Backbone:
         """Opens the checkpoint; see `open_checkpoint`."""

@@ -128,7 +128,7 @@ def read_zip(view: memoryview) -> tuple[Any, tuple[str, ...]]:
     records = {record.filename: record for record in zipfile.ZipFile(_Window(view)).infolist()}
     roots = [name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if not roots:
-        raise Refused("is a zip archive without data.pkl, so not from torch.save; pass the file that holds the weights")
+        raise Refused(f"is {_other_archive(list(records))}")
     root = roots[0]
     if f"{root}constants.pkl" in records:
         raise Refused(
@@ -148,6 +148,19 @@ def read_zip(view: memoryview) -> tuple[Any, tuple[str, ...]]:
         return storages[key]
 
     return unpickle(_Window(_record(view, records[f"{root}data.pkl"])), known=_KNOWN, persistent=persistent)
+
+
+def _other_archive(names: Sequence[str]) -> str:
+    """Returns what a zip archive without the pickle of torch.save is, and what to do."""
+    parts = {part for name in names for part in name.split("/")}
+    if {"archive_format", "serialized_exported_program.json"} & parts:
+        return "a program of torch.export; save torch.export.load(...).state_dict instead, if you trust it"
+    if names and all(name.endswith(".npy") for name in names):
+        return "arrays of NumPy; save them as safetensors by the names of the PyTorch network"
+    weights = [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"))]
+    if weights:
+        return f"a zip archive of files ({', '.join(map(printable, weights[:3]))}); unpack it and pass one of them"
+    return "a zip archive without data.pkl, so not from torch.save; pass the file that holds the weights"
 
 
 def read_stream(view: memoryview) -> tuple[str, Any, tuple[str, ...]]:

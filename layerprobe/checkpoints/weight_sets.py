@@ -19,9 +19,14 @@ from layerprobe.checkpoints.unpickling import Budget, Inert, Refused, mapping, p
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Names under which training code saves its settings.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options", "model_args", "model_config")
-_AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$|callback|weight|model)|averaged|(^|_)swa(_|$)|shadow", re.IGNORECASE)
+_AVERAGED = re.compile(
+    # Adam's "exp_avg" is an average of gradients.
+    r"(^|[^a-z])emas?([^a-z]|$|callback|weight|model)|averaged?|(?<!exp)(^|_)(swa|avg|polyak)(_|$)|shadow",
+    re.IGNORECASE,
+)
 # Names that wrappers give to the averaged copy of a network inside the same state dict.
 _COPIES = ("ema_model", "model_ema", "net_ema", "ema_net", "module_ema", "ema_module", "ema")
+_AVERAGED_RANK, _UNUSUAL_RANK = 0, 3
 _COUNTERS = ("n_averaged", "initted", "inited", "step", "num_updates", "decay")
 
 
@@ -60,17 +65,20 @@ def read_weights(path: str | Path, *, weights: str | None = None) -> Weights:
     Args:
         path: Path of a file of `torch.save` (old or new), a safetensors file, or a pickle; of the index of a sharded
             checkpoint; of a folder with one of these; or of a folder of torch.distributed.checkpoint.
-        weights: Name of the set, one of `Weights.containers`; averaged weights are preferred by default.
+        weights: Name of the set, one of `Weights.containers`, or of a part of one, such as "state_dict.net"; averaged
+            weights are preferred by default.
 
     Raises:
         FileNotFoundError: If the file, or a file that it refers to, is missing.
-        ValueError: If the file is damaged, holds no weights, or holds several sets with no obvious choice; if a folder
-            refers to files outside of it.
+        ValueError: If the file is damaged, holds no weights, or holds several sets, or several averaged ones, with no
+            obvious choice; if a folder refers to files outside of it.
     """
     path = Path(path)
     with one_line_errors(path):
         content = file_content(path)
         sets = _weight_sets(content)
+        if weights is not None:
+            sets |= _part_of_a_set(sets, weights)
         chosen = _chosen(sets, weights)
         return Weights(
             tensors={name: tensor.read() for name, tensor in sets[chosen].items()},
@@ -117,20 +125,36 @@ def _chosen(sets: Mapping[str, _Set], weights: str | None) -> str:
             raise Refused(f"has no weights called {weights!r}; it has {', '.join(names)}")
         return weights
     first, *others = sets
-    if others and _rank(first)[0] == _rank(others[0])[0] == 3:
+    rank = _rank(first)[0]
+    if others and _rank(others[0])[0] == rank and rank in (_AVERAGED_RANK, _UNUSUAL_RANK):
         raise Refused(f"holds several sets of weights ({', '.join(names[:8])}); pass --weights with one of them")
     return first
+
+
+def _part_of_a_set(sets: Mapping[str, _Set], name: str) -> dict[str, _Set]:
+    """Returns the tensors of a set below a prefix, by the name of the set and the prefix; {} if there are none."""
+    for outer in sorted(sets, key=len, reverse=True):
+        prefix = name if not outer else name.removeprefix(f"{outer}.")
+        if name not in sets and (not outer or prefix != name) and (part := _below(f"{prefix}.", sets[outer])):
+            return {name: part}
+    return {}
+
+
+def is_averaged(name: str) -> bool:
+    """Returns whether a name of a set, or a prefix in a state dict, stands for averaged weights."""
+    parts = name.rstrip(".").split(".")
+    return parts[-1] != "online_model" and any(_AVERAGED.search(part) for part in parts)
 
 
 def _rank(name: str) -> tuple[int, int]:
     """Ranks averaged weights first, then sets with a usual name, then the top level of the file, then others."""
     parts = name.split(".")
     usual = min((CONTAINERS.index(part) for part in parts if part in CONTAINERS), default=len(CONTAINERS))
-    if parts[-1] != "online_model" and any(_AVERAGED.search(part) for part in parts):
-        return 0, usual
+    if is_averaged(name):
+        return _AVERAGED_RANK, usual
     if usual < len(CONTAINERS):
         return 1, usual
-    return (3 if name else 2), 0
+    return (_UNUSUAL_RANK if name else 2), 0
 
 
 def _candidates(value: Any, name: str, depth: int, budget: Budget) -> Iterator[tuple[str, _Set | list[LazyTensor]]]:

@@ -185,6 +185,17 @@ def test_repas_early_names_are_those_of_the_later_blocks() -> None:
     assert len(filled(opened).layers) == 4
 
 
+def test_repa_e_tells_the_normalization_in_front_of_its_network() -> None:
+    """Its network takes latents that are normalized by running statistics, not those of Stable Diffusion's VAE."""
+    statistics = {"bn.running_mean": torch.tensor([0.5, -1.0, 2.0]), "bn.running_var": torch.tensor([4.0, 1.0, 0.25])}
+    tensors = state(extra={"projectors.0.2.weight": (7, 32)}) | statistics | {"bn.num_batches_tracked": torch.tensor(9)}
+    assert recognize(tensors) == ("repa",)
+    opened = build("repa", tensors, num_heads=4)
+    assert set(statistics) < set(opened.unused)
+    assert "(z - 0.5, -1, 2) * 0.5, 1, 2 per channel" in opened.latents
+    assert build("repa", file_of("repa"), num_heads=4).latents == ""
+
+
 def test_repa_with_twice_the_channels_gives_the_first_half() -> None:
     tensors = state(sigma=True, extra={HEAD["repa"]: (7, 32)})
     assert recognize(tensors) == ("repa",)

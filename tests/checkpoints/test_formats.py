@@ -79,7 +79,7 @@ def test_files_that_nobody_here_wrote(shared_checkpoints: Path) -> None:
         ),
         (pickle.dumps({"ema": nn.SiLU()}), r"holds no weights, only ema; expected named tensors"),
         (pickle.dumps(torch.ones(3)), r"holds no weights; expected named tensors"),
-        (as_zip(b"N.").replace(b"data.pkl", b"dada.pkl"), r"is a zip archive without data.pkl, so not from torch.save"),
+        (as_zip(b"N.").replace(b"data.pkl", b"dada.pkx"), r"is a zip archive without data.pkl, so not from torch.save"),
         (struct.pack("<Q", 2**60) + b"{}", r"is not a valid PyTorch checkpoint .*; copy or download it again$"),
     ],
 )

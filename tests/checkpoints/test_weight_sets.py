@@ -58,10 +58,11 @@ def test_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str)
         ({"params": 1, "params_ema": 2}, ("params_ema", "params")),
         ({"net": 1, "unet_ema_0.999": 2}, ("unet_ema_0.999", "net")),
         ({"state_dict": 1, "callbacks": {"EMACallback{'decay': 1}": {"ema_weights": 2}}}, None),
-        ({"model": 1, "ema": [2, 3]}, ("ema.0", "ema.1", "model")),
         ({"models": {"unet": 1, "unet_ema": 2}}, ("models.unet_ema", "models.unet")),
         ({"ema_model": {"model": 2}, "model": 1}, ("ema_model.model", "model")),
         ({"optimizer": {"m": 1}, "scaler": {"s": 1}, "whatever": 2}, ("whatever",)),
+        ({"avg_model": 2, "model": 1}, ("avg_model", "model")),
+        ({"model": 2, "adam": {"exp_avg": 1, "exp_avg_sq": 3}}, ("model", "adam.exp_avg", "adam.exp_avg_sq")),
         ({"schema": 1, "state_dict": 2}, ("state_dict", "schema")),
     ],
 )
@@ -71,6 +72,34 @@ def test_averaged_weights_are_preferred(tmp_path: Path, content: Any, containers
     assert containers is None or found.containers == containers
     for name in found.containers:
         assert saved(tmp_path, _scaled(content), weights=name).container == name
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model": 1, "ema": [2, 3]}, ["ema.0", "ema.1"]),
+        ({"model": 1, "ema_0.999": 2, "ema_0.9999": 3}, ["ema_0.999", "ema_0.9999"]),
+        ({"net": 1, "ema1": 2, "ema2": 3}, ["ema1", "ema2"]),
+        ({"net": 1, "ema-0.05": 2, "ema-0.1": 3}, ["ema-0.05", "ema-0.1"]),
+        ({"net": 1, "emas": {"slow": 2, "fast": 3}}, ["emas.slow", "emas.fast"]),
+        ({"model": 1, "ema": 2, "avg_model": 3}, ["ema", "avg_model"]),
+    ],
+)
+def test_one_of_several_averages_is_asked_for(tmp_path: Path, content: Any, names: list[str]) -> None:
+    with pytest.raises(ValueError, match=rf"holds several sets of weights \({', '.join(names)}, .*; pass --weights"):
+        saved(tmp_path, _scaled(content))
+    for scale, name in enumerate(names, 2):
+        same(saved(tmp_path, _scaled(content), weights=name).tensors, network(scale))
+
+
+def test_a_part_of_a_set_is_chosen_by_its_prefix(tmp_path: Path) -> None:
+    state = _below("net.inner", network()) | _below("other", network(2))
+    for content, name in (({"state_dict": state}, "state_dict.net.inner"), (state, "net.inner")):
+        found = saved(tmp_path, content, weights=name)
+        assert found.container == name
+        same(found.tensors, network())
+    with pytest.raises(ValueError, match=r"has no weights called 'net.outer'"):
+        saved(tmp_path, state, weights="net.outer")
 
 
 def _scaled(content: Any) -> Any:

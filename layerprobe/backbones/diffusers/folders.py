@@ -33,22 +33,29 @@ class ModelFolder:
         index: Content of the pipeline's `model_index.json`; {} for a single model.
         model: Folder of the denoiser.
         config: Configuration of the denoiser.
+        others: Folders with other denoisers of the pipeline or training, such as "unet" beside "unet_ema".
     """
 
     pipeline: Path | None
     index: Mapping[str, Any]
     model: Path
     config: Mapping[str, Any]
+    others: tuple[str, ...] = ()
 
     @property
     def component(self) -> str:
         """The name of the denoiser among the pipeline's components."""
-        return self.model.name if self.pipeline else "transformer"
+        name = _without_ema(self.model.name)
+        if self.pipeline or name in DENOISERS:
+            return name
+        return "unet" if "UNet" in str(self.config.get("_class_name")) else "transformer"
 
     @property
     def scheduler(self) -> Path | None:
         """The scheduler's configuration file; None if it is missing."""
         folders = [self.pipeline] if self.pipeline else [self.model, self.model.parent]
+        if self.model.parent.name.startswith("checkpoint-"):  # The training writes its pipeline beside these.
+            folders.append(self.model.parent.parent)
         names = ("scheduler/scheduler_config.json", "scheduler_config.json")
         return next((f / n for f in folders for n in names if (f / n).is_file()), None)
 
@@ -74,7 +81,7 @@ def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
         ValueError: If a file is damaged or outside of the folder, or the pipeline needs code of its own or has no
             denoiser.
     """
-    folder = Path(path) if Path(path).is_dir() else _snapshot(str(path), subfolder)
+    folder = snapshot_of(Path(path)) if Path(path).is_dir() else _snapshot(str(path), subfolder)
     if subfolder is None and not (folder / "model_index.json").is_file() and folder.name:
         # A component inside its pipeline: the other components define the schedule and the text.
         parent = folder.resolve().parent
@@ -89,10 +96,46 @@ def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
                 f"{folder} needs code of its own ({index.get('_class_name')}), which is never run; wrap it"
             )
         subfolder = subfolder or _denoiser(folder, index)
+    elif subfolder is None and not (folder / "config.json").is_file():
+        subfolder = next(iter(denoiser_folders(folder)), None)
     model = folder / subfolder if subfolder else folder
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"there is no {model / 'config.json'}; pass a folder that diffusers saved")
-    return ModelFolder(folder if index else None, index, model, read_json(model / "config.json"))
+    others = tuple(name for name in denoiser_folders(folder) if name != subfolder) if subfolder else ()
+    return ModelFolder(folder if index else None, index, model, read_json(model / "config.json"), others)
+
+
+def denoiser_folders(folder: Path) -> tuple[str, ...]:
+    """Returns the denoisers among the folders in a folder, as trainers leave them; averaged weights first."""
+    names = [entry.name for entry in folder.iterdir() if _is_denoiser(entry)]
+    order = {name: i for i, name in enumerate(DENOISERS)}
+    return tuple(sorted(names, key=lambda name: (name == _without_ema(name), order.get(_without_ema(name), 99), name)))
+
+
+def _is_denoiser(folder: Path) -> bool:
+    name, config = re.sub(r"_\d+$", "", _without_ema(folder.name)), folder / "config.json"
+    return name in DENOISERS and config.is_file() and "_class_name" in read_json(config)
+
+
+def _without_ema(name: str) -> str:
+    return re.sub(r"^ema[_-]|[_-]ema$", "", name)
+
+
+def snapshot_of(folder: Path) -> Path:
+    """Returns the snapshot in a folder of the Hub's cache, `models--owner--name`; other folders as they are.
+
+    Raises:
+        ValueError: If there are several snapshots and none is that of `refs/main`.
+    """
+    snapshots = folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return folder
+    names = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    main = folder / "refs" / "main"
+    wanted = main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    if len(names) != 1 and wanted not in names:
+        raise ValueError(f"{folder} has {len(names)} snapshots ({', '.join(names[:4])}); pass one of them")
+    return snapshots / (names[0] if len(names) == 1 else str(wanted))
 
 
 def _denoiser(folder: Path, index: Mapping[str, Any]) -> str:
@@ -150,26 +193,38 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> dict[str, Any]:
     """Returns the options of `from_pretrained` that select the weights in a folder.
 
+    If there are several variants, the plain one is selected, else the first by name.
+
     Raises:
         MissingWeights: If a weight file is missing.
         ValueError: If the index of the weights is damaged.
     """
+    match = _weight_variants(folder)[0]
     files = {p.name for p in folder.iterdir()}
-    for suffix, safe in (("safetensors", True), ("bin", False)):
+    for shard in _shards(folder, match.string):
+        if shard not in files:
+            raise MissingWeights(f"there is no weight file {folder / shard}; put it there")
+    return {"use_safetensors": ".safetensors" in match.string, "variant": match[1]}
+
+
+def read_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns the weight files that `weight_files` selects, and the names of the other variants beside them."""
+    match, *others = _weight_variants(folder)
+    return [folder / shard for shard in _shards(folder, match.string)], [other.string for other in others]
+
+
+def _weight_variants(folder: Path) -> list[re.Match[str]]:
+    """Returns the names of the files or indices of weights: safetensors first, then the plain one of the variants."""
+    files = {p.name for p in folder.iterdir()}
+    matches: list[re.Match[str]] = []
+    for suffix in ("safetensors", "bin"):
         single = re.compile(rf"{WEIGHTS}(?:\.(\w+))?\.{suffix}")
         index = re.compile(rf"{WEIGHTS}\.{suffix}\.index(?:\.(\w+))?\.json")
-        # Sorting puts the plain file before its variants, such as fp16.
-        matches = sorted((m for name in files if (m := single.fullmatch(name) or index.fullmatch(name))), key=_variant)
-        if matches:
-            for shard in _shards(folder, matches[0].string):
-                if shard not in files:
-                    raise MissingWeights(f"there is no weight file {folder / shard}; put it there")
-            return {"use_safetensors": safe, "variant": matches[0][1]}
-    raise MissingWeights(f"there is no weight file {folder / f'{WEIGHTS}.safetensors'}; put it there")
-
-
-def _variant(match: re.Match[str]) -> str:
-    return match[1] or ""
+        found = (m for name in files if (m := single.fullmatch(name) or index.fullmatch(name)))
+        matches += sorted(found, key=lambda match: match[1] or "")
+    if not matches:
+        raise MissingWeights(f"there is no weight file {folder / f'{WEIGHTS}.safetensors'}; put it there")
+    return matches
 
 
 def _shards(folder: Path, name: str) -> list[str]:

@@ -9,7 +9,7 @@ and shift only concern sampling and are ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape
-from layerprobe.backbones.diffusers.folders import REMOTE, is_repository, locate_model, read_json
+from layerprobe.backbones.diffusers.folders import (
+    REMOTE,
+    ModelFolder,
+    denoiser_folders,
+    is_repository,
+    locate_model,
+    read_json,
+    snapshot_of,
+)
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.backbones.diffusers.generic import guess_family, measure_layers
-from layerprobe.backbones.diffusers.lora import with_lora
+from layerprobe.backbones.diffusers.lora import merge_lora
 from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
-from layerprobe.backbones.diffusers.weights import load_denoiser
+from layerprobe.backbones.diffusers.weights import convert_denoiser, load_denoiser, weights_origin
 from layerprobe.capture import match_layers
 from layerprobe.files import import_optional
 from layerprobe.noise import NoiseSchedule, Prediction
@@ -37,8 +45,10 @@ def is_diffusers(path: str | Path) -> bool:
     """Returns whether a path is a folder of diffusers or a model on the Hub, "owner/name" or "hf://owner/name"."""
     folder = Path(path)
     if folder.is_dir():
+        folder = snapshot_of(folder)
         config = folder / "config.json"
-        return (folder / "model_index.json").is_file() or (config.is_file() and "_class_name" in read_json(config))
+        single = config.is_file() and "_class_name" in read_json(config)
+        return (folder / "model_index.json").is_file() or single or bool(denoiser_folders(folder))
     return str(path).startswith(REMOTE) or (not folder.exists() and is_repository(str(path)))
 
 
@@ -47,6 +57,8 @@ def open_diffusers(
     *,
     subfolder: str | None = None,
     lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
@@ -62,7 +74,10 @@ def open_diffusers(
         path: Folder of a pipeline or a model; "owner/name" for a model in this machine's cache of the Hub;
             "hf://owner/name" to download a model that is not in the cache.
         subfolder: Name of the component to open, if it is not the pipeline's transformer or unet.
-        lora: Folder of a peft adapter, or a LoRA `.safetensors` file of diffusers, merged into the weights.
+        lora: Folder of a peft adapter, or a LoRA `.safetensors` file of diffusers, peft, kohya's scripts or ComfyUI,
+            merged into the weights.
+        lora_alpha: Alpha of an adapter that does not say it; its rank by default.
+        tensors: Weights of a single file, by the names of the original code or of diffusers, instead of the folder's.
         layers: Names or patterns of layers; the blocks by default.
         schedule: `NoiseSchedule` or its name, instead of the scheduler's.
         prediction: Prediction target, instead of the scheduler's.
@@ -78,9 +93,13 @@ def open_diffusers(
     """
     import_optional("diffusers", "diffusers")
     folder = locate_model(path, subfolder)
-    module = load_denoiser(folder)
+    module, origin, assumptions = _weighted(folder, tensors)
     if lora is not None:
-        module = with_lora(module, Path(lora), component=folder.component)
+        merged = merge_lora(module, Path(lora), component=folder.component, alpha=lora_alpha)
+        origin |= {"lora": merged.record}
+        assumptions += merged.assumptions
+    elif lora_alpha is not None:
+        raise ValueError("--lora-alpha has no effect without --lora; leave it out")
     config, name = module.config, type(module).__name__
     family = CLASSES.get(name)
     if family is None:
@@ -106,7 +125,24 @@ def open_diffusers(
         forward=forward,
         name=f"{name} of {len(blocks)} blocks{text_note}",
         tokens=tokens,
+        assumptions=assumptions,
+        origin=origin,
     )
+
+
+def _weighted(
+    folder: ModelFolder, tensors: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """Returns the denoiser with its weights, where they come from, and what was assumed about them."""
+    if tensors is not None:
+        module, left_out = convert_denoiser(folder, tensors)
+        origin = {"configuration": str(folder.model)} | ({"left_out": left_out} if left_out else {})
+        return module, origin, ()
+    parts = [name for name in folder.others if name in folder.index]
+    assumption = (
+        f"{folder.model.name} works at every noise level, although there is also {', '.join(parts)} (--subfolder)"
+    )
+    return load_denoiser(folder), weights_origin(folder), (assumption,) if parts else ()
 
 
 def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequence[int] | None) -> Shape:

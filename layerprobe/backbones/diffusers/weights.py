@@ -6,18 +6,24 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, weight_files
+from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, read_files, weight_files
 from layerprobe.files import import_optional, one_line
 
+_ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of the denoiser in single files
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
+
+
+class SingleFileRefused(ValueError):
+    """A single file cannot be opened; the message gives the reason and what to do, without the file as its subject."""
 
 
 def load_denoiser(folder: ModelFolder) -> nn.Module:
@@ -51,6 +57,97 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
         raise ValueError(f"{folder.model} holds values that are not finite in {bad[0]}; use an earlier checkpoint")
     opened: nn.Module = module.eval()
     return opened
+
+
+def convert_denoiser(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, int]]:
+    """Builds the denoiser that a folder configures, with the weights of a single file.
+
+    Args:
+        folder: Folder with the configuration; its weights are not read.
+        tensors: Tensors of the file, by the names of the original code or of diffusers; other networks may be among
+            them.
+
+    Returns:
+        The denoiser, and the numbers of tensors left out by the first part of their names.
+
+    Raises:
+        SingleFileRefused: If diffusers cannot convert files of this class, or the weights are of another model,
+            quantized or not finite.
+    """
+    model_class = _model_class(folder)
+    title = model_class.__name__
+    with quiet_libraries():
+        try:
+            module = model_class.from_config(dict(folder.config)).float()
+        except Exception as error:  # A damaged configuration can fail in any way.
+            raise SingleFileRefused(
+                f"needs a whole configuration, but {folder.model} cannot be built as {title} ({one_line(error)}); "
+                "copy or download that folder again"
+            ) from error
+        wanted = module.state_dict()
+        prefix = _prefix(wanted, tensors)
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        converted = own if wanted.keys() <= own.keys() else _converted(folder, title, own)
+    missing, unexpected = sorted(wanted.keys() - converted.keys()), sorted(converted.keys() - wanted.keys())
+    shapes = [name for name in wanted if name in converted and wanted[name].shape != converted[name].shape]
+    if missing or unexpected or shapes:
+        raise SingleFileRefused(
+            f"does not fit {title} as {folder.model} configures it: {len(missing)} tensors are missing, "
+            f"{len(unexpected)} unexpected and {len(shapes)} of another shape, the first "
+            f"{(missing + unexpected + shapes)[0]}; pass --pipeline with the folder of its own model"
+        )
+    for name, tensor in converted.items():
+        if tensor.itemsize == 1 and wanted[name].is_floating_point():
+            raise SingleFileRefused(f"is quantized ({name}); dequantize it first")
+        if not bool(tensor.isfinite().all()):
+            raise SingleFileRefused(f"holds values that are not finite in {name}; use an earlier checkpoint")
+    module.load_state_dict(converted)
+    left_out = Counter(name.partition(".")[0] for name in tensors if not name.startswith(prefix))
+    return module.eval(), dict(left_out)
+
+
+def _prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Returns what stands before the names of the denoiser, either those of diffusers or of the original code."""
+    first = next(iter(wanted))
+    own = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    own = [prefix for prefix in own if all(f"{prefix}{name}" in tensors for name in wanted)]
+    if len(own) > 1:
+        names = ", ".join(prefix.strip(".") or "''" for prefix in own)
+        raise SingleFileRefused(f"holds several networks that fit ({names}); pass --weights with one of them")
+    original = (prefix for prefix in _ORIGINAL_PREFIXES if any(name.startswith(prefix) for name in tensors))
+    return own[0] if own else next(original, "")
+
+
+def _converted(folder: ModelFolder, title: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts the names of the original code to those of diffusers."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    if title not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise SingleFileRefused(f"cannot be converted: diffusers knows no single files of {title}; pass its folder")
+    if title == "UNet2DConditionModel":  # This converter looks for the prefix, and some others do not know it.
+        tensors = {f"{_ORIGINAL_PREFIXES[0]}{name}": tensor for name, tensor in tensors.items()}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[title]["checkpoint_mapping_fn"]
+    try:
+        # Some converters take entries out of the dictionary that they are given.
+        return dict(convert(checkpoint=dict(tensors), config=dict(folder.config)))
+    except Exception as error:  # On another model's names they fail in any way.
+        raise SingleFileRefused(
+            f"is not a file of {title} as {folder.model} configures it ({one_line(error)}); "
+            "pass --pipeline with the folder of its own model"
+        ) from error
+
+
+def weights_origin(folder: ModelFolder) -> dict[str, Any]:
+    """Returns which weights `load_denoiser` reads, as JSON: files, stored types, and what else is there."""
+    files, variants = read_files(folder.model)
+    types: set[str] = set()
+    for file in files if files[0].suffix == ".safetensors" else ():
+        with safe_open(file, framework="pt") as weights:
+            types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as above)
+    record: dict[str, Any] = {"files": [str(file) for file in files]}
+    if types:
+        record["stored_types"] = sorted(f"{kind}, read as F32" if kind in FLOATS - {"F32"} else kind for kind in types)
+    return record | {"other_weights": [*folder.others, *variants]}
 
 
 def _refuse_quantized(folder: Path) -> None:

@@ -36,8 +36,65 @@ def test_a_bare_model_folder_with_a_scheduler_beside_it(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").unlink()
     assert is_diffusers(tmp_path / "unet")
     assert open_diffusers(tmp_path / "unet").schedule.name == "ddpm-cosine"
-    assert not is_diffusers(tmp_path)
+    assert open_diffusers(tmp_path).schedule.name == "ddpm-cosine"
+    assert not is_diffusers(tmp_path / "scheduler")
     assert not is_diffusers(tmp_path / "nothing")
+
+
+def test_the_averaged_folder_of_a_trainer_s_checkpoint_is_read(tmp_path: Path) -> None:
+    """As the training scripts of diffusers leave it, with the states of accelerate beside the models."""
+    folder = tmp_path / "checkpoint-500"
+    model = BY_NAME["UNet2DModel"].save(tmp_path)
+    (tmp_path / "unet").rename(tmp_path / "last")
+    model.save_pretrained(folder / "unet")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(folder / "unet_ema")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        (folder / name).write_bytes(b"state")
+    assert is_diffusers(folder)
+    averaged = open_diffusers(folder)
+    assert torch.equal(averaged.module.conv_in.weight, model.conv_in.weight)
+    assert averaged.origin["other_weights"] == ["unet"]
+    assert averaged.schedule.name == "ddpm-cosine"  # From the pipeline that the training wrote beside it.
+    live = open_diffusers(folder, subfolder="unet")
+    assert torch.equal(live.module.conv_in.weight, 2 * model.conv_in.weight)
+    assert live.origin["other_weights"] == ["unet_ema"]
+
+
+def test_the_folder_of_the_hub_s_cache_is_read_at_its_top(tmp_path: Path) -> None:
+    cache = tmp_path / "models--us--tiny"
+    BY_NAME["DiTTransformer2DModel"].save(cache / "snapshots/abc")
+    assert is_diffusers(cache)
+    assert "snapshots/abc" in open_diffusers(cache).origin["files"][0]
+    BY_NAME["DiTTransformer2DModel"].save(cache / "snapshots/def")
+    with pytest.raises(ValueError, match=r"has 2 snapshots \(abc, def\); pass one of them"):
+        open_diffusers(cache)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("def\n")
+    assert "snapshots/def" in open_diffusers(cache).origin["files"][0]
+
+
+def test_the_files_the_types_and_the_other_variants_are_told(tmp_path: Path) -> None:
+    model: Any = BY_NAME["DiTTransformer2DModel"].save(tmp_path)
+    model.half().save_pretrained(tmp_path / "transformer", variant="fp16")
+    origin = open_diffusers(tmp_path).origin
+    assert origin["files"] == [str(tmp_path / "transformer/diffusion_pytorch_model.safetensors")]
+    assert origin["stored_types"] == ["F32"]
+    assert origin["other_weights"] == ["diffusion_pytorch_model.fp16.safetensors"]
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert open_diffusers(tmp_path).origin["stored_types"] == ["F16, read as F32"]
+
+
+def test_a_second_denoiser_of_a_pipeline_is_told(tmp_path: Path) -> None:
+    """Wan 2.2 has one network for high noise levels and one for low ones."""
+    model: Any = BY_NAME["DiTTransformer2DModel"].save(tmp_path)
+    model.save_pretrained(tmp_path / "transformer_2")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert any("there is also transformer_2 (--subfolder)" in text for text in open_diffusers(tmp_path).assumptions)
 
 
 def test_the_hub_s_cache_is_read_and_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
