@@ -12,7 +12,7 @@ from importlib import import_module
 
 import typer
 
-from layerprobe.files import MissingWeights
+from layerprobe.files import DiskFull, MissingWeights
 
 app = typer.Typer(
     name="layerprobe",
@@ -61,6 +61,8 @@ def run() -> int:
         return _fail(str(error), 3)
     except (ModuleNotFoundError, ImportError) as error:
         return _fail(f"{error}; install the missing package", 3)
+    except DiskFull as error:
+        return _fail(str(error), 1)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     return 0

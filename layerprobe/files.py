@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import re
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 
@@ -37,31 +43,176 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
+class DiskFull(OSError):
+    """A file could not be written because its disk is full."""
+
+
 @contextmanager
-def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` when the block ends without an exception.
+
+    Several processes may write the same file: each has a temporary file of its own, and the last one to finish wins.
+    The temporary file is removed after an exception. What killed processes left of them is removed by the next write.
 
     Args:
         path: Path of the finished file.
-        concurrent: Whether other processes may write the same file at the same time; the last one to finish wins.
-            Otherwise the temporary name is always the same, so that the remains of a killed process are overwritten.
+        durable: Whether to wait until file and name are on the disk, so that they survive a power cut. It costs
+            milliseconds to seconds, so it is for what cannot be made again cheaply.
+
+    Raises:
+        DiskFull: If the disk is full.
     """
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial" if concurrent else f"{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
+    _remove_remains(path.parent)
+    partial = path.with_name(f"{path.name}.{_process_name()}-{uuid4().hex[:8]}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors creates files that only their owner can read.
+        if durable:
+            _sync(partial)
         os.replace(partial, path)
-    finally:
-        if concurrent:  # No later call would overwrite this name.
+        if durable:
+            _sync(path.parent)
+    except Exception as error:
+        if _is_disk_full(error, path.parent):
+            written = partial.stat().st_size if partial.is_file() else 0
             partial.unlink(missing_ok=True)
+            raise _disk_full(path, f"more than {_megabytes(written)}") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def reserve(path: Path) -> None:
+    """Allocates the disk space of a file that has its final length already; removes the file if there is too little.
+
+    Raises:
+        DiskFull: If the disk is full.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # not on this system
+        return
+    except OSError as error:
+        if error.errno not in _FULL:
+            return  # A file system that cannot reserve.
+        path.unlink()
+        raise _disk_full(path, _megabytes(size)) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PARTIAL = re.compile(r".*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
+
+
+def _process_name() -> str:
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', socket.gethostname())}-{os.getpid()}"
+
+
+@cache
+def _remove_remains(folder: Path) -> None:
+    """Removes temporary files of dead processes of this machine, once per process and folder."""
+    for path in folder.glob("*.partial"):
+        name = _PARTIAL.fullmatch(path.name)
+        if name and _process_name().startswith(f"{name['host']}-") and not _is_alive(int(name["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass  # A process of another user; a number that is no process's is left alone.
+    return True
+
+
+def _is_disk_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # torch and safetensors raise errors of their own, without the number.
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 64 * 1024
+
+
+def _disk_full(path: Path, needed: str) -> DiskFull:
+    free = _megabytes(shutil.disk_usage(path.parent).free)
+    return DiskFull(
+        f"{path} could not be written: the disk is full ({free} free, {needed} needed); "
+        "free some space and repeat the command"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Writes a text file atomically: readers see the old content or the new one, never a part."""
-    with atomic_write(path, concurrent=True) as partial:
+    with atomic_write(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+LOCK = ".lock"
+_held: set[Path] = set()
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a folder for this process while the block runs, so that no second one works on the same files.
+
+    The lock ends with the process, however it ends. Within a process, an inner block of the same folder does nothing.
+
+    Args:
+        folder: Folder; created if it does not exist.
+        wait: Whether to wait until another process has finished; otherwise it is an error.
+
+    Raises:
+        ValueError: If another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / LOCK
+    if path in _held:
+        yield
+        return
+    with path.open("a+", encoding="utf-8") as file:
+        if not _lock(file, wait=wait):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}; wait until it ends, or choose another folder")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        file.flush()
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
+
+
+def _lock(file: TextIO, *, wait: bool) -> bool:
+    """Locks a file; returns False if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where temporary names of their own still keep files whole
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # A network file system without locks.
+        return True
+    return True
 
 
 def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
@@ -80,7 +231,8 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder; choose another --out")
     # Listed before looking for the record, since another process may write it in between.
-    other_files = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) if folder.is_dir() else []
+    files = folder.iterdir() if folder.is_dir() else ()
+    other_files = sorted(file.name for file in files if file.name != LOCK and file.suffix != ".partial")
     if record_path.is_file():
         different_keys = differences(_read(record_path), record)
         if different_keys:
@@ -92,7 +244,7 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     if other_files:
         raise ValueError(f"{folder} is not empty and contains other files ({other_files[0]}); choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(record_path, json.dumps(record, indent=1))
+    write_text(record_path, json.dumps(record, indent=1), durable=True)
 
 
 def check_same(path: Path, record: Mapping[str, Any], *, what: str) -> None:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from layerprobe.files import atomic_write, check_same, claim, differences, import_optional, one_line, write_text
+from layerprobe.files import (
+    DiskFull,
+    atomic_write,
+    check_same,
+    claim,
+    differences,
+    import_optional,
+    locked,
+    one_line,
+    reserve,
+    write_text,
+)
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
@@ -45,7 +64,7 @@ def test_a_file_has_the_permissions_of_its_neighbors(tmp_path: Path) -> None:
 
 
 def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "a", concurrent=True) as one, atomic_write(tmp_path / "a", concurrent=True) as other:
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "a").read_text() == "one"  # which finished last
@@ -167,3 +186,154 @@ def test_differences_are_dotted_keys() -> None:
     assert differences(before, {"a": {"b": [1, 2], "c": 1}, "d": None}) == []
     assert differences(before, {"a": {"b": [2, 1], "c": 1}, "e": 0}) == ["a.b", "e"]
     assert differences(before, {"a": 5}) == ["a"]
+
+
+# Writes the same file over and over, slowly, as one of two processes that share a folder.
+WRITER = """
+import sys, time
+from pathlib import Path
+from layerprobe.files import atomic_write
+
+place, letter = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+while True:
+    with atomic_write(place) as partial, partial.open("w") as file:
+        for _ in range(64):
+            file.write(letter * 1000)
+            file.flush()
+"""
+
+
+def test_a_killed_writer_leaves_no_mixed_file_and_its_remains_go(tmp_path: Path) -> None:
+    place = tmp_path / "shard"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(place), letter], stdout=subprocess.PIPE, text=True)
+        for letter in "ab"
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            time.sleep(0.1)
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+            text = place.read_text()
+            assert text in ("a" * 64_000, "b" * 64_000)
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    remains = list(tmp_path.glob("*.partial"))
+    other = tmp_path / "shard.elsewhere-1-0123abcd.partial"  # of another machine, where the process may live
+    other.write_text("x")
+    write_text(tmp_path / "another", "x")
+    assert not any(path.exists() for path in remains)
+    assert other.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # as of safetensors
+    ],
+)
+def test_a_full_disk_is_told_in_one_line_and_the_unfinished_file_is_removed(tmp_path: Path, error: Exception) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def failed() -> None:
+        with atomic_write(tmp_path / "a") as partial:
+            partial.write_bytes(b"x" * 2_000_000)
+            raise error
+
+    with pytest.raises(DiskFull, match=r"a could not be written: the disk is full \(.* free, more than 2 MB needed\)"):
+        failed()
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_an_error_without_a_number_counts_as_a_full_disk_where_nothing_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed() -> None:
+        with atomic_write(tmp_path / "a"):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        failed()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(DiskFull, match="0 MB free"):
+        failed()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a disk in memory cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        write_text(disk / "a", "old")
+        with pytest.raises(DiskFull), atomic_write(disk / "a") as partial:
+            partial.write_bytes(bytes(2_000_000))
+        with (disk / "sparse").open("wb") as file:
+            file.truncate(2_000_000)
+        with pytest.raises(DiskFull, match=r"sparse could not be written.*2 MB needed"):
+            reserve(disk / "sparse")
+        assert contents(disk) == {"a": b"old"}
+
+
+def test_reserving_keeps_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    reserve(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_durable_write_is_synced_before_and_after_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    synced, replaced = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("sync"), synced(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replace"), replaced(old, new)))
+    write_text(tmp_path / "a", "x")
+    assert calls == ["replace"]
+    write_text(tmp_path / "a", "x", durable=True)
+    assert calls == ["replace", "sync", "replace", "sync"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from layerprobe.files import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_names_its_holder_until_that_process_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on .* since .*; wait until it ends"),
+            locked(tmp_path),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked(tmp_path), locked(tmp_path):  # again within the same process
+        claim(tmp_path, "plan.json", RECORD, what="features")
+    with locked(tmp_path, wait=True):
+        pass

@@ -88,7 +88,7 @@ def confirm_pair(
         looked=earlier_looks(folder, judged_arm(arms).name),
     )
     write_text(folder / "confirmation.csv", curves.to_csv(index=False))
-    write_text(folder / "verdict.json", verdict.to_json())
+    write_text(folder / "verdict.json", verdict.to_json(), durable=True)
     return verdict
 
 

@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
+from layerprobe.files import atomic_write
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
@@ -94,8 +95,9 @@ def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    png.write_bytes(_render(figure, "png"))
-    svg.write_bytes(_render(figure, "svg"))
+    for path in (png, svg):
+        with atomic_write(path) as partial:
+            partial.write_bytes(_render(figure, path.suffix[1:]))
     return png, svg
 
 

@@ -200,7 +200,7 @@ def _load_cached(network: _Classifier, cache: str | Path | None, origin: str) ->
 def _save(network: _Classifier, cache: str | Path | None, origin: str) -> None:
     if cache is not None:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(cache), concurrent=True) as partial:  # shards of a pair sweep
+        with atomic_write(Path(cache)) as partial:
             save_file(network.state_dict(), partial, metadata={"origin": origin})
 
 

@@ -114,9 +114,9 @@ def draw_samples(
     place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
         write_text(record_path, json.dumps(made_of, indent=1))
-        np.save(place.with_suffix(".npy"), shown.numpy())
+        _save_array(place.with_suffix(".npy"), shown.numpy())
         if rendering is not None and mask is not None:
-            np.save(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
+            _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
     return place
 
 
@@ -243,8 +243,7 @@ def draw_archive(
             if not path.is_file():
                 indices = range(part * PART, min((part + 1) * PART, num))
                 images = _images(backbone, indices, plan, batch_size, vae)
-                with atomic_write(path) as partial_path, partial_path.open("wb") as file:
-                    np.save(file, images)
+                _save_array(path, images)
             if progress:
                 progress("samples", done, len(my_parts))
         ranks.barrier()
@@ -286,6 +285,11 @@ def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path |
         "plan": asdict(plan),
         "vae": None if vae is None else str(Path(vae).resolve()),
     }
+
+
+def _save_array(path: Path, array: NDArray[Any]) -> None:
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
 
 
 def _part(folder: Path, part: int) -> Path:

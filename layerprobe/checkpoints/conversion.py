@@ -65,17 +65,17 @@ def convert_checkpoint(
         metadata = {"format": "pt"}
         if checkpoint.record:
             metadata[METADATA_KEY] = json.dumps(checkpoint.record, sort_keys=True)
-        with atomic_write(out) as partial, atomic_write(description) as partial_description:
-            partial_description.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            try:
+        try:
+            with atomic_write(out) as partial, atomic_write(description) as partial_description:
+                partial_description.write_text(json.dumps(record, indent=1), encoding="utf-8")
                 save_file(_separate(checkpoint.tensors), partial, metadata=metadata)
-            except Exception as error:
-                partial.unlink()
-                partial_description.unlink()
-                reason = printable(" ".join(str(error).split()))
-                raise ValueError(
-                    f"{source} cannot be written as safetensors ({reason}); convert its types first"
-                ) from error
+        except OSError:  # The disk is full, or the folder cannot be written to.
+            raise
+        except Exception as error:
+            reason = printable(" ".join(str(error).split()))
+            raise ValueError(
+                f"{source} cannot be written as safetensors ({reason}); convert its types first"
+            ) from error
     return record
 
 

@@ -170,12 +170,12 @@ def save(state: TrainingState, folder: Path, ranks: Ranks, *, keep_last: int) ->
     write_logs(state, folder)
     path = folder / "checkpoints" / f"step-{state.step:07d}.pt"
     path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as partial:
+    with atomic_write(path, durable=True) as partial:
         torch.save(content, partial)
     # Checkpoints of later steps are damaged, since this run has continued from an earlier one.
     paths = checkpoints(folder)
     kept = paths[: paths.index(path) + 1][-keep_last:]
-    for other in {*paths, *path.parent.glob("*.partial")}.difference(kept):
+    for other in set(paths).difference(kept):
         other.unlink()
 
 

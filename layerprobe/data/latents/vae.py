@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
-from layerprobe.files import MissingWeights, atomic_write, claim, one_line, write_text
+from layerprobe.files import MissingWeights, claim, locked, one_line, reserve, write_text
 from layerprobe.progress import StepProgress
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -59,8 +60,9 @@ def encode(
     encoding_dir = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
     claim(encoding_dir, "latents.json", record, what="latents")
     path = encoding_dir / "moments.npy"
-    if not path.is_file():
-        _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
+    with locked(encoding_dir, wait=True):  # Other processes wait, and then find the latents.
+        if not path.is_file():
+            _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
     return LatentSamples(
         ArrayRows(path),
         content=content_hash(sorted(record.items())),
@@ -221,24 +223,22 @@ def _encode(
     progress: StepProgress | None,
 ) -> None:
     vae, n = _autoencoder(folder, device), len(samples)
-    counter = path.with_name("done.json")
-    with atomic_write(path) as partial:
-        # The count is written after the rows, so that every row below it is on disk.
-        done = json.loads(counter.read_text()) if counter.is_file() and partial.stat().st_size else 0
-        mode = "r+" if done else "w+"
-        stored = np.lib.format.open_memmap(partial, mode, dtype=np.float32, shape=(n, *shape))
-        for start in range(done, n, batch_size):
-            batch = samples.batch(range(start, min(start + batch_size, n)))
-            posterior = vae.encode(batch.x.to(device)).latent_dist
-            moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
-            bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
-            if len(bad):
-                raise ValueError(
-                    f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it"
-                )
-            stored[start : start + len(moments)] = moments.numpy()
-            stored.flush()
-            write_text(counter, json.dumps(start + len(moments)))
-            if progress:
-                progress(start + len(moments), n)
+    counter, unfinished = path.with_name("done.json"), path.with_name("unfinished.npy")
+    # The count is written after the rows, so that every row below it is on disk.
+    done = json.loads(counter.read_text()) if counter.is_file() and unfinished.is_file() else 0
+    stored = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", dtype=np.float32, shape=(n, *shape))
+    reserve(unfinished)  # A full disk would kill a process that writes to mapped memory.
+    for start in range(done, n, batch_size):
+        batch = samples.batch(range(start, min(start + batch_size, n)))
+        posterior = vae.encode(batch.x.to(device)).latent_dist
+        moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
+        bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
+        if len(bad):
+            raise ValueError(f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it")
+        stored[start : start + len(moments)] = moments.numpy()
+        stored.flush()
+        write_text(counter, json.dumps(start + len(moments)))
+        if progress:
+            progress(start + len(moments), n)
+    os.replace(unfinished, path)
     counter.unlink(missing_ok=True)
