@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from layerprobe.analyses.figures.style import BACKGROUND, GRAY, INK, LINE_COLORS, WIDTH_IN, styled
-from layerprobe.analyses.selection import PRIOR_DEPTHS, PRIOR_RANGES, PublishedPair, published_pairs
+from layerprobe.analyses.selection import PRIOR_RANGES, PublishedPair, published_pairs
+from layerprobe.analyses.tables import PRIOR_DEPTHS
 
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 # Where the numbers of a study stand beside its points, so that those of different studies do not meet.

@@ -2,7 +2,7 @@ from .controls import MAJORITY as MAJORITY
 from .controls import control_accuracies as control_accuracies
 from .controls import unfinished_probes as unfinished_probes
 from .limits import PairLimits as PairLimits
-from .published import PRIOR_DEPTHS as PRIOR_DEPTHS
+from .published import FEWEST_BLOCKS as FEWEST_BLOCKS
 from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair
 from .published import nearest_published as nearest_published
@@ -10,6 +10,7 @@ from .published import published_pairs as published_pairs
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights
 from .ranking import rank_pairs as rank_pairs
+from .ranking import scores as scores
 from .ranking import standard_ranks as standard_ranks
 from .ranking import standardized as standardized
 from .recommendations import Recommendation as Recommendation

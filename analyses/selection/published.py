@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-# Depths of student and teacher: about where most of the published gain is, and what SRA's author advises.
-PRIOR_DEPTHS = (0.25, 0.70)
+# Blocks of the smallest network of which the published table has shares.
+FEWEST_BLOCKS = 12
 # Ranges of the student's and of the teacher's depth in which self-aligned pairs gain most.
 PRIOR_RANGES = ((0.15, 0.40), (0.62, 0.80))
 
@@ -101,9 +101,9 @@ def published_pairs() -> tuple[PublishedPair, ...]:
 
 
 def nearest_published(student_depth: float, teacher_depth: float, *, num: int = 3) -> tuple[PublishedPair, ...]:
-    """Returns the published self-aligned pairs at the smallest distance in (student depth, teacher depth).
+    """Returns the self-aligned pairs with a share at the smallest distance in (student depth, teacher depth).
 
-    Pairs with a share come before others at the same distance, then those of more blocks.
+    Of pairs at the same distance those of more blocks come first.
 
     Args:
         student_depth: Depth of the student, in (0, 1].
@@ -111,11 +111,12 @@ def nearest_published(student_depth: float, teacher_depth: float, *, num: int = 
         num: Largest number of pairs.
     """
 
-    def rank(pair: PublishedPair) -> tuple[float, bool, int]:
+    def rank(pair: PublishedPair) -> tuple[float, int]:
         distance = math.hypot(pair.student_depth - student_depth, (pair.teacher_depth or 0.0) - teacher_depth)
-        return round(distance, 6), pair.share is None, -pair.blocks
+        return round(distance, 6), -pair.blocks
 
-    return tuple(sorted((pair for pair in published_pairs() if pair.teacher is not None), key=rank)[:num])
+    compared = [pair for pair in published_pairs() if pair.teacher is not None and pair.share is not None]
+    return tuple(sorted(compared, key=rank)[:num])
 
 
 def _improvement(row: dict[str, str]) -> float:
