@@ -2,9 +2,15 @@ from .controls import MAJORITY as MAJORITY
 from .controls import control_accuracies as control_accuracies
 from .controls import probe_cautions as probe_cautions
 from .limits import PairLimits as PairLimits
+from .published import FEWEST_BLOCKS as FEWEST_BLOCKS
+from .published import PRIOR_RANGES as PRIOR_RANGES
+from .published import PublishedPair as PublishedPair
+from .published import nearest_published as nearest_published
+from .published import published_pairs as published_pairs
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights
 from .ranking import rank_pairs as rank_pairs
+from .ranking import scores as scores
 from .ranking import standard_ranks as standard_ranks
 from .ranking import standardized as standardized
 from .recommendations import Recommendation as Recommendation

@@ -52,6 +52,10 @@ def _by_place(student: str, teacher: str, evidence: PairEvidence, basis: Selecti
         against.append(Objection("teacher in the tail", limit=len(basis.tail)))
     if student in basis.head:
         against.append(Objection("student in the head", limit=len(basis.head)))
+    if student in basis.late:
+        against.append(
+            Objection("student too deep", value=evidence.layers.index(student) + 1, limit=len(evidence.layers))
+        )
     distance = evidence.distance(student, teacher)
     if distance < basis.min_distance:
         against.append(Objection("too close", value=distance, limit=basis.min_distance))

@@ -3,12 +3,15 @@
 - **No teacher in the tail**, the last 20 % of the layers and at least the last one: these layers decode content back to
   pixels, and the teachers of all pairs published for LayerSync come before them.
 - **No student in the head**, the first tenth of the layers, rounded down: no layer if there are fewer than ten.
+- **No student beyond half of the depth**: later students kept at most two thirds of the published gain, and the latest
+  none (docs/published-pairs.md).
 - **The student comes before its teacher and is weaker.** Strength is probe accuracy, or noise-LiDAR without labels.
 - **The teacher knows something**: its probe accuracy is above that of the network with random weights, not surely below
   that of the raw input, and surely above the share of the most frequent class.
-- **Distance**: at least a quarter of the depth. Close pairs gained least in LayerSync's own comparison of depths.
-- **Not alike already**: CKA between the two at equal noise levels, averaged, is at most 0.9. In a network where all
-  pairs exceeded this limit, alignment cost quality (docs/picking.md).
+- **Distance**: about 0.3 of the depth. Close pairs gained least wherever distances were compared.
+- **Not copies**: CKA between the two at equal noise levels, averaged, is at most 0.99. Pairs above 0.9 are ranked, with
+  a caution; a network in which all pairs are above it has no pick. In one such network alignment cost quality
+  (docs/picking.md).
 - **Out of linear reach**: where tokens were kept, a ridge regression from the student's tokens misses at least 5 % of
   what the teacher adds (the recoverability gap), beyond the uncertainty.
 - **The network needs its teacher**: when the layer is skipped the loss rises, beyond the uncertainty. A layer that does
@@ -30,8 +33,9 @@ class PairLimits:
         exclude_tail: Fraction of the layers at the end, rounded down to whole layers but at least one, that may not
             teach; 0 for none.
         skip_first: Number of first layers that may not learn; by default a tenth of the layers, rounded down.
-        min_distance: Least number of layers between student and teacher; by default a quarter of the depth, at least 2.
-        max_cka: Largest mean CKA; a pair above it counts as alike already.
+        max_student: Largest depth of a student, as a fraction of the layers.
+        min_distance: Least number of layers between student and teacher; by default 0.3 of the depth, at least 2.
+        max_cka: Largest mean CKA of a pair; 1 also admits pairs of a network in which all layers are alike.
         min_gap: Least recoverability gap; the lower end of the pair's interval must reach it.
 
     Raises:
@@ -40,8 +44,9 @@ class PairLimits:
 
     exclude_tail: float = field(default=0.2, metadata=option(minimum=0, maximum=1))
     skip_first: int | None = field(default=None, metadata=option(minimum=0))
+    max_student: float = field(default=0.5, metadata=option(minimum=0, maximum=1))
     min_distance: int | None = field(default=None, metadata=option(minimum=1))
-    max_cka: float = field(default=0.9, metadata=option(minimum=-1, maximum=1))
+    max_cka: float = field(default=0.99, metadata=option(minimum=-1, maximum=1))
     min_gap: float = field(default=0.05, metadata=option())
 
     def __post_init__(self) -> None:
@@ -63,9 +68,13 @@ class PairLimits:
         """Returns the layers that may not learn."""
         return layers[: int(0.1 * len(layers) + 1e-9) if self.skip_first is None else self.skip_first]
 
+    def late(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the layers that are too deep to learn."""
+        return layers[int(self.max_student * len(layers) + 1e-9) :]
+
     def distance(self, layers: tuple[str, ...]) -> int:
         """Returns the least distance in a network of these layers."""
-        return max(2, round(0.25 * len(layers))) if self.min_distance is None else self.min_distance
+        return max(2, round(0.3 * len(layers))) if self.min_distance is None else self.min_distance
 
 
 DEFAULT_LIMITS = PairLimits()

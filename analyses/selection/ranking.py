@@ -1,20 +1,29 @@
 """Ranking of layer pairs by their evidence; it may find that no pair is admissible.
 
-A pick is a hypothesis, and `layerprobe confirm` gives the verdict: a layer with informative features is not always a
-good teacher. Under REPA, aligning a deeper layer raised probe accuracy and worsened FID (arXiv:2410.06940, Table 2),
-and no automatic picker for self-alignment has been published so far. So a selection contains every number that its
-ranking rests on, and the reasons against every refused pair.
+**The rule.** The teacher is the richest layer before the tail: the one with the highest probe accuracy, or one that the
+data cannot tell from it. Among the pairs of these teachers, three terms of equal weight decide:
 
-Pairs that pass the filters (see `filters`) are ranked by a **rule**, a weighted sum of criteria. Each criterion is
-turned into ranks among all pairs of the network, of mean 0 and variance 1, because raw values differ too much
-between models; the score is the sum, scaled to mean 0 and variance 1.
+- the **gap**: by how much the teacher's probe accuracy exceeds the student's;
+- the **distance** in depth, up to 0.4, beyond which published pairs gain no more;
+- the **nearness to published depths**: student at 0.25 and teacher at 0.70 of the depth.
+
+Each term is turned into ranks among all pairs of the network, of mean 0 and variance 1, because raw values differ too
+much between models; the score is the sum, scaled to mean 0 and variance 1. On thirteen published readings of one
+network the score goes with the gain (Spearman +0.77). That is weak evidence: they are few, and the published depths
+were chosen on them (docs/published-pairs.md). The student's own accuracy never counts in its favor: under REPA,
+aligning a deeper layer raised probe accuracy and worsened FID (arXiv:2410.06940, Table 2).
+
+A pick is a hypothesis, and `layerprobe confirm` gives the verdict. So a selection contains every number that its
+ranking rests on, and the reasons against every refused pair (see `filters`).
 
 **Ties**: the intervals of the criteria show which pairs cannot be distinguished from the first one. Of those the pick
 is the one whose score is largest at the lower end of its uncertainty; the others are reported as ties.
 
-The rule needs no labels. Without labels, noise-LiDAR replaces the probe where students are compared with teachers: the
-number of directions in which samples differ more than noise moves them. If the features have a single noise draw, the
-effective rank replaces noise-LiDAR; it also counts the directions of noise. The selection records which was used.
+**Without labels** noise-LiDAR replaces the probe: the number of directions in which samples differ more than noise
+moves them. If the features have a single noise draw, the effective rank replaces noise-LiDAR; it also counts the
+directions of noise. The selection records which was used.
+
+**Other rules**: `equal_weights` makes a rule of criteria that a user names; all admissible pairs are ranked by these.
 """
 
 from __future__ import annotations
@@ -32,6 +41,7 @@ from layerprobe.analyses.measures import Z95, Floats
 from layerprobe.analyses.selection.controls import near_controls
 from layerprobe.analyses.selection.filters import different_shapes, objections
 from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
+from layerprobe.analyses.selection.published import FEWEST_BLOCKS
 from layerprobe.analyses.selection.records import (
     Caution,
     LayerQuality,
@@ -44,24 +54,25 @@ from layerprobe.analyses.selection.records import (
     SelectionBasis,
 )
 from layerprobe.analyses.tables import (
+    CAPPED_DISTANCE,
     CKA,
     CRITERIA,
     LIDAR_GAP,
+    NEARNESS,
     NOISE_LIDAR,
     PROBE,
     PROBE_GAP,
     RANK,
     RANK_GAP,
-    RECOVERABILITY,
     TEACHER_NEED,
     Number,
     PairEvidence,
 )
 
-# Weights of the criteria; the sign says which end is good. Given the depths of both layers, the gap in effective rank
-# goes with the gain in five of six sweeps of long trainings with a slow start. Nothing that needs labels does.
-# Recoverability and CKA go with it where alignment pays; weighing the two is RARE's idea (docs/atlas/findings.md).
-RULE: Mapping[str, float] = {RANK_GAP: 1.0, RECOVERABILITY: 1.0, CKA: -1.0}
+# Weights of the terms; without labels another gap stands in for the first.
+RULE: Mapping[str, float] = {PROBE_GAP: 1.0, CAPPED_DISTANCE: 1.0, NEARNESS: 1.0}
+# Mean CKA above which a caution is due: alignment cost quality where all pairs were above it (docs/picking.md).
+ALIKE = 0.9
 _DRAWS = 400  # random draws of the criteria within their intervals
 _QUALITY: Mapping[str, Metric] = {PROBE_GAP: "probe accuracy", LIDAR_GAP: "noise-LiDAR", RANK_GAP: "effective rank"}
 _QUANTITY: Mapping[Metric, str] = {"probe accuracy": PROBE, "noise-LiDAR": NOISE_LIDAR, "effective rank": RANK}
@@ -71,7 +82,7 @@ def rank_pairs(
     evidence: PairEvidence,
     *,
     label_free: bool = False,
-    rule: Mapping[str, float] = RULE,
+    rule: Mapping[str, float] | None = None,
     limits: PairLimits = DEFAULT_LIMITS,
     num_pairs: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -84,7 +95,7 @@ def rank_pairs(
     Args:
         evidence: Evidence of the layers and pairs, as `measure_evidence` measures it.
         label_free: Whether to use only criteria that need no labels.
-        rule: Weights of the criteria; see `equal_weights` for criteria that a user names.
+        rule: Weights of other criteria to rank by, see `equal_weights`; None for the rule of this module.
         limits: Limits that an admissible pair must keep.
         num_pairs: Number of ranked pairs to keep; all if None.
         shapes: Shape (tokens, width) of each layer, for the reason why the evidence does not contain a pair.
@@ -98,7 +109,7 @@ def rank_pairs(
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs is {num_pairs}; pass 1 or more, or None for all pairs")
     gap = _gap_criterion(evidence, label_free)
-    weights, missing = _usable(rule, evidence, gap)
+    weights, missing = _usable(RULE if rule is None else rule, evidence, gap)
     basis = SelectionBasis(
         metric=_QUALITY[gap],
         split="train and validation" if label_free else "validation",
@@ -106,14 +117,14 @@ def rank_pairs(
         layers=evidence.layers,
         tail=limits.tail(evidence.layers),
         head=limits.head(evidence.layers),
+        late=limits.late(evidence.layers),
         min_distance=limits.distance(evidence.layers),
         max_cka=limits.max_cka,
         min_gap=limits.min_gap,
         weights=tuple(weights.items()),
         controls=tuple((controls or {}).items()) if gap == PROBE_GAP else (),
     )
-    if min(evidence.noise_levels, default=0.0) >= 1:
-        against_all = (*against_all, Objection("nothing but noise", value=min(evidence.noise_levels)))
+    against_all = (*against_all, *_against_network(evidence, limits))
     admissible, rejected = [], []
     places = {pair: index for index, pair in enumerate(evidence.pairs)}
     for pair in combinations(evidence.layers, 2):
@@ -125,9 +136,9 @@ def rank_pairs(
         else:
             admissible.append(index)
     if admissible and not weights:
-        raise ValueError(f"the evidence has none of {', '.join(rule)}; name other criteria, or extract more")
+        raise ValueError(f"the evidence has none of {', '.join(rule or RULE)}; name other criteria, or extract more")
     qualities = _qualities(evidence, basis)
-    ranked = _ranked(evidence, weights, admissible, qualities, gap) if admissible else ()
+    ranked = _ranked(evidence, weights, admissible, qualities, gap, richest_first=rule is None) if admissible else ()
     return Selection(
         basis=basis,
         label_free=label_free,
@@ -164,10 +175,10 @@ def _gap_criterion(evidence: PairEvidence, label_free: bool) -> str:
 def _usable(rule: Mapping[str, float], evidence: PairEvidence, gap: str) -> tuple[dict[str, float], list[Caution]]:
     """Weights of the criteria that the evidence contains, and cautions about the others.
 
-    The effective rank replaces noise-LiDAR if that is missing.
+    The gap by which students are compared with teachers replaces that of the probe, or of noise-LiDAR if it is missing.
     """
-    stand_in = {LIDAR_GAP: RANK_GAP} if gap == RANK_GAP else {}
-    weights = {stand_in.get(name, name): weight for name, weight in rule.items()}
+    replaced = {PROBE_GAP, LIDAR_GAP} if gap == RANK_GAP else {PROBE_GAP}
+    weights = {gap if name in replaced and gap != PROBE_GAP else name: weight for name, weight in rule.items()}
     usable = {name: weight for name, weight in weights.items() if evidence.has(name)}
     missing = [
         Caution("criterion not measured", name, note=evidence.number(name, 0).note)
@@ -202,22 +213,30 @@ def _ranked(
     admissible: Sequence[int],
     qualities: Sequence[LayerQuality],
     gap_criterion: str,
+    *,
+    richest_first: bool,
 ) -> tuple[RankedPair, ...]:
-    """The admissible pairs, the pick first."""
+    """The admissible pairs, the pick first; those of the richest teachers before all others if `richest_first`."""
+    by_layer = {layer.layer: layer for layer in qualities}
     names, weights = list(rule), np.array(list(rule.values()))
-    parts = weights[:, None] * standard_ranks(np.stack([evidence.columns(name)[0] for name in names]))
+    parts = _parts(evidence, rule)
     size = parts.sum(0).std() or 1.0
     ranks = standard_ranks(np.stack([_drawn(evidence, name, seed=i) for i, name in enumerate(names)], axis=1))
     # Scores as they might be: the rule on criteria drawn from within their intervals, shape (draws, P).
     drawn = standardized(np.tensordot(ranks, weights, axes=(1, 0)))
-    scores = standardized(parts.sum(0))
+    of_pairs = standardized(parts.sum(0))
     # Stable: of equal scores the earlier student comes first, then the earlier teacher.
-    order = sorted(admissible, key=lambda i: -scores[i])
-    ties = [i for i in order if i == order[0] or np.quantile(drawn[:, order[0]] - drawn[:, i], 0.025) <= 0]
+    rich = [richest_first and by_layer[teacher].ties_with_best for _, teacher in evidence.pairs]
+    order = sorted(admissible, key=lambda i: (not rich[i], -of_pairs[i]))
+    first = order[0]
+    ties = [
+        i
+        for i in order
+        if rich[i] == rich[first] and (i == first or np.quantile(drawn[:, first] - drawn[:, i], 0.025) <= 0)
+    ]
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     pick = max(ties, key=lambda i: float(low[i]))
     order.sort(key=lambda i: i != pick)
-    by_layer = {layer.layer: layer for layer in qualities}
     ranked = []
     for i in order:
         student, teacher = (by_layer[name] for name in evidence.pairs[i])
@@ -226,7 +245,7 @@ def _ranked(
             RankedPair(
                 student=student.layer,
                 teacher=teacher.layer,
-                score=float(scores[i]),
+                score=float(of_pairs[i]),
                 score_low=float(low[i]),
                 score_high=float(high[i]),
                 parts=tuple(
@@ -244,6 +263,30 @@ def _ranked(
             )
         )
     return tuple(ranked)
+
+
+def scores(evidence: PairEvidence, rule: Mapping[str, float] = RULE) -> Floats:
+    """Returns the score of every pair of the evidence by a rule, admissible or not, shape (P,)."""
+    return standardized(_parts(evidence, rule).sum(0))
+
+
+def _parts(evidence: PairEvidence, rule: Mapping[str, float]) -> Floats:
+    """What each criterion adds to the scores before these are scaled, shape (criteria, P)."""
+    ranks = standard_ranks(np.stack([evidence.columns(name)[0] for name in rule]))
+    parts: Floats = np.array(list(rule.values()))[:, None] * ranks
+    return parts
+
+
+def _against_network(evidence: PairEvidence, limits: PairLimits) -> list[Objection]:
+    """Objections against every pair of a network."""
+    against = []
+    if min(evidence.noise_levels, default=0.0) >= 1:
+        against.append(Objection("nothing but noise", value=min(evidence.noise_levels)))
+    cka = evidence.columns(CKA)[0]
+    least = float(np.nanmin(cka)) if np.isfinite(cka).any() else math.nan
+    if least > ALIKE and limits.max_cka < 1:
+        against.append(Objection("all layers alike", CKA, least, limit=ALIKE))
+    return against
 
 
 def _part(name: str, number: Number, adds: float) -> ScorePart:
@@ -279,7 +322,14 @@ def _cautions(
     if len(ranked) == 1:
         cautions.append(Caution("only one pair"))
     if ranked:
-        cautions += near_controls(evidence.layer_number(PROBE, ranked[0].teacher), basis)
+        first = ranked[0]
+        if first.mean_cka > ALIKE:
+            cautions.append(Caution("alike", CKA, value=first.mean_cka, limit=ALIKE))
+        if not first.teacher_is_best:
+            cautions.append(Caution("teacher not the richest", value=first.teacher_quality))
+        if len(evidence.layers) < FEWEST_BLOCKS:
+            cautions.append(Caution("shallower than published", value=len(evidence.layers), limit=FEWEST_BLOCKS))
+        cautions += near_controls(evidence.layer_number(PROBE, first.teacher), basis)
     return cautions
 
 

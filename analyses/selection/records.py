@@ -15,6 +15,7 @@ from layerprobe.layersync import WEIGHT, LayerPair
 ObjectionCode = Literal[
     "teacher in the tail",
     "student in the head",
+    "student too deep",
     "too close",
     "different shapes",
     "not measured",
@@ -25,9 +26,10 @@ ObjectionCode = Literal[
     "below a control",
     "network does not denoise",
     "nothing but noise",
+    "all layers alike",
 ]
 # Objections to the whole run, which stand against each of its pairs.
-OF_THE_RUN: tuple[ObjectionCode, ...] = ("network does not denoise", "nothing but noise")
+OF_THE_RUN: tuple[ObjectionCode, ...] = ("network does not denoise", "nothing but noise", "all layers alike")
 CautionCode = Literal[
     "no labels",
     "effective rank for noise-LiDAR",
@@ -35,6 +37,9 @@ CautionCode = Literal[
     "gap within the uncertainty",
     "ties with the pick",
     "only one pair",
+    "alike",
+    "teacher not the richest",
+    "shallower than published",
     "convention trusted",
     "criterion not measured",
     "probes not converged",
@@ -96,7 +101,8 @@ class SelectionBasis:
         noise_levels: Noise levels over which the criteria are averaged.
         layers: All layers, in execution order.
         tail: Layers that may not teach.
-        head: Layers that may not learn.
+        head: First layers, which may not learn.
+        late: Layers too deep to learn.
         min_distance: Least number of layers between student and teacher.
         max_cka: Largest mean CKA of a pair.
         min_gap: Least recoverability gap, where it was measured.
@@ -111,6 +117,7 @@ class SelectionBasis:
     layers: tuple[str, ...]
     tail: tuple[str, ...]
     head: tuple[str, ...]
+    late: tuple[str, ...]
     min_distance: int
     max_cka: float
     min_gap: float
@@ -249,6 +256,10 @@ class Selection:
     def pick(self) -> LayerPair | None:
         """Pair that is ranked first, or None if no pair is admissible."""
         return self.ranked[0].pair if self.ranked else None
+
+    def depth(self, layer: str) -> float:
+        """Returns the number of a layer, counted from 1, over the number of layers."""
+        return (self.basis.layers.index(layer) + 1) / len(self.basis.layers)
 
     @property
     def refusal(self) -> tuple[RejectedPair | None, tuple[Objection, ...]]:

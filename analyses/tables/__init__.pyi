@@ -1,4 +1,5 @@
 from .csv_files import write_table as write_table
+from .evidence import CAPPED_DISTANCE as CAPPED_DISTANCE
 from .evidence import CKA as CKA
 from .evidence import CKNNA as CKNNA
 from .evidence import COSINE as COSINE
@@ -7,7 +8,9 @@ from .evidence import DISTANCE as DISTANCE
 from .evidence import KNN_GAP as KNN_GAP
 from .evidence import LABEL_QUANTITIES as LABEL_QUANTITIES
 from .evidence import LIDAR_GAP as LIDAR_GAP
+from .evidence import NEARNESS as NEARNESS
 from .evidence import NOISE_LIDAR as NOISE_LIDAR
+from .evidence import PRIOR_DEPTHS as PRIOR_DEPTHS
 from .evidence import PROBE_GAP as PROBE_GAP
 from .evidence import RANK_GAP as RANK_GAP
 from .evidence import RECOVERABILITY as RECOVERABILITY

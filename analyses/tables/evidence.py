@@ -2,8 +2,8 @@
 
 Quantities of layers (probe accuracy, noise-LiDAR, loss increase when the layer is skipped, ...) and quantities of pairs
 (gaps between teacher and student, CKA, recoverability gap, ...) are kept apart, each at every noise level and averaged
-over the levels, each with its 95 % interval. A gap is teacher minus student. A depth is a layer's position among the
-layers, 0 for the first and 1 for the last.
+over the levels, each with its 95 % interval. A gap is teacher minus student. A depth is a layer's number among the
+layers, counted from 1, over their number, as papers count: the last layer is at 1.
 
 A criterion assigns such a quantity to a pair: that of its student, that of its teacher, or that of the pair itself.
 """
@@ -11,7 +11,7 @@ A criterion assigns such a quantity to a pair: that of its student, that of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +33,13 @@ TEACHER_PROBE, TEACHER_LIDAR = "teacher probe accuracy", "teacher noise-LiDAR"
 STUDENT_CHANGE, TEACHER_CHANGE = "student velocity change", "teacher velocity change"
 STUDENT_NEED, TEACHER_NEED = "student loss increase", "teacher loss increase"
 STUDENT_DEPTH, TEACHER_DEPTH, DISTANCE = "student depth", "teacher depth", "distance"
+CAPPED_DISTANCE, NEARNESS = "distance up to 0.4", "nearness to published depths"
+
+# Depths of student and teacher: about where most of the published gain is, and what SRA's author advises
+# (docs/published-pairs.md).
+PRIOR_DEPTHS = (0.25, 0.70)
+# Published pairs that are further apart than 0.4 of the depth gain no more for it.
+_ENOUGH_DISTANCE = 0.4
 
 MEAN = "mean"  # in the place of a noise level in the CSV file: the mean over all levels
 COLUMNS = ("quantity", "layer", "student", "teacher", "noise_level", "value", "low", "high", "note")
@@ -45,14 +52,14 @@ class Criterion:
     """A quantity by which a rule ranks pairs.
 
     Attributes:
-        of: Layer whose quantity is taken: "student" or "teacher"; "pair" for a quantity of the pair, "distance" for the
-            difference of the two depths.
+        of: Layer whose quantity is taken: "student" or "teacher"; "pair" for a quantity of the pair, "places" for a
+            quantity that the two depths determine.
         quantity: Name of the quantity.
         needs_labels: Whether labels are needed to measure it.
         smaller_is_better: Whether `equal_weights` gives it a negative weight.
     """
 
-    of: Literal["student", "teacher", "pair", "distance"]
+    of: Literal["student", "teacher", "pair", "places"]
     quantity: str
     needs_labels: bool = False
     smaller_is_better: bool = False
@@ -76,7 +83,14 @@ CRITERIA: Mapping[str, Criterion] = {
     TEACHER_NEED: Criterion("teacher", LOSS_INCREASE),
     STUDENT_DEPTH: Criterion("student", DEPTH, smaller_is_better=True),
     TEACHER_DEPTH: Criterion("teacher", DEPTH),
-    DISTANCE: Criterion("distance", DEPTH),
+    DISTANCE: Criterion("places", DISTANCE),
+    CAPPED_DISTANCE: Criterion("places", CAPPED_DISTANCE),
+    NEARNESS: Criterion("places", NEARNESS),
+}
+_BY_PLACES: Mapping[str, Callable[[Floats, Floats], Floats]] = {
+    DISTANCE: lambda student, teacher: teacher - student,
+    CAPPED_DISTANCE: lambda student, teacher: np.minimum(teacher - student, _ENOUGH_DISTANCE),
+    NEARNESS: lambda student, teacher: -np.hypot(student - PRIOR_DEPTHS[0], teacher - PRIOR_DEPTHS[1]),
 }
 LABEL_QUANTITIES = (PROBE, KNN, PROBE_GAP, KNN_GAP)
 
@@ -208,8 +222,8 @@ class PairEvidence:
 
     @property
     def depths(self) -> Floats:
-        """Positions of the layers from 0 to 1, shape (L,)."""
-        return np.arange(len(self.layers)) / max(len(self.layers) - 1, 1)
+        """Depths of the layers, in (0, 1], shape (L,)."""
+        return np.arange(1, len(self.layers) + 1) / max(len(self.layers), 1)
 
     def distance(self, student: str, teacher: str) -> int:
         """Returns the number of layers from the student to the teacher."""
@@ -226,9 +240,9 @@ class PairEvidence:
         """
         kind = CRITERIA[criterion]
         students, teachers = self.students, self.teachers
-        if kind.of == "distance":
-            distances = self.depths[teachers] - self.depths[students]
-            return distances, distances, distances
+        if kind.of == "places":
+            value = _BY_PLACES[criterion](self.depths[students], self.depths[teachers])
+            return value, value, value
         places = {"student": students, "teacher": teachers, "pair": np.arange(len(students))}[kind.of]
         if kind.quantity == DEPTH:
             depths = self.depths[places]
@@ -247,7 +261,7 @@ class PairEvidence:
             index: Position of the pair in the arrays.
         """
         kind = CRITERIA[criterion]
-        if kind.quantity == DEPTH:
+        if kind.of == "places" or kind.quantity == DEPTH:
             value, low, high = (float(column[index]) for column in self.columns(criterion))
             return Number(value, low, high)
         if kind.of == "pair":

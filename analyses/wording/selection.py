@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from layerprobe.analyses.selection import MAJORITY, Caution, CautionCode, Objection, RankedPair, RejectedPair, Selection
+from layerprobe.analyses.selection import (
+    MAJORITY,
+    Caution,
+    CautionCode,
+    Objection,
+    PublishedPair,
+    RankedPair,
+    RejectedPair,
+    Selection,
+    nearest_published,
+)
 from layerprobe.analyses.tables import RANDOM_WEIGHTS, RAW_INPUT
 
 TRUST = (
-    "A pick is a hypothesis; the confirmation run is the verdict. On trial in six small networks the picks of this "
-    "rule were worth -8 to +18 % from a slow start, -31 to +2 % from a fair one (docs/picking.md)."
+    "A pick is a hypothesis from this network's layers and from published trainings of others; a training decides "
+    "(`layerprobe confirm`; docs/picking.md)."
 )
 
 
@@ -20,6 +30,7 @@ _NOTES: tuple[CautionCode, ...] = (
     "effective rank for noise-LiDAR",
     "needs not measured",
     "criterion not measured",
+    "shallower than published",
 )
 
 
@@ -49,6 +60,18 @@ def selection_reason(selection: Selection) -> str:
     return f"{begins} {'; '.join(_objection(objection, pair, selection) for objection in objections)}."
 
 
+def published_sentence(pair: RankedPair, selection: Selection, *, num: int = 2) -> str:
+    """Returns the sentence about the published pairs at the most similar depths, and what they gained."""
+    student, teacher = selection.depth(pair.student), selection.depth(pair.teacher)
+    texts = [_published(row) for row in nearest_published(student, teacher, num=num)]
+    return f"Depths {student:.2f} and {teacher:.2f}; nearest published pairs: {'; '.join(texts)}."
+
+
+def _published(row: PublishedPair) -> str:
+    pair = f"{row.method}, {row.network} with {row.blocks} blocks, {row.student} <- {row.teacher}"
+    return f"{pair}: {row.share:.2f} of the best gain at {row.budget} ({row.confidence})"
+
+
 def _controls(selection: Selection) -> list[str]:
     values = [f"{name} {value:.3f}" for name, value in selection.basis.controls]
     return [f"Without what the network has learned: {_listed(values)}."] if values else []
@@ -72,6 +95,7 @@ def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
         f"{pair.student} is {abs(pair.gap):.3f} {'weaker' if pair.gap >= 0 else 'stronger'}{uncertain}.",
         f"They are {apart} apart, and their mean CKA at equal noise levels is {pair.mean_cka:.3f}.",
         score_sentence(pair),
+        published_sentence(pair, selection),
     ]
     return [*reasons, "The data cannot tell it from the pick."] if pair.ties_with_first else reasons
 
@@ -94,6 +118,9 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
             return f"{pair.teacher} is {_among('last', limit)}, where networks decode"
         case "student in the head":
             return f"{pair.student} is {_among('first', limit)}, where networks only take in the input"
+        case "student too deep":
+            place = f"layer {value:.0f} of {limit:.0f}"
+            return f"{pair.student} is {place}; published students gained little beyond half of the depth"
         case "too close":
             return f"they are {value:.0f} apart, and at least {limit:.0f} is required"
         case "different shapes":
@@ -125,6 +152,8 @@ def _objection(objection: Objection, pair: RejectedPair, selection: Selection) -
             )
         case "nothing but noise":
             return f"every noise level is {value:g}, where samples are pure noise; measure at lower levels too"
+        case "all layers alike":
+            return f"all layers are alike: the mean CKA of every pair is {value:.3f} or more, above {limit:g}"
 
 
 # How a teacher stands to the controls that refute it.
@@ -170,6 +199,14 @@ def _caution(caution: Caution, selection: Selection) -> str:
             return f"Ranked without {caution.subject} ({caution.note})."
         case "only one pair":
             return "It is the only admissible pair, so there was no choice."
+        case "alike":
+            return f"The two are nearly alike: mean CKA {value:.3f}, above {limit:g}."
+        case "teacher not the richest":
+            first, best = selection.ranked[0], selection.best_teacher
+            richer = f": {best.layer} has {best.measured:.3f} against {value:.3f}" if best else ""
+            return f"{first.teacher} is not the richest layer that may teach{richer}."
+        case "shallower than published":
+            return f"The network has {value:.0f} layers; the published comparisons are of {limit:.0f} and more."
         case "convention trusted":
             return (
                 f"The convention check says {caution.note!r}; the declared schedule and prediction were trusted "

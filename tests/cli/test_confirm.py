@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
         layers=LAYERS,
         tail=(),
         head=(),
+        late=(),
         min_distance=2,
         max_cka=0.98,
         min_gap=0.05,

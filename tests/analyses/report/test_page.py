@@ -152,6 +152,7 @@ def selection_of(layers: list[str], *, num_ranked: int = 7) -> Selection:
         layers=tuple(layers),
         tail=(),
         head=(),
+        late=(),
         min_distance=2,
         max_cka=0.9,
         min_gap=0.05,

@@ -19,7 +19,9 @@ def test_the_tail_is_whole_layers(fraction: float, depth: int, tail: int) -> Non
 def test_limits_follow_the_depth_unless_given() -> None:
     layers = tuple(f"blocks.{i}" for i in range(28))
     assert PairLimits().head(layers) == layers[:2]
-    assert PairLimits().distance(layers) == 7
+    assert PairLimits().distance(layers) == 8
+    assert PairLimits().late(layers) == layers[14:]
+    assert PairLimits(max_student=1.0).late(layers) == ()
     assert PairLimits(skip_first=0, min_distance=1).head(layers) == ()
     assert PairLimits(min_distance=1).distance(layers) == 1
     assert PairLimits().distance(layers[:3]) == 2

@@ -14,7 +14,7 @@ from scipy import stats
 
 from layerprobe.analyses.selection import ranking
 from layerprobe.analyses.selection.limits import PairLimits
-from layerprobe.analyses.selection.ranking import RULE, equal_weights
+from layerprobe.analyses.selection.ranking import equal_weights
 from layerprobe.analyses.selection.records import Caution, Objection, Selection
 from layerprobe.analyses.tables import evidence as e
 from layerprobe.analyses.tables.evidence import PairEvidence
@@ -114,17 +114,57 @@ def test_every_layer_has_the_quality_and_the_interval_that_were_measured() -> No
     assert np.array(ends) == pytest.approx(np.array(CURVE)[:, None] + np.array([-0.01, 0.01]))
 
 
-def test_the_rule_follows_what_went_with_the_gain_and_takes_no_labels() -> None:
-    """Planted: every criterion of the rule alone names its pair, and labels, LiDAR and accuracy change nothing."""
-    assert not any(e.CRITERIA[name].needs_labels for name in RULE)
-    even = {e.CKA: 0.5, e.RECOVERABILITY: 0.2, e.RANK_GAP: 0.1}
-    for criterion, value in ((e.CKA, 0.3), (e.RECOVERABILITY, 0.4), (e.RANK_GAP, 0.3)):
-        flat = {name: dict.fromkeys(combinations(range(8), 2), level) for name, level in even.items()}
-        flat[criterion][2, 4] = value
-        for label_free in (False, True):
-            assert ranking.rank_pairs(planted(flat, width=dict.fromkeys(even, 0.0)), label_free=label_free).pick == (
-                names(2, 4)
-            )
+@pytest.mark.parametrize("label_free", [False, True])
+def test_each_term_of_the_rule_alone_names_its_pair(label_free: bool) -> None:
+    """Planted: gaps are equal but for one pair, or all, so that the places decide."""
+    gap = e.LIDAR_GAP if label_free else e.PROBE_GAP
+    quality = {e.NOISE_LIDAR: dict.fromkeys(range(8), 5.0), PROBE: dict.fromkeys(range(8), 0.5)}
+    flat = {gap: dict.fromkeys(combinations(range(8), 2), 0.1)}
+    # Of eight blocks 2 <- 6, counted from 1, is the pair nearest to (0.25, 0.70).
+    by_place = ranking.rank_pairs(planted(flat | quality), label_free=label_free)
+    assert by_place.pick == names(1, 5)
+    flat[gap] |= {(1, 5): 0.01, (2, 4): 0.3}
+    by_gap = ranking.rank_pairs(planted(flat | quality), label_free=label_free)
+    assert by_gap.pick == names(2, 4)
+    assert [part.criterion for part in by_gap.ranked[0].parts] == [gap, e.CAPPED_DISTANCE, e.NEARNESS]
+
+
+def test_pairs_of_the_richest_teachers_come_first() -> None:
+    """Planted: block 4 knows most, and a pair of block 5 has the highest score."""
+    rich = {PROBE: {4: 0.80, 5: 0.70}, e.PROBE_GAP: {(1, 5): 0.5, (0, 4): 0.1, (1, 4): 0.1, (2, 4): 0.1}}
+    selection = ranking.rank_pairs(planted(rich))
+    teachers = [pair.teacher for pair in selection.ranked]
+    count = teachers.count(EIGHT[4])
+    assert count > 1
+    assert teachers[:count] == [EIGHT[4]] * count
+    assert max(pair.score for pair in selection.ranked) == next(
+        pair.score for pair in selection.ranked if pair.pair == names(1, 5)
+    )
+    # Within the uncertainty both are the richest, and the score decides.
+    vague = ranking.rank_pairs(planted(rich, width={PROBE: 0.2}))
+    assert vague.pick == names(1, 5)
+    # A rule that a user names ranks all pairs alike.
+    assert ranking.rank_pairs(planted(rich), rule=equal_weights([e.PROBE_GAP])).pick == names(1, 5)
+
+
+def test_where_the_richest_layer_cannot_teach_a_caution_names_it() -> None:
+    selection = ranking.rank_pairs(planted({PROBE: {5: 0.9}, LOSS_INCREASE: {5: 0.0}}))
+    assert selection.pick is not None
+    assert selection.pick.teacher != EIGHT[5]
+    assert "teacher not the richest" in [caution.code for caution in selection.cautions]
+
+
+def test_likeness_is_a_caution_and_only_a_network_of_one_kind_has_no_pick() -> None:
+    alike = {e.CKA: dict.fromkeys(combinations(range(8), 2), 0.95)}
+    none = ranking.rank_pairs(planted(alike))
+    assert none.pick is None
+    (objection,) = none.refusal[1]
+    assert (objection.code, objection.value, objection.limit) == ("all layers alike", pytest.approx(0.95), 0.9)
+    assert ranking.rank_pairs(planted(alike), limits=PairLimits(max_cka=1.0)).pick is not None
+    alike[e.CKA][0, 7] = 0.5
+    some = ranking.rank_pairs(planted(alike))
+    assert some.pick is not None
+    assert Caution("alike", e.CKA, value=pytest.approx(0.95), limit=0.9) in some.cautions
 
 
 @pytest.mark.parametrize(("gap", "refused"), [(-0.01, True), (0.0, True), (0.01, False)])
@@ -154,7 +194,8 @@ def test_limits_of_eight_blocks() -> None:
     basis = ranking.rank_pairs(evidence_of(), rule=BY_PROBES).basis
     assert basis.tail == ("blocks.7",)
     assert basis.head == ()
-    assert basis.max_cka == 0.9
+    assert basis.late == EIGHT[4:]
+    assert basis.max_cka == 0.99
     assert basis.min_distance == 2
     assert basis.noise_levels == LEVELS
     assert (basis.metric, basis.split) == ("probe accuracy", "validation")
@@ -166,7 +207,8 @@ def test_limits_of_twentyeight_blocks_admit_the_published_pair() -> None:
     selection = ranking.rank_pairs(evidence_of(curve, layers), rule=BY_PROBES)
     assert selection.basis.tail == tuple(f"blocks.{i}" for i in range(23, 28))
     assert selection.basis.head == ("blocks.0", "blocks.1")
-    assert selection.basis.min_distance == 7
+    assert selection.basis.late == tuple(f"blocks.{i}" for i in range(14, 28))
+    assert selection.basis.min_distance == 8
     # LayerSync's 8 <- 16, counted from 1.
     assert ("blocks.7", "blocks.15") in {(p.student, p.teacher) for p in selection.ranked}
 
@@ -177,7 +219,10 @@ def test_each_filter_rejects() -> None:
     selection = rank_pairs(evidence_of(curve, aligned={(2, 5): 0.99}))
     assert against(selection, "blocks.1", "blocks.6") == (Objection("teacher in the tail", limit=2),)
     assert against(selection, "blocks.0", "blocks.5") == (Objection("student in the head", limit=1),)
-    assert against(selection, "blocks.4", "blocks.5") == (Objection("too close", value=1, limit=2),)
+    assert against(selection, "blocks.4", "blocks.5") == (
+        Objection("student too deep", value=5, limit=8),
+        Objection("too close", value=1, limit=2),
+    )
     assert codes(selection, "blocks.1", "blocks.3") == ["student not weaker"]
     (alike,) = against(selection, "blocks.2", "blocks.5")
     assert (alike.code, alike.value, alike.limit) == ("already alike", pytest.approx(0.99), 0.98)
@@ -361,7 +406,7 @@ def test_num_pairs_keeps_the_best() -> None:
 
 
 def test_limits_change_the_pick() -> None:
-    limits = PairLimits(exclude_tail=0.1, skip_first=3, min_distance=1, max_cka=0.99)
+    limits = PairLimits(exclude_tail=0.1, skip_first=3, max_student=1, min_distance=1)
     selection = rank_pairs(evidence_of(), limits=limits)
     assert selection.pick == LayerPair("blocks.3", "blocks.6")
     assert "blocks.5" in {p.student for p in selection.ranked}

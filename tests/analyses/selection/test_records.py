@@ -25,6 +25,7 @@ BASIS = SelectionBasis(
     layers=("a", "b", "c"),
     tail=("c",),
     head=(),
+    late=(),
     min_distance=1,
     max_cka=0.9,
     min_gap=0.05,

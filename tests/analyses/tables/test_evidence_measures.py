@@ -100,7 +100,7 @@ def test_every_pair_of_an_earlier_and_a_later_layer_has_every_quantity_without_l
 
 def test_depths_are_positions_among_the_layers(evidence: PairEvidence) -> None:
     depths = [number(evidence, name).value for name in (e.STUDENT_DEPTH, e.TEACHER_DEPTH, e.DISTANCE)]
-    assert depths == pytest.approx([1 / 3, 1.0, 2 / 3])
+    assert depths == pytest.approx([0.5, 1.0, 0.5])
     assert evidence.distance(*PAIR) == 2
 
 

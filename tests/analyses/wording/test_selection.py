@@ -28,7 +28,7 @@ from layerprobe.analyses.wording.selection import (
     selection_reason,
 )
 
-BASIS = SelectionBasis("probe accuracy", "validation", (0.1,), ("a", "b", "c"), ("c",), ("a",), 2, 0.9, 0.05, ())
+BASIS = SelectionBasis("probe accuracy", "validation", (0.1,), ("a", "b", "c"), ("c",), ("a",), (), 2, 0.9, 0.05, ())
 LAYERS = (
     LayerQuality("a", 0.25, 0.24, 0.26, may_teach=True),
     LayerQuality("b", 0.5, 0.49, 0.51, may_teach=True, ties_with_best=True),
@@ -60,7 +60,9 @@ def test_the_reason_for_a_pick_explains_the_score_that_ranked_it() -> None:
     assert selection_reason(selection(PAIR)) == (
         "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layer apart, and "
         "their mean CKA at equal noise levels is 0.729. The score is +1.50 (+1.25 to +1.75): +1.00 for effective rank "
-        "gap 0.688 and +0.50 for CKA 0.729."
+        "gap 0.688 and +0.50 for CKA 0.729. Depths 0.33 and 0.67; nearest published pairs: Self-Flow, SiT-XL/2 with 28 "
+        "blocks, 8 <- 20: 0.82 of the best gain at 400K steps (figure, read off); Self-Flow, SiT-XL/2 with 28 blocks, "
+        "8 <- 20: 1.00 of the best gain at 400K steps (figure, read off)."
     )
     assert score_sentence(replace(PAIR, parts=PAIR.parts[:1])).endswith(": +1.00 for effective rank gap 0.688.")
 
@@ -78,6 +80,10 @@ def test_a_teacher_that_ties_or_is_below_the_best_is_said_to() -> None:
 OBJECTIONS = {
     Objection("teacher in the tail", limit=1): "b is the last layer, where networks decode",
     Objection("student in the head", limit=2): "a is among the first 2 layers, where networks only take in the input",
+    Objection("student too deep", value=5, limit=8): "a is layer 5 of 8; published students gained little beyond half",
+    Objection("all layers alike", "CKA", value=0.95, limit=0.9): (
+        "all layers are alike: the mean CKA of every pair is 0.950 or more, above 0.9"
+    ),
     Objection("too close", value=1, limit=2): "they are 1 apart, and at least 2 is required",
     Objection("different shapes", note="a gives 16 x 64, b 4 x 64"): "their tokens differ in shape: a gives 16 x 64, b",
     Objection("not measured", "CKA", note="at noise level 0.1, x"): "there is no CKA: at noise level 0.1, x",
@@ -114,6 +120,11 @@ def test_an_objection_in_words(objection: Objection, text: str) -> None:
 
 
 CAUTIONS = {
+    Caution("alike", "CKA", value=0.95, limit=0.9): "The two are nearly alike: mean CKA 0.950, above 0.9.",
+    Caution("teacher not the richest", value=0.4): "b is not the richest layer that may teach: b has 0.500 against 0.4",
+    Caution(
+        "shallower than published", value=6, limit=12
+    ): "The network has 6 layers; the published comparisons are of",
     Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker, and no",
     Caution("effective rank for noise-LiDAR"): "The effective rank stands in for noise-LiDAR; it also counts the",
     Caution("needs not measured"): "Whether the network needs its layers was not measured.",
