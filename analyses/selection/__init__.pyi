@@ -1,4 +1,9 @@
 from .limits import PairLimits as PairLimits
+from .pair_checks import CHECKS as CHECKS
+from .pair_checks import Finding as Finding
+from .pair_checks import PairCheck as PairCheck
+from .pair_checks import PairFacts as PairFacts
+from .pair_checks import check_pair as check_pair
 from .published import PRIOR_DEPTHS as PRIOR_DEPTHS
 from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair
@@ -20,4 +25,12 @@ from .records import RejectedPair as RejectedPair
 from .records import ScorePart as ScorePart
 from .records import Selection as Selection
 from .records import SelectionBasis as SelectionBasis
+from .trainer_configs import ReadPair as ReadPair
+from .trainer_configs import read_pair as read_pair
+from .trainer_configs import read_settings as read_settings
+from .trainer_configs import recognized as recognized
+from .trainers import TRAINERS as TRAINERS
+from .trainers import Trainer as Trainer
+from .trainers import lines_for as lines_for
+from .trainers import trainer_named as trainer_named
 from .while_training import AutoPick as AutoPick
