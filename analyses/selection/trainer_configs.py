@@ -152,7 +152,9 @@ def _own_names(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     own |= {name: value for name, value in settings.items() if name not in aliases}
     known = [_norm(name) for name in trainer.options]
     for name in sorted(set(own) - set(known)):
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=_TYPO):
+        # Options of other methods may differ in the first letter alone: crepa_enabled, irepa_enabled.
+        alike = [other for other in known if other[0] == name[:1]]
+        if close := difflib.get_close_matches(name, alike, n=1, cutoff=_TYPO):
             raise ValueError(f"{name} is not an option of {trainer.name}; write {close[0]}, or leave it out")
     return own
 
