@@ -55,7 +55,7 @@ def test_a_check_finds_its_fault_alone(facts: dict[str, object], code: str) -> N
         {},
         {"student": 13, "teacher": 23},  # student at 0.5, teacher at 24/28
         {"student": 3},  # student at 4/28
-        {"student": 4, "teacher": 7, "num_blocks": 20},  # 0.15 apart, which floats make slightly less
+        {"student": 3, "teacher": 6, "num_blocks": 20},  # 0.15 apart, which floats make slightly less
         {"weight": 0.002, "stop_gradient": True, "convention_fits": True},
         {"teacher_quality": 0.5, "random_weights": 0.4, "raw_input": 0.3},
         {"teacher": None},
