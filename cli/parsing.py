@@ -36,3 +36,12 @@ def layer_pairs(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
         student, teacher = (f"blocks.{part}" if part.isdigit() else part for part in parts)
         pairs.append((student, teacher))
     return tuple(pairs)
+
+
+def blocks(text: str) -> tuple[str, ...]:
+    """Parses "2" as ("blocks.0", "blocks.1"), and "double:2,single:1" as ("double.0", "double.1", "single.0")."""
+    parts = [part.rpartition(":") for part in names(text)]
+    counted = all(count.isdigit() and int(count) for _, _, count in parts)
+    if not counted or (len(parts) > 1 and not all(name for name, _, _ in parts)):
+        raise ValueError(f"--blocks {text} is not a number of blocks; write 28, or double_blocks:8,single_blocks:48")
+    return tuple(f"{name or 'blocks'}.{index}" for name, _, count in parts for index in range(int(count)))

@@ -80,6 +80,7 @@ def train(
         describe_decisions,
         encoded_once,
         narrowness,
+        pair_warnings,
         picked_pairs,
         train_run,
         training_forecast,
@@ -102,6 +103,9 @@ def train(
         record["out"] = str(out)
         if ranks.is_first and (warning := narrowness(backbone)):
             warn(warning)
+        for aligned, weight in zip(plan.pairs if ranks.is_first else (), record["weights"], strict=False):
+            for line in pair_warnings(aligned, backbone.layers, weight=weight):
+                warn(line)
         lines = [f"{key}: {value}" for key, value in record.items()]
         if not dry_run:
             bars: AbstractContextManager[TaskProgress | None] = nullcontext()

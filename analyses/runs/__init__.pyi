@@ -1,3 +1,5 @@
+from .check import check_config as check_config
+from .check import pair_warnings as pair_warnings
 from .confirm import arm_names as arm_names
 from .confirm import confirm_run as confirm_run
 from .confirm import confirmation_resolution as confirmation_resolution

@@ -17,7 +17,6 @@ from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.selection import (
-    RULE,
     Caution,
     Objection,
     PairLimits,
@@ -298,7 +297,7 @@ def choose_layers(
     quality, evidence = folder.quality(), folder.evidence()
     if label_free is None:
         label_free = PROBE not in evidence.by_layer
-    rule = equal_weights(criteria, label_free=label_free) if criteria else RULE
+    rule = equal_weights(criteria, label_free=label_free) if criteria else None
     if missing := [name for name in criteria or () if not evidence.has(name)]:
         raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")
     store = folder.store(MODEL)

@@ -2,6 +2,11 @@ from .controls import MAJORITY as MAJORITY
 from .controls import control_accuracies as control_accuracies
 from .controls import probe_cautions as probe_cautions
 from .limits import PairLimits as PairLimits
+from .pair_checks import CHECKS as CHECKS
+from .pair_checks import Finding as Finding
+from .pair_checks import PairCheck as PairCheck
+from .pair_checks import PairFacts as PairFacts
+from .pair_checks import check_pair as check_pair
 from .published import FEWEST_BLOCKS as FEWEST_BLOCKS
 from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair
@@ -24,4 +29,12 @@ from .records import RejectedPair as RejectedPair
 from .records import ScorePart as ScorePart
 from .records import Selection as Selection
 from .records import SelectionBasis as SelectionBasis
+from .trainer_configs import ReadPair as ReadPair
+from .trainer_configs import read_pair as read_pair
+from .trainer_configs import read_settings as read_settings
+from .trainer_configs import recognized as recognized
+from .trainers import TRAINERS as TRAINERS
+from .trainers import Trainer as Trainer
+from .trainers import lines_for as lines_for
+from .trainers import trainer_named as trainer_named
 from .while_training import AutoPick as AutoPick

@@ -74,6 +74,13 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert time.perf_counter() - began < 10  # 0.3 s on an idle machine; the imports above are what makes it slow
 
 
+def test_train_warns_of_a_pair_that_its_checks_find(tmp_path: Path, cli) -> None:
+    code, _, err = cli(*TRAIN, "--out", tmp_path, "--pair", "3:5", "--pair", "1:4", "--dry-run")
+    warnings = [line for line in err.splitlines() if "warning: LP" in line]
+    assert (code, [line.split()[2] for line in warnings]) == (0, ["LP002", "LP004"])
+    assert "the student blocks.3 is at 0.67 of the depth" in warnings[0]
+
+
 def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]
