@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+_INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
 
 class MissingWeights(FileNotFoundError):
@@ -35,6 +39,28 @@ def import_optional(module: str, extra: str) -> Any:
 def one_line(error: BaseException) -> str:
     """Returns the first line of an error's message, up to 160 characters, or the name of its type if it is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def error_place(error: BaseException) -> str:
+    """Returns "file:line" of the innermost frame in a user's own file; "" if there is none.
+
+    An installed package stands in for it, but never torch, layerprobe or the standard library.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}"
+    standard, *packages = (f"{Path(sysconfig.get_path(name)).resolve()}{os.sep}" for name in _INSTALLED)
+    never = (f"{Path(__file__).resolve().parent}{os.sep}", *(f"{folder}torch{os.sep}" for folder in packages))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [frame for frame in frames if not frame.filename.startswith(never)]
+    own = [frame for frame in frames if not frame.filename.startswith((standard, *packages))]
+    innermost = own or [frame for frame in frames if frame.filename.startswith(tuple(packages))]
+    return f"{_short(innermost[-1].filename)}:{innermost[-1].lineno}" if innermost else ""
+
+
+def _short(path: str) -> str:
+    """Returns the path from the working directory, if it lies below."""
+    relative = os.path.relpath(path) if Path(path).is_absolute() else path
+    return path if relative.startswith("..") else relative
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from layerprobe.files import atomic_write, claim, differences, import_optional, one_line, write_text
+from layerprobe.files import atomic_write, claim, differences, error_place, import_optional, one_line, write_text
 
 RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
@@ -157,3 +158,23 @@ def test_differences_are_dotted_keys() -> None:
     assert differences(before, {"a": {"b": [1, 2], "c": 1}, "d": None}) == []
     assert differences(before, {"a": {"b": [2, 1], "c": 1}, "e": 0}) == ["a.b", "e"]
     assert differences(before, {"a": 5}) == ["a"]
+
+
+def test_the_place_of_an_error_is_in_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(code: str, file: Path) -> str:
+        try:
+            exec(compile(code, str(file), "exec"), {})
+        except Exception as error:
+            error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this test
+            return error_place(error)
+        return "nothing was raised"
+
+    own, torch = tmp_path / "net.py", "import torch\n"
+    assert place(f"{torch}torch.nn.Linear(2, 2)(torch.ones(3))", own) == f"{own}:2"
+    assert place("import json\n\njson.loads('{')", own) == f"{own}:3"
+    monkeypatch.chdir(tmp_path)
+    assert place("1 / 0", own) == "net.py:1"
+    assert place("def f(:", own) == "net.py:1"
+    installed = Path(np.__file__)
+    assert place("1 / 0", installed).endswith("numpy/__init__.py:1")
+    assert place("1 / 0", Path(json.__file__)) == ""

@@ -7,8 +7,9 @@ code are recognized by the names and shapes of their tensors; the user specifies
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from layerprobe.backbones import (
     open_diffusers,
     recognize,
     sit_backbone,
+    tried,
 )
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
@@ -179,7 +181,7 @@ def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
         refuse_other_options(_MODEL_OPTIONS, options, "with a model of your own")
         backbone = user_backbone(**model_options)
         _load(backbone.module, weights.tensors, path)
-        return _OpenedCheckpoint(backbone, source)
+        return _OpenedCheckpoint(tried(backbone), source)
     if "family" in weights.record:
         refuse_other_options(_OWN_OPTIONS, options, f"{path} records its own configuration")
         backbone = _own_backbone(path, weights.record)
@@ -247,19 +249,48 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     parameters = module.state_dict()
     # Stripped like the file's names, so that a network with a part called "module" fits its own file.
     expected = {stripped(name) for name in parameters}
-    tensors = _without_common_prefix(tensors, lambda tensors: not expected.isdisjoint(tensors))
+    tensors = dict(_without_common_prefix(tensors, lambda tensors: not expected.isdisjoint(tensors)))
+    for name, same in _shared(module):
+        # safetensors stores a tensor with two names under one of them.
+        if name not in tensors and same in tensors:
+            tensors[name] = tensors[same]
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or unexpected:
         difference = f"lacks {missing[0]}" if missing else f"also has {unexpected[0]}"
         raise ValueError(
             f"{path} does not fit {type(module).__name__}: it {difference} ({len(missing)} missing, "
-            f"{len(unexpected)} unexpected); pass the network that it was saved from"
+            f"{len(unexpected)} unexpected); {_other_part(expected, set(tensors))}"
         )
     weights = {
         name: _converted(tensors[stripped(name)], parameter, name, path, module)
         for name, parameter in parameters.items()
     }
     module.load_state_dict(weights, assign=any(parameter.is_meta for parameter in parameters.values()))
+
+
+def _shared(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of different names of one parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(stripped(name))
+    for same in names.values():
+        yield from itertools.permutations(same, 2)
+
+
+def _other_part(expected: set[str], found: set[str]) -> str:
+    """Says which network fits the names, if one of both is a part of the other."""
+    if whole := _prefix(expected, found):
+        return f"the file has all of them below {whole!r}: return the network that this one is a part of"
+    if part := _prefix(found, expected):
+        return f"the file has all of the network below {part!r}: return that part"
+    return "pass the network that it was saved from"
+
+
+def _prefix(names: set[str], longer: set[str]) -> str:
+    """Returns the prefix with which all names are among the longer ones; "" if there is none."""
+    name = min(names, default="")
+    prefixes = sorted(other.removesuffix(name) for other in longer if other.endswith(f".{name}"))
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in longer for name in names)), "")
 
 
 def _converted(tensor: Tensor, parameter: Tensor, name: str, path: Path, module: nn.Module) -> Tensor:
