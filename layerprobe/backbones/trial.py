@@ -119,9 +119,10 @@ def _arguments(module: nn.Module, *, with_label: bool) -> list[str]:
 
 def _in_order(names: list[str], with_label: bool) -> str:
     """Returns the arguments of a call by keyword, from what their names tell."""
-    values = ["time" if name in _TIMES else "label" if name in _LABELS else "x" for name in names]
-    pairs = zip(names, values, strict=True)
-    return ", ".join(f"{name}={value}" for name, value in pairs if with_label or value != "label")
+    x = next((name for name in names if name not in (*_TIMES, *_LABELS)), "")
+    values = {name: "time" if name in _TIMES else "label" if name in _LABELS else "x" for name in names}
+    known = {name: value for name, value in values.items() if name == x or value != "x"}
+    return ", ".join(f"{name}={value}" for name, value in known.items() if with_label or value != "label")
 
 
 def _null_label(backbone: Backbone, used: Iterable[Lookup]) -> list[str]:

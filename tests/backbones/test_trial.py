@@ -126,7 +126,7 @@ def test_a_network_that_cannot_be_used_is_refused(kind: str, message: str) -> No
 
 
 class TimeFirst(Net):
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, t: Tensor, x: Tensor, action: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return x
 
 
@@ -138,7 +138,11 @@ class LabelSecond(Net):
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        (TimeFirst(), {}, rf"^TimeFirst.forward\(t, x\) would get x, time in this order; {OTHER}, such as lambda mod"),
+        (
+            TimeFirst(),
+            {},
+            rf"^TimeFirst.forward\(t, x, action\) would get x, time in this order; {OTHER}, such as lambda mod",
+        ),
         (TimeFirst(), {}, r"lambda module, x, time, label: module\(t=time, x=x\)$"),
         # Integer times in a table of labels would raise nothing.
         (LabelSecond(), {"num_classes": 10, "schedule": "ddpm-linear"}, r"module\(x=x, y=label, t=time\)$"),
