@@ -141,7 +141,7 @@ class LabelSecond(Net):
         (
             TimeFirst(),
             {},
-            rf"^TimeFirst.forward\(t, x, action\) would get x, time in this order; {OTHER}, such as lambda mod",
+            rf"^TimeFirst.forward\(t, x, action\) would get x, time in this order; {OTHER}, such as",
         ),
         (TimeFirst(), {}, r"lambda module, x, time, label: module\(t=time, x=x\)$"),
         # Integer times in a table of labels would raise nothing.
