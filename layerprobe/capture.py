@@ -130,7 +130,7 @@ def capture(
             handle.remove()
     missing = [name for name in layers if name not in outputs]
     if missing:
-        raise ValueError(f"{missing[0]} did not run in the forward pass; name a layer that does")
+        raise ValueError(f"{', '.join(missing[:4])} did not run in the forward pass; name a layer that does")
     for name, version in versions.items():
         if name in outputs and version_of(outputs[name]) != version:
             raise changed_in_place(name)
@@ -245,17 +245,22 @@ def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
     """Returns the names of the submodules that match any of the patterns, in the order of the module.
 
     `*` stands for one part of a name: "blocks.*" matches the blocks but no layers inside them, "blocks.*.attn:input"
-    matches the input of each attention layer.
+    matches the input of each attention layer. Lists of modules never run
+    themselves and do not match.
 
     Raises:
-        ValueError: If no pattern is given, or a pattern matches nothing.
+        ValueError: If no pattern is given, or a pattern matches nothing or is the name of a list.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not patterns:
         raise ValueError(f"no layer is named; name some of {type(module).__name__}, which has {_sketch(module)}")
+    lists = {name for name, part in module.named_modules() if isinstance(part, (nn.ModuleList, nn.ModuleDict))}
     names = [name + suffix for name, _ in module.named_modules() if name for suffix in (INPUT, "")]
+    names = [name for name in names if name.removesuffix(INPUT) not in lists]
     expressions = [re.compile(re.escape(p).replace(r"\*", r"[^.:]*")) for p in patterns]
     for pattern, expression in zip(patterns, expressions, strict=True):
+        if pattern in lists:
+            raise ValueError(f"{pattern} is a list of modules, which never runs itself; name its parts, {pattern}.*")
         if not any(expression.fullmatch(name) for name in names):
             raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}")
     return tuple(name for name in names if any(e.fullmatch(name) for e in expressions))

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import socket
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -16,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
+
+_INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
 
 class MissingWeights(FileNotFoundError):
@@ -45,6 +49,28 @@ def one_line(error: BaseException) -> str:
 
 class DiskFull(OSError):
     """A file could not be written because its disk is full."""
+
+
+def error_place(error: BaseException) -> str:
+    """Returns "file:line" of the innermost frame in a user's own file; "" if there is none.
+
+    An installed package stands in for it, but never torch, layerprobe or the standard library.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}"
+    standard, *packages = (f"{Path(sysconfig.get_path(name)).resolve()}{os.sep}" for name in _INSTALLED)
+    never = (f"{Path(__file__).resolve().parent}{os.sep}", *(f"{folder}torch{os.sep}" for folder in packages))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [frame for frame in frames if not frame.filename.startswith(never)]
+    own = [frame for frame in frames if not frame.filename.startswith((standard, *packages))]
+    innermost = own or [frame for frame in frames if frame.filename.startswith(tuple(packages))]
+    return f"{_short(innermost[-1].filename)}:{innermost[-1].lineno}" if innermost else ""
+
+
+def _short(path: str) -> str:
+    """Returns the path from the working directory, if it lies below."""
+    relative = os.path.relpath(path) if Path(path).is_absolute() else path
+    return path if relative.startswith("..") else relative
 
 
 @contextmanager

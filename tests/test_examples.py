@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,45 @@ def _cosine(model: Any) -> float:
     with torch.no_grad(), capture(model.network, [student, teacher]) as found:
         model.network((x + noise) / 2, torch.full((64,), 0.5))
     return float(torch.cosine_similarity(found[student], found[teacher], dim=-1).mean())
+
+
+def own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, steps: int | None = None) -> list[str]:
+    """Runs every command of the page's examples in a copy of their folder; returns what `inspect` printed."""
+    shutil.copytree(EXAMPLES / "own_network", tmp_path, dirs_exist_ok=True)
+    if steps is not None:
+        parts = tmp_path / "parts.py"
+        parts.write_text(re.sub(r"steps: int = \d+", f"steps: int = {steps}", parts.read_text()))
+    monkeypatch.syspath_prepend(tmp_path)
+    page = (EXAMPLES.parent / "own-model.md").read_text(encoding="utf-8")
+    examples = page.partition("## Four examples")[2].partition("## What the messages")[0].replace("\\\n", " ")
+    commands = [shlex.split(line[2:]) for line in examples.splitlines() if line.startswith("$ ")]
+    assert [command[0] for command in commands] == ["python", "layerprobe"] * 3
+    printed = []
+    for program, *arguments in commands:
+        if program == "python":
+            runpy.run_path(arguments[0], run_name="__main__")
+            del sys.modules["parts"]
+        else:
+            code, out, err = cli(*arguments)
+            assert (code, err) == (0, "")
+            assert "parts" not in sys.modules
+            printed.append(out)
+    return printed
+
+
+def test_own_networks_are_called_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    ddpm, flow, other = own_networks(tmp_path, monkeypatch, cli, steps=4)
+    assert all("trunk.blocks.3           1 x 128" in out for out in (ddpm, flow, other))
+    assert "assumed        its forward gets x = noisy samples, t = time, y = label;" in ddpm
+    assert "assumed        the null label is 10, the last of the 11 rows of labels;" in ddpm
+    assert "assumed        its forward gets x = noisy samples, t = time;" in flow
+    assert "its forward" not in other
+
+
+@pytest.mark.tutorial
+def test_own_networks_fit_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    for out in own_networks(tmp_path, monkeypatch, cli):
+        assert "the weights fit --schedule" in out
 
 
 def test_the_library_page_lists_every_module_that_a_room_exports_once() -> None:

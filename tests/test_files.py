@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from layerprobe.files import (
@@ -23,6 +24,7 @@ from layerprobe.files import (
     check_same,
     claim,
     differences,
+    error_place,
     import_optional,
     locked,
     one_line,
@@ -337,3 +339,23 @@ def test_a_folder_in_use_names_its_holder_until_that_process_ends(tmp_path: Path
         claim(tmp_path, "plan.json", RECORD, what="features")
     with locked(tmp_path, wait=True):
         pass
+
+
+def test_the_place_of_an_error_is_in_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(code: str, file: Path) -> str:
+        try:
+            exec(compile(code, str(file), "exec"), {})
+        except Exception as error:
+            error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this test
+            return error_place(error)
+        return "nothing was raised"
+
+    own, torch = tmp_path / "net.py", "import torch\n"
+    assert place(f"{torch}torch.nn.Linear(2, 2)(torch.ones(3))", own) == f"{own}:2"
+    assert place("import json\n\njson.loads('{')", own) == f"{own}:3"
+    monkeypatch.chdir(tmp_path)
+    assert place("1 / 0", own) == "net.py:1"
+    assert place("def f(:", own) == "net.py:1"
+    installed = Path(np.__file__)
+    assert place("1 / 0", installed).endswith("numpy/__init__.py:1")
+    assert place("1 / 0", Path(json.__file__)) == ""

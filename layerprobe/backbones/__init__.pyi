@@ -18,3 +18,4 @@ from .sit import fresh_sit as fresh_sit
 from .sit import network_record as network_record
 from .sit import new_sit as new_sit
 from .sit import sit_backbone as sit_backbone
+from .trial import tried as tried

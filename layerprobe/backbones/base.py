@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerprobe.backbones.network_call import Forward, call_module, checked
 from layerprobe.capture import as_tokens, capture, match_layers
 from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert_prediction, schedule_from_name
 
-Forward = Callable[..., Tensor]
+# Clean enough and noisy enough to read most of a table of times, and inside the training of every schedule.
+TRIAL_LEVELS = (0.5, 0.88)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def wrap(
         backbone = wrap(unet, layers="b*", schedule="ddpm-linear", prediction="eps", shape=(1, 28, 28))
 
     Args:
-        module: Network; it is set to evaluation mode.
+        module: Network; it is set to evaluation mode. The page "Your own network" shows what it is called with.
         layers: Names or patterns of layers; `*` stands for one part of a name ("blocks.*").
         schedule: `NoiseSchedule` or its name: sit, flow, flow-1000, ddpm-linear, ddpm-scaled_linear, ddpm-cosine,
             edm, sit-gvp, sit-vp.
@@ -155,13 +157,15 @@ def wrap(
         shape: Shape (C, *grid) of one input.
         num_classes: Number of classes; the null label is `num_classes`. 0 for an unconditional model.
         forward: Function that calls the module, as in `Backbone`; by default `module(x_t, time)`, or
-            `module(x_t, time, label)` with classes.
+            `module(x_t, time, label)` with classes, where the first half of 2 C channels is the prediction.
         name: Name shown to the user; by default the name of the module's class.
         tokens: Function that extracts the tokens of a layer's output, as in `Backbone`.
 
     Raises:
-        ValueError: If a layer, the schedule or the prediction is unknown.
+        ValueError: If a layer, the schedule or the prediction is unknown, or the shape has no positive lengths.
     """
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape {tuple(shape)} is none of a sample; pass channels first, such as --shape 3,32,32")
     return Backbone(
         module=module.eval(),
         layers=match_layers(module, layers),
@@ -169,30 +173,53 @@ def wrap(
         prediction=prediction,
         shape=tuple(shape),
         num_classes=num_classes,
-        forward=forward or _call,
+        forward=forward or call_module,
         name=name or type(module).__name__,
         tokens=tokens,
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_shapes(backbone: Backbone, layers: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Returns (number of tokens, width) by layer, in running order, from one forward pass of one sample.
+    """Returns (number of tokens, width) by layer, in running order, from one forward pass of two samples.
 
     Raises:
-        ValueError: If a layer does not run, runs twice or returns no tokens.
+        ValueError: As for `checked_pass`.
     """
-    device = backbone.device
+    x_t = torch.zeros(len(TRIAL_LEVELS), *backbone.shape, device=backbone.device)
+    tokens, _ = checked_pass(backbone, x_t, layers)
+    return {name: (output.shape[1], output.shape[2]) for name, output in tokens.items()}
+
+
+def checked_pass(
+    backbone: Backbone, x_t: Tensor, layers: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Calls the network, and checks what it and its layers return.
+
+    Args:
+        backbone: Model.
+        x_t: Noisy samples at the first of `TRIAL_LEVELS`, shape (B, C, *grid).
+        layers: Names of the layers to read; those of the backbone if not given.
+
+    Returns:
+        The tokens (B, T, D) of the layers, in running order, and the network's own prediction.
+
+    Raises:
+        ValueError: If the call fails or returns no prediction; if a layer does not run, runs twice, returns no tokens,
+            or does not have the samples as its first axis.
+    """
+    levels = torch.tensor(TRIAL_LEVELS[: len(x_t)], device=x_t.device)
+    backbone = replace(backbone, forward=checked(backbone.forward, backbone.schedule))
     # A complete pass, unlike in extraction, so that a layer that runs twice is noticed.
-    with capture(backbone.module, layers or backbone.layers, tokens=backbone.tokens) as outputs:
-        backbone.predict(torch.zeros(1, *backbone.shape, device=device), torch.full((1,), 0.5, device=device))
-    return {name: (tokens.shape[1], tokens.shape[2]) for name, tokens in outputs.items()}
-
-
-def _call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
-    arguments = (x_t, native_time) if condition is None else (x_t, native_time, condition)
-    output: Tensor = module(*arguments)
-    return output
+    with capture(backbone.module, layers or backbone.layers, tokens=backbone.tokens, transform=Tensor.clone) as tokens:
+        prediction = backbone.predict(x_t, levels)
+    for name, output in tokens.items():
+        if len(output) != len(x_t):
+            raise ValueError(
+                f"{name} returns {tuple(output.shape)} for {len(x_t)} samples, which are not its first axis; "
+                "name another layer, or pass wrap(..., tokens=...) to read it"
+            )
+    return tokens, prediction
 
 
 def alignable_layers(backbone: Backbone) -> tuple[str, ...]:

@@ -12,5 +12,5 @@ from .opening import training_record as training_record
 from .saving import save_checkpoint as save_checkpoint
 from .saving import weights_hash as weights_hash
 from .source import CheckpointSource as CheckpointSource
-from .user_models import import_object as import_object
+from .user_code import import_object as import_object
 from .weight_sets import read_weights as read_weights

@@ -29,6 +29,7 @@ from layerprobe.backbones import (
     recognize,
     sit_backbone,
     snapshot_of,
+    tried,
 )
 from layerprobe.checkpoints.foreign import refuse_other_content
 from layerprobe.checkpoints.networks import FoundNetwork, closest_part, find_network
@@ -195,7 +196,7 @@ def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
         refuse_other_options(_MODEL_OPTIONS, options, "with a model of your own")
         backbone = user_backbone(**model_options)
         source |= _load(backbone.module, weights.tensors, path, weights.container)
-        return _OpenedCheckpoint(backbone, source)
+        return _OpenedCheckpoint(tried(backbone), source)
     if "family" in weights.record:
         refuse_other_options(_OWN_OPTIONS, options, f"{path} records its own configuration")
         backbone = _own_backbone(path, weights.record)
@@ -318,7 +319,7 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, containe
         difference = f"lacks {missing[0]}" if missing else f"also has {unexpected[0]}"
         raise ValueError(
             f"{path} does not fit {type(module).__name__}: it {difference} ({len(missing)} missing, "
-            f"{len(unexpected)} unexpected); pass the network that it was saved from"
+            f"{len(unexpected)} unexpected); {_other_part(expected, set(tensors))}"
         )
     same_name = {name: _stored_name(names, found.tensors, path) for names in tied.values() for name in names}
     weights, types = {}, set()
@@ -345,6 +346,22 @@ def _stored_name(names: set[str], tensors: Mapping[str, Tensor], path: Path) -> 
 def _type(stored: Tensor, parameter: Tensor) -> str:
     name, target = (str(tensor.dtype).removeprefix("torch.") for tensor in (stored, parameter))
     return name if name == target else f"{name}, read as {target}"
+
+
+def _other_part(expected: set[str], found: set[str]) -> str:
+    """Says which network fits the names, if one of both is a part of the other."""
+    if whole := _prefix(expected, found):
+        return f"the file has all of them below {whole!r}: return the network that this one is a part of"
+    if part := _prefix(found, expected):
+        return f"the file has all of the network below {part!r}: return that part"
+    return "pass the network that it was saved from"
+
+
+def _prefix(names: set[str], longer: set[str]) -> str:
+    """Returns the prefix with which all names are among the longer ones; "" if there is none."""
+    name = min(names, default="")
+    prefixes = sorted(other.removesuffix(name) for other in longer if other.endswith(f".{name}"))
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in longer for name in names)), "")
 
 
 def _converted(tensor: Tensor, parameter: Tensor, name: str, path: Path, module: nn.Module) -> Tensor:

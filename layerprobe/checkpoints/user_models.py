@@ -1,51 +1,20 @@
-"""Opens a user's own network: imports a factory by name and wraps what it returns as a backbone."""
+"""Opens a user's own network: calls a factory and wraps what it returns as a backbone."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from layerprobe.backbones import Backbone, wrap
 from layerprobe.capture import match_layers
-from layerprobe.files import one_line
+from layerprobe.checkpoints.user_code import import_object, run_user_code
 from layerprobe.noise import NoiseSchedule, Prediction
-
-
-def import_object(spec: str, option: str) -> Any:
-    """Imports "file.py:name" or "package.module:name"; no other code of a user or a checkpoint is ever run.
-
-    Args:
-        spec: The name, as the user wrote it.
-        option: Command-line option that the user passed it with, for the error.
-
-    Raises:
-        ValueError: If it cannot be imported.
-    """
-    location, _, name = spec.rpartition(":")
-    if not location:
-        raise ValueError(f"{option} {spec} names no object; pass file.py:name or package.module:name")
-    try:
-        if location.endswith(".py"):
-            # Registered because dataclasses look their module up; the prefix keeps a user's `random.py` apart.
-            alias = f"layerprobe_user_{Path(location).stem}"
-            loader = importlib.util.spec_from_file_location(alias, location)
-            assert loader is not None and loader.loader is not None
-            module = sys.modules[alias] = importlib.util.module_from_spec(loader)
-            loader.loader.exec_module(module)
-        else:
-            module = importlib.import_module(location)
-        return getattr(module, name)
-    except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        raise ValueError(
-            f"{option} {spec} cannot be imported ({one_line(error)}); pass file.py:name or package.module:name"
-        ) from error
 
 
 def refuse_other_options(allowed: Sequence[str], options: Mapping[str, Any], reason: str) -> None:
@@ -72,16 +41,18 @@ def user_backbone(
     Raises:
         ValueError: If the factory cannot be imported or called, returns something else, or a needed option is missing.
     """
-    network = _make(model)
+    network = _unwrapped(_make(model))
     if isinstance(network, Backbone):
         options = {"schedule": schedule, "prediction": prediction, "shape": shape, "num_classes": num_classes}
         passed = {name: value for name, value in options.items() if value is not None}
         refuse_other_options((), passed, f"{model} returns a complete Backbone")
         return network if layers is None else with_layers(network, layers)
     if not isinstance(network, nn.Module):
-        raise ValueError(
-            f"{model} returns a {type(network).__name__}; it must return a torch.nn.Module or a layerprobe Backbone"
-        )
+        raise ValueError(f"{model} returns {_kind(network)}; it must return a torch.nn.Module or a layerprobe Backbone")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(f"{model} returns TorchScript, whose layers cannot be read; return the network it was made of")
+    if any(is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError(f"{model} returns lazy layers, which have no weights yet; call the network once before")
     needed = {"layers": layers, "schedule": schedule, "prediction": prediction, "shape": shape}
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
@@ -103,7 +74,26 @@ def _make(model: str | Callable[[], Any]) -> Any:
         raise ValueError(
             f"{model} needs arguments ({error}); pass a function without arguments that returns the network"
         ) from error
-    return factory()
+    spec = model if isinstance(model, str) else ""
+    return run_user_code(factory, spec, f"{model} fails", "correct the function that returns the network")
+
+
+def _unwrapped(network: Any) -> Any:
+    """Returns the network inside torch.compile and data parallelism, whose layers then have their own names."""
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(network.module)
+    original = getattr(network, "_orig_mod", None)
+    return _unwrapped(original) if isinstance(original, nn.Module) else network
+
+
+def _kind(made: Any) -> str:
+    if made is None:
+        return "nothing, without a return statement"
+    if isinstance(made, type):
+        return f"the class {made.__name__} and not an object of it"
+    if isinstance(made, (tuple, list)):
+        return f"a {type(made).__name__} of {', '.join(type(part).__name__ for part in made[:4])}"
+    return f"a {type(made).__name__}"
 
 
 def with_layers(backbone: Backbone, layers: str | Sequence[str]) -> Backbone:

@@ -116,7 +116,7 @@ def test_averaged_weights_that_are_no_tensors_are_passed_over(tmp_path: Path) ->
 def test_a_prefix_that_all_names_share_is_taken_off(tmp_path: Path, head: str) -> None:
     torch.save({head + name: tensor for name, tensor in weights().items()}, tmp_path / "model.pt")
     options: dict[str, Any] = {"layers": "blocks.*", "schedule": "sit", "prediction": "velocity", "shape": (1, 4, 4)}
-    backbone = open_checkpoint(tmp_path / "model.pt", model=lambda: SiT(TINY), **options)
+    backbone = open_checkpoint(tmp_path / "model.pt", model=lambda: SiT(TINY), num_classes=3, **options)
     assert_same_weights(backbone.module, weights())
 
 

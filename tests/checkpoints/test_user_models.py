@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import ONE_LINE
+from safetensors.torch import save_model
 from tiny_checkpoints import assert_same_weights, official, open_tiny
-from torch import nn
+from torch import Tensor, nn
 
-from layerprobe.checkpoints.opening import (
-    open_checkpoint,
-)
+from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.checkpoints.user_models import user_backbone
 
 FACTORIES = """
 from __future__ import annotations
@@ -102,8 +103,11 @@ def test_a_network_can_come_from_an_installed_module_or_a_callable(
     ("spec", "message"),
     [
         ("Network", r"^--model Network names no object; pass file.py:name or package.module:name$"),
-        ("{file}:Missing", r"cannot be imported \(.*no attribute 'Missing'\); pass file.py:name"),
-        ("nowhere.py:Network", r"cannot be imported \(.*No such file.*\)"),
+        (
+            "{file}:network",
+            r"random.py has no network; it has Network, Settings, backbone, with_arguments, wrong, inst",
+        ),
+        ("nowhere.py:Network", r"cannot be imported \(there is no file nowhere.py\); pass file.py:name"),
         ("no.such.package:Network", r"cannot be imported \(No module named 'no'\)"),
         ("{file}:with_arguments", r"needs arguments \(missing a required argument: 'width'\); pass a function"),
         ("{file}:wrong", "returns a str; it must return a torch.nn.Module or a layerprobe Backbone$"),
@@ -132,6 +136,113 @@ def test_a_bare_module_needs_to_be_described(factories: Path) -> None:
 def test_factories_with_a_mistake_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text("def broken(:\n")
     path = official(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"odd.py:broken cannot be imported \(.*\); pass file.py:name") as caught:
+    match = r"odd.py:broken cannot be imported \(invalid syntax, \S*odd.py:1\); correct the file$"
+    with pytest.raises(ValueError, match=match) as caught:
         open_tiny(path, family=None, num_heads=None, model=f"{tmp_path / 'odd.py'}:broken")
     caught.match(ONE_LINE)
+
+
+class Net(nn.Module):
+    """One linear layer that adds the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.layer(x) + t[:, None]
+        return output
+
+
+class Scaled(Net):
+    """Divides by the weights."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) / self.layer.bias.mean()
+
+
+def raises() -> None:
+    raise FileNotFoundError("no config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda: None, "returns nothing, without a return statement; it must return a torch.nn.Module"),
+        (lambda: Net, "returns the class Net and not an object of it; it must"),
+        (lambda: (Net(), 3), "returns a tuple of Net, int; it must"),
+        (lambda: torch.jit.script(nn.Linear(3, 3)), "returns TorchScript, whose layers cannot be read; return the"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "returns lazy layers, which have no weights yet; call the network"),
+        (raises, r"fails \(no config.yaml, \S*test_user_models.py:\d+\); correct the file$"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_what_a_factory_does_wrong_is_told_in_one_line(factory: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        user_backbone(factory, **TOLD)
+    caught.match(ONE_LINE)
+
+
+def test_wrappers_of_training_are_taken_off() -> None:
+    network = Net()
+    for wrapped in (nn.DataParallel(network), torch.compile(network, backend="eager")):
+        backbone = user_backbone(lambda made=wrapped: made, **(TOLD | {"layers": "layer"}))
+        assert backbone.module is network
+
+
+def test_the_trial_uses_the_weights_of_the_file_and_tells_what_was_assumed(tmp_path: Path) -> None:
+    torch.save({"layer.weight": torch.eye(3), "layer.bias": torch.zeros(3)}, tmp_path / "model.pt")
+    backbone = open_checkpoint(tmp_path / "model.pt", model=Net, **TOLD)
+    assert backbone.assumptions[0].startswith("its forward gets x = noisy samples, t = time; otherwise let the")
+    with pytest.raises(ValueError, match=r"Scaled returns values that are not finite at noise level 0.5, its time 0.5"):
+        open_checkpoint(tmp_path / "model.pt", model=Scaled, **TOLD)
+
+
+class Whole(nn.Module):
+    """A network and a part of its training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.loss = Net(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.net(x, t)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("saved", "made", "message"),
+    [
+        (
+            Whole,
+            Net,
+            r"\(2 missing, 4 unexpected\); the file has all of them below 'net.': return the network that this",
+        ),
+        (Net, Whole, r"\(4 missing, 2 unexpected\); the file has all of the network below 'net.': return that part$"),
+        (lambda: nn.Linear(3, 3), Net, r"\(2 missing, 2 unexpected\); the file has all of the network below 'layer.'"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), Net, "pass the network that it was saved from$"),
+    ],
+)
+def test_a_part_of_the_network_that_was_saved_is_recognized(
+    tmp_path: Path, saved: Callable[[], nn.Module], made: Callable[[], nn.Module], message: str
+) -> None:
+    torch.save(saved().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "model.pt", model=made, **(TOLD | {"layers": "*"}))
+
+
+def test_a_tensor_with_two_names_is_stored_under_one_of_them(tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Linear(3, 3)
+            self.again.weight = self.layer.weight
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = self.again(super().forward(x, t))
+            return output
+
+    saved = Tied()
+    save_model(saved, str(tmp_path / "model.safetensors"))
+    backbone = open_checkpoint(tmp_path / "model.safetensors", model=Tied, **TOLD)
+    assert_same_weights(backbone.module, saved.state_dict())

@@ -204,6 +204,17 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
     assert num_hooks(network) == 0
 
 
+def test_every_layer_that_does_not_run_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^unused, stem did not run"), capture(Network(), ["unused", "stem"]):
+        pass
+
+
+def test_lists_of_modules_match_no_pattern_and_name_their_parts() -> None:
+    assert "blocks" not in match_layers(Network(), "*")
+    with pytest.raises(ValueError, match=r"^blocks is a list of modules, which never runs itself; name its parts, blo"):
+        match_layers(Network(), "blocks")
+
+
 def test_a_layer_that_runs_twice_is_an_error() -> None:
     network = Network(repeat=True)
     with (
@@ -267,7 +278,7 @@ def test_patterns_name_layers_in_the_order_of_the_module() -> None:
     )
     assert match_layers(network, ["blocks.*.fc"]) == tuple(f"{name}.fc" for name in blocks)
     assert match_layers(network, ["stem", "ste*"]) == ("stem",)
-    assert match_layers(network, ["*"]) == ("stem", "blocks", "pair", "head", "unused")
+    assert match_layers(network, ["*"]) == ("stem", "pair", "head", "unused")
 
 
 @pytest.mark.parametrize("pattern", ["block.*", "blocksx0", "blocks.12", "", "blocks.0.*.fc"])
