@@ -7,6 +7,7 @@ from .diffusers.opening import open_diffusers as open_diffusers
 from .families import FAMILIES as FAMILIES
 from .families import build as build
 from .families import recognize as recognize
+from .heads import with_heads as with_heads
 from .sit import SMALL_PRESETS as SMALL_PRESETS
 from .sit import SiT as SiT
 from .sit import SiTConfig as SiTConfig
@@ -14,3 +15,4 @@ from .sit import fresh_sit as fresh_sit
 from .sit import network_record as network_record
 from .sit import new_sit as new_sit
 from .sit import sit_backbone as sit_backbone
+from .stated import DECISIVE as DECISIVE

@@ -7,9 +7,8 @@ code are recognized by the names and shapes of their tensors; the user specifies
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from layerprobe.backbones import (
     recognize,
     sit_backbone,
 )
+from layerprobe.checkpoints.arguments import stated_arguments
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
@@ -37,9 +37,10 @@ from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 EMBEDDED = "digits"
 # Options that have an effect on each kind of checkpoint.
 _OWN_OPTIONS = ("weights", "layers")
-_FAMILY_OPTIONS = ("weights", "layers", "family", "num_heads", "schedule", "prediction", "shape", "num_classes")
-_MODEL_OPTIONS = ("weights", "layers", "model", "schedule", "prediction", "shape", "num_classes")
-_DIFFUSERS_OPTIONS = ("subfolder", "lora", "layers", "schedule", "prediction", "shape", "num_classes")
+_EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")
+_FAMILY_OPTIONS = (*_EVERY_OPTIONS, "weights", "family", "num_heads")
+_MODEL_OPTIONS = (*_EVERY_OPTIONS, "weights", "model")
+_DIFFUSERS_OPTIONS = (*_EVERY_OPTIONS, "subfolder", "lora")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ def open_checkpoint(
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
+    value_range: Sequence[float] | None = None,
     device: str = "auto",
 ) -> Backbone:
     """Opens a checkpoint as a backbone in evaluation mode.
@@ -88,6 +90,8 @@ def open_checkpoint(
         prediction: Prediction target, as for `wrap`; needed in the same cases as `schedule`.
         shape: Shape (C, *grid) of one input, if the file does not determine it.
         num_classes: Number of classes, if the file does not determine it; 0 for a `model` without classes.
+        value_range: What the values -1 and 1 of the samples are to the network, as for `Backbone.with_value_range`:
+            (0, 1) for a network that was trained on pixels in [0, 1].
         device: Device of the weights; "auto" is a GPU if one is available.
 
     Raises:
@@ -109,6 +113,7 @@ def open_checkpoint(
         "prediction": prediction,
         "shape": shape,
         "num_classes": num_classes,
+        "value_range": value_range,
     }
     backbone = _open(path, {name: value for name, value in options.items() if value is not None}).backbone
     backbone.module.eval().to(target)
@@ -143,7 +148,9 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         **opened.source,
         "parameters": sum(parameter.numel() for parameter in backbone.module.parameters()),
         "shape": list(backbone.shape),
+        "heads": backbone.num_heads,
         "classes": backbone.num_classes,
+        "value_range": list(backbone.value_range),
         "schedule": backbone.schedule.name,
         "data_at_time": float(times[0]),
         "noise_at_time": float(times[1]),
@@ -167,6 +174,13 @@ def _located(path: str | Path) -> Path:
 
 
 def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
+    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name != "value_range"})
+    if "value_range" not in options:
+        return opened
+    return replace(opened, backbone=opened.backbone.with_value_range(options["value_range"]))
+
+
+def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
     if "model" not in options and is_diffusers(path):
         refuse_other_options(_DIFFUSERS_OPTIONS, options, f"{path} is a diffusers model")
         return _OpenedCheckpoint(open_diffusers(path, **options), {"format": "diffusers"})
@@ -210,7 +224,7 @@ def _family_backbone(
     path: Path, weights: Weights, family: str | None = None, **options: Any
 ) -> tuple[Backbone, dict[str, Any]]:
     """Opens a published network with its weights, and describes it."""
-    args = weights.args | _arguments_beside(path)
+    args, places = stated_arguments(path, weights.files, weights.args)
     tensors = _without_common_prefix(weights.tensors, lambda tensors: bool(recognize(tensors, args)))
     possible = recognize(tensors, args)
     if not possible:
@@ -227,19 +241,12 @@ def _family_backbone(
     family = family or possible[0]
     opened = build(family, tensors, args=args, **options)
     _load(opened.backbone.module, opened.tensors, path)
-    return opened.backbone, {"family": family, "latents": FAMILIES[family].latents, "unused": list(opened.unused)}
-
-
-def _arguments_beside(path: Path) -> dict[str, Any]:
-    """Reads the `args.json` that training code wrote next to its checkpoints."""
-    file = (path if path.is_dir() else path.parent) / "args.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({one_line(error)}); repair or remove it") from error
-    return content if isinstance(content, dict) else {}
+    backbone = opened.backbone
+    if len(possible) == 1 and family != possible[0]:
+        note = f"names and arguments of the file are those of {possible[0]}; --family {family} is used"
+        backbone = replace(backbone, assumptions=(note, *backbone.assumptions))
+    source = {"family": family, "latents": FAMILIES[family].latents, "unused": list(opened.unused)}
+    return backbone, source | {"arguments": places}
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
