@@ -56,11 +56,12 @@ COLOR_RANGES = (
     (-1.9895, 2.0591, -1.9803, 2.1265, -1.7068, 2.1158),
     (-2.1179, 2.2489, -2.0357, 2.4286, -1.8044, 2.64),
 )
-FIRST = 16  # samples that choose among the value ranges and among the numbers of heads
+FIRST = 8  # samples that choose among the value ranges and among the numbers of heads
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).
 PLAUSIBLE = 0.0  # above this the network is no better than a linear denoiser
 CLEAR_LABELS = 0.1  # nats between true and wrong labels, from which on the null label can be judged
 NULL_SHARE = 0.25  # of these nats, which a null label gains on wrong labels at the least
+HEADS_MARGIN = 0.01  # nats between two numbers of heads, whose outputs differ less than those of two conventions
 MARGIN = 0.03  # nats; one convention is better than another by more than this and by more than four standard errors
 
 
@@ -92,11 +93,12 @@ class Fit:
         return float(self.scores.mean())
 
 
-LabelCaution = Literal[
+FitCaution = Literal[
     "true labels no better than wrong ones",
     "null label worse than a wrong one",
     "null label like a wrong one",
     "more classes in the data",
+    "another number of heads fits as well",
 ]
 
 
@@ -121,9 +123,25 @@ class ConventionCheck:
     classes: tuple[int, int] = (0, 0)
 
     @property
-    def cautions(self) -> tuple[LabelCaution, ...]:
-        """What the labels do against expectation."""
-        cautions: list[LabelCaution] = []
+    def rival_heads(self) -> int | None:
+        """Another number of heads under which the declared convention fits about as well or better; None without."""
+        declared = self.declared
+        for fit in self.fits:
+            same = (fit.schedule, fit.prediction, fit.value_range) == (
+                declared.schedule,
+                declared.prediction,
+                declared.value_range,
+            )
+            if same and fit.num_heads != declared.num_heads and fit.score < declared.score + HEADS_MARGIN:
+                return fit.num_heads
+        return None
+
+    @property
+    def cautions(self) -> tuple[FitCaution, ...]:
+        """What speaks against the declared heads and labels without deciding against them."""
+        cautions: list[FitCaution] = []
+        if self.verdict == "fits" and self.rival_heads is not None:
+            cautions.append("another number of heads fits as well")
         of_network, of_data = self.classes
         if 0 < of_network < of_data:
             cautions.append("more classes in the data")
@@ -206,31 +224,31 @@ def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int =
         if declared.score > PLAUSIBLE or declared.schedule in CURVED:
             tried += _conventions(backbone, CURVED, batch.x, eps)[1:]
         leading = _leading(tried)
-        for others in (_other_ranges, _other_heads):
-            tried += _best_of(leading, others(leading[0]), batch.x, eps)
-            leading = _leading([leading, tried[-1]])
+        for others, margin in ((_other_ranges, MARGIN), (_other_heads, HEADS_MARGIN)):
+            found = _best_of(leading, others(leading[0]), batch.x, eps)
+            tried += found
+            leading = next((each for each in found if _replaces(each, leading, batch.x, eps, margin)), leading)
         condition = _by_condition(backbone, batch, eps) if declared.score < math.inf else {}
-    fits = tuple(sorted((fit for _, fit in tried), key=lambda fit: fit.score))
-    verdict = _verdict(declared, fits[0])
-    return ConventionCheck(declared, fits, condition, verdict, (backbone.num_classes, samples.num_classes))
+    fits = sorted((fit for _, fit in tried), key=lambda fit: fit.score)
+    if fits[0].score > PLAUSIBLE:
+        verdict = "unclear"
+    else:
+        verdict = "fits" if leading[1] is declared else "misfit"
+        # Scores of different value ranges are of different noise, so the first is not always the one that fits.
+        fits.sort(key=lambda fit: fit is not leading[1] if verdict == "misfit" else False)
+    return ConventionCheck(declared, tuple(fits), condition, verdict, (backbone.num_classes, samples.num_classes))
 
 
 _Tried = tuple[Backbone, Fit]  # a network under one convention, and its fit
 
 
-def _verdict(declared: Fit, best: Fit) -> str:
-    if best.score > PLAUSIBLE:
-        return "unclear"
-    return "misfit" if _is_better(best, declared) else "fits"
-
-
-def _is_better(fit: Fit, other: Fit) -> bool:
+def _is_better(fit: Fit, other: Fit, margin: float = MARGIN) -> bool:
     """Whether a fit is better than another one by more than chance."""
     if other.score == math.inf:
         return fit.score < math.inf
     advantage = other.scores - fit.scores
     standard_error = float(advantage.std()) / math.sqrt(len(advantage))
-    return float(advantage.mean()) > max(MARGIN, 4 * standard_error)
+    return float(advantage.mean()) > max(margin, 4 * standard_error)
 
 
 def _leading(tried: Sequence[_Tried]) -> _Tried:
@@ -250,16 +268,39 @@ def _other_heads(backbone: Backbone) -> list[Backbone]:
 
 
 def _best_of(leading: _Tried, others: Sequence[Backbone], x: Tensor, eps: Tensor) -> list[_Tried]:
-    """Returns the best of other networks by the first samples, with its fit on all; nothing if there are none."""
-    _, fit = leading
-    if not others or fit.score == math.inf:
+    """Returns the one of the other networks that is most ahead on the first samples, with its fit on all; or none."""
+    if leading[1].score == math.inf:
         return []
+    few_x, few_eps = x[:FIRST], eps[:FIRST]
+    advantages = {}
+    for index, other in enumerate(others):
+        fit = _fit_like(leading[1], other, few_x, few_eps)
+        if fit.score <= PLAUSIBLE:
+            advantages[index] = _on_noise_of(other, leading, few_x, few_eps).score - fit.score
+    if not advantages:
+        return []
+    best = others[max(advantages, key=advantages.__getitem__)]
+    return [(best, _fit_like(leading[1], best, x, eps))]
 
-    def tried(backbone: Backbone, x: Tensor, eps: Tensor) -> _Tried:
-        return backbone, _schedule_fits(backbone, fit.schedule, [fit.prediction], x, eps)[0]
 
-    few = min((tried(other, x[:FIRST], eps[:FIRST]) for other in others), key=lambda each: each[1].score)
-    return [tried(few[0], x, eps)]
+def _replaces(other: _Tried, leading: _Tried, x: Tensor, eps: Tensor, margin: float) -> bool:
+    plausible = other[1].score <= PLAUSIBLE
+    return plausible and _is_better(other[1], _on_noise_of(other[0], leading, x, eps), margin)
+
+
+def _on_noise_of(other: Backbone, leading: _Tried, x: Tensor, eps: Tensor) -> Fit:
+    """Returns the fit of the leading network on the noisy samples of another one.
+
+    Sigma is smaller in the units of the data if the network's value range is wider.
+    """
+    backbone, fit = leading
+    if other.schedule.scale == backbone.schedule.scale and len(x) == len(fit.scores):
+        return fit
+    return _fit_like(fit, backbone, x, eps, offset=2 * math.log(backbone.schedule.scale / other.schedule.scale))
+
+
+def _fit_like(fit: Fit, backbone: Backbone, x: Tensor, eps: Tensor, *, offset: float = 0.0) -> Fit:
+    return _schedule_fits(backbone, fit.schedule, [fit.prediction], x, eps, offset)[0]
 
 
 def _conventions(
@@ -288,9 +329,9 @@ def _conventions(
 
 
 def _schedule_fits(
-    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor
+    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, offset: float = 0.0
 ) -> list[Fit]:
-    errors = _errors(backbone, predictions, x, eps, None)
+    errors = _errors(backbone, predictions, x, eps, None, offset)
     return [
         Fit(name, prediction, backbone.num_heads, backbone.value_range, tuple(error.mean(1).tolist()), error.log().mean(0))
         for prediction, error in errors.items()
@@ -298,13 +339,16 @@ def _schedule_fits(
 
 
 def _errors(
-    backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None
+    backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None, offset: float = 0.0
 ) -> dict[Prediction, Tensor]:
-    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction."""
+    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction.
+
+    The offset is added to the log signal-to-noise ratios.
+    """
     schedule, device = backbone.schedule, backbone.device
     errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
     power = _power(x)
-    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64)):
+    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64) + offset):
         levels = level.clamp(*schedule.level_range).expand(len(x))
         x_t = schedule.corrupt(x, eps, levels)
         condition = None if labels is None else labels.to(device)

@@ -15,7 +15,12 @@ _CAUTIONS = {
         "pass --num-classes with the number of rows of the label table, or check it"
     ),
     "more classes in the data": (
-        "the data has more classes than the network: if its last row is a class too, pass --num-classes with their number"
+        "the data has {check.classes[1]} classes, but the network {check.classes[0]} and a null label: if all rows of its "
+        "label table are classes, pass --num-classes with the number of rows"
+    ),
+    "another number of heads fits as well": (
+        "{check.rival_heads} attention heads fit about as well as {check.declared.num_heads}: the weights do not decide "
+        "between them; make sure of --num-heads"
     ),
     "null label worse than a wrong one": (
         "the null label denoises worse than a wrong label: the model may have been trained without it"
@@ -53,8 +58,8 @@ def convention_message(check: ConventionCheck) -> str:
 
 
 def convention_cautions(check: ConventionCheck) -> list[str]:
-    """Warnings about the labels."""
-    return [_CAUTIONS[caution] for caution in check.cautions]
+    """Warnings about heads and labels."""
+    return [_CAUTIONS[caution].format(check=check) for caution in check.cautions]
 
 
 def convention_lines(check: ConventionCheck) -> list[str]:

@@ -215,9 +215,17 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
     try:
         with torch.device("meta"):
             module = SiT(SiTConfig(**record["config"]))
-        return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
+        schedule = schedule_from_config(record["schedule"])
+        backbone = sit_backbone(module, schedule=schedule, prediction=record["prediction"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has a damaged record ({one_line(error)}); copy or download it again") from error
+    notes = ()
+    if module.config.num_classes and record.get("training", {}).get("label_drop") == 0:
+        notes = (
+            "the null label was never trained, since no label was dropped in training; pass --condition label to give the "
+            "network the true labels",
+        )
+    return replace(backbone, possible_heads=(), assumptions=notes)  # The record states the heads.
 
 
 def _family_backbone(

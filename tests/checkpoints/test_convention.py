@@ -16,7 +16,7 @@ from places import HELPERS
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, ConventionCheck, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.convention import LOG_SNRS, ConventionCheck, _power, _wiener_error, check_convention
 from layerprobe.checkpoints.convention_text import convention_cautions, convention_lines, convention_message
 from layerprobe.checkpoints.opening import open_checkpoint
 from layerprobe.data.embedded_digits import digits
@@ -155,7 +155,8 @@ def test_a_forgotten_scale_is_named(factor: float) -> None:
     scaled = TensorSamples(data().batch(range(64)).x * factor)
     found = check_convention(open_checkpoint("digits"), scaled)
     assert found.verdict == "misfit"
-    assert f"on data times {1 / factor:.5g}" in convention_message(found)
+    right = f"--value-range {-1 / factor:g},{1 / factor:g}"
+    assert f"under --schedule sit --prediction velocity {right};" in convention_message(found)
 
 
 def test_a_network_without_training_is_unclear() -> None:
@@ -163,7 +164,7 @@ def test_a_network_without_training_is_unclear() -> None:
     found = check_convention(backbone, data())
     assert found.verdict == "unclear"
     assert convention_message(found).startswith("this network does not denoise this data under any known convention")
-    assert len(found.fits) >= 19 + len(SCALES)
+    assert len(found.fits) >= 20
 
 
 def test_a_network_of_other_data_is_unclear() -> None:
