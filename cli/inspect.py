@@ -59,7 +59,9 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
 
 def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the description of a checkpoint as names and texts; empty texts are of what it does not have."""
-    named = (", ".join(map(str, record.get(key, ()))) for key in ("other_weights", "arguments", "left_unbuilt", "unused"))
+    named = (
+        ", ".join(map(str, record.get(key, ()))) for key in ("other_weights", "arguments", "left_unbuilt", "unused")
+    )
     other_weights, arguments, left_unbuilt, unused = named
     pairs = zip(record["value_range"][::2], record["value_range"][1::2], strict=True)
     classes = record["classes"]
@@ -79,7 +81,10 @@ def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("latents", record.get("latents", "")),
         ("heads", str(record["heads"] or "")),
         ("classes", f"{classes}, and the null label {classes}" if classes else "none"),
-        ("schedule", f"{record['schedule']}, time {record['data_at_time']:g} at data, {record['noise_at_time']:g} at noise"),
+        (
+            "schedule",
+            f"{record['schedule']}, time {record['data_at_time']:g} at data, {record['noise_at_time']:g} at noise",
+        ),
         ("prediction", record["prediction"]),
         ("weights hash", record["weights_hash"]),
     ]

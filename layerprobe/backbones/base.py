@@ -93,7 +93,7 @@ class Backbone:
         return velocity if self.mask is None else velocity.masked_fill(~self._real(x_t).unsqueeze(1), 0.0)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns the network's prediction (`self.prediction`) in units of x_t, with time running from data to noise."""
+        """Returns the network's prediction (`self.prediction`), in units of x_t, with time from data to noise."""
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(
                 f"samples have shape {tuple(x_t.shape[1:])}, but {self.name} takes {self.shape}; resize the samples"

@@ -135,8 +135,8 @@ def build_transformer(
         raise ValueError(f"{head_notes[0]}, so the number of heads is unknown; pass --num-heads")
     if num_heads is None and backbone.possible_heads:
         head_notes.append(
-            f"no file states the number of attention heads: {backbone.num_heads} is that of the published model of this "
-            "width; pass --num-heads if it has another"
+            f"no file states the number of attention heads: {backbone.num_heads} is that of the published model of "
+            "this width; pass --num-heads if it has another"
         )
     return Opened(replace(backbone, assumptions=(*head_notes, *class_notes)), network_tensors, unused)
 
@@ -195,10 +195,13 @@ def _heads(
     named_width, named_heads = NAMED_SIZES[size]
     if named_width == width:
         if num_heads not in (None, named_heads):
-            return num_heads, [f"the file's model name {name} means {named_heads} heads; --num-heads {num_heads} is used"]
+            return num_heads, [
+                f"the file's model name {name} means {named_heads} heads; --num-heads {num_heads} is used"
+            ]
         return named_heads, []
     return num_heads, [
-        f"the file's model name {name} is of another network: it means a width of {named_width}, the weights have {width}"
+        f"the file's model name {name} is of another network: it means a width of {named_width}, the weights have "
+        f"{width}"
     ]
 
 

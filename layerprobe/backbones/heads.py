@@ -21,7 +21,9 @@ def with_heads(backbone: Backbone, num_heads: int) -> Backbone:
 
     It is for comparisons: the configuration of the module, if it has one, keeps the old number.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*backbone.module.parameters(), *backbone.module.buffers())}
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*backbone.module.parameters(), *backbone.module.buffers())
+    }
     module = deepcopy(backbone.module, memo)
     for part in module.modules():
         if isinstance(part, nn.MultiheadAttention):

@@ -256,7 +256,9 @@ def config_from_state_dict(
         raise ValueError(f"{ROTARY} shows {rotary_heads} heads, not {num_heads}; leave --num-heads out")
     trunk = sit.config_from_state_dict(
         tensors,
-        num_heads=next((n for n in (num_heads, rotary_heads, dict(NAMED_SIZES.values()).get(width)) if n is not None), None),
+        num_heads=next(
+            (n for n in (num_heads, rotary_heads, dict(NAMED_SIZES.values()).get(width)) if n is not None), None
+        ),
         shape=shape,
     )
     modulation = tensors.get("blocks.0.adaLN_modulation.1.bias")

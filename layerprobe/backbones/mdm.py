@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import Family, Opened
 from layerprobe.backbones.heads import possible_heads
-from layerprobe.backbones.stated import HEADS, check_sizes, stated_number
+from layerprobe.backbones.stated import check_sizes
 from layerprobe.capture import as_tokens
 from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 
@@ -223,15 +223,15 @@ def build_mdm(
         ValueError: If the file is of another variant, or a value that the file leaves open is missing.
     """
     _check_variant(tensors, args)
-    stated = stated_number(args, HEADS)
-    if stated is not None and num_heads not in (None, stated[1]):
-        raise ValueError(f"args.json has {stated[0]} = {stated[1]}, not {num_heads}; leave --num-heads out")
+    stated = _integer(args, "num_heads", 0)
+    if stated and num_heads not in (None, stated):
+        raise ValueError(f"args.json has num_heads = {stated}, not {num_heads}; leave --num-heads out")
     features, frames = _shape(tensors, args, shape)
     config = MDMConfig(
         shape=(features, frames),
         hidden_size=tensors["input_process.poseEmbedding.weight"].shape[0],
         depth=len({name.split(".")[2] for name in tensors if name.startswith(_BLOCKS)}),
-        num_heads=num_heads or (int(stated[1]) if stated is not None else NUM_HEADS),
+        num_heads=(stated or NUM_HEADS) if num_heads is None else num_heads,
         mlp_size=len(tensors[f"{_BLOCKS}0.linear1.weight"]),
         num_actions=len(tensors[_ACTIONS]) if _ACTIONS in tensors else 0,
         text_size=tensors[_TEXT].shape[1] if _TEXT in tensors else 0,
@@ -252,10 +252,10 @@ def build_mdm(
     backbone = mdm_backbone(module, schedule=schedule, prediction=prediction or "x0")
     conditional = bool(config.num_actions + config.text_size)
     notes = []
-    if num_heads is None and stated is None:
+    if num_heads is None and not stated:
         notes.append(
-            f"no file states the number of attention heads: {NUM_HEADS} as in the official code; pass --num-heads if it "
-            "has another"
+            f"no file states the number of attention heads: {NUM_HEADS} as in the official code; pass --num-heads if "
+            "it has another"
         )
     if args.get("cond_mask_prob") == 0 and conditional:
         notes.append("the network was never trained without a condition (cond_mask_prob = 0), but is run without one")

@@ -71,10 +71,12 @@ def _read(file: Path) -> dict[str, Any]:
     kind = "JSON" if file.suffix == ".json" else "YAML"
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if kind == "JSON" else yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
+        content = json.loads(text) if kind == "JSON" else yaml.load(text, _PlainLoader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not valid {kind} ({one_line(error)}); repair or remove it") from error
-    return {name: value for name, value in content.items() if isinstance(name, str)} if isinstance(content, dict) else {}
+    return (
+        {name: value for name, value in content.items() if isinstance(name, str)} if isinstance(content, dict) else {}
+    )
 
 
 class _PlainLoader(yaml.SafeLoader):

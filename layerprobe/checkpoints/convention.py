@@ -46,6 +46,7 @@ VALUE_RANGES: tuple[tuple[float, ...], ...] = (
     (0, 255),
     (-0.5, 0.5),
     (-2, 2),
+    (-3, 1),  # the network takes [-1, 1], the data is in [0, 1]
     *((-factor, factor) for factor in (0.18215, 0.13025, 5.49, 7.6775)),
     (-1.6237, 1.4373),
     (-0.40295, 0.31925),
@@ -333,13 +334,25 @@ def _schedule_fits(
 ) -> list[Fit]:
     errors = _errors(backbone, predictions, x, eps, None, offset)
     return [
-        Fit(name, prediction, backbone.num_heads, backbone.value_range, tuple(error.mean(1).tolist()), error.log().mean(0))
+        Fit(
+            name,
+            prediction,
+            backbone.num_heads,
+            backbone.value_range,
+            tuple(error.mean(1).tolist()),
+            error.log().mean(0),
+        )
         for prediction, error in errors.items()
     ]
 
 
 def _errors(
-    backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None, offset: float = 0.0
+    backbone: Backbone,
+    predictions: Sequence[Prediction],
+    x: Tensor,
+    eps: Tensor,
+    labels: Tensor | None,
+    offset: float = 0.0,
 ) -> dict[Prediction, Tensor]:
     """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction.
 

@@ -15,12 +15,12 @@ _CAUTIONS = {
         "pass --num-classes with the number of rows of the label table, or check it"
     ),
     "more classes in the data": (
-        "the data has {check.classes[1]} classes, but the network {check.classes[0]} and a null label: if all rows of its "
-        "label table are classes, pass --num-classes with the number of rows"
+        "the data has {check.classes[1]} classes, but the network {check.classes[0]} and a null label: if all rows of "
+        "its label table are classes, pass --num-classes with the number of rows"
     ),
     "another number of heads fits as well": (
-        "{check.rival_heads} attention heads fit about as well as {check.declared.num_heads}: the weights do not decide "
-        "between them; make sure of --num-heads"
+        "{check.rival_heads} attention heads fit about as well as {check.declared.num_heads}: the weights do not "
+        "decide between them; make sure of --num-heads"
     ),
     "null label worse than a wrong one": (
         "the null label denoises worse than a wrong label: the model may have been trained without it"
@@ -50,8 +50,8 @@ def convention_message(check: ConventionCheck) -> str:
     if check.verdict == "unclear":
         return (
             "this network does not denoise this data under any known convention: the best, "
-            f"{convention_name(best, declared)}, has {_times(best)} the error of a linear denoiser; check the data, its "
-            "scale and the training"
+            f"{convention_name(best, declared)}, has {_times(best)} the error of a linear denoiser; check the data, "
+            "its scale and the training"
         )
     error = f"the denoising error is {_times(declared)} that of a linear denoiser"
     return f"the weights fit {convention_name(declared)}: {error}"

@@ -222,8 +222,8 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
     notes = ()
     if module.config.num_classes and record.get("training", {}).get("label_drop") == 0:
         notes = (
-            "the null label was never trained, since no label was dropped in training; pass --condition label to give the "
-            "network the true labels",
+            "the null label was never trained, since no label was dropped in training; pass --condition label to give "
+            "the network the true labels",
         )
     return replace(backbone, possible_heads=(), assumptions=notes)  # The record states the heads.
 

@@ -23,8 +23,9 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
         return zero, one
     if prediction == "x0":
         return one, zero
-    if prediction == "v":  # Salimans & Ho 2022 (arXiv:2202.00512), in units of the data's scale
-        return -schedule.sigma(level) / schedule.scale, schedule.alpha(level) * schedule.scale
+    if prediction == "v":  # Salimans & Ho 2022 (arXiv:2202.00512)
+        unit = schedule.scale / schedule.own.scale
+        return -schedule.sigma(level) / unit, schedule.alpha(level) * unit
     if prediction == "velocity":
         rate = schedule.path_rate(level)
         return schedule.alpha_rate(level) / rate, schedule.sigma_rate(level) / rate

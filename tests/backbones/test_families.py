@@ -312,7 +312,13 @@ def assumed(family: str = "sit", tensors: dict[str, Tensor] | None = None, **opt
 
 
 @pytest.mark.parametrize(
-    "told", [{"num_classes": 6}, {"args": {"num_classes": 6}}, {"args": {"class_dropout_prob": 0}}, {"args": {"cfg_prob": 0.0}}]
+    "told",
+    [
+        {"num_classes": 6},
+        {"args": {"num_classes": 6}},
+        {"args": {"class_dropout_prob": 0}},
+        {"args": {"cfg_prob": 0.0}},
+    ],
 )
 @torch.no_grad()
 def test_without_label_dropout_the_mean_of_the_classes_stands_for_no_label(told: dict[str, Any]) -> None:
@@ -327,7 +333,9 @@ def test_without_label_dropout_the_mean_of_the_classes_stands_for_no_label(told:
     expected = plain_sit(tensors | {"y_embedder.embedding_table.weight": table}, CONFIG, x, level, torch.tensor([6]))
     torch.testing.assert_close(table[6], table[:6].mean(0))
     torch.testing.assert_close(backbone(x, level), -expected[-1], rtol=1e-4, atol=1e-5)
-    assert opened.backbone.assumptions[0].startswith("all 6 rows of the label table are classes, so the network has no null")
+    assert opened.backbone.assumptions[0].startswith(
+        "all 6 rows of the label table are classes, so the network has no null"
+    )
 
 
 def test_what_no_file_states_about_labels_is_told() -> None:
@@ -344,7 +352,9 @@ def test_heads_come_from_the_arguments_then_from_the_width() -> None:
     known = {"num_classes": 5}
     of_width = build("sit", wide, args=known).backbone
     assert of_width.num_heads == 6
-    assert of_width.assumptions[0].startswith("no file states the number of attention heads: 6 is that of the published")
+    assert of_width.assumptions[0].startswith(
+        "no file states the number of attention heads: 6 is that of the published"
+    )
     assert build("sit", wide, args=known | {"num_heads": 12}).backbone.num_heads == 12
     named = build("sit", wide, args=known | {"model": "SiT-S/2"}).backbone
     assert (named.num_heads, named.assumptions) == (6, ())
@@ -352,7 +362,8 @@ def test_heads_come_from_the_arguments_then_from_the_width() -> None:
         "the file's model name SiT-S/2 means 6 heads; --num-heads 4 is used",
     )
     with pytest.raises(
-        ValueError, match=r"^the file's model name SiT-B/2 is of another network: .* 768, the weights have 384, so the num"
+        ValueError,
+        match=r"^the file's model name SiT-B/2 is of another network: .* 768, the weights have 384, so the num",
     ):
         build("sit", wide, args=known | {"model": "SiT-B/2"})
     with pytest.raises(ValueError, match=r"^the training arguments have heads = 12, not 6; leave --num-heads out$"):
@@ -371,7 +382,9 @@ def test_positions_of_another_grid_are_refused() -> None:
     tensors = state() | {"pos_embed": sincos_position(32, (2, 8))}
     assert build("sit", tensors, num_heads=4, shape=(3, 4, 16)).backbone.shape == (3, 4, 16)
     for shape in (None, (3, 16, 4), (3, 8, 8)):
-        with pytest.raises(ValueError, match=r"^pos_embed has the positions of 2x8 patches, not of .*; pass --shape 3,4,16$"):
+        with pytest.raises(
+            ValueError, match=r"^pos_embed has the positions of 2x8 patches, not of .*; pass --shape 3,4,16$"
+        ):
             build("sit", tensors, num_heads=4, shape=shape)
 
 

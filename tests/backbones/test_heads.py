@@ -27,7 +27,11 @@ def test_other_heads_compute_what_a_network_built_with_them_computes() -> None:
     other = with_heads(backbone, 4)
     assert (other.num_heads, backbone.num_heads) == (4, 2)
     assert [id(p) for p in other.module.parameters()] == [id(p) for p in backbone.module.parameters()]
-    x, time, label = torch.randn(3, 1, 4, 4, generator=generator), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 3])
+    x, time, label = (
+        torch.randn(3, 1, 4, 4, generator=generator),
+        torch.tensor([0.2, 0.5, 0.8]),
+        torch.tensor([0, 1, 3]),
+    )
     for network, heads in ((other, 4), (backbone, 2)):
         built = SiTConfig((1, 4, 4), hidden_size=16, depth=2, num_heads=heads, num_classes=3)
         expected = plain_sit(backbone.module.state_dict(), built, x, time, label)[-1]

@@ -42,7 +42,7 @@ def test_arguments_of_another_network_are_refused() -> None:
     check_sizes({"depth": 4, "patch_size": [2, 2], "use_rope": True}, {"depth": 4, "patch_size": 2, "use_rope": True})
     with pytest.raises(
         ValueError,
-        match=r"^the training arguments have depth = 12, but the weights show 4; these arguments are of another network",
+        match=r"^the training arguments have depth = 12, but the weights show 4; these arguments are of another",
     ):
         check_sizes({"depth": 12}, {"depth": 4})
     with pytest.raises(ValueError, match=r"have use_rope = True, but the weights show False;"):

@@ -18,7 +18,9 @@ def test_every_place_is_read(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     save_file(
-        {"a": torch.zeros(2)}, checkpoints / "m.safetensors", metadata={"num_heads": "4", "path_type": "GVP", "odd": "{"}
+        {"a": torch.zeros(2)},
+        checkpoints / "m.safetensors",
+        metadata={"num_heads": "4", "path_type": "GVP", "odd": "{"},
     )
     (tmp_path / "args.json").write_text(json.dumps({"num_classes": 10}))
     (checkpoints / "config.yaml").write_text("model:\n  depth: 3\ncallback: !!python/object:os.system {}\n")
@@ -77,7 +79,9 @@ def test_a_model_name_of_another_network_is_told(tmp_path: Path) -> None:
     assert told["assumptions"][0] == (
         "the file's model name SiT-XL/2 is of another network: it means a width of 1152, the weights have 8"
     )
-    with pytest.raises(ValueError, match=r"^no preset has width 8, so the number of heads is unknown; pass --num-heads$"):
+    with pytest.raises(
+        ValueError, match=r"^no preset has width 8, so the number of heads is unknown; pass --num-heads$"
+    ):
         open_checkpoint(path, family="sit")
 
 

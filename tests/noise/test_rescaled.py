@@ -61,7 +61,9 @@ def test_the_loss_is_that_of_the_networks_own_training(prediction: Prediction) -
     per_level = (-schedule.alpha(LEVEL) / schedule.sigma(LEVEL)).view(-1, 1, 1, 1).float()
     error = target(prediction, schedule, x=change, eps=per_level * change, level=LEVEL).square().flatten(1).mean(1)
     per_level = (-own.alpha(LEVEL) / own.sigma(LEVEL)).view(-1, 1, 1, 1).float()
-    own_error = target(prediction, own, x=change / 2, eps=per_level * change / 2, level=LEVEL).square().flatten(1).mean(1)
+    own_error = (
+        target(prediction, own, x=change / 2, eps=per_level * change / 2, level=LEVEL).square().flatten(1).mean(1)
+    )
     got = error * error_weight(prediction, schedule, LEVEL)
     torch.testing.assert_close(got, own_error * error_weight(prediction, own, LEVEL), rtol=1e-5, atol=1e-8)
 
@@ -99,5 +101,7 @@ def test_what_is_no_range_is_refused(bad: tuple[float, ...]) -> None:
 def test_channels_that_differ_much_or_are_too_many_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^the value range 0,1,0,2 is 2 times wider in one channel than in another;"):
         Rescaled(schedule_from_name("sit"), (0, 1, 0, 2))
-    with pytest.raises(ValueError, match=r"^the value range has 6 numbers, but Sequential takes 2 channels; pass LOW,HIGH"):
+    with pytest.raises(
+        ValueError, match=r"^the value range has 6 numbers, but Sequential takes 2 channels; pass LOW,HIGH"
+    ):
         network("sit", "x0").with_value_range((0, 1) * 3)
