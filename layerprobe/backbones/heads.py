@@ -29,5 +29,5 @@ def with_heads(backbone: Backbone, num_heads: int) -> Backbone:
         if isinstance(part, nn.MultiheadAttention):
             part.head_dim = part.embed_dim // num_heads
         if hasattr(part, "num_heads"):
-            part.num_heads = num_heads
+            vars(part)["num_heads"] = num_heads
     return replace(backbone, module=module, num_heads=num_heads)

@@ -21,8 +21,10 @@ SIZES = ("hidden_size", "depth", "patch_size", "in_channels", "in_chans", "input
 # Arguments that decide how a checkpoint is read.
 DECISIVE = (*HEADS, *DROPOUT, *SIZES, "num_classes", "path_type", "prediction", "noise_schedule", "diffusion_steps")
 _MODEL_NAMES = ("model", "model_type", "model_name", "arch", "name")
-_SECTIONS = ("model", "network", "net", "transformer", "backbone", "params", "init_args", "config")
-_SECTIONS += tuple(f"{name}_{kind}" for name in ("model", "network") for kind in ("args", "config", "kwargs", "params"))
+_SECTIONS = (
+    *("model", "network", "net", "transformer", "backbone", "params", "init_args", "config"),
+    *(f"{name}_{kind}" for name in ("model", "network") for kind in ("args", "config", "kwargs", "params")),
+)
 _SIZE = re.compile(r"[-_](\w+)[/_-]\d+$")
 
 

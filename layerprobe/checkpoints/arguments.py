@@ -79,7 +79,7 @@ def _read(file: Path) -> dict[str, Any]:
     )
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Reads plain data, and None for the objects that training code writes by name."""
 
 

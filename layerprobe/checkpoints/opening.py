@@ -151,7 +151,7 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         "heads": backbone.num_heads,
         "classes": backbone.num_classes,
         "value_range": list(backbone.value_range),
-        "schedule": backbone.schedule.name,
+        "schedule": backbone.schedule.own.name,
         "data_at_time": float(times[0]),
         "noise_at_time": float(times[1]),
         "prediction": backbone.prediction,
@@ -219,7 +219,7 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
         backbone = sit_backbone(module, schedule=schedule, prediction=record["prediction"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has a damaged record ({one_line(error)}); copy or download it again") from error
-    notes = ()
+    notes: tuple[str, ...] = ()
     if module.config.num_classes and record.get("training", {}).get("label_drop") == 0:
         notes = (
             "the null label was never trained, since no label was dropped in training; pass --condition label to give "

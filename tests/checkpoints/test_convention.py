@@ -221,7 +221,7 @@ def test_a_label_table_without_a_null_label_is_noticed(tmp_path: Path) -> None:
     last = open_checkpoint(path, **options)
     assert last.num_classes == 9
     assert "pass --num-classes 10 if all rows are classes" in last.assumptions[0]
-    found = check_convention(last, data())
+    found = check_convention(last, data(), num_samples=32)
     assert "the data has 10 classes, but the network 9 and a null label:" in convention_cautions(found)[0]
     labels = data().labels
     assert labels is not None
@@ -230,7 +230,7 @@ def test_a_label_table_without_a_null_label_is_noticed(tmp_path: Path) -> None:
     found = check_convention(last, TensorSamples(batch.x, batch.labels))
     assert "the null label denoises like a wrong label: its row may be a class" in convention_cautions(found)[0]
     mean = open_checkpoint(path, num_classes=10, **options)
-    found = check_convention(mean, data())
+    found = check_convention(mean, data(), num_samples=32)
     assert (found.verdict, found.cautions) == ("fits", ())
 
 
