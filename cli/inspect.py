@@ -41,9 +41,9 @@ def inspect(
 
 def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) -> tuple[dict[str, Any], list[str]]:
     record = checkpoint.describe()
-    apart = ("layers", "training", "assumptions")
-    lines = [f"{key:<14} {value}" for key, value in record.items() if key not in apart and value != []]
-    lines += [f"{'assumed':<14} {assumption}" for assumption in record["assumptions"]]
+    rows = [(name, text) for name, text in _checkpoint_rows(record) if text]
+    rows += [("assumed", assumption) for assumption in record["assumptions"]]
+    lines = [f"{name:<14} {text}" for name, text in rows]
     lines += [f"{'layer':<24} tokens x width"]
     lines += [f"{name:<24} {tokens} x {width}" for name, (tokens, width) in record["layers"].items()]
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
@@ -55,6 +55,39 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
         record["convention"] = check.to_dict()
         lines += convention_lines(check)
     return record, lines
+
+
+def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the description of a checkpoint as names and texts; empty texts are of what it does not have."""
+    named = (
+        ", ".join(map(str, record.get(key, ()))) for key in ("other_weights", "arguments", "left_unbuilt", "unused")
+    )
+    other_weights, arguments, left_unbuilt, unused = named
+    pairs = zip(record["value_range"][::2], record["value_range"][1::2], strict=True)
+    classes = record["classes"]
+    return [
+        ("checkpoint", record["checkpoint"]),
+        ("model", record["model"]),
+        ("family", record.get("family", "")),
+        ("format", record["format"]),
+        ("weights", record.get("weights", "")),
+        ("other weights", other_weights),
+        ("settings from", arguments),
+        ("left unbuilt", left_unbuilt),
+        ("unused", unused),
+        ("parameters", str(record["parameters"])),
+        ("input shape", " x ".join(map(str, record["shape"]))),
+        ("input values", ", ".join(f"{low:g} to {high:g}" for low, high in pairs) + " for -1 to 1 of the data"),
+        ("latents", record.get("latents", "")),
+        ("heads", str(record["heads"] or "")),
+        ("classes", f"{classes}, and the null label {classes}" if classes else "none"),
+        (
+            "schedule",
+            f"{record['schedule']}, time {record['data_at_time']:g} at data, {record['noise_at_time']:g} at noise",
+        ),
+        ("prediction", record["prediction"]),
+        ("weights hash", record["weights_hash"]),
+    ]
 
 
 def _describe_data(data: DataSource, out: Path | None) -> tuple[dict[str, Any], list[str]]:

@@ -9,6 +9,7 @@ from .diffusers.weights import SingleFileRefused as SingleFileRefused
 from .families import FAMILIES as FAMILIES
 from .families import build as build
 from .families import recognize as recognize
+from .heads import with_heads as with_heads
 from .known_tokens import KnownLayer as KnownLayer
 from .known_tokens import known_layer as known_layer
 from .sit import SMALL_PRESETS as SMALL_PRESETS
@@ -18,4 +19,5 @@ from .sit import fresh_sit as fresh_sit
 from .sit import network_record as network_record
 from .sit import new_sit as new_sit
 from .sit import sit_backbone as sit_backbone
+from .stated import DECISIVE as DECISIVE
 from .trial import tried as tried

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.network_call import Forward, call_module, checked
 from layerprobe.capture import as_tokens, capture, match_layers
-from layerprobe.noise import PREDICTIONS, NoiseSchedule, Prediction, convert_prediction, schedule_from_name
+from layerprobe.noise import (
+    PREDICTIONS,
+    NoiseSchedule,
+    Prediction,
+    Rescaled,
+    convert_prediction,
+    in_data_units,
+    schedule_from_name,
+)
 
 # Clean enough and noisy enough to read most of a table of times, and inside the training of every schedule.
 TRIAL_LEVELS = (0.5, 0.88)
@@ -41,6 +49,9 @@ class Backbone:
         mask: Mask of the current batch, set by `masked`.
         token_grid: Number of tokens of a layer along each axis, if the family determines it; otherwise it is guessed
             from their total number.
+        num_heads: Number of attention heads; None if the network has none or does not tell.
+        possible_heads: Numbers of attention heads that the weights allow, if they allow several: with a wrong one, the
+            weights fit all the same.
         assumptions: What was assumed because no file and no option told it, one sentence each, with the option that
             tells it otherwise.
         origin: Where the weights come from, as JSON: files, stored types, adapters, what was left out.
@@ -61,6 +72,8 @@ class Backbone:
     takes_mask: bool = False
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     token_grid: tuple[int, ...] | None = None
+    num_heads: int | None = None
+    possible_heads: tuple[int, ...] = ()
     assumptions: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -84,7 +97,7 @@ class Backbone:
         return velocity if self.mask is None else velocity.masked_fill(~self._real(x_t).unsqueeze(1), 0.0)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns the network's own prediction (`self.prediction`), with time running from data to noise."""
+        """Returns the network's prediction (`self.prediction`), in units of x_t, with time from data to noise."""
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(
                 f"samples have shape {tuple(x_t.shape[1:])}, but {self.name} takes {self.shape}; resize the samples"
@@ -95,9 +108,10 @@ class Backbone:
         if not self.schedule.integer_time:
             native_time = native_time.to(x_t.dtype)
         mask = () if self.mask is None else (self._real(x_t),)
-        output = self.forward(self.module, x_t, native_time, condition, *mask)
+        own_x_t = self.schedule.network_input(x_t, noise_level)
+        output = self.forward(self.module, own_x_t, native_time, condition, *mask)
         flip = self.prediction == "velocity" and self.schedule.time_direction < 0
-        return -output if flip else output
+        return in_data_units(-output if flip else output, noise_level, self.schedule, prediction=self.prediction)
 
     def masked(self, mask: Tensor | None) -> Backbone:
         """Returns this backbone for one batch of padded samples.
@@ -125,6 +139,34 @@ class Backbone:
     def null_condition(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
         """Returns the null label, `num_classes`, shape (B,); None for unconditional models."""
         return torch.full((batch_size,), self.num_classes, device=device) if self.num_classes else None
+
+    @property
+    def value_range(self) -> tuple[float, ...]:
+        """What the values -1 and 1 of the samples are to the network; these two of each channel, if channels differ."""
+        return self.schedule.value_range if isinstance(self.schedule, Rescaled) else (-1.0, 1.0)
+
+    def with_schedule(self, schedule: NoiseSchedule) -> Backbone:
+        """Returns this backbone under another schedule of its own data, with the same value range."""
+        return replace(self, schedule=schedule).with_value_range(self.value_range)
+
+    def with_value_range(self, value_range: Sequence[float]) -> Backbone:
+        """Returns this backbone for a network that was trained on values in another range.
+
+        Samples keep their values everywhere else: the network's input and prediction are converted.
+
+        Args:
+            value_range: What the values -1 and 1 of the samples are to the network, such as (0, 1); see `Rescaled`.
+
+        Raises:
+            ValueError: If this is not a range, or has another number of channels than the network.
+        """
+        if len(value_range) not in (2, 2 * self.shape[0]):
+            raise ValueError(
+                f"the value range has {len(value_range)} numbers, but {self.name} takes {self.shape[0]} channels; "
+                "pass LOW,HIGH, or such a pair for each channel"
+            )
+        own = self.schedule.own
+        return replace(self, schedule=own if tuple(value_range) == (-1, 1) else Rescaled(own, value_range))
 
     @property
     def device(self) -> torch.device:

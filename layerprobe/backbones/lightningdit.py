@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from layerprobe.backbones import sit
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import Family, Opened, build_transformer
+from layerprobe.backbones.heads import possible_heads
 from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
+from layerprobe.backbones.stated import NAMED_SIZES, check_sizes, network_settings
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
-# Heads by width of the sizes that SiT lacks: the models of 1.0 and 1.6 billion parameters.
-WIDE_HEADS = {1536: 24, 1792: 28}
 ROTARY = "feat_rope.freqs_cos"
 GATED_MLP = "blocks.0.mlp.w3.weight"
 
@@ -228,6 +228,9 @@ def lightningdit_backbone(
         num_classes=trunk.num_classes,
         forward=sit.labeled,
         name=name or f"LightningDiT with {trunk.depth} blocks of width {trunk.hidden_size}, patch {trunk.patch_name}",
+        num_heads=trunk.num_heads,
+        # Rotary tables and the norms of queries and keys are as wide as a head.
+        possible_heads=() if module.config.rotary or trunk.qk_norm else possible_heads(trunk.hidden_size),
     )
 
 
@@ -253,7 +256,9 @@ def config_from_state_dict(
         raise ValueError(f"{ROTARY} shows {rotary_heads} heads, not {num_heads}; leave --num-heads out")
     trunk = sit.config_from_state_dict(
         tensors,
-        num_heads=next((n for n in (num_heads, rotary_heads, WIDE_HEADS.get(width)) if n is not None), None),
+        num_heads=next(
+            (n for n in (num_heads, rotary_heads, dict(NAMED_SIZES.values()).get(width)) if n is not None), None
+        ),
         shape=shape,
     )
     modulation = tensors.get("blocks.0.adaLN_modulation.1.bias")
@@ -291,7 +296,12 @@ def _make(
 
 
 def _build(tensors: Mapping[str, Tensor], family: Family, **options: Any) -> Opened:
-    return build_transformer(_make, tensors, family, **options)
+    opened = build_transformer(_make, tensors, family, **options)
+    config: Any = opened.backbone.module.config
+    switches = {"use_rope": config.rotary, "use_swiglu": config.gated_mlp, "use_rmsnorm": config.rms_norm}
+    switches |= {"wo_shift": not config.shift, "use_qknorm": config.trunk.qk_norm}
+    check_sizes(network_settings(options["args"]), switches)
+    return opened
 
 
 FAMILY = Family(

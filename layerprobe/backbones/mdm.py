@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import Family, Opened
+from layerprobe.backbones.heads import possible_heads
+from layerprobe.backbones.stated import check_sizes
 from layerprobe.capture import as_tokens
 from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 
@@ -173,6 +175,8 @@ def mdm_backbone(module: MDM, *, schedule: NoiseSchedule, prediction: Prediction
         forward=_forward,
         name=f"MDM with {config.depth} blocks of width {config.hidden_size}",
         tokens=frame_tokens,
+        num_heads=config.num_heads,
+        possible_heads=possible_heads(config.hidden_size),
     )
 
 
@@ -219,17 +223,21 @@ def build_mdm(
         ValueError: If the file is of another variant, or a value that the file leaves open is missing.
     """
     _check_variant(tensors, args)
+    stated = _integer(args, "num_heads", 0)
+    if stated and num_heads not in (None, stated):
+        raise ValueError(f"args.json has num_heads = {stated}, not {num_heads}; leave --num-heads out")
     features, frames = _shape(tensors, args, shape)
     config = MDMConfig(
         shape=(features, frames),
         hidden_size=tensors["input_process.poseEmbedding.weight"].shape[0],
         depth=len({name.split(".")[2] for name in tensors if name.startswith(_BLOCKS)}),
-        num_heads=_integer(args, "num_heads", NUM_HEADS) if num_heads is None else num_heads,
+        num_heads=(stated or NUM_HEADS) if num_heads is None else num_heads,
         mlp_size=len(tensors[f"{_BLOCKS}0.linear1.weight"]),
         num_actions=len(tensors[_ACTIONS]) if _ACTIONS in tensors else 0,
         text_size=tensors[_TEXT].shape[1] if _TEXT in tensors else 0,
         num_positions=len(tensors[_POSITIONS]) if _POSITIONS in tensors else NUM_POSITIONS,
     )
+    check_sizes(args, {"latent_dim": config.hidden_size, "layers": config.depth, "ff_size": config.mlp_size})
     if num_classes is not None and num_classes != config.num_actions:
         raise ValueError(f"this MDM has {config.num_actions} actions, not {num_classes}; leave --num-classes out")
     unused = tuple(name for name in tensors if name.startswith(_UNUSED))
@@ -242,9 +250,18 @@ def build_mdm(
     with torch.device("meta"):
         module = MDM(config)
     backbone = mdm_backbone(module, schedule=schedule, prediction=prediction or "x0")
-    if args.get("cond_mask_prob") == 0 and config.num_actions + config.text_size:
-        backbone = replace(backbone, name=f"{backbone.name}, never trained without a condition")
-    return backbone, network_tensors, unused
+    conditional = bool(config.num_actions + config.text_size)
+    notes = []
+    if num_heads is None and not stated:
+        notes.append(
+            f"no file states the number of attention heads: {NUM_HEADS} as in the official code; pass --num-heads if "
+            "it has another"
+        )
+    if args.get("cond_mask_prob") == 0 and conditional:
+        notes.append("the network was never trained without a condition (cond_mask_prob = 0), but is run without one")
+    elif "cond_mask_prob" not in args and conditional:
+        notes.append("no file states that the network was trained without a condition too, as it is run")
+    return replace(backbone, assumptions=tuple(notes)), network_tensors, unused
 
 
 def _check_variant(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe.backbones.base import Backbone
+from layerprobe.backbones.heads import possible_heads
 from layerprobe.capture import real_tokens
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
@@ -382,6 +383,9 @@ def sit_backbone(
         name=name or module.config.name,
         takes_mask=True,
         token_grid=module.config.grid,
+        num_heads=module.config.num_heads,
+        # The norms of queries and keys are as wide as a head.
+        possible_heads=() if module.config.qk_norm else possible_heads(module.config.hidden_size),
     )
 
 
@@ -412,8 +416,9 @@ def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
 def network_record(backbone: Backbone) -> dict[str, Any]:
     """Describes a SiT without its weights, as JSON: configuration, path and prediction target."""
     assert isinstance(backbone.module, SiT)
-    path = type(backbone.schedule).__name__
-    return {"network": backbone.module.config.to_dict(), "path": path, "prediction": backbone.prediction}
+    path = type(backbone.schedule.own).__name__
+    record = {"network": backbone.module.config.to_dict(), "path": path, "prediction": backbone.prediction}
+    return record | ({} if backbone.value_range == (-1, 1) else {"value_range": list(backbone.value_range)})
 
 
 def labeled(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
@@ -452,8 +457,10 @@ def config_from_state_dict(
     if int(width * mlp_ratio) < mlp_width:  # The network rounds down, and the quotient was already rounded.
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     out_channels = state_dict["final_layer.linear.weight"].shape[0] // math.prod(patch)
+    shape = _shape(channels, patch, state_dict["pos_embed"].shape[1], shape)
+    _check_positions(state_dict["pos_embed"], shape, patch)
     return SiTConfig(
-        shape=_shape(channels, patch, state_dict["pos_embed"].shape[1], shape),
+        shape=shape,
         patch_size=patch,
         hidden_size=width,
         depth=len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")}),
@@ -490,6 +497,24 @@ def _shape(channels: int, patch: tuple[int, ...], num_tokens: int, shape: Sequen
             f"{patch[0] if cube else 'x'.join(map(str, patch))}; pass the shape of the training data"
         )
     return shape
+
+
+def _check_positions(positions: Tensor, shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """Refuses a grid if the file has the sine-cosine positions of another grid with as many patches."""
+    grid, (_, num_tokens, width) = tuple(map(floordiv, shape[1:], patch)), positions.shape
+    if len(grid) != 2 or width < 4 or width % 4 or positions.is_meta or _are_of_grid(positions, grid):
+        return
+    for rows in (rows for rows in range(1, num_tokens + 1) if num_tokens % rows == 0):
+        if _are_of_grid(positions, (rows, num_tokens // rows)):
+            right = (shape[0], rows * patch[0], num_tokens // rows * patch[1])
+            raise ValueError(
+                f"pos_embed has the positions of {rows}x{num_tokens // rows} patches, not of "
+                f"{'x'.join(map(str, grid))}; pass --shape {','.join(map(str, right))}"
+            )
+
+
+def _are_of_grid(positions: Tensor, grid: tuple[int, ...]) -> bool:
+    return torch.allclose(positions.float(), sincos_position(positions.shape[-1], grid), atol=0.02)
 
 
 _HEAD_NORM = "blocks.0.attn.q_norm.weight"

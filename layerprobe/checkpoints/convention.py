@@ -5,7 +5,8 @@ prediction target. A network under the wrong convention still returns plausible 
 silently wrong. Therefore real samples are corrupted at five signal-to-noise ratios, the output is converted to an
 estimate of the clean sample under every known convention, and its squared error is compared with that of the best
 shift-invariant linear denoiser (the Wiener filter), which knows only the power spectrum of the data. A trained network
-beats this denoiser under its own convention only.
+beats this denoiser under its own convention only. Other value ranges of the data and other numbers of attention heads
+are tried in the same way, if the shapes of the weights do not exclude them.
 
 The squared error of the prediction itself is not suitable: errors of different prediction targets are not comparable,
 and an eps network read as a velocity network can have the smaller one.
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerprobe.backbones import Backbone
+from layerprobe.backbones import Backbone, with_heads
 from layerprobe.capture import evaluating
 from layerprobe.data import Batch, Samples
 from layerprobe.noise import DDPM_BETAS, Prediction, RandomStream, convert_prediction, schedule_from_name
@@ -37,10 +38,31 @@ KNOWN: dict[str, tuple[Prediction, ...]] = {
 }
 # Rarely used paths; tried if the declared convention is not plausible.
 CURVED: dict[str, tuple[Prediction, ...]] = dict.fromkeys(("sit-gvp", "sit-vp"), ("velocity", "x0", "eps"))
-# Factors for latents that were not scaled or scaled twice (Stable Diffusion 1/2 and XL), and for pixels in [0, 1].
-SCALES = (0.18215, 0.13025, 0.5, 2.0, 1 / 0.18215, 1 / 0.13025)
+# What -1 and 1 of the data may be to a network, as `Backbone.with_value_range` takes it: pixels that are not scaled to
+# [-1, 1], and latents that were not scaled or scaled twice (Stable Diffusion 1/2, XL and 3, FLUX).
+VALUE_RANGES: tuple[tuple[float, ...], ...] = (
+    (-1, 1),
+    (0, 1),
+    (0, 255),
+    (-0.5, 0.5),
+    (-2, 2),
+    (-3, 1),  # the network takes [-1, 1], the data is in [0, 1]
+    *((-factor, factor) for factor in (0.18215, 0.13025, 5.49, 7.6775)),
+    (-1.6237, 1.4373),
+    (-0.40295, 0.31925),
+)
+# Pixels in [0, 1], less the mean and over the standard deviation: of MNIST; of CIFAR-10 and of ImageNet.
+GRAY_RANGES = ((-0.4242, 2.8215),)
+COLOR_RANGES = (
+    (-1.9895, 2.0591, -1.9803, 2.1265, -1.7068, 2.1158),
+    (-2.1179, 2.2489, -2.0357, 2.4286, -1.8044, 2.64),
+)
+FIRST = 8  # samples that choose among the value ranges and among the numbers of heads
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).
 PLAUSIBLE = 0.0  # above this the network is no better than a linear denoiser
+CLEAR_LABELS = 0.1  # nats between true and wrong labels, from which on the null label can be judged
+NULL_SHARE = 0.25  # of these nats, which a null label gains on wrong labels at the least
+HEADS_MARGIN = 0.01  # nats between two numbers of heads, whose outputs differ less than those of two conventions
 MARGIN = 0.03  # nats; one convention is better than another by more than this and by more than four standard errors
 
 
@@ -53,14 +75,16 @@ class Fit:
     Attributes:
         schedule: Name of the schedule on the command line.
         prediction: Prediction target.
-        scale: Factor on the data; 1 for unchanged data.
+        num_heads: Number of attention heads; None if the network does not tell.
+        value_range: What the values -1 and 1 of the data are to the network.
         ratios: Squared error over that of the linear denoiser at each of `LOG_SNRS`; below 1 is better than linear.
         scores: Mean over levels of the log ratio of each sample, shape (n,).
     """
 
     schedule: str
     prediction: Prediction
-    scale: float
+    num_heads: int | None
+    value_range: tuple[float, ...]
     ratios: tuple[float, ...]
     scores: Tensor
 
@@ -70,7 +94,13 @@ class Fit:
         return float(self.scores.mean())
 
 
-LabelCaution = Literal["true labels no better than wrong ones", "null label worse than a wrong one"]
+FitCaution = Literal[
+    "true labels no better than wrong ones",
+    "null label worse than a wrong one",
+    "null label like a wrong one",
+    "more classes in the data",
+    "another number of heads fits as well",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +114,47 @@ class ConventionCheck:
             "true labels" and "wrong labels".
         verdict: "fits"; "misfit" if another convention is plausible and clearly better; "unclear" if no convention is
             plausible, as for an untrained network or for data of another kind.
+        classes: Number of classes of the network and of the data; 0 without classes.
     """
 
     declared: Fit
     fits: tuple[Fit, ...]
     condition: dict[str, float]
     verdict: str
+    classes: tuple[int, int] = (0, 0)
 
     @property
-    def cautions(self) -> tuple[LabelCaution, ...]:
-        """What the labels do against expectation."""
-        cautions: list[LabelCaution] = []
-        if "true labels" in self.condition and self.condition["true labels"] > self.condition["wrong labels"] - 0.002:
+    def rival_heads(self) -> int | None:
+        """Another number of heads under which the declared convention fits about as well or better; None without."""
+        declared = self.declared
+        for fit in self.fits:
+            same = (fit.schedule, fit.prediction, fit.value_range) == (
+                declared.schedule,
+                declared.prediction,
+                declared.value_range,
+            )
+            if same and fit.num_heads != declared.num_heads and fit.score < declared.score + HEADS_MARGIN:
+                return fit.num_heads
+        return None
+
+    @property
+    def cautions(self) -> tuple[FitCaution, ...]:
+        """What speaks against the declared heads and labels without deciding against them."""
+        cautions: list[FitCaution] = []
+        if self.verdict == "fits" and self.rival_heads is not None:
+            cautions.append("another number of heads fits as well")
+        of_network, of_data = self.classes
+        if 0 < of_network < of_data:
+            cautions.append("more classes in the data")
+        if "true labels" not in self.condition:
+            return tuple(cautions)
+        true, wrong, null = (self.condition[name] for name in ("true labels", "wrong labels", "null"))
+        if true > wrong - 0.002:
             cautions.append("true labels no better than wrong ones")
-        if self.condition.get("null", 0.0) > self.condition.get("wrong labels", math.inf) + 0.05:
+        if null > wrong + 0.05:
             cautions.append("null label worse than a wrong one")
+        elif wrong - true > CLEAR_LABELS and wrong - null < NULL_SHARE * (wrong - true):
+            cautions.append("null label like a wrong one")
         return tuple(cautions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,11 +164,13 @@ class ConventionCheck:
             "cautions": list(self.cautions),
             "log_snr": list(LOG_SNRS),
             "condition": self.condition,
+            "classes": list(self.classes),
             "fits": [
                 {
                     "schedule": fit.schedule,
                     "prediction": fit.prediction,
-                    "scale": fit.scale,
+                    "num_heads": fit.num_heads,
+                    "value_range": list(fit.value_range),
                     "declared": fit is self.declared,
                     "score": fit.score,
                     "error_over_linear": list(fit.ratios),
@@ -128,21 +186,23 @@ class ConventionCheck:
             Fit(
                 fit["schedule"],
                 fit["prediction"],
-                fit["scale"],
+                fit.get("num_heads"),
+                tuple(fit.get("value_range", (-1.0, 1.0))),
                 tuple(fit["error_over_linear"]),
                 torch.tensor([fit["score"]], dtype=torch.float64),
             )
             for fit in record["fits"]
         )
         declared = next(fit for fit, of in zip(fits, record["fits"], strict=True) if of["declared"])
-        return cls(declared, fits, record["condition"], record["verdict"])
+        return cls(declared, fits, record["condition"], record["verdict"], tuple(record.get("classes", (0, 0))))
 
 
 def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int = 64, seed: int = 0) -> ConventionCheck:
     """Compares the declared schedule and prediction with all other known ones, under the null condition.
 
-    The check needs five forward passes for each of about seven schedules. If no convention fits, the declared one is
-    also tried on the data times the factors of `SCALES`.
+    The check needs five forward passes for each of about seven schedules. The best of them, or the declared one if none
+    is clearly better, is also tried with other value ranges of the data, and then with the other numbers of heads that
+    the weights allow; of these, only the best is tried on more than `FIRST` samples.
 
     Args:
         backbone: Model with its weights.
@@ -160,66 +220,154 @@ def check_convention(backbone: Backbone, samples: Samples, *, num_samples: int =
     eps = RandomStream(seed).normal(batch.ids, backbone.shape)
     backbone = backbone.masked(batch.mask)
     with torch.inference_mode(), evaluating(backbone.module):
-        declared, *others = _fits(backbone, KNOWN, batch.x, eps)
+        tried = _conventions(backbone, KNOWN, batch.x, eps)
+        declared = tried[0][1]
         if declared.score > PLAUSIBLE or declared.schedule in CURVED:
-            others += _fits(backbone, CURVED, batch.x, eps)[1:]
-        if min(fit.score for fit in (declared, *others)) > PLAUSIBLE:
-            for scale in SCALES:
-                others += _schedule_fits(backbone, declared.schedule, [declared.prediction], batch.x, eps, scale)
+            tried += _conventions(backbone, CURVED, batch.x, eps)[1:]
+        leading = _leading(tried)
+        for others, margin in ((_other_ranges, MARGIN), (_other_heads, HEADS_MARGIN)):
+            found = _best_of(leading, others(leading[0]), batch.x, eps)
+            tried += found
+            leading = next((each for each in found if _replaces(each, leading, batch.x, eps, margin)), leading)
         condition = _by_condition(backbone, batch, eps) if declared.score < math.inf else {}
-    fits = tuple(sorted((declared, *others), key=lambda fit: fit.score))
-    return ConventionCheck(declared, fits, condition, _verdict(declared, fits[0]))
+    fits = sorted((fit for _, fit in tried), key=lambda fit: fit.score)
+    if fits[0].score > PLAUSIBLE:
+        verdict = "unclear"
+    else:
+        verdict = "fits" if leading[1] is declared else "misfit"
+        # Scores of different value ranges are of different noise, so the first is not always the one that fits.
+        fits.sort(key=lambda fit: fit is not leading[1] if verdict == "misfit" else False)
+    return ConventionCheck(declared, tuple(fits), condition, verdict, (backbone.num_classes, samples.num_classes))
 
 
-def _verdict(declared: Fit, best: Fit) -> str:
-    if best.score > PLAUSIBLE:
-        return "unclear"
-    advantage = declared.scores - best.scores
+_Tried = tuple[Backbone, Fit]  # a network under one convention, and its fit
+
+
+def _is_better(fit: Fit, other: Fit, margin: float = MARGIN) -> bool:
+    """Whether a fit is better than another one by more than chance."""
+    if other.score == math.inf:
+        return fit.score < math.inf
+    advantage = other.scores - fit.scores
     standard_error = float(advantage.std()) / math.sqrt(len(advantage))
-    clear = declared.score == math.inf or float(advantage.mean()) > max(MARGIN, 4 * standard_error)
-    return "misfit" if clear else "fits"
+    return float(advantage.mean()) > max(margin, 4 * standard_error)
 
 
-def _fits(
+def _leading(tried: Sequence[_Tried]) -> _Tried:
+    """Returns the best of what was tried, if it is plausible and clearly better than the first; else the first."""
+    first, best = tried[0], min(tried, key=lambda each: each[1].score)
+    return best if best[1].score <= PLAUSIBLE and _is_better(best[1], first[1]) else first
+
+
+def _other_ranges(backbone: Backbone) -> list[Backbone]:
+    more = {1: GRAY_RANGES, 3: COLOR_RANGES}.get(backbone.shape[0], ())
+    ranges = [value_range for value_range in (*VALUE_RANGES, *more) if value_range != backbone.value_range]
+    return [backbone.with_value_range(value_range) for value_range in ranges]
+
+
+def _other_heads(backbone: Backbone) -> list[Backbone]:
+    return [with_heads(backbone, heads) for heads in backbone.possible_heads if heads != backbone.num_heads]
+
+
+def _best_of(leading: _Tried, others: Sequence[Backbone], x: Tensor, eps: Tensor) -> list[_Tried]:
+    """Returns the one of the other networks that is most ahead on the first samples, with its fit on all; or none."""
+    if leading[1].score == math.inf:
+        return []
+    few_x, few_eps = x[:FIRST], eps[:FIRST]
+    advantages = {}
+    for index, other in enumerate(others):
+        fit = _fit_like(leading[1], other, few_x, few_eps)
+        if fit.score <= PLAUSIBLE:
+            advantages[index] = _on_noise_of(other, leading, few_x, few_eps).score - fit.score
+    if not advantages:
+        return []
+    best = others[max(advantages, key=advantages.__getitem__)]
+    return [(best, _fit_like(leading[1], best, x, eps))]
+
+
+def _replaces(other: _Tried, leading: _Tried, x: Tensor, eps: Tensor, margin: float) -> bool:
+    plausible = other[1].score <= PLAUSIBLE
+    return plausible and _is_better(other[1], _on_noise_of(other[0], leading, x, eps), margin)
+
+
+def _on_noise_of(other: Backbone, leading: _Tried, x: Tensor, eps: Tensor) -> Fit:
+    """Returns the fit of the leading network on the noisy samples of another one.
+
+    Sigma is smaller in the units of the data if the network's value range is wider.
+    """
+    backbone, fit = leading
+    if other.schedule.scale == backbone.schedule.scale and len(x) == len(fit.scores):
+        return fit
+    return _fit_like(fit, backbone, x, eps, offset=2 * math.log(backbone.schedule.scale / other.schedule.scale))
+
+
+def _fit_like(fit: Fit, backbone: Backbone, x: Tensor, eps: Tensor, *, offset: float = 0.0) -> Fit:
+    return _schedule_fits(backbone, fit.schedule, [fit.prediction], x, eps, offset)[0]
+
+
+def _conventions(
     backbone: Backbone, predictions_by_schedule: Mapping[str, tuple[Prediction, ...]], x: Tensor, eps: Tensor
-) -> list[Fit]:
-    """Returns a fit for each convention under which the network can be called, the declared one first."""
+) -> list[_Tried]:
+    """Tries each convention under which the network can be called, the declared one first."""
     others = {name: (schedule_from_name(name), predictions) for name, predictions in predictions_by_schedule.items()}
-    config = backbone.schedule.to_config()
-    declared = next((name for name, (schedule, _) in others.items() if schedule.to_config() == config), None)
+    own = backbone.schedule.own
+    declared = next((name for name, (schedule, _) in others.items() if schedule.to_config() == own.to_config()), None)
     predictions = (backbone.prediction, *(others.pop(declared)[1] if declared is not None else ()))
-    first = (declared or backbone.schedule.name, backbone.schedule, tuple(dict.fromkeys(predictions)))
-    fits = []
+    first = (declared or own.name, own, tuple(dict.fromkeys(predictions)))
+    tried: list[_Tried] = []
     for name, schedule, predictions in (first, *((name, *rest) for name, rest in others.items())):
+        under = backbone.with_schedule(schedule)
         try:
-            fits += _schedule_fits(replace(backbone, schedule=schedule), name, predictions, x, eps)
+            fits = _schedule_fits(under, name, predictions, x, eps)
         except (RuntimeError, IndexError, TypeError):
             # For example, a network with a table of 1000 times fails at time 0.5: that is not its convention.
-            if not fits:
-                ratios = (math.inf,) * len(LOG_SNRS)
-                fits = [Fit(name, backbone.prediction, 1.0, ratios, torch.full((len(x),), math.inf))]
-    return fits
+            if tried:
+                continue
+            infinite = torch.full((len(x),), math.inf)
+            ratios = (math.inf,) * len(LOG_SNRS)
+            fits = [Fit(name, backbone.prediction, backbone.num_heads, backbone.value_range, ratios, infinite)]
+        tried += [(replace(under, prediction=fit.prediction), fit) for fit in fits]
+    return tried
 
 
 def _schedule_fits(
-    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, scale: float = 1.0
+    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, offset: float = 0.0
 ) -> list[Fit]:
-    errors = _errors(backbone, predictions, x * scale, eps, None)
-    return [Fit(name, p, scale, tuple(e.mean(1).tolist()), e.log().mean(0)) for p, e in errors.items()]
+    errors = _errors(backbone, predictions, x, eps, None, offset)
+    return [
+        Fit(
+            name,
+            prediction,
+            backbone.num_heads,
+            backbone.value_range,
+            tuple(error.mean(1).tolist()),
+            error.log().mean(0),
+        )
+        for prediction, error in errors.items()
+    ]
 
 
 def _errors(
-    backbone: Backbone, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, labels: Tensor | None
+    backbone: Backbone,
+    predictions: Sequence[Prediction],
+    x: Tensor,
+    eps: Tensor,
+    labels: Tensor | None,
+    offset: float = 0.0,
 ) -> dict[Prediction, Tensor]:
-    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction."""
+    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction.
+
+    The offset is added to the log signal-to-noise ratios.
+    """
     schedule, device = backbone.schedule, backbone.device
     errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
     power = _power(x)
-    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64)):
+    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64) + offset):
         levels = level.clamp(*schedule.level_range).expand(len(x))
         x_t = schedule.corrupt(x, eps, levels)
         condition = None if labels is None else labels.to(device)
-        output = replace(backbone, prediction="eps").predict(x_t.to(device), levels.to(device).float(), condition)
+        own = replace(backbone, schedule=schedule.own, prediction="eps")  # The network's output as it is.
+        own_x_t = schedule.network_input(x_t, levels)
+        output = own.predict(own_x_t.to(device), levels.to(device).float(), condition)
         linear = _wiener_error(power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
         for prediction in predictions:
             # The same output, read as another prediction; `predict` handles the sign of a velocity.

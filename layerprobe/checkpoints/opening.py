@@ -7,9 +7,8 @@ code are recognized by the names and shapes of their tensors; the user specifies
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from layerprobe.backbones import (
     snapshot_of,
     tried,
 )
+from layerprobe.checkpoints.arguments import stated_arguments
 from layerprobe.checkpoints.foreign import refuse_other_content
 from layerprobe.checkpoints.networks import FoundNetwork, closest_part, find_network
 from layerprobe.checkpoints.saving import weights_hash
@@ -42,9 +42,10 @@ from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 EMBEDDED = "digits"
 # Options that have an effect on each kind of checkpoint.
 _OWN_OPTIONS = ("weights", "layers")
-_FAMILY_OPTIONS = ("weights", "layers", "family", "num_heads", "schedule", "prediction", "shape", "num_classes")
-_MODEL_OPTIONS = ("weights", "layers", "model", "schedule", "prediction", "shape", "num_classes")
-_DIFFUSERS_OPTIONS = ("subfolder", "lora", "lora_alpha", "layers", "schedule", "prediction", "shape", "num_classes")
+_EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")
+_FAMILY_OPTIONS = (*_EVERY_OPTIONS, "weights", "family", "num_heads")
+_MODEL_OPTIONS = (*_EVERY_OPTIONS, "weights", "model")
+_DIFFUSERS_OPTIONS = (*_EVERY_OPTIONS, "subfolder", "lora", "lora_alpha")
 _SINGLE_FILE_OPTIONS = ("weights", "pipeline", *_DIFFUSERS_OPTIONS)
 
 
@@ -75,6 +76,7 @@ def open_checkpoint(
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
+    value_range: Sequence[float] | None = None,
     device: str = "auto",
 ) -> Backbone:
     """Opens a checkpoint as a backbone in evaluation mode.
@@ -99,6 +101,8 @@ def open_checkpoint(
         prediction: Prediction target, as for `wrap`; needed in the same cases as `schedule`.
         shape: Shape (C, *grid) of one input, if the file does not determine it.
         num_classes: Number of classes, if the file does not determine it; 0 for a `model` without classes.
+        value_range: What the values -1 and 1 of the samples are to the network, as for `Backbone.with_value_range`:
+            (0, 1) for a network that was trained on pixels in [0, 1].
         device: Device of the weights; "auto" is a GPU if one is available.
 
     Raises:
@@ -122,6 +126,7 @@ def open_checkpoint(
         "prediction": prediction,
         "shape": shape,
         "num_classes": num_classes,
+        "value_range": value_range,
     }
     backbone = _open(path, {name: value for name, value in options.items() if value is not None}).backbone
     backbone.module.eval().to(target)
@@ -156,8 +161,10 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         **opened.source,
         "parameters": sum(parameter.numel() for parameter in backbone.module.parameters()),
         "shape": list(backbone.shape),
+        "heads": backbone.num_heads,
         "classes": backbone.num_classes,
-        "schedule": backbone.schedule.name,
+        "value_range": list(backbone.value_range),
+        "schedule": backbone.schedule.own.name,
         "data_at_time": float(times[0]),
         "noise_at_time": float(times[1]),
         "prediction": backbone.prediction,
@@ -180,6 +187,13 @@ def _located(path: str | Path) -> Path:
 
 
 def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
+    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name != "value_range"})
+    if "value_range" not in options:
+        return opened
+    return replace(opened, backbone=opened.backbone.with_value_range(options["value_range"]))
+
+
+def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
     if "model" not in options and is_diffusers(path):
         refuse_other_options(_DIFFUSERS_OPTIONS, options, f"{path} is a diffusers model")
         backbone = open_diffusers(path, **options)
@@ -218,9 +232,17 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
     try:
         with torch.device("meta"):
             module = SiT(SiTConfig(**record["config"]))
-        return sit_backbone(module, schedule=schedule_from_config(record["schedule"]), prediction=record["prediction"])
+        schedule = schedule_from_config(record["schedule"])
+        backbone = sit_backbone(module, schedule=schedule, prediction=record["prediction"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has a damaged record ({one_line(error)}); copy or download it again") from error
+    notes: tuple[str, ...] = ()
+    if module.config.num_classes and record.get("training", {}).get("label_drop") == 0:
+        notes = (
+            "the null label was never trained, since no label was dropped in training; pass --condition label to give "
+            "the network the true labels",
+        )
+    return replace(backbone, possible_heads=(), assumptions=notes)  # The record states the heads.
 
 
 def _family_backbone(
@@ -228,7 +250,7 @@ def _family_backbone(
 ) -> tuple[Backbone, dict[str, Any]]:
     """Opens a published network with its weights, and describes it."""
     refuse_other_content(path, weights.tensors)
-    args = weights.args | _arguments_beside(path)
+    args, places = stated_arguments(path, weights.files, weights.args)
     found = _found(path, weights.tensors, lambda tensors: bool(recognize(tensors, args)), weights.container)
     if found is None:
         names = ", ".join(list(weights.tensors)[:3])
@@ -246,7 +268,11 @@ def _family_backbone(
     opened = build(family, found.tensors, args=args, **options)
     record = {"family": family, "latents": opened.latents or FAMILIES[family].latents, "unused": list(opened.unused)}
     record |= _placed(found) | _load(opened.backbone.module, opened.tensors, path)
-    return opened.backbone, record
+    backbone = opened.backbone
+    if len(possible) == 1 and family != possible[0]:
+        note = f"names and arguments of the file are those of {possible[0]}; --family {family} is used"
+        backbone = replace(backbone, assumptions=(note, *backbone.assumptions))
+    return backbone, record | {"arguments": places}
 
 
 def _single_file(
@@ -279,18 +305,6 @@ def _placed(found: FoundNetwork) -> dict[str, Any]:
     """Returns where the network was found, if it is not all that the file holds."""
     record: dict[str, Any] = {"prefix": found.prefix} if found.prefix else {}
     return record | ({"left_out": dict(found.left_out)} if found.left_out else {})
-
-
-def _arguments_beside(path: Path) -> dict[str, Any]:
-    """Reads the `args.json` that training code wrote next to its checkpoints."""
-    file = (path if path.is_dir() else path.parent) / "args.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({one_line(error)}); repair or remove it") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, container: str = "") -> dict[str, Any]:

@@ -34,6 +34,8 @@ class CheckpointSource:
         prediction: Prediction target: velocity, eps, x0, v or score.
         shape: Shape of one input, if the file does not contain it: 3,32,32.
         num_classes: Number of classes, if the file does not contain it; 0 for none.
+        value_range: What the values -1 and 1 of the data are to the network: 0,1 if it was trained on pixels from 0 to
+            1; a pair for each channel if they differ.
     """
 
     path: str = field(metadata=option("checkpoint", is_argument=True))
@@ -50,6 +52,7 @@ class CheckpointSource:
     prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    value_range: tuple[float, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
 
     def options(self) -> dict[str, Any]:
         """Returns the options that `open_checkpoint` takes."""

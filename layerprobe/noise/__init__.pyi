@@ -3,6 +3,7 @@ from .predictions import PREDICTIONS as PREDICTIONS
 from .predictions import Prediction as Prediction
 from .predictions import convert_prediction as convert_prediction
 from .predictions import error_weight as error_weight
+from .predictions import in_data_units as in_data_units
 from .predictions import target as target
 from .predictions import time_range as time_range
 from .random_stream import RandomStream as RandomStream
@@ -13,5 +14,6 @@ from .schedules import GVP as GVP
 from .schedules import VP as VP
 from .schedules import LinearPath as LinearPath
 from .schedules import NoiseSchedule as NoiseSchedule
+from .schedules import Rescaled as Rescaled
 from .schedules import schedule_from_config as schedule_from_config
 from .schedules import schedule_from_name as schedule_from_name

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from layerprobe.noise.schedules import GVP, VP, NoiseSchedule, per_sample
+from layerprobe.noise.schedules import GVP, VP, NoiseSchedule, Rescaled, per_sample
 
 Prediction = Literal["velocity", "eps", "x0", "v", "score"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -24,7 +24,8 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
     if prediction == "x0":
         return one, zero
     if prediction == "v":  # Salimans & Ho 2022 (arXiv:2202.00512)
-        return -schedule.sigma(level), schedule.alpha(level)
+        unit = schedule.scale / schedule.own.scale
+        return -schedule.sigma(level) / unit, schedule.alpha(level) * unit
     if prediction == "velocity":
         rate = schedule.path_rate(level)
         return schedule.alpha_rate(level) / rate, schedule.sigma_rate(level) / rate
@@ -50,9 +51,12 @@ def target(prediction: Prediction, schedule: NoiseSchedule, *, x: Tensor, eps: T
 def error_weight(prediction: Prediction, schedule: NoiseSchedule, level: Tensor) -> Tensor:
     """The factor of the squared error in the published loss, one per level: sigma^2 for the score, else 1.
 
-    The score grows like 1 / sigma, and its published loss is `(sigma score + eps)^2` (SiT, arXiv:2401.08740).
+    The score grows like 1 / sigma, and its published loss is `(sigma score + eps)^2` (SiT, arXiv:2401.08740). With a
+    `Rescaled` schedule, the loss is that in the units of the network's own data.
     """
-    return schedule.sigma(level) ** 2 if prediction == "score" else torch.ones_like(level)
+    if prediction == "score":
+        return schedule.sigma(level) ** 2
+    return torch.full_like(level, 1.0 if prediction == "eps" else (schedule.own.scale / schedule.scale) ** 2)
 
 
 def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, float]:
@@ -60,10 +64,30 @@ def time_range(prediction: Prediction, schedule: NoiseSchedule) -> tuple[float, 
 
     Source: training code of SiT (arXiv:2401.08740), which cuts 1e-5 off its VP path and 1e-3 off both ends for scores.
     """
-    if isinstance(schedule, VP):
-        return schedule.first_time, 1.0
-    cut = prediction == "score" or (prediction == "eps" and isinstance(schedule, GVP))
+    if isinstance(schedule.own, VP):
+        return schedule.own.first_time, 1.0
+    cut = prediction == "score" or (prediction == "eps" and isinstance(schedule.own, GVP))
     return (END, 1 - END) if cut else (0.0, 1.0)
+
+
+def in_data_units(output: Tensor, level: Tensor, schedule: NoiseSchedule, *, prediction: Prediction) -> Tensor:
+    """Converts a prediction from the units of the network's own data to those of the data, shape (B, C, ...).
+
+    A prediction a z_0 + b eps of z_0 = factor x_0 + shift becomes (a factor x_0 + b eps) times 1 for eps, times the
+    factor for the score, and divided by the factor otherwise.
+
+    Args:
+        output: Prediction of the network, shape (B, C, ...); a velocity points from data to noise.
+        level: Noise levels, shape (B,).
+        schedule: Noise schedule of the data; only a `Rescaled` one changes the prediction.
+        prediction: Quantity that the network predicts.
+    """
+    if not isinstance(schedule, Rescaled) or prediction == "eps":
+        return output
+    if prediction == "score":
+        return schedule.factor * output
+    a, _ = _coefficients(prediction, schedule.inner, level)
+    return (output - per_sample(a, output) * schedule.shift_like(output)) / schedule.factor
 
 
 def convert_prediction(

@@ -97,6 +97,15 @@ class NoiseSchedule(ABC):
         """The noise level with this log signal-to-noise ratio."""
         return torch.sigmoid(-log_snr / 2)
 
+    @property
+    def own(self) -> NoiseSchedule:
+        """The schedule in the units of the network's own data; only `Rescaled` differs from it."""
+        return self
+
+    def network_input(self, x_t: Tensor, level: Tensor) -> Tensor:
+        """The noisy samples in the units of the network's own data, for x_t of shape (B, ...) and levels (B,)."""
+        return x_t
+
     def corrupt(self, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """The noisy samples x_t = alpha x + sigma eps, for x and eps of shape (B, ...) and levels of shape (B,)."""
         return per_sample(self.alpha(level), x) * x + per_sample(self.sigma(level), x) * eps
@@ -403,6 +412,87 @@ class EDM(NoiseSchedule):
         }
 
 
+class Rescaled(NoiseSchedule):
+    """The schedule of a network that was trained on `factor x + shift`, in the units of the data x.
+
+    With z = factor x + shift, the network's input z_t = alpha z + sigma eps is `factor x_t + alpha shift`, where
+    x_t = alpha x + (sigma / factor) eps. Noise levels and native times are those of the network.
+
+    Args:
+        inner: Schedule in the units of the network's own data.
+        value_range: What the values -1 and 1 of x become: (low, high) for all channels, or one such pair of numbers
+            after another for each channel. All channels get the mean factor, since they share one sigma.
+
+    Raises:
+        ValueError: If the numbers are not such pairs, low is not below high, or the factors of two channels differ by
+            more than a tenth.
+    """
+
+    name = "rescaled"
+
+    def __init__(self, inner: NoiseSchedule, value_range: Sequence[float]) -> None:
+        self.inner, self.value_range = inner.own, tuple(map(float, value_range))
+        text = ",".join(f"{value:g}" for value in self.value_range)
+        pairs = list(zip(self.value_range[::2], self.value_range[1::2], strict=False))
+        factors = [(high - low) / 2 for low, high in pairs]
+        if not pairs or len(self.value_range) % 2 or not all(map(math.isfinite, self.value_range)) or min(factors) <= 0:
+            raise ValueError(f"the value range {text} is not LOW,HIGH, or such a pair for each channel; pass it as 0,1")
+        if max(factors) > 1.1 * min(factors):
+            raise ValueError(
+                f"the value range {text} is {max(factors) / min(factors):.3g} times wider in one channel than in "
+                "another; normalize the data itself"
+            )
+        self.factor = sum(factors) / len(factors)
+        self.shift = tuple((high + low) / 2 for low, high in pairs)
+        self.time_direction, self.integer_time = self.inner.time_direction, self.inner.integer_time
+        self.scale = self.inner.scale / self.factor
+
+    @property
+    def own(self) -> NoiseSchedule:
+        return self.inner
+
+    def network_input(self, x_t: Tensor, level: Tensor) -> Tensor:
+        return self.factor * x_t + per_sample(self.alpha(level), x_t) * self.shift_like(x_t)
+
+    def shift_like(self, x: Tensor) -> Tensor:
+        """The shift of each channel, in a shape that broadcasts against x of shape (B, C, *grid)."""
+        return torch.tensor(self.shift, dtype=x.dtype, device=x.device).view(1, -1, *[1] * (x.ndim - 2))
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return self.inner.alpha(level)
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return self.inner.sigma(level) / self.factor
+
+    def alpha_rate(self, level: Tensor) -> Tensor:
+        return self.inner.alpha_rate(level)
+
+    def sigma_rate(self, level: Tensor) -> Tensor:
+        return self.inner.sigma_rate(level) / self.factor
+
+    def native_time(self, level: Tensor) -> Tensor:
+        return self.inner.native_time(level)
+
+    def noise_level(self, native_time: Tensor) -> Tensor:
+        return self.inner.noise_level(native_time)
+
+    def path_time(self, level: Tensor) -> Tensor:
+        return self.inner.path_time(level)
+
+    def level_at(self, path_time: Tensor) -> Tensor:
+        return self.inner.level_at(path_time)
+
+    def path_rate(self, level: Tensor) -> Tensor:
+        return self.inner.path_rate(level)
+
+    @property
+    def level_range(self) -> tuple[float, float]:
+        return self.inner.level_range
+
+    def to_config(self) -> dict[str, Any]:
+        return {"schedule": self.name, "inner": self.inner.to_config(), "value_range": list(self.value_range)}
+
+
 def schedule_from_name(name: str) -> NoiseSchedule:
     """Returns the schedule with this name on the command line.
 
@@ -436,6 +526,8 @@ def schedule_from_config(config: dict[str, Any]) -> NoiseSchedule:
         ValueError, KeyError or TypeError: If the configuration is not that of a schedule.
     """
     name, arguments = config["schedule"], {key: value for key, value in config.items() if key != "schedule"}
+    if name == Rescaled.name:
+        return Rescaled(schedule_from_config(arguments["inner"]), arguments["value_range"])
     classes: dict[str, Callable[..., NoiseSchedule]] = {"linear": LinearPath, "edm": EDM, "sit-gvp": GVP, "sit-vp": VP}
     if name in classes:
         return classes[name](**arguments)

@@ -59,7 +59,7 @@ def loss_weights(backbone: Backbone, level: Tensor, *, weighting: LossWeighting,
     """
     if weighting == "none":
         return torch.ones_like(level)
-    schedule, at = backbone.schedule, level.double().clamp(END, 1 - END)
+    schedule, at = backbone.schedule.own, level.double().clamp(END, 1 - END)
     alpha, sigma = schedule.alpha(at), schedule.sigma(at)
     # A change of eps by alpha and of x_0 by -sigma leaves x_t unchanged; these are the changes of the predictions.
     prediction, velocity = (

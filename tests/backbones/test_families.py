@@ -21,13 +21,14 @@ from layerprobe.backbones import families
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.families import FAMILIES, build, recognize
 from layerprobe.backbones.family import Family, Opened, _convention
-from layerprobe.backbones.sit import SiTConfig
+from layerprobe.backbones.sit import SiTConfig, sincos_position
 from layerprobe.capture import capture
 from layerprobe.noise.predictions import convert_prediction
 from layerprobe.noise.schedules import DDPM, GVP, LinearPath
 
 KIN = [name for name in FAMILIES if name != "mdm"]  # those with the names of SiT
 CONFIG = SiTConfig(shape=(3, 8, 8), patch_size=2, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+WIDE = official_shapes(depth=1, d=384, patch=2, edge=8, c=3, classes=5, sigma=False)
 TWICE = ("sit", "layersync", "disploss", "dit", "sra-dit")
 ONCE = ("sit", "layersync", "disploss", "dit", "repa", "sra")
 HEAD = {"repa": "projectors.0.2.weight", "sra": "ap_head.linear1.weight", "sra-dit": "ap_head.linear1.weight"}
@@ -313,13 +314,89 @@ def test_wrong_numbers_of_classes_are_refused() -> None:
     assert build("sit", state(), args={"num_classes": 5}, num_heads=4).backbone.num_classes == 5
     with pytest.raises(ValueError, match=r"^the label table has 5 classes and a null label, not 1000 classes; pass"):
         build("sit", state(), args={"num_classes": 1000}, num_heads=4)
-    # Silently, the last class would be taken for "no label".
-    with pytest.raises(
-        ValueError, match=r"^all 6 rows of the label table are classes: .* has no null label; pass --model"
-    ):
-        build("sit", state(), num_heads=4, num_classes=6)
     one_row = state() | {"y_embedder.embedding_table.weight": torch.zeros(1, 32)}
     assert build("sit", one_row, num_heads=4, num_classes=1).backbone.num_classes == 0
+
+
+def assumed(family: str = "sit", tensors: dict[str, Tensor] | None = None, **options: Any) -> tuple[str, ...]:
+    return build(family, state() if tensors is None else tensors, **({"num_heads": 4} | options)).backbone.assumptions
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"num_classes": 6},
+        {"args": {"num_classes": 6}},
+        {"args": {"class_dropout_prob": 0}},
+        {"args": {"cfg_prob": 0.0}},
+    ],
+)
+@torch.no_grad()
+def test_without_label_dropout_the_mean_of_the_classes_stands_for_no_label(told: dict[str, Any]) -> None:
+    """Silently, the last class would be taken for "no label"."""
+    tensors = state()
+    opened = build("sit", tensors, num_heads=4, **told)
+    assert opened.backbone.num_classes == 6
+    table = opened.tensors["y_embedder.embedding_table.weight"]
+    torch.testing.assert_close(table[:6], tensors["y_embedder.embedding_table.weight"])
+    x, level = torch.randn(1, 3, 8, 8), torch.tensor([0.5])
+    backbone = filled(opened)
+    expected = plain_sit(tensors | {"y_embedder.embedding_table.weight": table}, CONFIG, x, level, torch.tensor([6]))
+    torch.testing.assert_close(table[6], table[:6].mean(0))
+    torch.testing.assert_close(backbone(x, level), -expected[-1], rtol=1e-4, atol=1e-5)
+    assert opened.backbone.assumptions[0].startswith(
+        "all 6 rows of the label table are classes, so the network has no null"
+    )
+
+
+def test_what_no_file_states_about_labels_is_told() -> None:
+    assert assumed(args={"num_classes": 5}) == assumed(args={"class_dropout_prob": 0.1}) == ()
+    assert assumed()[0].startswith("no file states the number of classes: the last of the 6 rows of the label table")
+    assert assumed(args={"num_classes": 5, "class_dropout_prob": 0})[0].startswith("the null label was never trained")
+    assert assumed(args={"num_classes": 1000}, num_classes=5) == (
+        "the training arguments have num_classes = 1000; --num-classes 5 is used",
+    )
+
+
+def test_heads_come_from_the_arguments_then_from_the_width() -> None:
+    wide = {name: torch.empty(shape, device="meta") for name, shape in WIDE.items()}
+    known = {"num_classes": 5}
+    of_width = build("sit", wide, args=known).backbone
+    assert of_width.num_heads == 6
+    assert of_width.assumptions[0].startswith(
+        "no file states the number of attention heads: 6 is that of the published"
+    )
+    assert build("sit", wide, args=known | {"num_heads": 12}).backbone.num_heads == 12
+    named = build("sit", wide, args=known | {"model": "SiT-S/2"}).backbone
+    assert (named.num_heads, named.assumptions) == (6, ())
+    assert assumed(tensors=wide, args=known | {"model": "SiT-S/2"}, num_heads=4) == (
+        "the file's model name SiT-S/2 means 6 heads; --num-heads 4 is used",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^the file's model name SiT-B/2 is of another network: .* 768, the weights have 384, so the num",
+    ):
+        build("sit", wide, args=known | {"model": "SiT-B/2"})
+    with pytest.raises(ValueError, match=r"^the training arguments have heads = 12, not 6; leave --num-heads out$"):
+        build("sit", wide, args={"heads": 12}, num_heads=6)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "depth", "patch_size", "in_channels", "input_size"])
+def test_arguments_of_another_network_are_refused(name: str) -> None:
+    right = {"hidden_size": 32, "depth": 4, "patch_size": 2, "in_channels": 3, "input_size": 8}
+    assert len(assumed(args={"model": right})) == 1
+    with pytest.raises(ValueError, match=rf"have {name} = 7, but the weights show {right[name]};"):
+        build("sit", state(), args={"model": right | {name: 7}}, num_heads=4)
+
+
+def test_positions_of_another_grid_are_refused() -> None:
+    tensors = state() | {"pos_embed": sincos_position(32, (2, 8))}
+    assert build("sit", tensors, num_heads=4, shape=(3, 4, 16)).backbone.shape == (3, 4, 16)
+    for shape in (None, (3, 16, 4), (3, 8, 8)):
+        with pytest.raises(
+            ValueError, match=r"^pos_embed has the positions of 2x8 patches, not of .*; pass --shape 3,4,16$"
+        ):
+            build("sit", tensors, num_heads=4, shape=shape)
 
 
 def test_unknown_families_and_heads_are_asked_for() -> None:

@@ -225,15 +225,23 @@ def test_what_the_file_and_the_arguments_tell() -> None:
     assert (backbone.shape, backbone.num_classes, backbone.prediction) == ((FEATURES, 196), 0, "x0")
     assert int(backbone.schedule.native_time(torch.tensor(0.5))) == 495  # of 1000 cosine steps, where log-SNR is 0
     assert opened(state_dict("action"), num_classes=ACTIONS).num_classes == ACTIONS
-    assert "never trained without" not in backbone.name
-    assert "never trained without" in opened(state_dict(), args=ARGS | {"cond_mask_prob": 0.0}).name
-    assert "never trained without" not in opened(state_dict("none"), args=ARGS | {"cond_mask_prob": 0.0}).name
+    never = {"cond_mask_prob": 0.0}
+    assert (
+        opened(state_dict(), args=ARGS | never).assumptions[0].startswith("the network was never trained without a con")
+    )
+    assert opened(state_dict("none"), args=ARGS | never).assumptions == ()
+    assert opened(state_dict(), args=ARGS | {"cond_mask_prob": 0.1}).assumptions == ()
+    silent = {name: value for name, value in ARGS.items() if name != "cond_mask_prob"}
+    assert (
+        opened(state_dict(), args=silent).assumptions[0].startswith("no file states that the network was trained with")
+    )
 
 
 def test_the_official_heads_where_the_arguments_say_nothing() -> None:
     backbone = opened(state_dict(), args={key: value for key, value in ARGS.items() if key != "num_heads"})
     assert backbone.module.config.num_heads == 4  # type: ignore[union-attr]
-    assert opened(state_dict(), num_heads=1).module.config.num_heads == 1  # type: ignore[union-attr]
+    assert "4 as in the official code; pass --num-heads" in backbone.assumptions[0]
+    assert opened(state_dict(), num_heads=2).module.config.num_heads == 2  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("steps", [1000, 50])
@@ -278,7 +286,13 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "too long": (state_dict(), {"shape": (5, 1000)}, "1000 frames are more than the 999"),
     "no frame": (state_dict(), {"shape": (5, 0)}, "must be at least 1"),
     "classes": (state_dict("action"), {"num_classes": 3}, "has 4 actions, not 3"),
-    "heads": (state_dict(), {"num_heads": 3}, "does not divide into 3 heads; pass --num-heads"),
+    "heads": (state_dict(), {"args": ARGS | {"num_heads": 3}}, "does not divide into 3 heads; pass --num-heads"),
+    "other heads": (state_dict(), {"num_heads": 1}, "args.json has num_heads = 2, not 1; leave --num-heads out"),
+    "another width": (
+        state_dict(),
+        {"args": ARGS | {"latent_dim": 512}},
+        "have latent_dim = 512, but the weights show",
+    ),
     "arguments": (
         state_dict(),
         {"args": ARGS | {"num_heads": "two"}},

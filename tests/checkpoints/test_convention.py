@@ -8,20 +8,22 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from places import HELPERS
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.checkpoints.convention import LOG_SNRS, SCALES, ConventionCheck, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.convention import LOG_SNRS, ConventionCheck, _power, _wiener_error, check_convention
 from layerprobe.checkpoints.convention_text import convention_cautions, convention_lines, convention_message
-from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.checkpoints.opening import embedded_checkpoint, open_checkpoint
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
-from layerprobe.data.samples import Samples, TensorSamples
+from layerprobe.data.samples import Samples, Subset, TensorSamples
 from layerprobe.noise.predictions import Prediction, target
 from layerprobe.noise.schedules import schedule_from_name
 
@@ -55,7 +57,9 @@ class Denoiser(nn.Module):
 
 
 @functools.cache
-def trained(schedule_name: str, prediction: Prediction, steps: int = 700) -> Backbone:
+def trained(
+    schedule_name: str, prediction: Prediction, steps: int = 700, value_range: tuple[int, int] = (-1, 1)
+) -> Backbone:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -67,7 +71,8 @@ def trained(schedule_name: str, prediction: Prediction, steps: int = 700) -> Bac
             shape=(1, 8, 8),
             name="denoiser",
         )
-    x, schedule = data().batch(range(len(data()))).x, backbone.schedule
+    (low, high), schedule = value_range, backbone.schedule
+    x = low + (data().batch(range(len(data()))).x + 1) / 2 * (high - low)
     optimizer = torch.optim.Adam(backbone.module.parameters(), 2e-3)
     for _ in range(steps):
         batch = x[torch.randint(len(x), (128,), generator=generator)]
@@ -150,12 +155,92 @@ def test_labels_that_are_numbered_otherwise_are_noticed() -> None:
     assert "the classes may be numbered differently" in convention_cautions(found)[0]
 
 
+@functools.cache
+def official(folder: Path) -> Path:
+    """The embedded weights as the official code saves them: no file states heads and classes."""
+    path = folder / "official.safetensors"
+    save_file(load_file(embedded_checkpoint()), path)
+    return path
+
+
+def opened(folder: Path, **options: Any) -> Backbone:
+    return open_checkpoint(official(folder), family="sit", device="cpu", **({"num_heads": 4} | options))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_a_wrong_number_of_heads_is_refused_and_the_right_one_named(heads: int, tmp_path: Path) -> None:
+    found = check_convention(opened(tmp_path, num_heads=heads), data())
+    assert found.verdict == "misfit"
+    assert re.search(
+        rf"do not fit --schedule sit --prediction velocity --num-heads {heads}: .* but 0\.5\d* times under --schedule "
+        r"sit --prediction velocity --num-heads 4; pass these",
+        convention_message(found),
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_right_number_of_heads_fits(seed: int, tmp_path: Path) -> None:
+    found = check_convention(opened(tmp_path), data(), num_samples=32, seed=seed)
+    assert (found.verdict, found.cautions) == ("fits", ())
+    assert len({fit.num_heads for fit in found.fits}) == 2
+
+
+def test_heads_that_the_weights_do_not_decide_are_told() -> None:
+    check = check_convention(open_checkpoint("digits", device="cpu"), data(), num_samples=8)
+    rival = replace(check.declared, num_heads=8, scores=check.declared.scores + 0.005)
+    undecided = replace(check, fits=(*check.fits, rival))
+    assert undecided.cautions == ("another number of heads fits as well",)
+    assert convention_cautions(undecided)[0].startswith("8 attention heads fit about as well as 4: the weights do not")
+    worse = replace(rival, scores=check.declared.scores + 0.02)
+    assert replace(check, fits=(*check.fits, worse)).cautions == ()
+
+
+def test_heads_and_schedule_are_named_together(tmp_path: Path) -> None:
+    wrong = opened(tmp_path, num_heads=8, schedule="flow")
+    message = convention_message(check_convention(wrong, data()))
+    assert "under --schedule sit --prediction velocity --num-heads 4; pass these" in message
+
+
+def test_a_network_that_was_trained_on_other_values_is_told_its_range() -> None:
+    backbone = trained("sit", "velocity", value_range=(0, 1))
+    found = check_convention(backbone, data())
+    assert found.verdict == "misfit"
+    assert "under --schedule sit --prediction velocity --value-range 0,1; pass these" in convention_message(found)
+    right = check_convention(backbone.with_value_range((0, 1)), data())
+    assert (right.verdict, right.fits[0]) == ("fits", right.declared)
+    wrong = check_convention(trained("sit", "velocity").with_value_range((0, 255)), data())
+    assert "under --schedule sit --prediction velocity --value-range -1,1; pass these" in convention_message(wrong)
+
+
+def test_a_label_table_without_a_null_label_is_noticed(tmp_path: Path) -> None:
+    tensors = load_file(embedded_checkpoint())
+    name = "y_embedder.embedding_table.weight"
+    path = tmp_path / "without-dropout.safetensors"
+    save_file(tensors | {name: tensors[name][:10].clone()}, path)
+    options: dict[str, Any] = {"family": "sit", "num_heads": 4, "device": "cpu"}
+    last = open_checkpoint(path, **options)
+    assert last.num_classes == 9
+    assert "pass --num-classes 10 if all rows are classes" in last.assumptions[0]
+    found = check_convention(last, data(), num_samples=32)
+    assert "the data has 10 classes, but the network 9 and a null label:" in convention_cautions(found)[0]
+    labels = data().labels
+    assert labels is not None
+    fewer = Subset(data(), (labels < 9).nonzero().flatten(), name="without nines")
+    batch = fewer.batch(range(64))
+    found = check_convention(last, TensorSamples(batch.x, batch.labels))
+    assert "the null label denoises like a wrong label: its row may be a class" in convention_cautions(found)[0]
+    mean = open_checkpoint(path, num_classes=10, **options)
+    found = check_convention(mean, data(), num_samples=32)
+    assert (found.verdict, found.cautions) == ("fits", ())
+
+
 @pytest.mark.parametrize("factor", [1 / 0.18215, 0.18215, 0.5])
 def test_a_forgotten_scale_is_named(factor: float) -> None:
     scaled = TensorSamples(data().batch(range(64)).x * factor)
     found = check_convention(open_checkpoint("digits"), scaled)
     assert found.verdict == "misfit"
-    assert f"on data times {1 / factor:.5g}" in convention_message(found)
+    right = f"--value-range {-float(f'{1 / factor:.5g}'):g},{float(f'{1 / factor:.5g}'):g}"
+    assert f"under --schedule sit --prediction velocity {right};" in convention_message(found)
 
 
 def test_a_network_without_training_is_unclear() -> None:
@@ -163,7 +248,7 @@ def test_a_network_without_training_is_unclear() -> None:
     found = check_convention(backbone, data())
     assert found.verdict == "unclear"
     assert convention_message(found).startswith("this network does not denoise this data under any known convention")
-    assert len(found.fits) >= 19 + len(SCALES)
+    assert len(found.fits) >= 20
 
 
 def test_a_network_of_other_data_is_unclear() -> None:

@@ -121,6 +121,7 @@ def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path,
     code, out, _ = cli("inspect", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--json")
     assert (code, json.loads(out)["convention"]["verdict"]) == (0, "misfit")
     code, out, _ = cli("inspect", official, "--family", "sit", "--num-heads", 4, "--data", "digits")
+    assert "assumed        no file states the number of classes: the last of the 11 rows" in out
     assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
 
     code, out, _ = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
@@ -184,6 +185,9 @@ def test_inspect_and_doctor(cli) -> None:
     assert code == 0
     assert len(record["layers"]) >= 8
     assert record["layers"]["blocks.0"] == [16, 64]
+    rows = cli("inspect", "digits", "--value-range", "0,1")[1].splitlines()
+    assert {"heads          4", "classes        10, and the null label 10"} <= set(rows)
+    assert "input values   0 to 1 for -1 to 1 of the data" in rows
     code, out, _ = cli("doctor", "--json")
     assert code == 0
     assert "torch" in json.loads(out)
