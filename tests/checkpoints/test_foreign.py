@@ -39,7 +39,7 @@ def refused(path: Path, message: str) -> None:
         ("m.npz", b"PK", "is arrays of NumPy; save them as safetensors"),
         ("m.npy", b"\x93NUMPY", "is arrays of NumPy"),
         ("m.nemo", b"abc", "is an archive of NeMo; unpack it with tar and pass model_weights.ckpt"),
-        ("m.pt.gz", gzip.compress(b"abc"), "is a gzip archive; unpack it"),
+        ("m.pt.gz", gzip.compress(b"abc", mtime=0), "is a gzip archive; unpack it"),
         ("m.safetensors", b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer, .* `git lfs pull`"),
         ("m.safetensors", b"# xet version 0\n", "is a Xet pointer, not the file itself"),
         ("m.safetensors.incomplete", b"abc", "is an unfinished download; finish it"),
