@@ -57,7 +57,8 @@ def published_text(pair: PublishedPair) -> str:
     """Returns a published self-aligned pair with its gain, in the counting of the papers, from 1."""
     place = f"{pair.student} <- {pair.teacher} ({pair.student_depth:.2f}, {pair.teacher_depth or 0.0:.2f})"
     share = "" if pair.share is None else f", {pair.share:.2f} of the best gain of its study"
-    return f"{pair.method}, {pair.network}: {place}, gain {pair.gain:+.0%} in {pair.metric}{share}"
+    gain = f"gain {pair.gain:+.0%} in {pair.metric} at {pair.budget}"
+    return f"{pair.method}, {pair.network}: {place}, {gain}{share} ({pair.confidence})"
 
 
 def trainer_notes(trainer: Trainer) -> list[str]:

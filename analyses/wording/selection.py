@@ -10,13 +10,13 @@ from layerprobe.analyses.selection import (
     Caution,
     CautionCode,
     Objection,
-    PublishedPair,
     RankedPair,
     RejectedPair,
     Selection,
     nearest_published,
 )
 from layerprobe.analyses.tables import RANDOM_WEIGHTS, RAW_INPUT
+from layerprobe.analyses.wording.pair_checks import published_text
 
 TRUST = (
     "A pick is a hypothesis from this network's layers and from published trainings of others; a training decides "
@@ -63,13 +63,8 @@ def selection_reason(selection: Selection) -> str:
 def published_sentence(pair: RankedPair, selection: Selection, *, num: int = 2) -> str:
     """Returns the sentence about the published pairs at the most similar depths, and what they gained."""
     student, teacher = selection.depth(pair.student), selection.depth(pair.teacher)
-    texts = [_published(row) for row in nearest_published(student, teacher, num=num)]
+    texts = [published_text(row) for row in nearest_published(student, teacher, num=num)]
     return f"Depths {student:.2f} and {teacher:.2f}; nearest published pairs: {'; '.join(texts)}."
-
-
-def _published(row: PublishedPair) -> str:
-    pair = f"{row.method}, {row.network} with {row.blocks} blocks, {row.student} <- {row.teacher}"
-    return f"{pair}: {row.share:.2f} of the best gain at {row.budget} ({row.confidence})"
 
 
 def _controls(selection: Selection) -> list[str]:

@@ -18,7 +18,7 @@ from scipy import stats
 
 from layerprobe.analyses.experiments import FRECHET, HELD_OUT, PAIR_SWEEP_COLUMNS
 from layerprobe.analyses.selection import RULE, rank_pairs
-from layerprobe.analyses.tables import CKA, PROBE_GAP, PairEvidence, Quantity
+from layerprobe.analyses.tables import CAPPED_DISTANCE, CKA, NEARNESS, PROBE_GAP, PairEvidence, Quantity
 from layerprobe.layersync import LayerPair
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -181,7 +181,7 @@ def test_criteria_are_means_over_noise_levels_of_the_pairs_that_were_trained(tmp
     assert first[PROBE_GAP] == 6
     assert first[CKA] == pytest.approx(0.3)
     assert case.needs_labels == {PROBE_GAP}
-    assert known_criteria([case], labels=False) == (CKA, *DEPTHS)
+    assert known_criteria([case], labels=False) == (CKA, CAPPED_DISTANCE, NEARNESS, *DEPTHS)
     assert first["distance"] == pytest.approx(1 / 3)
 
 

@@ -318,7 +318,7 @@ def _conventions(
         under = backbone.with_schedule(schedule)
         try:
             fits = _schedule_fits(under, name, predictions, x, eps)
-        except (RuntimeError, IndexError, TypeError):
+        except (RuntimeError, IndexError, TypeError, ValueError):
             # For example, a network with a table of 1000 times fails at time 0.5: that is not its convention.
             if tried:
                 continue

@@ -363,9 +363,7 @@ def _type(stored: Tensor, parameter: Tensor) -> str:
 
 
 def _other_part(expected: set[str], found: set[str]) -> str:
-    """Says which network fits the names, if one of both is a part of the other."""
-    if whole := _prefix(expected, found):
-        return f"the file has all of them below {whole!r}: return the network that this one is a part of"
+    """Says which network fits the names, if the file's is a part of this one."""
     if part := _prefix(found, expected):
         return f"the file has all of the network below {part!r}: return that part"
     return "pass the network that it was saved from"

@@ -414,6 +414,7 @@ def test_a_killed_process_is_reported_in_one_line(tmp_path: Path) -> None:
     assert sorted(started.exit_codes()) == [-signal.SIGKILL, 1, 2]
     stderr = "".join(path.read_text() for path in started.stderr_files)
     assert stderr == (
+        "layerprobe: blocks.0 <- blocks.2: 4 tokens of width 16\n"
         "ConnectionError: another process was killed, or its machine is unreachable; "
         "repeat the command to continue from the last checkpoint\n"
     )

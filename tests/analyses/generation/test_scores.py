@@ -477,7 +477,9 @@ def test_options_that_cannot_be_are_refused_in_one_line(tmp_path: Path, refused)
     assert "unknown score 'fid'" in refused(*score, "--metrics", "kernel,fid")
     assert "file is a file, not a folder" in refused(*score, *flat, "--out", "file")
     assert "--extractor none does not exist" in refused(*score, "--extractor", "none")
-    assert "--extractor mine.py:none cannot be imported" in refused(*score, "--extractor", "mine.py:none")
+    assert "--extractor mine.py:none: mine.py has no none; it has flat, images" in refused(
+        *score, "--extractor", "mine.py:none"
+    )
     line = refused(*score, "--extractor", "mine.py:images")
     assert "images returns shape (100, 1, 8, 8) for 100 samples; it must return features (B, D)" in line
     assert "k is 91 for 90 and 360 samples" in refused(*score, *flat, "--neighbors", 91)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from layerprobe.analyses.selection import CHECKS, TRAINERS, PairFacts, check_pair, nearest_published
+from layerprobe.analyses.selection import (
+    CHECKS,
+    TRAINERS,
+    PairFacts,
+    check_pair,
+    nearest_published,
+    published_pairs,
+)
 from layerprobe.analyses.wording import finding_text, layer_name, published_text, trainer_notes
 
 LAYERS = tuple(f"double.{i}" for i in range(8)) + tuple(f"single.{i}" for i in range(20))
@@ -53,9 +60,12 @@ def test_blocks_without_names_are_named_as_in_a_transformer() -> None:
 
 def test_published_pairs_have_their_gain_and_their_share_if_there_is_one() -> None:
     first, *_ = nearest_published(8 / 28, 16 / 28)
-    assert published_text(first).startswith("LayerSync, SiT-XL/2: 8 <- 16 (0.29, 0.57), gain +40% in FID, 0.94 of")
-    (motion,) = nearest_published(3 / 8, 6 / 8, num=1)
-    assert published_text(motion) == "LayerSync, MDM, motion: 3 <- 6 (0.38, 0.75), gain +8% in FID"
+    place = "LayerSync, SiT-XL/2: 8 <- 16 (0.29, 0.57)"
+    share = "0.94 of the best gain of its study (secondary summary, budget inferred)"
+    assert published_text(first) == f"{place}, gain +40% in FID at 100K steps, {share}"
+    (motion,) = (pair for pair in published_pairs() if pair.study == "LayerSync motion")
+    place = "LayerSync, MDM, motion: 3 <- 6 (0.38, 0.75)"
+    assert published_text(motion) == f"{place}, gain +8% in FID at 600K steps (secondary summary)"
 
 
 def test_notes_tell_the_counting_the_defaults_and_the_traps() -> None:
