@@ -60,10 +60,11 @@ def test_the_reason_for_a_pick_explains_the_score_that_ranked_it() -> None:
     assert selection_reason(selection(PAIR)) == (
         "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layer apart, and "
         "their mean CKA at equal noise levels is 0.729. The score is +1.50 (+1.25 to +1.75): +1.00 for effective rank "
-        "gap 0.688 and +0.50 for CKA 0.729. Depths 0.33 and 0.67; nearest published pairs: Self-Flow, SiT-XL/2: 8 <- 20 "
-        "(0.29, 0.71), gain +30% in FID at 400K steps, 0.82 of the best gain of its study (figure, read off); Self-Flow, "
-        "SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +33% in FID at 400K steps, 1.00 of the best gain of its study (figure, "
-        "read off)."
+        "gap 0.688 and +0.50 for CKA 0.729. Depths 0.33 and 0.67; nearest published pairs: "
+        "Self-Flow, SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +30% in FID at 400K steps, 0.82 of the best gain of its study "
+        "(figure, read off); "
+        "Self-Flow, SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +33% in FID at 400K steps, 1.00 of the best gain of its study "
+        "(figure, read off)."
     )
     assert score_sentence(replace(PAIR, parts=PAIR.parts[:1])).endswith(": +1.00 for effective rank gap 0.688.")
 
