@@ -121,10 +121,10 @@ def test_each_term_of_the_rule_alone_names_its_pair(label_free: bool) -> None:
     quality = {e.NOISE_LIDAR: dict.fromkeys(range(8), 5.0), PROBE: dict.fromkeys(range(8), 0.5)}
     flat = {gap: dict.fromkeys(combinations(range(8), 2), 0.1)}
     # Of eight blocks 2 <- 6, counted from 1, is the pair nearest to (0.25, 0.70).
-    by_place = ranking.rank_pairs(planted(flat | quality), label_free=label_free)
+    by_place = ranking.rank_pairs(planted(flat | quality, width={gap: 0.0}), label_free=label_free)
     assert by_place.pick == names(1, 5)
     flat[gap] |= {(1, 5): 0.01, (2, 4): 0.3}
-    by_gap = ranking.rank_pairs(planted(flat | quality), label_free=label_free)
+    by_gap = ranking.rank_pairs(planted(flat | quality, width={gap: 0.0}), label_free=label_free)
     assert by_gap.pick == names(2, 4)
     assert [part.criterion for part in by_gap.ranked[0].parts] == [gap, e.CAPPED_DISTANCE, e.NEARNESS]
 
@@ -132,7 +132,7 @@ def test_each_term_of_the_rule_alone_names_its_pair(label_free: bool) -> None:
 def test_pairs_of_the_richest_teachers_come_first() -> None:
     """Planted: block 4 knows most, and a pair of block 5 has the highest score."""
     rich = {PROBE: {4: 0.80, 5: 0.70}, e.PROBE_GAP: {(1, 5): 0.5, (0, 4): 0.1, (1, 4): 0.1, (2, 4): 0.1}}
-    selection = ranking.rank_pairs(planted(rich))
+    selection = ranking.rank_pairs(planted(rich, width={e.PROBE_GAP: 0.0}))
     teachers = [pair.teacher for pair in selection.ranked]
     count = teachers.count(EIGHT[4])
     assert count > 1
@@ -141,10 +141,21 @@ def test_pairs_of_the_richest_teachers_come_first() -> None:
         pair.score for pair in selection.ranked if pair.pair == names(1, 5)
     )
     # Within the uncertainty both are the richest, and the score decides.
-    vague = ranking.rank_pairs(planted(rich, width={PROBE: 0.2}))
+    vague = ranking.rank_pairs(planted(rich, width={PROBE: 0.2, e.PROBE_GAP: 0.0}))
     assert vague.pick == names(1, 5)
     # A rule that a user names ranks all pairs alike.
     assert ranking.rank_pairs(planted(rich), rule=equal_weights([e.PROBE_GAP])).pick == names(1, 5)
+
+
+def test_of_ties_the_pair_nearest_to_published_depths_is_picked() -> None:
+    """Planted: block 1 of 8 has a larger gap to block 6 than block 2, counted from 1, but hardly so."""
+    gaps = dict.fromkeys(combinations(range(8), 2), 0.1) | {(0, 5): 0.50, (1, 5): 0.40}
+    gaps |= dict.fromkeys([(0, 3), (0, 4), (0, 6), (1, 6), (2, 6)], 0.45)
+    know = {PROBE: {5: 0.9}, e.PROBE_GAP: gaps}
+    sure, vague = (ranking.rank_pairs(planted(know, width={e.PROBE_GAP: half})) for half in (0.0, 0.2))
+    assert (sure.pick, vague.pick) == (names(0, 5), names(1, 5))
+    assert names(0, 5) in [pair.pair for pair in vague.ranked if pair.ties_with_first]
+    assert vague.ranked[0].score < max(pair.score for pair in vague.ranked)
 
 
 def test_where_the_richest_layer_cannot_teach_a_caution_names_it() -> None:

@@ -42,7 +42,7 @@ def evidence(
     *,
     reach: Mapping[tuple[int, int], float] | None = None,
     cka: Mapping[tuple[int, int], float] | None = None,
-    half: float = 0.001,
+    half: float = 0.0,
 ) -> PairEvidence:
     """Planted gaps in noise-LiDAR, others 0.1, known to `half`; all else is equal and known exactly."""
     by_pair = {
@@ -82,7 +82,7 @@ def test_the_decision_is_the_selection_s_without_labels() -> None:
 def test_the_record_is_json_and_holds_every_number_of_every_layer_and_pair() -> None:
     record = json.loads(json.dumps(decide(evidence({(2, 4): 0.5})).record, allow_nan=False))
     assert len(record["evidence"]["by_pair"][e.LIDAR_GAP]) == 28
-    assert record["evidence"]["by_pair"][e.LIDAR_GAP]["blocks.2 <- blocks.4"] == [0.5, 0.499, 0.501]
+    assert record["evidence"]["by_pair"][e.LIDAR_GAP]["blocks.2 <- blocks.4"] == [0.5, 0.5, 0.5]
     assert record["evidence"]["by_layer"][e.NOISE_LIDAR] == {layer: [5.0, 5.0, 5.0] for layer in LAYERS}
     assert record["selection"]["ranked"][0]["score"] > 0
     assert record["selection"]["basis"]["noise_levels"] == [0.2]
