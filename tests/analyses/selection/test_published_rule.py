@@ -36,7 +36,7 @@ def agreement(readings: list[PublishedPair], criterion: str | None = None) -> fl
     """Spearman correlation with the published shares: of the rule, or of one criterion alone."""
     found = evidence()
     of_pairs = scores(found) if criterion is None else found.columns(criterion)[0]
-    by_pair = dict(zip(PAIRS, of_pairs, strict=True))
+    by_pair = dict(zip(PAIRS, np.round(of_pairs, 9), strict=True))  # Equal distances differ by rounding errors.
     # A pair of a block with itself, which is no pair here, is below all others in every criterion of the rule.
     values = [by_pair.get((pair.student - 1, (pair.teacher or 0) - 1), -9.0) for pair in readings]
     return float(stats.spearmanr(values, [pair.share for pair in readings]).statistic)
