@@ -1,5 +1,8 @@
 from .check import check_config as check_config
+from .check import numbered_blocks as numbered_blocks
 from .check import pair_warnings as pair_warnings
+from .check import pick_findings as pick_findings
+from .check import pick_for as pick_for
 from .confirm import arm_names as arm_names
 from .confirm import confirm_run as confirm_run
 from .confirm import confirmation_resolution as confirmation_resolution
@@ -38,6 +41,7 @@ from .text import describe_convention as describe_convention
 from .text import describe_copies as describe_copies
 from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
+from .text import describe_options as describe_options
 from .text import describe_ownership as describe_ownership
 from .text import describe_recommendations as describe_recommendations
 from .text import describe_selection as describe_selection
