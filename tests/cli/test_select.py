@@ -300,6 +300,23 @@ def test_the_checks_of_the_pick_are_told_with_their_codes(run: Path, cli: Cli) -
     assert "LP0" not in cli("select", run, "--max-cka", -1)[1]
 
 
+def test_features_stand_beside_the_controls_and_are_not_recommended_where_they_mean_nothing(
+    run: Path, cli: Cli
+) -> None:
+    features = json.loads(cli("select", run, "--json")[1])["recommendations"][0]
+    quality = RunFolder(run).quality()
+    rows = quality[(quality["metric"] == "probe accuracy") & (quality["split"] == "validation")]
+    raw = rows[rows["source"] == "raw input"]["value"].max()
+    assert dict(features["controls"])["raw input"] == pytest.approx(raw)
+    assert dict(features["controls"])["majority class"] < 0.2
+    assert raw >= features["candidates"][0]["low"]
+    assert f"They are not surely above the control raw input {raw:.3f}" in cli("select", run)[1]
+    assert json.loads(cli("select", run, "--label-free", "--json")[1])["recommendations"][0]["controls"] == []
+    set_verdict(run, "unclear")
+    code, out, _ = cli("select", run)
+    assert (code, "so its features mean nothing" in out, "richest features" in out) == (0, True, False)
+
+
 def test_depths_through_single_layers_that_were_named_are_a_caution(run: Path, cli: Cli) -> None:
     sign = "caution  Depths are counted through the 8 layers that --layers names"
     for layers, is_told in ((None, False), (["blocks.*"], False), (["blocks.0", "blocks.4"], True)):
