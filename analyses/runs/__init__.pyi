@@ -49,6 +49,7 @@ from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick
 from .train import encoded_once as encoded_once
 from .train import narrowness as narrowness
+from .train import other_depth as other_depth
 from .train import picked_pairs as picked_pairs
 from .train import train_run as train_run
 from .train import training_forecast as training_forecast

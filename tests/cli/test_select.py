@@ -322,3 +322,11 @@ def test_depths_through_single_layers_that_were_named_are_a_caution(run: Path, c
     for layers, is_told in ((None, False), (["blocks.*"], False), (["blocks.0", "blocks.4"], True)):
         set_layers(run, layers)
         assert (sign in cli("select", run)[1]) is is_told
+
+
+def test_a_pick_is_not_silently_aligned_in_a_network_of_another_depth(run: Path, tmp_path: Path, cli: Cli) -> None:
+    network = ("--width", 16, "--heads", 2, "--steps", 1, "--dry-run", "--out", tmp_path / "training")
+    for depth, is_told in ((12, True), (8, False)):
+        code, _, err = cli("train", "--data", "digits", *network, "--depth", depth, "--selection", run)
+        assert code == 0
+        assert (f"measured a network of 8 layers and this one has {depth}, so its pick lies" in err) is is_told
