@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.analyses.selection import PairLimits
+from layerprobe.analyses.selection import TRAINERS, PairLimits, trainer_named
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit
-from layerprobe.cli.parsing import names
+from layerprobe.cli.parsing import blocks, names
 
 
 @from_dataclasses()
@@ -26,6 +26,17 @@ def select(
     keep: Annotated[
         bool, typer.Option("--keep", help="Make this the run's own selection, which confirm, plot and report use.")
     ] = False,
+    trainer: Annotated[
+        str | None, typer.Option("--for", help=f"Also write the pick as another trainer does: {', '.join(TRAINERS)}.")
+    ] = None,
+    num_blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            help="For --for: all blocks of the network, such as 28 or double_blocks:19,single_blocks:38; needed if "
+            "the run measured only the layers of --layers.",
+        ),
+    ] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -34,19 +45,28 @@ def select(
     from layerprobe.analyses.runs import (
         RunFolder,
         choose_layers,
+        describe_options,
         describe_ownership,
         describe_recommendations,
         describe_selection,
         draw_figures,
+        numbered_blocks,
+        pick_for,
         recommend_layers,
         selection_record,
     )
 
+    if num_blocks and not trainer:
+        raise ValueError("--blocks counts the blocks for another trainer; pass --for too")
+    other = trainer_named(trainer) if trainer else None
     selection = choose_layers(
         run,
         criteria=names(criteria) if criteria else None,
         label_free=label_free or None,
         limits=limits,
+    )
+    written = other and pick_for(
+        other, selection, blocks(num_blocks) if num_blocks else numbered_blocks(run, selection)
     )
     folder = RunFolder(run)
     folder.keep_selection(selection, replace=keep)
@@ -56,5 +76,7 @@ def select(
     answers = recommend_layers(run, selection)
     lines = [*describe_ownership(run, selection), *describe_selection(selection, num_pairs=10)]
     lines += describe_recommendations(answers)
+    lines += describe_options(written) if written else []
     record = {"run": str(run), "is_kept": folder.selection() == selection} | selection_record(selection)
+    record |= {"for": written} if written else {}
     emit(record | {"recommendations": [answer.to_dict() for answer in answers]}, lines, as_json=as_json)

@@ -80,6 +80,7 @@ def train(
         describe_decisions,
         encoded_once,
         narrowness,
+        other_depth,
         pair_warnings,
         picked_pairs,
         train_run,
@@ -101,8 +102,9 @@ def train(
         auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
         record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
-        if ranks.is_first and (warning := narrowness(backbone)):
-            warn(warning)
+        for warning in (narrowness(backbone), other_depth(selection, backbone)):
+            if ranks.is_first and warning:
+                warn(warning)
         for aligned, weight in zip(plan.pairs if ranks.is_first else (), record["weights"], strict=False):
             for line in pair_warnings(aligned, backbone.layers, weight=weight):
                 warn(line)

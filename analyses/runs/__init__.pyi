@@ -1,5 +1,8 @@
 from .check import check_config as check_config
+from .check import numbered_blocks as numbered_blocks
 from .check import pair_warnings as pair_warnings
+from .check import pick_findings as pick_findings
+from .check import pick_for as pick_for
 from .confirm import arm_names as arm_names
 from .confirm import confirm_run as confirm_run
 from .confirm import confirmation_resolution as confirmation_resolution
@@ -38,6 +41,7 @@ from .text import describe_convention as describe_convention
 from .text import describe_copies as describe_copies
 from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
+from .text import describe_options as describe_options
 from .text import describe_ownership as describe_ownership
 from .text import describe_recommendations as describe_recommendations
 from .text import describe_selection as describe_selection
@@ -45,6 +49,7 @@ from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick
 from .train import encoded_once as encoded_once
 from .train import narrowness as narrowness
+from .train import other_depth as other_depth
 from .train import picked_pairs as picked_pairs
 from .train import train_run as train_run
 from .train import training_forecast as training_forecast

@@ -7,12 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import (
     Finding,
     PairFacts,
     PublishedPair,
     ReadPair,
+    Selection,
+    Trainer,
     check_pair,
+    lines_for,
     nearest_published,
     read_pair,
     read_settings,
@@ -67,11 +71,74 @@ def pair_warnings(pair: LayerPair, layers: Sequence[str], *, weight: float) -> l
 
     Args:
         pair: Pair of the layers.
-        layers: All layers of the network, in its order.
+        layers: All layers of the network, in its order; of a pair of other modules nothing is known.
         weight: Weight of the alignment.
     """
+    if not {pair.student, pair.teacher} <= set(layers):
+        return []
     facts = PairFacts(layers.index(pair.student), layers.index(pair.teacher), len(layers), weight=weight)
     return [_finding_line(finding, layers) for finding in check_pair(facts)]
+
+
+def pick_findings(selection: Selection) -> list[dict[str, Any]]:
+    """Returns the findings of the checks on the pick as JSON values; none without a pick.
+
+    Convention and controls (LP005 to LP007) are left out: a pick that they speak against is refused, or its cautions
+    say so.
+    """
+    pick, layers = selection.pick, selection.basis.layers
+    if pick is None:
+        return []
+    facts = PairFacts(layers.index(pick.student), layers.index(pick.teacher), len(layers), weight=selection.weight)
+    return [_record(finding, layers) for finding in check_pair(facts)]
+
+
+def numbered_blocks(run: str | Path, selection: Selection) -> tuple[str, ...]:
+    """Returns all blocks of the network of a run, in the order in which trainers count them.
+
+    Raises:
+        ValueError: If the run does not tell them: its layers were named by the user, or are no numbered blocks.
+    """
+    if (named := RunFolder(run).plan().checkpoint.layers) is not None:
+        raise ValueError(
+            f"{run} measured the layers that --layers {','.join(named)} names, which need not be all blocks of the "
+            "network; pass --blocks, such as 28, or double_blocks:8,single_blocks:48"
+        )
+    layers = selection.basis.layers
+    lists: dict[str, int] = {}
+    for name in layers:
+        prefix, _, index = name.rpartition(".")
+        if index != str(lists.get(prefix, 0)) or (prefix in lists and prefix != next(reversed(lists))):
+            raise ValueError(
+                f"{name} of {run} is no block of a numbered list, so other trainers cannot count it; pass --blocks "
+                "with the blocks that the trainer counts through, such as transformer_blocks:28"
+            )
+        lists[prefix] = lists.get(prefix, 0) + 1
+    return layers
+
+
+def pick_for(trainer: Trainer, selection: Selection, blocks: Sequence[str]) -> dict[str, Any]:
+    """Returns the pick as another trainer writes it, as JSON values; "options" is None without a pick.
+
+    Args:
+        trainer: The trainer.
+        selection: Selection with the pick.
+        blocks: All blocks of the network, in the order in which the trainer counts them.
+
+    Raises:
+        ValueError: If a layer of the pick is not among the blocks.
+    """
+    options, pick = None, selection.pick
+    if pick is not None:
+        for name in (pick.student, pick.teacher):
+            if name not in blocks:
+                raise ValueError(
+                    f"{name} of the pick is not among the {len(blocks)} blocks {blocks[0]} to {blocks[-1]}; pass "
+                    "--blocks with the names of the run's layers, such as transformer_blocks:28"
+                )
+        teacher = blocks.index(pick.teacher) if trainer.teacher else None
+        options = lines_for(trainer, blocks.index(pick.student), teacher, len(blocks))
+    return {"trainer": trainer.key, "blocks": len(blocks), "options": options, "notes": trainer_notes(trainer)}
 
 
 def _nearest(facts: PairFacts) -> tuple[PublishedPair, ...]:

@@ -35,6 +35,7 @@ from layerprobe.analyses.tables import (
     RANDOM_WEIGHTS,
     RAW_INPUT,
     Analysis,
+    PairEvidence,
     ScoreKeeper,
     encoder_rows,
     measure,
@@ -303,6 +304,7 @@ def choose_layers(
     store = folder.store(MODEL)
     labels = None if label_free or store.labels is None else store.labels[store.splits == "validation"]
     against_all, cautions = _by_convention(folder)
+    cautions = (*cautions, *_by_layers(folder, evidence))
     return rank_pairs(
         evidence,
         label_free=label_free,
@@ -312,8 +314,18 @@ def choose_layers(
         shapes=store.manifest["layer_shapes"],
         controls=control_accuracies(quality, labels, evidence.noise_levels),
         against_all=against_all,
-        cautions=(*cautions, *(() if label_free else probe_cautions(quality, PROBE, "validation"))),
+        cautions=(
+            *cautions,
+            *_by_layers(folder, evidence),
+            *(() if label_free else probe_cautions(quality, PROBE, "validation")),
+        ),
     )
+
+
+def _by_layers(folder: RunFolder, evidence: PairEvidence) -> tuple[Caution, ...]:
+    """A caution if the user named single layers, since depths are counted through these alone."""
+    named = folder.plan().checkpoint.layers or ()
+    return () if all("*" in name for name in named) else (Caution("layers named", value=len(evidence.layers)),)
 
 
 def _by_convention(folder: RunFolder) -> tuple[tuple[Objection, ...], tuple[Caution, ...]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from layerprobe.analyses.figures import CLASS
+from layerprobe.analyses.runs.check import pick_findings
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Recommendation, Selection, probe_cautions
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
@@ -101,7 +102,16 @@ def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
     lines += [f"caution  {text}" for text in caution_texts(selection) if text not in lines[0]]
+    lines += [f"{finding['severity']:<8} {finding['code']}: {finding['text']}" for finding in pick_findings(selection)]
     return [*lines, f"trust    {TRUST}"] if selection.pick else lines
+
+
+def describe_options(record: Mapping[str, Any]) -> list[str]:
+    """Returns the pick as another trainer writes it (`pick_for`) as readable lines, the options ready to paste."""
+    if record["options"] is None:
+        return [f"for      {record['trainer']}: there is no pick to write"]
+    lines = [f"for      {record['trainer']}, of {record['blocks']} blocks", *record["options"].splitlines()]
+    return [*lines, *(f"note     {note}" for note in record["notes"])]
 
 
 def describe_ownership(run: str | Path, selection: Selection) -> list[str]:
@@ -125,6 +135,7 @@ def selection_record(selection: Selection) -> dict[str, Any]:
         "headline": selection_headline(selection),
         "reason": selection_reason(selection),
         "caution_texts": caution_texts(selection),
+        "findings": pick_findings(selection),
     }
 
 

@@ -56,6 +56,20 @@ def training_start(
     return open_checkpoint(checkpoint, device=device)
 
 
+def other_depth(run: str | Path | None, backbone: Backbone) -> str | None:
+    """Returns a warning if the pick of a run lies at other depths in this network; None otherwise."""
+    if run is None:
+        return None
+    layers = RunFolder(run).selection().basis.layers
+    # A run of named layers has fewer of the same network.
+    if len(layers) == len(backbone.layers) or RunFolder(run).plan().checkpoint.layers is not None:
+        return None
+    return (
+        f"{run} measured a network of {len(layers)} layers and this one has {len(backbone.layers)}, so its pick lies "
+        "at other depths here; pass --pair for the layers of this network"
+    )
+
+
 def narrowness(backbone: Backbone) -> str | None:
     """Returns a warning if tokens have fewer channels than a patch has values; None otherwise.
 

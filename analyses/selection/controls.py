@@ -32,7 +32,12 @@ def control_accuracies(
     """
     if labels is None:
         return {}
-    controls = {MAJORITY: float(np.bincount(labels).max()) / len(labels)}
+    return {MAJORITY: float(np.bincount(labels).max()) / len(labels)} | measured_controls(quality, noise_levels)
+
+
+def measured_controls(quality: pd.DataFrame, noise_levels: Sequence[float]) -> dict[str, float]:
+    """Returns the accuracy of random weights and of the raw input, as `control_accuracies` does."""
+    controls = {}
     for source in (RANDOM_WEIGHTS, RAW_INPUT):
         rows = _probes(quality, source, noise_levels)
         if not rows.empty:

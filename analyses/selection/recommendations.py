@@ -6,16 +6,19 @@ The records hold numbers. `layerprobe.analyses.wording` turns them into sentence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
 
+from layerprobe.analyses.selection.controls import MAJORITY, measured_controls
 from layerprobe.analyses.selection.records import Selection
 from layerprobe.analyses.tables import MODEL, NOISE_LIDAR, PROBE, PairEvidence
 from layerprobe.extraction import LOSS_INCREASE
 from layerprobe.layersync import depth_heuristic
 
+# Objections to a run whose features mean nothing, for whatever purpose.
+_MEANINGLESS = ("network does not denoise", "nothing but noise")
 LevelEnd = Literal["", "lowest", "highest"]
 
 
@@ -52,6 +55,7 @@ class Recommendation:
         encoder_similarity: Mean CKA of that layer with external encoders, by metric.
         level_end: Whether the noise level of the best layer, for "features", is the lowest or the highest of those that
             were measured, so that one beyond it may be better; "" if it lies between others, or is 0 or 1.
+        controls: Accuracy of each control at the noise level of the best layer, (name, accuracy), for "features".
     """
 
     purpose: Literal["features", "encoder", "prune"]
@@ -61,6 +65,7 @@ class Recommendation:
     by_depth: str = ""
     encoder_similarity: tuple[tuple[str, float], ...] = ()
     level_end: LevelEnd = ""
+    controls: tuple[tuple[str, float], ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -76,16 +81,24 @@ class Recommendation:
 
 
 def recommend(quality: pd.DataFrame, evidence: PairEvidence, selection: Selection) -> list[Recommendation]:
-    """Recommends single layers for each purpose.
+    """Recommends single layers for each purpose; none where the features of the whole run mean nothing.
 
     Args:
         quality: Quality table of the run.
         evidence: Evidence of the run.
         selection: Selection of the run; if it used no labels, the recommendations use none either.
     """
+    if any(objection.code in _MEANINGLESS for objection in selection.refusal[1]):
+        return []
     model = quality[quality["source"] == MODEL]
+    features = for_features(model, evidence, label_free=selection.label_free)
+    if features.candidates and (majority := dict(selection.basis.controls).get(MAJORITY)) is not None:
+        level = features.candidates[0].noise_level
+        assert level is not None
+        controls = {MAJORITY: majority} | measured_controls(quality, [level])
+        features = replace(features, controls=tuple(controls.items()))
     return [
-        for_features(model, evidence, label_free=selection.label_free),
+        features,
         for_encoder(model, selection.basis.layers),
         to_prune(evidence),
     ]

@@ -40,6 +40,7 @@ CautionCode = Literal[
     "alike",
     "teacher not the richest",
     "shallower than published",
+    "layers named",
     "convention trusted",
     "criterion not measured",
     "probes not converged",

@@ -25,7 +25,10 @@ def _features(answer: Recommendation) -> str:
     edge = (
         f" It is the {answer.level_end} level that was measured; at {beyond} one they may be richer." if beyond else ""
     )
-    return f"The richest features are those of {best.layer} at noise level {best.noise_level:g}: {figures}{ties}.{edge}"
+    known = [f"{name} {value:.3f}" for name, value in answer.controls if value >= best.low]
+    no_better = f" They are not surely above the control {_listed(known)}." if known else ""
+    place = f"{best.layer} at noise level {best.noise_level:g}"
+    return f"The richest features are those of {place}: {figures}{ties}.{no_better}{edge}"
 
 
 def _encoder(answer: Recommendation) -> str:

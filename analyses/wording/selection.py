@@ -31,6 +31,7 @@ _NOTES: tuple[CautionCode, ...] = (
     "needs not measured",
     "criterion not measured",
     "shallower than published",
+    "layers named",
 )
 
 
@@ -47,9 +48,9 @@ def _called(doubts: Sequence[str]) -> list[str]:
 
 
 def selection_reason(selection: Selection) -> str:
-    """Returns the reasons for the pick, or why no pair is admissible."""
+    """Returns the reasons for the pick, in three sentences, or why no pair is admissible."""
     if selection.ranked:
-        return " ".join([*pair_reasons(selection.ranked[0], selection), *_controls(selection)])
+        return " ".join(pair_reasons(selection.ranked[0], selection))
     if not selection.rejected:
         return "No pair is admissible: there are fewer than two layers."
     closest, objections = selection.refusal
@@ -60,45 +61,45 @@ def selection_reason(selection: Selection) -> str:
     return f"{begins} {'; '.join(_objection(objection, pair, selection) for objection in objections)}."
 
 
-def published_sentence(pair: RankedPair, selection: Selection, *, num: int = 2) -> str:
-    """Returns the sentence about the published pairs at the most similar depths, and what they gained."""
-    student, teacher = selection.depth(pair.student), selection.depth(pair.teacher)
-    texts = [published_text(row) for row in nearest_published(student, teacher, num=num)]
-    return f"Depths {student:.2f} and {teacher:.2f}; nearest published pairs: {'; '.join(texts)}."
-
-
-def _controls(selection: Selection) -> list[str]:
-    values = [f"{name} {value:.3f}" for name, value in selection.basis.controls]
-    return [f"Without what the network has learned: {_listed(values)}."] if values else []
-
-
 def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
-    """Returns the sentences that explain the rank of a pair."""
+    """Returns the three sentences that explain the rank of a pair: what the two know, where they lie, the score."""
+    reasons = [_strength(pair, selection), _place(pair, selection), score_sentence(pair)]
+    return [*reasons, "The data cannot tell it from the pick."] if pair.ties_with_first else reasons
+
+
+def _strength(pair: RankedPair, selection: Selection) -> str:
+    """The sentence about what student and teacher know, beside what is known without training."""
     best, metric = selection.best_teacher, selection.basis.metric
     assert best is not None
-    value = f"{metric} {pair.teacher_quality:.3f}"
     if pair.teacher == best.layer:
-        teacher = f"{pair.teacher} is the best layer that may teach: {value}."
+        stands = "is the best layer that may teach"
     elif pair.teacher_is_best:
-        teacher = f"{pair.teacher} ties with {best.layer}, the best that may teach: {value} and {best.measured:.3f}."
+        stands = f"ties with {best.layer} ({best.measured:.3f}), the best layer that may teach"
     else:
-        teacher = f"{pair.teacher} is below {best.layer}, the best that may teach: {value} against {best.measured:.3f}."
+        stands = f"is below {best.layer} ({best.measured:.3f}), the best layer that may teach"
+    controls = [f"{name} {value:.3f}" for name, value in selection.basis.controls]
+    beside = f" (controls: {_listed(controls)})" if controls else ""
     uncertain = ", which is within the uncertainty" if pair.gap_is_certain is False else ""
+    weaker = "weaker" if pair.gap >= 0 else "stronger"
+    teacher = f"The teacher {pair.teacher} {stands}: {metric} {pair.teacher_quality:.3f}{beside}"
+    return f"{teacher}; the student {pair.student} is {abs(pair.gap):.3f} {weaker}{uncertain}."
+
+
+def _place(pair: RankedPair, selection: Selection) -> str:
+    """The sentence about the depths of a pair, how alike its layers are, and the most similar published pair."""
+    student, teacher = selection.depth(pair.student), selection.depth(pair.teacher)
     apart = "1 layer" if pair.distance == 1 else f"{pair.distance} layers"
-    reasons = [
-        teacher,
-        f"{pair.student} is {abs(pair.gap):.3f} {'weaker' if pair.gap >= 0 else 'stronger'}{uncertain}.",
-        f"They are {apart} apart, and their mean CKA at equal noise levels is {pair.mean_cka:.3f}.",
-        score_sentence(pair),
-        published_sentence(pair, selection),
-    ]
-    return [*reasons, "The data cannot tell it from the pick."] if pair.ties_with_first else reasons
+    (nearest,) = nearest_published(student, teacher, num=1)
+    return (
+        f"They are {apart} apart, at {student:.2f} and {teacher:.2f} of the depth, with a mean CKA (likeness) of "
+        f"{pair.mean_cka:.3f}; the published pair at the nearest depths is {published_text(nearest)}."
+    )
 
 
 def score_sentence(pair: RankedPair) -> str:
     """Returns the sentence about the score of a pair and the contributions to it."""
-    parts = [f"{part.adds:+.2f} for {part.criterion} {part.value:.3g}" for part in pair.parts]
-    return f"The score is {pair.score:+.2f} ({pair.score_low:+.2f} to {pair.score_high:+.2f}): {_listed(parts)}."
+    parts = [f"{part.adds:+.2f} for {part.criterion} ({part.value:.3g})" for part in pair.parts]
+    return f"The score, {pair.score:+.2f} ({pair.score_low:+.2f} to {pair.score_high:+.2f}), is {_listed(parts)}."
 
 
 def objection_texts(pair: RejectedPair, selection: Selection) -> list[str]:
@@ -200,6 +201,11 @@ def _caution(caution: Caution, selection: Selection) -> str:
             first, best = selection.ranked[0], selection.best_teacher
             richer = f": {best.layer} has {best.measured:.3f} against {value:.3f}" if best else ""
             return f"{first.teacher} is not the richest layer that may teach{richer}."
+        case "layers named":
+            return (
+                f"Depths are counted through the {value:.0f} layers that --layers names; they are wrong if these do "
+                "not cover the whole network evenly."
+            )
         case "shallower than published":
             return f"The network has {value:.0f} layers; the published comparisons are of {limit:.0f} and more."
         case "convention trusted":

@@ -70,7 +70,8 @@ def as_pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
     if isinstance(pair, LayerPair):
         return pair
     if isinstance(pair, (str, int)) or len(pair) != 2 or not all(isinstance(name, (str, int)) for name in pair):
-        raise ValueError(f"{pair!r} is not a (student, teacher) pair; pass a list of pairs of layer names")
+        seen = repr(pair) if isinstance(pair, (str, int)) else " and ".join(type(name).__name__ for name in pair)
+        raise ValueError(f"{seen} is not a (student, teacher) pair; pass a list of pairs of layer names")
     if any(isinstance(name, int) for name in pair):
         raise ValueError(
             f"{pair!r} has numbers for layers, which papers count from 1 and modules from 0; pass names, such as "

@@ -81,6 +81,13 @@ def test_train_warns_of_a_pair_that_its_checks_find(tmp_path: Path, cli) -> None
     assert "the student blocks.3 is at 0.67 of the depth" in warnings[0]
 
 
+def test_train_takes_a_pair_of_other_modules_than_blocks(tmp_path: Path, cli) -> None:
+    pair = "blocks.1.attn:blocks.3.attn"
+    code, out, err = cli(*TRAIN, "--out", tmp_path, "--pair", pair, "--dry-run")
+    assert (code, "LP0" in err) == (0, False)
+    assert "blocks.1.attn <- blocks.3.attn" in out
+
+
 def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from layerprobe.analyses.runs import confirm, figures, probe
+from layerprobe.analyses.runs.check import numbered_blocks
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.runs.text import describe_copies, describe_labels, describe_ownership, describe_selection
 from layerprobe.analyses.selection import PairLimits
@@ -219,3 +220,113 @@ def test_copies_are_told_with_their_numbers(run: Path) -> None:
     record["copies"] = [{"split": "test", "of": "train", "num": 3, "total": 63, "is_left_out": True}]
     (run / "data.json").write_text(json.dumps(record))
     assert describe_copies(run)[0].startswith("copies   3 of 63 test samples are copies")
+
+
+def set_layers(run: Path, layers: list[str] | None) -> None:
+    path = run / "plan.json"
+    record = json.loads(path.read_text())
+    record["checkpoint"]["layers"] = layers
+    path.write_text(json.dumps(record))
+
+
+def test_the_pick_is_written_as_other_trainers_count(run: Path, cli: Cli) -> None:
+    pick = RunFolder(run).selection().pick
+    assert pick is not None
+    student, teacher = (int(name.removeprefix("blocks.")) for name in (pick.student, pick.teacher))
+    code, out, _ = cli("select", run, "--for", "sra")
+    assert code == 0
+    assert f"for      sra, of 8 blocks\n--block-out-s {student + 1} --block-out-t {teacher + 1}\nnote     SRA" in out
+    code, out, _ = cli("select", run, "--for", "simpletuner-crepa", "--json")
+    options = json.loads(json.loads(out)["for"]["options"])
+    assert (options["crepa_block_index"], options["crepa_teacher_block_index"]) == (student, teacher)
+    code, out, _ = cli("select", run, "--for", "repa")
+    assert f"\n--encoder-depth {student + 1} --proj-coeff 0.5\nnote" in out
+    code, out, _ = cli("select", run, "--for", "sra", "--max-cka", -1)
+    assert (code, out.splitlines()[-1]) == (0, "for      sra: there is no pick to write")
+
+
+def test_blocks_are_counted_through_all_of_the_network_or_the_pick_is_not_written(run: Path, cli: Cli) -> None:
+    before = (run / "selection.json").read_bytes()
+    set_layers(run, ["blocks.0", "blocks.4"])
+    refused = cli("select", run, "--for", "sra", "--min-distance", 7, "--keep")
+    assert refused[:2] == (2, "")
+    assert "layers that --layers blocks.0,blocks.4 names, which need not be all blocks" in refused[2]
+    assert (run / "selection.json").read_bytes() == before
+    pick = RunFolder(run).selection().pick
+    assert pick is not None
+    student = int(pick.student.removeprefix("blocks."))
+    code, out, _ = cli("select", run, "--for", "sra", "--blocks", "double_blocks:3,blocks:8")
+    assert (code, f"--block-out-s {student + 4} " in out) == (0, True)
+    for arguments, message in (
+        (
+            ("--for", "sra", "--blocks", 2),
+            r"blocks\.\d of the pick is not among the 2 blocks blocks.0 to blocks.1",
+        ),
+        (("--for", "flux"), "there is no trainer 'flux'; use one of simpletuner,"),
+        (("--blocks", 8), "--blocks counts the blocks for another trainer; pass --for too"),
+    ):
+        code, out, err = cli("select", run, *arguments)
+        assert (code, out) == (2, "")
+        assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_counted"),
+    [
+        (("double.0", "double.1", "single.0", "single.1"), True),
+        (("down.0", "down.1", "mid", "up.0"), False),
+        (("blocks.1", "blocks.2", "blocks.3", "blocks.4"), False),
+        (("double.0", "single.0", "double.1", "single.1"), False),
+        (("blocks.0.attn", "blocks.1.attn", "blocks.2.attn", "blocks.3.attn"), False),
+    ],
+)
+def test_layers_that_are_no_numbered_blocks_are_not_counted(
+    run: Path, layers: tuple[str, ...], is_counted: bool
+) -> None:
+    own = RunFolder(run).selection()
+    selection = replace(own, basis=replace(own.basis, layers=layers))
+    if is_counted:
+        assert numbered_blocks(run, selection) == layers
+    else:
+        with pytest.raises(ValueError, match=r"is no block of a numbered list, so other trainers cannot count it"):
+            numbered_blocks(run, selection)
+
+
+def test_the_checks_of_the_pick_are_told_with_their_codes(run: Path, cli: Cli) -> None:
+    out = cli("select", run)[1]
+    assert "caution  LP004: the student is at 0.12 of the depth; the earliest published one is at 0.14" in out
+    record = json.loads(cli("select", run, "--json")[1])
+    assert [finding["code"] for finding in record["findings"]] == ["LP004"]
+    assert "LP0" not in cli("select", run, "--max-cka", -1)[1]
+
+
+def test_features_stand_beside_the_controls_and_are_not_recommended_where_they_mean_nothing(
+    run: Path, cli: Cli
+) -> None:
+    features = json.loads(cli("select", run, "--json")[1])["recommendations"][0]
+    quality = RunFolder(run).quality()
+    rows = quality[(quality["metric"] == "probe accuracy") & (quality["split"] == "validation")]
+    raw = rows[rows["source"] == "raw input"]["value"].max()
+    assert dict(features["controls"])["raw input"] == pytest.approx(raw)
+    assert dict(features["controls"])["majority class"] < 0.2
+    assert raw >= features["candidates"][0]["low"]
+    assert f"They are not surely above the control raw input {raw:.3f}" in cli("select", run)[1]
+    assert json.loads(cli("select", run, "--label-free", "--json")[1])["recommendations"][0]["controls"] == []
+    set_verdict(run, "unclear")
+    code, out, _ = cli("select", run)
+    assert (code, "so its features mean nothing" in out, "richest features" in out) == (0, True, False)
+
+
+def test_depths_through_single_layers_that_were_named_are_a_caution(run: Path, cli: Cli) -> None:
+    sign = "caution  Depths are counted through the 8 layers that --layers names"
+    for layers, is_told in ((None, False), (["blocks.*"], False), (["blocks.0", "blocks.4"], True)):
+        set_layers(run, layers)
+        assert (sign in cli("select", run)[1]) is is_told
+
+
+def test_a_pick_is_not_silently_aligned_in_a_network_of_another_depth(run: Path, tmp_path: Path, cli: Cli) -> None:
+    network = ("--width", 16, "--heads", 2, "--steps", 1, "--dry-run", "--out", tmp_path / "training")
+    for depth, is_told in ((12, True), (8, False)):
+        code, _, err = cli("train", "--data", "digits", *network, "--depth", depth, "--selection", run)
+        assert code == 0
+        assert (f"measured a network of 8 layers and this one has {depth}, so its pick lies" in err) is is_told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from layerprobe.layersync.pair import LayerPair, as_pair, depth_heuristic, layer_of_depth
 
@@ -48,3 +49,5 @@ def test_numbers_for_layers_are_refused_since_they_are_counted_in_two_ways() -> 
     for other in (8, (None, "blocks.1")):
         with pytest.raises(ValueError, match=r" is not a \(student, teacher\) pair; pass a list of pairs"):
             as_pair(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Linear and Linear is not a \(student, teacher\) pair"):
+        as_pair((nn.Linear(1, 1), nn.Linear(1, 1)))  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ def test_features() -> None:
     )
     at_end = recommendation_text(replace(answer, level_end="highest"))
     assert at_end.endswith(" It is the highest level that was measured; at a higher one they may be richer.")
+    known = replace(answer, controls=(("majority class", 0.1), ("raw input", 0.895)))
+    assert recommendation_text(known).endswith(" They are not surely above the control raw input 0.895.")
     many = replace(answer, candidates=(BEST, *[TIED] * 5), test_value=None)
     assert "tell blocks.2 at 0.5, blocks.2 at 0.5, blocks.2 at 0.5 and 2 more from it" in recommendation_text(many)
     nothing = Recommendation("features", "noise-LiDAR", ())

@@ -58,25 +58,25 @@ def selection(*pairs: RankedPair, rejected: tuple[RejectedPair, ...] = (), **cha
 
 def test_the_reason_for_a_pick_explains_the_score_that_ranked_it() -> None:
     assert selection_reason(selection(PAIR)) == (
-        "b is the best layer that may teach: probe accuracy 0.500. a is 0.250 weaker. They are 1 layer apart, and "
-        "their mean CKA at equal noise levels is 0.729. The score is +1.50 (+1.25 to +1.75): +1.00 for effective rank "
-        "gap 0.688 and +0.50 for CKA 0.729. Depths 0.33 and 0.67; nearest published pairs: "
-        "Self-Flow, SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +30% in FID at 400K steps, 0.82 of the best gain of its study "
-        "(figure, read off); "
-        "Self-Flow, SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +33% in FID at 400K steps, 1.00 of the best gain of its study "
-        "(figure, read off)."
+        "The teacher b is the best layer that may teach: probe accuracy 0.500; the student a is 0.250 weaker. They are "
+        "1 layer apart, at 0.33 and 0.67 of the depth, with a mean CKA (likeness) of 0.729; the published pair at the "
+        "nearest depths is Self-Flow, SiT-XL/2: 8 <- 20 (0.29, 0.71), gain +30% in FID at 400K steps, 0.82 of the best "
+        "gain of its study (figure, read off). The score, +1.50 (+1.25 to +1.75), is +1.00 for effective rank gap "
+        "(0.688) and +0.50 for CKA (0.729)."
     )
-    assert score_sentence(replace(PAIR, parts=PAIR.parts[:1])).endswith(": +1.00 for effective rank gap 0.688.")
+    assert score_sentence(replace(PAIR, parts=PAIR.parts[:1])).endswith(" is +1.00 for effective rank gap (0.688).")
 
 
 def test_a_teacher_that_ties_or_is_below_the_best_is_said_to() -> None:
     tied = replace(PAIR, teacher="a", teacher_quality=0.49, gap=-0.01, gap_is_certain=False, ties_with_first=True)
     reasons = pair_reasons(tied, selection(tied))
-    assert reasons[0] == "a ties with b, the best that may teach: probe accuracy 0.490 and 0.500."
-    assert reasons[1] == "a is 0.010 stronger, which is within the uncertainty."
+    assert reasons[0] == (
+        "The teacher a ties with b (0.500), the best layer that may teach: probe accuracy 0.490; the student a is "
+        "0.010 stronger, which is within the uncertainty."
+    )
     assert reasons[-1] == "The data cannot tell it from the pick."
     below = replace(tied, teacher_is_best=False)
-    assert pair_reasons(below, selection(below))[0].startswith("a is below b, the best that may teach: probe")
+    assert pair_reasons(below, selection(below))[0].startswith("The teacher a is below b (0.500), the best layer that")
 
 
 OBJECTIONS = {
@@ -127,6 +127,7 @@ CAUTIONS = {
     Caution(
         "shallower than published", value=6, limit=12
     ): "The network has 6 layers; the published comparisons are of",
+    Caution("layers named", value=5): "Depths are counted through the 5 layers that --layers names; they are wrong if",
     Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker, and no",
     Caution("effective rank for noise-LiDAR"): "The effective rank stands in for noise-LiDAR; it also counts the",
     Caution("needs not measured"): "Whether the network needs its layers was not measured.",
@@ -184,4 +185,4 @@ def test_the_headline_has_the_reasons_to_doubt_a_pick_and_not_how_it_was_measure
 def test_the_controls_stand_beside_the_accuracy_of_the_pick() -> None:
     basis = replace(BASIS, controls=(("majority class", 0.25), ("raw input", 0.125)))
     reason = selection_reason(selection(PAIR, basis=basis))
-    assert reason.endswith(" Without what the network has learned: majority class 0.250 and raw input 0.125.")
+    assert ": probe accuracy 0.500 (controls: majority class 0.250 and raw input 0.125); the student" in reason
