@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.progress import TaskProgress
+
+if TYPE_CHECKING:
+    from layerprobe.data import Reading
 
 
 def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
@@ -25,6 +28,15 @@ def tell(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a warning."""
     tell(f"warning: {line}")
+
+
+def tell_reading(reading: Reading | None) -> None:
+    """Prints what was read of a data set; nothing if there is no record of it, as for the embedded digits."""
+    from layerprobe.data import reading_lines
+
+    if reading is not None:
+        for subject, text in reading_lines(reading).items():
+            tell(f"{subject}: {text}")
 
 
 @contextmanager

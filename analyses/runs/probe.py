@@ -105,7 +105,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
-    on_reading: Callable[[Reading], None] | None = None,
+    on_reading: Callable[[Reading | None], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -127,9 +127,8 @@ def extract_run(
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
-    reading = splits.train.reading
-    if on_reading and reading is not None:
-        on_reading(reading)
+    if on_reading:
+        on_reading(splits.train.reading)
     if folder.convention.is_file():
         convention, trusted = folder.convention_check()
     else:
