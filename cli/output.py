@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.progress import TaskProgress
@@ -31,10 +32,13 @@ def warn(line: str) -> None:
 
 
 def tell_reading(reading: Reading | None) -> None:
-    """Prints what was read of a data set; nothing if there is no record of it, as for the embedded digits."""
+    """Prints what was read of a data set; of the embedded digits, there is no record."""
     from layerprobe.data import reading_lines
 
-    if reading is not None:
+    if reading is None:
+        if Path("digits").exists():
+            warn("digits are the embedded scans; pass ./digits to read what is there of that name")
+    else:
         for subject, text in reading_lines(reading).items():
             tell(f"{subject}: {text}")
 
