@@ -138,8 +138,8 @@ def extract_run(
         raise ValueError(convention_message(convention))
     folder.claim(plan)
     folder.write_convention(convention, trusted=trusted)
-    folder.write_data(splits)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
+    folder.write_data(splits)  # Only now is it sure that the features are of this data.
     small = folder.store_folder(_EVIDENCE)
     extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
     if not folder.ablation.is_file():

@@ -371,8 +371,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "label -1 is negative; labels count from 0",
     ),
     "cut shard": (lightningdit_cut, r"rank01_shard000\.safetensors is not a complete safetensors file; copy it again"),
-    "shard of a process": (lightningdit_without("01_shard000"), r"has no shard 0 of process 1 .* but later ones"),
-    "shard between": (lightningdit_without("02_shard000"), r"has no shard 0 of process 2 .* but later ones"),
+    "shard of a process": (
+        lightningdit_without("01_shard000"),
+        "has no latents_rank01_shard000.safetensors but later",
+    ),
+    "shard between": (
+        lightningdit_without("02_shard000"),
+        "has no latents_rank02_shard000.safetensors but later",
+    ),
     "no labels folder": (fast_dit_without("imagenet256_labels"), "the labels folder .*imagenet256_labels is missing"),
     "no partner": (
         fast_dit_without("imagenet256_labels/3.npy"),

