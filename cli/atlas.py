@@ -9,7 +9,7 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, changed, from_dataclasses, only, without
-from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.output import emit, progress_bar, tell_reading
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import SyncOptions
@@ -96,7 +96,9 @@ def atlas(
     for line in cautions:
         typer.echo(line, err=True)
     with progress_bar() as progress:
-        splits = data.encode(data.load(), progress=named_progress(progress, "encoding images"))
+        splits = data.load()
+        tell_reading(splits.train.reading)
+        splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
         table = pair_sweep_run(begin, splits, pairs, out, shard=part, progress=progress)
     lines = [*describe_pair_sweep(table, branches), str(out / "atlas.csv")]
     emit(record | {"table": str(out / "atlas.csv")}, lines, as_json=as_json)

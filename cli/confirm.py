@@ -9,7 +9,7 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, changed, from_dataclasses, only
-from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.output import emit, progress_bar, tell_reading
 from layerprobe.cli.parsing import names
 from layerprobe.layersync import SyncOptions
 from layerprobe.training import TrainingPlan
@@ -111,6 +111,7 @@ def confirm(
             num_evaluations=num_evaluations,
             num_samples=num_samples,
             device=device,
+            on_reading=tell_reading,
             progress=progress,
         )
     paragraph = verdict_paragraph(verdict)

@@ -7,9 +7,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.progress import TaskProgress
+
+if TYPE_CHECKING:
+    from layerprobe.data import Reading
 
 
 def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
@@ -25,6 +29,18 @@ def tell(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a warning."""
     tell(f"warning: {line}")
+
+
+def tell_reading(reading: Reading | None) -> None:
+    """Prints what was read of a data set; of the embedded digits, there is no record."""
+    from layerprobe.data import reading_lines
+
+    if reading is None:
+        if Path("digits").exists():
+            warn("digits are the embedded scans; pass ./digits to read what is there of that name")
+    else:
+        for subject, text in reading_lines(reading).items():
+            tell(f"{subject}: {text}")
 
 
 @contextmanager

@@ -11,13 +11,12 @@ import typer
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
-from layerprobe.cli.output import emit, progress_bar, tell
+from layerprobe.cli.output import emit, progress_bar, tell_reading
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 
 if TYPE_CHECKING:
     from layerprobe.analyses.runs import RunPlan
-    from layerprobe.data import Reading
 
 Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows per forward pass.")]
@@ -65,7 +64,7 @@ def probe(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
-            on_reading=_tell,
+            on_reading=tell_reading,
             progress=progress,
         )
     record = {"run": str(out)} | selection_record(selection)
@@ -102,7 +101,7 @@ def extract(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
-            on_reading=_tell,
+            on_reading=tell_reading,
             progress=progress,
         )
     lines = [*describe_convention(out), *describe_copies(out), f"features {out / 'features'}"]
@@ -166,13 +165,6 @@ def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: Extraction
     from layerprobe.analyses.runs import RunPlan
 
     return RunPlan(checkpoint.absolute(), data.absolute(), replace(extraction, seed=seed))
-
-
-def _tell(reading: Reading) -> None:
-    from layerprobe.data import reading_lines
-
-    for subject, text in reading_lines(reading).items():
-        tell(f"{subject}: {text}")
 
 
 def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import typer
 from layerprobe.analyses.runs import NewNetwork
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
-from layerprobe.cli.output import emit, progress_bar, warn
+from layerprobe.cli.output import emit, progress_bar, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
@@ -102,6 +102,8 @@ def train(
         auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
         record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
+        if ranks.is_first:
+            tell_reading(splits.train.reading)
         for warning in (narrowness(backbone), other_depth(selection, backbone)):
             if ranks.is_first and warning:
                 warn(warning)

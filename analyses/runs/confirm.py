@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.selection import Selection
 from layerprobe.backbones import alignable_layers, fresh_sit
 from layerprobe.checkpoints import training_record
+from layerprobe.data import Reading
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
@@ -40,6 +41,7 @@ def confirm_run(
     num_samples: int = 1000,
     sampling: SamplingPlan | None = None,
     device: str = "auto",
+    on_reading: Callable[[Reading | None], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains the arms that test the pick of a run, and writes verdict, figures and report.
@@ -55,6 +57,7 @@ def confirm_run(
         num_samples: Number of samples drawn for each Fréchet distance.
         sampling: Sampling plan for these samples.
         device: Device of the models.
+        on_reading: Called with what was read of the data, before a model is trained.
         progress: Called with (name of the running arm, steps done, steps in total).
 
     Raises:
@@ -75,6 +78,8 @@ def confirm_run(
     _check_nothing_is_dropped(folder, trained_arms, seeds)
     encoding = named_progress(progress, "encoding images")
     splits = plan.data.training_splits(backbone.shape, progress=encoding)
+    if on_reading:
+        on_reading(splits.train.reading)
     verdict = confirm_pair(
         lambda seed: fresh_sit(backbone, seed) if from_scratch else backbone,
         splits,

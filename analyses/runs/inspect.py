@@ -99,6 +99,8 @@ def examine_data(source: DataSource) -> tuple[dict[str, Any], Splits]:
 def lines_of(record: Mapping[str, Any]) -> list[str]:
     """Returns the description of `examine_data` as readable lines."""
     lines = {"data": f"{record['data']} ({record['modality']})"}
+    if record["data"] == "digits":
+        lines["data"] += ", the embedded scans; a folder of that name is ./digits"
     if record["reading"] is not None:
         lines |= reading_lines(Reading.from_dict(record["reading"]))
     lines["rows"] = ", ".join(f"{count} in {name}" for name, count in record["parts"].items())

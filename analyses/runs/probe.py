@@ -106,7 +106,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
-    on_reading: Callable[[Reading], None] | None = None,
+    on_reading: Callable[[Reading | None], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -128,9 +128,8 @@ def extract_run(
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
-    reading = splits.train.reading
-    if on_reading and reading is not None:
-        on_reading(reading)
+    if on_reading:
+        on_reading(splits.train.reading)
     if folder.convention.is_file():
         convention, trusted = folder.convention_check()
     else:
@@ -140,8 +139,8 @@ def extract_run(
         raise ValueError(convention_message(convention))
     folder.claim(plan)
     folder.write_convention(convention, trusted=trusted)
-    folder.write_data(splits)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
+    folder.write_data(splits)  # Only now is it sure that the features are of this data.
     small = folder.store_folder(_EVIDENCE)
     extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
     if not folder.ablation.is_file():

@@ -22,6 +22,8 @@ def _sentence(split: str, records: Sequence[Mapping[str, Any]]) -> str:
     num, total = sum(record["num"] for record in records), records[0]["total"]
     sources = ", ".join(f"{record['num']} of {record['of']}" for record in records)
     begins = f"{num} of {total} {split} samples are copies, equal value for value to others ({sources} samples)"
+    contradictions = sum(record.get("num_contradictions", 0) for record in records)  # absent in older records
+    ends = f" {contradictions} of them have another class than the sample that they equal." if contradictions else ""
     if records[0]["is_left_out"]:
-        return f"{begins}; they are left out, and {total - num} are left."
-    return f"{begins}; they stay in."
+        return f"{begins}; they are left out, and {total - num} are left.{ends}"
+    return f"{begins}; they stay in.{ends}"

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.data.samples import MEMORY_BUDGET_BYTES, Copies, Samples, Splits, Subset, row_digests
+from layerprobe.data.samples import MEMORY_BUDGET_BYTES, MISSING, Copies, Samples, Splits, Subset, row_digests
 
 _CHUNK_BYTES = 64 * 2**20  # samples that are in memory at a time
 
@@ -31,19 +31,24 @@ def without_copies(splits: Splits) -> Splits:
     Returns:
         The splits; one that has nothing but copies is empty.
     """
-    first_split: dict[bytes, str] = {}
+    first: dict[bytes, tuple[str, int]] = {}
     copies: list[Copies] = []
 
     def different(name: str, samples: Samples) -> Samples:
-        rows, numbers = [], Counter[str]()
-        for row, digest in enumerate(digests(samples)):
-            if digest in first_split:
-                numbers[first_split[digest]] += 1
+        rows, numbers, contradictions = [], Counter[str](), Counter[str]()
+        labels = [MISSING] * len(samples) if samples.labels is None else samples.labels.tolist()
+        for row, (digest, label) in enumerate(zip(digests(samples), labels, strict=True)):
+            if digest in first:
+                of, first_label = first[digest]
+                numbers[of] += 1
+                contradictions[of] += label != first_label
             else:
-                first_split[digest] = name
+                first[digest] = name, label
                 rows.append(row)
         is_left_out = name != "train"
-        copies.extend(Copies(name, of, num, len(samples), is_left_out) for of, num in numbers.items())
+        copies.extend(
+            Copies(name, of, num, len(samples), is_left_out, contradictions[of]) for of, num in numbers.items()
+        )
         return Subset(samples, rows, name="without-copies") if numbers and is_left_out else samples
 
     return replace(splits.mapped(different), copies=tuple(copies))

@@ -13,7 +13,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,11 @@ def load_images(
     images = {name: EncodedImages(rows, column, part=name) for name, rows in parts.items()}
     headers = {name: part.headers(skip_bad=skip_bad) for name, part in images.items()}
     shape = _common_shape(images, headers, size, channels)
+    reading = replace(
+        reading_of(listing, parts, labels, given=label_column),
+        unreadable={name: len(part.bad) for name, part in images.items() if part.bad},
+        several_frames=sum(part.num_animated for part in headers.values()),
+    )
     num_bytes = sum(len(part) for part in images.values()) * int(np.prod(shape))
     return {
         name: ImageSamples(
@@ -113,7 +118,7 @@ def load_images(
             digests=headers[name].digests,
             keep=num_bytes <= memory_budget_bytes,
             columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
-            reading=reading_of(listing, parts, labels, given=label_column),
+            reading=reading,
         )
         for name, part_labels in labels.by_part.items()
     }
@@ -182,11 +187,19 @@ class ImageSamples(Samples):
 
 @dataclass(frozen=True)
 class _Headers:
-    """Channels, height and width of the images as displayed, shape (n, 3), a hash of their bytes and one of each."""
+    """Channels, height and width of the images as displayed, shape (n, 3), and hashes.
+
+    Attributes:
+        shapes: The shapes.
+        content: Hash of the bytes of all images.
+        digests: Hash of those of each.
+        num_animated: Number of images of several frames.
+    """
 
     shapes: NDArray[Any]
     content: str
     digests: list[bytes]
+    num_animated: int
 
 
 class EncodedImages:
@@ -224,7 +237,7 @@ class EncodedImages:
         """
         if skip_bad:
             self._leave_out_bad(skip_bad)
-        shapes, digest, digests = np.empty((len(self), 3), np.int64), hashlib.sha256(), []
+        shapes, digest, digests, num_animated = np.empty((len(self), 3), np.int64), hashlib.sha256(), [], 0
         for start in range(0, len(self), 256):
             index = range(start, min(start + 256, len(self)))
             for row, encoded in zip(index, self._encoded(index), strict=True):
@@ -232,8 +245,10 @@ class EncodedImages:
                 digest.update(encoded)
                 digests.append(digest_of(encoded))
                 with self._errors(row):
-                    shapes[row] = _shape(encoded)
-        return _Headers(shapes, digest.hexdigest(), digests)
+                    image = _open(encoded)
+                    shapes[row] = _shape(image)
+                    num_animated += getattr(image, "is_animated", False)
+        return _Headers(shapes, digest.hexdigest(), digests, num_animated)
 
     def _leave_out_bad(self, skip_bad: int) -> None:
         kept = []
@@ -241,7 +256,7 @@ class EncodedImages:
             try:
                 (encoded,) = self._encoded([row])
                 with self._errors(row):
-                    decode_image(encoded, _shape(encoded))
+                    decode_image(encoded, _shape(_open(encoded)))
             except ValueError as error:
                 self.bad[self.name(row)] = one_line(error.__cause__ or error)
                 if len(self.bad) > skip_bad:
@@ -275,7 +290,9 @@ class EncodedImages:
             encoded = item["bytes"] if isinstance(item, dict) else item
             if encoded is None:
                 if not isinstance(item, dict) or item.get("path") is None:
-                    raise ValueError(f"{self.name(row)} is empty; remove it")
+                    raise ValueError(
+                        f"{self.name(row)} is empty in column {self.column!r}; remove it, or write all in one format"
+                    )
                 with self._errors(row):
                     encoded = Path(item["path"]).read_bytes()
             yield encoded
@@ -319,9 +336,8 @@ def _orientation(image: Image) -> int:
     return int(image.getexif().get(_EXIF_ORIENTATION, 1)) if "exif" in image.info else 1
 
 
-def _shape(encoded: bytes) -> tuple[int, int, int]:
+def _shape(image: Image) -> tuple[int, int, int]:
     """Channels, height and width according to the header."""
-    image = _open(encoded)
     width, height = image.size
     if _orientation(image) >= 5:  # rotated by 90 degrees
         width, height = height, width

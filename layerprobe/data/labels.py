@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label", "cls")
+_PART_COLUMNS = {"split", "splits", "part", "set", "subset", "partition", "usage", "Usage"}
 NO_LABELS = "none"  # as --label-column
 _EMPTY_NAMES = {"nan", "none", "null", "n/a", "na"}  # class names that may stand for a missing label
 PROBE_LABELS = "--probe-labels"
@@ -146,15 +147,29 @@ def reading_of(listing: Listing, parts: Mapping[str, Dataset], labels: Labels, *
         num_classes=len(labels.class_names),
         empty_folders=list(listing.empty_folders),
         alike=_alike(labels.class_names),
+        part_columns=_part_columns(parts),
         out_of_order=_out_of_order(labels.class_names),
     )
+
+
+def _part_columns(parts: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """Columns named like parts of a data set, whose values in one part name several."""
+    found = {}
+    for rows in parts.values():
+        for name in rows.features.keys() & _PART_COLUMNS:
+            values = [value for value in rows.unique(name) if isinstance(value, str)]
+            if len({PART_OF.get(value.lower()) for value in values} - {None}) > 1:
+                found[name] = sorted(values)
+    return found
 
 
 def _label_source(listing: Listing, labels: Labels, given: str | None) -> LabelSource:
     if labels.column is None:
         if given == NO_LABELS:
             return "refused"
-        return "no folders" if listing.form == "items" else "no column"
+        if listing.form != "items":
+            return "no column"
+        return "one folder" if listing.classes_from else "no folders"
     if not labels.class_names:
         return "empty column"
     return "folder" if labels.column == FOLDER and listing.form == "items" else "column"

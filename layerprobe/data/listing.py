@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 from layerprobe.data import metadata
 
 # Words for the parts of a data set.
-PART_OF = {"train": "train", "training": "train"}
+PART_OF = dict.fromkeys(("train", "training", "trainval"), "train")
 PART_OF |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 PART_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 # Endings of files of rows, with the format names of `datasets`.
@@ -36,6 +37,10 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SHARD = re.compile(r"(?P<part>[\w.]+)-(?P<index>\d{5})-of-(?P<count>\d{5})\b")
 # Folders that hold different things about the same items, rather than classes.
 _ASPECTS = {"images", "image", "img", "imgs", "masks", "mask", "labels", "annotations", "annotation", "gt", "depth"}
+_FOLD = re.compile(r"(fold|part|shard|chunk|batch|split)[ _-]?\d+", re.IGNORECASE)
+# Endings of words for parts, as in "trainset" and "test_images".
+_PART_SUFFIX = re.compile(r"(?<=[a-z])(set|data|images?|imgs?)$")
+_ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 # Parts of the names of files that hold known data sets in a format of their own.
 _OTHER_FORMATS = {"data_batch_1": "Python pickles of CIFAR", "-ubyte": "idx files of MNIST"}
 
@@ -105,6 +110,9 @@ def list_files(source: str | Path, suffixes: Collection[str]) -> Listing:
     if {file.suffix.lower() for file in items} > {".npy"}:
         items = [file for file in items if file.suffix.lower() != ".npy"]
     tables = [file for file in tree.files if file.suffix.lower() in TABLES and file.name != "metadata.parquet"]
+    # img2dataset writes a .parquet of captions and sizes beside each .tar.
+    archives = {file.with_suffix(".parquet") for file in tables if file.suffix == ".tar"}
+    tables = [file for file in tables if file not in archives]
     endings = Counter(file.suffix.lower() for file in tables)
     if len(endings) + bool(items) > 1:
         counts = [f"{count} {ending}" for ending, count in (endings + Counter(file.suffix for file in items)).items()]
@@ -190,6 +198,8 @@ def _nothing(source: str | Path, root: Path, files: Sequence[Path], readable: Co
     other = next((what for file in files for mark, what in _OTHER_FORMATS.items() if mark in file.name), None)
     if other:
         return f"{problem}; {other} are not read: convert them to .png files in a folder per class, or to .parquet"
+    if any(file.suffix.lower() in _ARCHIVES for file in files):
+        return f"{problem}; unpack it first"
     return f"{problem}; pass the folder of the data"
 
 
@@ -231,7 +241,9 @@ def _table_part(file: Path) -> str | None:
 
 
 def _words(name: str) -> set[str]:
-    return {PART_OF[word] for word in re.split(r"[^a-z]+", name.lower()) if word in PART_OF}
+    # A capital letter begins a word: trainA, TestData.
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    return {PART_OF[word] for word in (_PART_SUFFIX.sub("", word) for word in words) if word in PART_OF}
 
 
 def _check_shards(part: str, files: Sequence[Path]) -> None:
@@ -277,7 +289,10 @@ def _list_items(source: str | Path, root: Path, tree: Tree, items: Sequence[Path
     whole = _inside(_Part(root, items))
     places = _item_parts(whole)
     parts = _without_common_folders(places)
-    classes = {file: top for part in parts.values() for file, top in part.top.items()}
+    # macOS writes accents as characters of their own, so one name may have two forms.
+    classes = {
+        file: top and unicodedata.normalize("NFC", top) for part in parts.values() for file, top in part.top.items()
+    }
     names = {name for name in classes.values() if name is not None}
     annotations: list[Path] = []
     for part in parts.values():
@@ -291,6 +306,13 @@ def _list_items(source: str | Path, root: Path, tree: Tree, items: Sequence[Path
             "items; pass a folder with one of them"
         )
     sidecars = [file for file in tree.files if file.name in metadata.NAMES]
+    if classes and all(_FOLD.fullmatch(name) for name in names):
+        if not sidecars:
+            raise ValueError(
+                f"the folders {' and '.join(sorted(names)[:3])} in {source} number portions of the data and name no "
+                "classes; name the class of each file in a metadata.csv, or rename the folders if they are classes"
+            )
+        classes = {}
     first = next(iter(_in_order(parts).values())).folder.relative_to(root)
     return _listing(
         source,

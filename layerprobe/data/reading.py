@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 LabelSource = Literal[
-    "folder", "column", "latents", "refused", "no folders", "no column", "empty column", "unlabeled latents"
+    "folder",
+    "column",
+    "latents",
+    "refused",
+    "no folders",
+    "one folder",
+    "no column",
+    "empty column",
+    "unlabeled latents",
 ]
 _SHOWN = 3  # examples in a line
 
@@ -23,7 +31,8 @@ class Reading:
         unused: Parts that were read and that no split is taken from.
         unlabeled: Parts that were left out because the training part has labels and they have none.
         label: Where the labels come from: "folder", "column" or "latents"; or why there are none: they were "refused",
-            there are "no folders" of classes or "no column" of labels, an "empty column", or "unlabeled latents".
+            there are "no folders" of classes or "one folder" of all files, "no column" of labels, an "empty column", or
+            "unlabeled latents".
         label_column: Column of the labels, or None.
         annotations: Files that name the classes of items without a class folder.
         class_folders: Folder of the class folders, relative to the data set; empty for the folder of the data or part.
@@ -33,6 +42,9 @@ class Reading:
         out_of_order: Whether class names are integers in another order than that of their values.
         min_per_class: Smallest number of samples of a class, or None if classes of every size are kept.
         small_classes: Number of samples of the classes that were left out because they have fewer.
+        unreadable: Number of items by part that were left out because they cannot be read.
+        part_columns: Columns that seem to name the part of each row, with these names; they are not used.
+        several_frames: Number of images of several frames or pages, of which the first is read.
     """
 
     files_read: int
@@ -50,6 +62,9 @@ class Reading:
     out_of_order: bool = False
     min_per_class: int | None = None
     small_classes: Mapping[str, int] = field(default_factory=dict)
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+    part_columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    several_frames: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the record to JSON."""
@@ -75,6 +90,16 @@ def reading_lines(reading: Reading) -> dict[str, str]:
         lines["small classes"] = (
             f"{len(reading.small_classes)} with fewer than {reading.min_per_class} samples left out, {rows} samples: "
             f"{_examples(list(reading.small_classes))}"
+        )
+    if reading.unreadable:
+        counts = ", ".join(f"{num} of {reading.rows[name]} in {name}" for name, num in reading.unreadable.items())
+        lines["cannot be read"] = f"{counts}, left out as --skip-bad allows"
+    if reading.part_columns:
+        columns = "; ".join(f"column {name!r} ({', '.join(found)})" for name, found in reading.part_columns.items())
+        lines["check parts"] = f"{columns} is not used, so its parts are mixed; write each into a folder of its own"
+    if reading.several_frames:
+        lines["first frames"] = (
+            f"{reading.several_frames} images have several frames or pages, of which the first alone is read"
         )
     if reading.empty_folders:
         lines["no items in"] = _examples(reading.empty_folders)
@@ -104,6 +129,7 @@ def _label_line(reading: Reading) -> str:
         "unlabeled latents": "none: they are declared unlabeled",
         "refused": "none, as --label-column none asks",
         "no folders": "none: the files are not in one folder per class, and no metadata has a column of labels",
+        "one folder": f"none: all files lie in the folder {reading.class_folders}, and one folder is no class",
         "no column": "none: no column is named like labels or has the type of classes; see --label-column",
         "empty column": f"none: column {reading.label_column!r} is empty or negative in every row",
     }[reading.label]

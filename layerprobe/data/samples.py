@@ -273,6 +273,7 @@ class Copies:
         num: Number of copies.
         total: Number of samples of their split, the copies included.
         is_left_out: Whether the copies were left out of their split.
+        num_contradictions: Number of copies whose class is another than that of the first sample that they equal.
     """
 
     split: str
@@ -280,6 +281,7 @@ class Copies:
     num: int
     total: int
     is_left_out: bool
+    num_contradictions: int = 0
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,10 @@ def split(
             or the parts do not belong together.
     """
     train, held_out = train_and_held_out({"all": sources} if isinstance(sources, Samples) else sources)
-    _check_class_sizes(train)
     if held_out is not None:
         _check_related(train, held_out)
+        _check_classes_of_train(train, held_out)
+    _check_class_sizes(train)
     first, second, *third = _sections(train, (0.6, 0.8) if held_out is None else (0.8,), seed=seed)
     splits = Splits(
         Subset(train, first, name="train"),
@@ -264,6 +265,19 @@ def _check_related(train: Samples, held_out: Samples) -> None:
     class_names = [{column.name: column.class_names for column in part.columns} for part in (train, held_out)]
     if class_names[0] != class_names[1]:
         raise ValueError("train and test have different extra label columns or classes; pass parts of one data set")
+
+
+def _check_classes_of_train(train: Samples, held_out: Samples) -> None:
+    if train.labels is None:
+        return
+    absent = [c for c, count in enumerate(_class_sizes(train)) if count == 0]
+    held = set() if held_out.labels is None else set(held_out.labels.tolist())
+    if alone := [c for c in absent if c in held]:
+        raise ValueError(
+            f"{len(alone)} of {train.num_classes} classes have samples in the held-out part and none in train (first: "
+            f"{_class_name(train, alone[0])}); name classes alike in all parts, or pass --min-per-class 2 to leave "
+            "these out"
+        )
 
 
 def _check_class_sizes(samples: Samples) -> None:

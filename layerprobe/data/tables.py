@@ -5,8 +5,10 @@ This module reads rows and class names only; encoded items stay encoded. A data 
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +52,8 @@ def read(listing: Listing, *, split: str | None = None) -> dict[str, Dataset]:
         return _items(listing, files)
     for shards in files.values():
         _check_class_names(shards)
+        for shard in shards:
+            _check_whole(shard)
     with _quiet(), _webdataset_as_bytes():
         try:
             content = {name: _rows(shards) for name, shards in files.items()} or _prepared_rows(listing)
@@ -90,7 +94,9 @@ def _rows(files: Sequence[Path]) -> Dataset:
     from datasets import load_dataset
 
     # The parts are read one by one, because `datasets` gives all of them the class names of the first.
-    return load_dataset(TABLES[files[0].suffix.lower()], data_files=[str(file) for file in files], split="train")
+    return load_dataset(
+        TABLES[files[0].suffix.lower()], data_files=[glob.escape(str(file)) for file in files], split="train"
+    )
 
 
 def _check_class_names(files: Sequence[Path]) -> None:
@@ -102,6 +108,33 @@ def _check_class_names(files: Sequence[Path]) -> None:
             raise ValueError(
                 f"{other} names the classes of its labels unlike {first.name}, so the numbers do not agree; write both "
                 "with the same names"
+            )
+
+
+def _check_whole(file: Path) -> None:
+    """Checks that a tar file has its end, and nothing behind it, because `datasets` stops there without a word.
+
+    Compressed files end with a checksum, which their reader compares.
+    """
+    if file.suffix.lower() != ".tar":
+        return
+    try:
+        with tarfile.open(file, "r:") as archive:
+            archive.getmembers()
+            end = archive.offset
+    except tarfile.ReadError as error:
+        if "unexpected end" not in str(error):
+            return  # compressed, or damaged in a way that its reader reports
+        end = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(end)
+        blocks = iter(lambda: stream.read(2**20), b"")
+        first = next(blocks, b"")
+        if len(first) < tarfile.BLOCKSIZE:
+            raise ValueError(f"{file} ends before the end of its archive; copy or download it again")
+        if any(map(any, (first, *blocks))):
+            raise ValueError(
+                f"{file} goes on behind the end of its archive; if archives were joined, keep each as a file"
             )
 
 

@@ -35,20 +35,30 @@ def equal_pairs(samples: Samples) -> list[tuple[int, int]]:
 def test_copies_are_counted_as_a_comparison_of_all_pairs_counts_them() -> None:
     parts = [repeated(30, 25, seed=1), repeated(20, 25, seed=2, first_id=100), repeated(20, 25, seed=3, first_id=200)]
     splits = without_copies(Splits(*parts))
-    content = [(name, row) for name, part in zip(("train", "validation", "test"), parts, strict=True) for row in part.x]
+    names = ("train", "validation", "test")
+    content = [(name, row) for name, part in zip(names, parts, strict=True) for row in part.x]
+    labels = torch.cat([part.labels for part in parts if part.labels is not None]).tolist()
     expected: dict[tuple[str, str], int] = {}
+    other_class: dict[tuple[str, str], int] = {}
     left: dict[str, int] = {}
     for i, (name, row) in enumerate(content):
-        before = next((other for other, x in content[:i] if torch.equal(x, row)), None)
+        first, before = next(((j, other) for j, (other, x) in enumerate(content[:i]) if torch.equal(x, row)), (i, None))
         if before is not None:
             expected[name, before] = expected.get((name, before), 0) + 1
+            other_class[name, before] = other_class.get((name, before), 0) + (labels[i] != labels[first])
         if before is None or name == "train":
             left[name] = left.get(name, 0) + 1
     assert {(copies.split, copies.of): copies.num for copies in splits.copies} == expected
     assert len(expected) >= 5
     assert {name: len(samples) for name, samples in splits.items()} == left
-    assert Copies("test", "train", expected["test", "train"], 20, is_left_out=True) in splits.copies
-    assert Copies("train", "train", expected["train", "train"], 30, is_left_out=False) in splits.copies
+    assert {(copies.split, copies.of): copies.num_contradictions for copies in splits.copies} == other_class
+    assert sum(other_class.values()) > 0
+    test = ("test", "train")
+    assert Copies(*test, expected[test], 20, is_left_out=True, num_contradictions=other_class[test]) in splits.copies
+    train = ("train", "train")
+    assert (
+        Copies(*train, expected[train], 30, is_left_out=False, num_contradictions=other_class[train]) in splits.copies
+    )
     kept = torch.cat([splits.validation.batch(range(len(splits.validation))).x, splits.test.batch(range(2)).x])
     assert not any(torch.equal(x, y) for x in kept for y in parts[0].x)
 

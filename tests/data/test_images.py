@@ -152,7 +152,7 @@ def test_damaged_items_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image 0 of train \(/no/such.png\) cannot be read: .*No such file"):
         load_images(tmp_path / "gone.parquet")
     pq.write_table(pa.table({"image": pa.array([None], pa.binary())}), tmp_path / "null.parquet")
-    with pytest.raises(ValueError, match="image 0 of train is empty; remove it"):
+    with pytest.raises(ValueError, match="image 0 of train is empty in column 'image'; remove it, or write all in"):
         load_images(tmp_path / "null.parquet")
 
 

@@ -254,7 +254,7 @@ def repa_empty(folder: Path) -> None:
 def lightningdit_with(**tensors: Tensor) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         write_lightningdit(folder, numbers(4, *SHAPE), [4])
-        save_file(tensors, folder / "latents_rank09_shard000.safetensors")
+        save_file(tensors, folder / "latents_rank01_shard000.safetensors")
 
     return write
 
@@ -264,6 +264,16 @@ def lightningdit_with_stats(stats: dict[str, Tensor] | None) -> Callable[[Path],
         write_lightningdit(folder, numbers(4, *SHAPE), [4], stats=False)
         if stats is not None:
             torch.save(stats, folder / "latents_stats.pt")
+
+    return write
+
+
+def lightningdit_without(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_lightningdit(folder, numbers(6, *SHAPE), [2, 2, 2])
+        last = folder / "latents_rank02_shard000.safetensors"
+        shutil.copy(last, folder / "latents_rank02_shard001.safetensors")
+        (folder / f"latents_rank{name}.safetensors").unlink()
 
     return write
 
@@ -342,11 +352,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no spread": (lightningdit_with_stats({"mean": ONES, "std": 0 * ONES}), "or a std of 0"),
     "mixed shards": (
         lightningdit_with(latents=torch.zeros(2, 4, 3, 3), labels=torch.zeros(2)),
-        r"rank09_shard000\.safetensors contains latents of shape \(2, 4, 3, 3\), not \(n, 4, 3, 2\) like latents_rank",
+        r"rank01_shard000\.safetensors contains latents of shape \(2, 4, 3, 3\), not \(n, 4, 3, 2\) like latents_rank",
     ),
     "labels of other shards": (
         lightningdit_with(latents=torch.zeros(2, *SHAPE), labels=torch.zeros(3)),
-        "rank09_shard000.safetensors has 2 latents but 3 labels; encode its images again",
+        "rank01_shard000.safetensors has 2 latents but 3 labels; encode its images again",
     ),
     "weights": (
         lightningdit_with(weight=torch.zeros(1)),
@@ -354,13 +364,21 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "NaN in a shard": (
         lightningdit_with(latents=torch.full((2, *SHAPE), torch.nan), labels=torch.zeros(2)),
-        r"latent 0 of .*rank09_shard000\.safetensors has NaN or infinite values",
+        r"latent 0 of .*rank01_shard000\.safetensors has NaN or infinite values",
     ),
     "negative": (
         lightningdit_with(latents=torch.zeros(1, *SHAPE), labels=torch.tensor([-1])),
         "label -1 is negative; labels count from 0",
     ),
     "cut shard": (lightningdit_cut, r"rank01_shard000\.safetensors is not a complete safetensors file; copy it again"),
+    "shard of a process": (
+        lightningdit_without("01_shard000"),
+        "has no latents_rank01_shard000.safetensors but later",
+    ),
+    "shard between": (
+        lightningdit_without("02_shard000"),
+        "has no latents_rank02_shard000.safetensors but later",
+    ),
     "no labels folder": (fast_dit_without("imagenet256_labels"), "the labels folder .*imagenet256_labels is missing"),
     "no partner": (
         fast_dit_without("imagenet256_labels/3.npy"),
@@ -668,3 +686,12 @@ def test_what_was_read_of_latents(tmp_path: Path) -> None:
     reading = load_latents(tmp_path).reading
     assert reading is not None
     assert (reading.files_read, reading.files_left, reading.num_classes) == (5, {".md": 1}, 2)
+
+
+def test_a_file_with_two_classes_is_refused(tmp_path: Path) -> None:
+    write_repa(tmp_path, numbers(4, *SHAPE), numbers(4, *SHAPE))
+    (record,) = tmp_path.rglob("dataset.json")
+    entries = json.loads(record.read_text())["labels"]
+    record.write_text(json.dumps({"labels": [*entries, [entries[0][0], 1]]}))
+    with pytest.raises(ValueError, match=r"names 1 files twice \(first: .*\.npy\); keep one entry of each"):
+        load_latents(tmp_path)

@@ -263,3 +263,47 @@ def test_files_of_a_saved_data_set(tmp_path: Path) -> None:
     states = [json.loads((tmp_path / part / "state.json").read_text()) for part in ("train", "test")]
     shards = sum(len(state["_data_files"]) for state in states)
     assert (listing.form, listing.num_read, listing.left) == ("saved", shards + 5, {".arrow": 1})
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("trainval", "test"), {"train": 8, "test": 8}),
+        (("trainset", "testset"), {"train": 8, "test": 8}),
+        (("TrainImages", "ValImages"), {"train": 8, "validation": 8}),
+        (("train_data", "eval-data"), {"train": 8, "test": 8}),
+        (("trainer", "tester"), {"train": 16}),
+    ],
+)
+def test_words_for_parts_as_people_write_them(tmp_path: Path, names: tuple[str, ...], parts: dict[str, int]) -> None:
+    listing = list_files(classes(tmp_path, *(f"{name}/{c}" for name in names for c in "ab")), PICTURES)
+    assert {name: len(part) for name, part in listing.parts.items()} == parts
+
+
+def test_two_folders_of_one_part_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"two of the folders testA, testB, trainA, trainB in .* name one part"):
+        list_files(classes(tmp_path, "trainA", "trainB", "testA", "testB"), PICTURES)
+
+
+def test_folds_are_no_classes(tmp_path: Path) -> None:
+    root = classes(tmp_path, "fold1", "fold2", "Fold_10")
+    with pytest.raises(ValueError, match=r"the folders Fold_10 and fold1 and fold2 in .* number portions of the data"):
+        list_files(root, PICTURES)
+    assert not list_files(files(root, "metadata.csv"), PICTURES).classes
+
+
+def test_one_name_in_two_forms_is_one_class(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = classes(tmp_path, f"train/{composed}", "train/tea", f"test/{decomposed}", "test/tea")
+    assert set(list_files(root, PICTURES).classes.values()) == {composed, "tea"}
+
+
+def test_tables_beside_the_tar_files_of_img2dataset_are_left(tmp_path: Path) -> None:
+    listing = list_files(files(tmp_path, "00000.tar", "00000.parquet", "00000_stats.json"), PICTURES)
+    assert [file.name for file in listing.parts["train"]] == ["00000.tar"]
+    assert listing.left == {".parquet": 1, ".json": 1}
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file but data\.zip; unpack it first"):
+        list_files(files(tmp_path, "data.zip"), PICTURES)

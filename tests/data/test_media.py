@@ -377,6 +377,16 @@ class TestVideo:
         # The codec loses a little.
         torch.testing.assert_close(samples.batch([0]).x.mean(), torch.tensor(200 / 127.5 - 1), atol=0.05, rtol=0)
 
+    def test_frames_of_a_gif_count_however_long_they_are_shown(self, tmp_path: Path) -> None:
+        Image = pytest.importorskip("PIL.Image")
+        for name in ("a", "b"):
+            for i in range(4):
+                pixels = np.random.default_rng(i).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8)
+                first, *others = map(Image.fromarray, pixels)
+                (tmp_path / name).mkdir(exist_ok=True)
+                first.save(tmp_path / name / f"{i}.gif", save_all=True, append_images=others)
+        assert load_video(tmp_path, size=8)["train"].shape == (3, 4, 8, 8)
+
     def test_what_is_no_video_is_named(self, tmp_path: Path) -> None:
         pytest.importorskip("av")
         (tmp_path / "a.mp4").write_bytes(b"not a video at all")

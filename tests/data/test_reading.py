@@ -102,3 +102,32 @@ def test_small_classes(tmp_path: Path) -> None:
         reading_of(tmp_path)
     found = lines(tmp_path, min_per_class=5)
     assert found["small classes"] == "2 with fewer than 5 samples left out, 2 samples: a, b"
+
+
+def test_items_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, noise(20))
+    next(tmp_path.rglob("*.png")).write_bytes(b"")
+    assert lines(tmp_path, skip_bad=2)["cannot be read"] == "1 of 20 in train, left out as --skip-bad allows"
+
+
+def test_only_the_first_of_several_frames_is_read(tmp_path: Path) -> None:
+    write_folder(tmp_path, noise(20))
+    assert "first frames" not in lines(tmp_path)
+    for path in sorted(tmp_path.rglob("*.png"))[:3]:
+        first, *others = noise(4)
+        first.save(path.with_suffix(".tif"), save_all=True, append_images=others)
+        path.unlink()
+    assert lines(tmp_path)["first frames"].startswith("3 images have several frames")
+
+
+def test_a_column_that_names_parts_is_told(tmp_path: Path) -> None:
+    items = [encode(image) for image in noise(20)]
+    path = write_parquet(tmp_path / "t.parquet", items, label=[0, 1] * 10, split=["Train"] * 10 + ["test"] * 10)
+    assert lines(path)["check parts"].startswith("column 'split' (Train, test) is not used, so its parts are mixed")
+    path = write_parquet(tmp_path / "u.parquet", items, label=[0, 1] * 10, split=["train"] * 20, set=["x", "y"] * 10)
+    assert "check parts" not in lines(path)
+
+
+def test_a_single_folder_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, noise(10), ("cat",))
+    assert lines(tmp_path)["labels"] == "none: all files lie in the folder cat, and one folder is no class"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from pictures import all_ids, labeled
+from pictures import all_ids, labeled, noise, write_folder
 
 from layerprobe.data import Subset, TensorSamples
+from layerprobe.data.loading import load
 from layerprobe.data.splits import for_probing, keyed_order, split, take
 
 
@@ -154,3 +157,11 @@ def test_a_single_class_is_refused_before_a_probing_run() -> None:
     one = split(labeled([30]))
     with pytest.raises(ValueError, match=r"all samples are of one class \(0\), .* or --label-column none"):
         for_probing(one, given={})
+
+
+def test_classes_that_only_the_held_out_part_has_are_refused(tmp_path: Path) -> None:
+    for part, names in (("train", ("Cat", "dog")), ("test", ("cat", "dog"))):
+        write_folder(tmp_path / part, noise(12), names)
+    with pytest.raises(ValueError, match=r"1 of 3 classes have samples in the held-out part and none in train .*: cat"):
+        load(tmp_path)
+    assert load(tmp_path, min_per_class=2).train.class_names == ("Cat", "dog")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import logging
 import os
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -248,3 +250,35 @@ def test_parts_must_agree_on_the_classes(tmp_path: Path) -> None:
     pq.write_table(table.cast(pa.schema([table.schema.field("image"), schema.field("label")], schema.metadata)), path)
     with pytest.raises(ValueError, match="'label' has label 2 but names 2 classes; fix the file"):
         load_images(path)
+
+
+def tar_file(path: Path, num: int = 8) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for i, image in enumerate(noise(num)):
+            for ending, content in (("png", encode(image)), ("cls", str(i % 2).encode())):
+                member = tarfile.TarInfo(f"{i:04}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_tar_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    whole = tar_file(tmp_path / "whole.tar").read_bytes()
+    assert len(load_images(tmp_path / "whole.tar")["train"]) == 8
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        last = archive.getmembers()[-1].offset
+    for size in (len(whole) // 2, len(whole) // 2 + 200, last, last + 300, last + 513):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.tar ends before the end of its archive; copy or download it again"):
+            load_images(tmp_path / "cut.tar")
+    (tmp_path / "joined.tar").write_bytes(whole + whole)
+    with pytest.raises(ValueError, match=r"joined\.tar goes on behind the end of its archive; if archives were joined"):
+        load_images(tmp_path / "joined.tar")
+
+
+def test_names_with_wildcards_are_names(tmp_path: Path) -> None:
+    for name in ("a[1]", "a*", "a?"):
+        path = write_parquet(tmp_path / name / "[x]*.parquet", [encode(image) for image in noise(3)])
+        write_parquet(path.with_name("x.parquet"), [encode(image) for image in noise(3)])
+        write_parquet(path.with_name("[x]y.parquet"), [encode(image) for image in noise(3)])
+        assert len(load_images(path)["train"]) == 3

@@ -17,6 +17,8 @@ datasets/img_latent_dataset.py) and fast-DiT (chuanyangjin/fast-DiT, train.py).
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -132,6 +134,11 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
         raise ValueError(f"{path} contains no labels of the form [file, label]; write it again") from error
     if table is None:
         return None
+    if len(table) < len(entries):
+        twice = next(name for name, count in Counter(str(name) for name, _ in entries).items() if count > 1)
+        raise ValueError(
+            f"{path} names {len(entries) - len(table)} files twice (first: {twice}); keep one entry of each"
+        )
     missing = [name for name in names if not isinstance(table.get(name), int)]
     if missing:
         raise ValueError(
@@ -148,6 +155,7 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
 
 def _load_shards(folder: Path, scale: float | None) -> Samples:
     paths = sorted(folder.glob("*.safetensors"), key=str)
+    _check_numbers(folder, [path.name for path in paths])
     rows, stats = ShardRows(paths), folder / _STATS
     labels = []
     for path, count in zip(paths, rows.counts, strict=True):
@@ -170,6 +178,19 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
         scale=(1.0 if scale is None else scale) / deviation,
         reading=_reading(folder, rows, every_label, [*paths, *folder.glob(_STATS)]),
     )
+
+
+def _check_numbers(folder: Path, names: Sequence[str]) -> None:
+    """Checks that shards named by process and number, as LightningDiT does, are there from the first to the last."""
+    found = {(int(match[1]), int(match[2])) for name in names if (match := re.search(r"rank(\d+)_shard(\d+)\.", name))}
+    last = {rank: max(shard for of, shard in found if of == rank) for rank, _ in found}
+    expected = ((rank, shard) for rank in range(max(last, default=-1) + 1) for shard in range(last.get(rank, 0) + 1))
+    for rank, shard in expected:
+        if (rank, shard) not in found:
+            raise ValueError(
+                f"{folder} has no latents_rank{rank:02}_shard{shard:03}.safetensors but later ones; copy it, or encode "
+                "its images again"
+            )
 
 
 def _read_stats(path: Path, channels: int) -> tuple[Tensor, Tensor]:

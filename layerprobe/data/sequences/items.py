@@ -285,6 +285,7 @@ def load_media(
     for name, rows in parts.items():
         items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
         memory_budget_bytes -= items[name].num_bytes
+    reading = replace(reading, unreadable={name: len(part.bad) for name, part in items.items() if part.bad})
     shape = _common_shape(items, decoder.time_axis, length)
     statistics = _statistics(items.get("train", next(iter(items.values())))) if decoder.normalized else None
     samples: dict[str, Samples] = {}

@@ -57,8 +57,15 @@ class VideoDecoder(Decoder):
         return pixels_to_float(torch.from_numpy(np.stack(frames, axis=1)))
 
     def _file_frames(self, item: Any) -> list[Image]:
+        content = file_bytes(item)
+        if content.getvalue().startswith(b"GIF8"):
+            from PIL import Image, ImageSequence
+
+            # Not by PyAV, which drops frames that are shown for no time.
+            frames = enumerate(ImageSequence.Iterator(Image.open(content, formats=["GIF"])))
+            return [frame.convert("RGB") for index, frame in frames if index % self.stride == 0]
         av = import_optional("av", "video")
-        with av.open(file_bytes(item)) as container:
+        with av.open(content) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
             decoded = container.decode(container.streams.video[0])

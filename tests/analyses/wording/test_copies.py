@@ -22,3 +22,13 @@ def test_each_split_has_a_sentence_with_its_numbers() -> None:
         "12 of 40 test samples are copies, equal value for value to others (10 of train, 2 of test samples); they are "
         "left out, and 28 are left.",
     ]
+
+
+def test_copies_of_another_class_are_told() -> None:
+    (sentence,) = copy_sentences(
+        [
+            record("test", "train", 10, 40, is_left_out=True) | {"num_contradictions": 3},
+            record("test", "test", 2, 40, is_left_out=True) | {"num_contradictions": 1},
+        ]
+    )
+    assert sentence.endswith(" 28 are left. 4 of them have another class than the sample that they equal.")
