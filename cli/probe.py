@@ -65,6 +65,7 @@ def probe(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
+            on_assumption=_tell_assumption,
             on_reading=_tell,
             progress=progress,
         )
@@ -102,6 +103,7 @@ def extract(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
+            on_assumption=_tell_assumption,
             on_reading=_tell,
             progress=progress,
         )
@@ -166,6 +168,10 @@ def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: Extraction
     from layerprobe.analyses.runs import RunPlan
 
     return RunPlan(checkpoint.absolute(), data.absolute(), replace(extraction, seed=seed))
+
+
+def _tell_assumption(assumption: str) -> None:
+    tell(f"assumed: {assumption}")
 
 
 def _tell(reading: Reading) -> None:
