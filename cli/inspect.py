@@ -69,6 +69,7 @@ def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     files = record.get("files", [])
     in_words = {
         "files": [] if files == [record["checkpoint"]] else files,
+        "other_weights": [name or "'' (the rest of the file)" for name in record.get("other_weights", [])],
         "shape": " x ".join(map(str, record["shape"])),
         "value_range": ", ".join(f"{low:g} to {high:g}" for low, high in pairs) + " for -1 to 1 of the data",
         "classes": f"{classes}, and the null label {classes}" if classes else "none",

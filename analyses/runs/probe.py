@@ -118,7 +118,7 @@ def extract_run(
             and to pick if they fit none.
         device: Device of the model.
         batch_size: Rows per forward pass.
-        on_assumption: Called with each assumption about the network, as in `Backbone`, before the model runs.
+        on_assumption: Called with each assumption about the network, as in `Backbone`, before the extraction.
         on_reading: Called with what was read of the data, before the model runs.
         progress: Called with (task name, steps done, steps in total).
 
@@ -129,9 +129,6 @@ def extract_run(
     backbone, splits = plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
-    if on_assumption:
-        for assumption in backbone.assumptions:
-            on_assumption(assumption)
     reading = splits.train.reading
     if on_reading and reading is not None:
         on_reading(reading)
@@ -142,6 +139,9 @@ def extract_run(
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
         raise ValueError(convention_message(convention))
+    if on_assumption:
+        for assumption in backbone.assumptions:
+            on_assumption(assumption)
     folder.claim(plan)
     folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
     folder.write_data(splits)

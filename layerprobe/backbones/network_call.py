@@ -92,7 +92,7 @@ def in_batches(forward: Forward, size: int) -> Forward:
     """Returns the forward function of a backbone in batches of `size` samples, which need less memory."""
 
     def call(module: nn.Module, *arguments: Tensor | None) -> Tensor:
-        split = (repeat(None) if argument is None else argument.split(size) for argument in arguments)
+        split = (repeat(None) if argument is None else torch.split(argument, size) for argument in arguments)
         return torch.cat([forward(module, *batch) for batch in zip(*split, strict=False)])
 
     return call
