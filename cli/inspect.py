@@ -13,6 +13,11 @@ from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit
 from layerprobe.data import DataSource
 
+# What the description of a checkpoint has rows of its own for, and other names for its keys.
+_NOT_ROWS = ("layers", "training", "assumptions", "data_at_time", "noise_at_time")
+_ROW_NAMES = {"arguments": "settings from", "shape": "input shape", "value_range": "input values"}
+_SHOWN = 6  # members of a list that are shown
+
 
 @from_dataclasses()
 def inspect(
@@ -59,35 +64,32 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
 
 def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the description of a checkpoint as names and texts; empty texts are of what it does not have."""
-    named = (
-        ", ".join(map(str, record.get(key, ()))) for key in ("other_weights", "arguments", "left_unbuilt", "unused")
-    )
-    other_weights, arguments, left_unbuilt, unused = named
     pairs = zip(record["value_range"][::2], record["value_range"][1::2], strict=True)
-    classes = record["classes"]
+    classes, times = record["classes"], (record["data_at_time"], record["noise_at_time"])
+    files = record.get("files", [])
+    in_words = {
+        "files": [] if files == [record["checkpoint"]] else files,
+        "other_weights": [name or "'' (the rest of the file)" for name in record.get("other_weights", [])],
+        "shape": " x ".join(map(str, record["shape"])),
+        "value_range": ", ".join(f"{low:g} to {high:g}" for low, high in pairs) + " for -1 to 1 of the data",
+        "classes": f"{classes}, and the null label {classes}" if classes else "none",
+        "schedule": "{}, time {:g} at data, {:g} at noise".format(record["schedule"], *times),
+    }
     return [
-        ("checkpoint", record["checkpoint"]),
-        ("model", record["model"]),
-        ("family", record.get("family", "")),
-        ("format", record["format"]),
-        ("weights", record.get("weights", "")),
-        ("other weights", other_weights),
-        ("settings from", arguments),
-        ("left unbuilt", left_unbuilt),
-        ("unused", unused),
-        ("parameters", str(record["parameters"])),
-        ("input shape", " x ".join(map(str, record["shape"]))),
-        ("input values", ", ".join(f"{low:g} to {high:g}" for low, high in pairs) + " for -1 to 1 of the data"),
-        ("latents", record.get("latents", "")),
-        ("heads", str(record["heads"] or "")),
-        ("classes", f"{classes}, and the null label {classes}" if classes else "none"),
-        (
-            "schedule",
-            f"{record['schedule']}, time {record['data_at_time']:g} at data, {record['noise_at_time']:g} at noise",
-        ),
-        ("prediction", record["prediction"]),
-        ("weights hash", record["weights_hash"]),
+        (_ROW_NAMES.get(key, key.replace("_", " ")), _text(value))
+        for key, value in (record | in_words).items()
+        if key not in _NOT_ROWS
     ]
+
+
+def _text(value: Any) -> str:
+    """Returns a JSON value in one line; an empty text for what there is none of."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, of in value.items() if (text := _text(of)))
+    if isinstance(value, list):
+        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
+        return ", ".join(map(str, value[:_SHOWN])) + more
+    return "" if value is None else str(value)
 
 
 def _describe_data(data: DataSource, out: Path | None) -> tuple[dict[str, Any], list[str]]:

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import typer
 
-from layerprobe.files import DiskFull, MissingWeights
+from layerprobe.files import DiskFull, MissingWeights, is_out_of_memory, one_line
 
 app = typer.Typer(
     name="layerprobe",
@@ -66,6 +66,10 @@ def run() -> int:
         return _fail(str(error), 1)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory ({one_line(error)}); pass a smaller --batch-size or --device cpu, or free some", 1)
     return 0
 
 

@@ -11,7 +11,7 @@ import typer
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
-from layerprobe.cli.output import emit, progress_bar, tell_reading
+from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 
@@ -64,6 +64,7 @@ def probe(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
+            on_assumption=_tell_assumption,
             on_reading=tell_reading,
             progress=progress,
         )
@@ -101,6 +102,7 @@ def extract(
             device=device,
             batch_size=batch_size,
             trust_convention=trust_convention,
+            on_assumption=_tell_assumption,
             on_reading=tell_reading,
             progress=progress,
         )
@@ -165,6 +167,10 @@ def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: Extraction
     from layerprobe.analyses.runs import RunPlan
 
     return RunPlan(checkpoint.absolute(), data.absolute(), replace(extraction, seed=seed))
+
+
+def _tell_assumption(assumption: str) -> None:
+    tell(f"assumed: {assumption}")
 
 
 def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -197,9 +197,10 @@ class RunFolder:
         record = json.loads(self.convention.read_text(encoding="utf-8"))
         return ConventionCheck.from_dict(record), record.get("trusted", False)
 
-    def write_convention(self, check: ConventionCheck, *, trusted: bool) -> None:
-        """Writes the convention check."""
-        write_text(self.convention, json.dumps(check.to_dict() | {"trusted": trusted}, indent=1))
+    def write_convention(self, check: ConventionCheck, *, trusted: bool, assumptions: Sequence[str]) -> None:
+        """Writes the convention check, and what was assumed of the network, as in `Backbone`."""
+        record = check.to_dict() | {"trusted": trusted, "assumptions": list(assumptions)}
+        write_text(self.convention, json.dumps(record, indent=1))
 
     def keep_selection(self, selection: Selection, *, replace: bool = False) -> None:
         """Makes a selection the run's own if the run has none yet.

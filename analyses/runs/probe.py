@@ -106,6 +106,7 @@ def extract_run(
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
+    on_assumption: Callable[[str], None] | None = None,
     on_reading: Callable[[Reading | None], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
@@ -118,6 +119,7 @@ def extract_run(
             and to pick if they fit none.
         device: Device of the model.
         batch_size: Rows per forward pass.
+        on_assumption: Called with each assumption about the network, as in `Backbone`, before the extraction.
         on_reading: Called with what was read of the data, before the model runs.
         progress: Called with (task name, steps done, steps in total).
 
@@ -133,12 +135,15 @@ def extract_run(
     if folder.convention.is_file():
         convention, trusted = folder.convention_check()
     else:
-        convention, trusted = check_convention(backbone, splits.train, seed=plan.seed), False
+        convention, trusted = check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size), False
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
         raise ValueError(convention_message(convention))
+    if on_assumption:
+        for assumption in backbone.assumptions:
+            on_assumption(assumption)
     folder.claim(plan)
-    folder.write_convention(convention, trusted=trusted)
+    folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
     folder.write_data(splits)  # Only now is it sure that the features are of this data.
     small = folder.store_folder(_EVIDENCE)
@@ -359,6 +364,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     return {
         "model": backbone.name,
         "layers": len(shapes),
+        "assumed": list(backbone.assumptions),
         "noise_levels": list(extraction.noise_levels),
         "samples": {name: len(samples) for name, samples in splits.items()},
         **({} if reading is None else reading_lines(reading)),

@@ -2,7 +2,7 @@
 
 - **No teacher in the tail**, the last 20 % of the layers and at least the last one: these layers decode content back to
   pixels, and the teachers of all pairs published for LayerSync come before them.
-- **No student in the head**, the first tenth of the layers, rounded down: no layer if there are fewer than ten.
+- **No student in the head**, before 0.14 of the depth: no published pair has an earlier one (docs/published-pairs.md).
 - **No student beyond half of the depth**: later students kept at most two thirds of the published gain, and the latest
   none (docs/published-pairs.md).
 - **The student comes before its teacher and is weaker.** Strength is probe accuracy, or noise-LiDAR without labels.
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 from layerprobe.options import option
 
+_FIRST_DEPTH = 0.14  # of the earliest student of a published pair, 4 of 28
+
 
 @dataclass(frozen=True)
 class PairLimits:
@@ -32,7 +34,7 @@ class PairLimits:
     Attributes:
         exclude_tail: Fraction of the layers at the end, rounded down to whole layers but at least one, that may not
             teach; 0 for none.
-        skip_first: Number of first layers that may not learn; by default a tenth of the layers, rounded down.
+        skip_first: Number of first layers that may not learn; by default those before 0.14 of the depth.
         max_student: Largest depth of a student, as a fraction of the layers.
         min_distance: Least number of layers between student and teacher; by default 0.3 of the depth, at least 2.
         max_cka: Largest mean CKA of a pair; 1 also admits pairs of a network in which all layers are alike.
@@ -66,7 +68,7 @@ class PairLimits:
 
     def head(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the layers that may not learn."""
-        return layers[: int(0.1 * len(layers) + 1e-9) if self.skip_first is None else self.skip_first]
+        return layers[: int(_FIRST_DEPTH * len(layers) - 1e-9) if self.skip_first is None else self.skip_first]
 
     def late(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the layers that are too deep to learn."""

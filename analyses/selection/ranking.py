@@ -17,14 +17,13 @@ A pick is a hypothesis, and `layerprobe confirm` gives the verdict. So a selecti
 ranking rests on, and the reasons against every refused pair (see `filters`).
 
 **Ties**: the intervals of the terms show which pairs cannot be distinguished from the first one. Of those the pick is
-the one nearest to the published depths; the others are reported as ties.
+the one whose score is largest at the lower end of its uncertainty; the others are reported as ties.
 
 **Without labels** noise-LiDAR replaces the probe: the number of directions in which samples differ more than noise
 moves them. If the features have a single noise draw, the effective rank replaces noise-LiDAR; it also counts the
 directions of noise. The selection records which was used.
 
-**Other rules**: `equal_weights` makes a rule of criteria that a user names. All admissible pairs are ranked by these,
-and of ties the one is picked whose score is largest at the lower end of its uncertainty.
+**Other rules**: `equal_weights` makes a rule of criteria that a user names; all admissible pairs are ranked by these.
 """
 
 from __future__ import annotations
@@ -236,8 +235,7 @@ def _ranked(
         if rich[i] == rich[first] and (i == first or np.quantile(drawn[:, first] - drawn[:, i], 0.025) <= 0)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    nearness = evidence.columns(NEARNESS)[0]
-    pick = max(ties, key=lambda i: float((nearness if richest_first else low)[i]))
+    pick = max(ties, key=lambda i: float(low[i]))
     order.sort(key=lambda i: i != pick)
     ranked = []
     for i in order:

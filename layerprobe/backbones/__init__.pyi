@@ -12,6 +12,8 @@ from .families import recognize as recognize
 from .heads import with_heads as with_heads
 from .known_tokens import KnownLayer as KnownLayer
 from .known_tokens import known_layer as known_layer
+from .network_call import checked as checked
+from .network_call import in_batches as in_batches
 from .sit import SMALL_PRESETS as SMALL_PRESETS
 from .sit import SiT as SiT
 from .sit import SiTConfig as SiTConfig

@@ -14,13 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.files import error_place
+from layerprobe.files import error_place, is_out_of_memory
 from layerprobe.noise import NoiseSchedule
 
 Forward = Callable[..., Tensor]
@@ -64,6 +65,7 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
 
     Raises:
         ValueError: By the returned function, if the network raises anything or returns anything else than a prediction.
+            Exceptions of memory that ran out are not changed.
     """
 
     def call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
             try:
                 output: Any = forward(module, x_t, native_time, condition, *mask)
             except (Exception, SystemExit) as error:
-                if isinstance(error, ValueError) and _is_ours(error):
+                if is_out_of_memory(error) or (isinstance(error, ValueError) and _is_ours(error)):
                     raise
                 failed = _Failed(forward, module, schedule, x_t, native_time, condition, tuple(found.values()))
                 raise ValueError(f"{failed.call} raised {_raised(error)}; {_advice(error, failed)}") from error
@@ -82,6 +84,16 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
                 f"{_output_advice(output, failed)}"
             )
         return output
+
+    return call
+
+
+def in_batches(forward: Forward, size: int) -> Forward:
+    """Returns the forward function of a backbone in batches of `size` samples, which need less memory."""
+
+    def call(module: nn.Module, *arguments: Tensor | None) -> Tensor:
+        split = (repeat(None) if argument is None else torch.split(argument, size) for argument in arguments)
+        return torch.cat([forward(module, *batch) for batch in zip(*split, strict=False)])
 
     return call
 

@@ -29,11 +29,20 @@ _SIZE = re.compile(r"[-_](\w+)[/_-]\d+$")
 
 
 def network_settings(args: Mapping[str, Any], *, depth: int = 2) -> dict[str, Any]:
-    """Flattens the arguments of the network: those of the top level win over those of sections, to this depth."""
+    """Flattens the arguments of the network: those of the top level win over those of sections, to this depth.
+
+    Numbers that are stored as texts become numbers.
+    """
     settings: dict[str, Any] = {}
     for section in (args[name] for name in _SECTIONS if depth and isinstance(args.get(name), Mapping)):
         settings |= network_settings(section, depth=depth - 1)
-    return settings | {name: value for name, value in args.items() if not isinstance(value, Mapping)}
+    return settings | {name: _number(value) for name, value in args.items() if not isinstance(value, Mapping)}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value.strip()):
+        return float(value) if "." in value else int(value)
+    return value
 
 
 def stated_number(settings: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:

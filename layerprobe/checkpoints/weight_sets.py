@@ -181,7 +181,8 @@ def _children(value: Any) -> dict[str, Any]:
     if isinstance(value, (list, tuple)):
         return {str(i): child for i, child in enumerate(value)}
     entries = mapping(value) or (state(value) if isinstance(value, Inert) else {})
-    return {key: child for key, child in entries.items() if isinstance(key, str)}
+    # Averages are kept by their decay, {0.999: ...}. Integers are the keys of an optimizer's states.
+    return {str(key): child for key, child in entries.items() if isinstance(key, (str, float))}
 
 
 def _module_tensors(module: Inert, prefix: str, budget: Budget) -> Iterator[tuple[str, LazyTensor]]:

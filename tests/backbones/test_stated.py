@@ -47,3 +47,14 @@ def test_arguments_of_another_network_are_refused() -> None:
         check_sizes({"depth": 12}, {"depth": 4})
     with pytest.raises(ValueError, match=r"have use_rope = True, but the weights show False;"):
         check_sizes({"use_rope": True}, {"use_rope": False})
+
+
+@pytest.mark.parametrize(("text", "number"), [("8", 8), (" 8", 8), ("0.1", 0.1), (".1", 0.1), ("4.0", 4.0), ("-1", -1)])
+def test_a_number_that_was_stored_as_a_text_is_a_number(text: str, number: float) -> None:
+    settings = network_settings({"model": {"params": {"num_heads": text}}})
+    assert stated_number(settings, HEADS) == ("num_heads", number)
+
+
+def test_other_texts_stay_texts() -> None:
+    texts = {"model": "SiT-XL/2", "path_type": "Linear", "num_heads": "8 or 16", "lr": "1e-4", "empty": ""}
+    assert network_settings(texts) == texts

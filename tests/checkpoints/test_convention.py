@@ -304,3 +304,60 @@ def test_a_check_survives_its_record_with_its_words() -> None:
     read = ConventionCheck.from_dict(record)
     assert convention_lines(read) == convention_lines(check)
     assert (read.verdict, read.cautions) == (check.verdict, check.cautions)
+
+
+def _fails_on(error: Exception, *, float_times: bool) -> Backbone:
+    """The embedded network, whose calls fail with float times, or with integer times."""
+    backbone = open_checkpoint("digits", device="cpu")
+
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        if time.is_floating_point() == float_times:
+            raise error
+        return backbone.forward(module, x, time, label)
+
+    return replace(backbone, forward=forward)
+
+
+@pytest.mark.parametrize("float_times", [True, False], ids=["declared", "other"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_memory_that_runs_out_is_no_verdict(error: Exception, float_times: bool) -> None:
+    with pytest.raises(type(error)) as raised:
+        check_convention(_fails_on(error, float_times=float_times), data(), num_samples=8)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [AssertionError("times are integers"), KeyError("time")])
+def test_a_call_that_fails_in_any_way_only_excludes_its_convention(error: Exception) -> None:
+    assert check_convention(_fails_on(error, float_times=False), data(), num_samples=16).verdict == "fits"
+
+
+def test_a_network_that_nothing_can_call_is_refused_with_its_error() -> None:
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        raise KeyError("text")
+
+    backbone = replace(open_checkpoint("digits", device="cpu"), forward=forward)
+    with pytest.raises(ValueError, match=r"raised KeyError: 'text' .*; correct the function that was passed"):
+        check_convention(backbone, data(), num_samples=8)
+
+
+def test_a_pass_has_no_more_samples_than_the_batch_size() -> None:
+    sizes = set()
+    backbone = open_checkpoint("digits", device="cpu")
+
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        sizes.add(len(x))
+        return backbone.forward(module, x, time, label)
+
+    whole = check_convention(backbone, data(), num_samples=20, batch_size=20)
+    parts = check_convention(replace(backbone, forward=forward), data(), num_samples=20, batch_size=6)
+    assert sizes == {6, 2}
+    assert parts.declared.score == pytest.approx(whole.declared.score, abs=1e-5)
+    assert parts.condition == pytest.approx(whole.condition, abs=1e-5)

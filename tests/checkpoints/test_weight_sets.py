@@ -78,6 +78,7 @@ def test_averaged_weights_are_preferred(tmp_path: Path, content: Any, containers
     ("content", "names"),
     [
         ({"model": 1, "ema": [2, 3]}, ["ema.0", "ema.1"]),
+        ({"model": 1, "ema": {0.999: 2, 0.9999: 3}}, ["ema.0.999", "ema.0.9999"]),
         ({"model": 1, "ema_0.999": 2, "ema_0.9999": 3}, ["ema_0.999", "ema_0.9999"]),
         ({"net": 1, "ema1": 2, "ema2": 3}, ["ema1", "ema2"]),
         ({"net": 1, "ema-0.05": 2, "ema-0.1": 3}, ["ema-0.05", "ema-0.1"]),

@@ -131,9 +131,15 @@ def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path,
     assert "assumed        no file states the number of classes: the last of the 11 rows" in out
     assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
 
-    code, out, _ = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
+    code, out, err = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
     assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
-    assert json.loads((tmp_path / "run" / "convention.json").read_text())["verdict"] == "misfit"
+    record = json.loads((tmp_path / "run" / "convention.json").read_text())
+    assert record["verdict"] == "misfit"
+    assumed = "no file states the number of classes: the last of the 11 rows"
+    assert record["assumptions"][0].startswith(assumed)
+    assert err.splitlines()[0].startswith(f"layerprobe: assumed: {assumed}")
+    assert err.count("assumed:") == 1
+    assert assumed in html.unescape((tmp_path / "run" / "report.html").read_text())
 
 
 def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
@@ -198,6 +204,43 @@ def test_inspect_and_doctor(cli) -> None:
     code, out, _ = cli("doctor", "--json")
     assert code == 0
     assert "torch" in json.loads(out)
+
+
+def test_inspect_tells_what_of_a_file_is_read_and_what_is_not(tmp_path: Path, cli) -> None:
+    weights = {f"model.net.{name}": tensor.bfloat16() for name, tensor in load_file(embedded_checkpoint()).items()}
+    state = weights | {"first_stage_model.w": torch.zeros(3), "loss.a": torch.zeros(2), "loss.b": torch.zeros(2)}
+    torch.save({"state_dict": state, "callback": Path("x")}, tmp_path / "last.ckpt")
+    code, out, error = cli("inspect", tmp_path / "last.ckpt", "--family", "sit", "--num-heads", 4)
+    assert code == 0, error
+    rows = {
+        "weights        state_dict",
+        "prefix         model.net.",
+        "left out       first_stage_model.* 1, loss.* 2",
+        "stored types   bfloat16, read as float32",
+    }
+    assert rows <= set(out.splitlines())
+    assert "left unbuilt   pathlib." in out
+    assert not {"files", "assumptions"} & {line.split(" ")[0] for line in out.splitlines()}
+
+
+def test_inspect_tells_the_live_weights_beside_an_averaged_copy(tmp_path: Path, cli) -> None:
+    weights = load_file(embedded_checkpoint())
+    state = {f"{part}.{name}": tensor for part in ("model", "ema") for name, tensor in weights.items()}
+    torch.save(state, tmp_path / "both.pt")
+    code, out, _ = cli("inspect", tmp_path / "both.pt", "--family", "sit", "--num-heads", 4)
+    assert code == 0
+    assert {"weights        ema", "other weights  '' (the rest of the file)"} <= set(out.splitlines())
+
+
+def test_memory_that_runs_out_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("layerprobe.checkpoints.source.CheckpointSource.describe", full)
+    told = "layerprobe: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); pass a smaller --batch-size"
+    code, out, error = cli("inspect", "digits")
+    assert (code, out, len(error.splitlines())) == (1, "", 1)
+    assert error.startswith(told)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:

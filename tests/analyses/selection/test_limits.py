@@ -18,7 +18,8 @@ def test_the_tail_is_whole_layers(fraction: float, depth: int, tail: int) -> Non
 
 def test_limits_follow_the_depth_unless_given() -> None:
     layers = tuple(f"blocks.{i}" for i in range(28))
-    assert PairLimits().head(layers) == layers[:2]
+    assert PairLimits().head(layers) == layers[:3]  # The earliest published student is 4 of 28, counted from 1.
+    assert [len(PairLimits().head(layers[:depth])) for depth in (6, 7, 8, 12, 24)] == [0, 0, 1, 1, 3]
     assert PairLimits().distance(layers) == 8
     assert PairLimits().late(layers) == layers[14:]
     assert PairLimits(max_student=1.0).late(layers) == ()

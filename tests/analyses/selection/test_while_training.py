@@ -72,7 +72,7 @@ def test_the_decision_is_the_selection_s_without_labels() -> None:
     decision, selection = decide(found), rank_pairs(found, label_free=True)
     assert decision.pairs == (selection.pick,) == (pair(2, 5),)
     assert decision.record["decision"] == "picked"
-    assert decision_text(decision.record).startswith("blocks.2 <- blocks.5 is picked. blocks.")
+    assert decision_text(decision.record).startswith("blocks.2 <- blocks.5 is picked. The teacher blocks.")
     assert decision.record["credit"] == selection.ranked[0].score
     assert against(decision.record, 2, 7) == ["teacher in the tail"]
     assert against(decision.record, 3, 4) == ["too close"]
