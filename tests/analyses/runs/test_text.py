@@ -32,7 +32,7 @@ def test_the_decisions_of_a_training_are_told_step_by_step(tmp_path: Path) -> No
         first == "step 5: No pair yet. No pair is admissible. Closest to it is a <- b: the evidence has no such pair."
     )
     assert second.startswith(
-        "step 10: blocks.0 <- blocks.6 is picked. The teacher blocks.6 is the best layer that may teach: noise-"
+        "step 10: blocks.1 <- blocks.6 is picked. The teacher blocks.6 is the best layer that may teach: noise-"
     )
 
 
