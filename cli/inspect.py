@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,18 +49,39 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
     record = checkpoint.describe()
     rows = [(name, text) for name, text in _checkpoint_rows(record) if text]
     rows += [("assumed", assumption) for assumption in record["assumptions"]]
-    lines = [f"{name:<14} {text}" for name, text in rows]
-    lines += [f"{'layer':<24} tokens x width"]
-    lines += [f"{name:<24} {tokens} x {width}" for name, (tokens, width) in record["layers"].items()]
+    convention = [] if data is None else _describe_fit(checkpoint, data, record, rows)
+    lines = [*(f"{name:<14} {text}" for name, text in rows), *convention]
+    lines += [f"{'layer':<24} tokens x width", *_layer_lines(record["layers"])]
     lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
-    if data is not None:
-        from layerprobe.analyses.runs import RunPlan, examine_convention
-        from layerprobe.checkpoints import convention_lines
-
-        check = examine_convention(RunPlan(checkpoint, data))
-        record["convention"] = check.to_dict()
-        lines += convention_lines(check)
     return record, lines
+
+
+def _describe_fit(
+    checkpoint: CheckpointSource, data: DataSource, record: dict[str, Any], rows: list[tuple[str, str]]
+) -> list[str]:
+    """Adds what was read of the data to record and rows; returns whether the convention fits, as lines."""
+    from layerprobe.analyses.runs import RunPlan, examine_convention
+    from layerprobe.checkpoints import convention_lines
+    from layerprobe.data import Reading, reading_lines
+
+    def add(reading: Reading | None) -> None:
+        record["reading"] = None if reading is None else reading.to_dict()
+        rows.extend((f"data {subject}", text) for subject, text in (reading_lines(reading) if reading else {}).items())
+
+    check = examine_convention(RunPlan(checkpoint, data), on_reading=add)
+    record["convention"] = check.to_dict()
+    return convention_lines(check)
+
+
+def _layer_lines(layers: dict[str, list[int]]) -> list[str]:
+    """Returns a line for each layer, or one for four or more of the same shape after each other."""
+    lines = []
+    for (tokens, width), run in groupby(layers, key=lambda name: tuple(layers[name])):
+        names = list(run)
+        shown = names if len(names) < 4 else [f"{names[0]} ... {names[-1]}"]
+        each = f" each, {len(names)} layers" if len(names) >= 4 else ""
+        lines += [f"{name:<24} {tokens} x {width}{each}" for name in shown]
+    return lines
 
 
 def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:

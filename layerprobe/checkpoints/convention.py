@@ -364,6 +364,8 @@ def _errors(
 
     The offset is added to the log signal-to-noise ratios.
     """
+    if backbone.mask is not None:
+        backbone = backbone.masked(backbone.mask[: len(x)])  # Some conventions are tried on the first samples only.
     schedule, device = backbone.schedule, backbone.device
     errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
     power = _power(x)

@@ -92,6 +92,24 @@ class TestWhatIsFound:
         with Image.open(tmp_path / "p" / "peek.png") as picture:
             assert min(picture.size) > 100
 
+    def test_a_checkpoint_stands_beside_what_was_read_of_the_data_on_one_screen(self, cli, tmp_path: Path) -> None:
+        for i in range(40):
+            place = tmp_path / ("bus", "train")[i % 2] / f"street_test_{i}.png"
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(png(i))
+        (tmp_path / "bus" / "notes.txt").touch()
+        given = ("inspect", "digits", "--data", tmp_path, "--size", 8, "--channels", 1)
+        code, out, err = cli(*given)
+        assert (code, err) == (0, "")
+        assert len(out.splitlines()) <= 50
+        for text in ("heads          4", "and the null label 10", "-1 to 1 for -1 to 1", "data files     40 of 41"):
+            assert text in out
+        assert "2 classes" in next(line for line in out.splitlines() if line.startswith("data labels"))
+        assert "blocks.0 ... blocks.7    16 x 64 each, 8 layers" in out
+        record = json.loads(cli(*given, "--json")[1])
+        assert record["reading"]["files_read"] == 40
+        assert len(record["layers"]) == 8
+
     def test_files_and_the_source_of_labels(self, inspected, tmp_path: Path) -> None:
         for i in range(40):
             place = tmp_path / ("bus", "train")[i % 2] / f"street_test_{i}.png"
