@@ -57,11 +57,14 @@ COLOR_RANGES = (
     (-1.9895, 2.0591, -1.9803, 2.1265, -1.7068, 2.1158),
     (-2.1179, 2.2489, -2.0357, 2.4286, -1.8044, 2.64),
 )
+PIXELS = ("image", "video")  # modalities whose networks are trained on other value ranges
 FIRST = 8  # samples that choose among the value ranges and among the numbers of heads
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).
 PLAUSIBLE = 0.0  # above this the network is no better than a linear denoiser
 CLEAR_LABELS = 0.1  # nats between true and wrong labels, from which on the null label can be judged
 NULL_SHARE = 0.25  # of these nats, which a null label gains on wrong labels at the least
+# A barely trained network can gain a little from inputs of another size.
+RANGES_MARGIN = 0.2
 HEADS_MARGIN = 0.01  # nats between two numbers of heads, whose outputs differ less than those of two conventions
 MARGIN = 0.03  # nats; one convention is better than another by more than this and by more than four standard errors
 
@@ -231,7 +234,9 @@ def check_convention(
         if all(fit.score == math.inf for _, fit in tried):
             _fit_like(declared, backbone, batch.x, eps)  # It raises what the check passed over.
         leading = _leading(tried)
-        for others, margin in ((_other_ranges, MARGIN), (_other_heads, HEADS_MARGIN)):
+        for others, margin in ((_other_ranges, RANGES_MARGIN), (_other_heads, HEADS_MARGIN)):
+            if others is _other_ranges and samples.modality not in PIXELS:
+                continue  # Audio and motion have statistics of their own.
             found = _best_of(leading, others(leading[0]), batch.x, eps)
             tried += found
             leading = next((each for each in found if _replaces(each, leading, batch.x, eps, margin)), leading)

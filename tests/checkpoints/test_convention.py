@@ -361,3 +361,24 @@ def test_a_pass_has_no_more_samples_than_the_batch_size() -> None:
     assert sizes == {6, 2}
     assert parts.declared.score == pytest.approx(whole.declared.score, abs=1e-5)
     assert parts.condition == pytest.approx(whole.condition, abs=1e-5)
+
+
+def test_padded_samples_are_checked_with_their_own_padding() -> None:
+    """More samples than one batch, and conventions that are tried on the first of them only."""
+    batch = data().batch(range(24))
+    mask = torch.ones(24, 8, 8, dtype=torch.bool)
+    mask[:, 6:] = False
+    found = check_convention(open_checkpoint("digits"), TensorSamples(batch.x, batch.labels, mask=mask))
+    assert (found.declared.schedule, found.declared.prediction) == ("sit", "velocity")
+    assert all(math.isfinite(fit.score) for fit in found.fits)
+
+
+def test_other_value_ranges_are_tried_on_pixels_only() -> None:
+    wrong = open_checkpoint("digits").with_value_range((-5.49, 5.49))
+    batch = data().batch(range(32))
+    fits = {
+        modality: check_convention(wrong, TensorSamples(batch.x, batch.labels, modality=modality)).fits
+        for modality in ("image", "audio")
+    }
+    assert fits["image"][0].value_range == (-1.0, 1.0)
+    assert {fit.value_range for fit in fits["audio"]} == {(-5.49, 5.49)}
