@@ -198,7 +198,7 @@ def own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, step
 
 def test_own_networks_are_called_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     ddpm, flow, other = own_networks(tmp_path, monkeypatch, cli, steps=4)
-    assert all("trunk.blocks.3           1 x 128" in out for out in (ddpm, flow, other))
+    assert all("trunk.blocks.0 ... trunk.blocks.3 1 x 128 each, 4 layers" in out for out in (ddpm, flow, other))
     assert "assumed        its forward gets x = noisy samples, t = time, y = label;" in ddpm
     assert "assumed        the null label is 10, the last of the 11 rows of labels;" in ddpm
     assert "assumed        its forward gets x = noisy samples, t = time;" in flow
