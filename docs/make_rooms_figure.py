@@ -36,6 +36,7 @@ TEXTS = {
     "analyses.figures": "all figures",
     "analyses.report": "the page of a run",
     "analyses.runs": "a run folder and its jobs",
+    "analyses.front": "what notebooks and scripts call",
     "cli": "one file per command",
 }
 COLORS = {"cli": "#d6c3e0", "analyses": "#c6e0cf", "layerprobe": "#c4d7ee"}

@@ -318,6 +318,26 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
     return [] if before == now else [at or "everything"]
 
 
+IN_MEMORY = "in memory: "  # how the source of a model or of data begins that was passed as an object
+
+
+def refuse_memory(source: str, what: str) -> None:
+    """Refuses to open again what was passed as an object.
+
+    Args:
+        source: Source of the model or the data, as a plan records it.
+        what: What it is, such as "network".
+
+    Raises:
+        ValueError: If the source is an object.
+    """
+    if source.startswith(IN_MEMORY):
+        raise ValueError(
+            f"this run's {what} was passed as an object ({source.removeprefix(IN_MEMORY)}), which layerprobe cannot "
+            "open again; make a run from files for this"
+        )
+
+
 def absolute_source(source: str) -> str:
     """Returns an existing local path as an absolute path, and other sources ("digits", "owner/name") unchanged."""
     return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source

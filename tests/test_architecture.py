@@ -56,6 +56,11 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
         *_NUMBERS,
         *(f"analyses.{room}" for room in ("selection", "generation", "experiments", "wording", "figures", "report")),
     ),
+    "analyses.front": (
+        *_ENGINE,
+        *_NUMBERS,
+        *(f"analyses.{room}" for room in ("selection", "wording", "figures", "runs")),
+    ),
     "cli": (
         *_ENGINE,
         *_NUMBERS,

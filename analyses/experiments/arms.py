@@ -28,9 +28,15 @@ from layerprobe.noise import RandomStream
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
-FRECHET, HELD_OUT = "Frechet distance", "held-out loss"
-BASELINE, PICK, RUNNER_UP, HEURISTIC = "baseline", "pick", "runner-up", "depth heuristic"
-RANDOM, LEARNING_RATE, NEGATIVE_CONTROL = "random pair", "learning rate", "negative control"
+FRECHET = "Frechet distance"
+HELD_OUT = "held-out loss"
+BASELINE = "baseline"
+PICK = "pick"
+RUNNER_UP = "runner-up"
+HEURISTIC = "depth heuristic"
+RANDOM = "random pair"
+LEARNING_RATE = "learning rate"
+NEGATIVE_CONTROL = "negative control"
 # The names by which arms are requested, in the order in which they are trained.
 NAMES = ("none", "pick", "heuristic", "runner-up", "random", "learning-rate", "bad")
 

@@ -103,6 +103,7 @@ def extract_run(
     plan: RunPlan,
     run: str | Path,
     *,
+    opened: tuple[Backbone, Splits] | None = None,
     trust_convention: bool = False,
     device: str = "auto",
     batch_size: int = 128,
@@ -115,9 +116,10 @@ def extract_run(
     Args:
         plan: Checkpoint, data and extraction of the run.
         run: Run folder.
+        opened: Model and splits, if they are open already or were passed as objects; the plan is their record.
         trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one,
             and to pick if they fit none.
-        device: Device of the model.
+        device: Device of the model, if it is not open yet.
         batch_size: Rows per forward pass.
         on_assumption: Called with each assumption about the network, as in `Backbone`, before the extraction.
         on_reading: Called with what was read of the data, before the model runs.
@@ -127,7 +129,7 @@ def extract_run(
         ValueError: As `probe_run` does.
     """
     folder = RunFolder(run)
-    backbone, splits = plan.open(device=device, progress=progress)
+    backbone, splits = opened or plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
     if on_reading:

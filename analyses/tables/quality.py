@@ -41,7 +41,9 @@ from layerprobe.progress import StepCounter, StepProgress
 
 # The analyses of a run, in the order of their rows.
 ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors, spectra, spatial)
-MODEL, RANDOM_WEIGHTS, RAW_INPUT = "model", "random weights", "raw input"
+MODEL = "model"
+RANDOM_WEIGHTS = "random weights"
+RAW_INPUT = "raw input"
 QUALITY_COLUMNS = (
     "source",
     "layer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import absolute_source
+from layerprobe.files import absolute_source, refuse_memory
 from layerprobe.options import CHECKPOINT_PANEL, option, to_record
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class CheckpointSource:
         """Opens the checkpoint; see `open_checkpoint`."""
         from layerprobe.checkpoints.opening import open_checkpoint
 
+        refuse_memory(self.path, "network")
         return open_checkpoint(self.path, device=device, **self.options())
 
     def describe(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import absolute_source
+from layerprobe.files import absolute_source, refuse_memory
 from layerprobe.options import DATA_PANEL, option, to_record
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class DataSource:
         """
         from layerprobe.data.loading import load
 
+        refuse_memory(self.source, "data set")
         return load(self.source, expect_shape=None if self.vae else expect_shape, **self.options())
 
     def encode(

@@ -10,5 +10,6 @@ from .evidence import pair_layers as pair_layers
 from .features import SPLITS as SPLITS
 from .features import FeatureStore as FeatureStore
 from .forward import extract as extract
+from .forward import read_features as read_features
 from .plan import ExtractionPlan as ExtractionPlan
 from .tokens import token_grid as token_grid

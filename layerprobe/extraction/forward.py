@@ -86,6 +86,50 @@ def extract(
     return FeatureStore.open(folder)
 
 
+def read_features(
+    backbone: Backbone, samples: Samples, plan: ExtractionPlan, *, per_token: bool = False, batch_size: int = 128
+) -> dict[tuple[str, float], Tensor]:
+    """Reads every layer of the plan at every noise level into memory: the numbers that `extract` stores.
+
+    Args:
+        backbone: The model, on the device where it should run.
+        samples: The n samples; the noise is keyed by their ids.
+        plan: The extraction plan, of one draw.
+        per_token: Whether to return all tokens instead of their mean.
+        batch_size: Number of rows per forward pass; it changes the features by rounding only.
+
+    Returns:
+        For each (layer, noise level) the pooled features (n, D), or the tokens (n, T, D), those of padding included;
+        float32, on the CPU.
+
+    Raises:
+        ValueError: If the samples do not fit the model, or a value is not finite.
+    """
+    assert plan.draws == 1
+    _check(backbone, Splits(samples, samples, samples), plan)
+    tokens: dict[tuple[str, float], Tensor] = {}
+    n = len(samples)
+
+    def keep(row: Tensor, mask: Tensor | None, layer: str, values: Tensor) -> None:
+        for level in sorted(set(row[0].tolist())):
+            of_level = row[0] == level
+            key = (layer, plan.noise_levels[level])
+            store = tokens.setdefault(key, torch.empty(n, *values.shape[1:]))
+            store[row[2, of_level]] = values[of_level.to(values.device)].float().cpu()
+
+    with evaluating(backbone.module):
+        shapes = layer_shapes(backbone, plan.layers)
+        batch = samples.batch(range(n))
+        pooled = _shard(backbone, batch, replace(plan, layers=tuple(shapes)), batch_size, keep if per_token else None)
+    if per_token:
+        return {(layer, level): tokens[layer, level] for layer in pooled for level in plan.noise_levels}
+    return {
+        (layer, level): torch.from_numpy(values[index, 0].copy())
+        for layer, values in pooled.items()
+        for index, level in enumerate(plan.noise_levels)
+    }
+
+
 class _Table:
     """The samples of the three splits in one sequence: training, then validation, then test."""
 

@@ -1,0 +1,4 @@
+from .model import Model as Model
+from .model import open as open
+from .probing import probe as probe
+from .run import Run as Run

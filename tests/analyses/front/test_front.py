@@ -1,0 +1,132 @@
+"""The front door on a tiny network: what it returns equals what the commands store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_samples, tiny_sit, tiny_splits
+
+import layerprobe as lp
+from layerprobe.analyses.runs import RunFolder
+from layerprobe.backbones import SiT
+from layerprobe.extraction import ExtractionPlan, extract
+
+BACKBONE = tiny_sit()
+SAMPLES = tiny_samples(60)
+LEVELS = (0.2, 0.6)
+
+
+OPTIONS = {"noise_levels": LEVELS, "trust_convention": True}
+
+
+@pytest.fixture(scope="module")
+def run() -> lp.Run:
+    return lp.probe(BACKBONE, SAMPLES.x, SAMPLES.labels, **OPTIONS)
+
+
+def test_features_are_those_that_an_extraction_stores(tmp_path: Path) -> None:
+    splits = tiny_splits(12)
+    store = extract(BACKBONE, splits, ExtractionPlan(BACKBONE.layers, LEVELS, token_samples=99), tmp_path / "features")
+    model, x = lp.open(BACKBONE), tiny_samples(12).x
+    read = model.features(x, noise_level=LEVELS)
+    tokens = model.features(x, noise_level=LEVELS, per_token=True)
+    assert list(read) == list(tokens) == [(layer, level) for layer in BACKBONE.layers for level in LEVELS]
+    for layer, level in read:
+        assert np.array_equal(read[layer, level].numpy(), store[layer, level])
+        assert np.array_equal(tokens[layer, level].numpy(), store.tokens(layer, level))
+
+
+def test_one_layer_at_one_level_is_an_array() -> None:
+    model = lp.open(BACKBONE)
+    one = model.features(SAMPLES.x, "blocks.1", 0.2)
+    assert torch.equal(one, model.features(SAMPLES.x, "blocks.*", [0.2])["blocks.1", 0.2])
+    assert one.shape == (60, 16)
+
+
+def test_noise_belongs_to_the_id_and_the_label_to_the_condition() -> None:
+    model = lp.open(BACKBONE)
+    whole = model.features(SAMPLES.x, "blocks.2", 0.6)
+    part = model.features(SAMPLES.x[7:9], "blocks.2", 0.6, ids=[7, 8])
+    assert torch.allclose(part, whole[7:9], atol=1e-6)
+    assert not torch.allclose(model.features(SAMPLES.x[7:9], "blocks.2", 0.6), whole[7:9], atol=1e-3)
+    labeled = model.features(SAMPLES.x, "blocks.2", 0.6, labels=SAMPLES.labels)
+    assert not torch.allclose(labeled, whole, atol=1e-3)
+
+
+def test_a_module_is_opened_with_what_it_does_not_say() -> None:
+    said = {"layers": "blocks.*", "schedule": "sit", "prediction": "velocity", "shape": (1, 4, 4)}
+    assert isinstance(BACKBONE.module, SiT)
+    assert lp.open(BACKBONE.module, **said, num_classes=3).layers == BACKBONE.layers
+    with pytest.raises(ValueError, match="a module does not say its layers"):
+        lp.open(BACKBONE.module, schedule="sit")
+    with pytest.raises(ValueError, match="a backbone carries its shape"):
+        lp.open(BACKBONE, shape=(1, 4, 4))
+    with pytest.raises(ValueError, match=r"blocks\.9 is not in SiT"):
+        lp.open(BACKBONE).features(SAMPLES.x, "blocks.9", 0.2)
+
+
+def test_a_model_tells_what_it_is_and_whether_it_denoises() -> None:
+    model = lp.open("digits")
+    assert len(repr(model).splitlines()) <= 10
+    assert "blocks.0, blocks.1, ..., blocks.7" in repr(model)
+    assert "<td>8 (blocks.0, blocks.1, blocks.2" in model._repr_html_()
+    assert "does not denoise" in lp.open(BACKBONE).check(SAMPLES.x[:9])
+
+
+def test_a_run_in_memory_has_all_tables(run: lp.Run) -> None:
+    assert run.report.is_file()
+    assert run.quality["metric"].eq("probe accuracy").any()
+    assert list(run.cka.index) == list(run.cka.columns) == list(BACKBONE.layers)
+    assert np.allclose(np.diag(run.cka), 1)
+    assert np.allclose(run.cka, run.cka.T)
+    assert run.features("blocks.1", 0.2, split="test").shape[1] == 16
+    assert run.pick is None or run.pairs.iloc[0][["student", "teacher"]].tolist() == [*vars(run.pick).values()]
+
+
+def test_best_layers_are_chosen_on_validation_and_reported_on_test(run: lp.Run) -> None:
+    best = run.best_layers(2)
+    rows = run.quality[(run.quality["metric"] == "probe accuracy") & (run.quality["source"] == "model")]
+    by_split = {split: part.set_index(["layer", "noise_level"])["value"] for split, part in rows.groupby("split")}
+    chosen = (best["layer"].iloc[0], best["noise_level"].iloc[0])
+    assert by_split["validation"][chosen] == by_split["validation"].max()
+    assert best["probe accuracy"].iloc[0] == by_split["test"][chosen]
+    assert best["layer"].is_unique
+    assert {"random weights", "raw input"} <= set(best.columns)
+    with pytest.raises(ValueError, match="the run has no 'accuracy'; use one of probe accuracy"):
+        run.best_layers(metric="accuracy")
+
+
+def test_a_run_shows_itself(run: lp.Run) -> None:
+    assert len(repr(run).splitlines()) <= 10
+    assert "in memory: 60 samples" in repr(run)
+    assert "<table" in run._repr_html_()
+    for figure in (run.plot(), run.plot(kind="heatmap"), run.plot("cka")):
+        assert isinstance(figure, matplotlib.figure.Figure)
+    with pytest.raises(ValueError, match="no confirmation; run `layerprobe confirm"):
+        run.plot("confirmation")
+    with pytest.raises(ValueError, match="the run has no 'gap'"):
+        run.plot("gap")
+
+
+def test_other_objects_are_refused_in_a_folder_and_objects_are_not_opened_again(run: lp.Run) -> None:
+    with pytest.raises(ValueError, match="another run"):
+        lp.probe(tiny_sit(seed=1), SAMPLES, out=run.path, **OPTIONS)
+    plan = RunFolder(run.path).plan()
+    with pytest.raises(ValueError, match=r"this run's network was passed as an object .* make a run from files"):
+        plan.open()
+    with pytest.raises(ValueError, match="this run's data set was passed as an object"):
+        plan.data.load()
+
+
+def test_a_temporary_run_goes_with_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.analyses.front.probing.probe_run", lambda plan, folder, **options: None)
+    monkeypatch.setattr("layerprobe.analyses.front.probing.Run", lambda folder: RunFolder(folder))
+    run = lp.probe(BACKBONE, SAMPLES, noise_levels=LEVELS)
+    folder = run.path
+    assert folder.is_dir()
+    del run
+    assert not folder.exists()
