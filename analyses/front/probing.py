@@ -40,8 +40,9 @@ def probe(
 
     Args:
         model: Model from `open`, or what `open` takes.
-        data: Path or name of a data set, a `DataSource`, `Samples`, `Splits`, or an array as for `as_samples`.
-        labels: Labels of an array.
+        data: Path or name of a data set, a `DataSource`, `Samples`, `Splits`, or an array as for
+            `Model.features`.
+        labels: Labels of an array: an integer or a string for each sample.
         out: Run folder, which the call continues if it was interrupted. None makes a temporary one, which is removed
             with the returned run.
         device: Device of a model that is opened here.
