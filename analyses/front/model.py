@@ -83,8 +83,8 @@ class Model:
             model.features(x, ["blocks.2", "blocks.5"], [0.1, 0.3])   # {("blocks.2", 0.1): (n, D), ...}
 
         Args:
-            x: Samples, shape (n, C, *grid): a tensor, an array or a list; floating point in about [-1, 1], latents as the
-                network takes them, uint8 that represents [-1, 1], or `Samples`.
+            x: Samples, shape (n, C, *grid): a tensor, an array or a list; floating point in about [-1, 1], latents as
+                the network takes them, uint8 that represents [-1, 1], or `Samples`.
             layers: Name of a layer, or names and patterns such as "blocks.*"; all layers of the model if None.
             noise_level: Noise level, or several, in [0, 1]; 0 is clean, 1 is pure noise.
             labels: Class of each sample that the model is conditioned on; the null label if None.
