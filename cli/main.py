@@ -29,6 +29,7 @@ FILES = {
     "extract": "probe",
     "analyze": "probe",
     "select": "select",
+    "compare": "compare",
     "check": "check",
     "plot": "plot",
     "report": "report",

@@ -1,4 +1,6 @@
 from .cka import cka_heatmap as cka_heatmap
+from .comparison import block_map_heatmap as block_map_heatmap
+from .comparison import comparison_curves as comparison_curves
 from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import confirmation_curves as confirmation_curves
 from .image_grid import sample_grid as sample_grid

@@ -1,3 +1,4 @@
+from .comparing import compare as compare
 from .model import Model as Model
 from .model import open as open
 from .probing import probe as probe

@@ -3,6 +3,8 @@ from .check import numbered_blocks as numbered_blocks
 from .check import pair_warnings as pair_warnings
 from .check import pick_findings as pick_findings
 from .check import pick_for as pick_for
+from .compare import Comparison as Comparison
+from .compare import compare_runs as compare_runs
 from .confirm import arm_names as arm_names
 from .confirm import confirm_run as confirm_run
 from .confirm import confirmation_resolution as confirmation_resolution

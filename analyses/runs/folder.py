@@ -13,8 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from layerprobe import __version__
 from layerprobe.analyses.experiments import Verdict
@@ -24,7 +27,7 @@ from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import CheckpointSource, ConventionCheck
 from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
-from layerprobe.files import claim, write_text
+from layerprobe.files import atomic_write, claim, write_text
 from layerprobe.options import from_record, to_record
 from layerprobe.progress import TaskProgress, named_progress
 
@@ -161,6 +164,19 @@ class RunFolder:
             write_table(recoverability, self.path / "recoverability.csv")
         evidence.write_csv(self.path / "evidence.csv")
         write_table(quality, self.path / "quality.csv")
+
+    def write_probe_scores(self, scores: Mapping[tuple[str, float], NDArray[np.float64]]) -> None:
+        """Writes which samples of the test split the probes classify correctly, by layer and noise level."""
+        tensors = {f"{level!r} {layer}": values.astype(np.float32) for (layer, level), values in scores.items()}
+        with atomic_write(self.path / "probe-scores.safetensors") as partial:
+            save_file(tensors, partial)
+
+    def probe_scores(self) -> dict[tuple[str, float], NDArray[np.float64]]:
+        """Reads what `write_probe_scores` wrote; empty for runs without labels, and those of earlier versions."""
+        path = self.path / "probe-scores.safetensors"
+        tensors = load_file(path) if path.is_file() else {}
+        places = {name: name.split(" ", 1) for name in tensors}
+        return {(layer, float(level)): tensors[name].astype(np.float64) for name, (level, layer) in places.items()}
 
     @property
     def has_selection(self) -> bool:

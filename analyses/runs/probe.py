@@ -203,6 +203,8 @@ def analyze_run(
         # Measurements of these same features by analyses or encoders that are not asked for now.
         before = folder.quality()
         tables.append(before[~before["metric"].isin(pd.concat(tables)["metric"])])
+    if keeper.probe_scores:
+        folder.write_probe_scores(keeper.probe_scores)
     folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
     selection = choose_layers(run)
     folder.keep_selection(selection)

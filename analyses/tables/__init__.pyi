@@ -1,3 +1,13 @@
+from .comparison import BEST as BEST
+from .comparison import NO_SCORES as NO_SCORES
+from .comparison import PAIRED as PAIRED
+from .comparison import ComparedRun as ComparedRun
+from .comparison import block_map as block_map
+from .comparison import common_levels as common_levels
+from .comparison import in_order as in_order
+from .comparison import network_cka as network_cka
+from .comparison import quality_differences as quality_differences
+from .comparison import what_differs as what_differs
 from .csv_files import write_table as write_table
 from .evidence import CAPPED_DISTANCE as CAPPED_DISTANCE
 from .evidence import CKA as CKA

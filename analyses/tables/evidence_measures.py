@@ -120,6 +120,8 @@ class ScoreKeeper:
     Attributes:
         scores: Scores of the model on the validation split by metric, layer and noise level, arrays (n,); None for a
             representation that could not be measured.
+        probe_scores: Scores of the probes of the model on the test split by layer and noise level, arrays (n,); runs
+            are compared by them.
 
     Args:
         store: Features of the model; scores of other stores are not kept.
@@ -127,6 +129,7 @@ class ScoreKeeper:
 
     def __init__(self, store: FeatureStore) -> None:
         self.scores: dict[tuple[str, str, float], Floats | None] = {}
+        self.probe_scores: dict[tuple[str, float], Floats] = {}
         self._folder = store.folder
 
     def recording(self, analysis: Analysis) -> Analysis:
@@ -140,6 +143,9 @@ class ScoreKeeper:
                     for m in measurements
                     if m.metric in (PROBE, KNN) and m.split == "validation"
                 }
+                for m in measurements:
+                    if m.metric == PROBE and m.split == "test" and m.scores is not None:
+                        self.probe_scores[representation.layer, representation.noise_level] = m.scores
             return measurements
 
         return recorded

@@ -1,3 +1,5 @@
+from .comparison import block_map_sentences as block_map_sentences
+from .comparison import difference_sentences as difference_sentences
 from .copies import copy_sentences as copy_sentences
 from .decisions import decision_text as decision_text
 from .pair_checks import finding_text as finding_text

@@ -1,0 +1,105 @@
+"""Figures of several runs: their quality curves, and the likeness of the layers of two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
+from layerprobe.analyses.figures.labels import capital, label_layers, short_names, wrap_title
+from layerprobe.analyses.figures.quality import quality_curves
+from layerprobe.analyses.figures.style import LINE_COLORS, WIDTH_IN, fit_y_limits, nanmean, styled
+from layerprobe.analyses.measures import Floats
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@styled()
+def comparison_curves(qualities: Mapping[str, pd.DataFrame], metric: str) -> Figure:
+    """Draws one metric of several runs over the depth of their networks: a panel for each noise level, and the mean.
+
+    Depth is the number of a layer over the number of layers, so that networks of different depth share the axis.
+
+    Args:
+        qualities: Quality table of each run by its name, at most eight.
+        metric: Metric that all runs have.
+
+    Raises:
+        ValueError: If there are more than eight runs, a run has no such metric, or they share no noise level.
+    """
+    if len(qualities) > len(LINE_COLORS):
+        raise ValueError(f"a figure shows {len(LINE_COLORS)} runs at most, got {len(qualities)}; compare fewer")
+    curves = {name: quality_curves(quality, metric, None) for name, quality in qualities.items()}
+    levels = sorted(set.intersection(*(set(one.levels) for one in curves.values())))
+    if not levels:
+        raise ValueError("the runs have no noise level in common; probe them at the same --noise-levels")
+    columns = min(len(levels) + 1, 4)
+    rows = -(-(len(levels) + 1) // columns)
+    figure = Figure(figsize=(WIDTH_IN, 2.6 * rows + 0.8), layout="constrained")
+    panels = list(np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel())
+    colors = dict(zip(curves, LINE_COLORS, strict=False))
+    means = {name: nanmean(one.model[[one.levels.index(level) for level in levels]]) for name, one in curves.items()}
+    _draw(panels[0], {name: values[:, :1] for name, values in means.items()}, colors, "Mean over the levels")
+    for axes, level in zip(panels[1:], levels, strict=False):
+        at_level = {name: one.model[one.levels.index(level)] for name, one in curves.items()}
+        _draw(axes, at_level, colors, f"Noise level {level:g}")
+    for axes in panels[len(levels) + 1 :]:
+        axes.set_axis_off()
+    every = np.concatenate([one.model[..., 0].ravel() for one in curves.values()])
+    fit_y_limits(panels[0], every)
+    unit = next(iter(curves.values())).unit
+    for row in range(rows):
+        panels[row * columns].set_ylabel(f"{capital(metric)}\n({unit})")
+    for axes in panels[max(0, len(levels) + 1 - columns) : len(levels) + 1]:
+        axes.set_xlabel("depth (share of the layers)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4)
+    best = max(means, key=lambda name: float(np.nanmax(means[name][:, 0])))
+    title = f"{capital(metric)} of {len(curves)} runs: {best} reaches the highest mean, {np.nanmax(means[best]):.2f}"
+    figure.suptitle(wrap_title(title), x=0.008, ha="left")
+    return figure
+
+
+def _draw(axes: Axes, values: Mapping[str, Floats], colors: Mapping[str, str], title: str) -> None:
+    """Lines over depth; values have shape (layers, 3) with an interval, or (layers, 1) without one."""
+    for (name, of_run), marker in zip(values.items(), MARKERS, strict=False):
+        depth = (np.arange(len(of_run)) + 1) / len(of_run)
+        axes.plot(depth, of_run[:, 0], color=colors[name], marker=marker, markersize=3.5, linewidth=1.3, label=name)
+        if of_run.shape[1] == 3:
+            axes.fill_between(depth, of_run[:, 1], of_run[:, 2], color=colors[name], alpha=0.15, linewidth=0)
+    axes.set_title(title)
+    axes.set_xlim(0, 1.04)
+
+
+@styled()
+def block_map_heatmap(
+    cka: Floats, layers_a: Sequence[str], layers_b: Sequence[str], *, names: tuple[str, str]
+) -> Figure:
+    """Draws the likeness of the layers of two networks; a frame marks the most alike layer of b for each of a.
+
+    Args:
+        cka: CKA at equal noise levels, averaged, shape (layers of a, layers of b).
+        layers_a: Layers of the first network, in execution order.
+        layers_b: Layers of the second network.
+        names: Names of the two runs.
+    """
+    height = min(max(3.0, 0.32 * len(layers_a) + 1.8), 11.0)
+    figure = Figure(figsize=(min(WIDTH_IN, max(5.5, 0.45 * len(layers_b) + 2.5)), height), layout="constrained")
+    axes = figure.subplots()
+    width = figure.get_size_inches()[0] - 2
+    label = "debiased linear CKA (1: equal)"
+    draw_heatmap(axes, cka, limits=value_range(cka), width_in=width, text="{:.2f}".format, colorbar={"label": label})
+    for row, values in enumerate(cka):
+        if np.isfinite(values).any():
+            mark_cell(axes, row, int(np.nanargmax(values)))
+    label_layers(axes, layers_b, width, first=0.5)
+    label_layers(axes, layers_a, height - 1.5, first=0.5, vertical=True)
+    axes.set_xlabel(f"{names[1]}: {short_names(layers_b)[1]}")
+    axes.set_ylabel(f"{names[0]}: {short_names(layers_a)[1]}")
+    title = f"Which layer of {names[1]} is most like each layer of {names[0]} (framed); mean over equal noise levels"
+    figure.suptitle(wrap_title(title), x=0.008, ha="left")
+    return figure
