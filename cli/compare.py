@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ def compare(
 
     comparison = compare_runs(runs, out)
     files = [str(path) for path in comparison.files]
-    record = {
+    record: dict[str, Any] = {
         name: table.astype(object).where(table.notna(), None).to_dict("records")
         for name, table in (("differences", comparison.differences), ("block_map", comparison.block_maps))
     }

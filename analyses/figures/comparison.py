@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ def comparison_curves(qualities: Mapping[str, pd.DataFrame], metric: str) -> Fig
         _draw(axes, at_level, colors, f"Noise level {level:g}")
     for axes in panels[len(levels) + 1 :]:
         axes.set_axis_off()
-    every = np.concatenate([one.model[..., 0].ravel() for one in curves.values()])
+    every = np.concatenate([one.model.ravel() for one in curves.values()])
     fit_y_limits(panels[0], every)
     unit = next(iter(curves.values())).unit
     for row in range(rows):
@@ -58,8 +59,10 @@ def comparison_curves(qualities: Mapping[str, pd.DataFrame], metric: str) -> Fig
         axes.set_xlabel("depth (share of the layers)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4)
-    best = max(means, key=lambda name: float(np.nanmax(means[name][:, 0])))
-    title = f"{capital(metric)} of {len(curves)} runs: {best} reaches the highest mean, {np.nanmax(means[best]):.2f}"
+    tops = ", ".join(f"{np.nanmax(values[:, 0]):.3g} ({name})" for name, values in means.items())
+    title = (
+        f"{capital(metric)} of {len(curves)} runs over the depth of the network; highest mean over the levels: {tops}"
+    )
     figure.suptitle(wrap_title(title), x=0.008, ha="left")
     return figure
 
@@ -91,7 +94,7 @@ def block_map_heatmap(
     figure = Figure(figsize=(min(WIDTH_IN, max(5.5, 0.45 * len(layers_b) + 2.5)), height), layout="constrained")
     axes = figure.subplots()
     width = figure.get_size_inches()[0] - 2
-    label = "debiased linear CKA (1: equal)"
+    label = "debiased linear CKA, mean over equal noise levels (1: equal)"
     draw_heatmap(axes, cka, limits=value_range(cka), width_in=width, text="{:.2f}".format, colorbar={"label": label})
     for row, values in enumerate(cka):
         if np.isfinite(values).any():
@@ -100,6 +103,6 @@ def block_map_heatmap(
     label_layers(axes, layers_a, height - 1.5, first=0.5, vertical=True)
     axes.set_xlabel(f"{names[1]}: {short_names(layers_b)[1]}")
     axes.set_ylabel(f"{names[0]}: {short_names(layers_a)[1]}")
-    title = f"Which layer of {names[1]} is most like each layer of {names[0]} (framed); mean over equal noise levels"
-    figure.suptitle(wrap_title(title), x=0.008, ha="left")
+    title = f"Framed: the layer of {names[1]} most like each layer of {names[0]}"
+    figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.008, ha="left")
     return figure

@@ -89,9 +89,10 @@ def quality_differences(a: ComparedRun, b: ComparedRun) -> pd.DataFrame:
     rows = []
     for level in common_levels(a, b):
         tables = [_at_level(run, level) for run in (a, b)]
-        best = [table["validation"].idxmax() if table["validation"].notna().any() else None for table in tables]
-        pairs = [(BEST, *best)] if None not in best else []
-        pairs += [(SAME, layer, layer) for layer in names]
+        pairs = [(SAME, layer, layer) for layer in names]
+        if all(table["validation"].notna().any() for table in tables):
+            best_a, best_b = (str(table["validation"].idxmax()) for table in tables)
+            pairs.insert(0, (BEST, best_a, best_b))
         for compared, layer_a, layer_b in pairs:
             values = [table["test"].get(layer, np.nan) for table, layer in zip(tables, (layer_a, layer_b), strict=True)]
             low, high, interval = _interval(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import pandas as pd
 
 from layerprobe.analyses.tables import BEST
@@ -16,14 +19,15 @@ def difference_sentences(differences: pd.DataFrame) -> list[str]:
     return [_difference(row) for row in differences[differences["compared"] == BEST].to_dict("records")]
 
 
-def _difference(row: dict[str, object]) -> str:
+def _difference(row: Mapping[Hashable, Any]) -> str:
     values = f"{row['value_a']:.3f} at {row['layer_a']} of {row['run_a']}, {row['value_b']:.3f} at {row['layer_b']} of "
     values = f"noise level {row['noise_level']:g}: {values}{row['run_b']}"
-    low, high = float(str(row["low"])), float(str(row["high"]))
-    if low != low:
+    low, high = row["low"], row["high"]
+    if pd.isna(low):
         return f"{values}; the difference has no interval"
-    sign = "higher" if low > 0 else "lower" if high < 0 else "no difference found"
-    interval = f"{float(str(row['difference'])):+.3f} ({low:+.3f} to {high:+.3f}, {row['interval']} by sample)"
+    better = row["run_b"] if low > 0 else row["run_a"] if high < 0 else None
+    sign = f"{better} is higher" if better else "no difference found"
+    interval = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f}, {row['interval']} by sample)"
     return f"{values}; difference {interval}: {sign}"
 
 
