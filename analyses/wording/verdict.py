@@ -37,7 +37,12 @@ _ANSWERS = {
 
 def verdict_paragraph(verdict: Verdict) -> str:
     """Returns the verdict as one paragraph: the difference, the answer with its cautions, and further comparisons."""
-    sentences = [_difference(verdict), _ANSWERS[verdict.answer], *verdict_cautions(verdict)]
+    return f"{_difference(verdict)} {verdict_conclusions(verdict)}"
+
+
+def verdict_conclusions(verdict: Verdict) -> str:
+    """Returns the paragraph of a verdict without its first sentence, for a place that shows the difference itself."""
+    sentences = [_ANSWERS[verdict.answer], *verdict_cautions(verdict)]
     if verdict.answer == "no difference found":
         sentences += _detectable(verdict)
     sentences += [*_early_looks(verdict), *_comparisons(verdict)]
@@ -45,6 +50,12 @@ def verdict_paragraph(verdict: Verdict) -> str:
         lowest = min(verdict.arms, key=_mean)
         sentences.append(f"Of the {len(verdict.arms)} arms, {_the(lowest.name)} ended lowest ({_mean(lowest):.3g}).")
     return " ".join(sentences)
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """Returns the answer of a verdict in one sentence, with its first caution where it is too early to tell."""
+    undecided = verdict.answer == "too early to tell"
+    return " ".join([_ANSWERS[verdict.answer], *(verdict_cautions(verdict)[:1] if undecided else [])])
 
 
 def other_pair_sentence(verdict: Verdict, selection: Selection | None) -> str:

@@ -32,7 +32,7 @@ from layerprobe.analyses.selection.records import (
     SelectionBasis,
 )
 from layerprobe.analyses.tables.csv_files import write_table
-from layerprobe.analyses.wording.copies import copy_sentences
+from layerprobe.analyses.wording.samples import copy_sentences
 from layerprobe.analyses.wording.selection import (
     caution_texts,
     objection_texts,
