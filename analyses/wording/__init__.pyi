@@ -1,3 +1,5 @@
+from .answers import AnswerLine as AnswerLine
+from .answers import answer_lines as answer_lines
 from .copies import copy_sentences as copy_sentences
 from .decisions import decision_text as decision_text
 from .pair_checks import finding_text as finding_text
@@ -5,7 +7,6 @@ from .pair_checks import layer_name as layer_name
 from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
-from .recommendations import recommendation_text as recommendation_text
 from .selection import TRUST as TRUST
 from .selection import caution_texts as caution_texts
 from .selection import objection_texts as objection_texts
