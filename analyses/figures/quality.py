@@ -85,14 +85,14 @@ class QualityCurves:
         """Returns a value as text: two decimals for a fraction, three significant digits otherwise."""
         if np.isnan(value):
             return "nan"
-        return f"{value:.2f}" if self.is_fraction or value == 0 else f"{value:.{num_decimals(value, 3)}f}"
+        decimals = 2 if self.is_fraction or value == 0 else num_decimals(value, 3)
+        return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")  # no negative zero
 
     def texts(self, name: str, level: int, values: Floats) -> list[str]:
         """Returns what each point of a line says: its name, layer, noise level, and value with its interval."""
         place = f"at noise level {self.levels[level]:g}"
         return [
-            f"{name}, {layer} {place}: {rounded(*of)}"
-            for layer, of in zip(self.layers, values.tolist(), strict=True)
+            f"{name}, {layer} {place}: {rounded(*of)}" for layer, of in zip(self.layers, values.tolist(), strict=True)
         ]
 
     @property
@@ -152,7 +152,7 @@ def layer_quality_curves(
             axes.set_ylabel(capital(metric) if overview else f"{capital(metric)}\n({curves.unit})")
     if not overview:
         _name_pair(panels[0], curves.layers, pair)
-    figure.suptitle(wrap_title(_curves_title(curves)), x=0.008, ha="left")
+    figure.suptitle(wrap_title(_curves_title(quality, curves)), x=0.008, ha="left")
     figure.legend(handles=_level_legend(curves, colors, pair), loc="outside lower left", ncols=8, columnspacing=1.6)
     return figure
 
@@ -203,7 +203,7 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
 def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = None) -> Figure:
     """Draws one metric over layers and noise levels and, below it, the difference from the better control.
 
-    The frame of the difference marks where training adds most: of accuracies the place that is chosen on the validation
+    Frames mark the largest value and the largest difference: of accuracies those that are largest on the validation
     split.
 
     Args:
@@ -222,7 +222,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     if np.isfinite(gain).any():
         control_name = "the better control at that noise level" if curves.is_fraction else "random weights"
         panels.append((f"Trained model minus {control_name}", "difference", gain))
-    best_gain = _best_gain(quality, curves, gain)
+    best, best_gain = _places(quality, curves, gain)
     longest = max(map(len, short_names(curves.layers)[0]))
     height = 1.1 + 0.08 * longest + len(panels) * (0.85 + 0.32 * len(curves.levels))
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
@@ -240,12 +240,12 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
         axes.set_title(title if np.isfinite(values).all() else f"{title}; hatched: not measured")
         axes.set_ylabel("noise level")
         axes.set_yticks(np.arange(len(curves.levels)) + 0.5, [f"{level:g}" for level in curves.levels])
-        if values is gain or np.isfinite(values).any():
-            mark_cell(axes, *(best_gain if values is gain else _argmax(values)))
+        if np.isfinite(values).any():
+            mark_cell(axes, *(best_gain if values is gain else best))
         tell_cells(axes, _cell_texts(curves, values))
     label_layers(all_axes[-1], curves.layers, WIDTH_IN - 1.8, first=0.5)
     all_axes[-1].set_xlabel(short_names(curves.layers)[1])
-    figure.suptitle(wrap_title(_heatmap_title(curves, gain, best_gain)), x=0.008, ha="left")
+    figure.suptitle(wrap_title(_heatmap_title(curves, gain, best, best_gain)), x=0.008, ha="left")
     return figure
 
 
@@ -327,19 +327,30 @@ def _argmax(values: Floats) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def _best_gain(quality: pd.DataFrame, curves: QualityCurves, gain: Floats) -> tuple[int, int]:
-    """Row and column of the largest gain; of accuracies the one that is the largest on the validation split."""
-    chosen = gain
-    if curves.is_fraction and (on_validation := _on_validation(quality, curves)) is not None:
-        chosen = on_validation.model[..., 0] - better_control(quality, on_validation)
-    both = np.where(np.isfinite(gain), chosen, np.nan)
-    return _argmax(both) if np.isfinite(both).any() else (0, 0)
+def _places(
+    quality: pd.DataFrame, curves: QualityCurves, gain: Floats | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Level and layer of the largest value and of the largest gain; of accuracies those of the validation split.
+
+    The largest of many numbers of the test split would flatter, and contradict the single answers of a run.
+    """
+    chosen = (_on_validation(quality, curves) if curves.is_fraction else None) or curves
+    values = chosen.model[..., 0]
+    above = values - better_control(quality, chosen) if curves.is_fraction else gain
+    measured = np.isfinite(curves.model[..., 0])
+    best, best_gain = (
+        _argmax(np.where(measured, of, np.nan)) if of is not None and np.isfinite(of[measured]).any() else (0, 0)
+        for of in (values, above)
+    )
+    return best, best_gain
 
 
 def _cell_texts(curves: QualityCurves, values: Floats) -> list[list[str]]:
     return [
         [
-            f"{layer} at noise level {level:g}: {curves.text(value)}" if np.isfinite(value) else f"{layer}: not measured"
+            f"{layer} at noise level {level:g}: {curves.text(value)}"
+            if np.isfinite(value)
+            else f"{layer}: not measured"
             for layer, value in zip(curves.layers, row, strict=True)
         ]
         for level, row in zip(curves.levels, values.tolist(), strict=True)
@@ -447,11 +458,11 @@ def _level_legend(curves: QualityCurves, colors: Sequence[str], pair: LayerPair 
     return handles
 
 
-def _curves_title(curves: QualityCurves) -> str:
+def _curves_title(quality: pd.DataFrame, curves: QualityCurves) -> str:
     metric, values = capital(curves.metric), curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{metric} could not be measured in any layer"
-    level, layer = _argmax(values)
+    (level, layer), _ = _places(quality, curves)
     peak = float(values[level, layer])
     title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
     controls = {
@@ -467,11 +478,11 @@ def _curves_title(curves: QualityCurves) -> str:
     return f"{title}; the highest control there is {name} ({curves.text(controls[name])})"
 
 
-def _heatmap_title(curves: QualityCurves, gain: Floats, best_gain: tuple[int, int]) -> str:
+def _heatmap_title(curves: QualityCurves, gain: Floats, best: tuple[int, int], best_gain: tuple[int, int]) -> str:
     values = curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{capital(curves.metric)} could not be measured in any layer"
-    level, layer = _argmax(values)
+    level, layer = best
     title = f"Highest {curves.metric}: {curves.layers[layer]} at noise level {curves.levels[level]:g}"
     if not np.isfinite(gain).any():
         return title

@@ -50,7 +50,10 @@ def inline_svg(figure: Figure, prefix: str) -> Drawing:
         parent.attrib = {_plain(key): _localized(key, value, prefix) for key, value in parent.attrib.items()}
     for spot in spots_of(figure):
         place = {"x": spot.x, "y": spot.y, "width": spot.width, "height": spot.height}
-        area = {name: f"{value:.1f}" for name, value in place.items()} | {"class": "spot", "data-tip": _valid(spot.text)}
+        area = {name: f"{value:.1f}" for name, value in place.items()} | {
+            "class": "spot",
+            "data-tip": _valid(spot.text),
+        }
         ElementTree.SubElement(root, "rect", area)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _valid(_description(figure))}
     return Drawing(ElementTree.tostring(root, encoding="unicode"), caption)

@@ -48,7 +48,8 @@ from layerprobe.analyses.wording import (
     samples_sentence,
     selection_reason,
     verdict_cautions,
-    verdict_conclusions,
+    verdict_details,
+    verdict_paragraph,
     verdict_sentence,
 )
 from layerprobe.files import write_text
@@ -89,6 +90,7 @@ def _render(context: Mapping[str, Any]) -> str:
     figure_numbers = count(1)
     filters: Mapping[str, Callable[..., str | list[str] | Drawing]] = {
         "capital": capital,
+        "fixed": lambda value: f"{value:#.3g}".rstrip("."),
         "inline_svg": lambda figure: inline_svg(figure, f"figure-{next(figure_numbers)}"),
         "name_parts": _name_parts,
         "number": _number,
@@ -177,11 +179,17 @@ def _answers(answers: Answers) -> dict[str, Any]:
             "value": rounded(best.value, best.low, best.high),
         }
     if answers.training:
-        cell = answers.training.gain
+        lines.pop(1)  # it leads the page
+        there, control, over = answers.training.cell, answers.training.control_cell, answers.training.gain
         gain = {
             "metric": PROBE,
-            "value": rounded(cell.value, cell.low, cell.high, signed=True),
-            "sentence": lines.pop(1).sentence,  # in their order; it leads the page
+            "value": rounded(over.value, over.low, over.high, signed=True),
+            "is_certain": answers.training.is_certain,
+            "layer": there.layer,
+            "level": _number(there.noise_level),
+            "accuracy": rounded(there.value, there.low, there.high),
+            "control": answers.training.control,
+            "control_accuracy": rounded(control.value, control.low, control.high),
         }
     return {"answers": lines, "richest": richest, "gain": gain}
 
@@ -226,7 +234,8 @@ def _trial(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
         "is_of_pick": not other,
         "value": rounded(judged.difference, judged.low, judged.high, signed=True),
         "baseline": _number(fmean(verdict.arms[0].final), 3),
-        "conclusions": " ".join(filter(None, (other, verdict_conclusions(verdict)))),
+        # The head of the page tells the answer and the cautions of a verdict on the pick.
+        "sentences": [other, verdict_paragraph(verdict)] if other else verdict_details(verdict),
     }
 
 

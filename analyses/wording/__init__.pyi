@@ -1,3 +1,5 @@
+from .answers import AnswerLine as AnswerLine
+from .answers import answer_lines as answer_lines
 from .decisions import decision_text as decision_text
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
@@ -6,7 +8,6 @@ from .pair_checks import layer_name as layer_name
 from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
-from .recommendations import recommendation_text as recommendation_text
 from .samples import copy_sentences as copy_sentences
 from .samples import samples_sentence as samples_sentence
 from .selection import TRUST as TRUST
@@ -25,6 +26,6 @@ from .verdict import other_pair_sentence as other_pair_sentence
 from .verdict import resolution_sentences as resolution_sentences
 from .verdict import spread_source as spread_source
 from .verdict import verdict_cautions as verdict_cautions
-from .verdict import verdict_conclusions as verdict_conclusions
+from .verdict import verdict_details as verdict_details
 from .verdict import verdict_paragraph as verdict_paragraph
 from .verdict import verdict_sentence as verdict_sentence
