@@ -93,8 +93,11 @@ def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple
 
 def _cell_texts(places: Sequence[str], matrix: Floats) -> list[list[str]]:
     return [
-        [f"{a} and {b}: {f'{value:.2f}' if np.isfinite(value) else 'not measured'}" for b, value in zip(places, row)]
-        for a, row in zip(places, matrix.tolist())
+        [
+            f"{a} and {b}: {f'{value:.2f}' if np.isfinite(value) else 'not measured'}"
+            for b, value in zip(places, row, strict=True)
+        ]
+        for a, row in zip(places, matrix.tolist(), strict=True)
     ]
 
 

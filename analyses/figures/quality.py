@@ -488,7 +488,8 @@ def _heatmap_title(curves: QualityCurves, gain: Floats, best: tuple[int, int], b
         return title
     level, layer = best_gain
     if gain[level, layer] <= 0:
-        over = "the controls" if curves.is_fraction else "random weights"
-        return f"{title}; training adds nothing over {over}"
+        nothing = "training adds nothing over the controls" if curves.is_fraction else "nowhere above random weights"
+        return f"{title}; {nothing}"
+    verb = "training adds most" if curves.is_fraction else "farthest above random weights"
     place = f"{curves.layers[layer]} at noise level {curves.levels[level]:g}"
-    return f"{title}; training adds most at {place} (+{curves.text(float(gain[level, layer]))})"
+    return f"{title}; {verb} at {place} (+{curves.text(float(gain[level, layer]))})"
