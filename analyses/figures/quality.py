@@ -218,7 +218,10 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     model = curves.model[..., 0]
     control = better_control(quality, curves) if curves.is_fraction else curves.random[..., 0]
     gain = model - control
-    panels = [(f"{capital(metric)} ({curves.unit}), trained model", metric, model)]
+    framed = (
+        "; frames: largest on the validation split" if curves.is_fraction and _on_validation(quality, curves) else ""
+    )
+    panels = [(f"{capital(metric)} ({curves.unit}), trained model{framed}", metric, model)]
     if np.isfinite(gain).any():
         control_name = "the better control at that noise level" if curves.is_fraction else "random weights"
         panels.append((f"Trained model minus {control_name}", "difference", gain))
