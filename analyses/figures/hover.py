@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,7 @@ _Corners = Sequence[tuple[float, float]]
 _spots: WeakKeyDictionary[Axes, list[tuple[_Corners, str]]] = WeakKeyDictionary()
 
 
-def tell_points(axes: Axes, x: Sequence[float] | Floats, y: Floats, texts: Sequence[str]) -> None:
+def tell_points(axes: Axes, x: Iterable[float], y: Floats, texts: Sequence[str]) -> None:
     """Gives each finite point of a line its text."""
     spots = _spots.setdefault(axes, [])
     spots += [([(float(a), float(b))], text) for a, b, text in zip(x, y, texts, strict=True) if np.isfinite(b)]
