@@ -44,15 +44,15 @@ def select(
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import (
         RunFolder,
+        answer_run,
         choose_layers,
+        describe_answers,
         describe_options,
         describe_ownership,
-        describe_recommendations,
         describe_selection,
         draw_figures,
         numbered_blocks,
         pick_for,
-        recommend_layers,
         selection_record,
     )
 
@@ -73,10 +73,10 @@ def select(
     if keep:
         draw_figures(run)
         write_report(run)
-    answers = recommend_layers(run, selection)
+    answers = answer_run(run, selection)
     lines = [*describe_ownership(run, selection), *describe_selection(selection, num_pairs=10)]
-    lines += describe_recommendations(answers)
+    lines += describe_answers(answers)
     lines += describe_options(written) if written else []
     record = {"run": str(run), "is_kept": folder.selection() == selection} | selection_record(selection)
     record |= {"for": written} if written else {}
-    emit(record | {"recommendations": [answer.to_dict() for answer in answers]}, lines, as_json=as_json)
+    emit(record | {"answers": answers.to_dict()}, lines, as_json=as_json)

@@ -3,6 +3,7 @@ from .comparison import block_map_heatmap as block_map_heatmap
 from .comparison import comparison_curves as comparison_curves
 from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import confirmation_curves as confirmation_curves
+from .hover import spots_of as spots_of
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS
 from .label_columns import knowledge_curves as knowledge_curves

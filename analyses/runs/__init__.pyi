@@ -25,11 +25,11 @@ from .pair_sweep import pair_sweep_run as pair_sweep_run
 from .pair_sweep import pair_sweep_start as pair_sweep_start
 from .pair_sweep import wanted_pairs as wanted_pairs
 from .probe import analyze_run as analyze_run
+from .probe import answer_run as answer_run
 from .probe import choose_layers as choose_layers
 from .probe import extract_run as extract_run
 from .probe import forecast as forecast
 from .probe import probe_run as probe_run
-from .probe import recommend_layers as recommend_layers
 from .quickstart import quickstart_run as quickstart_run
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples
@@ -39,13 +39,13 @@ from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import score_run as score_run
 from .score import write_scores as write_scores
+from .text import describe_answers as describe_answers
 from .text import describe_convention as describe_convention
 from .text import describe_copies as describe_copies
 from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
 from .text import describe_options as describe_options
 from .text import describe_ownership as describe_ownership
-from .text import describe_recommendations as describe_recommendations
 from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick

@@ -17,16 +17,16 @@ from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.selection import (
+    Answers,
     Caution,
     Objection,
     PairLimits,
-    Recommendation,
     Selection,
     control_accuracies,
     equal_weights,
     probe_cautions,
     rank_pairs,
-    recommend,
+    single_answers,
 )
 from layerprobe.analyses.tables import (
     ANALYSES,
@@ -349,10 +349,10 @@ def _by_convention(folder: RunFolder) -> tuple[tuple[Objection, ...], tuple[Caut
     return (Objection("network does not denoise", value=math.exp(best.score), note=convention_name(best)),), ()
 
 
-def recommend_layers(run: str | Path, selection: Selection) -> list[Recommendation]:
-    """Recommends single layers of a run: for features, for an external encoder, and to leave out."""
+def answer_run(run: str | Path, selection: Selection) -> Answers:
+    """Answers single questions of a run: richest features, gain by training, separable classes, encoder, pruning."""
     folder = RunFolder(run)
-    return recommend(folder.quality(), folder.evidence(), selection)
+    return single_answers(folder.quality(), folder.evidence(), selection)
 
 
 def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ import pandas as pd
 from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.check import pick_findings
 from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.selection import Recommendation, Selection, probe_cautions
+from layerprobe.analyses.selection import Answers, Selection, probe_cautions
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
 from layerprobe.analyses.wording import (
     TRUST,
+    answer_lines,
     caution_texts,
     copy_sentences,
     decision_text,
     probe_caution_text,
-    recommendation_text,
     selection_headline,
     selection_reason,
 )
@@ -124,9 +124,9 @@ def describe_ownership(run: str | Path, selection: Selection) -> list[str]:
     ]
 
 
-def describe_recommendations(answers: Sequence[Recommendation]) -> list[str]:
-    """Returns recommendations of single layers as readable lines."""
-    return [f"{answer.purpose:<8} {recommendation_text(answer)}" for answer in answers]
+def describe_answers(answers: Answers) -> list[str]:
+    """Returns the single answers of a run as readable lines."""
+    return [f"{line.question:<20} {line.sentence}" for line in answer_lines(answers)]
 
 
 def selection_record(selection: Selection) -> dict[str, Any]:

@@ -1,3 +1,12 @@
+from .answers import NEGLIGIBLE as NEGLIGIBLE
+from .answers import Answers as Answers
+from .answers import Cell as Cell
+from .answers import ControlGain as ControlGain
+from .answers import EncoderDepth as EncoderDepth
+from .answers import Pruning as Pruning
+from .answers import RichestFeatures as RichestFeatures
+from .answers import Separable as Separable
+from .answers import single_answers as single_answers
 from .controls import MAJORITY as MAJORITY
 from .controls import control_accuracies as control_accuracies
 from .controls import probe_cautions as probe_cautions
@@ -7,9 +16,11 @@ from .pair_checks import Finding as Finding
 from .pair_checks import PairCheck as PairCheck
 from .pair_checks import PairFacts as PairFacts
 from .pair_checks import check_pair as check_pair
+from .pair_checks import check_pick as check_pick
 from .published import FEWEST_BLOCKS as FEWEST_BLOCKS
 from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair
+from .published import encoder_share as encoder_share
 from .published import nearest_published as nearest_published
 from .published import published_pairs as published_pairs
 from .ranking import RULE as RULE
@@ -18,8 +29,6 @@ from .ranking import rank_pairs as rank_pairs
 from .ranking import scores as scores
 from .ranking import standard_ranks as standard_ranks
 from .ranking import standardized as standardized
-from .recommendations import Recommendation as Recommendation
-from .recommendations import recommend as recommend
 from .records import Caution as Caution
 from .records import CautionCode as CautionCode
 from .records import LayerQuality as LayerQuality

@@ -1,4 +1,4 @@
-"""Sentences made from the records of selections, recommendations, decisions and verdicts."""
+"""Sentences made from the records of selections, single answers, decisions and verdicts."""
 
 import lazy_loader
 

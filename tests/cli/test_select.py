@@ -304,15 +304,14 @@ def test_the_checks_of_the_pick_are_told_with_their_codes(run: Path, cli: Cli) -
 def test_features_stand_beside_the_controls_and_are_not_recommended_where_they_mean_nothing(
     run: Path, cli: Cli
 ) -> None:
-    features = json.loads(cli("select", run, "--json")[1])["recommendations"][0]
-    quality = RunFolder(run).quality()
-    rows = quality[(quality["metric"] == "probe accuracy") & (quality["split"] == "validation")]
-    raw = rows[rows["source"] == "raw input"]["value"].max()
-    assert dict(features["controls"])["raw input"] == pytest.approx(raw)
-    assert dict(features["controls"])["majority class"] < 0.2
-    assert raw >= features["candidates"][0]["low"]
-    assert f"They are not surely above the control raw input {raw:.3f}" in cli("select", run)[1]
-    assert json.loads(cli("select", run, "--label-free", "--json")[1])["recommendations"][0]["controls"] == []
+    features = json.loads(cli("select", run, "--json")[1])["answers"]["features"]
+    over = features["over_control"]
+    assert over["control"] == "raw input"
+    assert over["gain"]["value"] == pytest.approx(over["cell"]["value"] - over["control_cell"]["value"])
+    assert over["gain"]["low"] < 0
+    assert "so not surely, above the raw input" in cli("select", run)[1]
+    free = json.loads(cli("select", run, "--label-free", "--json")[1])["answers"]
+    assert (free["features"]["over_control"], free["training"], free["separable"]) == (None, None, None)
     set_verdict(run, "unclear")
     code, out, _ = cli("select", run)
     assert (code, "so its features mean nothing" in out, "richest features" in out) == (0, True, False)
