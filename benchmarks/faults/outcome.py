@@ -130,6 +130,7 @@ def _work(arguments: Sequence[str], folder: Path, output: int, memory_bytes: int
         os.dup2(null, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory_bytes,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

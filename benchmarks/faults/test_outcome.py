@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 from outcome import Case, classify, run_case
 
 LINE = "layerprobe: x.npz is damaged; copy it again\n"
