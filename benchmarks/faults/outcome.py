@@ -20,6 +20,7 @@ time, memory and the size of a file, and no input.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import json
@@ -41,6 +42,7 @@ from pathlib import Path
 
 CODES = {0: "ok", 1: "failed", 2: "refused", 3: "missing", 130: "interrupted"}
 FAULTS = ("WRONG", "TRACEBACK", "HANG", "CRASH", "MEMORY", "MUTE", "NOISE", "LONG", "RAW")
+WRONG_CODE = 76  # of work that found something wrong by itself
 LIMIT_S = 20.0
 MEMORY_BYTES = 4 * 2**30  # on top of what the parent has
 _LONGEST = 1000
@@ -75,6 +77,7 @@ class Case:
         right: Kinds that are right.
         memory_bytes: Memory of the worker beyond the parent's.
         file_bytes: Largest file that the worker may write, as on a full disk; None for any.
+        work: Work in place of the command; its errors are told as those of a command are.
     """
 
     group: str
@@ -83,6 +86,7 @@ class Case:
     right: tuple[str, ...] = ("ok", "refused")
     memory_bytes: int = MEMORY_BYTES
     file_bytes: int | None = None
+    work: Callable[[Sequence[str]], object] | None = None
 
 
 def run_case(case: Case, *, limit_s: float = LIMIT_S) -> Outcome:
@@ -91,7 +95,9 @@ def run_case(case: Case, *, limit_s: float = LIMIT_S) -> Outcome:
     try:
         arguments = case.prepare(folder)
         limits = {resource.RLIMIT_FSIZE: case.file_bytes} if case.file_bytes is not None else {}
-        outcome = run_forked(arguments, folder, limit_s=limit_s, memory_bytes=case.memory_bytes, limits=limits)
+        outcome = run_forked(
+            arguments, folder, limit_s=limit_s, memory_bytes=case.memory_bytes, limits=limits, work=case.work
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if outcome.kind in FAULTS or outcome.kind in case.right:
@@ -106,13 +112,14 @@ def run_forked(
     limit_s: float = LIMIT_S,
     memory_bytes: int = MEMORY_BYTES,
     limits: dict[int, int] | None = None,
+    work: Callable[[Sequence[str]], object] | None = None,
 ) -> Outcome:
-    """Runs `layerprobe ARGUMENTS` in a fork with this working directory."""
+    """Runs `layerprobe ARGUMENTS`, or `work` in its place, in a fork with this working directory."""
     with tempfile.TemporaryFile() as output:
         began = time.monotonic()
         worker = os.fork()
         if worker == 0:
-            _work(arguments, folder, output.fileno(), memory_bytes, limits or {})
+            _work(arguments, folder, output.fileno(), memory_bytes, limits or {}, work)
         status = _wait(worker, began + limit_s)
         seconds = time.monotonic() - began
         output.seek(0)
@@ -120,7 +127,14 @@ def run_forked(
     return classify(status, text, seconds)
 
 
-def _work(arguments: Sequence[str], folder: Path, output: int, memory_bytes: int, limits: dict[int, int]) -> None:
+def _work(
+    arguments: Sequence[str],
+    folder: Path,
+    output: int,
+    memory_bytes: int,
+    limits: dict[int, int],
+    work: Callable[[Sequence[str]], object] | None,
+) -> None:
     """Never returns."""
     code = 99
     try:
@@ -140,6 +154,8 @@ def _work(arguments: Sequence[str], folder: Path, output: int, memory_bytes: int
         sys.argv = ["layerprobe", *arguments]
         from layerprobe.cli import main
 
+        if work is not None:
+            main.app = lambda **_: work(arguments)
         code = main.run()
     except BaseException:
         traceback.print_exc()
@@ -179,6 +195,8 @@ def _kind(code: int | None, output: str, lines: list[str]) -> str:
         return "HANG"
     if code < 0:
         return "CRASH"
+    if code == WRONG_CODE:
+        return "WRONG"
     if "Traceback (most recent call last)" in output and ("MemoryError" in lines[-1] or "bad_alloc" in lines[-1]):
         return "MEMORY"
     if "Traceback (most recent call last)" in output or code not in CODES:
@@ -204,7 +222,10 @@ def _is_control(character: str) -> bool:
 
 
 def warm_up() -> None:
-    """Imports what the commands import, once for all workers."""
+    """Imports what the commands import, once for all workers, with a cache of its own for prepared data."""
+    cache = tempfile.mkdtemp(prefix="cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ |= {"HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     import datasets  # noqa: F401
     import diffusers  # noqa: F401
     import pyarrow.parquet  # noqa: F401

@@ -216,7 +216,7 @@ def spoilt(folder: Path, kind: str) -> None:
         ("link", ValueError, "is a link out of the folder, which is not followed"),
         ("map", ValueError, "no map of weights to files beside it"),
         ("nan", ValueError, "holds values that are not finite in proj_out_2.bias"),
-        ("not JSON", ValueError, "config.json is damaged"),
+        ("not JSON", ValueError, "config.json is not valid JSON"),
     ],
 )
 def test_bad_folders_are_refused_in_one_line_and_nothing_runs(
