@@ -84,8 +84,10 @@ class DataSource:
 
     def absolute(self) -> DataSource:
         """Returns the same source with absolute paths, so that it can be read from any working directory."""
-        places = {name: getattr(self, name) for name in ("source", "vae", "data_root")}
-        return replace(self, **{name: absolute_source(place) for name, place in places.items() if place is not None})
+        fields = ("source", "vae", "data_root")
+        places = {name: place for name in fields if (place := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: absolute_source(place) for name, place in places.items()}
+        return replace(self, **changed)
 
     def load(self, *, expect_shape: tuple[int, ...] | None = None) -> Splits:
         """Reads the data set, without encoding it.

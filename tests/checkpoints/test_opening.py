@@ -505,7 +505,7 @@ def test_mdm_is_recognized_and_reads_the_settings_beside_it(tmp_path: Path) -> N
         "seqTransEncoder.layers.1": [10, 8],
     }
     (tmp_path / "args.json").write_text("{")
-    with pytest.raises(ValueError, match=r"args.json is not valid JSON .*; repair it or copy"):
+    with pytest.raises(ValueError, match=r"args.json is not valid JSON .*; repair or remove it"):
         open_checkpoint(tmp_path / "model000100.pt", shape=(6, 10))
 
 
