@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from layerprobe import configs
+
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the values of the file the defaults of this command.
@@ -27,7 +29,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise ValueError(
             f"{path} has the key {unknown_keys[0]!r}, which is not an option of {context.info_name}; use one of {keys}"
         )
-    defaults = {parameters[key]: value for key, value in values.items()}
+    defaults = {parameters[key]: _value(path, key, value) for key, value in values.items()}
     context.default_map = dict(context.default_map or {}) | defaults
     return path
 
@@ -35,23 +37,15 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}; pass a .toml or .yaml file")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            content = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())[:120]})") from error
-    elif path.suffix == ".toml":
-        import tomllib
-
-        try:
-            content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML ({error})") from error
-    else:
+    if path.suffix not in (".yaml", ".yml", ".toml"):
         raise ValueError(f"{path} is neither .toml nor .yaml; pass one of these")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain keys and values, as in `seed = 1`")
-    return content
+    return configs.read_config(path)
+
+
+def _value(path: Path, key: str, value: Any) -> Any:
+    """Returns a value as an option takes it; lists are of options that may be repeated, or numbers between commas."""
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, (str, int, float)) for part in parts):
+        kind = "a list of other things" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise ValueError(f"{path} has {kind} as {key}; write a number, a text, true or false, or a list of these")
+    return value

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import typer
 
-from layerprobe.files import DiskFull, MissingWeights, is_out_of_memory, one_line
+from layerprobe.cli.output import tell
+from layerprobe.files import MissingWeights, is_disk_full, is_out_of_memory, one_line, os_error_line
+from layerprobe.messages import MAX_MESSAGE, safe
 
 app = typer.Typer(
     name="layerprobe",
@@ -54,7 +59,8 @@ def main() -> None:
 def run() -> int:
     """Runs the command line and returns its exit code."""
     try:
-        app(auto_envvar_prefix="LAYERPROBE")
+        with _warnings_at_the_end():
+            app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 1
     except KeyboardInterrupt:
@@ -63,9 +69,9 @@ def run() -> int:
         return _fail(str(error), 3)
     except (ModuleNotFoundError, ImportError) as error:
         return _fail(f"{error}; install the missing package", 3)
-    except DiskFull as error:
-        return _fail(str(error), 1)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return _fail(os_error_line(error), 1 if is_disk_full(error) else 2)
+    except ValueError as error:
         return _fail(str(error), 2)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -74,10 +80,23 @@ def run() -> int:
     return 0
 
 
+@contextmanager
+def _warnings_at_the_end() -> Iterator[None]:
+    """Shows warnings of libraries in one line each, once a command has succeeded: an error says what matters itself."""
+    with warnings.catch_warnings(record=True) as found:
+        try:
+            yield
+        except SystemExit as finished:  # as typer ends every command
+            lines = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in found)
+            for line in () if finished.code else lines:
+                tell(f"warning: {' '.join(line.split())}")
+            raise
+
+
 def _fail(message: str, code: int) -> int:
     if "LAYERPROBE_DEBUG" in os.environ:
         import traceback
 
         traceback.print_exc()
-    print(f"layerprobe: {' '.join(message.split())}", file=sys.stderr)
+    print(f"layerprobe: {safe(' '.join(message.split()), MAX_MESSAGE)}", file=sys.stderr)
     return code

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.messages import MAX_MESSAGE, safe, safe_lines
 from layerprobe.progress import TaskProgress
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
     """Prints a result: the record as JSON, or lines for people."""
-    print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
+    print(json.dumps(record, indent=1) if as_json else safe_lines("\n".join(lines)))
 
 
 def tell(line: str) -> None:
     """Prints a line beside the results, before or while a command works."""
-    print(f"layerprobe: {line}", file=sys.stderr, flush=True)
+    print(f"layerprobe: {safe(line, MAX_MESSAGE)}", file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
+from layerprobe.messages import safe
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
 _INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
 
@@ -43,8 +46,8 @@ def import_optional(module: str, extra: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, up to 160 characters, or the name of its type if it is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """Returns the first line of an error's message, at most 160 safe characters; its type if there is no message."""
+    return safe((str(error).strip() or type(error).__name__).splitlines()[0])[:160]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,6 +58,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
+
+
+def os_error_line(error: OSError) -> str:
+    """Returns what the system refused as one line: the file, the reason and what to do; its own text if it has one."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    remedies = dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "make it accessible, or choose another folder as --out"
+    )
+    remedies |= dict.fromkeys(_FULL, "free some space and repeat the command")
+    remedy = remedies.get(error.errno, "check the path and its disk")
+    return f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
 
 
 class DiskFull(OSError):
@@ -111,7 +126,7 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             _sync(path.parent)
     except Exception as error:
-        if _is_disk_full(error, path.parent):
+        if is_disk_full(error) or shutil.disk_usage(path.parent).free < 64 * 1024:
             written = partial.stat().st_size if partial.is_file() else 0
             partial.unlink(missing_ok=True)
             raise _disk_full(path, f"more than {_megabytes(written)}") from error
@@ -139,7 +154,6 @@ def reserve(path: Path) -> None:
         raise _disk_full(path, _megabytes(size)) from error
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PARTIAL = re.compile(r".*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 
 
@@ -166,11 +180,10 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _is_disk_full(error: Exception, folder: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    # torch and safetensors raise errors of their own, without the number.
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < 64 * 1024
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written because its disk is full."""
+    full = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL)
+    return full or "No space left" in str(error)  # torch and safetensors raise errors of their own, without the number
 
 
 def _disk_full(path: Path, needed: str) -> DiskFull:

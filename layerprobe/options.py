@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -120,6 +121,22 @@ def option_fields(cls: type) -> tuple[OptionField, ...]:
             OptionField(field=field.name, name=name, type=_plain(hints[field.name]), default=field.default, **settings)
         )
     return tuple(options)
+
+
+def check_ranges(instance: Any) -> None:
+    """Checks the numbers of a dataclass instance against the ranges that its options declare; None passes.
+
+    Raises:
+        ValueError: If one is outside of its range or not finite; the message names the field.
+    """
+    for option in option_fields(type(instance)):
+        value = getattr(instance, option.field)
+        if value is None or (option.minimum is None and option.maximum is None):
+            continue
+        if option.minimum is not None and not option.minimum <= value < math.inf:  # NaN also fails this
+            raise ValueError(f"{option.field} must be at least {option.minimum}, got {value!r:.40}")
+        if option.maximum is not None and not value <= option.maximum:
+            raise ValueError(f"{option.field} must be at most {option.maximum}, got {value!r:.40}")
 
 
 def flags(cls: type, fields: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ from layerprobe.files import (
     is_out_of_memory,
     locked,
     one_line,
+    os_error_line,
     reserve,
     write_text,
 )
@@ -368,3 +369,12 @@ def test_memory_that_runs_out_is_told_from_other_failures() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_errors_of_the_system_name_the_file_and_a_remedy() -> None:
+    line = os_error_line(OSError(errno.EROFS, "Read-only file system", "out/plan.json"))
+    assert line == "out/plan.json: Read-only file system; make it accessible, or choose another folder as --out"
+    assert os_error_line(OSError(errno.ENOSPC, "No space left on device")).endswith(
+        "; free some space and repeat the command"
+    )
+    assert os_error_line(FileNotFoundError("there is no x; pass y")) == "there is no x; pass y"

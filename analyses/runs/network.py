@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-from layerprobe.options import NETWORK_PANEL, option
+from layerprobe.options import NETWORK_PANEL, check_ranges, option
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone, SiTConfig
@@ -34,13 +34,14 @@ class NewNetwork:
 
     preset: str | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
     patch_size: tuple[int, ...] | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
-    width: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=2))
-    depth: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1))
-    heads: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1))
+    width: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=2, maximum=2**16))
+    depth: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1, maximum=1000))
+    heads: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1, maximum=4096))
     path: str | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
     prediction: str | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.path not in (None, *PATHS):
             raise ValueError(f"unknown path {self.path!r}; use {', '.join(PATHS)}")
 

@@ -31,6 +31,7 @@ PRESET_PATCH_SIZES = (2, 4, 8)
 SMALL_PRESETS = {"tiny": (8, 64, 4, 64), "small": (8, 128, 4, 256)}
 MIN_TOKENS = 16
 FREQUENCIES = 256
+MAX_DEPTH, MAX_VALUES = 1000, 2**31  # beyond these a configuration is damaged, or would exhaust the memory
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class SiTConfig:
                     "all axes, or one edge per axis"
                 )
             object.__setattr__(self, "patch_size", edges[0] if len(set(edges)) == 1 else edges)
-        numbers = (*self.shape, *self.patch, self.hidden_size, self.depth, self.num_heads, self.num_classes + 1)
+        sizes = (*self.shape, *self.patch, self.hidden_size, self.depth, self.num_heads, self.num_classes)
+        if not all(type(size) is int for size in sizes) or not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"sizes must be whole numbers, and mlp_ratio above 0 and at most 64, got {self}")
+        numbers = (*sizes[:-1], self.num_classes + 1)
         if min(numbers) < 1:
             raise ValueError(
                 f"shape, patch, width, depth and heads must be at least 1, and classes at least 0, got {self}"
@@ -92,6 +96,12 @@ class SiTConfig:
             raise ValueError(
                 f"hidden size {self.hidden_size} is odd or too small for positions; pass an even one, at least 2 per "
                 "grid axis"
+            )
+        rows = max(math.prod(self.grid), self.num_classes, self.depth * self.hidden_size)
+        if self.depth > MAX_DEPTH or rows * self.hidden_size > MAX_VALUES:
+            raise ValueError(
+                f"a network of {math.prod(self.grid)} tokens, width {self.hidden_size}, depth {self.depth} and "
+                f"{self.num_classes} classes is larger than any that exists; check the sizes"
             )
 
     @classmethod

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 
 from layerprobe.backbones import DECISIVE
-from layerprobe.files import one_line
+from layerprobe.configs import read_config
 
 NAMES = ("args.json", "config.json", "hparams.yaml", "config.yaml")
 # Names of folders that training code makes for checkpoints alone, below the folder of the run.
@@ -64,23 +63,4 @@ def _value(text: str) -> Any:
 def _beside(folder: Path) -> dict[str, dict[str, Any]]:
     folders = [folder, folder.parent] if folder.name in _CHECKPOINT_FOLDERS else [folder]
     files = [file for place in folders for name in NAMES if (file := place / name).is_file()]
-    return {str(file): _read(file) for file in files}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    kind = "JSON" if file.suffix == ".json" else "YAML"
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if kind == "JSON" else yaml.load(text, _PlainLoader)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is not valid {kind} ({one_line(error)}); repair or remove it") from error
-    return (
-        {name: value for name, value in content.items() if isinstance(name, str)} if isinstance(content, dict) else {}
-    )
-
-
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Reads plain data, and None for the objects that training code writes by name."""
-
-
-_PlainLoader.add_multi_constructor("", lambda loader, tag, node: None)
+    return {str(file): read_config(file) for file in files}

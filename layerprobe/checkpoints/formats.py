@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from layerprobe.checkpoints.foreign import refuse_foreign_file, refuse_foreign_folder, refuse_other_order
 from layerprobe.checkpoints.torch_files import LazyTensor, mapped, read_distributed, read_stream, read_zip
 from layerprobe.checkpoints.unpickling import Refused, mapping, printable
+from layerprobe.configs import parse_config, read_config
 from layerprobe.files import MissingWeights, one_line
 
 METADATA_KEY = "layerprobe"
@@ -187,7 +187,7 @@ def _safetensors(file: Path) -> FileContent:
     tensors: Any = safe_open(file, framework="pt")  # Not closed: tensors are read from it later.
     header = tensors.metadata() or {}
     refuse_other_order(header)
-    record = json.loads(header.get(METADATA_KEY, "{}"))
+    record = parse_config(header.get(METADATA_KEY, "{}"), "JSON")
     if not isinstance(record, dict):
         raise Refused(f"has a damaged record ({printable(str(record)[:40])!r}); copy or download it again")
     tree = {
@@ -214,8 +214,7 @@ def _sharded(index: Path) -> FileContent:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    content = json.loads(index.read_text(encoding="utf-8"))
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_config(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise Refused(f"has an index, {printable(index.name)}, without a weight map; copy or download it again")
     return weight_map

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import absolute_source, refuse_memory
-from layerprobe.options import CHECKPOINT_PANEL, option, to_record
+from layerprobe.options import CHECKPOINT_PANEL, check_ranges, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -41,7 +41,7 @@ class CheckpointSource:
     path: str = field(metadata=option("checkpoint", is_argument=True))
     weights: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     family: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
-    num_heads: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    num_heads: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL, maximum=4096))
     model: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     subfolder: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     pipeline: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
@@ -51,8 +51,11 @@ class CheckpointSource:
     schedule: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
-    num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL, maximum=10**6))
     value_range: tuple[float, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def options(self) -> dict[str, Any]:
         """Returns the options that `open_checkpoint` takes."""

@@ -11,15 +11,18 @@ Source of the `.npz` format: openai/guided-diffusion, scripts/image_sample.py.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from layerprobe.data.contents import check_npy, load_npy_file
 from layerprobe.data.samples import Batch, Samples, pixels_to_float
 from layerprobe.files import one_line
 
@@ -90,15 +93,13 @@ def load_array(path: str | Path) -> ArraySamples:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; write it again")
     try:
-        array = _npz_array(path) if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
+        array = _npz_array(path) if path.suffix == ".npz" else load_npy_file(path, mmap=True)
     except KeyError:
         raise ValueError(f"{path} has no array {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is not a complete {path.suffix} of numbers ({one_line(error)}); write it again"
         ) from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} has the content of an .npz; rename it")
     content = f"{path} contains {array.dtype} of shape {array.shape}"
     if path.suffix == ".npz" and (array.dtype != np.uint8 or array.ndim != 4):
         raise ValueError(f"{content}; an .npz must contain images as uint8 (n, H, W, C)")
@@ -107,18 +108,22 @@ def load_array(path: str | Path) -> ArraySamples:
     return ArraySamples(array, source=str(path))
 
 
-def array_modality(path: Path) -> str:
+def array_modality(path: Path, folders: Sequence[Path]) -> str:
     """Returns the modality of a data set of arrays in files of their own, by the first of them: "image" or "motion".
 
     Motion has shape (frames, joints, 3), (frames, channels) or the like; an image is uint8, with 1, 3 or 4 channels
     as its first or last axis.
 
+    Args:
+        path: The first file.
+        folders: Folders that it may lie in.
+
     Raises:
         ValueError: If the array may be a latent or an image of other values.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+        array = load_npy_file(path, folders, mmap=True)
+    except (ValueError, OSError):
         return "motion"  # whose loader names what is wrong
     shape = array.shape[1:] if array.ndim == 4 and len(array) == 1 else array.shape
     if array.dtype == np.uint8 and len(shape) in (2, 3):
@@ -135,25 +140,28 @@ def array_modality(path: Path) -> str:
 def _npz_array(path: Path) -> NDArray[Any]:
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{_ARRAY}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                array: NDArray[Any] = arrays[_ARRAY]
-            return array
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = check_npy(cast("BinaryIO", file), member.file_size)
             header_bytes = file.tell()
-    if dtype.hasobject:
-        raise ValueError("it contains Python objects")
-    with path.open("rb") as file:
+            if member.compress_type != zipfile.ZIP_STORED:
+                _check_memory(path, member.file_size)
+                values = np.frombuffer(file.read(), dtype)
+                return values.reshape(shape, order="F" if fortran else "C")
+    with path.open("rb") as stored:
         # A local header has 30 bytes, followed by the name and an extra field, whose lengths it states.
-        file.seek(member.header_offset + 26)
-        lengths = np.frombuffer(file.read(4), "<u2")
+        stored.seek(member.header_offset + 26)
+        lengths = np.frombuffer(stored.read(4), "<u2")
     start = member.header_offset + 30 + int(lengths.sum()) + header_bytes
     if not all(shape):
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
+
+
+def _check_memory(path: Path, num_bytes: int) -> None:
+    """Checks that a compressed array, which cannot be read in place, fits into half of the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if num_bytes > memory / 2:
+        raise ValueError(f"it unpacks to {num_bytes / 2**30:.3g} GiB, too much for the memory; save it uncompressed")
 
 
 def _hash_and_range(array: NDArray[Any], source: str) -> tuple[str, tuple[float, float]]:

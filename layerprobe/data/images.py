@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.contents import npy_array, with_content
 from layerprobe.data.kind import DataKind
 from layerprobe.data.labels import further_columns, read_columns, read_labels, reading_of
 from layerprobe.data.listing import list_files
@@ -48,6 +50,7 @@ SUFFIXES = (".npy", ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
+MAX_PIXELS = 2**26  # a small file may claim more than memory holds
 
 
 def load_images(
@@ -55,6 +58,7 @@ def load_images(
     *,
     size: int | None = None,
     channels: int | None = None,
+    data_root: str | Path | None = None,
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -72,6 +76,7 @@ def load_images(
         size: Side of the square samples in pixels. The largest centered square is resized to it, bicubic with
             antialiasing. None keeps the size of the images.
         channels: Number of channels, 1 or 3; None keeps the channels of the images.
+        data_root: Folder that links and tables of the data may name files in, beside that of the data.
         split: Name of the only part to read; None for all parts.
         image_column: Column of the images; None finds it by type and name.
         label_column: Column of the class labels; None finds it as in `labels.label_column`.
@@ -93,12 +98,12 @@ def load_images(
         raise ValueError(f"--channels is {channels}; pass 1 (gray) or 3 (color)")
     if skip_bad < 0:
         raise ValueError(f"--skip-bad is {skip_bad}; pass 0 or more")
-    listing = list_files(source, SUFFIXES)
+    listing = list_files(source, SUFFIXES, data_root=data_root)
     parts = tables.read(listing, split=split)
     column = _image_column(parts, image_column)
     labels = read_labels(parts, label_column)
     columns = read_columns(parts, further_columns(probe_labels, labels.column))
-    images = {name: EncodedImages(rows, column, part=name) for name, rows in parts.items()}
+    images = {name: EncodedImages(rows, column, part=name, folders=listing.folders) for name, rows in parts.items()}
     headers = {name: part.headers(skip_bad=skip_bad) for name, part in images.items()}
     shape = _common_shape(images, headers, size, channels)
     reading = replace(
@@ -209,6 +214,7 @@ class EncodedImages:
         rows: Rows of the data set.
         column: Column of the images.
         part: Name of the part, for error messages.
+        folders: Folders that files of the images may lie in.
 
     Attributes:
         rows: Rows that are kept.
@@ -216,13 +222,13 @@ class EncodedImages:
         bad: Errors of the images that were left out, by name of the image.
     """
 
-    def __init__(self, rows: Dataset, column: str, *, part: str) -> None:
+    def __init__(self, rows: Dataset, column: str, *, part: str, folders: Sequence[Path]) -> None:
         from datasets import Image
 
         rows = rows.select_columns(column)
         is_image = isinstance(rows.features[column], Image)
         self.rows = rows.cast_column(column, Image(decode=False)) if is_image else rows
-        self.column, self.part = column, part
+        self.column, self.part, self._folders = column, part, folders
         self.row_numbers = torch.arange(len(self.rows))
         self.bad: dict[str, str] = {}
 
@@ -287,14 +293,14 @@ class EncodedImages:
     def _encoded(self, index: Sequence[int]) -> Iterator[bytes]:
         items = self.rows[index][self.column] if len(index) else []
         for row, item in zip(index, items, strict=True):
+            if isinstance(item, dict):
+                with self._errors(row):
+                    item = with_content(item, self._folders)
             encoded = item["bytes"] if isinstance(item, dict) else item
             if encoded is None:
-                if not isinstance(item, dict) or item.get("path") is None:
-                    raise ValueError(
-                        f"{self.name(row)} is empty in column {self.column!r}; remove it, or write all in one format"
-                    )
-                with self._errors(row):
-                    encoded = Path(item["path"]).read_bytes()
+                raise ValueError(
+                    f"{self.name(row)} is empty in column {self.column!r}; remove it, or write all in one format"
+                )
             yield encoded
 
     @contextmanager
@@ -313,11 +319,15 @@ def _open(encoded: bytes) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     if encoded.startswith(b"\x93NUMPY"):
-        return Image.fromarray(_pixels(np.load(io.BytesIO(encoded), allow_pickle=False)))
+        return Image.fromarray(_pixels(npy_array(encoded)))
     try:
-        image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # for example of its size, which is checked below
+            image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except UnidentifiedImageError:  # its message names an object in memory
         raise ValueError(f"it is not a {', '.join(_FORMATS)} image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:.3g}")
     if image.mode not in _MODE_CHANNELS:
         raise ValueError(f"its pixels are {image.mode}, not 8-bit gray or color")
     return image

@@ -34,10 +34,12 @@ class DataKind:
     telling: tuple[str, ...] = ()
     holds: Callable[[str, Any], bool] | None = None
 
-    def read(self, source: str | Path, *, split: str | None = None) -> dict[str, Dataset]:
+    def read(
+        self, source: str | Path, *, split: str | None = None, data_root: str | Path | None = None
+    ) -> dict[str, Dataset]:
         """Returns the rows of a data set by part, as the loader reads them.
 
         Raises:
             ValueError: If they cannot be read.
         """
-        return tables.read(list_files(source, self.suffixes), split=split)
+        return tables.read(list_files(source, self.suffixes, data_root=data_root), split=split)

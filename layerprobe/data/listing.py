@@ -21,12 +21,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from layerprobe.data import metadata
+from layerprobe.data.contents import check_file, check_whole_arrow, folders_of, read_text
+from layerprobe.files import one_line
 
 # Words for the parts of a data set.
 PART_OF = dict.fromkeys(("train", "training", "trainval"), "train")
@@ -62,6 +65,7 @@ class Listing:
         num_read: Number of files that are read.
         left: Number of files that are not read, by ending; "hidden" for hidden ones.
         empty_folders: Folders beside those of the classes or parts that hold no item.
+        folders: Folders that files of the data may lie in, see `folders_of`; empty for "hub".
     """
 
     source: str
@@ -74,9 +78,10 @@ class Listing:
     num_read: int = 0
     left: Mapping[str, int] = field(default_factory=dict)
     empty_folders: Sequence[str] = ()
+    folders: Sequence[Path] = ()
 
 
-def list_files(source: str | Path, suffixes: Collection[str]) -> Listing:
+def list_files(source: str | Path, suffixes: Collection[str], *, data_root: str | Path | None = None) -> Listing:
     """Lists the files of a data set.
 
     Args:
@@ -84,11 +89,22 @@ def list_files(source: str | Path, suffixes: Collection[str]) -> Listing:
             the Hugging Face Hub.
         suffixes: Endings of single files that are items, such as ".png". Arrays (".npy") beside other items are taken
             for features or labels of these, and left.
+        data_root: Folder that links and tables of the data may name files in, beside that of the data.
 
     Raises:
-        ValueError: If the source does not exist or holds no such files, or the part of a file is not clear.
+        ValueError: If the source does not exist or holds no such files, the part of a file is not clear, or a table is
+            no regular file below these folders.
     """
-    root = Path(source).expanduser().absolute()
+    listing = _list(source, suffixes, Path(source).expanduser().absolute())
+    if listing.form == "hub":
+        return listing
+    folders = folders_of(source, data_root)
+    for file in chain(*listing.parts.values()) if listing.form == "tables" else ():
+        check_file(file, folders)
+    return replace(listing, folders=folders)
+
+
+def _list(source: str | Path, suffixes: Collection[str], root: Path) -> Listing:
     if root.is_file():
         if root.suffix.lower() not in TABLES:
             raise ValueError(
@@ -179,11 +195,19 @@ def _listing(source: str | Path, form: str, tree: Tree, *, read: Collection[Path
 
 def _saved_files(root: Path) -> list[Path]:
     states = [root / "state.json", *root.glob("*/state.json")]
-    records = {state: json.loads(state.read_text(encoding="utf-8")) for state in states if state.is_file()}
-    rows = [
-        state.parent / file["filename"] for state, record in records.items() for file in record.get("_data_files", ())
-    ]
+    records = {state: _state(state) for state in states if state.is_file()}
+    rows = [state.parent / name for state, names in records.items() for name in names]
+    for file in rows:
+        check_whole_arrow(check_file(file, folders_of(root)))
     return [*rows, *records, *root.glob("dataset_dict.json"), *root.rglob("dataset_info.json")]
+
+
+def _state(path: Path) -> list[str]:
+    """Names of the files of rows that a `state.json` tells."""
+    try:
+        return [str(Path(file["filename"])) for file in json.loads(read_text(path))["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} names no files of rows ({one_line(error)}); copy the folder again") from error
 
 
 def _in_order(parts: Mapping[str, T]) -> dict[str, T]:
@@ -400,7 +424,9 @@ def _annotate(
     for text in files:
         if text.suffix != ".txt" or text.parent not in (part.folder, *part.folder.parents):
             continue
-        rows = [line.split() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if not text.is_file():  # a pipe
+            continue
+        rows = [line.split() for line in read_text(text, errors="replace").splitlines()]
         found = {items[row[0]]: row[1] for row in rows if len(row) > 1 and row[0] in items and row[1] in names}
         classes.update(found)
         read += [text] * bool(found)

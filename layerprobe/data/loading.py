@@ -13,6 +13,7 @@ import torch
 
 from layerprobe.data import images, tables
 from layerprobe.data.arrays import array_modality
+from layerprobe.data.contents import folders_of
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.kind import DataKind
 from layerprobe.data.latents.layouts import latent_format, load_latents
@@ -73,16 +74,19 @@ def load(
         _check_shape(embedded.train, expect_shape, source)
         return take(embedded, **counts)
     if latent_format(source) is not None:
+        data_root = options.pop("data_root", None)
         if surplus := _flags(options):
             raise ValueError(f"{source} holds latents, which are read as they are; leave out {' '.join(surplus)}")
-        latents = load_latents(source, scale=latent_scale, seed=seed)
+        latents = load_latents(source, scale=latent_scale, seed=seed, data_root=data_root)
         _check_shape(latents, expect_shape, source)
         if require_labels and latents.labels is None:
             raise ValueError(f"{source} has no labels; write them where the tool that encoded the latents does")
         return divide(prepare_parts({"train": latents}, min_per_class), **counts, seed=seed)
     if latent_scale is not None:
         raise ValueError(f"{source} holds no latents, so --latent-scale has no effect; leave it out, or pass --vae too")
-    modality = options.pop("modality", None) or guess_modality(source, split=options.get("split"))
+    modality = options.pop("modality", None) or guess_modality(
+        source, split=options.get("split"), data_root=options.get("data_root")
+    )
     loader = _kind(modality).load
     parameters = inspect.signature(loader).parameters
     if unknown := _flags([name for name in options if name not in parameters]):
@@ -106,16 +110,18 @@ KINDS: dict[str, DataKind] = {
 }
 
 
-def read_table(source: str | Path, modality: str, *, split: str | None = None) -> dict[str, Dataset]:
+def read_table(
+    source: str | Path, modality: str, *, split: str | None = None, data_root: str | Path | None = None
+) -> dict[str, Dataset]:
     """Returns the rows of a data set by part, as the loader of this modality reads them.
 
     Raises:
         ValueError: As `load` does.
     """
-    return _kind(modality).read(source, split=split)
+    return _kind(modality).read(source, split=split, data_root=data_root)
 
 
-def guess_modality(source: str | Path, *, split: str | None = None) -> str:
+def guess_modality(source: str | Path, *, split: str | None = None, data_root: str | Path | None = None) -> str:
     """Returns the modality of a data set by the endings of its files, or else by the names and types of its columns.
 
     If these do not determine it, the modality is "image".
@@ -127,8 +133,8 @@ def guess_modality(source: str | Path, *, split: str | None = None) -> str:
     files = walk(root).files if root.is_dir() else []
     endings = Counter(file.suffix.lower() for file in files)
     if not root.exists() or not (root.is_file() or endings.keys() & TABLES.keys()):
-        return _modality_of_files(source, files, endings)
-    features = next(iter(tables.read(list_files(source, ()), split=split).values())).features
+        return _modality_of_files(source, files, endings, folders_of(source, data_root))
+    features = next(iter(tables.read(list_files(source, (), data_root=data_root), split=split).values())).features
     for column, feature in features.items():
         for name, kind in KINDS.items():
             if kind.holds is not None and kind.holds(column, feature):
@@ -136,7 +142,9 @@ def guess_modality(source: str | Path, *, split: str | None = None) -> str:
     return "image"
 
 
-def _modality_of_files(source: str | Path, files: Sequence[Path], endings: Mapping[str, int]) -> str:
+def _modality_of_files(
+    source: str | Path, files: Sequence[Path], endings: Mapping[str, int], folders: Sequence[Path]
+) -> str:
     arrays = [file for file in files if file.suffix.lower() == ".npy"]
     counts = {
         name: sum(endings.get(ending, 0) for ending in kind.telling or kind.suffixes if ending != ".npy")
@@ -147,7 +155,7 @@ def _modality_of_files(source: str | Path, files: Sequence[Path], endings: Mappi
         content = " and ".join(f"{counts[name]} {name} file{'s' * (counts[name] != 1)}" for name in found)
         raise ValueError(f"{source} contains {content}; pass --modality {found[0]}, or another, to read these alone")
     if not found and arrays:
-        return array_modality(arrays[0])
+        return array_modality(arrays[0], folders)
     return next(iter(found), "image")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import absolute_source, refuse_memory
-from layerprobe.options import DATA_PANEL, option, to_record
+from layerprobe.options import DATA_PANEL, check_ranges, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.data.samples import Splits
@@ -26,6 +26,7 @@ class DataSource:
         size: Side in pixels to which images and video frames are resized, as squares.
         channels: Number of color channels: 1 (gray) or 3 (color).
         split: Only part of the data to read, such as train.
+        data_root: Folder that links and tables of the data may name files in, beside the folder of the data.
         image_column: Column of the images.
         modality: Kind of the data, if files and columns leave it open: image, audio, motion or video.
         column: Column of the audio, motion or video.
@@ -48,19 +49,20 @@ class DataSource:
     """
 
     source: str = field(metadata=option("data"))
-    size: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    size: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=2**14))
+    channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=3))
     split: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    data_root: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     image_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     modality: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     column: str | None = field(default=None, metadata=option(flag="--item-column", panel=DATA_PANEL))
-    length: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    stride: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    root_joint: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    rate: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    length: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**7))
+    stride: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
+    root_joint: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
+    rate: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
     form: str | None = field(default=None, metadata=option(flag="--audio-form", panel=DATA_PANEL))
-    mels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    hop: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
+    mels: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=4096))
+    hop: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
     skip_bad: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     vae: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     latent_scale: float | None = field(default=None, metadata=option(panel=DATA_PANEL))
@@ -71,6 +73,9 @@ class DataSource:
     num_validation: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     num_test: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
     def options(self) -> dict[str, Any]:
         """Returns the options that `layerprobe.data.load` takes, without those of the autoencoder."""
         options = to_record(self)
@@ -79,9 +84,10 @@ class DataSource:
 
     def absolute(self) -> DataSource:
         """Returns the same source with absolute paths, so that it can be read from any working directory."""
-        return replace(
-            self, source=absolute_source(self.source), vae=None if self.vae is None else absolute_source(self.vae)
-        )
+        fields = ("source", "vae", "data_root")
+        places = {name: place for name in fields if (place := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: absolute_source(place) for name, place in places.items()}
+        return replace(self, **changed)
 
     def load(self, *, expect_shape: tuple[int, ...] | None = None) -> Splits:
         """Reads the data set, without encoding it.

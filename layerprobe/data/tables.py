@@ -6,7 +6,9 @@ This module reads rows and class names only; encoded items stay encoded. A data 
 from __future__ import annotations
 
 import glob
+import io
 import logging
+import lzma
 import os
 import tarfile
 import zlib
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from layerprobe.data.contents import MAX_ITEM_BYTES, check_whole_arrow
 from layerprobe.data.listing import PART_OF, TABLES, Listing
 from layerprobe.data.metadata import read_metadata
 from layerprobe.files import one_line
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _PART_NUMBERS = {"train": 0, "validation": 1, "test": 2}
 _ID_STRIDE = 10**9
+_MOST_PADDING = 2**26  # zeros behind the end of an archive, in bytes
 # Columns of the items and of their class folders when items are single files.
 FILE, FOLDER = "file", "folder"
 
@@ -112,30 +116,51 @@ def _check_class_names(files: Sequence[Path]) -> None:
 
 
 def _check_whole(file: Path) -> None:
-    """Checks that a tar file has its end, and nothing behind it, because `datasets` stops there without a word.
+    """Checks that a file of rows has its end, and nothing behind it, because its reader may stop there without a word.
 
-    Compressed files end with a checksum, which their reader compares.
+    Raises:
+        ValueError: If it ends earlier, goes on behind its end, or is an archive with members that are no plain files.
     """
+    if file.suffix.lower() == ".arrow":
+        check_whole_arrow(file)
     if file.suffix.lower() != ".tar":
         return
     try:
-        with tarfile.open(file, "r:") as archive:
-            archive.getmembers()
+        with tarfile.open(file, "r:*") as archive:
+            _check_members(file, archive)
             end = archive.offset
-    except tarfile.ReadError as error:
-        if "unexpected end" not in str(error):
-            return  # compressed, or damaged in a way that its reader reports
-        end = file.stat().st_size
+            compressed = not isinstance(archive.fileobj, io.BufferedReader)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, OverflowError) as error:
+        raise ValueError(
+            f"{file} ends before the end of its archive, or is damaged ({one_line(error)}); copy or download it again"
+        ) from error
+    if compressed:  # It ends with a checksum, which its reader compares.
+        return
     with file.open("rb") as stream:
         stream.seek(end)
         blocks = iter(lambda: stream.read(2**20), b"")
         first = next(blocks, b"")
+        rest = file.stat().st_size - end
         if len(first) < tarfile.BLOCKSIZE:
             raise ValueError(f"{file} ends before the end of its archive; copy or download it again")
-        if any(map(any, (first, *blocks))):
+        if rest > _MOST_PADDING or any(map(any, (first, *blocks))):
             raise ValueError(
                 f"{file} goes on behind the end of its archive; if archives were joined, keep each as a file"
             )
+
+
+def _check_members(file: Path, archive: tarfile.TarFile) -> None:
+    names: set[str] = set()
+    for member in archive:
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{file} has {member.name}, which is a link, a device or sparse; pack the file itself")
+        if member.size > MAX_ITEM_BYTES:
+            raise ValueError(f"{file} has {member.name} of {member.size / 2**30:.3g} GiB; remove it")
+        if member.name in names:
+            raise ValueError(f"{file} has two files {member.name}; keep one of them")
+        names.add(member.name)
 
 
 def _class_names(file: Path) -> dict[str, list[str]]:
@@ -184,7 +209,7 @@ def _items(listing: Listing, parts: Mapping[str, Sequence[Path]]) -> dict[str, D
         found[FILE] = [{"bytes": None, "path": str(file)} for file in files]
         try:
             rows[name] = Dataset.from_dict(found)
-        except (ValueError, TypeError) as error:  # of pyarrow
+        except (ValueError, TypeError, OverflowError) as error:  # of pyarrow
             names = " and ".join(path.name for path in listing.metadata)
             raise ValueError(
                 f"{names} cannot be read ({one_line(error)}); write one type of value per column"

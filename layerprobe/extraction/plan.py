@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from layerprobe.options import option
+from layerprobe.options import check_ranges, option
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ExtractionPlan:
 
     layers: tuple[str, ...] = ()
     noise_levels: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.5, 0.7, 0.9), metadata=option())
-    draws: int = field(default=1, metadata=option(minimum=1))
-    pool_cells: int = field(default=1, metadata=option(minimum=1))
+    draws: int = field(default=1, metadata=option(minimum=1, maximum=10_000))
+    pool_cells: int = field(default=1, metadata=option(minimum=1, maximum=1024))
     condition: Literal["null", "label"] = field(
         default="null",
         metadata=option(
@@ -48,7 +48,7 @@ class ExtractionPlan:
     precision: Literal["float32", "bfloat16"] = field(default="float32", metadata=option())
     seed: int = 0
     shard_size: int = 512
-    token_samples: int = field(default=0, metadata=option(minimum=0))
+    token_samples: int = field(default=0, metadata=option(minimum=0, maximum=10**8))
     tokens_per_sample: int = 0
 
     def __post_init__(self) -> None:
@@ -62,12 +62,10 @@ class ExtractionPlan:
             )
         if not self.noise_levels or list(self.noise_levels) != sorted(set(self.noise_levels)):
             raise ValueError(f"noise levels must be distinct and ascending, got {list(self.noise_levels)}")
-        for name in ("draws", "pool_cells", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("token_samples", "tokens_per_sample"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_ranges(self)
+        for name, least in (("shard_size", 1), ("tokens_per_sample", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.tokens_per_sample and not self.token_samples:
             raise ValueError(
                 f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"

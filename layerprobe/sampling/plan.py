@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from layerprobe.options import option
+from layerprobe.options import check_ranges, option
 
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]
 Diffusion = Literal["sigma", "sbdm", "constant", "linear", "decreasing", "increasing-decreasing"]
@@ -40,7 +40,7 @@ class SamplingPlan:
     """
 
     solver: Solver = field(default="heun", metadata=option())
-    steps: int = field(default=25, metadata=option(minimum=1))
+    steps: int = field(default=25, metadata=option(minimum=1, maximum=10**6))
     guidance: float = field(default=1.0, metadata=option())
     seed: int = 0
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), metadata=option())
@@ -56,8 +56,7 @@ class SamplingPlan:
             if getattr(self, name) not in get_args(choices):
                 what = name.replace("_", " ")
                 raise ValueError(f"unknown {what} {getattr(self, name)!r}; use {_one_of(get_args(choices))}")
-        if self.steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {self.steps}")
+        check_ranges(self)
         if self.solver == "euler-maruyama" and self.steps < 2:
             raise ValueError("euler-maruyama takes at least 2 steps, the last one without noise; pass more steps")
         low, high = self.guidance_interval

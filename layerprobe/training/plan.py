@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
-from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, option
+from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, check_ranges, option
 
 TimeSampling = Literal["uniform", "logit-normal"]
 LossWeighting = Literal["none", "min-snr", "velocity", "likelihood"]
@@ -58,10 +58,10 @@ class TrainingPlan:
         ValueError: If a value is out of its range.
     """
 
-    steps: int = field(metadata=option(minimum=1))
-    batch_size: int = field(default=128, metadata=option(panel=OPTIMIZER_PANEL, minimum=1))
+    steps: int = field(metadata=option(minimum=1, maximum=10**9))
+    batch_size: int = field(default=128, metadata=option(panel=OPTIMIZER_PANEL, minimum=1, maximum=10**7))
     learning_rate: float = field(default=1e-4, metadata=option(panel=OPTIMIZER_PANEL))
-    warmup_steps: int = field(default=0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
+    warmup_steps: int = field(default=0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0, maximum=10**9))
     weight_decay: float = field(default=0.0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
     clip_norm: float = field(default=0.0, metadata=option(panel=OPTIMIZER_PANEL, minimum=0))
     ema_decay: float = field(default=0.9999, metadata=option(panel=OPTIMIZER_PANEL))
@@ -74,27 +74,23 @@ class TrainingPlan:
     checkpoint_every: int = field(default=500, metadata=option(panel=RUNNING_PANEL, minimum=1))
     log_every: int = field(default=50, metadata=option(panel=RUNNING_PANEL, minimum=1))
     sync: SyncOptions = field(default_factory=SyncOptions)
-    accumulate: int = field(default=1, metadata=option(panel=OPTIMIZER_PANEL, minimum=1))
+    accumulate: int = field(default=1, metadata=option(panel=OPTIMIZER_PANEL, minimum=1, maximum=10**6))
     time_sampling: TimeSampling = field(default="uniform", metadata=option(panel=LEARNING_PANEL))
     time_mean: float = field(default=0.0, metadata=option(panel=LEARNING_PANEL))
     time_std: float = field(default=1.0, metadata=option(panel=LEARNING_PANEL))
     loss_weighting: LossWeighting = field(default="none", metadata=option(panel=LEARNING_PANEL))
     snr_gamma: float = field(default=5.0, metadata=option(panel=LEARNING_PANEL))
     more_ema_decays: tuple[float, ...] = field(default=(), metadata=option(panel=OPTIMIZER_PANEL))
-    keep_last: int = field(default=1, metadata=option(panel=RUNNING_PANEL, minimum=1))
+    keep_last: int = field(default=1, metadata=option(panel=RUNNING_PANEL, minimum=1, maximum=10**6))
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "checkpoint_every", "log_every", "accumulate", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps:  # a plan without steps stands for the defaults
+            check_ranges(self)
         if not (self.steps >= 0 and self.learning_rate > 0 and 0 <= self.label_drop <= 1 and 0 <= self.ema_decay < 1):
             raise ValueError(
                 f"need steps >= 0, learning_rate > 0, label_drop in [0, 1], ema_decay in [0, 1); got {self.steps}, "
                 f"{self.learning_rate}, {self.label_drop}, {self.ema_decay}"
             )
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")
         if self.precision not in ("float32", "bfloat16"):

@@ -317,6 +317,12 @@ def test_heads_have_to_be_told_where_the_width_is_no_presets() -> None:
         ValueError, match=r"^no preset has width 32, so the number of heads is unknown; pass --num-heads$"
     ):
         config_from_state_dict(tensors)
+    for sizes in ({"depth": 10**9}, {"hidden_size": 10**12}, {"num_classes": 10**12}, {"shape": (1, 2**20, 2**20)}):
+        with pytest.raises(ValueError, match="is larger than any that exists; check the sizes"):
+            SiTConfig(**({"shape": (1, 8, 8), "num_heads": 2, "hidden_size": 32} | sizes))
+    for sizes in ({"depth": 2.0}, {"num_classes": True}, {"mlp_ratio": float("nan")}):
+        with pytest.raises(ValueError, match="sizes must be whole numbers, and mlp_ratio above 0 and at most 64"):
+            SiTConfig(**({"shape": (1, 8, 8), "num_heads": 2, "hidden_size": 32} | sizes))
     with pytest.raises(ValueError, match="hidden size 32 does not divide into 5 heads"):
         config_from_state_dict(tensors, num_heads=5)
     with pytest.raises(ValueError, match="must be at least 1"):

@@ -262,6 +262,15 @@ def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pyt
     assert json.loads(cli("train", "--config", file, "--steps", 7, "--dry-run", "--json")[1])["steps"] == 7
     (tmp_path / "bad.yaml").write_text("stepz: 5\n")
     assert "the key 'stepz', which is not an option of train" in refused("train", "--config", tmp_path / "bad.yaml")
+    for text, message in (
+        ("steps: {a: 1}\n", "has a dict as steps; write a number, a text, true or false, or a list of these"),
+        ("steps: [[1]]\n", "has a list of other things as steps"),
+        ("1: 2\n", "the key '1', which is not an option of train"),
+        ("steps: 1\nsteps: 2\n", "the key 'steps' occurs twice"),
+        ('"\\e[31mx": 1\n', r"the key '\x1b[31mx', which"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert message in refused("train", "--config", tmp_path / "bad.yaml")
 
 
 # Every option of `train` beside those that say where and how long, none at its default.

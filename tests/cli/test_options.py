@@ -25,7 +25,7 @@ from layerprobe.data.loading import load
 from layerprobe.data.sources import DataSource
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.layersync.options import SyncOptions
-from layerprobe.options import attribute_entries, flags, from_record, option, option_fields, to_record
+from layerprobe.options import attribute_entries, check_ranges, flags, from_record, option, option_fields, to_record
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.training.plan import TrainingPlan
 
@@ -258,3 +258,17 @@ def test_the_page_of_options_has_every_option_of_every_command() -> None:
             assert flag in described or flag in ("--help", "RUN"), (name, flag)
     assert described["--checkpoint-every"] == "Number of steps between checkpoints. |"
     assert ["| `--sync-noise-range`", "0,1"] in [row[:2] for row in rows]
+
+
+def test_ranges_of_options_hold_in_python_too() -> None:
+    from layerprobe.extraction import ExtractionPlan
+    from layerprobe.training import TrainingPlan
+
+    check_ranges(ExtractionPlan(draws=10_000))
+    with pytest.raises(ValueError, match="draws must be at most 10000, got 1000000000"):
+        ExtractionPlan(draws=10**9)
+    with pytest.raises(ValueError, match="size must be at most 16384, got 10000000"):
+        DataSource("digits", size=10**7)
+    for decay in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="weight_decay must be at least 0, got"):
+            TrainingPlan(steps=1, weight_decay=decay)

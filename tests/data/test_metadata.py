@@ -25,6 +25,11 @@ def test_cells_of_both_formats(tmp_path: Path) -> None:
         ("metadata.csv", "file_name,label\n0.png,1,2\n", "has a row without file_name or with too many cells; fix it"),
         ("metadata.csv", "path,label\n0.png,1\n", "has a row without file_name"),
         ("metadata.csv", "file_name,label\n9.png,1\n", "names 9.png, which does not exist; fix or remove that row"),
+        ("metadata.csv", f"file_name,label\n0.png,{'x' * 200000}\n", "is not a table of commas and quotes .*; fix it"),
+        ("metadata.csv", 'file_name,label\n0.png,"1\n', "is not a table of commas and quotes"),
+        ("metadata.csv", "file_name,label\n0.png,1\n0.png,2\n", "tells label of 0.png twice, with different values"),
+        ("metadata.jsonl", '{"file_name": 3}\n', "has a row without file_name"),
+        ("metadata.jsonl", "[" * 100000, "line 1 of .*metadata.jsonl is not a JSON object"),
         ("metadata.jsonl", '{"file_name": "0.png"}\n[1\n', "line 2 of .*metadata.jsonl is not a JSON object"),
     ],
 )

@@ -269,7 +269,9 @@ def test_tar_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         last = archive.getmembers()[-1].offset
     for size in (len(whole) // 2, len(whole) // 2 + 200, last, last + 300, last + 513):
         (tmp_path / "cut.tar").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut\.tar ends before the end of its archive; copy or download it again"):
+        with pytest.raises(
+            ValueError, match=r"cut\.tar ends before the end of its archive.*; copy or download it again"
+        ):
             load_images(tmp_path / "cut.tar")
     (tmp_path / "joined.tar").write_bytes(whole + whole)
     with pytest.raises(ValueError, match=r"joined\.tar goes on behind the end of its archive; if archives were joined"):

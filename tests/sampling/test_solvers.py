@@ -453,7 +453,7 @@ def test_labels_that_do_not_match_are_refused(
             "unknown diffusion 'none'; use sigma, sbdm, constant, linear, decreasing or increasing-",
         ),
         ({"last_step": "euler"}, "unknown last step 'euler'; use mean or tweedie"),
-        ({"steps": 0}, "sampling takes at least 1 step, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"solver": "euler-maruyama", "steps": 1}, "euler-maruyama takes at least 2 steps, the last one without noise"),
         ({"guidance_interval": (0.7, 0.3)}, "guidance interval needs 0 <= low <= high <= 1 .*, got 0.7 and 0.3"),
         ({"guidance_interval": (0.0, 80.0)}, "guidance interval needs .* got 0 and 80"),

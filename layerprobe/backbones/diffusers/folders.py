@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerprobe.configs import check_numbers, read_config
 from layerprobe.files import MissingWeights, import_optional, one_line
 
 REMOTE = "hf://"
@@ -182,11 +182,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the file is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        content = read_config(path)
+    except OSError as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (not a dictionary); copy or download it again")
+    check_numbers(content, path)
     return content
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.backbones.diffusers.folders import read_json
+from layerprobe.configs import parse_config
 
 _METADATA, _CONFIG = "lora_adapter_metadata", "adapter_config.json"
 # Settings of peft that are read here, and those that do not change what the matrices mean. Any other is refused if set.
@@ -93,7 +93,7 @@ def _said(file: Path, header: Mapping[str, str], names: Iterable[str], component
             raise AdapterRefused(f"has no {_CONFIG} beside it; put it there")
         return _configured(read_json(file.parent / _CONFIG), _CONFIG)
     if _METADATA in header:
-        content = json.loads(header[_METADATA])
+        content = parse_config(header[_METADATA], "JSON")
         prefix = "" if "lora_alpha" in content else f"{component}."
         own = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
         if own:

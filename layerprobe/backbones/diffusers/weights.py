@@ -22,8 +22,27 @@ _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of the de
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
 
 
+# Largest numbers in a configuration, by words in their keys: each layer is built, and positions fill tables.
+_MOST = {("layers", "depth", "blocks"): 1000, ("sample_", "max_size"): 2048}
+_MOST_OTHERWISE = 2**24
+
+
 class SingleFileRefused(ValueError):
     """A single file cannot be opened; the message gives the reason and what to do, without the file as its subject."""
+
+
+def _check_sizes(folder: ModelFolder) -> None:
+    """Checks that a denoiser of this configuration can be built: diffusers would build any."""
+    for key, value in folder.config.items():
+        most = next((most for words, most in _MOST.items() if any(word in key for word in words)), _MOST_OTHERWISE)
+        if key == "sample_size" and "1D" in str(folder.config.get("_class_name")):
+            most = _MOST_OTHERWISE  # sound, without a table of positions
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(
+                    f"{folder.model / 'config.json'} has {key} = {str(value)[:40]}, more than {most}; repair it or "
+                    "copy it again"
+                )
 
 
 def load_denoiser(folder: ModelFolder) -> nn.Module:
@@ -34,6 +53,7 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
         ValueError: If the class is unknown, or the weights are damaged, quantized, not finite or of another model.
     """
     model_class = _model_class(folder)
+    _check_sizes(folder)
     options = weight_files(folder.model)
     _refuse_quantized(folder.model)
     try:
@@ -75,6 +95,7 @@ def convert_denoiser(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> tupl
             quantized or not finite.
     """
     model_class = _model_class(folder)
+    _check_sizes(folder)
     title = model_class.__name__
     with quiet_libraries():
         try:

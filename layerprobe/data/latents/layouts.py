@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from layerprobe.data.contents import check_file, folders_of, read_text
 from layerprobe.data.latents.samples import (
     SD_SCALE,
     FileRows,
@@ -40,8 +41,10 @@ from layerprobe.data.latents.samples import (
 from layerprobe.data.listing import count_left, walk
 from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Samples
+from layerprobe.files import one_line
 
 _STATS = "latents_stats.pt"
+MAX_LABEL = 10**6  # a table of classes has a row for each
 
 
 def latent_format(source: str | Path) -> Format | None:
@@ -56,7 +59,9 @@ def latent_format(source: str | Path) -> Format | None:
     return "vae-sd" if _moments_folder(folder) else None
 
 
-def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 0) -> Samples:
+def load_latents(
+    source: str | Path, *, scale: float | None = None, seed: int = 0, data_root: str | Path | None = None
+) -> Samples:
     """Loads the latents in a folder; the id of a sample is its row, with files and shards sorted as strings.
 
     Args:
@@ -65,6 +70,7 @@ def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 
         scale: Factor of z, applied after the normalization if there is one; None for the default in the table above.
             With a factor, `lightningdit` latents without statistics are read without normalization.
         seed: Seed of the draws from the posterior.
+        data_root: Folder that links of the data may lead to, beside that of the data.
 
     Raises:
         ValueError: If files are missing, damaged or inconsistent.
@@ -73,11 +79,12 @@ def load_latents(source: str | Path, *, scale: float | None = None, seed: int = 
     if kind is None:
         raise ValueError(f"{source} contains no latents; pass a folder as REPA, LightningDiT or fast-DiT write them")
     check_scale(scale)
+    folders = folders_of(folder, data_root)
     if kind == "vae-sd":
-        return _load_moments(_moments_folder(folder) or folder, SD_SCALE if scale is None else scale, seed)
+        return _load_moments(_moments_folder(folder) or folder, SD_SCALE if scale is None else scale, seed, folders)
     if kind == "lightningdit":
-        return _load_shards(folder, scale)
-    return _load_pairs(folder, 1.0 if scale is None else scale)
+        return _load_shards(folder, scale, folders)
+    return _load_pairs(folder, 1.0 if scale is None else scale, folders)
 
 
 def _moments_folder(folder: Path) -> Path | None:
@@ -92,14 +99,14 @@ def _feature_folders(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*features")) if next(path.glob("*.npy"), None)]
 
 
-def _load_moments(folder: Path, scale: float, seed: int) -> Samples:
+def _load_moments(folder: Path, scale: float, seed: int, folders: Sequence[Path]) -> Samples:
     # Sorted as strings like in the official loader: `Path` would sort "a/b" before "a-b".
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy"))
     if not names:
         raise ValueError(f"{folder} contains no .npy file; pass the folder of the latents")
     labels = _dataset_labels(folder / "dataset.json", names)
     paths = [folder / name for name in names]
-    rows = FileRows(paths)
+    rows = FileRows(paths, folders)
     return LatentSamples(
         rows,
         content=files_hash(paths, folder),
@@ -128,10 +135,12 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
     if not path.is_file():
         raise ValueError(f'the labels file {path} is missing; copy it, or write {{"labels": null}} for unlabeled data')
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        entries = json.loads(read_text(path))["labels"]
         table = None if entries is None else {str(name): label for name, label in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} contains no labels of the form [file, label]; write it again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} contains no labels of the form [file, label] ({one_line(error)}); write it again"
+        ) from error
     if table is None:
         return None
     if len(table) < len(entries):
@@ -139,7 +148,7 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
         raise ValueError(
             f"{path} names {len(entries) - len(table)} files twice (first: {twice}); keep one entry of each"
         )
-    missing = [name for name in names if not isinstance(table.get(name), int)]
+    missing = [name for name in names if type(table.get(name)) is not int]
     if missing:
         raise ValueError(
             f"{path} has no class for {len(missing)} of {len(names)} files (first: {missing[0]}); add them"
@@ -150,17 +159,22 @@ def _dataset_labels(path: Path, names: Sequence[str]) -> Tensor | None:
             f"{len(absent)} of the {len(table)} files that {path} names are not there (first: {absent[0]}); copy them, "
             "or remove their entries"
         )
+    beyond = next((name for name in names if abs(table[name]) > MAX_LABEL), None)
+    if beyond is not None:
+        raise ValueError(f"{path} has label {table[beyond]} for {beyond}; labels count from 0, to at most {MAX_LABEL}")
     return torch.tensor([table[name] for name in names])
 
 
-def _load_shards(folder: Path, scale: float | None) -> Samples:
+def _load_shards(folder: Path, scale: float | None, folders: Sequence[Path]) -> Samples:
     paths = sorted(folder.glob("*.safetensors"), key=str)
     _check_numbers(folder, [path.name for path in paths])
+    for path in paths:
+        check_file(path, folders)
     rows, stats = ShardRows(paths), folder / _STATS
     labels = []
     for path, count in zip(paths, rows.counts, strict=True):
         with open_shard(path) as file:
-            labels.append(file.get_tensor("labels").long().flatten())
+            labels.append(_whole_labels(path, file.get_tensor("labels")))
         if len(labels[-1]) != count:
             raise ValueError(f"{path} has {count} latents but {len(labels[-1])} labels; encode its images again")
     if scale is None and not stats.is_file():
@@ -168,7 +182,9 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
             f"{stats} is missing, so the latents cannot be normalized; copy it from the training data of the model, or "
             "pass --latent-scale for a model trained without it"
         )
-    mean, deviation = _read_stats(stats, rows.shape[0]) if stats.is_file() else (torch.zeros(()), torch.ones(()))
+    mean, deviation = (
+        _read_stats(stats, rows.shape[0], folders) if stats.is_file() else (torch.zeros(()), torch.ones(()))
+    )
     every_label = torch.cat(labels)
     return LatentSamples(
         rows,
@@ -178,6 +194,17 @@ def _load_shards(folder: Path, scale: float | None) -> Samples:
         scale=(1.0 if scale is None else scale) / deviation,
         reading=_reading(folder, rows, every_label, [*paths, *folder.glob(_STATS)]),
     )
+
+
+def _whole_labels(path: Path, labels: Tensor) -> Tensor:
+    """Labels of a shard, shape (n,), int64."""
+    if labels.ndim != 1 and labels.shape[1:].numel() != 1:
+        raise ValueError(f"{path} has labels of shape {tuple(labels.shape)}; pass one class per latent")
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):  # NaN also fails this
+        raise ValueError(f"{path} has labels that are no whole numbers; pass one class per latent")
+    if labels.numel() and int(labels.max()) > MAX_LABEL:
+        raise ValueError(f"{path} has label {int(labels.max())}; labels count from 0, to at most {MAX_LABEL}")
+    return labels.long().flatten()
 
 
 def _check_numbers(folder: Path, names: Sequence[str]) -> None:
@@ -193,10 +220,10 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
             )
 
 
-def _read_stats(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+def _read_stats(path: Path, channels: int, folders: Sequence[Path]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, shape (C, 1, 1)."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(check_file(path, folders), map_location="cpu", weights_only=True)
         mean, deviation = (content[key].float().view(channels, 1, 1) for key in ("mean", "std"))
     except Exception as error:  # a damaged file can raise any exception
         raise ValueError(f"{path} contains no mean and std of {channels} channels; copy it again") from error
@@ -205,7 +232,7 @@ def _read_stats(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     return mean, deviation
 
 
-def _load_pairs(folder: Path, scale: float) -> Samples:
+def _load_pairs(folder: Path, scale: float, folders: Sequence[Path]) -> Samples:
     features, *others = _feature_folders(folder)
     if others:
         raise ValueError(f"{folder} contains both {features.name} and {others[0].name}; move one of them elsewhere")
@@ -221,8 +248,8 @@ def _load_pairs(folder: Path, scale: float) -> Samples:
             "copy it"
         )
     paths = [features / name for name in names]
-    rows = FileRows(paths)
-    classes = torch.tensor([_one_label(labels / name) for name in names])
+    rows = FileRows(paths, folders)
+    classes = torch.tensor([_one_label(labels / name, folders) for name in names])
     return LatentSamples(
         rows,
         content=files_hash(paths, folder),
@@ -233,8 +260,8 @@ def _load_pairs(folder: Path, scale: float) -> Samples:
     )
 
 
-def _one_label(path: Path) -> int:
-    array = load_npy(path)
-    if array.size != 1 or not float(array.item()).is_integer():
+def _one_label(path: Path, folders: Sequence[Path]) -> int:
+    array = load_npy(path, folders)
+    if array.size != 1 or not float(array.item()).is_integer() or abs(array.item()) > MAX_LABEL:
         raise ValueError(f"{path} contains {array.size} numbers of type {array.dtype}, not one class; encode it again")
     return int(array.item())

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from layerprobe.data.contents import load_npy_file
 from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
+from layerprobe.files import one_line
 from layerprobe.noise import RandomStream
 
 Format = Literal["vae-sd", "lightningdit", "fast-dit"]
@@ -125,8 +127,8 @@ class Rows(ABC):
 class FileRows(Rows):
     """Rows in one .npy file each, with or without a leading axis of length 1."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[Path], folders: Sequence[Path]) -> None:
+        self._paths, self._folders = paths, folders
         self.shape = self._load(0).shape
         # Only files of another size are opened here, because opening a million files would take minutes.
         sizes = [path.stat().st_size for path in paths]
@@ -144,7 +146,7 @@ class FileRows(Rows):
         return str(self._paths[row])
 
     def _load(self, row: int) -> NDArray[Any]:
-        array = load_npy(self._paths[row])
+        array = load_npy(self._paths[row], self._folders)
         array = array[0] if array.ndim == 4 and len(array) == 1 else array
         expected = getattr(self, "shape", array.shape)
         if array.shape != expected or array.ndim != 3:
@@ -167,7 +169,10 @@ class ShardRows(Rows):
         shapes = []
         for path in paths:
             with open_shard(path) as file:
-                shapes.append(tuple(file.get_slice("latents").get_shape()))
+                latents = file.get_slice("latents")
+                shapes.append(tuple(latents.get_shape()))
+                if latents.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{path} has latents of type {latents.get_dtype()}; pass floating point ones")
         self.shape = shapes[0][1:]
         for path, shape in zip(paths, shapes, strict=True):
             if len(shape) != 4 or shape[1:] != self.shape:
@@ -177,6 +182,8 @@ class ShardRows(Rows):
                 )
         self.counts = [shape[0] for shape in shapes]
         self._ends = np.cumsum(self.counts)
+        if not self._ends[-1]:
+            raise ValueError(f"{paths[0]} contains no latents; pass a folder with some")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -221,20 +228,27 @@ class ArrayRows(Rows):
         return f"latent {row} of {self._path}"
 
 
-def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
+def load_npy(path: Path, folders: Sequence[Path] | None = None, *, mmap: bool = False) -> NDArray[Any]:
     """Loads a .npy file of numbers.
+
+    Args:
+        path: The file.
+        folders: Folders that it may lie in; its own if not given.
+        mmap: Whether to leave the values on disk.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged or contains anything else.
     """
     try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        array = load_npy_file(path, folders, mmap=mmap)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete .npy file of numbers; encode it again") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a complete .npy file of numbers ({one_line(error)}); encode it again"
+        ) from error
+    if array.dtype.kind not in "fiu":
         raise ValueError(f"{path} contains no array of numbers; encode it again")
     return array
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.configs import check_numbers, read_config
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
 from layerprobe.files import MissingWeights, claim, locked, one_line, reserve, write_text
@@ -153,9 +154,10 @@ def _vae_folder(source: str | Path) -> Path:
 def _vae_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = read_config(path)
+        check_numbers(config, path)
         kind = config["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is not a configuration of a diffusers model; copy it again") from error
     if kind != "AutoencoderKL":
         raise ValueError(

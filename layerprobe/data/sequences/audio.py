@@ -10,7 +10,9 @@ short-time Fourier transform".
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.contents import with_content
 from layerprobe.data.kind import DataKind
 from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples
-from layerprobe.data.sequences.items import Decoder, file_bytes, load_media, read_items, undecoded
+from layerprobe.data.sequences.items import MAX_VALUES, Decoder, file_bytes, load_media, read_items, undecoded
+from layerprobe.data.sequences.whole import check_end
 from layerprobe.files import import_optional
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COLUMNS = ("audio", "sound", "wav", "file")
 # Lower bound of amplitudes for the logarithm, below the 16-bit quantization in every band.
 FLOOR = 1e-5
+MAX_RATE = 1_000_000  # resampling from one rate to another takes a filter of this length
 
 AudioForm = Literal["log-mel", "waveform"]
 
@@ -120,6 +125,7 @@ def load_audio(
     mels: int = 32,
     hop: int | None = None,
     length: int | None = None,
+    data_root: str | Path | None = None,
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
@@ -136,6 +142,7 @@ def load_audio(
         mels: Number of mel bands.
         hop: Hop in samples between columns or frames; None for 16 ms.
         length: Number of columns or frames of a sample; None for the longest recording.
+        data_root: Folder that links and tables of the data may name files in, beside that of the data.
         split: Name of the only part to read; None for all parts.
         column: Column of the audio; None finds it by name and type.
         label_column: Column of the class labels; None finds it as in `labels.label_column`.
@@ -150,11 +157,11 @@ def load_audio(
         ModuleNotFoundError: If soundfile is not installed.
     """
     import_optional("soundfile", "audio")
-    listing = list_files(source, SUFFIXES)
+    listing = list_files(source, SUFFIXES, data_root=data_root)
     parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="audio", fits=tables.holds_bytes)
     if rate is None:
-        rate = _common_rate(parts, item_column)
+        rate = _common_rate(parts, item_column, listing.folders)
     decoder = AudioDecoder(rate, form, mels, hop or max(round(0.016 * rate), 1))
     return load_media(
         listing,
@@ -170,11 +177,28 @@ def load_audio(
 
 def read_audio(item: Any) -> tuple[NDArray[np.float32], int]:
     """Decodes a recording to one channel in [-1, 1], shape (samples,), and its sampling rate in Hz."""
-    soundfile = import_optional("soundfile", "audio")
-    wave, rate = soundfile.read(file_bytes(item), dtype="float32", always_2d=True)
+    content = file_bytes(item)
+    check_end(content.getvalue())
+    with _opened(content) as file:
+        rate = file.samplerate
+        if not 1 <= rate <= MAX_RATE:
+            raise ValueError(f"it has {rate} samples per second, more than {MAX_RATE}")
+        if file.frames * file.channels > MAX_VALUES:
+            raise ValueError(f"it has {file.frames} samples of {file.channels} channels, more than {MAX_VALUES:.3g}")
+        wave = file.read(dtype="float32", always_2d=True)
+        if len(wave) < file.frames:
+            raise ValueError(f"it has {len(wave)} of the {file.frames} samples that it declares: it is cut")
     if not len(wave):
         raise ValueError("it has length 0")
     return np.ascontiguousarray(wave.mean(1)), int(rate)
+
+
+def _opened(content: io.BytesIO) -> Any:
+    soundfile = import_optional("soundfile", "audio")
+    try:
+        return soundfile.SoundFile(content)
+    except soundfile.LibsndfileError as error:  # its message names an object in memory
+        raise ValueError(f"it is no recording that libsndfile reads ({error.error_string.strip()})") from None
 
 
 def write_wav(path: str | Path, wave: Tensor, rate: int) -> None:
@@ -215,13 +239,15 @@ def mel_filters(rate: int, window: int, mels: int) -> Tensor:
     return (triangles / triangles.sum(1, keepdim=True)).float()
 
 
-def _common_rate(parts: dict[str, Any], column: str) -> int:
+def _common_rate(parts: dict[str, Any], column: str, folders: Sequence[Path]) -> int:
     soundfile = import_optional("soundfile", "audio")
     rates: dict[int, str] = {}
     for name, rows in parts.items():
         for row, item in read_items(undecoded(rows.select_columns(column), column), column):
             try:
-                rates.setdefault(int(soundfile.info(file_bytes(item)).samplerate), f"item {row} of {name}")
+                content = file_bytes(with_content(item, folders))
+                check_end(content.getvalue())
+                rates.setdefault(int(soundfile.info(content).samplerate), f"item {row} of {name}")
             except Exception:
                 continue  # reported when the item is decoded
     if not rates:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+MAX_POSITIONS = 2**24
 
 
 def bvh_positions(text: str) -> Floats:
@@ -26,10 +27,12 @@ def bvh_positions(text: str) -> Floats:
     motion = words[split + 1 :]
     if len(motion) < 5 or motion[0] != "Frames:" or motion[2:4] != ["Frame", "Time:"]:
         raise ValueError("its MOTION does not begin with Frames and Frame Time")
-    num_frames, num_values = int(motion[1]), sum(len(joint.channels) for joint in joints)
+    num_frames, num_values = _number(motion[1]), sum(len(joint.channels) for joint in joints)
     values = np.array(motion[5:], np.float64)
     if num_frames < 1 or values.size != num_frames * num_values:
         raise ValueError(f"it declares {num_frames} frames of {num_values} values but contains {values.size} values")
+    if num_frames * len(joints) > MAX_POSITIONS:  # joints without channels take no values of the file
+        raise ValueError(f"it has {num_frames} frames of {len(joints)} joints, more than {MAX_POSITIONS} in all")
     return _forward_kinematics(joints, values.reshape(num_frames, num_values))
 
 
@@ -46,6 +49,8 @@ def _skeleton(words: list[str]) -> list[_Joint]:
     position = 0
     while position < len(words):
         word = words[position]
+        if (word == "OFFSET" and not open_joints) or (word == "CHANNELS" and open_joints[-1:] in ([], [-1])):
+            raise ValueError(f"its HIERARCHY contains {word} outside of a joint")
         if word in ("ROOT", "JOINT", "End"):
             if word == "End":
                 open_joints.append(-1)
@@ -59,7 +64,7 @@ def _skeleton(words: list[str]) -> list[_Joint]:
                 joints[open_joints[-1]] = _Joint(old.parent, np.array(words[position + 1 : position + 4], float), ())
             position += 4
         elif word == "CHANNELS":
-            count = int(words[position + 1])
+            count = _number(words[position + 1])
             old = joints[open_joints[-1]]
             names = tuple(words[position + 2 : position + 2 + count])
             unknown = [name for name in names if name[1:] not in ("position", "rotation") or name[0] not in "XYZ"]
@@ -77,6 +82,12 @@ def _skeleton(words: list[str]) -> list[_Joint]:
     if open_joints or not joints:
         raise ValueError("the braces of its HIERARCHY do not match")
     return joints
+
+
+def _number(word: str) -> int:
+    if not (word.isdecimal() and len(word) < 10):
+        raise ValueError(f"it has {word[:20]!r} in place of a number")
+    return int(word)
 
 
 def _forward_kinematics(joints: list[_Joint], values: Floats) -> Floats:

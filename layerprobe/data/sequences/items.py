@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.contents import with_content
 from layerprobe.data.labels import (
     further_columns,
     holds_lists,
@@ -43,6 +44,9 @@ from layerprobe.files import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+MAX_VALUES = 2**29  # of one item: 2 GiB in float32
 
 
 class Decoder(ABC):
@@ -164,6 +168,7 @@ class Items:
         part: Name of the part, for error messages.
         budget_bytes: Memory budget for decoded items.
         skip_bad: Maximum number of unreadable items, which are left out.
+        folders: Folders that files of the items may lie in.
 
     Attributes:
         shapes: Shape (C, *grid) of each readable item, shape (n, 1 + axes).
@@ -178,9 +183,17 @@ class Items:
     """
 
     def __init__(
-        self, rows: Dataset, column: str, decoder: Decoder, *, part: str, budget_bytes: int, skip_bad: int
+        self,
+        rows: Dataset,
+        column: str,
+        decoder: Decoder,
+        *,
+        part: str,
+        budget_bytes: int,
+        skip_bad: int,
+        folders: Sequence[Path],
     ) -> None:
-        self.decoder, self.part = decoder, part
+        self.decoder, self.part, self._folders = decoder, part, folders
         self.bad: dict[str, str] = {}
         self._rows, self.column = undecoded(rows.select_columns(column), column), column
         self._rows = self._rows.with_format(decoder.row_format)
@@ -189,7 +202,7 @@ class Items:
         self.digests: list[bytes] = []
         for row, item in read_items(self._rows, column):
             try:
-                value = _checked(decoder(item))
+                value = _checked(decoder(with_content(item, folders)))
             except (MemoryError, ModuleNotFoundError):  # not caused by the item
                 raise
             except Exception as error:  # decoders raise almost any exception on damaged data
@@ -221,11 +234,11 @@ class Items:
     def __getitem__(self, index: int) -> Tensor:
         row = int(self.rows_kept[index])
         value = self._values.get(row)
-        return self.decoder(self._rows[row][self.column]) if value is None else value
+        return self.decoder(self.undecoded(index)) if value is None else value
 
     def undecoded(self, index: int) -> Any:
-        """Returns an item as stored in the data set."""
-        return self._rows[int(self.rows_kept[index])][self.column]
+        """Returns an item as stored in the data set, with its content if it is a file."""
+        return with_content(self._rows[int(self.rows_kept[index])][self.column], self._folders)
 
     def name(self, row: int) -> str:
         """Returns the row and path of an item, for messages."""
@@ -283,7 +296,15 @@ def load_media(
     reading = reading_of(listing, parts, labels, given=label_column)
     items = {}
     for name, rows in parts.items():
-        items[name] = Items(rows, column, decoder, part=name, budget_bytes=memory_budget_bytes, skip_bad=skip_bad)
+        items[name] = Items(
+            rows,
+            column,
+            decoder,
+            part=name,
+            budget_bytes=memory_budget_bytes,
+            skip_bad=skip_bad,
+            folders=listing.folders,
+        )
         memory_budget_bytes -= items[name].num_bytes
     reading = replace(reading, unreadable={name: len(part.bad) for name, part in items.items() if part.bad})
     shape = _common_shape(items, decoder.time_axis, length)
@@ -322,16 +343,12 @@ def file_bytes(item: Any) -> io.BytesIO:
     """Returns the content of an encoded item.
 
     Args:
-        item: Bytes, a path, or a record of both, as `datasets` stores it.
+        item: Bytes, or a record of bytes and a path, as `with_content` returns it; no file is opened.
 
     Raises:
         ValueError: If the item is empty.
     """
-    content, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
-    if isinstance(content, str):
-        content, path = None, content
-    if content is None and path is not None:
-        content = Path(path).read_bytes()
+    content = item.get("bytes") if isinstance(item, dict) else item
     if not content:
         raise ValueError("it is empty")
     return io.BytesIO(content)
@@ -369,6 +386,11 @@ def _common_shape(items: Mapping[str, Items], time_axis: int, length: int | None
     shapes = torch.cat([part.shapes for part in items.values()])
     common = shapes[0].clone()
     common[time_axis] = int(shapes[:, time_axis].max()) if length is None else length
+    if common.prod() > MAX_VALUES:
+        shape = "x".join(map(str, common.tolist()))
+        raise ValueError(
+            f"samples of {shape} are too large, {MAX_VALUES:.3g} values are supported; pass a smaller --length"
+        )
     for part in items.values():
         with_common_length = part.shapes.clone()
         with_common_length[:, time_axis] = common[time_axis]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
+from layerprobe.data.contents import npy_array
 from layerprobe.data.kind import DataKind
 from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples
@@ -54,6 +55,8 @@ class MotionDecoder(Decoder):
             frames = frames.reshape(len(frames), -1)
         if frames.ndim != 2 or not frames.size:
             raise ValueError(f"it has shape {frames.shape}, not (frames, channels) or (frames, joints, 3)")
+        if not np.isfinite(frames).all():
+            raise ValueError("it contains NaN or infinite values")
         frames = frames[:: self.stride]
         if self.root is not None:
             frames = self._relative_to_root(frames)
@@ -84,6 +87,7 @@ def load_motion(
     stride: int = 1,
     up_axis: int | None = 1,
     root_joint: int | None = None,
+    data_root: str | Path | None = None,
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
@@ -99,6 +103,7 @@ def load_motion(
         stride: Stride between the frames that are kept.
         up_axis: Vertical axis, 0, 1 or 2; None keeps absolute positions.
         root_joint: Root joint, counted from 0, usually the pelvis; None for no root.
+        data_root: Folder that links and tables of the data may name files in, beside that of the data.
         split: Name of the only part to read; None for all parts.
         column: Column of the clips; None finds it by name and type.
         label_column: Column of the class labels; None finds it as in `labels.label_column`.
@@ -113,7 +118,7 @@ def load_motion(
     """
     if stride < 1:
         raise ValueError(f"--stride is {stride}; pass at least 1")
-    listing = list_files(source, SUFFIXES)
+    listing = list_files(source, SUFFIXES, data_root=data_root)
     parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="motion", fits=holds_motion)
     if root_joint is not None and up_axis is None:
@@ -150,11 +155,7 @@ def _frames(item: Any) -> Floats:
     path = str(item.get("path") if isinstance(item, Mapping) else item)
     if path.lower().endswith(".bvh"):
         return bvh_positions(file_bytes(item).read().decode("utf-8", errors="strict"))
-    loaded = np.load(file_bytes(item), allow_pickle=False)
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        if len(loaded.files) != 1:
-            raise ValueError(f"it contains the arrays {', '.join(loaded.files)}; keep one per file")
-        loaded = loaded[loaded.files[0]]
+    loaded = npy_array(file_bytes(item).getvalue())
     if loaded.dtype.kind not in "fiu":
         raise ValueError(f"it contains values of type {loaded.dtype}, not numbers")
     return np.asarray(loaded, np.float64)

@@ -6,6 +6,8 @@ images.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.images import decode_image
+from layerprobe.data.images import MAX_PIXELS, decode_image
 from layerprobe.data.kind import DataKind
 from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples, pixels_to_float
-from layerprobe.data.sequences.items import Decoder, file_bytes, load_media
+from layerprobe.data.sequences.items import MAX_VALUES, Decoder, file_bytes, load_media
+from layerprobe.data.sequences.whole import check_end
 from layerprobe.files import import_optional
 
 if TYPE_CHECKING:
@@ -51,25 +54,43 @@ class VideoDecoder(Decoder):
             shape = (self.channels, self.size, self.size)
             frames = [decode_image(file_bytes(frame).getvalue(), shape) for frame in item[:: self.stride]]
         else:
-            frames = [self._pixels(frame) for frame in self._file_frames(item)]
+            frames = []
+            for frame in self._file_frames(item):  # one after the other: all of them in full size may exceed memory
+                frames.append(self._pixels(frame))
+                if len(frames) * frames[0].size > MAX_VALUES:
+                    raise ValueError(f"it has more than {MAX_VALUES:.3g} values; pass a smaller --size or a --stride")
         if len(frames) < 2:
             raise ValueError(f"it has {'one frame' if frames else 'no frames'}, but a video needs at least two")
         return pixels_to_float(torch.from_numpy(np.stack(frames, axis=1)))
 
-    def _file_frames(self, item: Any) -> list[Image]:
+    def _file_frames(self, item: Any) -> Iterator[Image]:
         content = file_bytes(item)
+        check_end(content.getvalue())
         if content.getvalue().startswith(b"GIF8"):
             from PIL import Image, ImageSequence
 
             # Not by PyAV, which drops frames that are shown for no time.
-            frames = enumerate(ImageSequence.Iterator(Image.open(content, formats=["GIF"])))
-            return [frame.convert("RGB") for index, frame in frames if index % self.stride == 0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its size, which is checked here
+                image = Image.open(content, formats=["GIF"])
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:.3g}")
+            for index, frame in enumerate(ImageSequence.Iterator(image)):
+                if index % self.stride == 0:
+                    yield frame.convert("RGB")
+            return
         av = import_optional("av", "video")
         with av.open(content) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
-            decoded = container.decode(container.streams.video[0])
-            return [frame.to_image() for index, frame in enumerate(decoded) if index % self.stride == 0]
+            stream, count = container.streams.video[0], 0
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ValueError(f"it has {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:.3g}")
+            for count, frame in enumerate(container.decode(stream), 1):
+                if (count - 1) % self.stride == 0:
+                    yield frame.to_image()
+            if count < stream.frames:
+                raise ValueError(f"it has {count} of the {stream.frames} frames that it declares: it is cut")
 
     def _pixels(self, frame: Image) -> Any:
         from PIL import Image, ImageOps
@@ -87,6 +108,7 @@ def load_video(
     channels: Literal[1, 3] = 3,
     length: int | None = None,
     stride: int = 1,
+    data_root: str | Path | None = None,
     split: str | None = None,
     column: str | None = None,
     label_column: str | None = None,
@@ -102,6 +124,7 @@ def load_video(
         channels: Number of channels, 1 or 3.
         length: Number of frames of a sample, after the stride; None for the longest clip.
         stride: Stride between the frames that are kept.
+        data_root: Folder that links and tables of the data may name files in, beside that of the data.
         split: Name of the only part to read; None for all parts.
         column: Column of the clips; None finds it by name and type.
         label_column: Column of the class labels; None finds it as in `labels.label_column`.
@@ -119,7 +142,7 @@ def load_video(
         raise ValueError(
             f"--size and --stride must be at least 1 and --channels 1 or 3, got {size}, {stride} and {channels}"
         )
-    listing = list_files(source, SUFFIXES)
+    listing = list_files(source, SUFFIXES, data_root=data_root)
     parts = tables.read(listing, split=split)
     item_column = tables.item_column(parts, column, usual=COLUMNS, what="video", fits=holds_video)
     if item_column == tables.FILE:

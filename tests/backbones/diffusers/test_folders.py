@@ -216,7 +216,7 @@ def spoilt(folder: Path, kind: str) -> None:
         ("link", ValueError, "is a link out of the folder, which is not followed"),
         ("map", ValueError, "no map of weights to files beside it"),
         ("nan", ValueError, "holds values that are not finite in proj_out_2.bias"),
-        ("not JSON", ValueError, "config.json is damaged"),
+        ("not JSON", ValueError, "config.json is not valid JSON"),
     ],
 )
 def test_bad_folders_are_refused_in_one_line_and_nothing_runs(
@@ -229,3 +229,22 @@ def test_bad_folders_are_refused_in_one_line_and_nothing_runs(
         open_diffusers(folder)
     assert "\n" not in str(refused.value)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_layers", 10**9, "has num_layers = 1000000000, more than 1000; repair it or copy it again"),
+        ("sample_size", 10**5, "has sample_size = 100000, more than 2048"),
+        ("attention_head_dim", 10**12, "has attention_head_dim = 1000000000000, more than"),
+        ("dropout", float("nan"), "has dropout = nan, which cannot be right; repair it or copy it again"),
+    ],
+)
+def test_absurd_numbers_are_refused_before_anything_is_built(
+    key: str, value: float, message: str, tmp_path: Path
+) -> None:
+    BY_NAME["DiTTransformer2DModel"].save(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        open_diffusers(tmp_path)

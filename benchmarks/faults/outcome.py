@@ -1,0 +1,289 @@
+"""Runs commands in forked workers with a time limit, and says how each ended.
+
+A program of the campaign makes cases: a folder, the arguments of a command, and which endings are right. A worker is a
+fork of the program, which has imported torch before, so that a case takes milliseconds. It has limits of its own for
+time, memory and the size of a file, and no input.
+
+| kind | meaning |
+|---|---|
+| ok, failed, refused, missing, interrupted | exit code 0, 1, 2, 3, 130, with one line of layerprobe for all but 0 |
+| WRONG | an ending that is not among those of the case |
+| TRACEBACK | a traceback, or an exit code that is not documented |
+| HANG | no end within the limit |
+| CRASH | ended by a signal, such as a segmentation fault |
+| MEMORY | more memory than the limit, found only while allocating |
+| MUTE | an error without a line of its own at the end |
+| NOISE | lines of libraries before the error |
+| LONG | a line of more than 1000 characters |
+| RAW | control characters or marks of writing direction in the output |
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CODES = {0: "ok", 1: "failed", 2: "refused", 3: "missing", 130: "interrupted"}
+FAULTS = ("WRONG", "TRACEBACK", "HANG", "CRASH", "MEMORY", "MUTE", "NOISE", "LONG", "RAW")
+WRONG_CODE = 76  # of work that found something wrong by itself
+LIMIT_S = 20.0
+MEMORY_BYTES = 4 * 2**30  # on top of what the parent has
+_LONGEST = 1000
+_PREFIX = "layerprobe: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one case ended.
+
+    Attributes:
+        kind: Kind of the table above.
+        code: Exit code; negative for a signal.
+        text: Last line of the error output, shortened.
+        seconds: Time that it took.
+    """
+
+    kind: str
+    code: int
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a campaign.
+
+    Attributes:
+        group: Name of the row in the table.
+        name: What was done, so that it can be done again.
+        prepare: Makes the inputs in an empty folder and returns the arguments of the command.
+        right: Kinds that are right.
+        memory_bytes: Memory of the worker beyond the parent's.
+        file_bytes: Largest file that the worker may write, as on a full disk; None for any.
+        work: Work in place of the command; its errors are told as those of a command are.
+    """
+
+    group: str
+    name: str
+    prepare: Callable[[Path], Sequence[str]]
+    right: tuple[str, ...] = ("ok", "refused")
+    memory_bytes: int = MEMORY_BYTES
+    file_bytes: int | None = None
+    work: Callable[[Sequence[str]], object] | None = None
+
+
+def run_case(case: Case, *, limit_s: float = LIMIT_S) -> Outcome:
+    """Runs a case in a temporary folder, which is the working directory of the worker."""
+    folder = Path(tempfile.mkdtemp(prefix="case-"))
+    try:
+        arguments = case.prepare(folder)
+        limits = {resource.RLIMIT_FSIZE: case.file_bytes} if case.file_bytes is not None else {}
+        outcome = run_forked(
+            arguments, folder, limit_s=limit_s, memory_bytes=case.memory_bytes, limits=limits, work=case.work
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if outcome.kind in FAULTS or outcome.kind in case.right:
+        return outcome
+    return Outcome("WRONG", outcome.code, f"{outcome.kind}: {outcome.text}", outcome.seconds)
+
+
+def run_forked(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    limit_s: float = LIMIT_S,
+    memory_bytes: int = MEMORY_BYTES,
+    limits: dict[int, int] | None = None,
+    work: Callable[[Sequence[str]], object] | None = None,
+) -> Outcome:
+    """Runs `layerprobe ARGUMENTS`, or `work` in its place, in a fork with this working directory."""
+    with tempfile.TemporaryFile() as output:
+        began = time.monotonic()
+        worker = os.fork()
+        if worker == 0:
+            _work(arguments, folder, output.fileno(), memory_bytes, limits or {}, work)
+        status = _wait(worker, began + limit_s)
+        seconds = time.monotonic() - began
+        output.seek(0)
+        text = output.read(2**20).decode("utf-8", "replace")
+    return classify(status, text, seconds)
+
+
+def _work(
+    arguments: Sequence[str],
+    folder: Path,
+    output: int,
+    memory_bytes: int,
+    limits: dict[int, int],
+    work: Callable[[Sequence[str]], object] | None,
+) -> None:
+    """Never returns."""
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory_bytes,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Writing too much is then an error of its own, EFBIG.
+        for kind, most in limits.items():
+            resource.setrlimit(kind, (most, most))
+        sys.argv = ["layerprobe", *arguments]
+        from layerprobe.cli import main
+
+        if work is not None:
+            main.app = lambda **_: work(arguments)
+        code = main.run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(worker: int, until: float) -> int | None:
+    """Returns the exit code, negative for a signal; None after killing a worker that did not end in time."""
+    pause = 0.002
+    while True:
+        pid, status = os.waitpid(worker, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            with suppress(ProcessLookupError):
+                os.killpg(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            return None
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+def classify(code: int | None, output: str, seconds: float) -> Outcome:
+    """Says how a command ended, from its exit code (None: it did not end) and all that it printed."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if any(map(str.isalnum, line))]  # not the lower edge of the box of a usage error
+    last = told[-1].strip("│ ") if told else ""
+    return Outcome(_kind(code, output, lines), 124 if code is None else code, ascii(last)[1:-1][:300], seconds)
+
+
+def _kind(code: int | None, output: str, lines: list[str]) -> str:
+    if code is None:
+        return "HANG"
+    if code < 0:
+        return "CRASH"
+    if code == WRONG_CODE:
+        return "WRONG"
+    if "Traceback (most recent call last)" in output and ("MemoryError" in lines[-1] or "bad_alloc" in lines[-1]):
+        return "MEMORY"
+    if "Traceback (most recent call last)" in output or code not in CODES:
+        return "TRACEBACK"
+    if "out of memory" in output or "allocate memory" in output:
+        return "MEMORY"
+    if any(map(_is_control, output)):
+        return "RAW"
+    if any(len(line) > _LONGEST for line in lines):
+        return "LONG"
+    if code == 0:
+        return CODES[code]
+    usage = any(line.startswith("Usage:") for line in lines)  # of typer, with its box
+    if not usage and not (lines and lines[-1].startswith(_PREFIX)):
+        return "MUTE"
+    # Progress is "what: 1 of 3 (...)".
+    strange = [line for line in lines if not line.startswith(_PREFIX) and not re.match(r"[\w ]+: \d+ of \d+ \(", line)]
+    return CODES[code] if usage or not strange else "NOISE"
+
+
+def _is_control(character: str) -> bool:
+    return character not in "\n\r\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def warm_up() -> None:
+    """Imports what the commands import, once for all workers, with a cache of its own for prepared data."""
+    cache = tempfile.mkdtemp(prefix="cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ |= {"HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    import datasets  # noqa: F401
+    import diffusers  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import torch
+
+    from layerprobe.cli import main
+
+    torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()):
+        for arguments in (["inspect", "digits"], ["probe", "digits", "--data", "digits", "--out", "none", "--dry-run"]):
+            sys.argv = ["layerprobe", *arguments]
+            main.run()
+    # A fork copies a page that is written to; collected objects would be written to.
+    gc.collect()
+    gc.freeze()
+
+
+def campaign(cases: Iterable[Case], *, out: Path | None = None, limit_s: float = LIMIT_S) -> list[tuple[Case, Outcome]]:
+    """Runs cases one after the other, and prints those that are faults.
+
+    Args:
+        cases: The cases.
+        out: File of one JSON line per case.
+        limit_s: Time limit of a case.
+    """
+    warm_up()
+    results = []
+    with (out or Path(os.devnull)).open("w", encoding="utf-8") as file:
+        for case in cases:
+            outcome = run_case(case, limit_s=limit_s)
+            results.append((case, outcome))
+            file.write(json.dumps({"group": case.group, "name": case.name, **asdict(outcome)}) + "\n")
+            file.flush()
+            if outcome.kind in FAULTS:
+                print(
+                    f"{outcome.kind:9} {case.group}: {case.name} [{outcome.seconds:.1f} s] {outcome.text}", flush=True
+                )
+    return results
+
+
+def table(results: Sequence[tuple[Case, Outcome]]) -> str:
+    """Returns the counts of every kind by group, as a table in Markdown."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for case, outcome in results:
+        counts[case.group][outcome.kind] += 1
+    found = {kind for group in counts.values() for kind in group}
+    kinds = [kind for kind in (*CODES.values(), *FAULTS) if kind in found]
+    rows = [["group", "cases", *kinds]]
+    rows += [[group, str(sum(c.values())), *(str(c[kind]) for kind in kinds)] for group, c in counts.items()]
+    total = sum(counts.values(), Counter())
+    rows.append(["all", str(sum(total.values())), *(str(total[kind]) for kind in kinds)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def finish(results: Sequence[tuple[Case, Outcome]]) -> int:
+    """Prints the table and the slowest case; returns the exit code of the program, 1 if there are faults."""
+    print(table(results))
+    case, slowest = max(results, key=lambda result: result[1].seconds)
+    print(f"slowest: {slowest.seconds:.1f} s, {case.group}: {case.name}")
+    return int(any(outcome.kind in FAULTS for _, outcome in results))
