@@ -113,7 +113,7 @@ def _render(figure: Figure, file_format: str) -> bytes:
             # The constrained layout depends on the previous layout, and text sizes depend on the format: run it once.
             FigureCanvasAgg(figure)
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+            figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
         metadata = {"Date": None} if file_format == "svg" else {"Software": None}
         figure.savefig(buffer, format=file_format, dpi=RASTER_DPI, metadata=metadata)
     return buffer.getvalue()
