@@ -216,8 +216,7 @@ def _parameter(option: OptionField, default: Any) -> inspect.Parameter:
     if option.is_argument:
         declared = typer.Argument(help=option.help)
     else:
-        # The variables of the environment would make long help pages twice as long.
-        limits: dict[str, Any] = {"min": option.minimum, "max": option.maximum, "show_envvar": not option.panel}
+        limits: dict[str, Any] = {"min": option.minimum, "max": option.maximum}
         declared = typer.Option(
             option.flag, help=option.help, rich_help_panel=option.panel or None, show_default=shown, **limits
         )

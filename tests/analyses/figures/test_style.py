@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from figure_tables import BLOCKS, quality_table, similarity_table
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 from seaborn.utils import relative_luminance
@@ -54,6 +55,20 @@ def test_hostile_layer_names_are_drawn_as_they_are(name: str) -> None:
 def test_a_file_name_is_plain() -> None:
     with pytest.raises(ValueError, match=r"'\.\./elsewhere' is not a plain file name; pass"):
         style.save_figure(Figure(), "unused", "../elsewhere")
+    with pytest.raises(ValueError, match="unknown format 'bmp' of a figure; use png, svg, pdf"):
+        style.save_figure(Figure(), "unused", "cka", formats=["bmp"])
+
+
+def test_a_pdf_is_for_papers(tmp_path: Path) -> None:
+    figure = cka.cka_heatmap(similarity_table())
+    (path,) = style.save_figure(figure, tmp_path, "cka", formats=["pdf"])
+    content = path.read_bytes()
+    assert b"/FontFile2" in content  # embedded TrueType
+    assert b"/Type3" not in content
+    assert len(figure.findobj(QuadMesh)) > 0
+    assert not any(mesh.get_rasterized() for mesh in figure.findobj(QuadMesh))
+    assert style.save_figure(figure, tmp_path, "again", formats=["pdf"])[0].read_bytes() == content
+    assert b"<image" in style.save_figure(figure, tmp_path, "cka", formats=["svg"])[0].read_bytes()
 
 
 # --------------------------------------------------------------------------------------------------------------- colors
