@@ -231,8 +231,10 @@ def _parameter(option: OptionField, default: Any) -> inspect.Parameter:
 def _parsed(value: Any, option: OptionField) -> Any:
     if option.value is not None:
         return option.value
+    if option.choices and value.lower() not in option.choices:
+        raise ValueError(f"unknown {option.flag} {value!r}; use {', '.join(option.choices)}")
     if get_origin(option.type) is not tuple:
-        return value
+        return value.lower() if option.choices else value
     kind, *rest = get_args(option.type)
     if kind is str:
         return tuple(names(value))

@@ -22,7 +22,7 @@ from layerprobe.backbones import lightningdit, mdm, sit
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import NO_ARGUMENTS, Family, Opened, build_transformer
 from layerprobe.backbones.sit import SiT, sit_backbone
-from layerprobe.backbones.unfilled import unfilled
+from layerprobe.backbones.without_values import unfilled
 from layerprobe.noise import NoiseSchedule, Prediction
 
 

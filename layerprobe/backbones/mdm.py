@@ -22,7 +22,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import Family, Opened
 from layerprobe.backbones.heads import possible_heads
 from layerprobe.backbones.stated import check_sizes
-from layerprobe.backbones.unfilled import unfilled
+from layerprobe.backbones.without_values import unfilled
 from layerprobe.capture import as_tokens
 from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 

@@ -76,6 +76,14 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert time.perf_counter() - began < 10  # 0.3 s on an idle machine; the imports above are what makes it slow
 
 
+def test_a_checkpoint_is_opened_without_the_compiler_of_torch() -> None:
+    """It would take longer to load than all the rest together."""
+    code = "import sys; sys.argv = ['layerprobe', 'inspect', 'digits']\nfrom layerprobe.cli.main import run\nrun()\n"
+    code += "assert 'torch' in sys.modules\n"
+    code += "assert not {'torch._dynamo', 'sympy', 'pandas', 'sklearn', 'matplotlib', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
 def test_train_warns_of_a_pair_that_its_checks_find(tmp_path: Path, cli) -> None:
     code, _, err = cli(*TRAIN, "--out", tmp_path, "--pair", "3:5", "--pair", "1:4", "--dry-run")
     warnings = [line for line in err.splitlines() if "warning: LP" in line]
