@@ -125,9 +125,12 @@ def _render(figure: Figure, file_format: str) -> bytes:
             FigureCanvasAgg(figure)
             figure.draw_without_rendering()
             figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
-        for mesh in figure.findobj(QuadMesh):
+        pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
+        for mesh in pixels:
             mesh.set_rasterized(file_format != "pdf")
         figure.savefig(buffer, format=file_format, dpi=RASTER_DPI, metadata=FORMATS[file_format])
+        for mesh in pixels:
+            mesh.set_rasterized(True)
     return buffer.getvalue()
 
 
