@@ -216,8 +216,7 @@ def _parameter(option: OptionField, default: Any) -> inspect.Parameter:
     if option.is_argument:
         declared = typer.Argument(help=option.help)
     else:
-        # The variables of the environment would make long help pages twice as long.
-        limits: dict[str, Any] = {"min": option.minimum, "max": option.maximum, "show_envvar": not option.panel}
+        limits: dict[str, Any] = {"min": option.minimum, "max": option.maximum}
         declared = typer.Option(
             option.flag, help=option.help, rich_help_panel=option.panel or None, show_default=shown, **limits
         )
@@ -232,8 +231,10 @@ def _parameter(option: OptionField, default: Any) -> inspect.Parameter:
 def _parsed(value: Any, option: OptionField) -> Any:
     if option.value is not None:
         return option.value
+    if option.choices and value.lower() not in option.choices:
+        raise ValueError(f"unknown {option.flag} {value!r}; use {', '.join(option.choices)}")
     if get_origin(option.type) is not tuple:
-        return value
+        return value.lower() if option.choices else value
     kind, *rest = get_args(option.type)
     if kind is str:
         return tuple(names(value))

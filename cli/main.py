@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from layerprobe.cli.output import tell
 from layerprobe.files import MissingWeights, is_disk_full, is_out_of_memory, one_line, os_error_line
@@ -46,9 +48,21 @@ FILES = {
     "convert": "convert",
     "doctor": "doctor",
 }
+
+
+class _Command(TyperCommand):
+    """A command whose help page leaves out the names of environment variables, which would make it twice as long."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            parameter.show_envvar = False
+        return parameters
+
+
 COMMANDS = tuple(getattr(import_module(f"layerprobe.cli.{file}"), name) for name, file in FILES.items())
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def main() -> None:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from layerprobe.cli import options
 from layerprobe.cli.output import emit
+from layerprobe.cli.parsing import names
 
 
-def plot(run: options.Run, as_json: options.Json = False, config: options.Config = None) -> None:
-    """Draw every figure of a run as PNG and SVG."""
-    from layerprobe.analyses.runs import draw_figures
+def plot(
+    run: options.Run,
+    formats: Annotated[
+        str, typer.Option("--format", help="Formats, separated by commas: png, svg or pdf, with embedded fonts.")
+    ] = "png,svg",
+    only: Annotated[str, typer.Option(help="Names of the figures to draw, such as cka; all if not given.")] = "",
+    title: Annotated[bool, typer.Option("--title/--no-title", help="Whether figures have titles.")] = True,
+    tables: Annotated[bool, typer.Option("--tables", help="Also write every curve as CSV and LaTeX.")] = False,
+    as_json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Draw the figures of a run, for screens or for papers."""
+    from layerprobe.analyses.runs import draw_figures, write_curves
 
-    paths = [str(path) for path in draw_figures(run)]
+    drawn = draw_figures(run, formats=names(formats), only=names(only) if only else (), title=title)
+    paths = [str(path) for path in (*drawn, *(write_curves(run) if tables else ()))]
     emit({"figures": paths}, paths, as_json=as_json)

@@ -23,7 +23,7 @@ from layerprobe.training import TrainingPlan
 
 
 def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_envvar=False, **limits)
+    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
 
 
 @from_dataclasses(several_processes=True)

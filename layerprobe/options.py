@@ -47,6 +47,7 @@ class OptionField:
         maximum: Largest allowed value, or None.
         value: Value that a flag without a value stands for, or None for options that take a value.
         is_argument: Whether the command line takes the value by position, without a flag.
+        choices: The values that the field may have, if its type is a choice of strings.
     """
 
     field: str
@@ -60,6 +61,7 @@ class OptionField:
     maximum: float | None = None
     value: Any = None
     is_argument: bool = False
+    choices: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -117,9 +119,10 @@ def option_fields(cls: type) -> tuple[OptionField, ...]:
             raise TypeError(f"the docstring of {cls.__name__} does not describe {field.name}; add it to Attributes")
         settings.setdefault("help", entries[field.name])
         settings.setdefault("flag", name.upper() if settings.get("is_argument") else f"--{name.replace('_', '-')}")
-        options.append(
-            OptionField(field=field.name, name=name, type=_plain(hints[field.name]), default=field.default, **settings)
-        )
+        hint = _given(hints[field.name])
+        if get_origin(hint) is Literal:
+            hint, settings["choices"] = str, get_args(hint)
+        options.append(OptionField(field=field.name, name=name, type=hint, default=field.default, **settings))
     return tuple(options)
 
 
@@ -171,8 +174,8 @@ def from_record(cls: type[T], record: Mapping[str, Any]) -> T:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
-def _plain(hint: Any) -> Any:
-    """Returns a type without None, and `str` for a choice of strings."""
+def _given(hint: Any) -> Any:
+    """Returns a type without None."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
-    return str if get_origin(hint) is Literal else hint
+    return hint

@@ -21,6 +21,7 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
@@ -39,6 +40,8 @@ LEVEL_COLORS = ("#5a5fd0", "#0d86b5", "#1d9a77", "#8f9200")  # from clean to noi
 MISSING: dict[str, Any] = {"facecolor": "#c9ced6", "edgecolor": "#59626d", "hatch": "////", "linewidth": 0}
 WIDTH_IN = 11.0
 RASTER_DPI = 150
+# What makes each format the same every time: metadata without the date and the versions of libraries.
+FORMATS: dict[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 STYLE: dict[str, Any] = {
     **seaborn.axes_style("ticks"),
@@ -57,6 +60,7 @@ STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "patch.force_edgecolor": False,
+    "pdf.fonttype": 42,  # embedded TrueType, as publishers ask; the default, Type 3, is refused by many
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprobe",
     "text.parse_math": False,  # a layer may be called "$x$"
@@ -79,26 +83,33 @@ def level_colors(count: int) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
-    """Writes `name.png` (150 dpi) and `name.svg` (text as text, heatmaps as pixels), the same bytes every time.
+def save_figure(
+    figure: Figure, folder: Path | str, name: str, *, formats: Sequence[str] = ("png", "svg")
+) -> tuple[Path, ...]:
+    """Writes a figure in files called `name.FORMAT`, the same bytes every time.
 
     Args:
         figure: Any figure; the first call fixes its layout.
         folder: Folder of the files, created if it does not exist.
         name: File name without a suffix.
+        formats: Members of `FORMATS`: "png" (150 dpi), "svg" (text as text, heatmaps as pixels), "pdf" (fonts embedded,
+            heatmaps as vectors).
 
     Raises:
-        ValueError: If name is not a plain file name.
+        ValueError: If name is not a plain file name, or a format is unknown.
     """
+    for file_format in formats:
+        if file_format not in FORMATS:
+            raise ValueError(f"unknown format {file_format!r} of a figure; use {', '.join(FORMATS)}")
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name; pass the folder and the name separately")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    for path in (png, svg):
+    paths = tuple(folder / f"{name}.{file_format}" for file_format in formats)
+    for path in paths:
         with atomic_write(path) as partial:
             partial.write_bytes(_render(figure, path.suffix[1:]))
-    return png, svg
+    return paths
 
 
 def to_svg(figure: Figure) -> str:
@@ -113,9 +124,13 @@ def _render(figure: Figure, file_format: str) -> bytes:
             # The constrained layout depends on the previous layout, and text sizes depend on the format: run it once.
             FigureCanvasAgg(figure)
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-        metadata = {"Date": None} if file_format == "svg" else {"Software": None}
-        figure.savefig(buffer, format=file_format, dpi=RASTER_DPI, metadata=metadata)
+            figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
+        pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
+        for mesh in pixels:
+            mesh.set_rasterized(file_format != "pdf")
+        figure.savefig(buffer, format=file_format, dpi=RASTER_DPI, metadata=FORMATS[file_format])
+        for mesh in pixels:
+            mesh.set_rasterized(True)
     return buffer.getvalue()
 
 

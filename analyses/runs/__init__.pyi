@@ -13,6 +13,7 @@ from .confirm import trained_steps as trained_steps
 from .convention import examine_convention as examine_convention
 from .doctor import examine_machine as examine_machine
 from .figures import draw_figures as draw_figures
+from .figures import write_curves as write_curves
 from .folder import RunFolder as RunFolder
 from .folder import RunPlan as RunPlan
 from .inspect import examine_data as examine_data

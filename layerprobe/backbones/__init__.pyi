@@ -23,3 +23,4 @@ from .sit import new_sit as new_sit
 from .sit import sit_backbone as sit_backbone
 from .stated import DECISIVE as DECISIVE
 from .trial import tried as tried
+from .without_values import unfilled as unfilled

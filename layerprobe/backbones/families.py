@@ -16,13 +16,13 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerprobe.backbones import lightningdit, mdm, sit
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import NO_ARGUMENTS, Family, Opened, build_transformer
 from layerprobe.backbones.sit import SiT, sit_backbone
+from layerprobe.backbones.without_values import unfilled
 from layerprobe.noise import NoiseSchedule, Prediction
 
 
@@ -129,7 +129,7 @@ def _sit(
     **convention: Any,
 ) -> Backbone:
     config = sit.config_from_state_dict(tensors, num_heads=num_heads, shape=shape)
-    with torch.device("meta"):
+    with unfilled():
         module = SiT(config)
     return sit_backbone(module, name=config.name.replace("SiT", family.title, 1), **convention)
 

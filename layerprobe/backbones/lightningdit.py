@@ -23,6 +23,7 @@ from layerprobe.backbones.family import Family, Opened, build_transformer
 from layerprobe.backbones.heads import possible_heads
 from layerprobe.backbones.sit import MLP, LabelEmbedder, PatchEmbed, SiTConfig, TimestepEmbedder
 from layerprobe.backbones.stated import NAMED_SIZES, check_sizes, network_settings
+from layerprobe.backbones.without_values import unfilled
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
 ROTARY = "feat_rope.freqs_cos"
@@ -290,7 +291,7 @@ def _make(
     **convention: Any,
 ) -> Backbone:
     config = config_from_state_dict(tensors, num_heads=num_heads, shape=shape)
-    with torch.device("meta"):
+    with unfilled():
         module = LightningDiT(config)
     return lightningdit_backbone(module, **convention)
 

@@ -22,6 +22,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import Family, Opened
 from layerprobe.backbones.heads import possible_heads
 from layerprobe.backbones.stated import check_sizes
+from layerprobe.backbones.without_values import unfilled
 from layerprobe.capture import as_tokens
 from layerprobe.noise import DDPM, NoiseSchedule, Prediction, schedule_from_name
 
@@ -99,7 +100,7 @@ class MDM(nn.Module):
         if config.text_size:
             self.embed_text = nn.Linear(config.text_size, width)
         if config.num_actions:
-            self.embed_action = nn.ParameterDict({"action_embedding": torch.randn(config.num_actions, width)})
+            self.embed_action = nn.ParameterDict({"action_embedding": torch.empty(config.num_actions, width).normal_()})
         block = nn.TransformerEncoderLayer(width, config.num_heads, config.mlp_size, DROPOUT, "gelu")
         self.seqTransEncoder = nn.TransformerEncoder(block, config.depth, enable_nested_tensor=False)
         self.output_process = nn.ModuleDict({"poseFinal": nn.Linear(width, features)})
@@ -247,7 +248,7 @@ def build_mdm(
         schedule = schedule or _schedule(args)
         _check_times(schedule, config.num_positions)
         network_tensors.setdefault(_POSITIONS, sinusoids(config.num_positions, config.hidden_size))
-    with torch.device("meta"):
+    with unfilled():
         module = MDM(config)
     backbone = mdm_backbone(module, schedule=schedule, prediction=prediction or "x0")
     conditional = bool(config.num_actions + config.text_size)

@@ -29,6 +29,7 @@ from layerprobe.backbones import (
     sit_backbone,
     snapshot_of,
     tried,
+    unfilled,
 )
 from layerprobe.checkpoints.arguments import stated_arguments
 from layerprobe.checkpoints.foreign import refuse_other_content
@@ -230,7 +231,7 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
             f"{path} is of family {record['family']!r}, which this version does not know; update layerprobe"
         )
     try:
-        with torch.device("meta"):
+        with unfilled():
             module = SiT(SiTConfig(**record["config"]))
         schedule = schedule_from_config(record["schedule"])
         backbone = sit_backbone(module, schedule=schedule, prediction=record["prediction"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from operator import mod
@@ -513,16 +512,11 @@ def test_gradients_reach_every_trained_parameter_under_autocast() -> None:
         assert (parameter.grad is not None and bool(parameter.grad.isfinite().all())) == parameter.requires_grad, name
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # torch's own use of it
-def test_compiled_equals_eager() -> None:
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+def test_the_whole_network_is_one_graph_for_the_compiler() -> None:
     backbone = trained(replace(SMALL, depth=1))
     x, level, y = inputs(SMALL)
     expected = backbone.module(x, level, y)
-    compiled: Callable[..., Tensor] = torch.compile(backbone.module, fullgraph=True)
-    torch.testing.assert_close(compiled(x, level, y), expected, rtol=1e-4, atol=1e-5)
+    # The graph runs as it is: what generates code from it is torch's own, and takes a C++ compiler and many seconds.
+    compiled: Callable[..., Tensor] = torch.compile(backbone.module, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, level, y), expected)
     torch.compiler.reset()

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from undrawn import undrawn
 
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
@@ -59,7 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run() == 0
         checkpoint = str(folder / "training" / "model.safetensors")
         sys.argv = ["layerprobe", "probe", checkpoint, "--data", "digits", "--out", str(folder / "run"), *COUNTS]
-        assert run() == 0
+        with undrawn():
+            assert run() == 0
     finally:
         sys.argv = argv
     return folder
@@ -72,6 +74,14 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "quickstart" in done.stdout
     assert time.perf_counter() - began < 10  # 0.3 s on an idle machine; the imports above are what makes it slow
+
+
+def test_a_checkpoint_is_opened_without_the_compiler_of_torch() -> None:
+    """It would take longer to load than all the rest together."""
+    code = "import sys; sys.argv = ['layerprobe', 'inspect', 'digits']\nfrom layerprobe.cli.main import run\nrun()\n"
+    code += "assert 'torch' in sys.modules\n"
+    code += "assert not {'torch._dynamo', 'sympy', 'pandas', 'sklearn', 'matplotlib', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_train_warns_of_a_pair_that_its_checks_find(tmp_path: Path, cli) -> None:
@@ -109,7 +119,8 @@ def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
     shard = trained / "run" / "features" / "model" / "shard-00000.safetensors"
     before = table.stat().st_mtime_ns, shard.stat().st_mtime_ns
     checkpoint = trained / "training" / "model.safetensors"
-    code, out, _ = cli("probe", checkpoint, "--data", "digits", "--out", trained / "run", *COUNTS, "--json")
+    with undrawn():
+        code, out, _ = cli("probe", checkpoint, "--data", "digits", "--out", trained / "run", *COUNTS, "--json")
     assert code == 0
     assert "pick" in json.loads(out)
     assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
@@ -131,7 +142,8 @@ def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path,
     assert "assumed        no file states the number of classes: the last of the 11 rows" in out
     assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
 
-    code, out, err = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
+    with undrawn():
+        code, out, err = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
     assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
     record = json.loads((tmp_path / "run" / "convention.json").read_text())
     assert record["verdict"] == "misfit"
@@ -156,6 +168,11 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
         code, out, _ = cli(command, trained / "run")
         assert code == 0
         assert all(Path(line).is_file() for line in out.splitlines())
+    code, out, _ = cli("plot", trained / "run", "--only", "cka", "--format", "pdf", "--no-title", "--tables")
+    first, *tables = [Path(line).name for line in out.splitlines()]
+    assert (code, first, {"probe-accuracy.csv", "probe-accuracy.tex"} <= set(tables)) == (0, "cka.pdf", True)
+    code, _, err = cli("plot", trained / "run", "--only", "ckaa")
+    assert (code, "has no figure 'ckaa'; it has " in err) == (2, True)
     checkpoint = trained / "training" / "model.safetensors"
     code, out, _ = cli("sample", checkpoint, "--out", tmp_path / "s", "--num", 4, "--steps", 2)
     assert code == 0
@@ -174,7 +191,8 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     assert code == 0
     assert json.loads(out)["seeds"] == [0, 1]
     assert not (trained / "run" / "confirmation").exists()
-    code, out, _ = cli(*arguments, "--json")
+    with undrawn():
+        code, out, _ = cli(*arguments, "--json")
     assert code == 0
     told = json.loads(out)
     assert told["answer"] in ("helps", "hurts", "no difference found", "too early to tell")

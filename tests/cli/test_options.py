@@ -55,6 +55,7 @@ class Box:
         label: Text on the lid.
         open: Whether the lid is open.
         parts: Names of the parts.
+        finish: Kind of paint.
         material: Material, which is no option.
 
     Raises:
@@ -67,6 +68,7 @@ class Box:
     label: str | None = field(default=None, metadata=option(flag="--lid-label"))
     open: bool = field(default=False, metadata=option())
     parts: tuple[str, ...] | None = field(default=None, metadata=option())
+    finish: Literal["matt", "gloss", "satin"] = field(default="matt", metadata=option())
     material: str = "wood"
 
     def __post_init__(self) -> None:
@@ -113,6 +115,12 @@ def test_errors_name_the_flag(run) -> None:
         run(Box, "--width", "1", "--edge-range", "1")
     with pytest.raises(ValueError, match=r"^--edge-range x is not a list of numbers; write them as 0.1,0.5,0.9$"):
         run(Box, "--width", "1", "--edge-range", "x")
+    with pytest.raises(ValueError, match=r"^unknown --finish 'dull'; use matt, gloss, satin$"):
+        run(Annotated[Given, only(Box, "finish")], "--finish", "dull")  # although no object is built that would refuse
+
+
+def test_a_choice_may_be_written_in_capitals(run) -> None:
+    assert run(Box, "--width", "3", "--finish", "Gloss").finish == "gloss"
 
 
 def test_an_object_that_need_not_be_given(run) -> None:

@@ -617,7 +617,7 @@ def test_one_run_tells_what_every_layer_knows_of_every_column(
     assert [re.split(r"[ :]+", line)[1] for line in lines if line.startswith("knows")] == ["class", "round", "who"]
     assert all(re.search(r"random weights 0\.\d\d, raw input 0\.\d\d", line) for line in lines if "knows" in line)
     # Rendering takes most of the time, and other tests see to it.
-    monkeypatch.setattr(figures, "save_figure", lambda figure, folder, name: (Path(name),))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, folder, name, **_: (Path(name),))
     drawn = {path.name for path in figures.draw_figures(run)}
     assert {"what-each-layer-knows", "probe-accuracy-of-round-curves", "probe-accuracy-of-who-heatmap"} <= drawn
     svg = '<svg viewBox="0 0 1 1"></svg>'

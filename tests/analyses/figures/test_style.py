@@ -54,6 +54,19 @@ def test_hostile_layer_names_are_drawn_as_they_are(name: str) -> None:
 def test_a_file_name_is_plain() -> None:
     with pytest.raises(ValueError, match=r"'\.\./elsewhere' is not a plain file name; pass"):
         style.save_figure(Figure(), "unused", "../elsewhere")
+    with pytest.raises(ValueError, match="unknown format 'bmp' of a figure; use png, svg, pdf"):
+        style.save_figure(Figure(), "unused", "cka", formats=["bmp"])
+
+
+def test_a_pdf_is_for_papers(tmp_path: Path) -> None:
+    figure = cka.cka_heatmap(similarity_table())
+    (path,) = style.save_figure(figure, tmp_path, "cka", formats=["pdf"])
+    content = path.read_bytes()
+    assert b"/FontFile2" in content  # embedded TrueType
+    assert b"/Type3" not in content
+    assert b"/Subtype /Image" not in content
+    assert style.save_figure(figure, tmp_path, "again", formats=["pdf"])[0].read_bytes() == content
+    assert b"<image" in style.save_figure(figure, tmp_path, "cka", formats=["svg"])[0].read_bytes()
 
 
 # --------------------------------------------------------------------------------------------------------------- colors

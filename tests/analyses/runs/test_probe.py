@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from undrawn import undrawn
 
 from layerprobe.data.embedded_digits import digits
 
@@ -42,7 +43,8 @@ def test_the_test_split_takes_no_part_in_the_pick(cli: Cli, tmp_path: Path) -> N
         data = digit_folders(tmp_path / f"{name}-data", corrupted=name == "corrupted")
         counts = ("--num-train", 230, "--num-validation", 66)
         read = ("--data", data, "--channels", 1, "--noise-levels", "0.3", "--batch-size", 512)
-        code, _, error = cli("probe", "digits", *read, *counts, "--out", tmp_path / name)
+        with undrawn():
+            code, _, error = cli("probe", "digits", *read, *counts, "--out", tmp_path / name)
         assert code == 0, error
         runs[name] = {
             "selection": (tmp_path / name / "selection.json").read_bytes(),
