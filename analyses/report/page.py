@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from layerprobe.analyses.experiments import BASELINE, Verdict
+from layerprobe.analyses.experiments import BASELINE, Verdict, option_texts
 from layerprobe.analyses.figures import (
     capital,
     cka_heatmap,
@@ -41,6 +41,7 @@ from layerprobe.analyses.wording import (
     objection_texts,
     other_pair_sentence,
     pair_reasons,
+    published_gain_sentences,
     selection_headline,
     selection_reason,
     verdict_paragraph,
@@ -163,7 +164,13 @@ def _selection(selection: Selection) -> dict[str, Any]:
 def _verdict(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
     other = other_pair_sentence(verdict, selection)
     sentences = [other, verdict_paragraph(verdict)]
-    return vars(verdict) | {"paragraph": " ".join(filter(None, sentences)), "is_of_pick": not other}
+    published = published_gain_sentences(verdict.end_step, verdict.resolution) if verdict.resolution else []
+    return vars(verdict) | {
+        "paragraph": " ".join(filter(None, sentences)),
+        "is_of_pick": not other,
+        "published": " ".join(published),
+        "options": {arm.name: ", ".join(option_texts(arm.options)) for arm in verdict.arms},
+    }
 
 
 def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:

@@ -15,10 +15,11 @@ from layerprobe.analyses.selection.controls import MAJORITY, measured_controls
 from layerprobe.analyses.selection.records import Selection
 from layerprobe.analyses.tables import MODEL, NOISE_LIDAR, PROBE, PairEvidence
 from layerprobe.extraction import LOSS_INCREASE
-from layerprobe.layersync import depth_heuristic
 
 # Objections to a run whose features mean nothing, for whatever purpose.
 _MEANINGLESS = ("network does not denoise", "nothing but noise")
+# Depth of the student that REPA aligns with its encoder: 8 of 24 to 28 blocks.
+_ENCODER_DEPTH = 0.3
 LevelEnd = Literal["", "lowest", "highest"]
 
 
@@ -129,7 +130,7 @@ def for_encoder(quality: pd.DataFrame, layers: Sequence[str]) -> Recommendation:
     """
     if len(layers) < 2:
         return Recommendation("encoder", "", ())
-    layer = depth_heuristic(tuple(layers)).student
+    layer = layers[max(round(_ENCODER_DEPTH * len(layers)), 1) - 1]
     rows = quality[quality["metric"].str.startswith("CKA with ") & (quality["layer"] == layer)].dropna(subset="value")
     similarity = tuple((str(metric), float(of["value"].mean())) for metric, of in rows.groupby("metric", sort=False))
     return Recommendation("encoder", "", (), by_depth=layer, encoder_similarity=similarity)
