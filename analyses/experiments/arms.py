@@ -78,11 +78,12 @@ class Arm:
 
     def training(self, shared: TrainingPlan) -> TrainingPlan:
         """Returns the training plan of this arm, from the one that all arms share."""
+        own: dict[str, Any] = dict(self.options)
         return replace(
             shared,
             pairs=(self.pair,) if self.pair else (),
             learning_rate=self.learning_rate or shared.learning_rate,
-            sync=replace(shared.sync, **self.options),
+            sync=replace(shared.sync, **own),
         )
 
 
@@ -273,8 +274,7 @@ def _same_distance(layers: Sequence[str], like: LayerPair, excluded: set[LayerPa
     distance = layers.index(like.teacher) - layers.index(like.student)
     pairs = [LayerPair(*names) for names in zip(layers, layers[distance:], strict=False)]
     pairs = [pair for pair in pairs if pair not in excluded]
-    order = RandomStream(seed, "order").permutation(len(pairs)) if pairs else []
-    return [pairs[int(index)] for index in order[:1]]
+    return [pairs[int(RandomStream(seed, "order").permutation(len(pairs))[0])]] if pairs else []
 
 
 def _random_arms(layers: Sequence[str], excluded: set[LayerPair], num: int, seed: int) -> list[Arm]:
