@@ -23,8 +23,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from layerprobe.analyses.selection import prior_pair
 from layerprobe.backbones import Backbone, SiTConfig, new_sit
-from layerprobe.layersync import LayerSync, depth_heuristic
+from layerprobe.layersync import LayerSync
 from layerprobe.training import TrainingBatch, prediction_loss
 
 Step = Callable[[], None]
@@ -90,7 +91,7 @@ def make_step(kind: str, options: argparse.Namespace) -> Step:
         backbone.module.compile()
     sync = None
     if kind == "aligned":
-        sync = LayerSync(backbone.module, [depth_heuristic(backbone.layers)], weight=0.3).__enter__()
+        sync = LayerSync(backbone.module, [prior_pair(backbone.layers)], weight=0.3).__enter__()
     return our_step(backbone, make_batch(options), sync, options.precision)
 
 

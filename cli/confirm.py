@@ -9,7 +9,7 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, changed, from_dataclasses, only
-from layerprobe.cli.output import emit, progress_bar, tell_reading
+from layerprobe.cli.output import emit, progress_bar, span, tell_reading, warn
 from layerprobe.cli.parsing import names
 from layerprobe.layersync import SyncOptions
 from layerprobe.training import TrainingPlan
@@ -39,8 +39,8 @@ def confirm(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Arms, separated by commas, of none,pick,runner-up,heuristic,random:2,learning-rate,bad; the usual "
-            "four if not given."
+            help="Arms, separated by commas, of none,pick,prior,same-distance,runner-up,random:2,learning-rate,sra,"
+            "pick+noise-gap:0.2,bad; none,pick,prior,same-distance,bad if not given."
         ),
     ] = None,
     from_scratch: options.FromScratch = False,
@@ -63,32 +63,60 @@ def confirm(
     config: options.Config = None,
 ) -> None:
     """Train with and without the pick, seed by seed, and say whether it helps."""
+    from layerprobe.analyses.experiments import missing_arms
     from layerprobe.analyses.runs import (
-        arm_names,
         confirm_run,
+        confirmation_job,
         confirmation_resolution,
         confirmation_training,
-        trained_steps,
     )
-    from layerprobe.analyses.wording import length_cautions, resolution_sentences, spread_source, verdict_paragraph
+    from layerprobe.analyses.wording import (
+        cost_sentence,
+        length_cautions,
+        missing_arm_sentences,
+        published_gain_sentences,
+        resolution_sentences,
+        spread_source,
+        start_sentences,
+        verdict_paragraph,
+    )
 
-    training = confirmation_training(
-        run,
-        from_scratch=from_scratch,
-        sync=sync_options,
-        **training_options,
-    )
-    seeds = tuple(range(seed, seed + num_seeds))
-    arm_choice = None if arms is None else names(arms)
-    planned = arm_names(run, arm_choice, seed=seed)
+    training = confirmation_training(run, from_scratch=from_scratch, sync=sync_options, **training_options)
     resolution = confirmation_resolution(run, num_seeds=num_seeds, stop_early=stop_early, spread=spread, pilot=pilot)
-    cautions = length_cautions(training.steps, trained_steps=trained_steps(run) if from_scratch else None)
-    beforehand = [*resolution_sentences(resolution), *cautions]
+    job = confirmation_job(
+        run,
+        training,
+        seeds=tuple(range(seed, seed + num_seeds)),
+        arms=None if arms is None else names(arms),
+        stop_early=stop_early,
+        from_scratch=from_scratch,
+        num_evaluations=num_evaluations,
+        num_samples=num_samples,
+        device=device,
+    )
+    seconds = job.seconds()
+    start = start_sentences(job.start_cautions, trained_steps=job.trained_steps, fall=job.fall)
+    cautions = length_cautions(training.steps, trained_steps=job.trained_steps if from_scratch else None)
+    beforehand = [
+        *([] if arms else missing_arm_sentences(missing_arms(job.arms), job.num_layers)),
+        cost_sentence(
+            num_arms=len(job.arms),
+            num_seeds=num_seeds,
+            steps=training.steps,
+            num_evaluations=num_evaluations,
+            num_samples=num_samples,
+            duration=span(seconds),
+        ),
+        *start,
+        *resolution_sentences(resolution),
+        *published_gain_sentences(job.end_step, resolution),
+        *cautions,
+    ]
     if dry_run:
         record = {
             "run": str(run),
-            "arms": planned,
-            "seeds": list(seeds),
+            "arms": [str(arm) for arm in job.arms],
+            "seeds": list(job.plan.seeds),
             "steps": training.steps,
             "learning_rate": training.learning_rate,
             **changed(sync_options),
@@ -96,24 +124,13 @@ def confirm(
         lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
         source = resolution.spread and spread_source(resolution.spread)
         numbers = resolution.to_dict() | {"spread_from": source}
-        emit(record | {"resolution": numbers, "cautions": cautions}, lines, as_json=as_json)
+        record |= {"seconds": round(seconds, 1), "start": list(job.start_cautions), "resolution": numbers}
+        emit(record | {"cautions": [*start, *cautions], "beforehand": beforehand}, lines, as_json=as_json)
         return
-    for line in beforehand:
+    for line in [*map(str, job.arms), *beforehand]:
         typer.echo(line, err=True)
     with progress_bar() as progress:
-        verdict = confirm_run(
-            run,
-            training,
-            seeds=seeds,
-            arms=arm_choice,
-            stop_early=stop_early,
-            from_scratch=from_scratch,
-            num_evaluations=num_evaluations,
-            num_samples=num_samples,
-            device=device,
-            on_reading=tell_reading,
-            progress=progress,
-        )
+        verdict = confirm_run(job, on_reading=tell_reading, warn=warn, progress=progress)
     paragraph = verdict_paragraph(verdict)
     emit(
         {"run": str(run), "answer": verdict.answer, "paragraph": paragraph},

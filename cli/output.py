@@ -99,8 +99,8 @@ class _PlainProgress:
             return
         self._printed[what] = now, tenth
         speed = (done - first) / (now - began) if now > began else 0.0
-        left = f"{_span((total - done) / speed)} left" if speed and done < total else ""
-        notes = (_span(now - began), _rate(speed * self._batch_sizes.get(what, 0)), left)
+        left = f"{span((total - done) / speed)} left" if speed and done < total else ""
+        notes = (span(now - began), _rate(speed * self._batch_sizes.get(what, 0)), left)
         print(f"{what}: {done} of {total} ({', '.join(filter(None, notes))})", file=sys.stderr, flush=True)
 
 
@@ -108,8 +108,8 @@ def _rate(samples_per_s: float) -> str:
     return f"{samples_per_s:.{0 if samples_per_s >= 10 else 2}f} samples/s" if samples_per_s else ""
 
 
-def _span(seconds: float) -> str:
-    """ "35 s", "12 min", "3 h 5 min"."""
+def span(seconds: float) -> str:
+    """Returns a time in words, such as "35 s", "12 min" or "3 h 5 min"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

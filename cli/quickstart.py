@@ -41,7 +41,10 @@ def quickstart(
         }
         emit(
             record,
-            [f"would probe the embedded digits model and train 4 arms x {num_seeds} seeds x {steps} steps into {out}"],
+            [
+                f"would probe the embedded digits model and train up to 4 arms x {num_seeds} seeds x {steps} steps "
+                f"into {out}"
+            ],
             as_json=as_json,
         )
         return

@@ -264,6 +264,19 @@ def _lock(file: TextIO, *, wait: bool) -> bool:
     return True
 
 
+class OtherRun(ValueError):
+    """A folder holds the results of another run.
+
+    Args:
+        seen: What the folder holds, and how it differs.
+        cure: What to do.
+    """
+
+    def __init__(self, seen: str, cure: str) -> None:
+        super().__init__(f"{seen}; {cure}")
+        self.seen = seen
+
+
 def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
     """Reserves a folder for the run that `record` describes, or checks that it already belongs to this run.
 
@@ -274,7 +287,8 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
         what: Content of the folder, such as "features", for the error message.
 
     Raises:
-        ValueError: If the folder belongs to another run, or contains other files; nothing is written then.
+        OtherRun: If the folder belongs to another run; nothing is written then.
+        ValueError: If it is a file or contains other files.
     """
     record_path, record = folder / name, json.loads(json.dumps(record))
     if folder.exists() and not folder.is_dir():
@@ -285,10 +299,8 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
     if record_path.is_file():
         different_keys = differences(_read(record_path), record)
         if different_keys:
-            raise ValueError(
-                f"{folder} holds {what} of another run (different: {', '.join(different_keys[:4])}); "
-                "choose another --out"
-            )
+            seen = f"{folder} holds {what} of another run (different: {', '.join(different_keys[:4])})"
+            raise OtherRun(seen, "choose another --out")
         return
     if other_files:
         raise ValueError(f"{folder} is not empty and contains other files ({other_files[0]}); choose another --out")

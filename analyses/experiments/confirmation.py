@@ -18,6 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, NEGATIVE_CONTROL, Arm, ConfirmationPlan
+from layerprobe.analyses.experiments.branching import BRANCHED, BranchCourse, branch_course
 from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
 from layerprobe.analyses.experiments.power import Spread, SpreadSource
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
@@ -42,7 +43,9 @@ def confirm_pair(
     folder: str | Path,
     *,
     start_name: str,
+    trained_steps: int | None = None,
     extractor: Extractor | None = None,
+    on_converged: Callable[[BranchCourse], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
@@ -57,7 +60,10 @@ def confirm_pair(
         plan: Seeds, steps and evaluations.
         folder: Folder for one training run per arm and seed, `confirmation.csv` and `verdict.json`.
         start_name: Where the arms start, "from scratch" or "from the checkpoint".
+        trained_steps: Steps of training that they start after: 0 from scratch; None where they are not recorded.
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
+        on_converged: Called if the first baseline that branches from a checkpoint no longer improves, before any
+            aligned arm is trained.
         progress: Callback with (name of the running arm, steps done, total steps), counted over all arms.
 
     Raises:
@@ -78,7 +84,8 @@ def confirm_pair(
     first = start(plan.seeds[0])
     arms = [_matched(arm, first, splits.train, plan.training, folder) for arm in arms]
     starts = zip(plan.seeds, chain([first], (start(seed) for seed in plan.seeds[1:])), strict=True)
-    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, progress)
+    on_converged = on_converged if start_name == BRANCHED else None
+    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, on_converged, progress)
     verdict = judge(
         curves,
         arms,
@@ -86,6 +93,7 @@ def confirm_pair(
         extractor_name=extractor.name,
         start_name=start_name,
         looked=earlier_looks(folder, judged_arm(arms).name),
+        trained_steps=trained_steps,
     )
     write_text(folder / "confirmation.csv", curves.to_csv(index=False))
     write_text(folder / "verdict.json", verdict.to_json(), durable=True)
@@ -99,6 +107,7 @@ def _train_arms(
     plan: ConfirmationPlan,
     folder: Path,
     scorer: Scorer,
+    on_converged: Callable[[BranchCourse], None] | None,
     progress: TaskProgress | None,
 ) -> pd.DataFrame:
     """Trains the arms seed by seed, up to an early stop; returns a table of scores with `CONFIRMATION_COLUMNS`."""
@@ -130,6 +139,8 @@ def _train_arms(
             (arm.name, seed, step, metric, value) for step, values in scores.items() for metric, value in values.items()
         ]
         curves = pd.DataFrame(rows, columns=list(CONFIRMATION_COLUMNS))
+        if on_converged and not index and (course := branch_course(curves)).looks_converged:
+            on_converged(course)
         if plan.stop_early and arm is arms[-1] and is_clear(curves, arms, plan):
             break
     return curves
@@ -259,7 +270,7 @@ def train_arm(
     Args:
         backbone: Initial model.
         samples: Training samples.
-        arm: The arm; its pair replaces the pairs of the plan, and its learning rate, if it has one, that of the plan.
+        arm: The arm; its pair, learning rate and options take the place of those of the plan.
         training: Training plan, the same for all arms that are compared.
         folder: Folder of the training; the scores lie beside it.
         score: Function from an averaged model to its metrics.
@@ -274,9 +285,15 @@ def train_arm(
     path = folder.with_name(f"{folder.name}.json")
     evaluations = _Evaluations(path, score)
     evaluations.scores |= known or {}
-    learning_rate = arm.learning_rate or training.learning_rate
-    plan = replace(training, pairs=(arm.pair,) if arm.pair else (), learning_rate=learning_rate)
-    train(backbone, samples, plan, folder, observe=evaluations.observe, observe_at=score_at, progress=progress)
+    train(
+        backbone,
+        samples,
+        arm.training(training),
+        folder,
+        observe=evaluations.observe,
+        observe_at=score_at,
+        progress=progress,
+    )
     missing = [step for step in score_at if step not in evaluations.scores]
     if missing:
         raise ValueError(f"{path} lacks step {missing[0]} of a finished run; delete {folder} to repeat that run")

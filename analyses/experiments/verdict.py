@@ -21,14 +21,18 @@ from scipy import stats
 
 from layerprobe.analyses.experiments.arms import (
     FRECHET,
-    HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
+    PICK,
+    PRIOR,
     RANDOM,
     RUNNER_UP,
+    SAME_DISTANCE,
+    SRA,
     Arm,
     ConfirmationPlan,
 )
+from layerprobe.analyses.experiments.branching import BRANCHED, BranchCourse, branch_course
 from layerprobe.analyses.experiments.power import (
     LEVEL,
     Array,
@@ -55,8 +59,9 @@ VerdictCaution = Literal[
     "no arm moved",
     "looks not planned together",
     "gain may come from step length",
+    "start looks converged",
 ]
-Against = Literal["learning rate", "random pairs"]
+Against = Literal["published prior", "same distance", "learning rate", "random pairs"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class ArmResult:
         learning_rate: Learning rate of the training.
         trend: Course of the distance during the training.
         also: Names of further requested arms that have the same pair.
+        options: Options of the alignment that differ from those of the other arms.
     """
 
     name: str
@@ -108,6 +114,7 @@ class ArmResult:
     learning_rate: float
     trend: Trend
     also: tuple[str, ...] = ()
+    options: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,8 @@ class Verdict:
         error_rate: How often these looks find a difference where there is none.
         resolution: Difference that this number of seeds finds with a power of 80 %, given the spread they showed; None
             if they showed no spread.
+        branch: Course of the baseline, if the arms branch from a checkpoint.
+        end_step: Steps since fresh weights at which the arms ended; None where the checkpoint's are not recorded.
     """
 
     metric: str
@@ -173,6 +182,8 @@ class Verdict:
     looks: dict[int, float] = field(default_factory=dict)
     error_rate: float = LEVEL
     resolution: Resolution | None = None
+    branch: BranchCourse | None = None
+    end_step: int | None = None
 
     def arm(self, name: str) -> ArmResult:
         """Returns the result of the arm with this name."""
@@ -200,6 +211,8 @@ class Verdict:
             fields["cautions"] = tuple(record["cautions"])
             fields["looks"] = {int(n): float(level) for n, level in record["looks"].items()}
             fields["resolution"] = record["resolution"] and Resolution.from_dict(record["resolution"])
+            if record.get("branch"):
+                fields["branch"] = BranchCourse(**record["branch"])
             verdict = cls(**fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a verdict ({type(error).__name__}: {error})") from error
@@ -274,6 +287,7 @@ def judge(
     extractor_name: str,
     start_name: str,
     looked: Mapping[int, float] | None = None,
+    trained_steps: int | None = None,
 ) -> Verdict:
     """Returns the verdict on the judged arm, see `judged_arm`.
 
@@ -285,6 +299,7 @@ def judge(
         extractor_name: Name of the extractor of the distance.
         start_name: Where the arms started, "from scratch" or "from the checkpoint".
         looked: Looks of earlier verdicts on fewer seeds, {number of seeds: level}.
+        trained_steps: Steps of training that the arms start after: 0 from scratch; None where they are not recorded.
 
     Raises:
         ValueError: If the arms cannot be compared, or a score is missing or not finite.
@@ -301,6 +316,10 @@ def judge(
     judged = results[arms.index(judged_arm(arms))]
     answer, doubts = _answer(judged, results[0], scores[judged.name], baseline, level)
     comparisons = _comparisons(judged, results, level)
+    rows = curves[(curves["arm"] == arms[0].name) & curves["seed"].isin(seeds)]
+    branch = branch_course(rows) if start_name == BRANCHED else None
+    if branch and branch.looks_converged:
+        doubts = (*doubts, "start looks converged")
     return Verdict(
         metric=FRECHET,
         extractor=extractor_name,
@@ -320,6 +339,8 @@ def judge(
         looks=looks,
         error_rate=LEVEL if planned else error_rate({**plan.looks, **looks}),
         resolution=_resolution(scores[judged.name], baseline, plan.training.steps, level),
+        branch=branch,
+        end_step=None if trained_steps is None else trained_steps + plan.training.steps,
     )
 
 
@@ -371,6 +392,7 @@ def _arm_result(
         learning_rate=arm.learning_rate or plan.training.learning_rate,
         trend=_trend(curve),
         also=arm.also,
+        options=dict(arm.options),
     )
 
 
@@ -443,7 +465,7 @@ def _other_cautions(
     judged: ArmResult, answer: Answer, comparisons: Sequence[Comparison], planned: bool
 ) -> list[VerdictCaution]:
     cautions: list[VerdictCaution] = []
-    if judged.name in (HEURISTIC, RUNNER_UP) or judged.name.startswith(RANDOM):
+    if judged.name.startswith((PRIOR, SAME_DISTANCE, RUNNER_UP, RANDOM, SRA, f"{PICK} with ")):
         cautions.append("judged arm is not the pick")
     if not planned:
         cautions.append("looks not planned together")
@@ -475,6 +497,8 @@ def spread_of(differences: Array, baseline: Any, source: SpreadSource, *, steps:
 
 def _comparisons(judged: ArmResult, results: Sequence[ArmResult], level: float) -> tuple[Comparison, ...]:
     groups: dict[Against, list[ArmResult]] = {
+        "published prior": [result for result in results if result.name == PRIOR and result is not judged],
+        "same distance": [result for result in results if result.name == SAME_DISTANCE and result is not judged],
         "learning rate": [result for result in results if result.name == LEARNING_RATE],
         "random pairs": [result for result in results if result.name.startswith(RANDOM) and result is not judged],
     }

@@ -19,11 +19,13 @@ from scipy import stats
 from layerprobe.analyses.experiments import (
     BASELINE,
     CONFIRMATION_COLUMNS,
-    HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
     PICK,
+    PRIOR,
     RUNNER_UP,
+    SAME_DISTANCE,
+    SRA,
     Verdict,
 )
 from layerprobe.analyses.figures.hover import tell_points
@@ -37,7 +39,9 @@ ARM_COLORS = {
     BASELINE: INK,
     PICK: LINE_COLORS[0],
     RUNNER_UP: LINE_COLORS[2],
-    HEURISTIC: LINE_COLORS[3],
+    PRIOR: LINE_COLORS[3],
+    SAME_DISTANCE: LINE_COLORS[5],
+    SRA: LINE_COLORS[7],
     LEARNING_RATE: LINE_COLORS[4],
     NEGATIVE_CONTROL: LINE_COLORS[1],
 }

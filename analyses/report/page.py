@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from layerprobe.analyses.experiments import BASELINE, Verdict
+from layerprobe.analyses.experiments import BASELINE, Verdict, option_texts
 from layerprobe.analyses.figures import (
     capital,
     cka_heatmap,
@@ -44,6 +44,7 @@ from layerprobe.analyses.wording import (
     objection_texts,
     other_pair_sentence,
     pair_reasons,
+    published_gain_sentences,
     rounded,
     samples_sentence,
     selection_reason,
@@ -230,7 +231,10 @@ def _selection(selection: Selection) -> dict[str, Any]:
 
 def _trial(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
     judged, other = verdict.arm(verdict.judged), other_pair_sentence(verdict, selection)
+    published = published_gain_sentences(verdict.end_step, verdict.resolution) if verdict.resolution else []
     return vars(verdict) | {
+        "published": " ".join(published),
+        "options": {arm.name: ", ".join(option_texts(arm.options)) for arm in verdict.arms},
         "is_of_pick": not other,
         "value": rounded(judged.difference, judged.low, judged.high, signed=True),
         "baseline": _number(fmean(verdict.arms[0].final), 3),

@@ -5,11 +5,11 @@ from .check import pick_findings as pick_findings
 from .check import pick_for as pick_for
 from .compare import Comparison as Comparison
 from .compare import compare_runs as compare_runs
-from .confirm import arm_names as arm_names
+from .confirm import ConfirmationJob as ConfirmationJob
 from .confirm import confirm_run as confirm_run
+from .confirm import confirmation_job as confirmation_job
 from .confirm import confirmation_resolution as confirmation_resolution
 from .confirm import confirmation_training as confirmation_training
-from .confirm import trained_steps as trained_steps
 from .convention import examine_convention as examine_convention
 from .doctor import examine_machine as examine_machine
 from .figures import draw_figures as draw_figures

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from layerprobe.analyses.figures import block_map_heatmap, comparison_curves, save_figure
-from layerprobe.analyses.runs.confirm import trained_steps
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables import (
     MODEL,
@@ -24,6 +23,7 @@ from layerprobe.analyses.tables import (
     write_table,
 )
 from layerprobe.analyses.wording import block_map_sentences, difference_sentences
+from layerprobe.checkpoints import training_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,10 @@ def _names(runs: Sequence[str | Path]) -> list[str]:
 
 def _steps(run: str | Path) -> int | None:
     try:
-        return trained_steps(run)
+        steps: int | None = training_record(RunFolder(run).plan().checkpoint.path).get("steps")
     except (OSError, ValueError):  # a checkpoint that has moved, or was passed as an object, says no step
         return None
+    return steps
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:

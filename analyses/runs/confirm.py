@@ -3,33 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from layerprobe.analyses.experiments import (
+    BRANCHED,
+    FROM_SCRATCH,
     Arm,
     ConfirmationPlan,
     Resolution,
     Spread,
+    StartCaution,
     Verdict,
     arms_for,
     confirm_pair,
+    confirmation_seconds,
     kept_spread,
+    recorded_fall,
     resolution,
+    sra_options,
+    start_cautions,
 )
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.selection import Selection
-from layerprobe.backbones import alignable_layers, fresh_sit
+from layerprobe.analyses.tables import MODEL
+from layerprobe.analyses.wording import converged_sentence
+from layerprobe.backbones import Backbone, alignable_layers, fresh_sit, layer_shapes
 from layerprobe.checkpoints import training_record
-from layerprobe.data import Reading
+from layerprobe.data import Reading, Splits
+from layerprobe.files import OtherRun
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
 
-def confirm_run(
+@dataclass(frozen=True)
+class ConfirmationJob:
+    """A confirmation that is checked as far as possible before its data are read, and has trained nothing yet.
+
+    Attributes:
+        folder: The run.
+        backbone: Its checkpoint.
+        num_layers: Number of its layers that can be aligned.
+        arms: Arms to train, the baseline first.
+        plan: How they are trained and scored.
+        from_scratch: Whether each seed starts from fresh weights instead of the checkpoint.
+        trained_steps: Recorded length of the checkpoint's training; None where it is not recorded.
+        fall: Recorded fall of the checkpoint's held-out loss, see `recorded_fall`; None where it is not recorded.
+    """
+
+    folder: RunFolder
+    backbone: Backbone
+    num_layers: int
+    arms: tuple[Arm, ...]
+    plan: ConfirmationPlan
+    from_scratch: bool
+    trained_steps: int | None
+    fall: float | None
+
+    @property
+    def start_step(self) -> int | None:
+        """Steps of training that the arms start after; None where they are not recorded."""
+        return 0 if self.from_scratch else self.trained_steps
+
+    @property
+    def end_step(self) -> int | None:
+        """Steps since fresh weights at which the arms end; None where they are not recorded."""
+        return None if self.start_step is None else self.start_step + self.plan.training.steps
+
+    @property
+    def start_cautions(self) -> tuple[StartCaution, ...]:
+        """What is to be said about the start of the arms."""
+        return start_cautions(from_scratch=self.from_scratch, fall=self.fall)
+
+    def seconds(self) -> float:
+        """Returns about how long the arms take on this device; a few steps are timed."""
+        return confirmation_seconds(self.backbone, self.arms, self.plan)
+
+
+def confirmation_job(
     run: str | Path,
     training: TrainingPlan,
     *,
@@ -41,10 +97,8 @@ def confirm_run(
     num_samples: int = 1000,
     sampling: SamplingPlan | None = None,
     device: str = "auto",
-    on_reading: Callable[[Reading | None], None] | None = None,
-    progress: TaskProgress | None = None,
-) -> Verdict:
-    """Trains the arms that test the pick of a run, and writes verdict, figures and report.
+) -> ConfirmationJob:
+    """Opens the checkpoint of a run and makes the arms that test its pick; nothing is written.
 
     Args:
         run: Run folder with a selection.
@@ -57,42 +111,109 @@ def confirm_run(
         num_samples: Number of samples drawn for each Fréchet distance.
         sampling: Sampling plan for these samples.
         device: Device of the models.
+
+    Raises:
+        ValueError: If the arms or the plan cannot be, or the run has a verdict on more arms or seeds.
+    """
+    folder = RunFolder(run)
+    checkpoint = folder.plan().checkpoint
+    ranked = [pair.pair for pair in folder.selection().ranked]
+    backbone = checkpoint.open(device=device)
+    sampling = sampling or SamplingPlan(solver="heun", steps=12)
+    plan = ConfirmationPlan(training, seeds, num_evaluations, num_samples, sampling, stop_early)
+    layers = alignable_layers(backbone)
+    width = layer_shapes(backbone, layers[:1])[layers[0]][1]
+    chosen = arms_for(ranked, layers, names=arms, seed=seeds[0], options=sra_options(training, token_width=width))
+    _check_nothing_is_dropped(folder, chosen, seeds)
+    return ConfirmationJob(
+        folder=folder,
+        backbone=backbone,
+        num_layers=len(layers),
+        arms=chosen,
+        plan=plan,
+        from_scratch=from_scratch,
+        trained_steps=training_record(checkpoint.path).get("steps"),
+        fall=_recorded_fall(Path(checkpoint.path)),
+    )
+
+
+def _recorded_fall(checkpoint: Path) -> float | None:
+    """The fall of the held-out loss that `layerprobe train` has written beside the checkpoint; None without it."""
+    held_out = checkpoint.parent / "held_out.csv"
+    trained_here = checkpoint.is_file() and (checkpoint.parent / "training.json").is_file()
+    return recorded_fall(pd.read_csv(held_out)) if trained_here and held_out.is_file() else None
+
+
+def confirm_run(
+    job: ConfirmationJob,
+    *,
+    on_reading: Callable[[Reading | None], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    progress: TaskProgress | None = None,
+) -> Verdict:
+    """Trains the arms that test the pick of a run, and writes verdict, figures and report.
+
+    Args:
+        job: The confirmation.
         on_reading: Called with what was read of the data, before a model is trained.
+        warn: Called with one line about what weakens the confirmation: data that cannot be compared with those of the
+            run, and a checkpoint that looks converged.
         progress: Called with (name of the running arm, steps done, steps in total).
 
     Raises:
-        ValueError: If the run has a verdict on more arms or seeds, or as `confirm_pair`.
+        ValueError: If the data are not those that the run measured, or as `confirm_pair`.
     """
-    folder = RunFolder(run)
-    plan, selection = folder.plan(), folder.selection()
-    backbone = plan.checkpoint.open(device=device)
-    confirmation = ConfirmationPlan(
-        training,
-        seeds,
-        num_evaluations,
-        num_samples,
-        sampling or SamplingPlan(solver="heun", steps=12),
-        stop_early,
-    )
-    trained_arms = _arms(selection, alignable_layers(backbone), arms, seeds)
-    _check_nothing_is_dropped(folder, trained_arms, seeds)
+    folder, backbone = job.folder, job.backbone
     encoding = named_progress(progress, "encoding images")
-    splits = plan.data.training_splits(backbone.shape, progress=encoding)
+    splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
     if on_reading:
         on_reading(splits.train.reading)
-    verdict = confirm_pair(
-        lambda seed: fresh_sit(backbone, seed) if from_scratch else backbone,
-        splits,
-        trained_arms,
-        confirmation,
-        folder.confirmation,
-        start_name="from scratch" if from_scratch else "from the checkpoint",
-        progress=progress,
-    )
+    tell = warn or (lambda line: None)
+    _check_data(folder, backbone, splits, tell)
+    try:
+        verdict = confirm_pair(
+            lambda seed: fresh_sit(backbone, seed) if job.from_scratch else backbone,
+            splits,
+            job.arms,
+            job.plan,
+            folder.confirmation,
+            start_name=FROM_SCRATCH if job.from_scratch else BRANCHED,
+            trained_steps=job.start_step,
+            on_converged=lambda course: tell(converged_sentence(course)),
+            progress=progress,
+        )
+    except OtherRun as other:
+        raise ValueError(f"{other.seen}; pass the options it was begun with, or {_A_COPY}") from other
     folder.write_verdict()
-    draw_figures(run)
-    write_report(run)
+    draw_figures(folder.path)
+    write_report(folder.path)
     return verdict
+
+
+_A_COPY = "use a copy of the run without confirmation/, confirmation.csv and verdict.json"
+
+
+def _check_data(folder: RunFolder, backbone: Backbone, splits: Splits, tell: Callable[[str], None]) -> None:
+    """Refuses data other than those that the run has measured, by which its pick was chosen."""
+    if not folder.store_folder(MODEL).is_dir():
+        tell(f"{folder.path} has lost its features, so nothing shows whether these are the data that it measured")
+        return
+    measured = folder.store(MODEL).manifest["data"]
+    now = {name: samples.fingerprint for name, samples in splits.items()}
+    # The arms train on the whole training split, of which the run may have measured a part.
+    if measured["train"].startswith(f"{now['train']}/"):
+        now["train"] = measured["train"]
+    if now != measured:
+        # Counts, copies and encodings change fingerprints too, so the samples of the run are read as it read them.
+        probed = folder.plan().data
+        samples = probed.encode(probed.probing_splits(expect_shape=backbone.shape), expect_shape=backbone.shape)
+        now = {name: part.fingerprint for name, part in samples.items()}
+    changed = [name for name in measured if measured[name] != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"the {' and '.join(changed)} data are not those that {folder.path} measured, by which its pick was "
+            "chosen; restore them, or probe the new data into another folder"
+        )
 
 
 def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
@@ -101,14 +222,22 @@ def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Seq
     if before is None:
         return
     curves, verdict = before
-    lost = [f"the arm {name!r}" for name in curves["arm"].unique() if name not in {arm.name for arm in arms}]
+    present = {name for arm in arms for name in (arm.name, *arm.also)}
+    lost = [f"the arm {name!r}" for name in curves["arm"].unique() if name not in present]
     lost += [f"seed {seed}" for seed in sorted(set(curves["seed"]) - set(seeds))]
+    if f"the arm {_OLD_ARM!r}" in lost:
+        raise ValueError(
+            f"{folder.path} was confirmed by an earlier version, whose arm {_OLD_ARM!r} (student at 0.3, teacher at "
+            f"0.6 of the depth) is no longer trained; its report stays readable, and for a new confirmation {_A_COPY}"
+        )
     if lost:
         raise ValueError(
             f"{folder.path} has a verdict on {verdict.judged!r}, and these options would replace it by one without "
-            f"{lost[0]}; ask for all of its arms and seeds, or use a copy of the run without confirmation/ and "
-            "verdict.json"
+            f"{lost[0]}; ask for all of its arms and seeds, or {_A_COPY}"
         )
+
+
+_OLD_ARM = "depth heuristic"
 
 
 def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = False, **options: Any) -> TrainingPlan:
@@ -134,25 +263,6 @@ def confirmation_training(run: str | Path, *, steps: int, from_scratch: bool = F
         recorded["warmup_steps"] = trained["warmup_steps"]
     default = {"steps": steps, "warmup_steps": steps // 10, "ema_decay": max(0.0, 1 - 10 / steps)}
     return TrainingPlan(**default | recorded | options)
-
-
-def trained_steps(run: str | Path) -> int | None:
-    """Returns the number of steps that the checkpoint of a run was trained for; None if it is not recorded."""
-    steps: int | None = training_record(RunFolder(run).plan().checkpoint.path).get("steps")
-    return steps
-
-
-def _arms(
-    selection: Selection, layers: Sequence[str], names: Sequence[str] | None, seeds: Sequence[int]
-) -> tuple[Arm, ...]:
-    ranked = [pair.pair for pair in selection.ranked]
-    return arms_for(ranked, layers, names=names, seed=seeds[0])
-
-
-def arm_names(run: str | Path, names: Sequence[str] | None = None, *, seed: int = 0) -> list[str]:
-    """Returns the arms that a confirmation of this run would train, with their pairs; see `arms_for`."""
-    selection = RunFolder(run).selection()
-    return [str(arm) for arm in _arms(selection, selection.basis.layers, names, (seed,))]
 
 
 def confirmation_resolution(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerprobe.analyses.experiments import Verdict
-from layerprobe.analyses.runs.confirm import confirm_run, confirmation_training
+from layerprobe.analyses.runs.confirm import confirm_run, confirmation_job, confirmation_training
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.runs.sample import draw_samples
@@ -17,6 +17,7 @@ from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 
 QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+QUICKSTART_ARMS = ("none", "pick", "prior", "bad")
 
 
 def quickstart_run(
@@ -44,14 +45,14 @@ def quickstart_run(
     selection = measure_run(plan, run, device=device, progress=progress)
     if not (figures / "samples.png").is_file():
         draw_samples(plan.checkpoint.open(device=device), figures)
-    verdict = confirm_run(
+    job = confirmation_job(
         run,
         confirmation_training(run, steps=steps),
         seeds=tuple(range(seed, seed + num_seeds)),
+        arms=QUICKSTART_ARMS,
         num_evaluations=3,
         num_samples=300,
         sampling=SamplingPlan(solver="heun", steps=6),  # Enough for 8 x 8 pixels; sampling takes most of the time.
         device=device,
-        progress=progress,
     )
-    return selection, verdict
+    return selection, confirm_run(job, progress=progress)

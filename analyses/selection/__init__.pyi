@@ -22,6 +22,8 @@ from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair
 from .published import encoder_share as encoder_share
 from .published import nearest_published as nearest_published
+from .published import prior_pair as prior_pair
+from .published import published_lengths as published_lengths
 from .published import published_pairs as published_pairs
 from .ranking import RULE as RULE
 from .ranking import equal_weights as equal_weights

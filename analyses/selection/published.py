@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
+
+from layerprobe.analyses.tables import PRIOR_DEPTHS
+from layerprobe.layersync import LayerPair
 
 # Blocks of the smallest network of which the published table has shares.
 FEWEST_BLOCKS = 12
@@ -36,6 +40,8 @@ class PublishedPair:
         student: Block of the student, counted from 1.
         teacher: Block of the teacher; None for an external encoder.
         budget: Length of the training.
+        steps: The same in optimizer steps since fresh weights, an epoch of ImageNet being 5000 steps of 256 samples;
+            None where this is not known.
         metric: Metric of the samples.
         value: The metric with alignment.
         baseline: The metric of the same training without alignment.
@@ -52,6 +58,7 @@ class PublishedPair:
     student: int
     teacher: int | None
     budget: str
+    steps: int | None
     metric: str
     value: float
     baseline: float
@@ -90,6 +97,7 @@ def published_pairs() -> tuple[PublishedPair, ...]:
             student=int(row["student"]),
             teacher=int(row["teacher"]) if row["teacher"] else None,
             budget=row["budget"],
+            steps=int(row["steps"]) if row["steps"] else None,
             metric=row["metric"],
             value=float(row["value"]),
             baseline=float(row["baseline"]),
@@ -100,6 +108,19 @@ def published_pairs() -> tuple[PublishedPair, ...]:
         )
         for row in rows
     )
+
+
+def published_lengths() -> tuple[PublishedPair, ...]:
+    """Returns the trainings of the pair that was published at most lengths, the shortest first.
+
+    They show how the relative gain changes while one network is trained.
+    """
+    groups: dict[tuple[str, str, int, int | None], list[PublishedPair]] = {}
+    for pair in published_pairs():
+        if pair.steps is not None and pair.teacher is not None:
+            groups.setdefault((pair.method, pair.network, pair.student, pair.teacher), []).append(pair)
+    longest = max(groups.values(), key=lambda pairs: len({pair.steps for pair in pairs}))
+    return tuple(sorted(longest, key=lambda pair: pair.steps or 0))
 
 
 def nearest_published(student_depth: float, teacher_depth: float, *, num: int = 3) -> tuple[PublishedPair, ...]:
@@ -140,6 +161,23 @@ def encoder_share(student_depth: float) -> float | None:
         if depths[0] - 1e-9 <= student_depth <= depths[-1] + 1e-9:
             shares.append(float(np.interp(student_depth, depths, values)))
     return sum(shares) / len(shares) if shares else None
+
+
+def prior_pair(layers: Sequence[str]) -> LayerPair:
+    """Returns the pair that published trainings suggest: the layers nearest to the depths `PRIOR_DEPTHS`.
+
+    Args:
+        layers: Names of the layers, in the order of the network.
+
+    Raises:
+        ValueError: If there are fewer than two layers.
+    """
+    depth = len(layers)
+    if depth < 2:
+        raise ValueError(f"a pair needs two layers, got {depth}")
+    student, teacher = (round(fraction * depth) for fraction in PRIOR_DEPTHS)
+    student = max(student, 1)
+    return LayerPair(layers[student - 1], layers[max(teacher, student + 1) - 1])
 
 
 def _improvement(row: dict[str, str]) -> float:

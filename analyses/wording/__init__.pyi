@@ -2,6 +2,14 @@ from .answers import AnswerLine as AnswerLine
 from .answers import answer_lines as answer_lines
 from .comparison import block_map_sentences as block_map_sentences
 from .comparison import difference_sentences as difference_sentences
+from .confirmation import converged_sentence as converged_sentence
+from .confirmation import cost_sentence as cost_sentence
+from .confirmation import length_cautions as length_cautions
+from .confirmation import missing_arm_sentences as missing_arm_sentences
+from .confirmation import published_gain_sentences as published_gain_sentences
+from .confirmation import resolution_sentences as resolution_sentences
+from .confirmation import spread_source as spread_source
+from .confirmation import start_sentences as start_sentences
 from .decisions import decision_text as decision_text
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
@@ -23,10 +31,7 @@ from .selection import score_sentence as score_sentence
 from .selection import selection_headline as selection_headline
 from .selection import selection_reason as selection_reason
 from .verdict import answer_title as answer_title
-from .verdict import length_cautions as length_cautions
 from .verdict import other_pair_sentence as other_pair_sentence
-from .verdict import resolution_sentences as resolution_sentences
-from .verdict import spread_source as spread_source
 from .verdict import verdict_cautions as verdict_cautions
 from .verdict import verdict_details as verdict_details
 from .verdict import verdict_paragraph as verdict_paragraph

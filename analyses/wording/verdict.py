@@ -1,4 +1,4 @@
-"""Confirmations in words: what they can find before they start, and their verdict."""
+"""The verdict of a confirmation in words."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections.abc import Iterable
 import numpy as np
 
 from layerprobe.analyses.experiments import (
-    ENOUGH_STEPS,
     LEARNING_RATE,
     LEVEL,
     POWER,
     RANDOM,
+    SAME_DISTANCE,
+    SRA,
     STILL_IMPROVING,
     ArmResult,
     Comparison,
-    Resolution,
-    Spread,
     Verdict,
     VerdictCaution,
-    seeds_needed,
-    too_short,
 )
 from layerprobe.analyses.selection import Selection
+from layerprobe.analyses.wording.confirmation import converged_sentence
 
+_SINGLE_PAIRS = {
+    "published prior": "the published prior",
+    "same distance": "a random pair of the same distance",
+}
 _ANSWERS = {
     "helps": "The pair helps: the whole interval lies below zero.",
     "hurts": "The pair hurts: the whole interval lies above zero, and both runs have leveled off.",
@@ -117,6 +119,8 @@ def _caution(code: VerdictCaution, verdict: Verdict) -> str:
                 f"The difference was tested after {_listed(verdict.looks)} seeds, at levels that were not planned "
                 f"together: where there is no difference, one would be found in {verdict.error_rate:.1%} of cases."
             )
+        case "start looks converged":
+            return "" if verdict.branch is None else converged_sentence(verdict.branch)
         case "gain may come from step length":
             return f"{_step_length(verdict)}, so the gain may come from its step length alone."
 
@@ -159,12 +163,20 @@ def _early_looks(verdict: Verdict) -> list[str]:
 
 
 def _comparisons(verdict: Verdict) -> list[str]:
+    judged = verdict.arm(verdict.judged)
     sentences = []
+    if judged.also:
+        also = " and ".join(_the(name) for name in judged.also)
+        sentences.append(f"It is also the pair of {also}, which was trained once.")
     for comparison in verdict.comparisons:
         if comparison.against == "random pairs":
             num = comparison.num_arms
             others = "a random pair" if num == 1 else f"the mean of {num} random pairs"
             sentences.append(f"The pair's difference to {others} is {_interval(comparison)}.")
+        elif comparison.against in _SINGLE_PAIRS:
+            sentences.append(
+                f"The pair's difference to {_SINGLE_PAIRS[comparison.against]} is {_interval(comparison)}."
+            )
         elif verdict.answer == "helps" and "gain may come from step length" not in verdict.cautions:
             sentences.append(f"{_step_length(verdict)}, so its step length does not explain the gain.")
     return sentences
@@ -179,62 +191,11 @@ def _mean(arm: ArmResult) -> float:
 
 
 def _the(name: str) -> str:
-    return name if name.startswith(RANDOM) else f"the {name}"
+    if name == SAME_DISTANCE:
+        return "the random pair of the same distance"
+    return name if name.startswith((RANDOM, SRA)) else f"the {name}"
 
 
 def _listed(numbers: Iterable[int]) -> str:
     *first, last = map(str, numbers)
     return f"{', '.join(first)} and {last}" if first else last
-
-
-# ------------------------------------------------------------------------------------------------------ before training
-
-
-def resolution_sentences(resolution: Resolution) -> list[str]:
-    """Returns what a confirmation can be expected to find, with the number of seeds for half of that difference."""
-    expected = (
-        f"{resolution.num_seeds} seeds find a difference of {resolution.in_spreads:.2g} times its spread over seeds "
-        f"with a probability of at least {POWER:.0%} (two-sided t test, error rate {LEVEL:.0%})."
-    )
-    spread = resolution.spread
-    if spread is None:
-        return [expected, "The spread is not known before the first seeds; pass --spread or --pilot to state it."]
-    low, high = (end * resolution.in_spreads for end in spread.interval())
-    width = "" if low == high else f", or {low:.1%} to {high:.1%} given how few seeds the spread was estimated from"
-    sentences = [
-        expected,
-        f"With a spread of {spread.share:.1%} of the distance ({spread_source(spread)}), that is "
-        f"{resolution.share:.1%} of the distance{width}.",
-    ]
-    half = seeds_needed(resolution.in_spreads / 2)
-    return sentences + ([f"A difference half as large takes {half} seeds."] if half else [])
-
-
-def spread_source(spread: Spread) -> str:
-    """Returns where a spread comes from, such as "3 seeds of the pilot, after 4000 steps"."""
-    if spread.source == "stated":
-        return "as stated"
-    source = "the pilot" if spread.source == "pilot" else spread.source
-    return f"{spread.num_seeds} seeds of {source}, after {spread.steps} steps"
-
-
-def length_cautions(steps: int, *, trained_steps: int | None = None) -> list[str]:
-    """Returns what this number of training steps cannot show; nothing if the steps are enough.
-
-    Args:
-        steps: Training steps of an arm.
-        trained_steps: Length of the training that an arm from scratch stands for; None where it is not known.
-    """
-    sentences = {
-        "few steps": (
-            f"{steps} steps show what alignment costs at first rather than what it gains later: in past pair sweeps "
-            f"with batches of 64 samples, gains appeared between step 2000 and {ENOUGH_STEPS}. Train at least "
-            f"{ENOUGH_STEPS} steps for a verdict."
-        ),
-        "shorter than the training": (
-            f"The checkpoint was trained for {trained_steps} steps, the arms for {steps}. A gain on the way may be a "
-            "loss at the end: in a pair sweep of four seeds, six of fifteen pairs gained at step 4000 and one at step "
-            "12000. Train as many steps as the final training will have."
-        ),
-    }
-    return [sentences[code] for code in too_short(steps, trained_steps=trained_steps)]

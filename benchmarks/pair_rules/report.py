@@ -184,7 +184,7 @@ def described(case: Case) -> dict[str, object]:
         "best": value.best,
         "best elsewhere": value.best_elsewhere,
         "random": value.random,
-        "heuristic": value.heuristic,
+        "prior": value.prior,
         "error": value.error,
         "noise from": "seeds" if spread.from_seeds else "layer effects",
         "pays": value.pays,

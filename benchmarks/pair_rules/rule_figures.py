@@ -24,10 +24,11 @@ from layerprobe.analyses.figures import (
     styled,
     wrap_title,
 )
-from layerprobe.layersync import LayerPair, depth_heuristic
+from layerprobe.analyses.selection import prior_pair
+from layerprobe.layersync import LayerPair
 
 MARKERS = "osD^vPX*"
-COLORS = (ARM_COLORS["pick"], ARM_COLORS["depth heuristic"], ARM_COLORS["runner-up"], *LINE_COLORS[-2:])
+COLORS = (ARM_COLORS["pick"], ARM_COLORS["published prior"], ARM_COLORS["runner-up"], *LINE_COLORS[-2:])
 
 
 @styled()
@@ -111,7 +112,7 @@ def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
         raise ValueError("there are no predictions to draw; leave one model out of two or more")
     table, cases = judged(predictions), {one.case.name: one.case for one in predictions}
     rules = list(dict.fromkeys(table["rule"]))
-    rows = ["mean random pair", "depth heuristic", *rules][::-1]
+    rows = ["mean random pair", "published prior", *rules][::-1]
     figure = Figure(figsize=(WIDTH_IN, 1.9 + 0.32 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     for axes, (name, case) in zip(all_axes, cases.items(), strict=True):
@@ -121,7 +122,7 @@ def picks_figure(predictions: Sequence[RulePrediction]) -> Figure:
         axes.axvline(100 * value.best, color=INK, lw=1.4)
         axes.axvline(100 * value.best_elsewhere, color=INK, lw=1.2, ls="--")
         axes.plot(100 * value.random, rows.index("mean random pair"), "s", color=GRAY)
-        axes.plot(100 * value.heuristic, rows.index("depth heuristic"), "s", color=ARM_COLORS["depth heuristic"])
+        axes.plot(100 * value.prior, rows.index("published prior"), "s", color=ARM_COLORS["published prior"])
         for row in rows_of_sweep.to_dict("records"):
             at = 0.0 if np.isnan(row["gain"]) else 100 * row["gain"]  # all pairs are refused
             fill = BACKGROUND if row["none"] else ARM_COLORS["pick"]
@@ -179,7 +180,7 @@ def expectations_figure(predictions: Sequence[RulePrediction]) -> Figure:
         Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], ms=8, label="pick"),
         Line2D([], [], ls="", marker="o", color=ARM_COLORS["pick"], mfc=BACKGROUND, label="tie with the pick"),
         Line2D([], [], ls="", marker="o", color=GRAY, label="other pair"),
-        Line2D([], [], ls="", marker="s", color=ARM_COLORS["depth heuristic"], label="depth heuristic"),
+        Line2D([], [], ls="", marker="s", color=ARM_COLORS["published prior"], label="published prior"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     (rule,), metric = rules, capital(predictions[0].case.metric)
@@ -198,9 +199,9 @@ def _expectation_panel(axes: Axes, one: RulePrediction) -> None:
     axes.plot(x[others], y[others], "o", color=GRAY, ms=5)
     axes.plot(x[one.ties], y[one.ties], "o", color=color, mfc=BACKGROUND, ms=5)
     axes.plot(x[pick], y[pick], "o", color=color, ms=8)
-    heuristic = depth_heuristic(case.layers)
-    for index in (i for i, pair in enumerate(case.pairs) if pair == heuristic):
-        axes.plot(x[index], y[index], "s", color=ARM_COLORS["depth heuristic"], ms=5)
+    prior = prior_pair(case.layers)
+    for index in (i for i, pair in enumerate(case.pairs) if pair == prior):
+        axes.plot(x[index], y[index], "s", color=ARM_COLORS["published prior"], ms=5)
     for index in {pick, int(y.argmax())}:
         axes.annotate(_short(case.pairs[index]), (x[index], y[index]), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="expected gain (%)", ylabel="gain (%)")

@@ -36,8 +36,9 @@ from scipy import stats
 
 from layerprobe.analyses.experiments import FRECHET, read_pair_sweep
 from layerprobe.analyses.measures import Floats
+from layerprobe.analyses.selection import prior_pair
 from layerprobe.analyses.tables import CRITERIA, DISTANCE, STUDENT_DEPTH, TEACHER_DEPTH, PairEvidence
-from layerprobe.layersync import LayerPair, depth_heuristic
+from layerprobe.layersync import LayerPair
 
 DEPTHS = (STUDENT_DEPTH, TEACHER_DEPTH, DISTANCE)
 CONFIDENCE = 0.95
@@ -278,7 +279,7 @@ class Worth:
             with one seed.
         best_pair: Pair with the largest mean gain.
         random: Mean gain of all pairs.
-        heuristic: Mean gain of the depth heuristic's pair; nan if the sweep lacks it.
+        prior: Mean gain of the published prior's pair; nan if the sweep lacks it.
         error: Standard error of a pair's mean gain over the baseline.
         dof: Degrees of freedom of the error.
         pays: Whether the best pair beats the baseline beyond the noise (one-sided, 5 %, corrected for the choice among
@@ -289,7 +290,7 @@ class Worth:
     best_elsewhere: float
     best_pair: LayerPair
     random: float
-    heuristic: float
+    prior: float
     error: float
     dof: int
     pays: bool
@@ -307,13 +308,13 @@ def worth(case: Case) -> Worth:
         elsewhere = float(case.gains[others.argmax(axis=0), np.arange(num_seeds)].mean())
     level = 0.05 if num_seeds > 1 else 0.05 / num_pairs
     bar = error * stats.t.ppf(1 - level, spread.dof) if spread.dof > 0 else np.nan
-    heuristic = depth_heuristic(case.layers)
+    prior = prior_pair(case.layers)
     return Worth(
         best=float(gain[best]),
         best_elsewhere=elsewhere,
         best_pair=case.pairs[best],
         random=float(gain.mean()),
-        heuristic=float(gain[case.pairs.index(heuristic)]) if heuristic in case.pairs else np.nan,
+        prior=float(gain[case.pairs.index(prior)]) if prior in case.pairs else np.nan,
         error=float(error),
         dof=spread.dof,
         pays=bool((elsewhere if num_seeds > 1 else gain[best]) > bar),

@@ -421,9 +421,9 @@ def test_baselines_are_the_pairs_they_are_named_after() -> None:
     assert found.best_elsewhere == pytest.approx(0.28)
     assert found.random == pytest.approx(0.145)
     case = planted(gains)
-    assert found.heuristic == pytest.approx(gains[case.pairs.index(LayerPair("blocks.1", "blocks.4")), 0] + 0.01)
+    assert found.prior == pytest.approx(gains[case.pairs.index(LayerPair("blocks.1", "blocks.5")), 0] + 0.01)
     few = replace(case, pairs=case.pairs[:3], gains=case.gains[:3])
-    assert np.isnan(worth(few).heuristic)
+    assert np.isnan(worth(few).prior)
 
 
 # -------------------------------------------------------------------------------------------------------------- rules

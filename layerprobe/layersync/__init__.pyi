@@ -3,5 +3,4 @@ from .loss import LayerSync as LayerSync
 from .options import WEIGHT as WEIGHT
 from .options import SyncOptions as SyncOptions
 from .pair import LayerPair as LayerPair
-from .pair import depth_heuristic as depth_heuristic
 from .pair import layer_of_depth as layer_of_depth

@@ -42,25 +42,6 @@ def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
     return f"{prefix}.{depth - 1}"
 
 
-def depth_heuristic(layers: tuple[str, ...]) -> LayerPair:
-    """Returns the pair of the usual rule of thumb: the student at 0.3 and the teacher at 0.6 of the depth.
-
-    Args:
-        layers: Names of the layers, in the order of the network.
-
-    Raises:
-        ValueError: If there are fewer than two layers.
-
-    Source: close to the published depths of LayerSync, 8 <- 16 of 28 blocks (arXiv:2510.12581); this gives 8 <- 17.
-    """
-    depth = len(layers)
-    if depth < 2:
-        raise ValueError(f"a pair needs two layers, got {depth}")
-    student = min(max(round(0.3 * depth), 1), depth - 1)
-    teacher = max(round(0.6 * depth), student + 1)
-    return LayerPair(layers[student - 1], layers[teacher - 1])
-
-
 def as_pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
     """Converts a (student, teacher) tuple to a `LayerPair`.
 

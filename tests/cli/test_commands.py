@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -201,6 +202,39 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     assert (trained / "run" / "figures" / "confirmation.png").is_file()
     chip = f'<span class="chip">{told["answer"].capitalize()}</span>'
     assert chip in html.unescape((trained / "run" / "report.html").read_text())
+
+
+def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: Path, cli) -> None:
+    """Its arms are trained on the data by which the pick was chosen, and are continued as they were begun."""
+    run, arguments = trained / "run", shlex.split("--steps 4 --num-seeds 2 --num-evaluations 2 --num-samples 20")
+    if not (run / "verdict.json").is_file():  # if the test before this one did not run
+        cli("confirm", run, *arguments)
+    code, _, err = cli("confirm", run, *arguments, "--weight", "0.7")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"layerprobe: {run / 'confirmation'} holds a confirmation of another run (different: plan.training.weight); "
+        "pass the options it was begun with, or use a copy of the run without confirmation/, confirmation.csv and "
+        "verdict.json",
+    )
+    table = pd.read_csv(run / "confirmation.csv").replace({"negative control": "depth heuristic"})
+    copy = shutil.copytree(run, tmp_path / "old")
+    table.to_csv(copy / "confirmation.csv", index=False)
+    code, _, err = cli("confirm", copy, *arguments)
+    assert code == 2
+    assert "was confirmed by an earlier version, whose arm 'depth heuristic'" in err.splitlines()[-1]
+    for name in ("confirmation", "confirmation.csv", "verdict.json"):
+        shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    manifest = next((copy / "features" / "model").glob("manifest*.json"))
+    record = json.loads(manifest.read_text())
+    record["data"]["test"] = "other"
+    manifest.write_text(json.dumps(record))
+    code, _, err = cli("confirm", copy, *arguments)
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"layerprobe: the test data are not those that {copy} measured, by which its pick was chosen; restore them, or "
+        "probe the new data into another folder",
+    )
+    assert not (copy / "confirmation").exists()
 
 
 def test_training_with_the_pick_of_a_run(trained: Path, tmp_path: Path, cli) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from layerprobe.analyses.experiments.power import detectable, look_levels
+from layerprobe.analyses.runs import confirm
 from layerprobe.analyses.runs.confirm import confirmation_training
 from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
 from layerprobe.checkpoints.opening import training_record
@@ -37,8 +38,9 @@ def ranked(student: int, teacher: int) -> RankedPair:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the embedded model as far as `confirm` reads it before it trains."""
+    monkeypatch.setattr(confirm, "confirmation_seconds", lambda *_: 300.0)
     run = tmp_path / "run"
     run.mkdir()
     plan = {"checkpoint": {"path": "digits"}, "data": {"source": "digits"}, "extraction": {"noise_levels": [0.3]}}
@@ -77,19 +79,46 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
     assert code == 0
     assert record["arms"] == [
         "baseline",
-        "pick (blocks.1 <- blocks.5)",
-        "depth heuristic (blocks.1 <- blocks.4)",
+        "pick and published prior (blocks.1 <- blocks.5)",
+        "same distance (blocks.3 <- blocks.7)",
         "negative control (blocks.6 <- blocks.7)",
     ]
+    assert record["seconds"] == 300
     assert record["resolution"]["difference_in_spreads"] == pytest.approx(detectable(3))
     assert record["resolution"]["difference"] is None
-    assert "costs at first" in record["cautions"][0]
-    code, out, _ = cli("confirm", folder, "--dry-run", "--arms", "none,pick,random:2,learning-rate", "--spread", "0.05")
+    assert (record["start"], len(record["cautions"])) == (["branch", "convergence not known"], 3)
+    assert "costs at first" in record["cautions"][-1]
+    arms = "none,pick,prior,random:2,learning-rate,sra,pick+noise-gap:0.1"
+    code, out, _ = cli("confirm", folder, "--dry-run", "--arms", arms, "--spread", "0.05")
     assert code == 0
     assert "learning rate (baseline with steps as long as with blocks.1 <- blocks.5)" in out
+    assert "SRA (blocks.1 <- blocks.5, projector width 128, teacher decay 0.99, noise gap 0.2)" in out
+    assert "pick with noise gap 0.1 (blocks.1 <- blocks.5, noise gap 0.1)" in out
     assert out.count("random pair") == 2
+    assert "7 arms x 3 seeds x 1000 steps, with 4 evaluations of 1000 samples each, take about 5 min on this" in out
+    assert "branch from a checkpoint trained for 6000 steps; --from-scratch starts them from fresh weights." in out
     assert "With a spread of 5.0% of the distance (as stated), that is 16.3% of the distance." in out
+    assert "These arms end at step 7000, long before the first of them, where nothing is published." in out
+    assert "A third of 40% is 13% of the distance: with this spread" in out
     assert not (folder / "confirmation").exists()
+
+
+def test_arms_that_a_small_network_cannot_have_are_told(folder: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirm, "alignable_layers", lambda backbone: LAYERS[1:6:2])
+    code, out, _ = cli("confirm", folder, "--dry-run", "--from-scratch")
+    assert code == 0
+    assert "There is no random pair of the same distance: 3 layers have no other pair of it." in out.splitlines()
+    assert "branch from" not in out
+
+
+def test_the_recorded_losses_of_the_checkpoint_tell_whether_it_is_converged(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.touch()
+    (tmp_path / "held_out.csv").write_text("step,noise level 0.1\n0,2\n70,1\n100,0.995\n")
+    assert confirm._recorded_fall(checkpoint) is None  # a table of something else
+    (tmp_path / "training.json").touch()
+    assert confirm._recorded_fall(checkpoint) == pytest.approx(0.005)
+    assert confirm._recorded_fall(Path("digits")) is None
 
 
 def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:
@@ -113,7 +142,7 @@ def test_only_arms_from_scratch_stand_for_the_whole_training(folder: Path, cli) 
     _, out, _ = cli("confirm", folder, "--dry-run", "--json", "--from-scratch", *steps)
     assert f"trained for {trained} steps" in json.loads(out)["cautions"][-1]
     _, out, _ = cli("confirm", folder, "--dry-run", "--json", *steps)
-    assert json.loads(out)["cautions"] == []
+    assert not any("costs at first" in line or "Train as many" in line for line in json.loads(out)["cautions"])
 
 
 def test_early_stops_are_reckoned_with(folder: Path, cli) -> None:

@@ -133,11 +133,11 @@ def test_a_verdict_is_not_replaced_by_one_on_fewer_arms_or_seeds(run: Path, monk
     curves = pd.DataFrame({"arm": ["baseline", "pick"] * 2, "seed": [0, 0, 1, 1]})
     monkeypatch.setattr(RunFolder, "verdict", lambda self: (curves, type("V", (), {"judged": "pick"})))
     training = confirm.confirmation_training(run, steps=2)
-    for options, lost in (({"arms": ["none", "heuristic"]}, "the arm 'pick'"), ({"seeds": (1, 2)}, "seed 0")):
+    for options, lost in (({"arms": ["none", "prior"]}, "the arm 'pick'"), ({"seeds": (1, 2)}, "seed 0")):
         with pytest.raises(
             ValueError, match=f"has a verdict on 'pick', and these options would .* without {lost}; ask"
         ):
-            confirm.confirm_run(run, training, device="cpu", num_evaluations=1, **options)
+            confirm.confirmation_job(run, training, device="cpu", num_evaluations=1, **options)
     assert not (run / "confirmation").exists()
 
 

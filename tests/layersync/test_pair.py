@@ -1,11 +1,11 @@
-"""Layer pairs, depths counted from 1, and the depth heuristic."""
+"""Layer pairs, and depths counted from 1."""
 
 from __future__ import annotations
 
 import pytest
 from torch import nn
 
-from layerprobe.layersync.pair import LayerPair, as_pair, depth_heuristic, layer_of_depth
+from layerprobe.layersync.pair import LayerPair, as_pair, layer_of_depth
 
 
 def test_pairs_of_a_layer_with_itself_or_an_earlier_one_are_refused() -> None:
@@ -24,22 +24,6 @@ def test_depths_count_from_one_and_names_from_zero() -> None:
     assert layer_of_depth(1, prefix="layers") == "layers.0"
     with pytest.raises(ValueError, match=r"^depth counts from 1, got 0; depth 1 is blocks.0$"):
         layer_of_depth(0)
-
-
-@pytest.mark.parametrize(("depth", "student", "teacher"), [(2, 1, 2), (3, 1, 2), (5, 2, 3), (8, 2, 5), (28, 8, 17)])
-def test_depth_heuristic_is_a_third_and_two_thirds_down(depth: int, student: int, teacher: int) -> None:
-    pair = depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))
-    assert pair == LayerPair(layer_of_depth(student), layer_of_depth(teacher))
-
-
-@pytest.mark.parametrize("depth", range(2, 61))
-def test_depth_heuristic_gives_a_pair_at_every_depth(depth: int) -> None:
-    depth_heuristic(tuple(layer_of_depth(i + 1) for i in range(depth)))  # LayerPair refuses a wrong order
-
-
-def test_depth_heuristic_needs_two_layers() -> None:
-    with pytest.raises(ValueError, match=r"^a pair needs two layers, got 1$"):
-        depth_heuristic(("blocks.0",))
 
 
 def test_numbers_for_layers_are_refused_since_they_are_counted_in_two_ways() -> None:

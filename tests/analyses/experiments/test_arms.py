@@ -9,14 +9,18 @@ import pytest
 
 from layerprobe.analyses.experiments.arms import (
     BASELINE,
-    HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
     PICK,
+    PRIOR,
     RUNNER_UP,
+    SAME_DISTANCE,
+    SRA,
     Arm,
     ConfirmationPlan,
     arms_for,
+    missing_arms,
+    sra_options,
 )
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
@@ -24,27 +28,52 @@ from layerprobe.training.plan import TrainingPlan
 
 LAYERS = tuple(f"blocks.{i}" for i in range(10))
 RANKED = (LayerPair("blocks.1", "blocks.7"), LayerPair("blocks.1", "blocks.6"))
+FOUR = (RANKED[0], LayerPair("blocks.2", "blocks.7"))  # with the prior and the control, four pairs
 ARMS = arms_for(RANKED, LAYERS)
+OPTIONS = {"projector_width": 32, "teacher_decay": 0.9, "noise_gap": 0.2}
 SEEDS = (0, 1, 2)
 PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
 
 
-def test_arms_are_four_without_duplicates() -> None:
-    assert [arm.name for arm in ARMS] == [BASELINE, PICK, HEURISTIC, NEGATIVE_CONTROL]
-    heuristic, control = LayerPair("blocks.2", "blocks.5"), LayerPair("blocks.8", "blocks.9")
-    assert [arm.pair for arm in ARMS] == [None, LayerPair("blocks.1", "blocks.7"), heuristic, control]
-    other = LayerPair("blocks.1", "blocks.6")
-    for ranked, names in (
-        ([], [BASELINE, HEURISTIC, NEGATIVE_CONTROL]),
-        ([heuristic], [BASELINE, PICK, NEGATIVE_CONTROL]),
-        ([heuristic, other], [BASELINE, PICK, RUNNER_UP, NEGATIVE_CONTROL]),
-        ([other, heuristic], [BASELINE, PICK, HEURISTIC, NEGATIVE_CONTROL]),
-        ([control], [BASELINE, PICK, HEURISTIC]),
+def test_the_usual_arms_are_five_without_duplicates() -> None:
+    assert [arm.name for arm in ARMS] == [BASELINE, PICK, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL]
+    prior, control, other = (LayerPair(f"blocks.{s}", f"blocks.{t}") for s, t in ((1, 6), (8, 9), (0, 7)))
+    assert [arm.pair for arm in ARMS[:3] + ARMS[4:]] == [None, RANKED[0], prior, control]
+    for ranked, names, missing in (
+        ([], [BASELINE, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL], (PICK,)),
+        ([prior, other], [BASELINE, PICK, SAME_DISTANCE, NEGATIVE_CONTROL], ()),
+        ([other, prior], [BASELINE, PICK, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL], ()),
+        ([control], [BASELINE, PICK, PRIOR, SAME_DISTANCE], ()),
+        ([LayerPair("blocks.0", "blocks.9")], [BASELINE, PICK, PRIOR, NEGATIVE_CONTROL], (SAME_DISTANCE,)),
     ):
         arms = arms_for(ranked, LAYERS)
         assert [arm.name for arm in arms] == names
+        assert missing_arms(arms) == missing
         assert len({arm.pair for arm in arms}) == len(arms)
-    assert [arm.name for arm in arms_for([], LAYERS[:2])] == [BASELINE, HEURISTIC]
+    two = arms_for([], LAYERS[:2])
+    assert [(arm.name, arm.also) for arm in two] == [(BASELINE, ()), (PRIOR, (NEGATIVE_CONTROL,))]
+    assert missing_arms(two) == (PICK, SAME_DISTANCE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ranked", [RANKED, RANKED[:1], (), (LayerPair("blocks.0", "blocks.1"),)])
+def test_the_random_pair_is_as_far_apart_as_the_pick_and_is_no_other_arm_s(ranked: Any, seed: int) -> None:
+    arms = {arm.name: arm.pair for arm in arms_for(ranked, LAYERS, seed=seed)}
+    drawn, like = arms.pop(SAME_DISTANCE), arms.get(PICK) or arms[PRIOR]
+    assert drawn is not None
+    assert like is not None
+    assert _distance(drawn) == _distance(like)
+    assert drawn not in {*arms.values(), *ranked[:2]}
+
+
+def test_the_seed_decides_the_random_pair_of_the_same_distance() -> None:
+    drawn = [arms_for(RANKED, LAYERS, seed=seed)[3] for seed in range(12)]
+    assert len({arm.pair for arm in drawn}) == 3  # all pairs of its distance but the pick
+    assert drawn[2] == arms_for(RANKED, LAYERS, seed=2, names=["none", "same-distance"])[1]
+
+
+def _distance(pair: LayerPair) -> int:
+    return LAYERS.index(pair.teacher) - LAYERS.index(pair.student)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +105,11 @@ def names(wanted: str, ranked: Any = RANKED, **options: Any) -> list[str]:
 
 
 def test_arms_come_as_asked_for_and_in_one_order() -> None:
-    every = [BASELINE, PICK, HEURISTIC, RUNNER_UP, "random pair 1", "random pair 2", LEARNING_RATE, NEGATIVE_CONTROL]
-    assert names("bad,learning-rate,random:2,runner-up,heuristic,pick,none") == every
+    every = [BASELINE, PICK, PRIOR, SAME_DISTANCE, RUNNER_UP, "random pair 1", "random pair 2"]
+    every += [LEARNING_RATE, SRA, NEGATIVE_CONTROL]
+    assert (
+        names("bad,sra,learning-rate,random:2,runner-up,same-distance,prior,pick,none", FOUR, options=OPTIONS) == every
+    )
     assert names("none,runner-up") == [BASELINE, RUNNER_UP]
     matched = arms_for(RANKED, LAYERS, names=["none", "pick", "learning-rate"])[2]
     assert (matched.pair, matched.matched) == (None, RANKED[0])
@@ -85,20 +117,44 @@ def test_arms_come_as_asked_for_and_in_one_order() -> None:
 
 
 def test_an_arm_that_is_there_already_is_named_there() -> None:
-    heuristic = ARMS[2].pair
-    assert heuristic is not None
-    arms = arms_for([heuristic, RANKED[0]], LAYERS, names=["none", "pick", "heuristic", "bad"])
+    prior = ARMS[2].pair
+    assert prior is not None
+    arms = arms_for([prior, RANKED[0]], LAYERS, names=["none", "pick", "prior", "bad"])
     assert [str(arm) for arm in arms] == [
         BASELINE,
-        "pick and depth heuristic (blocks.2 <- blocks.5)",
+        "pick and published prior (blocks.1 <- blocks.6)",
         "negative control (blocks.8 <- blocks.9)",
     ]
 
 
+def test_methods_are_arms_of_their_own_on_a_pair() -> None:
+    """SRA is its three parts on the pick; a part may have another value; the pair of a method is no duplicate."""
+    wanted = ["none", "pick", "sra", "pick+noise-gap:0.1", "prior+projector+teacher-decay:0.5"]
+    arms = arms_for(RANKED[:1], LAYERS, names=wanted, options=OPTIONS)
+    assert [str(arm) for arm in arms] == [
+        BASELINE,
+        "pick (blocks.1 <- blocks.7)",
+        "SRA (blocks.1 <- blocks.7, projector width 32, teacher decay 0.9, noise gap 0.2)",
+        "pick with noise gap 0.1 (blocks.1 <- blocks.7, noise gap 0.1)",
+        "published prior with projector and teacher decay 0.5 (blocks.1 <- blocks.6, projector width 32, teacher decay "
+        "0.5)",
+    ]
+    shared = TrainingPlan(steps=100, ema_decay=0.9, sync=SyncOptions(centered=True))
+    assert sra_options(shared, token_width=16) == OPTIONS
+    assert sra_options(replace(shared, ema_decay=0.99999), token_width=16)["teacher_decay"] == 0.9999
+    own = SyncOptions(centered=True, projector_width=32, teacher_decay=0.9, noise_gap=0.2)
+    assert arms[2].training(shared) == replace(shared, pairs=RANKED[:1], sync=own)
+    assert arms[0].training(shared) == shared
+    same = arms_for(RANKED, LAYERS, names=["none", "sra", "pick+projector+teacher-decay+noise-gap"], options=OPTIONS)
+    assert (len(same), same[1].also) == (2, ("pick with projector and teacher decay and noise gap",))
+    assert arms_for((), LAYERS, names=["none", "sra"], options=OPTIONS)[1].pair == ARMS[2].pair
+
+
 def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:
-    others = {arm.pair for arm in arms_for(RANKED, LAYERS, names=["none", "pick", "heuristic", "runner-up", "bad"])}
-    drawn = arms_for(RANKED, LAYERS, names=["none", "pick", "random:41"])[2:]
-    assert len({arm.pair for arm in drawn}) == 41  # 45 pairs but for four
+    others = {arm.pair for arm in arms_for(FOUR, LAYERS, names=["none", "pick", "prior", "runner-up", "bad"])}
+    others.add(arms_for(FOUR, LAYERS)[3].pair)
+    drawn = arms_for(FOUR, LAYERS, names=["none", "pick", "random:40"])[2:]
+    assert len({arm.pair for arm in drawn}) == 40  # 45 pairs but for five
     assert not {arm.pair for arm in drawn} & others
     three = {seed: arms_for(RANKED, LAYERS, names=["none", "random:3"], seed=seed)[1:] for seed in (0, 1)}
     # More random pairs, and other arms beside them, leave the first ones as they are: their runs can go on.
@@ -112,7 +168,7 @@ def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:
         (
             "none,best",
             RANKED,
-            "unknown arm 'best'; pass some of none, pick, heuristic, runner-up, random, learning",
+            "unknown arm 'best'; pass some of none, pick, prior, same-distance, runner-up, random, learning",
         ),
         ("none,pick:2", RANKED, "unknown arm 'pick:2'"),
         ("none,random:0", RANKED, "unknown arm 'random:0'"),
@@ -123,12 +179,18 @@ def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:
         ("pick,bad", RANKED, "the arms pick,bad lack none, the baseline of all comparisons; add it"),
         ("none,runner-up", RANKED[:1], "the selection has no pair for the arm 'runner-up'; leave it out of --arms"),
         ("none,pick", (), "the selection has no pair for the arm 'pick'"),
-        ("none,random:42", RANKED, "only 41 pairs are left for random pairs, too few for random:42"),
+        ("none,heuristic", RANKED, "unknown arm 'heuristic'"),
+        ("none,bad+noise-gap", RANKED, r"unknown arm 'bad\+noise-gap'; .*or pick\+projector\+teacher-decay\+noise-gap"),
+        ("none,pick+noise-gap+noise-gap", RANKED, "unknown arm 'pick"),
+        ("none,pick+projector:wide", RANKED, "projector:wide needs a number after its colon, such as projector:32"),
+        ("none,pick+noise-gap:2", RANKED, r"noise_gap in \[0, 1\], got 0.0, 2.0"),
+        ("none,same-distance", (LayerPair("blocks.0", "blocks.9"),), "a network of 10 layers has no pair for the arm"),
+        ("none,random:41", FOUR, "only 40 pairs are left for random pairs, too few for random:41"),
     ],
 )
 def test_arms_that_cannot_be_are_refused(wanted: str, ranked: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        names(wanted, ranked)
+        names(wanted, ranked, options=OPTIONS)
     assert "\n" not in str(error.value)
 
 

@@ -21,8 +21,8 @@ from layerprobe.analyses.experiments.arms import (
     BASELINE,
     FRECHET,
     HELD_OUT,
-    HEURISTIC,
     PICK,
+    PRIOR,
     Arm,
     ConfirmationPlan,
     arms_for,
@@ -120,7 +120,7 @@ def test_a_start_that_draws_fresh_weights_at_every_call_is_called_once_a_seed(tm
     assert next(fresh) == 2
 
 
-@pytest.mark.parametrize(("seed", "arm", "step"), [(3, BASELINE, 1), (3, HEURISTIC, 3), (4, PICK, 5)])
+@pytest.mark.parametrize(("seed", "arm", "step"), [(3, BASELINE, 1), (3, PRIOR, 3), (4, PICK, 5)])
 def test_interrupted_and_repeated_it_gives_the_same_files(
     tmp_path: Path, whole: Path, seed: int, arm: str, step: int
 ) -> None:
@@ -311,9 +311,9 @@ def test_it_stops_where_the_difference_is_clear(tmp_path: Path, monkeypatch: pyt
 def test_an_earlier_verdict_on_the_same_arm_counts_as_looks(tmp_path: Path, whole: Path) -> None:
     place = tmp_path / "verdict.json"
     assert earlier_looks(tmp_path, PICK) == {}
-    verdict = json.loads((whole / "verdict.json").read_text()) | {"judged": HEURISTIC, "looks": {"3": 0.01, "4": 0.02}}
+    verdict = json.loads((whole / "verdict.json").read_text()) | {"judged": PRIOR, "looks": {"3": 0.01, "4": 0.02}}
     place.write_text(json.dumps(verdict))
-    assert earlier_looks(tmp_path, HEURISTIC) == {3: 0.01, 4: 0.02}
+    assert earlier_looks(tmp_path, PRIOR) == {3: 0.01, 4: 0.02}
     assert earlier_looks(tmp_path, PICK) == {}
     for damaged in ("{", "[]", "{}", json.dumps(verdict | {"looks": 3})):
         place.write_text(damaged)
@@ -373,7 +373,7 @@ def test_the_control_of_the_learning_rate_moves_as_far_as_the_pick(
 def test_the_spread_of_finished_arms_is_known(whole: Path, tmp_path: Path) -> None:
     table = pd.read_csv(whole / "confirmation.csv").query("step == 5 and metric == @FRECHET")
     ends = table.pivot(index="seed", columns="arm", values="value")
-    moves = [np.var(ends[arm] - ends[BASELINE], ddof=1) for arm in (PICK, HEURISTIC)]
+    moves = [np.var(ends[arm] - ends[BASELINE], ddof=1) for arm in (PICK, PRIOR)]
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "other", ignore_errors=True)
@@ -382,7 +382,7 @@ def test_the_spread_of_finished_arms_is_known(whole: Path, tmp_path: Path) -> No
     assert spread.share == pytest.approx(np.sqrt(np.mean(moves)) / ends[BASELINE].mean())
     assert (spread.num_seeds, spread.source, spread.steps) == (2, "this confirmation", 5)
     # An arm whose second seed is under way does not count yet, nor does a seed without a baseline.
-    (folder / "seed-4" / "depth-heuristic.json").write_text('{"0": {"Frechet distance": 1.0}}')
+    (folder / "seed-4" / "published-prior.json").write_text('{"0": {"Frechet distance": 1.0}}')
     one = kept_spread(folder, "pilot")
     assert one is not None
     assert one.share == pytest.approx(np.sqrt(moves[0]) / ends[BASELINE].mean())

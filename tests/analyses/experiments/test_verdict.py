@@ -15,11 +15,13 @@ from layerprobe.analyses.experiments.arms import (
     BASELINE,
     FRECHET,
     HELD_OUT,
-    HEURISTIC,
     LEARNING_RATE,
     NEGATIVE_CONTROL,
     PICK,
+    PRIOR,
     RANDOM,
+    SAME_DISTANCE,
+    SRA,
     Arm,
     ConfirmationPlan,
     arms_for,
@@ -37,7 +39,7 @@ from layerprobe.layersync.pair import LayerPair
 from layerprobe.training.plan import TrainingPlan
 
 LAYERS = tuple(f"blocks.{i}" for i in range(10))
-ARMS = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS)
+ARMS = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=["none", "pick", "prior", "bad"])
 SEEDS = (0, 1, 2)
 STEPS = (0, 25, 50, 75, 100)
 PLAN = ConfirmationPlan(TrainingPlan(steps=100), SEEDS)
@@ -184,11 +186,11 @@ def test_the_control_does_not_decide() -> None:
         assert {arm.name: arm.difference for arm in found.arms}[NEGATIVE_CONTROL] == pytest.approx(-2)
 
 
-def test_without_a_pick_the_heuristic_is_judged_and_named() -> None:
-    arms = arms_for([], LAYERS)
-    table = curves({BASELINE: SETTLED, HEURISTIC: (10, 6, 4, 3.1, 3), NEGATIVE_CONTROL: SETTLED})
+def test_without_a_pick_the_prior_is_judged_and_named() -> None:
+    arms = arms_for([], LAYERS, names=["none", "prior", "bad"])
+    table = curves({BASELINE: SETTLED, PRIOR: (10, 6, 4, 3.1, 3), NEGATIVE_CONTROL: SETTLED})
     found = judge(table, arms, PLAN, extractor_name="pixels", start_name="from scratch")
-    assert (found.answer, found.judged) == ("helps", HEURISTIC)
+    assert (found.answer, found.judged) == ("helps", PRIOR)
     assert found.cautions == ("judged arm is not the pick",)
 
 
@@ -448,7 +450,8 @@ def test_a_verdict_after_more_seeds_counts_the_first_one() -> None:
 
 
 def every(names: str, arms: dict[str, Any], **options: Any) -> Verdict:
-    chosen = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=names.split(","))
+    method = {"noise_gap": 0.2}
+    chosen = arms_for([LayerPair("blocks.1", "blocks.7")], LAYERS, names=names.split(","), options=method)
     chosen = tuple(replace(arm, learning_rate=2e-4) if arm.matched else arm for arm in chosen)
     return judge(curves(arms), chosen, PLAN, extractor_name="pixels", start_name="from scratch", **options)
 
@@ -475,6 +478,35 @@ def test_random_pairs_stand_beside_the_pick_in_their_mean() -> None:
     alone = every("none,random", {BASELINE: SETTLED, f"{RANDOM} 1": FALL})
     assert alone.judged == "random pair 1"
     assert (alone.cautions, alone.comparisons) == (("judged arm is not the pick",), ())
+
+
+def test_the_prior_and_the_pair_of_the_same_distance_are_compared_with_the_pick() -> None:
+    lines = {BASELINE: SETTLED, PICK: FALL, PRIOR: (10, 6, 5, 4, 3.9), SAME_DISTANCE: (10, 6, 5, 4, 3.7)}
+    found = every("none,pick,prior,same-distance", lines)
+    numbers = [(one.against, one.num_arms, round(one.difference, 9)) for one in found.comparisons]
+    assert numbers == [("published prior", 1, -0.4), ("same distance", 1, -0.2)]
+    alone = every("none,prior,same-distance", {name: lines[name] for name in (BASELINE, PRIOR, SAME_DISTANCE)})
+    assert [one.against for one in alone.comparisons] == ["same distance"]
+
+
+def test_a_method_is_described_and_is_not_the_pick() -> None:
+    found = every("none,sra", {BASELINE: SETTLED, SRA: FALL})
+    assert (found.judged, found.cautions, found.arms[1].options) == (
+        SRA,
+        ("judged arm is not the pick",),
+        {"noise_gap": 0.2},
+    )
+    assert Verdict.from_json(found.to_json()) == found
+
+
+def test_a_verdict_of_an_earlier_version_is_read() -> None:
+    """Its arms have no options, and one of them a name that no arm has any more."""
+    record = every("none,pick,prior", {BASELINE: SETTLED, PICK: FALL, PRIOR: FALL}).to_dict()
+    for arm in record["arms"]:
+        del arm["options"]
+    record["arms"][2]["name"] = "depth heuristic"
+    old = Verdict.from_dict(record)
+    assert [(arm.name, arm.options) for arm in old.arms] == [(BASELINE, {}), (PICK, {}), ("depth heuristic", {})]
 
 
 def test_no_difference_says_what_could_have_been_found() -> None:

@@ -77,7 +77,7 @@ def test_diverged_arm_does_not_stop_the_figure() -> None:
 
 
 def test_every_arm_has_its_own_color() -> None:
-    names = ["baseline", "pick", "runner-up", "depth heuristic", "learning rate", "negative control", "a", "b"]
+    names = ["baseline", "pick", "runner-up", "published prior", "learning rate", "negative control", "a", "b"]
     figure = confirmation.confirmation_curves(
         confirmation_table(arms={name: 1 + i / 10 for i, name in enumerate(names)})
     )
@@ -86,7 +86,7 @@ def test_every_arm_has_its_own_color() -> None:
 
 
 def test_no_text_overlaps_another() -> None:
-    close = {"baseline": 1.0, "pick": 0.97, "depth heuristic": 0.98, "negative control": 1.02}
+    close = {"baseline": 1.0, "pick": 0.97, "published prior": 0.98, "negative control": 1.02}
     assert overlaps(confirmation.confirmation_curves(confirmation_table(arms=close))) == []
 
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from layerprobe.analyses.selection import PRIOR_RANGES, PublishedPair, nearest_published, published_pairs
+from layerprobe.analyses.selection import (
+    PRIOR_RANGES,
+    PublishedPair,
+    nearest_published,
+    prior_pair,
+    published_pairs,
+)
 from layerprobe.analyses.tables import PRIOR_DEPTHS
+from layerprobe.layersync import LayerPair, layer_of_depth
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "published-pairs.csv"
 
@@ -70,6 +77,21 @@ def test_the_prior_lies_in_its_ranges_and_the_good_pairs_in_or_near_them() -> No
     ]
     assert len(inside) == 4
     assert all((pair.share or 0) > 0.8 for pair in inside)
+
+
+@pytest.mark.parametrize(
+    ("depth", "student", "teacher"), [(2, 1, 2), (3, 1, 2), (5, 1, 4), (8, 2, 6), (12, 3, 8), (28, 7, 20)]
+)
+def test_the_prior_is_a_quarter_and_seven_tenths_down(depth: int, student: int, teacher: int) -> None:
+    pair = prior_pair([layer_of_depth(i + 1) for i in range(depth)])
+    assert pair == LayerPair(layer_of_depth(student), layer_of_depth(teacher))
+
+
+def test_the_prior_exists_at_every_depth_from_two() -> None:
+    for depth in range(2, 61):
+        prior_pair([layer_of_depth(i + 1) for i in range(depth)])  # LayerPair refuses a wrong order
+    with pytest.raises(ValueError, match=r"^a pair needs two layers, got 1$"):
+        prior_pair(["blocks.0"])
 
 
 def test_every_value_stands_in_the_collected_table() -> None:

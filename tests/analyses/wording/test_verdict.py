@@ -7,14 +7,12 @@ from typing import Any, get_args
 
 import pytest
 
-from layerprobe.analyses.experiments.arms import BASELINE, HEURISTIC, LEARNING_RATE, PICK, RANDOM
-from layerprobe.analyses.experiments.power import ENOUGH_STEPS, Spread, power, resolution
+from layerprobe.analyses.experiments.arms import BASELINE, LEARNING_RATE, PICK, PRIOR, RANDOM
+from layerprobe.analyses.experiments.branching import BranchCourse
+from layerprobe.analyses.experiments.power import Spread, resolution
 from layerprobe.analyses.experiments.verdict import Answer, ArmResult, Comparison, Trend, Verdict, VerdictCaution
 from layerprobe.analyses.wording import (
     answer_title,
-    length_cautions,
-    resolution_sentences,
-    spread_source,
     verdict_cautions,
     verdict_details,
     verdict_paragraph,
@@ -120,16 +118,17 @@ def test_a_caution_follows_the_answer(answer: Answer, caution: VerdictCaution, s
 def test_every_code_has_a_sentence() -> None:
     arms = (*VERDICT.arms, result(LEARNING_RATE, 3.6, rate=2e-4))
     comparison = Comparison("learning rate", 1, -0.1, -0.3, 0.1)
-    verdict = replace(VERDICT, arms=arms, comparisons=(comparison,), cautions=get_args(VerdictCaution))
+    changes = {"comparisons": (comparison,), "branch": BranchCourse(90, 0.002, 0.01)}
+    verdict = replace(VERDICT, arms=arms, cautions=get_args(VerdictCaution), **changes)
     sentences = verdict_cautions(verdict)
     assert len(set(sentences)) == len(get_args(VerdictCaution))
     assert all(sentence[0].isupper() and sentence.endswith(".") for sentence in sentences)
 
 
 def test_another_arm_than_the_pick_is_named() -> None:
-    arms = (VERDICT.arms[0], result(HEURISTIC, 3.5, student="blocks.1"))
-    text = paragraph(arms=arms, judged=HEURISTIC, cautions=("judged arm is not the pick",))
-    assert text.endswith("The pick is not among the arms, so the verdict is about the depth heuristic.")
+    arms = (VERDICT.arms[0], result(PRIOR, 3.5, student="blocks.1"))
+    text = paragraph(arms=arms, judged=PRIOR, cautions=("judged arm is not the pick",))
+    assert text.endswith("The pick is not among the arms, so the verdict is about the published prior.")
 
 
 def test_the_step_length_is_excluded_or_is_a_caution() -> None:
@@ -158,6 +157,16 @@ def test_random_pairs_and_the_lowest_arm_are_named() -> None:
     assert "difference to a random pair is -0.4" in alone
     lower = (*VERDICT.arms, result(f"{RANDOM} 1", 3.0))
     assert paragraph(arms=lower).endswith("Of the 3 arms, random pair 1 ended lowest (3).")
+
+
+def test_the_prior_and_the_pair_of_the_same_distance_are_named() -> None:
+    comparisons = (Comparison("published prior", 1, -0.1, -0.4, 0.2), Comparison("same distance", 1, -0.2, -0.3, -0.1))
+    assert paragraph(comparisons=comparisons).endswith(
+        "The pair's difference to the published prior is -0.1 (-0.4 to +0.2). "
+        "The pair's difference to a random pair of the same distance is -0.2 (-0.3 to -0.1)."
+    )
+    arms = (VERDICT.arms[0], replace(VERDICT.arms[1], also=(PRIOR,)))
+    assert paragraph(arms=arms).endswith("It is also the pair of the published prior, which was trained once.")
 
 
 def test_early_looks_are_told() -> None:
@@ -189,30 +198,3 @@ def test_titles_name_the_arm_or_the_answer() -> None:
     assert answer_title("pick", None) == "pick"
     assert answer_title("pick", VERDICT) == "pick helps"
     assert answer_title("pick", replace(VERDICT, answer="too early to tell")) == "too early to tell"
-
-
-def test_the_resolution_is_told_before_the_training() -> None:
-    assert resolution_sentences(resolution(3)) == [
-        "3 seeds find a difference of 3.3 times its spread over seeds with a probability of at least 80% (two-sided t "
-        "test, error rate 5%).",
-        "The spread is not known before the first seeds; pass --spread or --pilot to state it.",
-    ]
-    stated = resolution(3, spread=Spread(0.04, None, "stated"))
-    assert resolution_sentences(stated)[1:] == [
-        "With a spread of 4.0% of the distance (as stated), that is 13.1% of the distance.",
-        "A difference half as large takes 6 seeds.",
-    ]
-    assert power(stated.in_spreads / 2, 6) >= 0.8 > power(stated.in_spreads / 2, 5)
-    pilot = Spread(0.04, 2, "pilot", 9)
-    assert spread_source(pilot) == "2 seeds of the pilot, after 9 steps"
-    uncertain = "that is 13.1% of the distance, or 7.9% to 103.9% given how few seeds the spread was estimated from."
-    assert resolution_sentences(resolution(3, spread=pilot))[1].endswith(uncertain)
-
-
-def test_short_trainings_are_told_what_they_cannot_show() -> None:
-    assert length_cautions(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS) == []
-    (line,) = length_cautions(ENOUGH_STEPS - 1)
-    assert line.startswith("3999 steps show what alignment costs at first")
-    (line,) = length_cautions(ENOUGH_STEPS, trained_steps=ENOUGH_STEPS + 1)
-    assert f"trained for {ENOUGH_STEPS + 1} steps, the arms for {ENOUGH_STEPS}" in line
-    assert len(length_cautions(10, trained_steps=20)) == 2
