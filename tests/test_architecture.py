@@ -27,6 +27,7 @@ _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
+    "__main__": ("cli",),
     "files": (),
     "options": (),
     "progress": (),

@@ -68,8 +68,8 @@ def _features(answer: RichestFeatures | None) -> AnswerLine:
         return AnswerLine(
             question, short, f"{place}: probe accuracy {_figures(best)} on the validation split.{ties}{edge}"
         )
-    surely = _signed(over.gain) if over.is_certain else f"{_signed(over.gain)}, so not surely,"
-    control = f"{surely} above {_control(over.control)}"
+    surely = "" if over.is_certain else ", which is not sure"
+    control = f"{_signed(over.gain)} above {_control(over.control)}{surely}"
     figures = f"{place}: probe accuracy {_figures(over.cell)} on the test split, {control}."
     return AnswerLine(question, short, figures + ties + edge)
 

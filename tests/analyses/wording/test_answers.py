@@ -82,7 +82,7 @@ def test_what_is_not_certain_is_said() -> None:
     assert short == "not surely anywhere"
     assert sentence.startswith("Not surely anywhere. Most at blocks.2")
     no_better = replace(ALL, features=replace(FEATURES, over_control=UNSURE))
-    assert "+0.100 (-0.050 to +0.920), so not surely, above the raw input" in line(no_better, "richest features")[1]
+    assert "+0.100 (-0.050 to +0.920) above the raw input, which is not sure." in line(no_better, "richest features")[1]
     no_controls = replace(ALL, features=replace(FEATURES, over_control=None))
     assert "on the validation split" in line(no_controls, "richest features")[1]
     short, sentence = line(replace(ALL, separable=replace(SEPARABLE, best=UNSURE)), "classes separable")
