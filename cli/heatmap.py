@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # From little to much, in steps of equal lightness, told apart without hue too. Each has its own colour of the text, so
 # it can be read whatever the terminal's background is.
 _COLORS = ("#15304f", "#1f4e79", "#2f6f8f", "#4a9096", "#74b08f", "#a9cb84", "#dfe27f")
-_FIRST_BRIGHT = 4
+_FIRST_BRIGHT = 3
 _CELL, _LONGEST_NAME, _MOST_ROWS = 7, 24, 36  # a cell is five digits and two marks
 
 

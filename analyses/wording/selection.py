@@ -73,7 +73,7 @@ def selection_brief(selection: Selection) -> str:
     (nearest,) = nearest_published(student, teacher, num=1)
     return (
         f"{pair.teacher} {stands} (mean {metric} {pair.teacher_quality:.3g}); {pair.student} has {abs(pair.gap):.3g} "
-        f"{weaker}{uncertain}. They lie at {student:.2f} and {teacher:.2f} of the depth; the nearest published pair, "
+        f"{weaker}{uncertain}. Depths {student:.2f} and {teacher:.2f}; the nearest published pair, "
         f"{nearest.student} <- {nearest.teacher} of {nearest.network}, had {nearest.share or 0.0:.0%} of the best gain."
     )
 

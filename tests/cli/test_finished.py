@@ -70,9 +70,8 @@ def run(tmp_path: Path) -> RunFolder:
     return planted_run(tmp_path / "run")
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard output is a terminal of 80 columns that shows all colours."""
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the captured standard output a terminal of 80 columns that shows all colours."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for name, value in (("COLUMNS", "80"), ("TERM", "xterm-256color"), ("COLORTERM", "truecolor")):
         monkeypatch.setenv(name, value)
@@ -84,26 +83,26 @@ def shown(run: RunFolder, capsys: pytest.CaptureFixture[str], **options: Any) ->
     return capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("terminal")
 def test_a_terminal_shows_coloured_numbers_answers_and_the_pick_within_its_width(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    on_terminal(monkeypatch)
     out = shown(run, capsys)
     lines = CODES.sub("", out).splitlines()
     assert len(COLORED.findall(out)) == (12 + 1) * 3
-    assert "blocks.8       0.488*+0.360  0.232" in [line.rstrip() for line in lines]
+    assert "blocks.8    0.488*+0.360  0.232" in [line.rstrip() for line in lines]
     commands = [line for line in lines if line.startswith("  layerprobe")]
     assert [line.split()[1] for line in commands] == ["confirm", "select"]
-    assert max(len(line) for line in lines if line not in commands) <= 80
+    assert max(len(line) for line in lines if str(run.path) not in line) <= 80
     why = next(i for i, line in enumerate(lines) if line.startswith("why      blocks.8 is as rich as any"))
     assert next(n for n, line in enumerate(lines[why + 1 :], 1) if not line.startswith("         ")) <= 3
     assert "Probe accuracy: the share of test samples" in lines[1]
 
 
-@pytest.mark.usefixtures("terminal")
 def test_no_color_keeps_the_numbers(
     run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    on_terminal(monkeypatch)
     monkeypatch.setenv("NO_COLOR", "1")
     out = shown(run, capsys)
     assert not COLORED.search(out)
@@ -113,7 +112,7 @@ def test_no_color_keeps_the_numbers(
 def test_a_pipe_gets_the_same_in_whole_lines(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(run, capsys)
     assert "\x1b" not in out
-    assert "\nraw input      0.300  0.300  0.300\n" in out
+    assert "\nraw input   0.300  0.300  0.300\n" in out
     assert re.search(
         r"^training added most  blocks\.8 at noise level 0\.1: \+0\.188 .* on the test split\)\.$", out, re.M
     )
