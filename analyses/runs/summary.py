@@ -67,7 +67,7 @@ def level_grid(run: str | Path, answers: Answers) -> LevelGrid | None:
         tuple((str(layer), _values(rows, levels)) for layer, rows in model.groupby("layer", sort=False)),
         tuple((source, _values(rows, levels)) for source, rows in by_source.items() if not rows.empty),
         _place(answers.features.best),
-        gained and _place(gained.cell),
+        None if gained is None else _place(gained.cell),
     )
 
 

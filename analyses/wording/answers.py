@@ -152,6 +152,8 @@ def _pruning(answer: Pruning | None) -> AnswerLine:
     cost = f"the loss rises by {_small(least)}"
     open_ends = f" Of {_listed([c.layer for c in answer.undecided])} the data cannot say." if answer.undecided else ""
     if not answer.spare:
+        if least.lower_bound <= 0 and least not in answer.undecided:
+            cost += " on average, but surely rises at one noise level or more"
         sentence = f"No layer for sure. The least needed is {least.layer}: when it is skipped, {cost}.{open_ends}"
         return AnswerLine(question, "none for sure", sentence)
     names = [cell.layer for cell in answer.spare]

@@ -131,6 +131,11 @@ def test_layers_of_several_shapes_are_unlike_the_published_networks() -> None:
     other, same = single_answers(QUALITY, evidence).encoder, single_answers(QUALITY).encoder
     assert other is not None and same is not None
     assert (other.one_shape, same.one_shape) == (False, True)
+    names = [f"blocks.{i}" for i in range(28)]
+    rising = quality({"model": [[0.3 + 0.02 * i] * 3 for i in range(28)]}, half=0.001)
+    apart = single_answers(rising, planted_evidence({}, {}, layers=names, pairs=[(0, 1)])).encoder
+    assert apart is not None
+    assert (apart.layer, apart.by) == ("blocks.8", "depth")  # accuracies of unlike layers do not decide
 
 
 def test_only_layers_that_surely_are_not_needed_can_be_pruned() -> None:

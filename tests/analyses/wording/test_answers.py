@@ -115,6 +115,8 @@ def test_a_label_free_stand_in_is_named() -> None:
 
 
 def test_layers_that_could_be_pruned_are_listed() -> None:
+    once = replace(ALL, pruning=replace(PRUNING, least_needed=Cell("blocks.3", None, -0.1, -0.2, -0.1)))
+    assert line(once, "could be pruned")[1].endswith("on average, but surely rises at one noise level or more.")
     cells = [replace(BEST, layer=f"blocks.{i}", noise_level=None) for i in range(5)]
     short, sentence = line(
         replace(ALL, pruning=replace(PRUNING, spare=tuple(cells[:4]), undecided=(cells[4],))), "could be pruned"
