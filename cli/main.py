@@ -12,22 +12,41 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from layerprobe import __version__
 from layerprobe.cli.output import tell
 from layerprobe.files import MissingWeights, is_disk_full, is_out_of_memory, one_line, os_error_line
 from layerprobe.messages import MAX_MESSAGE, safe
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"layerprobe {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="layerprobe",
     help="Measure what each layer of a diffusion model knows, pick which should teach which, prove it by training.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Takes the options that belong to no command."""
+
+
 # The commands in the order of the help, each with the file of cli/ that it is in.
 FILES = {
     "quickstart": "quickstart",

@@ -15,6 +15,8 @@ Config = Annotated[
     typer.Option(help="TOML or YAML file with options of this command.", is_eager=True, callback=read_config),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer, and no progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print also how the pick is ranked.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and describe the work, but write nothing.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1, ...")]

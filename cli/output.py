@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +16,59 @@ from layerprobe.messages import MAX_MESSAGE, safe, safe_lines
 from layerprobe.progress import TaskProgress
 
 if TYPE_CHECKING:
+    from layerprobe.analyses.runs import LevelGrid
     from layerprobe.data import Reading
 
+# A label and the spaces up to the text; a line without one begins with a capital letter, or is to be copied.
+_LABEL = re.compile(r"\S+(?: \S+){0,3} {2,}(?=\S)| {9}(?=\S)|(?=[A-Z])|next:")
+_WIDEST = 120
+_AT_ONCE_S = 5.0  # a task that is done by then prints one line
 
-def emit(record: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
-    """Prints a result: the record as JSON, or lines for people."""
-    print(json.dumps(record, indent=1) if as_json else safe_lines("\n".join(lines)))
+
+def emit(record: Mapping[str, Any], lines: Sequence[str | LevelGrid], *, as_json: bool) -> None:
+    """Prints a result: the record as JSON, or lines and grids for people.
+
+    On a terminal lines are wrapped below their labels, and grids are coloured. Elsewhere each line stays one line.
+    """
+    if as_json:
+        print(json.dumps(record, indent=1))
+    elif sys.stdout.isatty():
+        _emit_on_terminal(lines)
+    else:
+        print(safe_lines("\n".join(line if isinstance(line, str) else _plain(line) for line in lines)))
+
+
+def _plain(grid: LevelGrid) -> str:
+    from layerprobe.cli.heatmap import heatmap
+
+    return "\n".join(line.rstrip() for line in heatmap(grid, sys.maxsize).plain.splitlines())
+
+
+def _emit_on_terminal(lines: Sequence[str | LevelGrid]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from layerprobe.cli.heatmap import heatmap
+
+    console = Console(highlight=False)
+    for line in lines:
+        if isinstance(line, str):
+            line = safe_lines(line)
+            text = Text(_wrapped(line, min(console.width, _WIDEST)))
+            label = _LABEL.match(line)
+            text.stylize("bold", 0, len(label[0]) if label else 0)
+        else:
+            text = heatmap(line, console.width)
+        console.print(text, soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line with a label as several ones, the text below itself; any other line as it is."""
+    label = _LABEL.match(line)
+    if label is None or len(line) <= width:
+        return line
+    indent = " " * len(label[0])
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def tell(line: str) -> None:
@@ -45,15 +94,20 @@ def tell_reading(reading: Reading | None) -> None:
 
 
 @contextmanager
-def progress_bar(batch_sizes: Mapping[str, int] | None = None) -> Iterator[TaskProgress]:
+def progress_bar(batch_sizes: Mapping[str, int] | None = None, *, quiet: bool = False) -> Iterator[TaskProgress]:
     """Yields a function that reports progress.
 
-    On a terminal it draws bars; elsewhere it prints a line for each tenth of a task and at least one per minute.
+    On a terminal it draws bars. Elsewhere a task that is done within five seconds prints one line; a longer one prints
+    a line for each tenth and at least one per minute.
 
     Args:
         batch_sizes: Samples per step, by task; these tasks also show samples per second.
+        quiet: Whether to show nothing.
     """
     samples = batch_sizes or {}
+    if quiet:
+        yield lambda what, done, total: None
+        return
     if not sys.stderr.isatty():
         yield _PlainProgress(samples)
         return
@@ -95,7 +149,7 @@ class _PlainProgress:
         now, tenth = time.monotonic(), 10 * done // max(total, 1)
         began, first = self._began.setdefault(what, (now, done))
         printed, last_tenth = self._printed.get(what, (now, -1))
-        if tenth <= last_tenth and now - printed < 60:
+        if (tenth <= last_tenth and now - printed < 60) or (done < total and now - began < _AT_ONCE_S):
             return
         self._printed[what] = now, tenth
         speed = (done - first) / (now - began) if now > began else 0.0

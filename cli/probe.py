@@ -11,6 +11,7 @@ import typer
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
+from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
@@ -40,24 +41,19 @@ def probe(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
     """Measure every layer at every noise level, pick student and teacher, draw figures and a report."""
-    from layerprobe.analyses.runs import (
-        describe_convention,
-        describe_copies,
-        describe_labels,
-        describe_selection,
-        probe_run,
-        selection_record,
-    )
+    from layerprobe.analyses.runs import describe_convention, probe_run
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
         _forecast(plan, device, as_json)
         return
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         selection = probe_run(
             plan,
             out,
@@ -65,12 +61,10 @@ def probe(
             batch_size=batch_size,
             trust_convention=trust_convention,
             on_assumption=_tell_assumption,
-            on_reading=tell_reading,
+            on_reading=None if quiet else tell_reading,
             progress=progress,
         )
-    record = {"run": str(out)} | selection_record(selection)
-    lines = [*describe_convention(out), *describe_copies(out), *describe_labels(out), *describe_selection(selection)]
-    emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)
+    show_run(out, selection, before=describe_convention(out), quiet=quiet, verbose=verbose, as_json=as_json)
 
 
 @from_dataclasses()
@@ -122,20 +116,14 @@ def analyze(
             help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
         ),
     ] = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
     """Measure the features of a run again, pick, draw and report."""
     from layerprobe.analyses.report import write_report
-    from layerprobe.analyses.runs import (
-        analyze_run,
-        describe_copies,
-        describe_labels,
-        describe_ownership,
-        describe_selection,
-        draw_figures,
-        selection_record,
-    )
+    from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES
     from layerprobe.checkpoints import import_object
 
@@ -148,19 +136,12 @@ def analyze(
         from layerprobe.analyses.generation import open_encoder
 
         outside = open_encoder(encoder)
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         selection = analyze_run(run, analyses=(*ANALYSES, *own_analyses), encoder=outside, progress=progress)
     draw_figures(run)
     write_report(run)
-    record = {"run": str(run)} | selection_record(selection)
-    lines = [
-        *describe_copies(run),
-        *describe_labels(run),
-        *describe_ownership(run, selection),
-        *describe_selection(selection),
-    ]
-    lines.append(f"report   {run / 'report.html'}")
-    emit(record, lines, as_json=as_json)
+    before = describe_ownership(run, selection)
+    show_run(run, selection, before=before, quiet=quiet, verbose=verbose, as_json=as_json)
 
 
 def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: ExtractionPlan, seed: int) -> RunPlan:

@@ -9,8 +9,14 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, from_dataclasses, only
+from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.training import TrainingPlan
+
+_YOUR_OWN = (
+    ("what layerprobe reads of your own checkpoint", "layerprobe inspect model.safetensors"),
+    ("the same for it, with your data", "layerprobe probe model.safetensors --data images/ --out runs/mine"),
+)
 
 
 @from_dataclasses()
@@ -22,11 +28,13 @@ def quickstart(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
     """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses.runs import describe_selection, quickstart_run
+    from layerprobe.analyses.runs import quickstart_run
     from layerprobe.analyses.wording import verdict_paragraph
 
     steps = training["steps"]
@@ -48,21 +56,18 @@ def quickstart(
             as_json=as_json,
         )
         return
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         selection, verdict = quickstart_run(
             out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
         )
-    pick, paragraph = selection.pick, verdict_paragraph(verdict)
-    record = {
-        "run": str(out),
-        "pick": None if pick is None else {"student": pick.student, "teacher": pick.teacher},
-        "answer": verdict.answer,
-        "paragraph": paragraph,
-    }
-    lines = [
-        *describe_selection(selection),
-        f"verdict  {verdict.answer}",
-        paragraph,
-        f"report   {out / 'report.html'}",
-    ]
-    emit(record, lines, as_json=as_json)
+    paragraph = verdict_paragraph(verdict)
+    show_run(
+        out,
+        selection,
+        after=[f"trial    {verdict.answer}", f"         {paragraph}"],
+        record={"answer": verdict.answer, "paragraph": paragraph},
+        following=_YOUR_OWN,
+        quiet=quiet,
+        verbose=verbose,
+        as_json=as_json,
+    )

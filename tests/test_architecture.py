@@ -30,6 +30,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "configs": ("files",),
     "files": ("messages",),
     "messages": (),
+    "__main__": ("cli",),
     "options": (),
     "progress": (),
     "capture": (),

@@ -40,6 +40,9 @@ from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import score_run as score_run
 from .score import write_scores as write_scores
+from .summary import LevelGrid as LevelGrid
+from .summary import level_grid as level_grid
+from .summary import next_commands as next_commands
 from .text import describe_answers as describe_answers
 from .text import describe_convention as describe_convention
 from .text import describe_copies as describe_copies
@@ -47,6 +50,7 @@ from .text import describe_decisions as describe_decisions
 from .text import describe_labels as describe_labels
 from .text import describe_options as describe_options
 from .text import describe_ownership as describe_ownership
+from .text import describe_pick as describe_pick
 from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick

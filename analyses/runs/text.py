@@ -22,6 +22,7 @@ from layerprobe.analyses.wording import (
     copy_sentences,
     decision_text,
     probe_caution_text,
+    selection_brief,
     selection_headline,
     selection_reason,
 )
@@ -102,8 +103,20 @@ def describe_selection(selection: Selection, *, num_pairs: int = 3) -> list[str]
         for rank, pair in enumerate(selection.ranked[:num_pairs], 1)
     ]
     lines += [f"caution  {text}" for text in caution_texts(selection) if text not in lines[0]]
-    lines += [f"{finding['severity']:<8} {finding['code']}: {finding['text']}" for finding in pick_findings(selection)]
+    lines += _described_findings(selection)
     return [*lines, f"trust    {TRUST}"] if selection.pick else lines
+
+
+def describe_pick(selection: Selection) -> list[str]:
+    """Returns the pick, why it is the pick, and what speaks against it as readable lines."""
+    headline, brief = selection_headline(selection), selection_brief(selection)
+    lines = [f"pick     {headline}", *([f"why      {brief}"] if brief else [])]
+    lines += [f"caution  {text}" for text in caution_texts(selection) if text not in headline]
+    return [*lines, *_described_findings(selection)]
+
+
+def _described_findings(selection: Selection) -> list[str]:
+    return [f"{finding['severity']:<8} {finding['code']}: {finding['text']}" for finding in pick_findings(selection)]
 
 
 def describe_options(record: Mapping[str, Any]) -> list[str]:

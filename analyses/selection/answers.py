@@ -384,9 +384,14 @@ def _encoder(
     means = {cell.layer: cell for cell in _means(cells)}
     known = [means[layer] for layer in good if layer in means]
     least = min(known, key=lambda cell: cell.value) if known else None
-    # The own curve decides only if one of these layers knows surely less than each other one.
-    decides = least is not None and len(known) == len(good) > 1
-    decides = decides and all(least is cell or _difference(cell, least).lower_bound > 0 for cell in known)  # type: ignore[arg-type]
+    # The own curve decides only if the layers can be compared, and one knows surely less than each other one.
+    one_shape = evidence is None or 2 * len(evidence.pairs) == len(layers) * (len(layers) - 1)
+    decides = (
+        one_shape
+        and least is not None
+        and len(known) == len(good) > 1
+        and all(cell is least or _difference(cell, least).lower_bound > 0 for cell in known)
+    )
     layer = least.layer if decides and least is not None else max(good, key=lambda name: shares[name])
     rows = model[model["metric"].str.startswith("CKA with ") & (model["layer"] == layer)].dropna(subset="value")
     return EncoderDepth(
@@ -399,7 +404,7 @@ def _encoder(
         quality=means.get(layer),
         richest=max(means.values(), key=lambda cell: cell.value) if means else None,
         similarity=tuple((str(name), float(of["value"].mean())) for name, of in rows.groupby("metric", sort=False)),
-        one_shape=evidence is None or 2 * len(evidence.pairs) == len(layers) * (len(layers) - 1),
+        one_shape=one_shape,
     )
 
 

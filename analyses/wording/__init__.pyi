@@ -28,6 +28,7 @@ from .selection import objection_texts as objection_texts
 from .selection import pair_reasons as pair_reasons
 from .selection import probe_caution_text as probe_caution_text
 from .selection import score_sentence as score_sentence
+from .selection import selection_brief as selection_brief
 from .selection import selection_headline as selection_headline
 from .selection import selection_reason as selection_reason
 from .verdict import answer_title as answer_title

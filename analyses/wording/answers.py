@@ -68,8 +68,8 @@ def _features(answer: RichestFeatures | None) -> AnswerLine:
         return AnswerLine(
             question, short, f"{place}: probe accuracy {_figures(best)} on the validation split.{ties}{edge}"
         )
-    surely = _signed(over.gain) if over.is_certain else f"{_signed(over.gain)}, so not surely,"
-    control = f"{surely} above {_control(over.control)}"
+    surely = "" if over.is_certain else ", which is not sure"
+    control = f"{_signed(over.gain)} above {_control(over.control)}{surely}"
     figures = f"{place}: probe accuracy {_figures(over.cell)} on the test split, {control}."
     return AnswerLine(question, short, figures + ties + edge)
 
@@ -152,6 +152,8 @@ def _pruning(answer: Pruning | None) -> AnswerLine:
     cost = f"the loss rises by {_small(least)}"
     open_ends = f" Of {_listed([c.layer for c in answer.undecided])} the data cannot say." if answer.undecided else ""
     if not answer.spare:
+        if least.lower_bound <= 0 and least not in answer.undecided:
+            cost += " on average, but surely rises at one noise level or more"
         sentence = f"No layer for sure. The least needed is {least.layer}: when it is skipped, {cost}.{open_ends}"
         return AnswerLine(question, "none for sure", sentence)
     names = [cell.layer for cell in answer.spare]

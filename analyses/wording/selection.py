@@ -61,6 +61,23 @@ def selection_reason(selection: Selection) -> str:
     return f"{begins} {'; '.join(_objection(objection, pair, selection) for objection in objections)}."
 
 
+def selection_brief(selection: Selection) -> str:
+    """Returns why the pick is the pick, in one sentence; "" if there is none."""
+    if not selection.ranked:
+        return ""
+    pair, metric = selection.ranked[0], selection.basis.metric
+    stands = "is as rich as any layer that may teach" if pair.teacher_is_best else "is not the richest layer"
+    uncertain = " (within the uncertainty)" if pair.gap_is_certain is False else ""
+    weaker = "less" if pair.gap >= 0 else "more"
+    student, teacher = selection.depth(pair.student), selection.depth(pair.teacher)
+    (nearest,) = nearest_published(student, teacher, num=1)
+    return (
+        f"{pair.teacher} {stands} (mean {metric} {pair.teacher_quality:.3g}); {pair.student} has {abs(pair.gap):.3g} "
+        f"{weaker}{uncertain}. Depths {student:.2f} and {teacher:.2f}; the nearest published pair, "
+        f"{nearest.student} <- {nearest.teacher} of {nearest.network}, had {nearest.share or 0.0:.0%} of the best gain."
+    )
+
+
 def pair_reasons(pair: RankedPair, selection: Selection) -> list[str]:
     """Returns the three sentences that explain the rank of a pair: what the two know, where they lie, the score."""
     reasons = [_strength(pair, selection), _place(pair, selection), score_sentence(pair)]

@@ -472,15 +472,18 @@ def test_progress_on_a_pipe_and_on_a_terminal(monkeypatch: pytest.MonkeyPatch, c
         progress("reading layers", 1, 4000)
         now += 61
         progress("reading layers", 50, 4000)  # not a tenth, but a minute has passed
+        for step in range(1, 11):  # done within five seconds
+            progress("skipping layers", step, 10)
+            now += 0.4
     assert capsys.readouterr().err.splitlines() == [
-        "training: 500 of 1000 (0 s)",
+        "training: 550 of 1000 (10 s, 320 samples/s, 90 s left)",
         "training: 600 of 1000 (20 s, 320 samples/s, 80 s left)",
         "training: 700 of 1000 (40 s, 320 samples/s, 60 s left)",
         "training: 800 of 1000 (60 s, 320 samples/s, 40 s left)",
         "training: 900 of 1000 (80 s, 320 samples/s, 20 s left)",
         "training: 1000 of 1000 (100 s, 320 samples/s)",
-        "reading layers: 1 of 4000 (0 s)",
         "reading layers: 50 of 4000 (61 s, 82 min left)",
+        "skipping layers: 10 of 10 (4 s)",
     ]
 
 

@@ -309,7 +309,7 @@ def test_features_stand_beside_the_controls_and_are_not_recommended_where_they_m
     assert over["control"] == "raw input"
     assert over["gain"]["value"] == pytest.approx(over["cell"]["value"] - over["control_cell"]["value"])
     assert over["gain"]["low"] < 0
-    assert "so not surely, above the raw input" in cli("select", run)[1]
+    assert "above the raw input, which is not sure." in cli("select", run)[1]
     free = json.loads(cli("select", run, "--label-free", "--json")[1])["answers"]
     assert (free["features"]["over_control"], free["training"], free["separable"]) == (None, None, None)
     set_verdict(run, "unclear")

@@ -57,6 +57,25 @@ def test_the_richest_features_are_chosen_on_one_split_and_reported_on_another() 
     assert (features.over_control.control, features.over_control.is_certain) == ("raw input", True)
 
 
+@pytest.mark.parametrize(
+    ("best", "levels", "end"),
+    [
+        (0.1, (0.1, 0.5, 0.9), "lowest"),
+        (0.5, (0.1, 0.5, 0.9), ""),
+        (0.9, (0.1, 0.5, 0.9), "highest"),
+        (0.0, (0.0, 0.5, 1.0), ""),
+        (1.0, (0.0, 0.5, 1.0), ""),
+        (0.3, (0.3,), ""),
+    ],
+)
+def test_a_best_level_at_the_end_of_those_measured_is_marked(best: float, levels: tuple[float, ...], end: str) -> None:
+    table = quality({"model": [[0.9 if level == best else 0.5 for level in levels]]})
+    table["noise_level"] = table["noise_level"].map(dict(zip(LEVELS, levels, strict=False)))
+    features = single_answers(table).features
+    assert features is not None
+    assert features.level_end == end
+
+
 def test_training_added_most_where_a_layer_is_furthest_above_the_better_control() -> None:
     """At 0.1 accuracy is highest, but the raw input knows as much; at 0.5 random weights are the better control."""
     gained = single_answers(QUALITY).training
@@ -112,6 +131,11 @@ def test_layers_of_several_shapes_are_unlike_the_published_networks() -> None:
     other, same = single_answers(QUALITY, evidence).encoder, single_answers(QUALITY).encoder
     assert other is not None and same is not None
     assert (other.one_shape, same.one_shape) == (False, True)
+    names = [f"blocks.{i}" for i in range(28)]
+    rising = quality({"model": [[0.3 + 0.02 * i] * 3 for i in range(28)]}, half=0.001)
+    apart = single_answers(rising, planted_evidence({}, {}, layers=names, pairs=[(0, 1)])).encoder
+    assert apart is not None
+    assert (apart.layer, apart.by) == ("blocks.8", "depth")  # accuracies of unlike layers do not decide
 
 
 def test_only_layers_that_surely_are_not_needed_can_be_pruned() -> None:

@@ -82,7 +82,7 @@ def test_what_is_not_certain_is_said() -> None:
     assert short == "not surely anywhere"
     assert sentence.startswith("Not surely anywhere. Most at blocks.2")
     no_better = replace(ALL, features=replace(FEATURES, over_control=UNSURE))
-    assert "+0.100 (-0.050 to +0.920), so not surely, above the raw input" in line(no_better, "richest features")[1]
+    assert "+0.100 (-0.050 to +0.920) above the raw input, which is not sure." in line(no_better, "richest features")[1]
     no_controls = replace(ALL, features=replace(FEATURES, over_control=None))
     assert "on the validation split" in line(no_controls, "richest features")[1]
     short, sentence = line(replace(ALL, separable=replace(SEPARABLE, best=UNSURE)), "classes separable")
@@ -115,6 +115,8 @@ def test_a_label_free_stand_in_is_named() -> None:
 
 
 def test_layers_that_could_be_pruned_are_listed() -> None:
+    once = replace(ALL, pruning=replace(PRUNING, least_needed=Cell("blocks.3", None, -0.1, -0.2, -0.1)))
+    assert line(once, "could be pruned")[1].endswith("on average, but surely rises at one noise level or more.")
     cells = [replace(BEST, layer=f"blocks.{i}", noise_level=None) for i in range(5)]
     short, sentence = line(
         replace(ALL, pruning=replace(PRUNING, spare=tuple(cells[:4]), undecided=(cells[4],))), "could be pruned"
