@@ -126,15 +126,19 @@ def option_fields(cls: type) -> tuple[OptionField, ...]:
     return tuple(options)
 
 
-def check_ranges(instance: Any) -> None:
+def check_ranges(instance: Any, *, skip: tuple[str, ...] = ()) -> None:
     """Checks the numbers of a dataclass instance against the ranges that its options declare; None passes.
+
+    Args:
+        instance: The instance.
+        skip: Fields that may have other values than the command line allows.
 
     Raises:
         ValueError: If one is outside of its range or not finite; the message names the field.
     """
     for option in option_fields(type(instance)):
         value = getattr(instance, option.field)
-        if value is None or (option.minimum is None and option.maximum is None):
+        if value is None or option.field in skip or (option.minimum is None and option.maximum is None):
             continue
         if option.minimum is not None and not option.minimum <= value < math.inf:  # NaN also fails this
             raise ValueError(f"{option.field} must be at least {option.minimum}, got {value!r:.40}")

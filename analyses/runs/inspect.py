@@ -139,8 +139,8 @@ def peek(splits: Splits) -> Figure:
 
 def _completed(source: DataSource, notes: list[str]) -> tuple[DataSource, dict[str, Dataset]]:
     """Returns the source with the options that `examine_data` decides, and the table."""
-    modality = source.modality or guess_modality(source.source, split=source.split)
-    table = read_table(source.source, modality, split=source.split)
+    modality = source.modality or guess_modality(source.source, split=source.split, data_root=source.data_root)
+    table = read_table(source.source, modality, split=source.split, data_root=source.data_root)
     skip_bad = sum(map(len, table.values())) if source.skip_bad is None else source.skip_bad
     source = replace(source, modality=modality, skip_bad=skip_bad)
     try:

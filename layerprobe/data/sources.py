@@ -50,7 +50,7 @@ class DataSource:
 
     source: str = field(metadata=option("data"))
     size: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=2**14))
-    channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=3))
+    channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     split: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     data_root: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     image_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))

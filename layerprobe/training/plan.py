@@ -84,12 +84,10 @@ class TrainingPlan:
     keep_last: int = field(default=1, metadata=option(panel=RUNNING_PANEL, minimum=1, maximum=10**6))
 
     def __post_init__(self) -> None:
-        if self.steps:  # a plan without steps stands for the defaults
-            check_ranges(self)
-        if not (self.steps >= 0 and self.learning_rate > 0 and 0 <= self.label_drop <= 1 and 0 <= self.ema_decay < 1):
+        check_ranges(self, skip=() if self.steps else ("steps",))  # a plan of no steps stands for the defaults
+        if not (self.learning_rate > 0 and 0 <= self.ema_decay < 1):
             raise ValueError(
-                f"need steps >= 0, learning_rate > 0, label_drop in [0, 1], ema_decay in [0, 1); got {self.steps}, "
-                f"{self.learning_rate}, {self.label_drop}, {self.ema_decay}"
+                f"need learning_rate > 0 and ema_decay in [0, 1); got {self.learning_rate} and {self.ema_decay}"
             )
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")

@@ -597,9 +597,13 @@ def test_autoencoders_that_cannot_be_used(tmp_path: Path, vae_folders: dict[str,
     place = folder("class")
     (place / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
     check(place, ValueError, "contains a AutoencoderDC but only AutoencoderKL is supported")
-    for text in ("[1", "[1]"):
+    for text, message in (
+        ("[1", "is not valid JSON"),
+        ("[1]", "holds a list, not keys and values"),
+        ("{}", "is not a configuration of a diffusers model"),
+    ):
         (place / "config.json").write_text(text)
-        check(place, ValueError, "is not a configuration of a diffusers model")
+        check(place, ValueError, message)
     (place / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": "four"}')
     check(place, ValueError, "is not a configuration of an AutoencoderKL")
     place = folder("weights")

@@ -409,4 +409,4 @@ class TestRefusals:
 
     def test_a_tar_of_something_else(self, both, refused, tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(b"not a tar")
-        both("cannot be read", tmp_path / "a.tar")
+        both("ends before the end of its archive, or is damaged", tmp_path / "a.tar")
