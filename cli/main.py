@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
+from pathlib import Path
 
 import typer
 
-from layerprobe.files import DiskFull, MissingWeights, is_out_of_memory, one_line
+from layerprobe.files import DiskFull, MissingWeights, one_line
+from layerprobe.memory import is_device_failure, is_out_of_memory
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 app = typer.Typer(
     name="layerprobe",
@@ -52,6 +57,7 @@ def main() -> None:
 
 def run() -> int:
     """Runs the command line and returns its exit code."""
+    warnings.formatwarning = _warning_line
     try:
         app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
@@ -67,10 +73,22 @@ def run() -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _fail(f"out of memory ({one_line(error)}); pass a smaller --batch-size or --device cpu, or free some", 1)
+        if is_out_of_memory(error):
+            advice = "pass a smaller --batch-size (train: a larger --accumulate) or --device cpu, or free some"
+            return _fail(f"out of memory ({one_line(error)}); {advice}", 1)
+        if is_device_failure(error):
+            return _fail(f"the device failed ({one_line(error)}); repeat the command, or pass --device cpu", 1)
+        raise
     return 0
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line for a warning of ours; those of other packages name the line of code that they are about."""
+    if filename.startswith(_PACKAGE):
+        return f"layerprobe: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _fail(message: str, code: int) -> int:
