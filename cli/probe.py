@@ -122,6 +122,7 @@ def analyze(
             help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
         ),
     ] = None,
+    device: options.MeasuringDevice = "auto",
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -137,7 +138,7 @@ def analyze(
         selection_record,
     )
     from layerprobe.analyses.tables import ANALYSES
-    from layerprobe.checkpoints import import_object
+    from layerprobe.checkpoints import import_object, resolve_device
 
     own_analyses = [import_object(spec, "--analysis") for spec in analysis or []]
     for spec, function in zip(analysis or [], own_analyses, strict=True):
@@ -147,9 +148,11 @@ def analyze(
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder
 
-        outside = open_encoder(encoder)
+        outside = open_encoder(encoder, device=resolve_device(device))
     with progress_bar() as progress:
-        selection = analyze_run(run, analyses=(*ANALYSES, *own_analyses), encoder=outside, progress=progress)
+        selection = analyze_run(
+            run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress
+        )
     draw_figures(run)
     write_report(run)
     record = {"run": str(run)} | selection_record(selection)
