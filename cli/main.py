@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +20,11 @@ from typer.core import TyperCommand
 
 from layerprobe import __version__
 from layerprobe.cli.output import tell
-from layerprobe.files import MissingWeights, is_disk_full, is_out_of_memory, one_line, os_error_line
+from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
+from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,7 +96,7 @@ def main() -> None:
 def run() -> int:
     """Runs the command line and returns its exit code."""
     try:
-        with _warnings_at_the_end():
+        with _warnings_in_one_line():
             app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 1
@@ -107,22 +111,34 @@ def run() -> int:
     except ValueError as error:
         return _fail(str(error), 2)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _fail(f"out of memory ({one_line(error)}); pass a smaller --batch-size or --device cpu, or free some", 1)
+        if is_out_of_memory(error):
+            advice = "pass a smaller --batch-size (train: a larger --accumulate) or --device cpu, or free some"
+            return _fail(f"out of memory ({one_line(error)}); {advice}", 1)
+        if is_device_failure(error):
+            return _fail(f"the device failed ({one_line(error)}); repeat the command, or pass --device cpu", 1)
+        raise
     return 0
 
 
 @contextmanager
-def _warnings_at_the_end() -> Iterator[None]:
-    """Shows warnings of libraries in one line each, once a command has succeeded: an error says what matters itself."""
-    with warnings.catch_warnings(record=True) as found:
+def _warnings_in_one_line() -> Iterator[None]:
+    """Shows our own warnings at once, and those of libraries once a command has succeeded: an error explains itself."""
+    of_libraries: dict[str, None] = {}
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if filename.startswith(_PACKAGE):
+            tell(f"warning: {text}")
+        else:
+            of_libraries[f"{category.__name__}: {text}"] = None
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         try:
             yield
         except SystemExit as finished:  # as typer ends every command
-            lines = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in found)
-            for line in () if finished.code else lines:
-                tell(f"warning: {' '.join(line.split())}")
+            for line in () if finished.code else of_libraries:
+                tell(f"warning: {line}")
             raise
 
 

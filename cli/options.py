@@ -20,6 +20,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print also how t
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and describe the work, but write nothing.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1, ...")]
+MeasuringDevice = Annotated[str, typer.Option(help="Device of the measures: auto, cpu, cuda, cuda:1, ...")]
 Run = Annotated[Path, typer.Argument(help="Run folder made by `layerprobe probe` or `quickstart`.")]
 FromScratch = Annotated[
     bool,

@@ -118,6 +118,7 @@ def analyze(
     ] = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    device: options.MeasuringDevice = "auto",
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -125,7 +126,7 @@ def analyze(
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES
-    from layerprobe.checkpoints import import_object
+    from layerprobe.checkpoints import import_object, resolve_device
 
     own_analyses = [import_object(spec, "--analysis") for spec in analysis or []]
     for spec, function in zip(analysis or [], own_analyses, strict=True):
@@ -135,9 +136,11 @@ def analyze(
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder
 
-        outside = open_encoder(encoder)
+        outside = open_encoder(encoder, device=resolve_device(device))
     with progress_bar(quiet=quiet) as progress:
-        selection = analyze_run(run, analyses=(*ANALYSES, *own_analyses), encoder=outside, progress=progress)
+        selection = analyze_run(
+            run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress
+        )
     draw_figures(run)
     write_report(run)
     before = describe_ownership(run, selection)

@@ -15,7 +15,11 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 from test_architecture import ARROWS  # noqa: E402
 
 TEXTS = {
+    "__main__": "python -m layerprobe",
+    "messages": "text that is safe to print",
+    "configs": "files of options",
     "files": "files that appear whole",
+    "memory": "batches that fit",
     "options": "options of dataclasses",
     "progress": "progress callbacks",
     "noise": "schedules, predictions",
@@ -76,7 +80,7 @@ def main() -> None:
     # Measures stand below the tables that are made of them, although they could stand on the ground.
     levels = floors(ARROWS)
     levels["analyses.measures"] = levels["analyses.tables"] - 1
-    figure, axes = plt.subplots(figsize=(11.5, 9))
+    figure, axes = plt.subplots(figsize=(14.3, 9))
     places = {}
     for level in range(max(levels.values()) + 1):
         rooms = sorted((room for room in ARROWS if levels[room] == level), key=lambda room: room == "analyses.measures")
@@ -97,8 +101,8 @@ def main() -> None:
         axes.text(x, y - 0.16, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
     top = max(levels.values()) * 1.2
     for i, (name, color) in enumerate(COLORS.items()):
-        axes.text(-6.6, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
-    axes.set(xlim=(-6.9, 6.9), ylim=(-0.5, top + 0.5))
+        axes.text(-8.3, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
+    axes.set(xlim=(-8.6, 8.6), ylim=(-0.5, top + 0.5))
     axes.axis("off")
     figure.savefig(DOCS / "figures" / "rooms.svg", bbox_inches="tight", metadata={"Date": None})
 

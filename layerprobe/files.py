@@ -50,16 +50,6 @@ def one_line(error: BaseException) -> str:
     return safe((str(error).strip() or type(error).__name__).splitlines()[0])[:160]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine ran out of memory, which says nothing about what was computed.
-
-    Most backends of torch raise a plain `RuntimeError` then, so that the text decides.
-    """
-    text = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
-
-
 def os_error_line(error: OSError) -> str:
     """Returns what the system refused as one line: the file, the reason and what to do; its own text if it has one."""
     if error.errno is None or error.strerror is None:

@@ -26,7 +26,6 @@ from layerprobe.files import (
     differences,
     error_place,
     import_optional,
-    is_out_of_memory,
     locked,
     one_line,
     os_error_line,
@@ -361,14 +360,6 @@ def test_the_place_of_an_error_is_in_the_users_own_file(tmp_path: Path, monkeypa
     installed = Path(np.__file__)
     assert place("1 / 0", installed).endswith("numpy/__init__.py:1")
     assert place("1 / 0", Path(json.__file__)) == ""
-
-
-def test_memory_that_runs_out_is_told_from_other_failures() -> None:
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_errors_of_the_system_name_the_file_and_a_remedy() -> None:

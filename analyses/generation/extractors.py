@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from layerprobe.analyses.generation.distances import row_blocks
 from layerprobe.data import Samples, content_hash
 from layerprobe.files import atomic_write
+from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
 
@@ -51,8 +52,9 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
     Raises:
         ValueError: If the extractor returns anything but a matrix with one row per sample.
     """
-    parts = []
-    for part in torch.split(x, batch_size):
+
+    def of(rows: range) -> Tensor:
+        part = x[rows.start : rows.stop]
         features = extractor.features(part.to(extractor.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
             returned = (
@@ -61,8 +63,9 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
             raise ValueError(
                 f"{extractor.name} returns {returned} for {len(part)} samples; it must return features (B, D)"
             )
-        parts.append(features.float().cpu())
-    return torch.cat(parts).numpy()
+        return features.float().cpu()
+
+    return torch.cat([features for _, features in BatchSize(batch_size).batches(len(x), of)]).numpy()
 
 
 def all_features(

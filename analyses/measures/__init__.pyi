@@ -31,6 +31,7 @@ from .linear_recovery import PENALTIES as PENALTIES
 from .linear_recovery import Recoverability as Recoverability
 from .linear_recovery import missed_by_sample as missed_by_sample
 from .linear_recovery import recoverability as recoverability
+from .logistic.fits import FEW_SAMPLES as FEW_SAMPLES
 from .logistic.fits import LogisticFit as LogisticFit
 from .logistic.fits import fit_logistic as fit_logistic
 from .logistic.fits import fit_logistic_map as fit_logistic_map

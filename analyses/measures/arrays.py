@@ -29,12 +29,21 @@ def checked(x: Features, name: str = "features") -> Features:
     Raises:
         ValueError: If `x` is not of shape (n, D) with n, D >= 1, or holds nan or inf.
     """
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name} of shape {x.shape} cannot be analyzed; pass samples by channels, (n, D)")
-    if not np.isfinite(x).all():
-        num_broken = np.count_nonzero(~np.isfinite(x))
-        raise ValueError(f"{name} hold {num_broken} values that are nan or inf; extract them again in float32")
+    check_shape(x.shape, name)
+    check_finite(int(np.count_nonzero(~np.isfinite(x))), name)
     return x
+
+
+def check_shape(shape: tuple[int, ...], name: str) -> None:
+    """Raises a ValueError unless `shape` is (n, D) with n, D >= 1."""
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name} of shape {tuple(shape)} cannot be analyzed; pass samples by channels, (n, D)")
+
+
+def check_finite(num_broken: int, name: str) -> None:
+    """Raises a ValueError if any value is nan or inf."""
+    if num_broken:
+        raise ValueError(f"{name} hold {num_broken} values that are nan or inf; extract them again in float32")
 
 
 def centered(x: Features) -> Floats:

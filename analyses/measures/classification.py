@@ -70,13 +70,16 @@ def classification_scores(log_probabilities: Floats, classes: NDArray[Any], y: N
     class_accuracy = recall_score(targets, predicted, labels=codes, average=None, zero_division=np.nan)
     log_likelihood = np.full(len(y), -np.inf)
     log_likelihood[is_known] = log_probabilities[is_known, targets[is_known]]
-    # Stable, so that of equal probabilities the lower class comes first, as in argmax.
-    top5 = np.argsort(-log_probabilities, axis=1, kind="stable")[:, :5]
+    # Of equal probabilities the lower class comes first, as in argmax.
+    of_label = log_likelihood[:, None]
+    is_before = (log_probabilities > of_label) | (
+        (log_probabilities == of_label) & (np.arange(num_classes) < targets[:, None])
+    )
     return ClassificationScores(
         accuracy=float(correct.mean()),
         balanced_accuracy=float(np.nanmean(class_accuracy)),
         class_accuracy=class_accuracy[:num_classes],
-        top5_accuracy=float((top5 == targets[:, None]).any(axis=1).mean()),
+        top5_accuracy=float((is_known & (is_before.sum(axis=1) < 5)).mean()),
         negative_log_likelihood=float(-log_likelihood.mean()),
         calibration_error=_calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
     )

@@ -2,7 +2,7 @@
 
 Default solvers stop early on the ill-conditioned features of networks, and a curve over layers then shows
 conditioning instead of content. The fits are those of `layerprobe.analyses.measures.logistic.fits`, and every probe
-states whether its fit converged.
+states whether its fit converged. Computation runs on the device of the features.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import Features
 from layerprobe.analyses.measures.classification import ClassificationScores, classification_scores
 from layerprobe.analyses.measures.logistic.fits import ClassWeight, LogisticFit, check_pair
 from layerprobe.analyses.measures.logistic.search import SearchEnd, choose_fit
+from layerprobe.analyses.measures.tensors import FeatureMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +52,16 @@ class ProbeResult:
 
 
 def linear_probe(
-    train_x: Features,
+    train_x: FeatureMatrix,
     train_y: NDArray[Any],
-    validation_x: Features,
+    validation_x: FeatureMatrix,
     validation_y: NDArray[Any],
-    test_x: Features,
+    test_x: FeatureMatrix,
     test_y: NDArray[Any],
     *,
     inverse_penalties: Sequence[float] | None = None,
     standardize: bool = True,
     class_weight: ClassWeight = None,
-    device: str = "cpu",
 ) -> ProbeResult:
     """Measures how well a linear classifier predicts the labels from features.
 
@@ -81,23 +81,20 @@ def linear_probe(
             are left as they are). Without it the same C is a strong penalty for a layer with small activations and a
             weak one for a layer with large activations.
         class_weight: Weight of the samples of each class, as in `fit_logistic`.
-        device: Device of the fits.
 
     Raises:
         ValueError: If a split's features and labels disagree, the splits differ in D, features are not finite, the
             training split has one class, or a penalty is not positive.
     """
     splits = {"train": (train_x, train_y), "validation": (validation_x, validation_y), "test": (test_x, test_y)}
-    for split, (x, y) in splits.items():
-        check_pair(x, y, split)
+    features = {split: check_pair(x, y, split).double() for split, (x, y) in splits.items()}
+    for split, x in features.items():
         if x.shape[1] != train_x.shape[1]:
             widths = f"{x.shape[1]} features, the train split {train_x.shape[1]}"
             raise ValueError(f"the {split} split has {widths}; pass the same layer")
-    # In float64: the scaler would otherwise return float32 for float32.
-    features = {split: x.astype(np.float64) for split, (x, _) in splits.items()}
     if standardize:
-        scaler = StandardScaler().fit(features["train"])
-        features = {split: scaler.transform(x) for split, x in features.items()}
+        mean, scale = _standard_scale(features["train"])
+        features = {split: (x - mean) / scale for split, x in features.items()}
 
     def validation_accuracy(fit: LogisticFit) -> float:
         return float((fit.predict(features["validation"]) == validation_y).mean())
@@ -108,7 +105,6 @@ def linear_probe(
         validation_accuracy,
         inverse_penalties=inverse_penalties,
         class_weight=class_weight,
-        device=device,
     )
     fit = chosen.fit
     validation_correct = fit.predict(features["validation"]) == validation_y
@@ -127,12 +123,28 @@ def linear_probe(
     )
 
 
+def _standard_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the mean and the standard deviation of every feature, each of shape (D,), as scikit-learn does.
+
+    A feature without variance beyond rounding gets 1, so that dividing by it leaves the feature as it is.
+
+    Args:
+        x: Features, shape (n, D), float64.
+    """
+    n, mean = len(x), x.mean(0)
+    deviation = x - mean
+    variance = (deviation.square().sum(0) - deviation.sum(0).square() / n) / n
+    rounding = torch.finfo(x.dtype).eps * n
+    is_constant = variance <= rounding * variance + (rounding * mean).square()
+    return mean, torch.where(is_constant, 1, variance.sqrt())
+
+
 def control_probe(
-    train_x: Features,
+    train_x: FeatureMatrix,
     train_y: NDArray[Any],
-    validation_x: Features,
+    validation_x: FeatureMatrix,
     validation_y: NDArray[Any],
-    test_x: Features,
+    test_x: FeatureMatrix,
     test_y: NDArray[Any],
     *,
     seed: int,

@@ -8,12 +8,14 @@ between draws.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import entr
+from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import NEGLIGIBLE, Features, Floats, centered, checked, unusable
+from layerprobe.analyses.measures.arrays import NEGLIGIBLE, Features, Floats, centered, checked
+from layerprobe.analyses.measures.tensors import FeatureMatrix, centered_with_mean, checked_tensor, unusable_tensor
 
 EPSILON = 1e-7  # added to every normalized value in RankMe and LiDAR, as in both papers
 POWER_LAW_RANKS = (11, 100)
@@ -107,8 +109,8 @@ class Spectrum:
         return self.mean_cosine
 
 
-def spectrum(x: Features) -> Spectrum:
-    """Computes the spectrum of a representation from one QR decomposition.
+def spectrum(x: FeatureMatrix) -> Spectrum:
+    """Computes the spectrum of a representation from one QR decomposition, on the device of the features.
 
     Effective rank, participation ratio and power law are invariant to rotation, isotropic scale and translation;
     RankMe and the anisotropy are not invariant to translation. Features that are the same for all samples have no
@@ -120,19 +122,19 @@ def spectrum(x: Features) -> Spectrum:
     Raises:
         ValueError: If features are not finite.
     """
-    checked(x)
-    if reason := unusable(x):
+    features = checked_tensor(x)
+    if reason := unusable_tensor(features):
         return Spectrum(np.empty(0), np.empty(0), np.nan, len(x), reason)
     # Squares of very small or large features leave the range of a float.
-    scale = float(np.abs(x).max())
-    wide = x.astype(np.float64) / scale
+    scale = float(features.abs().max())
+    wide = features.double() / scale
     cosine = _mean_cosine(wide)
-    scaled_mean = wide.mean(axis=0) * np.sqrt(len(x))
-    values, uncentered = _singular_values(centered(wide), scaled_mean)
+    scaled_mean = wide.mean(0) * np.sqrt(len(x))
+    values, uncentered = _singular_values(centered_with_mean(wide)[0], scaled_mean)
     return Spectrum(values * scale, uncentered * scale, cosine, len(x), "")
 
 
-def effective_rank(x: Features) -> float:
+def effective_rank(x: FeatureMatrix) -> float:
     """Computes `spectrum(x).effective_rank`."""
     return spectrum(x).effective_rank
 
@@ -233,7 +235,7 @@ def whiten_draws(x: Features, ridge: float) -> tuple[Floats, Floats, Floats]:
     return deviations, means, axes / np.sqrt(variances + ridge * median)
 
 
-def _singular_values(x: Floats, scaled_mean: Floats) -> tuple[Floats, Floats]:
+def _singular_values(x: Tensor, scaled_mean: Tensor) -> tuple[Floats, Floats]:
     """Singular values of centered features, and of the features with their mean.
 
     Args:
@@ -243,24 +245,22 @@ def _singular_values(x: Floats, scaled_mean: Floats) -> tuple[Floats, Floats]:
     """
     # Square roots of the covariance's eigenvalues would be accurate only to 1e-8 of the largest.
     if len(x) >= x.shape[1]:
-        triangle: Any = np.linalg.qr(x, mode="r")
-        with_mean: Any = np.concatenate([triangle, scaled_mean[None]])
+        triangle = torch.linalg.qr(x, mode="r").R
+        with_mean = torch.cat([triangle, scaled_mean[None]])
     else:
-        with_mean = np.linalg.qr(np.concatenate([x, scaled_mean[None]]).T, mode="r")
+        with_mean = torch.linalg.qr(torch.cat([x, scaled_mean[None]]).T, mode="r").R
         triangle = with_mean[:, :-1]
-    size = min(x.shape)
-    values: Floats = np.linalg.svd(triangle, compute_uv=False)[:size]
-    uncentered: Floats = np.linalg.svd(with_mean, compute_uv=False)[:size]
-    return values, uncentered
+    values, uncentered = (torch.linalg.svdvals(part)[: min(x.shape)] for part in (triangle, with_mean))
+    return values.numpy(force=True), uncentered.numpy(force=True)
 
 
-def _mean_cosine(x: Floats) -> float:
+def _mean_cosine(x: Tensor) -> float:
     """Mean over all ordered pairs of different rows, without forming them: `(|sum of units|^2 - n) / (n (n - 1))`."""
-    lengths = np.linalg.norm(x, axis=1)
-    if not lengths.all():
+    lengths = torch.linalg.vector_norm(x, dim=1)
+    if not bool(lengths.all()):
         return np.nan
     n = len(x)
-    total = (x / lengths[:, None]).sum(axis=0)
+    total = (x / lengths[:, None]).sum(0)
     return float((total @ total - n) / (n * (n - 1)))
 
 

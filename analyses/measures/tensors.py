@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import CONSTANT, NOT_FINITE, Floats
+from layerprobe.analyses.measures.arrays import CONSTANT, NOT_FINITE, Floats, check_finite, check_shape
 
 FeatureMatrix = NDArray[Any] | Tensor
 
@@ -67,6 +67,29 @@ def as_tensor(x: FeatureMatrix) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def checked_tensor(x: FeatureMatrix, name: str = "features") -> Tensor:
+    """Returns `x` as a tensor on its device after checking that it can be analyzed; memory is shared if possible.
+
+    Args:
+        x: Features, shape (n, D), any dtype.
+        name: Name of the features in the error message.
+
+    Raises:
+        ValueError: If `x` is not of shape (n, D) with n, D >= 1, or holds nan or inf.
+    """
+    check_shape(tuple(x.shape), name)
+    if not isinstance(x, Tensor):
+        x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    check_finite(x.numel() - int(x.isfinite().sum()), name)
+    return x
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Computes `a @ b`; on a CPU by numpy's BLAS, which is up to twice as fast as torch's for `a.T @ a`."""
+    product: Tensor = torch.from_numpy(a.numpy() @ b.numpy()) if a.device.type == "cpu" else a @ b
+    return product
+
+
 def num_samples(representations: Sequence[FeatureMatrix], minimum: int, measure: str) -> int:
     """Returns the number of samples of the first representation.
 
@@ -99,7 +122,7 @@ def centered_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 def feature_statistics(x: Tensor) -> FeatureStatistics:
     """Computes mean and spread of a representation (n, D) in float64."""
     wide, mean = centered_with_mean(x)
-    return FeatureStatistics(mean, wide.square_().sum(1), _unusable(x))
+    return FeatureStatistics(mean, wide.square_().sum(1), unusable_tensor(x))
 
 
 def subtract_mean(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,7 +142,8 @@ def subtract_mean(x: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sub(high).sub_(low).to(dtype)
 
 
-def _unusable(x: Tensor) -> str:
+def unusable_tensor(x: Tensor) -> str:
+    """Returns why samples cannot be compared by these features, shape (n, D), or "" if they can."""
     if not bool(torch.isfinite(x).all()):
         return NOT_FINITE
     return CONSTANT if bool((x == x[:1]).all()) else ""

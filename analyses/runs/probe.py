@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from layerprobe.analyses.generation import Extractor, all_features
+from layerprobe.analyses.measures import FEW_SAMPLES
 from layerprobe.analyses.report import write_report
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
@@ -46,7 +48,7 @@ from layerprobe.analyses.tables import (
 )
 from layerprobe.analyses.wording import copy_sentences
 from layerprobe.backbones import Backbone, layer_shapes
-from layerprobe.checkpoints import check_convention, convention_message, convention_name
+from layerprobe.checkpoints import check_convention, convention_message, convention_name, resolve_device
 from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
@@ -84,12 +86,14 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
     return selection
 
 
-def measure_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
+def measure_run(
+    plan: RunPlan, run: str | Path, *, device: str = "auto", progress: TaskProgress | None = None, **options: Any
+) -> Selection:
     """Runs the part of `probe_run` before the figures: convention check, features, tables and selection."""
-    extract_run(plan, run, progress=progress, **options)
+    extract_run(plan, run, device=device, progress=progress, **options)
     folder = RunFolder(run)
     if not folder.is_measured:
-        return analyze_run(run, progress=progress)
+        return analyze_run(run, device=device, progress=progress)
     folder.keep_selection(choose_layers(run), replace=folder.has_selection and _is_mistrusted(folder.selection()))
     return folder.selection()
 
@@ -168,6 +172,7 @@ def analyze_run(
     *,
     analyses: Sequence[Analysis] = ANALYSES,
     encoder: Extractor | None = None,
+    device: str = "auto",
     progress: TaskProgress | None = None,
 ) -> Selection:
     """Measures the features of a run: writes its tables, and its selection if it has none yet.
@@ -178,27 +183,32 @@ def analyze_run(
         run: Run folder with features.
         analyses: Analyses to run on every layer and noise level.
         encoder: External encoder to compare all layers with; it sees the clean samples of the validation split.
+        device: Device of the measures. Few samples are measured on the CPU, which takes less time for them.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
         FileNotFoundError: If there are no features.
+        ValueError: If the device is not available.
     """
     folder = RunFolder(run)
     plan = folder.plan()
     stores = {source: folder.store(source) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    on = _measuring_device(device, stores[MODEL])
     keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
         stores,
         analyses=[keeper.recording(analysis) for analysis in analyses],
         seed=plan.seed,
+        device=on,
         progress=named_progress(progress, "measuring layers"),
     )
     ablation = read_quality(folder.ablation)
     evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation)
-    recoverability = recoverability_table(stores[MODEL]) if len(stores[MODEL].token_rows) else None
+    recoverability = recoverability_table(stores[MODEL], device=on) if len(stores[MODEL].token_rows) else None
     tables = [quality, ablation]
     if encoder is not None:
-        tables.append(encoder_rows(stores[MODEL], _encoder_features(plan, stores[MODEL], encoder), encoder.name))
+        outside = _encoder_features(plan, stores[MODEL], encoder)
+        tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
     if folder.is_measured:
         # Measurements of these same features by analyses or encoders that are not asked for now.
         before = folder.quality()
@@ -209,6 +219,12 @@ def analyze_run(
     selection = choose_layers(run)
     folder.keep_selection(selection)
     return selection
+
+
+def _measuring_device(device: str, store: FeatureStore) -> torch.device:
+    """The device that measures: with few training samples the CPU, whose threads then measure side by side."""
+    has_few = int((store.splits == "train").sum()) <= FEW_SAMPLES
+    return torch.device("cpu") if has_few else resolve_device(device)
 
 
 def _encoder_features(plan: RunPlan, store: FeatureStore, encoder: Extractor) -> NDArray[np.float32]:

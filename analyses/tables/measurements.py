@@ -12,7 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from layerprobe.analyses.measures import (
     DenseProbeResult,
@@ -31,6 +33,7 @@ from layerprobe.data import MISSING, known_labels
 from layerprobe.extraction import SPLITS, FeatureStore
 
 PROBE, KNN, RANK = "probe accuracy", "knn accuracy", "effective rank"
+CPU: torch.device = torch.device("cpu")
 _PROBE_OF = f"{PROBE} of "
 NUM_NEIGHBORS = 10
 # How a note says that an accuracy may be too low; cautions count them.
@@ -51,6 +54,11 @@ def num_neighbors(num_others: int) -> int:
     return max(1, min(NUM_NEIGHBORS, num_others // 2))
 
 
+def num_workers(device: torch.device) -> int | None:
+    """Number of representations to measure at a time: one on a GPU, on the CPU one per thread (None)."""
+    return None if device.type == "cpu" else 1
+
+
 def probe_of(column: str) -> str:
     """Returns the name of the metric for the probe of a further label column."""
     return _PROBE_OF + column
@@ -69,16 +77,23 @@ class Representation:
         store: Feature store that contains them.
         layer: Name of the layer.
         noise_level: Noise level, in [0, 1].
+        device: Device that it is measured on.
     """
 
     store: FeatureStore
     layer: str
     noise_level: float
+    device: torch.device = CPU
 
     @cached_property
     def draws(self) -> list[Features]:
         """Features of every noise draw, each of shape (n, D)."""
         return [self.store.features(self.layer, self.noise_level, draw=d) for d in range(self.store.draws)]
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The same on the device; on the CPU in the same memory."""
+        return [torch.from_numpy(x).to(self.device) for x in self.draws]
 
     @cached_property
     def reason(self) -> str:
@@ -90,6 +105,11 @@ class Representation:
         """Returns the rows of an array (n, ...) that belong to a split."""
         rows: NDArray[Any] = x[self.store.splits == split]
         return rows
+
+    def rows(self, x: Tensor, split: str, kept: NDArray[np.bool_] | None = None) -> Tensor:
+        """Returns the rows of a tensor (n, ...) that belong to a split and, if there is a mask (n,), are kept."""
+        chosen = self.store.splits == split
+        return x[torch.from_numpy(np.flatnonzero(chosen if kept is None else chosen & kept)).to(x.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,12 +262,12 @@ def _probed(
         labels: Labels, shape (n,).
         rows: Mask of the samples to use, shape (n,); all if None.
     """
-    part, rows = representation.part, np.ones(len(labels), bool) if rows is None else rows
-    kept = {split: part(rows, split) for split in SPLITS}
-    results = [
-        linear_probe(*(part(array, split)[kept[split]] for split in SPLITS for array in (x, labels)))
-        for x in representation.draws
-    ]
+    kept = np.ones(len(labels), np.bool_) if rows is None else rows
+    train_y, validation_y, test_y = (labels[kept & (representation.store.splits == split)] for split in SPLITS)
+    results = []
+    for x in representation.tensors:
+        train, validation, test = (representation.rows(x, split, kept) for split in SPLITS)
+        results.append(linear_probe(train, train_y, validation, validation_y, test, test_y))
     return results, _fit_note(results)
 
 
@@ -274,13 +294,13 @@ def neighbors(representation: Representation) -> list[Measurement]:
         return []
     if representation.reason:
         return [Measurement(KNN, split, np.nan, representation.reason) for split in ("validation", "test")]
-    part, bank_y = representation.part, representation.part(labels, "train")
+    part, rows, bank_y = representation.part, representation.rows, representation.part(labels, "train")
     k = num_neighbors(len(bank_y))
     measurements = []
     for split in ("validation", "test"):
         query_y = part(labels, split)
         correct = [
-            knn_accuracy(part(x, "train"), bank_y, part(x, split), query_y, k=k).correct for x in representation.draws
+            knn_accuracy(rows(x, "train"), bank_y, rows(x, split), query_y, k=k).correct for x in representation.tensors
         ]
         measurements.append(_mean_of(KNN, split, correct, f"k={k}, cosine"))
     return measurements
@@ -290,7 +310,7 @@ def spectra(representation: Representation) -> list[Measurement]:
     """Measures ranks, power law and anisotropy on the training split; LiDAR too if there are several noise draws."""
     if representation.reason:
         return [Measurement(RANK, "train", np.nan, representation.reason)]
-    parts = [representation.part(x, "train") for x in representation.draws]
+    parts = [representation.rows(x, "train") for x in representation.tensors]
     spectra_by_draw = [spectrum(x) for x in parts]
     most = f"at most {min(parts[0].shape[0] - 1, parts[0].shape[1])}"
     laws = [s.power_law for s in spectra_by_draw]
@@ -303,7 +323,7 @@ def spectra(representation: Representation) -> list[Measurement]:
         "anisotropy": (np.mean([s.anisotropy for s in spectra_by_draw]), "not centered"),
     }
     if len(parts) > 1:
-        ranked = lidar(np.stack(parts, axis=1))
+        ranked = lidar(np.stack([x.numpy(force=True) for x in parts], axis=1))
         has_few = parts[0].shape[0] * (len(parts) - 1) <= parts[0].shape[1]
         few = f"; depends on its ridge: too few draws for {parts[0].shape[1]} directions" if has_few else ""
         numbers["LiDAR"] = (ranked.rank, ranked.reason or f"{len(parts)} noise draws{few}")

@@ -12,11 +12,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures import Floats, TokenMoments, cka_matrix, in_parallel, recoverability, shared_basis
+from layerprobe.analyses.measures import (
+    Floats,
+    TokenMoments,
+    as_tensor,
+    cka_matrix,
+    in_parallel,
+    recoverability,
+    shared_basis,
+)
 from layerprobe.analyses.tables.csv_files import read_table
 from layerprobe.analyses.tables.measurements import (
+    CPU,
     RANK,
     Analysis,
     Measurement,
@@ -24,6 +34,7 @@ from layerprobe.analyses.tables.measurements import (
     column_probes,
     frame_probes,
     neighbors,
+    num_workers,
     probes,
     spatial,
     spectra,
@@ -65,18 +76,20 @@ def measure(
     *,
     analyses: Sequence[Analysis] = ANALYSES,
     seed: int = 0,
+    device: torch.device = CPU,
     progress: StepProgress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
 
     With several noise draws each draw is analyzed alone and the results are averaged: accuracies by sample, ranks and
     similarities as numbers. Stores without labels get no accuracies. Memory holds one representation per thread of
-    torch, and the nearest neighbors of all representations.
+    torch, on a GPU one in all, and the nearest neighbors of all representations.
 
     Args:
         stores: One store per source: "model", and the controls "random weights" and "raw input".
         analyses: Functions of one `Representation`, such as `ANALYSES`.
         seed: Seed of the bootstrap.
+        device: Device of the measures, with float64; probes with few samples are fitted on the CPU in any case.
         progress: Called with (steps done, steps in total).
 
     Returns:
@@ -101,15 +114,15 @@ def measure(
     step = StepCounter(progress, total)
 
     def measured(key: tuple[str, str, float]) -> list[Measurement]:
-        representation = Representation(stores[key[0]], *key[1:])
+        representation = Representation(stores[key[0]], *key[1:], device=device)
         measurements = [measurement for analysis in analyses for measurement in analysis(representation)]
         step()
         return measurements
 
-    quality = _quality_table(keys, in_parallel(measured, keys), stores, seed)
+    quality = _quality_table(keys, in_parallel(measured, keys, workers=num_workers(device)), stores, seed)
     if MODEL not in stores:
         return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))
-    values, reasons = similarities(stores[MODEL], step)
+    values, reasons = similarities(stores[MODEL], step, device=device)
     for (layer, level), reason in reasons.items():
         row = (quality["source"] == MODEL) & (quality["layer"] == layer) & (quality["noise_level"] == level)
         row &= (quality["metric"] == RANK) & (quality["note"] != reason)
@@ -117,16 +130,18 @@ def measure(
     return quality, similarity_table(stores[MODEL], values)
 
 
-def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.DataFrame:
+def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str, *, device: torch.device = CPU) -> pd.DataFrame:
     """Measures the debiased CKA of every representation with an external encoder, as rows of the quality table.
 
     Args:
         store: Features of the model.
         features: Features of the validation split's samples by the encoder, in the store's order, shape (n, D).
         name: Name of the encoder.
+        device: Device of the comparison.
     """
     keys = representations(store)
-    draws = [cka_matrix(ValidationSplit(store, draw), [features]) for draw in range(store.draws)]
+    other = [as_tensor(features).to(device)]
+    draws = [cka_matrix(ValidationSplit(store, draw, device), other) for draw in range(store.draws)]
     values = np.mean([result.values[:, 0] for result in draws], axis=0)
     reasons = [reason or draws[0].other_reasons[0] for reason in draws[0].reasons]
     rows = [
@@ -147,12 +162,16 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str) -> pd.D
     return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
 
 
-def recoverability_table(store: FeatureStore) -> pd.DataFrame:
+def recoverability_table(store: FeatureStore, *, device: torch.device = CPU) -> pd.DataFrame:
     """Measures the recoverability gap of all pairs: the share of the increment that a ridge regression misses.
 
     The increment is the teacher's token minus the student's. Only layers of the most common shape are compared, by
     their kept tokens. Tokens wider than 128 are projected onto the
     directions in which the layers vary most.
+
+    Args:
+        store: Features and tokens of the model.
+        device: Device that collects the moments of the tokens.
 
     Returns:
         One row per noise level, student and later teacher: `gap` on the test split, `validation_gap` on the validation
@@ -166,7 +185,7 @@ def recoverability_table(store: FeatureStore) -> pd.DataFrame:
     layers = [layer for layer, shape in shapes.items() if shape == commonest]
     rows: list[tuple[Any, ...]] = []
     for level in store.noise_levels if len(layers) > 1 else ():
-        result = recoverability(_token_moments(store, layers, level))
+        result = recoverability(_token_moments(store, layers, level, device))
         rows += [
             (level, layers[s], layers[t], result.gap[s, t], result.validation_gap[s, t], result.increment[s, t], reason)
             for s, reasons in enumerate(result.reasons)
@@ -176,13 +195,14 @@ def recoverability_table(store: FeatureStore) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(RECOVERABILITY_COLUMNS))
 
 
-def _token_moments(store: FeatureStore, layers: Sequence[str], level: float) -> TokenMoments:
+def _token_moments(store: FeatureStore, layers: Sequence[str], level: float, device: torch.device) -> TokenMoments:
     def tokens(split: str, draw: int) -> list[NDArray[np.float32]]:
         return [store.tokens(layer, level, draw=draw, split=split) for layer in layers]
 
     first = tokens("train", 0)
-    basis = shared_basis(first, rank=MAX_RANK) if first[0].shape[2] > MAX_RANK else None
-    moments = TokenMoments(layers, basis=basis)
+    is_wide = first[0].shape[2] > MAX_RANK
+    basis = shared_basis((torch.from_numpy(x).to(device) for x in first), rank=MAX_RANK) if is_wide else None
+    moments = TokenMoments(layers, basis=basis, device=device)
     for split in SPLITS:
         for draw in range(store.draws):
             moments.update(split, tokens(split, draw))

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel, mutual_knn, neighbor_graph
 from layerprobe.analyses.tables.csv_files import read_table
-from layerprobe.analyses.tables.measurements import num_neighbors
+from layerprobe.analyses.tables.measurements import CPU, num_neighbors, num_workers
 from layerprobe.extraction import FeatureStore
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
@@ -29,17 +30,18 @@ def read_similarity(path: str | Path) -> pd.DataFrame:
 
 
 class ValidationSplit(Sequence[Any]):
-    """Features of the validation split of all representations, each read from disk when it is used."""
+    """Features of the validation split of all representations on a device, each read from disk when it is used."""
 
-    def __init__(self, store: FeatureStore, draw: int) -> None:
-        self.store, self.draw = store, draw
+    def __init__(self, store: FeatureStore, draw: int, device: torch.device) -> None:
+        self.store, self.draw, self.device = store, draw, device
         self.keys = representations(store)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, m: Any) -> Any:
-        return self.store.features(*self.keys[m], draw=self.draw, split="validation")
+        features = self.store.features(*self.keys[m], draw=self.draw, split="validation")
+        return torch.from_numpy(features).to(self.device)
 
 
 def representations(store: FeatureStore) -> list[tuple[str, float]]:
@@ -48,13 +50,14 @@ def representations(store: FeatureStore) -> list[tuple[str, float]]:
 
 
 def similarities(
-    store: FeatureStore, step: Callable[[], None]
+    store: FeatureStore, step: Callable[[], None], *, device: torch.device = CPU
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
     """Measures the similarities of all representations, averaged over noise draws.
 
     Args:
         store: Features of the model.
         step: Called after every noise draw.
+        device: Device of the comparisons; neighbors are compared on the CPU.
 
     Returns:
         A matrix for each measure, and the reasons for missing values by layer and noise level.
@@ -64,9 +67,9 @@ def similarities(
     total = {name: np.zeros((len(keys), len(keys))) for name in ("cka", "mutual_knn", "cknna")}
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):
-        features = ValidationSplit(store, draw)
+        features = ValidationSplit(store, draw, device)
         result = cka_matrix(features)
-        graphs = in_parallel(partial(neighbor_graph, k=k), features)
+        graphs = in_parallel(partial(neighbor_graph, k=k), features, workers=num_workers(device))
         matrices = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
         for name, values in matrices.items():
             total[name] += values / store.draws

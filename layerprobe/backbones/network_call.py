@@ -14,14 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.files import error_place, is_out_of_memory
+from layerprobe.files import error_place
+from layerprobe.memory import BatchSize, is_device_failure
 from layerprobe.noise import NoiseSchedule
 
 Forward = Callable[..., Tensor]
@@ -65,7 +65,7 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
 
     Raises:
         ValueError: By the returned function, if the network raises anything or returns anything else than a prediction.
-            Exceptions of memory that ran out are not changed.
+            Memory that ran out, and failures of the device, are not changed.
     """
 
     def call(module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None, *mask: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
             try:
                 output: Any = forward(module, x_t, native_time, condition, *mask)
             except (Exception, SystemExit) as error:
-                if is_out_of_memory(error) or (isinstance(error, ValueError) and _is_ours(error)):
+                if is_device_failure(error) or (isinstance(error, ValueError) and _is_ours(error)):
                     raise
                 failed = _Failed(forward, module, schedule, x_t, native_time, condition, tuple(found.values()))
                 raise ValueError(f"{failed.call} raised {_raised(error)}; {_advice(error, failed)}") from error
@@ -89,11 +89,15 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
 
 
 def in_batches(forward: Forward, size: int) -> Forward:
-    """Returns the forward function of a backbone in batches of `size` samples, which need less memory."""
+    """Returns the forward function of a backbone in batches of at most `size` samples, which need less memory."""
+    sizes = BatchSize(size)
 
-    def call(module: nn.Module, *arguments: Tensor | None) -> Tensor:
-        split = (repeat(None) if argument is None else torch.split(argument, size) for argument in arguments)
-        return torch.cat([forward(module, *batch) for batch in zip(*split, strict=False)])
+    def call(module: nn.Module, x_t: Tensor, *arguments: Tensor | None) -> Tensor:
+        def part(rows: range) -> Tensor:
+            batch = [None if each is None else each[rows.start : rows.stop] for each in (x_t, *arguments)]
+            return forward(module, *batch)
+
+        return torch.cat([output for _, output in sizes.batches(len(x_t), part)])
 
     return call
 
@@ -109,6 +113,7 @@ def lookups(module: nn.Module) -> Iterator[dict[str, Lookup]]:
             if arguments and isinstance(arguments[0], Tensor) and arguments[0].numel():
                 assert isinstance(table, nn.Embedding)
                 found[name] = Lookup(name, table.num_embeddings, arguments[0])
+                _check_rows(arguments[0], table.num_embeddings)
 
         return record
 
@@ -119,6 +124,15 @@ def lookups(module: nn.Module) -> Iterator[dict[str, Lookup]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_rows(indices: Tensor, rows: int) -> None:
+    """Raises the error of a CPU for a row that is not there: on CUDA it would end the device for the whole process."""
+    if indices.device.type == "cpu":
+        return
+    low, high = torch.stack(indices.aminmax()).tolist()
+    if low < 0 or high >= rows:
+        raise IndexError("index out of range in self")
 
 
 @dataclass(frozen=True, eq=False)

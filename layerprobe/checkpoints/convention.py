@@ -380,13 +380,13 @@ def _errors(
         condition = None if labels is None else labels.to(device)
         own = replace(backbone, schedule=schedule.own, prediction="eps")  # The network's output as it is.
         own_x_t = schedule.network_input(x_t, levels)
-        output = own.predict(own_x_t.to(device), levels.to(device).float(), condition)
+        output = own.predict(own_x_t.to(device), levels.to(device, torch.float32), condition).cpu()
         linear = _wiener_error(power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
         for prediction in predictions:
             # The same output, read as another prediction; `predict` handles the sign of a velocity.
             reread = replace(backbone, prediction=prediction, forward=lambda *_, output=output: output)
             estimate = convert_prediction(
-                reread.predict(x_t, levels.float()).cpu().double(),
+                reread.predict(x_t, levels.float()).double(),
                 x_t.double(),
                 levels,
                 schedule,

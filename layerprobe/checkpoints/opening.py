@@ -138,7 +138,7 @@ def resolve_device(device: str) -> torch.device:
     """Returns a device by name; "auto" is the first GPU if one is available, otherwise the CPU.
 
     Raises:
-        ValueError: If the device is not available.
+        ValueError: If the device is not available, or does not compute in float64, as Apple's MPS.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,6 +146,12 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not available ({one_line(error)}); pass cpu or auto") from error
+    try:
+        torch.empty(0, device=device, dtype=torch.float64)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"--device {device} does not compute in float64, as noise levels and measures do; pass cpu"
+        ) from error
     return torch.device(device)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating, find_layer
 from layerprobe.data import Samples
+from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream, target
 from layerprobe.progress import StepProgress
 
@@ -123,18 +124,22 @@ def ablate_layers(
     scores = np.full((2, len(layers), len(levels) * n), np.nan)
     reasons = {name: "the input of a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
     blocks = [name for name in layers if name not in reasons]
+
+    def skip(rows: range) -> list[tuple[str, SampleScores | str]]:
+        row = torch.arange(rows.start, rows.stop)
+        sample, level = row % n, levels[row // n]
+        mask = None if batch.mask is None else batch.mask[sample]
+        return [*_skip_each(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level)]
+
     with evaluating(backbone.module), torch.inference_mode():
-        for start in range(0, len(levels) * n, batch_size):
-            rows = torch.arange(start, min(start + batch_size, len(levels) * n))
-            sample, level = rows % n, levels[rows // n]
-            mask = None if batch.mask is None else batch.mask[sample]
-            for name, outcome in _skip_each(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level):
+        for rows, outcomes in BatchSize(batch_size).batches(len(levels) * n, skip):
+            for name, outcome in outcomes:
                 if isinstance(outcome, str):
                     reasons[name] = outcome
                 else:
-                    scores[:, layers.index(name), rows.numpy()] = outcome
+                    scores[:, layers.index(name), rows.start : rows.stop] = outcome
             if progress:
-                progress(int(rows[-1]) + 1, len(levels) * n)
+                progress(rows.stop, len(levels) * n)
     velocity_change, loss_increase = scores.reshape(2, len(layers), len(levels), n)
     return LayerAblation(split, layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
 

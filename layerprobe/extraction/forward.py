@@ -5,7 +5,7 @@ One forward pass per sample, noise level and draw reads all layers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from layerprobe.extraction.features import (
 )
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens, token_grid
+from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
 
@@ -65,7 +66,7 @@ def extract(
     Raises:
         ValueError: If the data does not fit the model, a value is not finite, or the folder belongs to another run.
     """
-    folder = Path(folder)
+    folder, size = Path(folder), BatchSize(batch_size)
     _check(backbone, splits, plan)
     table = _Table(splits)
     with evaluating(backbone.module):
@@ -79,7 +80,7 @@ def extract(
             files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
             if not all(file.is_file() for file in files):
                 with _kept_tokens(token_path(folder, index), backbone, plan, shapes, kept_in_shard) as keep:
-                    features = _shard(backbone, table.batch(rows), plan, batch_size, keep)
+                    features = _shard(backbone, table.batch(rows), plan, size, keep)
                 write_tensors(shard_path(folder, index), features)
             if progress:
                 progress(rows.stop, len(table))
@@ -108,7 +109,7 @@ def read_features(
     assert plan.draws == 1
     _check(backbone, Splits(samples, samples, samples), plan)
     tokens: dict[tuple[str, float], Tensor] = {}
-    n = len(samples)
+    n, size = len(samples), BatchSize(batch_size)
 
     def keep(row: Tensor, mask: Tensor | None, layer: str, values: Tensor) -> None:
         for level in sorted(set(row[0].tolist())):
@@ -120,7 +121,7 @@ def read_features(
     with evaluating(backbone.module):
         shapes = layer_shapes(backbone, plan.layers)
         batch = samples.batch(range(n))
-        pooled = _shard(backbone, batch, replace(plan, layers=tuple(shapes)), batch_size, keep if per_token else None)
+        pooled = _shard(backbone, batch, replace(plan, layers=tuple(shapes)), size, keep if per_token else None)
     if per_token:
         return {(layer, level): tokens[layer, level] for layer in pooled for level in plan.noise_levels}
     return {
@@ -187,7 +188,8 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
             "use the null condition"
         )
     # Fused attention can turn NaN into finite values, so the features would not reveal it.
-    bad = [name for name, weight in backbone.module.named_parameters() if not bool(weight.isfinite().all())]
+    finite = {name: weight.isfinite().all() for name, weight in backbone.module.named_parameters()}
+    bad = [name for name, is_finite in zip(finite, _values(finite.values()), strict=True) if not is_finite]
     if bad:
         raise ValueError(f"{backbone.name} has values that are not finite in {bad[0]}; use an earlier checkpoint")
     whole_grids = plan.token_samples and not plan.tokens_per_sample
@@ -202,6 +204,12 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
             f"noise level {float(highest):g} is infinitely noisy under the schedule {backbone.schedule.name}; "
             f"pass levels up to {backbone.schedule.level_range[1]:.4g}"
         )
+
+
+def _values(flags: Iterable[Tensor]) -> list[bool]:
+    """The values of single flags, for which the device is waited for once."""
+    together = [*flags]
+    return torch.stack(together).tolist() if together else []
 
 
 def _padded(splits: Splits) -> bool:
@@ -308,7 +316,7 @@ def _kept_tokens(
 
 @torch.inference_mode()
 def _shard(
-    backbone: Backbone, batch: Batch, plan: ExtractionPlan, batch_size: int, keep: _Keep | None
+    backbone: Backbone, batch: Batch, plan: ExtractionPlan, size: BatchSize, keep: _Keep | None
 ) -> dict[str, NDArray[np.float32]]:
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
@@ -317,15 +325,19 @@ def _shard(
     n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
     features: dict[str, Tensor] = {}
-    # Levels and draws share batches, so that batches are full: row = (level, draw, sample).
-    for rows in _runs(len(levels) * plan.draws * n, batch_size):
+
+    def read(rows: range) -> dict[str, Tensor]:
         row = torch.arange(rows.start, rows.stop)
         level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
         labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
         mask = None if batch.mask is None else batch.mask[sample]
         write = partial(keep, torch.stack([level, draw, sample]), mask) if keep else None
         x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
-        for name, pooled in _read(backbone, x_t, levels[level], labels, mask, plan, write).items():
+        return _read(backbone, x_t, levels[level], labels, mask, plan, write)
+
+    # Levels and draws share batches, so that batches are full: row = (level, draw, sample).
+    for rows, outputs in size.batches(len(levels) * plan.draws * n, read):
+        for name, pooled in outputs.items():
             store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
             store[rows.start : rows.stop] = pooled
     for name, values in features.items():
@@ -364,7 +376,10 @@ def _read(
         capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
     ):
         backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
-    return {name: pooled.cpu() for name, pooled in outputs.items()}
+    # One copy for all layers: the host waits for the device once a batch.
+    pooled = torch.cat([values.float() for values in outputs.values()], dim=1).cpu()
+    widths = [values.shape[1] for values in outputs.values()]
+    return dict(zip(outputs, torch.split(pooled, widths, dim=1), strict=True))
 
 
 def _runs(n: int, size: int) -> Iterator[range]:

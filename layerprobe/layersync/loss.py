@@ -485,7 +485,8 @@ def _check_first(terms: Iterable[_Term], mask: Tensor | None) -> None:
 
 
 def _check_tokens(student: Tensor, teacher: Tensor, pair: LayerPair) -> None:
-    if student.numel() and student.data_ptr() == teacher.data_ptr() and student.shape == teacher.shape:
+    # Empty tensors and those that wrap others have no memory of their own, and the address 0.
+    if student.data_ptr() == teacher.data_ptr() != 0 and student.shape == teacher.shape:
         raise ValueError(
             f"{pair.student} and {pair.teacher} return the same tensor, which learns nothing from itself; name a later "
             "teacher"

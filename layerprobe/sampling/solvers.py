@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
+from layerprobe.memory import BatchSize
 from layerprobe.noise import END, NoiseSchedule, RandomStream
 from layerprobe.sampling.plan import SamplingPlan
 
@@ -53,33 +54,42 @@ def sample(
     plan = plan or SamplingPlan()
     _check_labels(backbone, indices, labels, plan)
     _check_mask(backbone, indices, mask)
+
+    def draw(rows: range) -> Tensor:
+        part = slice(rows.start, rows.stop)
+        ids = torch.tensor(list(indices[part]))
+        return _drawn(
+            backbone, ids, None if labels is None else labels[part], None if mask is None else mask[part], plan
+        )
+
+    out = [torch.empty(0, *backbone.shape)]
+    with evaluating(backbone.module):
+        out += [x for _, x in BatchSize(batch_size).batches(len(indices), draw)]
+    return torch.cat(out)
+
+
+def _drawn(backbone: Backbone, ids: Tensor, labels: Tensor | None, mask: Tensor | None, plan: SamplingPlan) -> Tensor:
+    """The samples of one batch, on the CPU."""
     schedule, level_range = backbone.schedule, sampling_range(backbone, plan)
     # At the highest level x_t is sigma eps, and y = x_t / n.
     start_std = level_range[1] * schedule.scale
-    out = [torch.empty(0, *backbone.shape)]
-    with evaluating(backbone.module):
-        for start in range(0, len(indices), batch_size):
-            ids = torch.tensor(list(indices[start : start + batch_size]))
-            noise = RandomStream(plan.seed, "sampling").normal(ids, backbone.shape) * start_std
-            y = noise.to(backbone.device)
-            part = slice(start, start + batch_size)
-            condition = None if labels is None else labels[part].to(backbone.device)
-            real = None if mask is None else mask[part].to(backbone.device)
-            if real is None:
-                velocity = straightened(guided(backbone, plan.guidance, plan.guidance_interval), schedule)
-            else:
-                velocity = straightened(padded(backbone, plan, condition, real), schedule)
-                y, condition = y * real.unsqueeze(1), torch.arange(len(y), device=backbone.device)
-            if plan.solver == "dopri5":
-                filled = None if real is None else real.double().flatten(1).mean(1)
-                y = integrate_adaptively(velocity, y, condition, level_range, plan, filled=filled)
-            elif plan.solver == "euler-maruyama":
-                y = diffuse(velocity, y, ids, condition, schedule, level_range, plan)
-            else:
-                y = integrate(velocity, y, condition, level_range, plan)
-            # The SDE adds noise to the padding, too.
-            out.append((y if real is None else y.masked_fill(~real.unsqueeze(1), 0.0)).cpu())
-    return torch.cat(out)
+    y = (RandomStream(plan.seed, "sampling").normal(ids, backbone.shape) * start_std).to(backbone.device)
+    condition = None if labels is None else labels.to(backbone.device)
+    real = None if mask is None else mask.to(backbone.device)
+    if real is None:
+        velocity = straightened(guided(backbone, plan.guidance, plan.guidance_interval), schedule)
+    else:
+        velocity = straightened(padded(backbone, plan, condition, real), schedule)
+        y, condition = y * real.unsqueeze(1), torch.arange(len(y), device=backbone.device)
+    if plan.solver == "dopri5":
+        filled = None if real is None else real.double().flatten(1).mean(1)
+        y = integrate_adaptively(velocity, y, condition, level_range, plan, filled=filled)
+    elif plan.solver == "euler-maruyama":
+        y = diffuse(velocity, y, ids, condition, schedule, level_range, plan)
+    else:
+        y = integrate(velocity, y, condition, level_range, plan)
+    # The SDE adds noise to the padding, too.
+    return (y if real is None else y.masked_fill(~real.unsqueeze(1), 0.0)).cpu()
 
 
 def sampling_range(backbone: Backbone, plan: SamplingPlan) -> tuple[float, float]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from layerprobe.backbones import Backbone
 from layerprobe.capture import evaluating
-from layerprobe.data import Batch, Samples
+from layerprobe.data import Samples
+from layerprobe.memory import BatchSize
 from layerprobe.noise import END, RandomStream, error_weight, target
 from layerprobe.training.batches import TrainingBatch
 from layerprobe.training.plan import LossWeighting
@@ -95,16 +96,21 @@ def held_out_loss(
     Returns:
         Mean loss by noise level.
     """
-    sums = dict.fromkeys(levels, 0.0)
+
+    def sums(rows: range) -> Tensor:
+        batch = samples.batch(rows)
+        eps = RandomStream(seed).normal(batch.ids, samples.shape)
+        losses = []
+        for level in levels:
+            at = torch.full((len(batch.x),), level, dtype=torch.float64)
+            losses.append(prediction_loss(backbone, TrainingBatch(batch.x, eps, at, None, batch.mask)).sum())
+        return torch.stack(losses).cpu()
+
+    total = torch.zeros(len(levels), dtype=torch.float64)
     with evaluating(backbone.module):
-        for start in range(0, len(samples), batch_size):
-            batch: Batch = samples.batch(range(start, min(start + batch_size, len(samples))))
-            eps = RandomStream(seed).normal(batch.ids, samples.shape)
-            for level in levels:
-                at = torch.full((len(batch.x),), level, dtype=torch.float64)
-                noised = TrainingBatch(batch.x, eps, at, None, batch.mask)
-                sums[level] += float(prediction_loss(backbone, noised).sum())
-    return {level: total / len(samples) for level, total in sums.items()}
+        for _, losses in BatchSize(batch_size).batches(len(samples), sums):
+            total += losses
+    return dict(zip(levels, (total / len(samples)).tolist(), strict=True))
 
 
 def condition_of(backbone: Backbone, batch: TrainingBatch) -> Tensor | None:

@@ -318,6 +318,7 @@ def _fails_on(error: Exception, *, float_times: bool) -> Backbone:
     return replace(backbone, forward=forward)
 
 
+@pytest.mark.filterwarnings("ignore:.*do not fit into memory")
 @pytest.mark.parametrize("float_times", [True, False], ids=["declared", "other"])
 @pytest.mark.parametrize(
     "error",

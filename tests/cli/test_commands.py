@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from undrawn import undrawn
 
+from layerprobe import memory
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.options import (
@@ -294,6 +296,24 @@ def test_memory_that_runs_out_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) 
     code, out, error = cli("inspect", "digits")
     assert (code, out, len(error.splitlines())) == (1, "", 1)
     assert error.startswith(told)
+
+
+def test_a_device_that_fails_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nMore.")
+
+    monkeypatch.setattr("layerprobe.checkpoints.source.CheckpointSource.describe", broken)
+    told = "layerprobe: the device failed (CUDA error: an illegal memory access was encountered); repeat the command"
+    code, out, error = cli("inspect", "digits")
+    assert (code, out, len(error.splitlines())) == (1, "", 1)
+    assert error.startswith(told)
+
+
+def test_a_warning_of_ours_is_one_line_without_its_place(cli) -> None:
+    assert cli("doctor", "--help")[0] == 0
+    of_ours = warnings.formatwarning("8 rows do not fit", UserWarning, memory.__file__, 1)
+    assert of_ours == "layerprobe: warning: 8 rows do not fit\n"
+    assert warnings.formatwarning("old", FutureWarning, "torch/nn.py", 1) == "torch/nn.py:1: FutureWarning: old\n"
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:

@@ -16,9 +16,9 @@ from layerprobe.analyses.measures.logistic.problem import (
     gap,
     is_optimal,
     line_search,
-    product,
     with_gradient,
 )
+from layerprobe.analyses.measures.tensors import product
 
 # Limits of a factorized Hessian, and of the terms of its sum.
 _MAX_UNKNOWNS, _MAX_CLASSES = 3000, 25

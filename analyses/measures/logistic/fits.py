@@ -8,6 +8,8 @@ representations share their work.
 The solver is limited-memory BFGS, or Newton's method by conjugate gradients for up to a thousand samples and where
 BFGS gets stuck. On problems with few unknowns a damped Newton's method in float64 finishes what these leave undone.
 Penalties are solved from the strongest to the weakest, each starting from an extrapolation of the last solutions.
+
+A fit runs on the device of its features, which needs float64; one of few samples runs on the CPU.
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from layerprobe.analyses.measures.arrays import Features, Floats, checked
+from layerprobe.analyses.measures.arrays import Floats
 from layerprobe.analyses.measures.logistic.bfgs import Curvature, minimize
 from layerprobe.analyses.measures.logistic.newton import damped_newton, newton_cg
 from layerprobe.analyses.measures.logistic.problem import (
@@ -42,11 +43,12 @@ from layerprobe.analyses.measures.logistic.problem import (
     with_gradient,
 )
 from layerprobe.analyses.measures.parallel import in_parallel, torch_threads
+from layerprobe.analyses.measures.tensors import FeatureMatrix, checked_tensor, product
 
 ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 Solver = Callable[[Problem, Point, float, int], tuple[Point, int, bool]]
 
-_FEW_SAMPLES = 1000  # up to this many, Newton's method by conjugate gradients is the fastest
+FEW_SAMPLES = 1000  # up to this many, Newton's method by conjugate gradients is the fastest, and on a CPU
 _FEW_UNKNOWNS = 300  # up to this many, the whole Hessian may be factorized where other solvers get stuck
 _SINGLE_THREAD_ENTRIES = 1_000_000  # with fewer entries of the features several threads are slower than one
 
@@ -80,31 +82,33 @@ class LogisticFit:
     passes: int
     converged: bool
 
-    def logits(self, x: Features) -> Floats:
+    def logits(self, x: FeatureMatrix) -> Floats:
         """Computes the logit of every sample and class, shape (n, K)."""
-        logits: Floats = x.astype(np.float64) @ self.weights.T + self.bias
-        return logits
+        return self._logits(x).numpy(force=True)
 
-    def predict(self, x: Features) -> NDArray[Any]:
+    def predict(self, x: FeatureMatrix) -> NDArray[Any]:
         """Returns the most likely label of each sample, shape (n,)."""
         labels: NDArray[Any] = self.classes[self.logits(x).argmax(axis=1)]
         return labels
 
-    def log_probabilities(self, x: Features) -> Floats:
+    def log_probabilities(self, x: FeatureMatrix) -> Floats:
         """Computes the log probability of each class in nats, shape (n, K)."""
-        log_probabilities: Floats = log_softmax(self.logits(x), axis=1)
-        return log_probabilities
+        return torch.log_softmax(self._logits(x), 1).numpy(force=True)
+
+    def _logits(self, x: FeatureMatrix) -> Tensor:
+        wide = torch.as_tensor(x).double()
+        weights, bias = (torch.from_numpy(part).to(wide.device) for part in (self.weights, self.bias))
+        return product(wide, weights.T) + bias
 
 
 def fit_logistic(
-    x: Features,
+    x: FeatureMatrix,
     y: NDArray[Any],
     *,
     inverse_penalty: float = 1.0,
     class_weight: ClassWeight = None,
     tolerance: float = 1e-8,
     max_passes: int = 5000,
-    device: str = "cpu",
 ) -> LogisticFit:
     """Fits a multinomial logistic regression with an L2 penalty at its optimum.
 
@@ -122,7 +126,6 @@ def fit_logistic(
             norm of the centered samples (with 1 appended for the bias), *and* `gap <= tolerance / 10`. The second
             condition matters for separable data under a weak penalty.
         max_passes: Maximum number of passes; a fit that needs more is returned as not converged.
-        device: Device of the computation; a GPU needs float64.
 
     Raises:
         ValueError: If x and y disagree, x is not finite, y has one class, a class weight is not positive, or the
@@ -137,19 +140,17 @@ def fit_logistic(
         class_weight=class_weight,
         tolerance=tolerance,
         max_passes=max_passes,
-        device=device,
     )[0]
 
 
 def fit_logistic_path(
-    x: Features,
+    x: FeatureMatrix,
     y: NDArray[Any],
     inverse_penalties: Sequence[float],
     *,
     class_weight: ClassWeight = None,
     tolerance: float = 1e-8,
     max_passes: int = 5000,
-    device: str = "cpu",
 ) -> tuple[LogisticFit, ...]:
     """Fits `fit_logistic` for several penalties, each starting from the solutions for the stronger ones.
 
@@ -160,7 +161,6 @@ def fit_logistic_path(
         class_weight: Weight of the samples of each class, as in `fit_logistic`.
         tolerance: Tolerance of convergence, as in `fit_logistic`.
         max_passes: Maximum number of passes per fit.
-        device: Device of the computation.
 
     Returns:
         Fits in the order of `inverse_penalties`.
@@ -176,20 +176,18 @@ def fit_logistic_path(
         class_weight=class_weight,
         tolerance=tolerance,
         max_passes=max_passes,
-        device=device,
     )
     return path.fits(inverse_penalties)
 
 
 def fit_logistic_map(
-    representations: Iterable[Features],
+    representations: Iterable[FeatureMatrix],
     y: NDArray[Any],
     inverse_penalties: Sequence[float],
     *,
     class_weight: ClassWeight = None,
     tolerance: float = 1e-8,
     max_passes: int = 5000,
-    device: str = "cpu",
     workers: int | None = None,
 ) -> list[tuple[LogisticFit, ...]]:
     """Fits `fit_logistic_path` for every representation of the same samples, one per core at a time.
@@ -203,7 +201,6 @@ def fit_logistic_map(
         class_weight: Weight of the samples of each class, as in `fit_logistic`.
         tolerance: Tolerance of convergence, as in `fit_logistic`.
         max_passes: Maximum number of passes per fit.
-        device: Device of the computation.
         workers: Number of representations at a time; None for one per thread that torch may use.
 
     Returns:
@@ -219,19 +216,17 @@ def fit_logistic_map(
         class_weight=class_weight,
         tolerance=tolerance,
         max_passes=max_passes,
-        device=device,
     )
     return in_parallel(fit_path, representations, workers=workers)
 
 
 def fit_multilabel_path(
-    x: Features,
+    x: FeatureMatrix,
     y: NDArray[Any],
     inverse_penalties: Sequence[float],
     *,
     tolerance: float = 1e-8,
     max_passes: int = 5000,
-    device: str = "cpu",
 ) -> tuple[tuple[LogisticFit, ...], ...]:
     """Fits a binary logistic regression per label; all labels share the decomposition of the features.
 
@@ -244,7 +239,6 @@ def fit_multilabel_path(
         inverse_penalties: Values of C.
         tolerance: Tolerance of convergence, as in `fit_logistic`.
         max_passes: Maximum number of passes per fit.
-        device: Device of the computation.
 
     Returns:
         The fits of each label, in the order of `inverse_penalties`; their classes are 0 and 1.
@@ -253,7 +247,7 @@ def fit_multilabel_path(
         ValueError: If x and y disagree, y holds anything but 0 and 1, or a label is on all samples or on none.
     """
     check_penalties(inverse_penalties)
-    checked(x, "features of the train split")
+    features = checked_tensor(x, "features of the train split")
     y = np.asarray(y)
     if y.ndim != 2 or len(y) != len(x) or not np.isin(y, (0, 1)).all():
         raise ValueError(f"{len(x)} samples but labels of shape {y.shape}; pass 0 or 1 per sample and label, (n, L)")
@@ -261,9 +255,9 @@ def fit_multilabel_path(
         if share in (0, 1):
             raise ValueError(f"label {label} is on {'all' if share else 'no'} samples; leave it out")
     classes, ones = np.array([0, 1]), np.ones(len(y))
-    with torch.inference_mode(), _suitable_threads(x.size):
+    with torch.inference_mode(), _suitable_threads(features.numel()):
         halves = [c / 2 for c in inverse_penalties]
-        data = _on_axes(torch.as_tensor(x, device=device), max(halves) * len(x))
+        data = _on_axes(features, max(halves) * len(x))
         paths = [
             LogisticPath(data, column.astype(np.intp), classes, ones, tolerance=tolerance, max_passes=max_passes)
             for column in y.T
@@ -276,14 +270,13 @@ def fit_multilabel_path(
 
 
 def logistic_path(
-    x: Features,
+    x: FeatureMatrix,
     y: NDArray[Any],
     *,
     weakest: float,
     class_weight: ClassWeight = None,
     tolerance: float = 1e-8,
     max_passes: int = 5000,
-    device: str = "cpu",
 ) -> LogisticPath:
     """Prepares the fits of `fit_logistic` for penalties that are not all known beforehand.
 
@@ -294,18 +287,17 @@ def logistic_path(
         class_weight: Weight of the samples of each class, as in `fit_logistic`.
         tolerance: Tolerance of convergence, as in `fit_logistic`.
         max_passes: Maximum number of passes per fit.
-        device: Device of the computation.
 
     Raises:
         ValueError: As in `fit_logistic`.
     """
-    check_pair(x, y, "train")
+    features = check_pair(x, y, "train")
     classes, targets = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"all {len(y)} labels are {classes[0]}; a probe needs two classes or more")
     sample_weights = _class_weights(class_weight, classes, y)[targets]
-    with torch.inference_mode(), _suitable_threads(x.size):
-        data = _on_axes(torch.as_tensor(x, device=device), weakest * float(sample_weights.sum()))
+    with torch.inference_mode(), _suitable_threads(features.numel()):
+        data = _on_axes(features, weakest * float(sample_weights.sum()))
     return LogisticPath(data, targets, classes, sample_weights, tolerance=tolerance, max_passes=max_passes)
 
 
@@ -377,16 +369,17 @@ class LogisticPath:
             )
 
 
-def check_pair(x: Features, y: NDArray[Any], split: str) -> None:
-    """Checks that the features and labels of a split fit together.
+def check_pair(x: FeatureMatrix, y: NDArray[Any], split: str) -> Tensor:
+    """Returns the features of a split as a tensor, after checking that features and labels fit together.
 
     Raises:
         ValueError: If features cannot be analyzed, or there is not one label per sample.
     """
-    checked(x, f"features of the {split} split")
-    if y.shape != x.shape[:1]:
+    features = checked_tensor(x, f"features of the {split} split")
+    if y.shape != (len(features),):
         shapes = f"{len(x)} samples but labels of shape {y.shape}"
         raise ValueError(f"the {split} split has {shapes}; pass one label per sample")
+    return features
 
 
 def check_penalties(inverse_penalties: Sequence[float]) -> None:
@@ -416,10 +409,10 @@ def _suitable_threads(num_entries: int) -> AbstractContextManager[None]:
 
 def _on_axes(x: Tensor, inverse_penalty: float) -> Decomposition:
     """Features on axes that suit penalties down to this one, per sample; few samples are solved on the CPU."""
-    if len(x) > _FEW_SAMPLES:
+    if len(x) > FEW_SAMPLES:
         return decompose(x)
     x = x.cpu()
-    if x.shape[1] <= _FEW_SAMPLES:
+    if x.shape[1] <= FEW_SAMPLES:
         data = keep_axes(x)
         if inverse_penalty * data.unit**2 < 10:  # Under a strong penalty principal axes take longer than they save.
             return data
@@ -441,7 +434,7 @@ def _solve(
 def _solvers(problem: Problem, curvature: Curvature) -> list[Solver]:
     """Solvers for a problem of this size, the fastest first."""
     solvers: list[Solver] = [newton_cg]
-    if len(problem.sample_weights) > _FEW_SAMPLES:
+    if len(problem.sample_weights) > FEW_SAMPLES:
         solvers.insert(0, partial(minimize, curvature=curvature))
     if problem.num_classes * len(problem.data.exact) <= _FEW_UNKNOWNS:
         solvers.append(damped_newton)

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from layerprobe.analyses.measures.arrays import Features
 from layerprobe.analyses.measures.logistic.fits import ClassWeight, LogisticFit, check_penalties, logistic_path
+from layerprobe.analyses.measures.tensors import FeatureMatrix
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # always tried
 STRONGER = (1e-4, 1e-5, 1e-6)  # tried in this order
@@ -42,13 +42,12 @@ class ChosenFit:
 
 
 def choose_fit(
-    x: Features,
+    x: FeatureMatrix,
     y: NDArray[Any],
     score: Callable[[LogisticFit], float],
     *,
     inverse_penalties: Sequence[float] | None = None,
     class_weight: ClassWeight = None,
-    device: str = "cpu",
 ) -> ChosenFit:
     """Fits one penalty after another and chooses the one with the best score.
 
@@ -62,14 +61,13 @@ def choose_fit(
         score: Score of a fit on samples that it was not fitted on, at most 1; larger is better.
         inverse_penalties: Values of C to choose from, and no others; None for the search.
         class_weight: Weight of the samples of each class, as in `fit_logistic`.
-        device: Device of the fits.
 
     Raises:
         ValueError: As in `fit_logistic`.
     """
     waiting = sorted(set(INVERSE_PENALTIES if inverse_penalties is None else inverse_penalties))
     check_penalties(waiting)
-    path = logistic_path(x, y, weakest=max(waiting), class_weight=class_weight, device=device)
+    path = logistic_path(x, y, weakest=max(waiting), class_weight=class_weight)
     tried: list[float] = []
     chosen, best_score = None, -np.inf
     while waiting:

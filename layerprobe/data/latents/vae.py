@@ -15,6 +15,7 @@ from layerprobe.configs import check_numbers, read_config
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
 from layerprobe.files import MissingWeights, claim, locked, one_line, reserve, write_text
+from layerprobe.memory import BatchSize
 from layerprobe.progress import StepProgress
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -139,8 +140,12 @@ def decode(
         )
     vae = _autoencoder(folder, device)
     z = latents.cpu().float() / factor + shift
-    parts = [z[start : start + batch_size].to(device) for start in range(0, len(z), batch_size)]
-    return torch.cat([vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
+
+    def images(rows: range) -> Tensor:
+        decoded: Tensor = vae.decode(z[rows.start : rows.stop].to(device)).sample
+        return decoded.clamp(-1, 1).cpu()
+
+    return torch.cat([x for _, x in BatchSize(batch_size).batches(len(z), images)])
 
 
 def _vae_folder(source: str | Path) -> Path:
@@ -230,17 +235,21 @@ def _encode(
     done = json.loads(counter.read_text()) if counter.is_file() and unfinished.is_file() else 0
     stored = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", dtype=np.float32, shape=(n, *shape))
     reserve(unfinished)  # A full disk would kill a process that writes to mapped memory.
-    for start in range(done, n, batch_size):
-        batch = samples.batch(range(start, min(start + batch_size, n)))
+
+    def encoded(rows: range) -> Tensor:
+        batch = samples.batch(rows)
         posterior = vae.encode(batch.x.to(device)).latent_dist
         moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
         bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
         if len(bad):
             raise ValueError(f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it")
-        stored[start : start + len(moments)] = moments.numpy()
+        return moments
+
+    for rows, moments in BatchSize(batch_size).batches(n, encoded, start=done):
+        stored[rows.start : rows.stop] = moments.numpy()
         stored.flush()
-        write_text(counter, json.dumps(start + len(moments)))
+        write_text(counter, json.dumps(rows.stop))
         if progress:
-            progress(start + len(moments), n)
+            progress(rows.stop, n)
     os.replace(unfinished, path)
     counter.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ def assert_same_optimum(fit: LogisticFit, x: Array, y: Array, reference: Logisti
 @pytest.fixture(params=["newton", "bfgs"])
 def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each solver by itself, whatever the number of samples: no other may finish its work."""
-    monkeypatch.setattr(logistic_fits, "_FEW_SAMPLES", 10**9 if request.param == "newton" else 0)
+    monkeypatch.setattr(logistic_fits, "FEW_SAMPLES", 10**9 if request.param == "newton" else 0)
     original = logistic_fits._solvers
     monkeypatch.setattr(logistic_fits, "_solvers", lambda *args: original(*args)[:1])
 
