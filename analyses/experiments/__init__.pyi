@@ -37,3 +37,4 @@ from .verdict import ArmResult as ArmResult
 from .verdict import Comparison as Comparison
 from .verdict import Verdict as Verdict
 from .verdict import VerdictCaution as VerdictCaution
+from .verdict import judge as judge
