@@ -1,4 +1,4 @@
-"""`layerprobe quickstart`: the whole pipeline on the embedded checkpoint and data."""
+"""`layerprobe quickstart`: the pipeline on the embedded checkpoint and data."""
 
 from __future__ import annotations
 
@@ -12,54 +12,52 @@ from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.training import TrainingPlan
 
+TRIAL_STEPS = 600
+
 
 @from_dataclasses()
 def quickstart(
     *,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    training: Annotated[Given, only(TrainingPlan, "steps", steps=90)],
-    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the confirmation.")] = 2,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Train a short trial of the pick from scratch, beside the recorded one.")
+    ] = False,
+    training: Annotated[Given, only(TrainingPlan, "steps", steps=TRIAL_STEPS)],
+    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the trial.")] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses.runs import describe_selection, quickstart_run
-    from layerprobe.analyses.wording import verdict_paragraph
+    """Probe the embedded digits model and pick a pair: about a minute on two cores, no download."""
+    from layerprobe.analyses.runs import describe_selection, quickstart_run, quickstart_trial
+    from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
 
     steps = training["steps"]
     if dry_run:
-        record = {
-            "checkpoint": "digits",
-            "data": "digits",
-            "out": str(out),
-            "arms": 4,
-            "seeds": num_seeds,
-            "steps": steps,
-        }
-        emit(
-            record,
-            [f"would probe the embedded digits model and train 4 arms x {num_seeds} seeds x {steps} steps into {out}"],
-            as_json=as_json,
-        )
+        record = {"checkpoint": "digits", "data": "digits", "out": str(out), "confirm": confirm}
+        trial = f" and train 2 arms x {num_seeds} seeds x {steps} steps" * confirm
+        lines = [f"would probe the embedded digits model{trial} into {out}"]
+        emit(record | ({"seeds": num_seeds, "steps": steps} if confirm else {}), lines, as_json=as_json)
         return
     with progress_bar() as progress:
-        selection, verdict = quickstart_run(
-            out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
-        )
-    pick, paragraph = selection.pick, verdict_paragraph(verdict)
+        selection, recorded = quickstart_run(out, seed=seed, device=device, progress=progress)
+        verdict = None
+        if confirm:
+            verdict = quickstart_trial(
+                out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
+            )
+    pick, told = selection.pick, recorded_paragraph(recorded, selection)
+    paragraph = None if verdict is None else verdict_paragraph(verdict)
     record = {
         "run": str(out),
         "pick": None if pick is None else {"student": pick.student, "teacher": pick.teacher},
-        "answer": verdict.answer,
+        "recorded": {"answer": recorded.verdict.answer, "paragraph": told},
+        "answer": None if verdict is None else verdict.answer,
         "paragraph": paragraph,
     }
-    lines = [
-        *describe_selection(selection),
-        f"verdict  {verdict.answer}",
-        paragraph,
-        f"report   {out / 'report.html'}",
-    ]
-    emit(record, lines, as_json=as_json)
+    lines = [*describe_selection(selection), f"recorded {recorded.verdict.answer}", told]
+    if verdict is not None and paragraph is not None:
+        lines += [f"verdict  {verdict.answer}", paragraph]
+    emit(record, [*lines, f"report   {out / 'report.html'}"], as_json=as_json)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from layerprobe.analyses.experiments import BASELINE, Verdict
+from layerprobe.analyses.experiments import BASELINE, RecordedTrial, Verdict
 from layerprobe.analyses.figures import (
     capital,
     cka_heatmap,
@@ -41,6 +41,7 @@ from layerprobe.analyses.wording import (
     objection_texts,
     other_pair_sentence,
     pair_reasons,
+    recorded_paragraph,
     selection_headline,
     selection_reason,
     verdict_paragraph,
@@ -114,6 +115,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "num_pair_samples": (run.records["Features of pairs"] or {}).get("num_samples"),
         "confirmation_started": run.confirmation is not None,
         "confirmation": _confirmation_figures(run),
+        "recorded": run.recorded and _recorded(run.recorded, run.selection),
         "pictures": [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in run.pictures],
         "quality": list(run.quality.itertuples(index=False)),
         "filters": _filters(run.quality),
@@ -174,6 +176,14 @@ def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:
     decisive = run.verdict and run.verdict.metric
     metrics = sorted(dict.fromkeys(table["metric"].astype(str)), key=lambda metric: metric != decisive)
     return [(metric, confirmation_curves(table, run.verdict, metric=metric)) for metric in metrics]
+
+
+def _recorded(trial: RecordedTrial, selection: Selection | None) -> dict[str, Any]:
+    metric = trial.verdict.metric
+    return {
+        "paragraph": recorded_paragraph(trial, selection),
+        "figures": [(f"Recorded {metric}", confirmation_curves(trial.curves, trial.verdict, metric=metric))],
+    }
 
 
 def _filters(quality: pd.DataFrame) -> list[tuple[str, int, list[str]]]:

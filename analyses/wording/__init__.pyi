@@ -6,6 +6,7 @@ from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
 from .recommendations import recommendation_text as recommendation_text
+from .recorded import recorded_paragraph as recorded_paragraph
 from .selection import TRUST as TRUST
 from .selection import caution_texts as caution_texts
 from .selection import objection_texts as objection_texts

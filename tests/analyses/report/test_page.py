@@ -186,6 +186,7 @@ def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, num_rank
 
 
 def confirm_run(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     write_table(confirmation_table(arms=ARMS), folder / "confirmation.csv")
     (folder / "verdict.json").write_text(verdict().to_json())
 
@@ -227,6 +228,17 @@ def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path
     assert "Caution: The data cannot tell 1 other pair from the pick" in opening
     assert opening.rstrip().endswith(verdict_paragraph(verdict()))
     assert "present pick" not in full_page.text
+
+
+def test_a_recorded_trial_stands_beside_a_run_without_a_trial_and_is_called_recorded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
+    confirm_run(run / "recorded")
+    (run / "recorded" / "recorded.json").write_text('{"commands": ["layerprobe confirm <run>"]}')
+    page = page_of(run)
+    assert "Not confirmed yet" in page.text  # a recorded trial is no verdict of this run
+    shown = page.text[page.text.index("This trial was recorded") :]
+    assert verdict_paragraph(verdict()) in shown
+    assert "`layerprobe confirm <run>`" in shown
 
 
 def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
