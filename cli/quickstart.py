@@ -1,4 +1,4 @@
-"""`layerprobe quickstart`: the whole pipeline on the embedded checkpoint and data."""
+"""`layerprobe quickstart`: the pipeline on the embedded checkpoint and data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ _YOUR_OWN = (
     ("what layerprobe reads of your own checkpoint", "layerprobe inspect model.safetensors"),
     ("the same for it, with your data", "layerprobe probe model.safetensors --data images/ --out runs/mine"),
 )
+TRIAL_STEPS = 600
 
 
 @from_dataclasses()
 def quickstart(
     *,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    training: Annotated[Given, only(TrainingPlan, "steps", steps=90)],
-    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the confirmation.")] = 2,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Train a short trial of the pick from scratch, beside the recorded one.")
+    ] = False,
+    training: Annotated[Given, only(TrainingPlan, "steps", steps=TRIAL_STEPS)],
+    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the trial.")] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -33,39 +37,36 @@ def quickstart(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Probe, pick and confirm on the embedded digits model: minutes on two cores, no download."""
-    from layerprobe.analyses.runs import quickstart_run
-    from layerprobe.analyses.wording import verdict_paragraph
+    """Probe the embedded digits model and pick a pair: about a minute on two cores, no download."""
+    from layerprobe.analyses.runs import quickstart_run, quickstart_trial
+    from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
 
     steps = training["steps"]
     if dry_run:
-        record = {
-            "checkpoint": "digits",
-            "data": "digits",
-            "out": str(out),
-            "arms": 4,
-            "seeds": num_seeds,
-            "steps": steps,
-        }
-        emit(
-            record,
-            [
-                f"would probe the embedded digits model and train up to 4 arms x {num_seeds} seeds x {steps} steps "
-                f"into {out}"
-            ],
-            as_json=as_json,
-        )
+        record = {"checkpoint": "digits", "data": "digits", "out": str(out), "confirm": confirm}
+        trial = f" and train 2 arms x {num_seeds} seeds x {steps} steps" * confirm
+        lines = [f"would probe the embedded digits model{trial} into {out}"]
+        emit(record | ({"seeds": num_seeds, "steps": steps} if confirm else {}), lines, as_json=as_json)
         return
     with progress_bar(quiet=quiet) as progress:
-        selection, verdict = quickstart_run(
-            out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
-        )
-    paragraph = verdict_paragraph(verdict)
+        selection, recorded = quickstart_run(out, seed=seed, device=device, progress=progress)
+        verdict = None
+        if confirm:
+            verdict = quickstart_trial(
+                out, steps=steps, num_seeds=num_seeds, seed=seed, device=device, progress=progress
+            )
+    told = recorded_paragraph(recorded, selection)
+    after = [f"recorded {recorded.verdict.answer}", f"         {told}"]
+    record = {"recorded": {"answer": recorded.verdict.answer, "paragraph": told}, "answer": None, "paragraph": None}
+    if verdict is not None:
+        paragraph = verdict_paragraph(verdict)
+        after += [f"trial    {verdict.answer}", f"         {paragraph}"]
+        record |= {"answer": verdict.answer, "paragraph": paragraph}
     show_run(
         out,
         selection,
-        after=[f"trial    {verdict.answer}", f"         {paragraph}"],
-        record={"answer": verdict.answer, "paragraph": paragraph},
+        after=after,
+        record=record,
         following=_YOUR_OWN,
         quiet=quiet,
         verbose=verbose,

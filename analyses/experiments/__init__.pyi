@@ -47,8 +47,10 @@ from .power import resolution as resolution
 from .power import seeds_needed as seeds_needed
 from .power import too_short as too_short
 from .probe_errors import PROBE_ERROR as PROBE_ERROR
+from .recorded import RecordedTrial as RecordedTrial
 from .verdict import STILL_IMPROVING as STILL_IMPROVING
 from .verdict import ArmResult as ArmResult
 from .verdict import Comparison as Comparison
 from .verdict import Verdict as Verdict
 from .verdict import VerdictCaution as VerdictCaution
+from .verdict import judge as judge

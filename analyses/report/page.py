@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from layerprobe.analyses.experiments import BASELINE, Verdict, option_texts
+from layerprobe.analyses.experiments import BASELINE, RecordedTrial, Verdict, option_texts
 from layerprobe.analyses.figures import (
     capital,
     cka_heatmap,
@@ -45,6 +45,7 @@ from layerprobe.analyses.wording import (
     other_pair_sentence,
     pair_reasons,
     published_gain_sentences,
+    recorded_paragraph,
     rounded,
     samples_sentence,
     selection_reason,
@@ -118,7 +119,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "num_noise_levels": run.model_rows["noise_level"].nunique(),
         "samples": samples_sentence(data),
         "has_labels": PROBE in run.headlines,
-        "chip": _chip(run.selection, run.verdict),
+        "chip": _chip(run.selection, run.verdict, run.recorded),
         "cautions": _cautions(run.selection, run.verdict),
         **_answers(single_answers(run.quality, run.evidence, run.selection)),
         **_quality_figures(run),
@@ -129,6 +130,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "num_pair_samples": (run.records["Features of pairs"] or {}).get("num_samples"),
         "confirmation_started": run.confirmation is not None,
         "confirmation": _confirmation_figures(run),
+        "recorded": run.recorded and _recorded(run.recorded, run.selection),
         "pictures": [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in run.pictures],
         "quality": list(run.quality.itertuples(index=False)),
         "filters": _filters(run.quality),
@@ -139,7 +141,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _chip(selection: Selection | None, verdict: Verdict | None) -> dict[str, str]:
+def _chip(selection: Selection | None, verdict: Verdict | None, recorded: RecordedTrial | None) -> dict[str, str]:
     """The state of the run: the text of the chip, its kind, and one sentence."""
     if selection is None:
         return {"kind": "open", "text": "No pick yet", "sentence": "No layer pair has been picked yet."}
@@ -148,7 +150,8 @@ def _chip(selection: Selection | None, verdict: Verdict | None) -> dict[str, str
     if verdict is None:
         student, teacher = selection.pick.student, selection.pick.teacher
         sentence = f"{student} should learn from {teacher}: a hypothesis from measurements, until a training tries it."
-        return {"kind": "open", "text": "Not tried yet", "sentence": sentence}
+        text = "Not tried yet" if recorded is None else f"Recorded trial: {recorded.verdict.answer}"
+        return {"kind": "open", "text": text, "sentence": sentence}
     if other := other_pair_sentence(verdict, selection):
         return {"kind": "open", "text": f"Verdict on another pair: {verdict.answer}", "sentence": other}
     kind = verdict.answer if verdict.answer in ("helps", "hurts") else "open"
@@ -251,6 +254,14 @@ def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:
     decisive = run.verdict and run.verdict.metric
     metrics = sorted(dict.fromkeys(table["metric"].astype(str)), key=lambda metric: metric != decisive)
     return [(metric, confirmation_curves(table, run.verdict, metric=metric)) for metric in metrics]
+
+
+def _recorded(trial: RecordedTrial, selection: Selection | None) -> dict[str, Any]:
+    metric = trial.verdict.metric
+    return {
+        "paragraph": recorded_paragraph(trial, selection),
+        "figures": [(f"Recorded {metric}", confirmation_curves(trial.curves, trial.verdict, metric=metric))],
+    }
 
 
 def _filters(quality: pd.DataFrame) -> list[tuple[str, int, list[str]]]:

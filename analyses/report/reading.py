@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from layerprobe.analyses.experiments import CONFIRMATION_COLUMNS, Verdict
+from layerprobe.analyses.experiments import CONFIRMATION_COLUMNS, RecordedTrial, Verdict
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import MODEL, PairEvidence, headlines, read_quality, read_similarity
 from layerprobe.files import one_line
@@ -40,6 +40,7 @@ class RunFiles:
         selection: Selection of layer pairs.
         verdict: Result of the confirmation.
         confirmation: Curves of the confirmation's arms.
+        recorded: Trial that was trained beforehand.
         records: JSON records of what was run, by title.
         pictures: PNG files of samples.
     """
@@ -51,6 +52,7 @@ class RunFiles:
     selection: Selection | None
     verdict: Verdict | None
     confirmation: pd.DataFrame | None
+    recorded: RecordedTrial | None
     records: Mapping[str, Record | None]
     pictures: tuple[Path, ...]
 
@@ -90,6 +92,7 @@ def read_run(folder: Path) -> RunFiles:
         selection=_read(folder / "selection.json", lambda path: Selection.from_json(path.read_text(encoding="utf-8"))),
         verdict=_read(folder / "verdict.json", lambda path: Verdict.from_json(path.read_text(encoding="utf-8"))),
         confirmation=_read(folder / "confirmation.csv", _confirmation_curves),
+        recorded=RecordedTrial.read(folder / "recorded") if (folder / "recorded").is_dir() else None,
         records={title: _read(folder / name, _json) for title, name in RECORDS.items()},
         pictures=tuple(sorted((folder / "figures").glob("samples*.png"))),
     )

@@ -32,6 +32,7 @@ from .probe import extract_run as extract_run
 from .probe import forecast as forecast
 from .probe import probe_run as probe_run
 from .quickstart import quickstart_run as quickstart_run
+from .quickstart import quickstart_trial as quickstart_trial
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples
 from .sample import find_meaning as find_meaning

@@ -103,12 +103,14 @@ class RunFolder:
         data: Path of the record of what was read of the data, and of copies among the samples.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
+        recorded: Folder of a trial that was trained beforehand, see `RecordedTrial`; only the quickstart has one.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.features, self.figures = self.path / "features", self.path / "figures"
         self.confirmation = self.path / "confirmation"
+        self.recorded = self.path / "recorded"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
         self.data = self.path / "data.json"
 

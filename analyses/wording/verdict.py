@@ -39,9 +39,7 @@ _ANSWERS = {
 
 def verdict_paragraph(verdict: Verdict) -> str:
     """Returns the verdict as one paragraph: the difference, the answer with its cautions, and further comparisons."""
-    return " ".join(
-        [_difference(verdict), _ANSWERS[verdict.answer], *verdict_cautions(verdict), *verdict_details(verdict)]
-    )
+    return " ".join([_difference(verdict), _answer(verdict), *verdict_cautions(verdict), *verdict_details(verdict)])
 
 
 def verdict_details(verdict: Verdict) -> list[str]:
@@ -88,6 +86,13 @@ def _difference(verdict: Verdict) -> str:
         f"{_mean(verdict.arms[0]):.3g} by {judged.difference:+.3g} (95 % interval{over} {judged.low:+.3g} to "
         f"{judged.high:+.3g}), after {verdict.steps} steps {verdict.start} with {verdict.num_seeds} seeds."
     )
+
+
+def _answer(verdict: Verdict) -> str:
+    low = verdict.arm(verdict.judged).low
+    if verdict.answer == "too early to tell" and low is not None and low > 0:
+        return "So far the pair costs: the whole interval lies above zero. It is too early to tell how it ends."
+    return _ANSWERS[verdict.answer]
 
 
 def _caution(code: VerdictCaution, verdict: Verdict) -> str:

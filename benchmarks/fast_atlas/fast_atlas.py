@@ -49,7 +49,7 @@ from layerprobe.backbones import Backbone, SiT, SiTConfig, fresh_sit, network_re
 from layerprobe.capture import real_tokens
 from layerprobe.data import Samples, Splits, load
 from layerprobe.files import claim, write_text
-from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.layersync import LayerPair, LayerSync, Projectors, SyncOptions
 from layerprobe.noise import LinearPath, RandomStream
 from layerprobe.training import TrainingBatch, TrainingPlan, noise_levels, prediction_loss
 
@@ -71,6 +71,7 @@ def main() -> None:
         num_evaluations=options.num_evaluations,
         num_samples=options.num_samples,
         weight=options.weight,
+        sync=SyncOptions(projector_width=options.projector_width, stop_step=options.stop_step),
     )
     torch.set_num_threads(1)
     trainer = Trainer(start.backbone, splits.train, start.plan.training)
@@ -91,6 +92,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("fast-atlas"))
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--weight", type=float, default=0.3)
+    parser.add_argument("--projector-width", type=int, default=0)
+    parser.add_argument("--stop-step", type=int, help="step from which on nothing is aligned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-seeds", type=int, default=1)
     parser.add_argument("--num-evaluations", type=int, default=1)
@@ -112,16 +115,26 @@ def patches(x: Tensor, config: SiTConfig) -> Tensor:
     return F.pad(rows, (0, -rows.shape[-1] % 16))
 
 
-def weight_names(depth: int) -> Iterator[str]:
+def weight_names(depth: int, *, projector: bool) -> Iterator[str]:
     """Yields the names of the weights in the order of `carve` in sit.c."""
     modules = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"]
     parts = ("adaLN_modulation.1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     modules += [f"blocks.{i}.{part}" for i in range(depth) for part in parts]
-    modules += ["final_layer.adaLN_modulation.1", "final_layer.linear"]
+    modules += ["final_layer.adaLN_modulation.1", "final_layer.linear", *_PROJECTOR * projector]
     for module in modules:
         yield f"{module}.weight"
         if module != "y_embedder.embedding_table":
             yield f"{module}.bias"
+
+
+_PROJECTOR = ("heads.0.0", "heads.0.2")  # in `Projectors` with one pair
+
+
+def projector_state(width: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    """Weights of a fresh projector; {} for a hidden width of 0."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return dict(Projectors([(width, width)], hidden).state_dict()) if hidden else {}
 
 
 def _by_channel(config: SiTConfig) -> Tensor:
@@ -133,7 +146,7 @@ def _by_channel(config: SiTConfig) -> Tensor:
 def flat(state: dict[str, Tensor], config: SiTConfig) -> Array:
     """Converts a state dict to the flat array of weights of sit.c."""
     parts = []
-    for name in weight_names(config.depth):
+    for name in weight_names(config.depth, projector=f"{_PROJECTOR[0]}.weight" in state):
         tensor = state[name].flatten(1) if state[name].ndim > 1 else state[name]
         if name.startswith("final_layer.linear"):
             tensor = tensor[_by_channel(config)]
@@ -149,7 +162,7 @@ def state_dict(weights: Array, like: dict[str, Tensor], config: SiTConfig) -> di
     """Converts the flat array of weights of sit.c to a state dict with the shapes of another one."""
     state, rest = dict(like), torch.from_numpy(weights.copy())
     values, order = math.prod(config.patch) * config.shape[0], _by_channel(config).argsort()
-    for name in weight_names(config.depth):
+    for name in weight_names(config.depth, projector=f"{_PROJECTOR[0]}.weight" in like):
         rows, *others = like[name].shape
         cols = math.prod(others)
         if name.startswith("final_layer.linear"):
@@ -210,7 +223,8 @@ class Trainer:
     Args:
         backbone: Network to train; its weights are not used.
         samples: Training samples, which are held in memory.
-        plan: Batch size, learning rate, averages and label drop; alignment has no options but pair and weight.
+        plan: Batch size, learning rate, clipping, averages and label drop; of the alignment its weight, projector,
+            noise range and stop step.
 
     Raises:
         ValueError: If sit.c cannot train this network by this plan.
@@ -231,7 +245,7 @@ class Trainer:
             self._token = np.ascontiguousarray(real_tokens(whole.mask, config.grid).numpy().astype(np.uint8))
         values = math.prod(config.patch) * config.shape[0]
         self._network = _Network(config.depth, values, config.num_classes)
-        self._library = compiled(config, plan.batch_size)
+        self._library = compiled(config, plan)
 
     def steps(self, seed: int, start: int, stop: int) -> Steps:
         """Makes the batches of the steps from start to stop, as `layerprobe.training.batches` does."""
@@ -268,10 +282,12 @@ class Trainer:
         """
         start = fresh_sit(self.backbone, seed)
         like = {name: tensor.detach().clone() for name, tensor in start.module.state_dict().items()}
+        like |= projector_state(self.config.hidden_size, self.plan.sync.projector_width, seed)
         weights = flat(like, self.config)
         average, first, second = weights.copy(), np.zeros_like(weights), np.zeros_like(weights)
         losses, cosines = np.zeros(AHEAD), np.zeros(AHEAD)
-        marks = sorted({*range(0, stops[-1], AHEAD), *stops})
+        off = self.plan.sync.stop_step or stops[-1]
+        marks = sorted({*range(0, stops[-1], AHEAD), *stops, min(off, stops[-1])})
         for begin, end in itertools.pairwise(marks):
             base = begin // AHEAD * AHEAD
             if base not in batches:
@@ -283,15 +299,16 @@ class Trainer:
                 *(ctypes.c_void_p(array.ctypes.data) for array in (weights, first, second, average)),
                 ctypes.byref(self._data()),
                 ctypes.byref(steps.pointers()),
-                ctypes.byref(self._alignment(pair)),
+                ctypes.byref(self._alignment(pair if begin < off else None)),
                 *(begin, end, ctypes.c_float(self.plan.learning_rate), self.plan.warmup_steps),
-                ctypes.c_float(self.plan.ema_decay),
+                *(ctypes.c_float(value) for value in (self.plan.clip_norm, self.plan.ema_decay)),
                 *(ctypes.c_void_p(array.ctypes.data) for array in (losses, cosines)),
             )
             if not np.isfinite(average).all():
                 raise ValueError(f"the weights are not finite after step {end}; lower the learning rate")
             if end in stops:
-                start.module.load_state_dict(state_dict(average, like, self.config))
+                averaged = state_dict(average, like, self.config)
+                start.module.load_state_dict({name: averaged[name] for name in start.module.state_dict()})
                 yield start
 
     def gradient(self, weights: Array, steps: Steps, pair: LayerPair | None) -> tuple[float, float, Array]:
@@ -322,23 +339,35 @@ def check_supported(backbone: Backbone, samples: Samples, plan: TrainingPlan) ->
         ValueError: If the network, the samples or the plan have a feature that sit.c lacks.
     """
     config = backbone.module.config if isinstance(backbone.module, SiT) else None
-    fields = ("clip_norm", "weight_decay", "loss_weighting", "precision", "sync")
+    fields = ("weight_decay", "loss_weighting", "precision")
     plain = all(getattr(plan, name) == getattr(TrainingPlan(steps=0), name) for name in fields)
+    known = {name: getattr(plan.sync, name) for name in ("projector_width", "noise_range", "stop_step")}
+    sync = SyncOptions(**known)
     path = isinstance(backbone.schedule, LinearPath) and backbone.prediction == "velocity"
     shape = config and not config.qk_norm and not config.learn_sigma and config.mlp_ratio == 4 and config.depth <= 32
-    if not (plain and path and shape and samples.labels is not None):
+    if not (
+        plain
+        and sync == plan.sync
+        and plan.sync.projector_width % 16 == 0
+        and path
+        and shape
+        and samples.labels is not None
+    ):
         raise ValueError(
             "sit.c trains plain SiTs of at most 32 blocks on labeled samples, by the velocity on the linear path, "
-            f"with {', '.join(fields)} at their defaults; use `layerprobe atlas --from-scratch` for {backbone.name}"
+            f"with {', '.join(fields)} at their defaults, and a projector of a width that "
+            f"is a multiple of 16 at most; use `layerprobe atlas --from-scratch` for {backbone.name}"
         )
 
 
-def compiled(config: SiTConfig, batch_size: int) -> ctypes.CDLL:
-    """Compiles sit.c for the sizes of a network and a batch."""
+def compiled(config: SiTConfig, plan: TrainingPlan) -> ctypes.CDLL:
+    """Compiles sit.c for the sizes of a network, a batch and a projector."""
+    batch_size = plan.batch_size
     tokens, values = math.prod(config.grid), math.prod(config.patch) * config.shape[0]
     if tokens % 16 or config.hidden_size % 16 or batch_size % 4:
         raise ValueError(f"width and tokens must be multiples of 16, the batch of 4; got {config.name}, {batch_size}")
     sizes = {"WIDTH": config.hidden_size, "TOKENS": tokens, "HEADS": config.num_heads, "BATCH": batch_size}
+    sizes["PROJECTOR"] = plan.sync.projector_width
     sizes["PATCH"] = values + -values % 16
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "sit.so"
@@ -409,16 +438,21 @@ def check(trainer: Trainer) -> None:
     tokens = None if mask is None else real_tokens(mask, config.grid)
 
     def by_torch() -> float:
-        backbone.module.zero_grad()
+        for parameter in (*backbone.module.parameters(), *sync.parameters()):
+            parameter.grad = None
         loss = prediction_loss(backbone, batch).mean()
         (loss + sync.loss(mask=tokens)).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    with LayerSync(backbone.module, [pair], weight=trainer.plan.weight) as sync:
+    options, head = trainer.plan.sync, projector_state(config.hidden_size, trainer.plan.sync.projector_width, 0)
+    with LayerSync(backbone.module, [pair], weight=trainer.plan.weight, options=options) as sync:
+        if head:
+            sync.prepare(batch.x[:1], torch.zeros(1), label[:1])
+            sync.projectors.load_state_dict(head)
         loss = by_torch()
         cosine = float(sync.cosines[pair])
-        state = {name: tensor.detach() for name, tensor in backbone.module.state_dict().items()}
-        named = backbone.module.named_parameters()
+        state = {name: tensor.detach() for name, tensor in backbone.module.state_dict().items()} | head
+        named = [*backbone.module.named_parameters(), *(sync.projectors.named_parameters() if head else ())]
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
         torch_s = _seconds(by_torch)
     weights = flat(state, config)

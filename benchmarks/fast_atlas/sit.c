@@ -11,6 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef PROJECTOR
+#define PROJECTOR 0 /* hidden width of the MLP between student and cosine, a multiple of 16; 0 for none */
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_DEPTH 32
 #define CHUNK 4 /* samples that pass the network together: their activations stay in the cache */
@@ -29,6 +32,7 @@ typedef struct {
   float *mod_w[MAX_DEPTH], *mod_b[MAX_DEPTH], *qkv_w[MAX_DEPTH], *qkv_b[MAX_DEPTH], *proj_w[MAX_DEPTH],
       *proj_b[MAX_DEPTH];
   float *fc1_w[MAX_DEPTH], *fc1_b[MAX_DEPTH], *fc2_w[MAX_DEPTH], *fc2_b[MAX_DEPTH];
+  float *projector1_w, *projector1_b, *projector2_w, *projector2_b;
   long count;
 } Weights;
 
@@ -48,6 +52,10 @@ static Weights carve(const Network* net, float* flat) {
   }
   TAKE(w.final_mod_w, 2 * WIDTH * WIDTH), TAKE(w.final_mod_b, 2 * WIDTH);
   TAKE(w.out_w, WIDTH * PATCH), TAKE(w.out_b, PATCH);
+  if (PROJECTOR) {
+    TAKE(w.projector1_w, WIDTH * PROJECTOR), TAKE(w.projector1_b, PROJECTOR);
+    TAKE(w.projector2_w, PROJECTOR * WIDTH), TAKE(w.projector2_b, WIDTH);
+  }
   w.count = next - flat;
   return w;
 }
@@ -314,6 +322,9 @@ typedef struct {
   float dqkv[ROWS * 3 * WIDTH], dhidden[ROWS * 4 * WIDTH], final_normal[ROWS * WIDTH], final_inverse[ROWS],
       final_input[ROWS * WIDTH], pull[ROWS * WIDTH];
   float mod_turned[6 * WIDTH * WIDTH];
+  /* The projector; one element more, since C has no empty arrays. */
+  float inside[ROWS * PROJECTOR + 1], active[ROWS * PROJECTOR + 1], dinside[ROWS * PROJECTOR + 1], projected[ROWS * WIDTH],
+      dprojected[ROWS * WIDTH], projector_turned[WIDTH * PROJECTOR + 1];
 } Memory;
 
 /* All samples of the data, (n, TOKENS, PATCH); `element` and `token` tell what is real of padded ones, or are null. */
@@ -397,6 +408,37 @@ static double alignment_gradient(const float* student, const float* teacher, con
   return sum;
 }
 
+/* Writes the gradient of -weight * mean cosine on the student's tokens of a chunk to `pull`, and adds that of the
+   projector; returns the chunk's part of the mean cosine. */
+static double alignment(const Weights* w, const Weights* g, const float* student, const float* teacher,
+                        const uint8_t* const* real, const float* level, const Alignment* pair, Memory* mem) {
+  const float* compared = PROJECTOR ? mem->projected : student;
+  float* gradient = PROJECTOR ? mem->dprojected : mem->pull;
+  double cosine = 0;
+  if (PROJECTOR) {
+    linear(ROWS, PROJECTOR, WIDTH, student, w->projector1_w, w->projector1_b, mem->inside);
+    silu(ROWS * PROJECTOR, mem->inside, mem->active);
+    linear(ROWS, WIDTH, PROJECTOR, mem->active, w->projector2_w, w->projector2_b, mem->projected);
+  }
+  memset(gradient, 0, ROWS * WIDTH * sizeof(float));
+  for (int s = 0; s < CHUNK; s++) {
+    const int at = s * TOKENS * WIDTH;
+    if (level[s] >= pair->low && level[s] <= pair->high)
+      cosine +=
+          alignment_gradient(compared + at, teacher + at, real[s], pair->weight, gradient + at) / BATCH;
+  }
+  if (PROJECTOR) {
+    weight_gradient(ROWS, WIDTH, PROJECTOR, mem->active, gradient, g->projector2_w, g->projector2_b);
+    transposed(PROJECTOR, WIDTH, w->projector2_w, mem->projector_turned);
+    linear(ROWS, PROJECTOR, WIDTH, gradient, mem->projector_turned, 0, mem->dinside);
+    silu_backward(ROWS * PROJECTOR, mem->inside, mem->dinside, mem->dinside);
+    weight_gradient(ROWS, PROJECTOR, WIDTH, student, mem->dinside, g->projector1_w, g->projector1_b);
+    transposed(WIDTH, PROJECTOR, w->projector1_w, mem->projector_turned);
+    linear(ROWS, WIDTH, PROJECTOR, mem->dinside, mem->projector_turned, 0, mem->pull);
+  }
+  return cosine;
+}
+
 /* Mean squared error of the velocity (data - noise), and in `gradient` that of it and of the alignment. */
 static double loss_and_gradient(const Network* net, float* flat, float* gradient, const Data* data, const Step* step,
                                 const Alignment* pair, Memory* mem, double* cosine) {
@@ -471,14 +513,9 @@ static double loss_and_gradient(const Network* net, float* flat, float* gradient
     modulate_backward(mem->d3, mem->final_normal, mod + WIDTH, 2 * WIDTH, dfinal, dfinal + WIDTH, mem->d4);
     memset(mem->dx, 0, sizeof mem->dx);
     normalize_backward(mem->d4, mem->final_normal, mem->final_inverse, mem->dx);
-    memset(mem->pull, 0, sizeof mem->pull);
-    for (int s = 0; s < CHUNK && pair->student >= 0; s++) {
-      int at = s * TOKENS * WIDTH;
-      if (step->level[first + s] >= pair->low && step->level[first + s] <= pair->high)
-        *cosine += alignment_gradient(mem->stream[pair->student + 1] + at, mem->stream[pair->teacher + 1] + at, real[s],
-                                      pair->weight, mem->pull + at) /
-                   BATCH;
-    }
+    if (pair->student >= 0)
+      *cosine += alignment(&w, &g, mem->stream[pair->student + 1], mem->stream[pair->teacher + 1], real,
+                           step->level + first, pair, mem);
     for (int l = depth - 1; l >= 0; l--) {
       if (l == pair->student)
         for (int i = 0; i < ROWS * WIDTH; i++) mem->dx[i] += mem->pull[i];
@@ -525,11 +562,11 @@ double one_gradient(const Network* net, float* flat, float* gradient, const Data
   return loss;
 }
 
-/* AdamW without weight decay, and averaged weights, for steps `from` to `to`; `step` holds the batches of all of them.
+/* AdamW without weight decay, on gradients of at most the norm `clip` (0: any), and averaged weights, for steps `from` to `to`; `step` holds the batches of all of them.
    Writes each step's loss and mean cosine. */
 void train(const Network* net, float* flat, float* first, float* second, float* average, const Data* data,
-           const Step* step, const Alignment* pair, int from, int to, float learning_rate, int warmup, float decay,
-           double* losses, double* cosines) {
+           const Step* step, const Alignment* pair, int from, int to, float learning_rate, int warmup, float clip,
+           float decay, double* losses, double* cosines) {
   const long n = num_weights(net), cells = TOKENS * PATCH;
   const float beta1 = 0.9f, beta2 = 0.999f;
   float* gradient = malloc(n * sizeof(float));
@@ -539,10 +576,14 @@ void train(const Network* net, float* flat, float* first, float* second, float* 
     Step here = {step->rows + at, step->noise + at * cells, step->level + at, step->time + at, step->label + at};
     losses[k - from] = loss_and_gradient(net, flat, gradient, data, &here, pair, mem, &cosines[k - from]);
     float rate = learning_rate * fminf(1, (k + 1.0f) / (warmup + 1)), keep = fminf(decay, (k + 2.0f) / (k + 11.0f));
+    double square = 0;
+    for (long i = 0; i < n; i++) square += (double)gradient[i] * gradient[i];
+    float share = clip ? fmin(1, clip / (sqrt(square) + 1e-6)) : 1;
     float size = rate / (1 - pow(beta1, k + 1)), root = 1 / sqrt(1 - pow(beta2, k + 1));
     for (long i = 0; i < n; i++) {
-      first[i] += (1 - beta1) * (gradient[i] - first[i]);
-      second[i] = beta2 * second[i] + (1 - beta2) * gradient[i] * gradient[i];
+      float slope = share * gradient[i];
+      first[i] += (1 - beta1) * (slope - first[i]);
+      second[i] = beta2 * second[i] + (1 - beta2) * slope * slope;
       flat[i] -= size * first[i] / (sqrtf(second[i]) * root + 1e-8f);
       average[i] += (1 - keep) * (flat[i] - average[i]);
     }

@@ -1,3 +1,4 @@
+from .alignment import Projectors as Projectors
 from .alignment import mean_cosine as mean_cosine
 from .loss import LayerSync as LayerSync
 from .options import WEIGHT as WEIGHT

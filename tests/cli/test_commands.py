@@ -322,6 +322,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
     assert json.loads(out)["samples"] == {"train": 1000, "validation": 397, "test": 400}
     assert cli(*TRAIN, "--out", tmp_path / "t", "--dry-run")[0] == 0
     assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
+    assert "2 arms x 3 seeds" in cli("quickstart", "--confirm", "--out", tmp_path / "q", "--dry-run")[1]
     assert list(tmp_path.iterdir()) == []
 
 

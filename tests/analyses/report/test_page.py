@@ -188,6 +188,7 @@ def make_run(folder: Path, quality: pd.DataFrame, layers: list[str], *, num_rank
 
 
 def confirm_run(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     write_table(confirmation_table(arms=ARMS), folder / "confirmation.csv")
     (folder / "verdict.json").write_text(verdict().to_json())
 
@@ -281,6 +282,20 @@ def test_how_many_samples_were_read_is_told(tmp_path: Path, reading: object, tol
     text = page_of(run).text
     assert told in text
     assert ("3 could not be read" in text) == (reading is not None)
+
+
+def test_a_recorded_trial_stands_beside_a_run_without_a_trial_and_is_called_recorded(
+    tmp_path: Path, plain_figures: None
+) -> None:
+    run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
+    confirm_run(run / "recorded")
+    (run / "recorded" / "recorded.json").write_text('{"commands": ["layerprobe confirm <run>"]}')
+    page = page_of(run)
+    assert "Recorded trial: helps" in opening(page)
+    assert tiles(page)["Difference on trial"].startswith("not tried")  # a recorded trial is no verdict of this run
+    shown = page.text[page.text.index("This trial was recorded") :]
+    assert verdict_paragraph(verdict()) in shown
+    assert "`layerprobe confirm <run>`" in shown
 
 
 def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, plain_figures: None) -> None:

@@ -125,6 +125,14 @@ def test_every_code_has_a_sentence() -> None:
     assert all(sentence[0].isupper() and sentence.endswith(".") for sentence in sentences)
 
 
+def test_a_difference_that_is_clear_too_early_is_told_as_a_cost_so_far() -> None:
+    early = {"answer": "too early to tell", "cautions": ("baseline still improves",)}
+    assert "It is too early to tell." in paragraph(**early)
+    worse = replace(VERDICT.arms[1], low=0.1, high=0.3)
+    text = paragraph(**early, arms=(VERDICT.arms[0], worse))
+    assert "So far the pair costs: the whole interval lies above zero. It is too early to tell how it ends." in text
+
+
 def test_another_arm_than_the_pick_is_named() -> None:
     arms = (VERDICT.arms[0], result(PRIOR, 3.5, student="blocks.1"))
     text = paragraph(arms=arms, judged=PRIOR, cautions=("judged arm is not the pick",))

@@ -1,0 +1,61 @@
+"""The recorded trial is what its curves say, stands in every quickstart, and is called recorded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from layerprobe.analyses.experiments import (
+    BASELINE,
+    Arm,
+    ConfirmationPlan,
+    RecordedTrial,
+    judge,
+)
+from layerprobe.analyses.runs.quickstart import RECORDED
+from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
+from layerprobe.layersync import LayerPair
+from layerprobe.training import TrainingPlan
+
+
+def test_the_verdict_of_the_recorded_trial_follows_from_its_curves() -> None:
+    trial = RecordedTrial.read(RECORDED)
+    arms = [
+        Arm(arm.name, LayerPair(arm.student, arm.teacher) if arm.student and arm.teacher else None)
+        for arm in trial.verdict.arms
+    ]
+    seeds = tuple(int(seed) for seed in trial.curves["seed"].unique())
+    training = TrainingPlan(steps=trial.verdict.steps, weight=trial.verdict.arms[1].weight)
+    plan = ConfirmationPlan(training, seeds, trial.curves["step"].nunique() - 1)
+    again = judge(trial.curves, arms, plan, extractor_name=trial.verdict.extractor, start_name=trial.verdict.start)
+    assert arms[0].name == BASELINE
+    assert (again.answer, again.cautions) == (trial.verdict.answer, trial.verdict.cautions)
+    for before, now in zip(trial.verdict.arms, again.arms, strict=True):
+        assert now.final == pytest.approx(before.final)
+        assert (now.difference, now.low, now.high) == (
+            pytest.approx(before.difference),
+            pytest.approx(before.low),
+            pytest.approx(before.high),
+        )
+
+
+def test_a_recorded_trial_is_called_recorded_and_names_what_remakes_it() -> None:
+    trial = RecordedTrial.read(RECORDED)
+    text = recorded_paragraph(trial, None)
+    assert text.startswith("This trial was recorded")
+    assert verdict_paragraph(trial.verdict) in text
+    assert all(f"`{command}`" in text for command in trial.commands)
+    options = trial.commands[-1].split()
+    said = {name: float(options[options.index(f"--{name}") + 1]) for name in ("steps", "num-seeds", "weight")}
+    verdict = trial.verdict
+    assert said == {"steps": verdict.steps, "num-seeds": verdict.num_seeds, "weight": verdict.arms[1].weight}
+
+
+@pytest.mark.parametrize("missing", ["confirmation.csv", "verdict.json", "recorded.json"])
+def test_half_a_recorded_trial_is_refused_in_one_line(tmp_path: Path, missing: str) -> None:
+    shutil.copytree(RECORDED, tmp_path / "recorded")
+    (tmp_path / "recorded" / missing).unlink()
+    with pytest.raises(ValueError, match=r"holds no whole recorded trial .*; delete it"):
+        RecordedTrial.read(tmp_path / "recorded")
