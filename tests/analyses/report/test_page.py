@@ -40,7 +40,7 @@ from layerprobe.analyses.wording.selection import (
     objection_texts,
     pair_reasons,
 )
-from layerprobe.analyses.wording.verdict import verdict_sentence
+from layerprobe.analyses.wording.verdict import verdict_paragraph, verdict_sentence
 
 LEVELS = (0.1, 0.3)
 ARMS = {"baseline": 1.0, "pick": 0.8, "negative control": 1.2}
