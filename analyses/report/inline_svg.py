@@ -39,7 +39,7 @@ def inline_svg(figure: Figure, prefix: str) -> Drawing:
         figure: Figure to render.
         prefix: Prefix of all ids of the element, unique in the page: figures number theirs alike.
     """
-    caption = " ".join(figure.get_suptitle().split())
+    caption = " ".join(_valid(figure.get_suptitle()).split())
     figure.suptitle("")
     root = ElementTree.fromstring(_valid(to_svg(figure)))
     for parent in root.iter():
@@ -55,7 +55,7 @@ def inline_svg(figure: Figure, prefix: str) -> Drawing:
             "data-tip": _valid(spot.text),
         }
         ElementTree.SubElement(root, "rect", area)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _valid(_description(figure))}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _description(figure)}
     return Drawing(ElementTree.tostring(root, encoding="unicode"), caption)
 
 
@@ -66,7 +66,7 @@ def _description(figure: Figure) -> str:
         for axes in figure.axes
         if axes.axison and axes.get_title(loc="left")
     ]
-    return " ".join(f"Chart. {'. '.join(panels)}.".split())
+    return " ".join(_valid(f"Chart. {'. '.join(panels)}.").split())
 
 
 def _valid(text: str) -> str:

@@ -19,7 +19,7 @@ const mark = (region) => {
   region.toggleAttribute("data-right", rest - region.scrollLeft > 1);
   if (rest > 1 || more > 1) region.tabIndex = 0; else region.removeAttribute("tabindex");
 };
-const resized = new ResizeObserver((entries) => entries.forEach((entry) => mark(entry.target)));
+const resized = new ResizeObserver((entries) => requestAnimationFrame(() => entries.forEach((entry) => mark(entry.target))));
 for (const region of document.querySelectorAll(".scroll")) {
   region.addEventListener("scroll", () => mark(region), { passive: true });
   resized.observe(region);
