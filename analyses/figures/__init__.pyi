@@ -1,6 +1,7 @@
 from .cka import cka_heatmap as cka_heatmap
 from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import confirmation_curves as confirmation_curves
+from .hover import spots_of as spots_of
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS
 from .label_columns import knowledge_curves as knowledge_curves

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
+from layerprobe.analyses.figures.hover import tell_cells
 from layerprobe.analyses.figures.labels import label_layers, short_names, wrap_title
 from layerprobe.analyses.figures.style import WIDTH_IN, nanmean, pick_in, require_columns, styled
 from layerprobe.analyses.measures import Floats
@@ -49,6 +50,8 @@ def cka_heatmap(
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
     mesh = draw_heatmap(left, matrix, limits=limits, width_in=5.2, square=True)
     _label_blocks(left, names, levels, 5.2)
+    places = [f"{name} at {level:g}" for level in levels for name in names]
+    tell_cells(left, _cell_texts(places, matrix))
     hatched = "" if np.isfinite(matrix).all() else "; hatched: not measured"
     left.set_title(f"All {len(matrix)} representations{hatched}", pad=34 if len(levels) > 1 else 6)
     draw_heatmap(right, mean, limits=limits, width_in=4.2, text="{:.2f}".format, square=True)
@@ -56,6 +59,7 @@ def cka_heatmap(
     label_layers(right, names, 3.4, first=0.5)
     label_layers(right, names, 3.4, first=0.5, vertical=True)
     right.set(xlabel=short_names(names)[1], ylabel=short_names(names)[1])
+    tell_cells(right, _cell_texts(names, mean))
     if pair is not None:
         student, teacher = names.index(pair.student), names.index(pair.teacher)
         mark_cell(right, student, teacher)
@@ -85,6 +89,16 @@ def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple
     valid = np.isfinite(matrix).any(axis=1) & np.isnan(matrix.diagonal())
     matrix[valid, valid] = 1.0
     return names, levels, matrix
+
+
+def _cell_texts(places: Sequence[str], matrix: Floats) -> list[list[str]]:
+    return [
+        [
+            f"{a} and {b}: {f'{value:.2f}' if np.isfinite(value) else 'not measured'}"
+            for b, value in zip(places, row, strict=True)
+        ]
+        for a, row in zip(places, matrix.tolist(), strict=True)
+    ]
 
 
 def _label_blocks(axes: Axes, names: Sequence[str], levels: Sequence[float], side_in: float) -> None:

@@ -26,10 +26,11 @@ from layerprobe.analyses.experiments import (
     RUNNER_UP,
     Verdict,
 )
-from layerprobe.analyses.figures.labels import capital, counted, label_ends, num_decimals, wrap_title
+from layerprobe.analyses.figures.hover import tell_points
+from layerprobe.analyses.figures.labels import capital, counted, label_ends, wrap_title
 from layerprobe.analyses.figures.style import GRAY, INK, LINE_COLORS, WIDTH_IN, nanmean, require_columns, styled
 from layerprobe.analyses.measures import Floats
-from layerprobe.analyses.wording import answer_title
+from layerprobe.analyses.wording import answer_title, rounded
 
 # The baseline has the color of text, so that it is black on a light page and white on a dark one.
 ARM_COLORS = {
@@ -62,11 +63,7 @@ class _Final:
     @property
     def text(self) -> str:
         """The difference and its interval with two significant digits of the interval: −0.17 [−0.25, −0.11]."""
-        has_interval = np.isfinite([self.low, self.high]).all()
-        size = (self.high - self.low) / 2 if has_interval and self.high > self.low else abs(self.middle) / 10
-        decimals = num_decimals(size, 2) if size > 0 else 2
-        middle, low, high = (f"{value:+.{decimals}f}".replace("-", "−") for value in (self.middle, self.low, self.high))
-        return f"{middle} [{low}, {high}]" if has_interval else middle
+        return rounded(self.middle, self.low, self.high, signed=True)
 
 
 @styled()
@@ -128,8 +125,10 @@ def _draw_runs(axes: Axes, runs: Runs, label: str, colors: Mapping[str, str]) ->
     ends = {}
     for arm, run in runs.items():
         mean = run.mean(axis=1)
-        axes.plot(run.index, run.to_numpy(), color=colors[arm], linewidth=0.7, alpha=0.55)
+        axes.plot(run.index, run.to_numpy(), color=colors[arm], linewidth=0.6)
         axes.plot(mean.index, mean.to_numpy(), color=colors[arm], linewidth=2.4)
+        texts = [f"{arm}, step {step:,.0f}: {value:.3g}" for step, value in mean.items()]
+        tell_points(axes, mean.index, mean.to_numpy(), texts)
         ends[arm] = (float(mean.index[-1]), float(mean.iloc[-1]))
     final = runs[BASELINE].mean(axis=1).iloc[-1]
     axes.axhline(final, color=GRAY, linestyle=":", linewidth=1.2)
@@ -196,7 +195,7 @@ def _draw_final_differences(
     names = []
     for y, (arm, final) in enumerate(finals.items()):
         seeds_y = np.full(len(final.seeds), y - 0.2)
-        axes.plot(final.seeds, seeds_y, "o", color=colors[arm], alpha=0.55, markersize=4, markeredgewidth=0)
+        axes.plot(final.seeds, seeds_y, "o", color=colors[arm], markersize=3.5, markeredgewidth=0)
         axes.plot([final.low, final.high], [y, y], color=colors[arm], linewidth=2.4)
         axes.plot(final.middle, y, "o", color=colors[arm], markersize=8)
         names.append(f"{arm}\n{final.text}")

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from layerprobe.analyses.figures.hover import tell_points
 from layerprobe.analyses.figures.labels import capital, label_ends, label_layers, short_names, wrap_title
-from layerprobe.analyses.figures.quality import QualityCurves, quality_curves
+from layerprobe.analyses.figures.quality import QualityCurves, better_control, quality_curves
 from layerprobe.analyses.figures.style import (
     BACKGROUND,
     INK,
@@ -25,6 +26,7 @@ from layerprobe.analyses.figures.style import (
 )
 from layerprobe.analyses.measures import Floats
 from layerprobe.analyses.tables import PROBE, probed_column
+from layerprobe.analyses.wording import rounded
 
 CLASS = "class"  # the label that the model is conditioned on; it has no column name in the tables
 MAX_COLUMNS = 4  # panels in a row
@@ -62,7 +64,7 @@ def knowledge_curves(quality: pd.DataFrame) -> Figure:
         axes.tick_params(labelleft=column == 0)
         if column == 0:
             axes.set_ylabel(f"{capital(PROBE)}\n({curves.unit})")
-    differences = {name: _above_controls(curves) for name, curves in panels.items()}
+    differences = {name: _above_controls(quality, curves) for name, curves in panels.items()}
     gains = {name: values[:, 0] for name, values in differences.items()}
     _draw_gains(figure.add_subplot(grid[rows, :]), differences, first.layers)
     figure.suptitle(wrap_title(_title(gains, first.layers)), x=0.008, ha="left")
@@ -75,6 +77,7 @@ def _draw_column(axes: Axes, name: str, curves: QualityCurves, colors: Sequence[
     for i, color in enumerate(colors):
         axes.plot(x, curves.random[i, :, 0], color=color, linewidth=0.9, linestyle="--")
         axes.plot(x, curves.model[i, :, 0], color=color, linewidth=1.8, marker=".", markersize=4)
+        tell_points(axes, x, curves.model[i, :, 0], curves.texts("trained model", i, curves.model[i]))
         axes.plot(-1, curves.raw[i, 0, 0], "D", color=color, markersize=4.5)
     title = f"{capital(name)}\n"
     values = curves.model[..., 0]
@@ -98,6 +101,8 @@ def _draw_gains(axes: Axes, differences: Mapping[str, Floats], layers: Sequence[
         gain, low, high = values.T
         axes.fill_between(range(len(layers)), low, high, color=colors[name], alpha=0.15, linewidth=0)
         axes.plot(range(len(layers)), gain, color=colors[name], linewidth=2.0, marker=".", markersize=5)
+        texts = [f"{name}, {layer}: {rounded(*of, signed=True)}" for layer, of in zip(layers, values, strict=True)]
+        tell_points(axes, range(len(layers)), gain, texts)
         if np.isfinite(gain).any():
             best = int(np.nanargmax(gain))
             axes.plot(best, gain[best], "o", color=colors[name], markeredgecolor=BACKGROUND, markersize=9)
@@ -112,11 +117,9 @@ def _draw_gains(axes: Axes, differences: Mapping[str, Floats], layers: Sequence[
     axes.set_xlabel(short_names(layers)[1])
 
 
-def _above_controls(curves: QualityCurves) -> Floats:
+def _above_controls(quality: pd.DataFrame, curves: QualityCurves) -> Floats:
     """The model's accuracy and its interval minus the higher control, mean over noise levels, shape (layers, 3)."""
-    controls = np.stack([curves.random[..., 0], np.broadcast_to(curves.raw[..., 0], curves.random.shape[:2])])
-    higher = np.where(np.isfinite(controls), controls, -np.inf).max(axis=0)
-    return nanmean(curves.model - np.where(np.isfinite(higher), higher, np.nan)[..., None])
+    return nanmean(curves.model - better_control(quality, curves)[..., None])
 
 
 def _all_values(curves: QualityCurves) -> Floats:

@@ -14,7 +14,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, symmetric_range, value_range
-from layerprobe.analyses.figures.labels import capital, label_layers, num_decimals, short_names, wrap_title
+from layerprobe.analyses.figures.hover import tell_cells, tell_points
+from layerprobe.analyses.figures.labels import (
+    capital,
+    label_ends,
+    label_layers,
+    num_decimals,
+    short_names,
+    wrap_title,
+)
 from layerprobe.analyses.figures.style import (
     BACKGROUND,
     GRAY,
@@ -31,6 +39,7 @@ from layerprobe.analyses.figures.style import (
 )
 from layerprobe.analyses.measures import Floats
 from layerprobe.analyses.tables import MODEL, QUALITY_COLUMNS, RANDOM_WEIGHTS, RAW_INPUT
+from layerprobe.analyses.wording import rounded
 from layerprobe.extraction import SPLITS
 
 if TYPE_CHECKING:
@@ -76,7 +85,15 @@ class QualityCurves:
         """Returns a value as text: two decimals for a fraction, three significant digits otherwise."""
         if np.isnan(value):
             return "nan"
-        return f"{value:.2f}" if self.is_fraction or value == 0 else f"{value:.{num_decimals(value, 3)}f}"
+        decimals = 2 if self.is_fraction or value == 0 else num_decimals(value, 3)
+        return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")  # no negative zero
+
+    def texts(self, name: str, level: int, values: Floats) -> list[str]:
+        """Returns what each point of a line says: its name, layer, noise level, and value with its interval."""
+        place = f"at noise level {self.levels[level]:g}"
+        return [
+            f"{name}, {layer} {place}: {rounded(*of)}" for layer, of in zip(self.layers, values.tolist(), strict=True)
+        ]
 
     @property
     def unit(self) -> str:
@@ -135,7 +152,7 @@ def layer_quality_curves(
             axes.set_ylabel(capital(metric) if overview else f"{capital(metric)}\n({curves.unit})")
     if not overview:
         _name_pair(panels[0], curves.layers, pair)
-    figure.suptitle(wrap_title(_curves_title(curves)), x=0.008, ha="left")
+    figure.suptitle(wrap_title(_curves_title(quality, curves)), x=0.008, ha="left")
     figure.legend(handles=_level_legend(curves, colors, pair), loc="outside lower left", ncols=8, columnspacing=1.6)
     return figure
 
@@ -166,6 +183,7 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
         for i, (level, color) in enumerate(zip(curves.levels, level_colors(len(curves.levels)), strict=True)):
             (handles[f"noise level {level:g}"],) = axes.plot(x, curves.model[i, :, 0], color=color, linewidth=1.6)
             axes.plot(x, curves.random[i, :, 0], color=color, linewidth=0.9, linestyle="--")
+            tell_points(axes, x, curves.model[i, :, 0], curves.texts("trained model", i, curves.model[i]))
         axes.set_title(f"{capital(curves.metric)} ({curves.unit})", fontsize=8.5)
         _mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
         label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
@@ -183,7 +201,10 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
 
 @styled()
 def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = None) -> Figure:
-    """Draws one metric over layers and noise levels and, below it, the difference from random weights.
+    """Draws one metric over layers and noise levels and, below it, the difference from the better control.
+
+    Frames mark the largest value and the largest difference: of accuracies those that are largest on the validation
+    split.
 
     Args:
         quality: Quality table.
@@ -195,10 +216,16 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     """
     curves = quality_curves(quality, metric, split)
     model = curves.model[..., 0]
-    gain = model - curves.random[..., 0]
-    panels = [(f"{capital(metric)} ({curves.unit}), trained model", metric, model)]
+    control = better_control(quality, curves) if curves.is_fraction else curves.random[..., 0]
+    gain = model - control
+    framed = (
+        "; frames: largest on the validation split" if curves.is_fraction and _on_validation(quality, curves) else ""
+    )
+    panels = [(f"{capital(metric)} ({curves.unit}), trained model{framed}", metric, model)]
     if np.isfinite(gain).any():
-        panels.append(("Trained model minus random weights", "difference", gain))
+        control_name = "the better control at that noise level" if curves.is_fraction else "random weights"
+        panels.append((f"Trained model minus {control_name}", "difference", gain))
+    best, best_gain = _places(quality, curves, gain)
     longest = max(map(len, short_names(curves.layers)[0]))
     height = 1.1 + 0.08 * longest + len(panels) * (0.85 + 0.32 * len(curves.levels))
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
@@ -217,10 +244,11 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
         axes.set_ylabel("noise level")
         axes.set_yticks(np.arange(len(curves.levels)) + 0.5, [f"{level:g}" for level in curves.levels])
         if np.isfinite(values).any():
-            mark_cell(axes, *_argmax(values))
+            mark_cell(axes, *(best_gain if values is gain else best))
+        tell_cells(axes, _cell_texts(curves, values))
     label_layers(all_axes[-1], curves.layers, WIDTH_IN - 1.8, first=0.5)
     all_axes[-1].set_xlabel(short_names(curves.layers)[1])
-    figure.suptitle(wrap_title(_heatmap_title(curves, gain)), x=0.008, ha="left")
+    figure.suptitle(wrap_title(_heatmap_title(curves, gain, best, best_gain)), x=0.008, ha="left")
     return figure
 
 
@@ -262,6 +290,33 @@ def quality_curves(quality: pd.DataFrame, metric: str, split: str | None) -> Qua
     )
 
 
+def better_control(quality: pd.DataFrame, curves: QualityCurves) -> Floats:
+    """Returns the better control at each noise level: the best layer with random weights, or the raw input.
+
+    It is chosen on the validation split where the metric has it, as the single answers of a run choose it.
+
+    Args:
+        quality: Quality table.
+        curves: A metric of it on one split.
+
+    Returns:
+        Values of the controls on the split of the curves, shape (levels, 1); nan without a control.
+    """
+    chosen = _on_validation(quality, curves) or curves
+    there, here = (np.concatenate([of.random, of.raw], axis=1)[..., 0] for of in (chosen, curves))
+    best = np.where(np.isfinite(there) & np.isfinite(here), there, -np.inf).argmax(axis=1)
+    return np.take_along_axis(here, best[:, None], axis=1)
+
+
+def _on_validation(quality: pd.DataFrame, curves: QualityCurves) -> QualityCurves | None:
+    """The same metric on the validation split; None if it is not measured there, or at other places."""
+    rows = quality[(quality["metric"] == curves.metric) & (quality["source"] == MODEL)]
+    if "validation" not in set(rows["split"]):
+        return None
+    other = quality_curves(quality, curves.metric, "validation")
+    return other if (other.layers, other.levels) == (curves.layers, curves.levels) else None
+
+
 def _cube(rows: pd.DataFrame, layers: Sequence[str], levels: Sequence[float]) -> Floats:
     """Shape (levels, layers, 3); several rows for one cell, such as several random networks, are averaged."""
     mean = rows.groupby(["noise_level", "layer"])[["value", "low", "high"]].mean()
@@ -275,20 +330,55 @@ def _argmax(values: Floats) -> tuple[int, int]:
     return int(row), int(column)
 
 
+def _places(
+    quality: pd.DataFrame, curves: QualityCurves, gain: Floats | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Level and layer of the largest value and of the largest gain; of accuracies those of the validation split.
+
+    The largest of many numbers of the test split would flatter, and contradict the single answers of a run.
+    """
+    chosen = (_on_validation(quality, curves) if curves.is_fraction else None) or curves
+    values = chosen.model[..., 0]
+    above = values - better_control(quality, chosen) if curves.is_fraction else gain
+    measured = np.isfinite(curves.model[..., 0])
+    best, best_gain = (
+        _argmax(np.where(measured, of, np.nan)) if of is not None and np.isfinite(of[measured]).any() else (0, 0)
+        for of in (values, above)
+    )
+    return best, best_gain
+
+
+def _cell_texts(curves: QualityCurves, values: Floats) -> list[list[str]]:
+    return [
+        [
+            f"{layer} at noise level {level:g}: {curves.text(value)}"
+            if np.isfinite(value)
+            else f"{layer}: not measured"
+            for layer, value in zip(curves.layers, row, strict=True)
+        ]
+        for level, row in zip(curves.levels, values.tolist(), strict=True)
+    ]
+
+
 def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[str], pair: LayerPair | None) -> None:
     x = np.arange(len(curves.layers))
-    for level, values, color in zip(curves.levels, curves.model[..., 0], colors, strict=True):
-        axes.plot(x, values, color=color, linewidth=1.5, label=f"{level:g}", marker=point_marker(values), markersize=3)
+    ends, end_colors = {}, {}
+    for i, (level, values, color) in enumerate(zip(curves.levels, curves.model[..., 0], colors, strict=True)):
+        axes.plot(x, values, color=color, linewidth=1.5, marker=point_marker(values), markersize=3)
+        tell_points(axes, x, values, curves.texts("trained model", i, curves.model[i]))
+        ends[f"{level:g}"], end_colors[f"{level:g}"] = _end(values), color
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
             axes.plot(x[best], values[best], "o", color=color, markeredgecolor=BACKGROUND, markersize=8)
     fit_y_limits(axes, curves.model[..., 0])
-    axes.set_title("Trained model, one line per noise level; a large dot marks the highest layer of a level")
+    axes.set_title(
+        "Trained model, one line per noise level, named at its end; a large dot marks the highest layer of a level"
+    )
     axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
     _name_pair(axes, curves.layers, pair)
     axes.set_ylabel(f"{capital(curves.metric)}\n({curves.unit})")
-    axes.legend(title="noise level", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    label_ends(axes, ends, end_colors)
     label_layers(axes, curves.layers, WIDTH_IN - 1.9)
     axes.set_xlabel(short_names(curves.layers)[1])
 
@@ -301,6 +391,8 @@ def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: str, pair:
     if np.isfinite(raw[0]):
         axes.axhline(raw[0], color=INK, linestyle=":", linewidth=1.3)
     axes.fill_between(x, model[:, 1], model[:, 2], color=color, alpha=0.25, linewidth=0)
+    tell_points(axes, x, random[:, 0], curves.texts(RANDOM_WEIGHTS, level, random))
+    tell_points(axes, x, model[:, 0], curves.texts("trained model", level, model))
     axes.plot(x, model[:, 0], color=color, linewidth=1.8, marker=point_marker(model[:, 0]), markersize=3)
     missing = x[np.isnan(model[:, 0])]
     axes.plot(missing, np.full(len(missing), 0.04), "x", color=GRAY, markersize=5, transform=axes.get_xaxis_transform())
@@ -316,6 +408,12 @@ def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: str, pair:
     fit_y_limits(axes, np.concatenate([block.ravel() for block in (curves.model, curves.random, curves.raw)]))
     axes.set_xlim(-0.6, len(x) - 0.4)
     _mark_pair(axes, curves.layers, pair)
+
+
+def _end(values: Floats) -> tuple[float, float]:
+    """The last point of a line that was measured."""
+    finite = np.flatnonzero(np.isfinite(values))
+    return (float(finite[-1]), float(values[finite[-1]])) if len(finite) else (0.0, np.nan)
 
 
 def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
@@ -363,11 +461,11 @@ def _level_legend(curves: QualityCurves, colors: Sequence[str], pair: LayerPair 
     return handles
 
 
-def _curves_title(curves: QualityCurves) -> str:
+def _curves_title(quality: pd.DataFrame, curves: QualityCurves) -> str:
     metric, values = capital(curves.metric), curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{metric} could not be measured in any layer"
-    level, layer = _argmax(values)
+    (level, layer), _ = _places(quality, curves)
     peak = float(values[level, layer])
     title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
     controls = {
@@ -383,16 +481,18 @@ def _curves_title(curves: QualityCurves) -> str:
     return f"{title}; the highest control there is {name} ({curves.text(controls[name])})"
 
 
-def _heatmap_title(curves: QualityCurves, gain: Floats) -> str:
+def _heatmap_title(curves: QualityCurves, gain: Floats, best: tuple[int, int], best_gain: tuple[int, int]) -> str:
     values = curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{capital(curves.metric)} could not be measured in any layer"
-    level, layer = _argmax(values)
+    level, layer = best
     title = f"Highest {curves.metric}: {curves.layers[layer]} at noise level {curves.levels[level]:g}"
     if not np.isfinite(gain).any():
         return title
-    level, layer = _argmax(gain)
+    level, layer = best_gain
     if gain[level, layer] <= 0:
-        return f"{title}; training adds nothing over random weights"
+        nothing = "training adds nothing over the controls" if curves.is_fraction else "nowhere above random weights"
+        return f"{title}; {nothing}"
+    verb = "training adds most" if curves.is_fraction else "farthest above random weights"
     place = f"{curves.layers[layer]} at noise level {curves.levels[level]:g}"
-    return f"{title}; training adds most at {place} (+{curves.text(float(gain[level, layer]))})"
+    return f"{title}; {verb} at {place} (+{curves.text(float(gain[level, layer]))})"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -30,20 +30,27 @@ from layerprobe.analyses.figures import (
     metric_panels,
     quality_heatmap,
 )
-from layerprobe.analyses.report.inline_svg import inline_svg
+from layerprobe.analyses.report.inline_svg import Drawing, inline_svg
 from layerprobe.analyses.report.reading import RECORDS, RunFiles, read_run
-from layerprobe.analyses.selection import Selection
+from layerprobe.analyses.selection import Answers, Selection, check_pick, single_answers
 from layerprobe.analyses.tables import PROBE, probed_column
 from layerprobe.analyses.wording import (
-    TRUST,
-    caution_texts,
+    MISSING,
+    answer_lines,
     copy_sentences,
+    doubt_texts,
+    finding_text,
+    note_texts,
     objection_texts,
     other_pair_sentence,
     pair_reasons,
-    selection_headline,
+    rounded,
+    samples_sentence,
     selection_reason,
+    verdict_cautions,
+    verdict_details,
     verdict_paragraph,
+    verdict_sentence,
 )
 from layerprobe.files import write_text
 
@@ -81,11 +88,13 @@ def _render(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     figure_numbers = count(1)
-    filters: Mapping[str, Callable[..., str | list[str]]] = {
+    filters: Mapping[str, Callable[..., str | list[str] | Drawing]] = {
         "capital": capital,
+        "fixed": lambda value: f"{value:#.3g}".rstrip("."),
         "inline_svg": lambda figure: inline_svg(figure, f"figure-{next(figure_numbers)}"),
         "name_parts": _name_parts,
         "number": _number,
+        "rounded": rounded,
         "shell_quoted": shlex.quote,
     }
     environment.filters.update(filters)
@@ -99,18 +108,23 @@ def _render(context: Mapping[str, Any]) -> str:
 
 def _context(run: RunFiles) -> dict[str, Any]:
     """What the template shows: numbers, texts, records and figures."""
+    data = run.records["Data"] or {}
     return {
         "run_dir": str(run.folder),
         "run_name": run.folder.resolve().name,
         "model": str((run.records["Features"] or {}).get("model", "")),
         "num_layers": run.model_rows["layer"].nunique(),
         "num_noise_levels": run.model_rows["noise_level"].nunique(),
+        "samples": samples_sentence(data),
         "has_labels": PROBE in run.headlines,
+        "chip": _chip(run.selection, run.verdict),
+        "cautions": _cautions(run.selection, run.verdict),
+        **_answers(single_answers(run.quality, run.evidence, run.selection)),
         **_quality_figures(run),
         "similarity": _similarity(run),
         "selection": run.selection and _selection(run.selection),
-        "verdict": run.verdict and _verdict(run.verdict, run.selection),
-        "copies": copy_sentences((run.records["Data"] or {}).get("copies", [])),
+        "trial": run.verdict and _trial(run.verdict, run.selection),
+        "copies": copy_sentences(data.get("copies", [])),
         "num_pair_samples": (run.records["Features of pairs"] or {}).get("num_samples"),
         "confirmation_started": run.confirmation is not None,
         "confirmation": _confirmation_figures(run),
@@ -118,10 +132,66 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "quality": list(run.quality.itertuples(index=False)),
         "filters": _filters(run.quality),
         "records": [
-            (title, file_name, None if run.records[title] is None else list(_flat(run.records[title])))
+            (title, file_name, None if run.records[title] is None else list(_facts(run.records[title])))
             for title, file_name in RECORDS.items()
         ],
     }
+
+
+def _chip(selection: Selection | None, verdict: Verdict | None) -> dict[str, str]:
+    """The state of the run: the text of the chip, its kind, and one sentence."""
+    if selection is None:
+        return {"kind": "open", "text": "No pick yet", "sentence": "No layer pair has been picked yet."}
+    if selection.pick is None:
+        return {"kind": "open", "text": "No pick", "sentence": selection_reason(selection)}
+    if verdict is None:
+        student, teacher = selection.pick.student, selection.pick.teacher
+        sentence = f"{student} should learn from {teacher}: a hypothesis from measurements, until a training tries it."
+        return {"kind": "open", "text": "Not tried yet", "sentence": sentence}
+    if other := other_pair_sentence(verdict, selection):
+        return {"kind": "open", "text": f"Verdict on another pair: {verdict.answer}", "sentence": other}
+    kind = verdict.answer if verdict.answer in ("helps", "hurts") else "open"
+    return {"kind": kind, "text": capital(verdict.answer), "sentence": verdict_sentence(verdict)}
+
+
+def _cautions(selection: Selection | None, verdict: Verdict | None) -> list[tuple[str, str]]:
+    """Code, where it has one, and text of each reason to doubt the pick or the verdict on it."""
+    if selection is None or selection.pick is None:
+        return []
+    cautions = [("", text) for text in doubt_texts(selection)]
+    cautions += [(finding.code, finding_text(finding, selection.basis.layers)) for finding in check_pick(selection)]
+    if verdict is not None and not other_pair_sentence(verdict, selection):
+        told = verdict_sentence(verdict)
+        cautions += [("", text) for text in verdict_cautions(verdict) if text not in told]
+    return cautions
+
+
+def _answers(answers: Answers) -> dict[str, Any]:
+    """The richest layer, where training adds most, and the other single answers in words."""
+    lines, richest, gain = list(answer_lines(answers)), None, None
+    if answers.features:
+        tested = answers.features.over_control
+        best = tested.cell if tested else answers.features.best
+        richest = {
+            "layer": best.layer,
+            "level": _number(best.noise_level),
+            "metric": answers.features.metric,
+            "value": rounded(best.value, best.low, best.high),
+        }
+    if answers.training:
+        lines.pop(1)  # it leads the page
+        there, control, over = answers.training.cell, answers.training.control_cell, answers.training.gain
+        gain = {
+            "metric": PROBE,
+            "value": rounded(over.value, over.low, over.high, signed=True),
+            "is_certain": answers.training.is_certain,
+            "layer": there.layer,
+            "level": _number(there.noise_level),
+            "accuracy": rounded(there.value, there.low, there.high),
+            "control": answers.training.control,
+            "control_accuracy": rounded(control.value, control.low, control.high),
+        }
+    return {"answers": lines, "richest": richest, "gain": gain}
 
 
 def _quality_figures(run: RunFiles) -> dict[str, Any]:
@@ -143,27 +213,30 @@ def _similarity(run: RunFiles) -> Figure | None:
 
 
 def _selection(selection: Selection) -> dict[str, Any]:
-    pairs = [vars(pair) | {"explanation": " ".join(pair_reasons(pair, selection))} for pair in selection.ranked]
     rejected = [
         vars(pair) | {"explanation": "; ".join(objection_texts(pair, selection))} for pair in selection.rejected
     ]
     return {
         "pick": selection.pick,
-        "headline": selection_headline(selection),
-        "reason": selection_reason(selection),
-        "trust": TRUST,
+        "weight": f"{selection.weight:g}",
+        "reason": " ".join(pair_reasons(selection.ranked[0], selection)) if selection.ranked else "",
         "basis": selection.basis,
-        "cautions": caution_texts(selection),
-        "best_pairs": pairs[:NUM_PAIRS],
-        "other_pairs": pairs[NUM_PAIRS:],
+        "notes": note_texts(selection),
+        "best_pairs": selection.ranked[:NUM_PAIRS],
+        "other_pairs": selection.ranked[NUM_PAIRS:],
         "rejected": rejected,
     }
 
 
-def _verdict(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
-    other = other_pair_sentence(verdict, selection)
-    sentences = [other, verdict_paragraph(verdict)]
-    return vars(verdict) | {"paragraph": " ".join(filter(None, sentences)), "is_of_pick": not other}
+def _trial(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
+    judged, other = verdict.arm(verdict.judged), other_pair_sentence(verdict, selection)
+    return vars(verdict) | {
+        "is_of_pick": not other,
+        "value": rounded(judged.difference, judged.low, judged.high, signed=True),
+        "baseline": _number(fmean(verdict.arms[0].final), 3),
+        # The head of the page tells the answer and the cautions of a verdict on the pick.
+        "sentences": [other, verdict_paragraph(verdict)] if other else verdict_details(verdict),
+    }
 
 
 def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:
@@ -197,19 +270,24 @@ def _name_parts(text: str) -> list[str]:
 def _number(value: Any, digits: int = 4) -> str:
     """A number with a few significant digits, "–" for a missing one."""
     if value is None or value != value:
-        return "–"
+        return MISSING
     return f"{value:.{digits}g}" if isinstance(value, int | float) else str(value)
 
 
-def _flat(record: Any, key: str = "") -> Iterable[tuple[str, str]]:
-    """Dotted keys and values of a JSON record as text; long lists are cut, with their length."""
+def _facts(record: Any, key: str = "") -> Iterable[tuple[str, str]]:
+    """Keys and values of a JSON record as text; long lists are cut, and lists of records counted."""
     if isinstance(record, dict) and record:
         for name, value in record.items():
-            yield from _flat(value, f"{key}.{name}" if key else name)
+            words = name.replace("_", " ")
+            yield from _facts(value, f"{key}: {words}" if key else words)
+    elif isinstance(record, list) and any(isinstance(item, list | dict) for item in record):
+        yield key, f"{len(record)} entries in the file"
     elif isinstance(record, list) and record:
-        items = [item if isinstance(item, str) else json.dumps(item) for item in record[:MAX_ITEMS]]
+        items = [_fact(item) for item in record[:MAX_ITEMS]]
         yield key, ", ".join(items) + (f", … ({len(record)} items)" if len(record) > MAX_ITEMS else "")
-    elif record in ({}, []):
-        yield key, "none"
     else:
-        yield key, record if isinstance(record, str) else json.dumps(record)
+        yield key, "none" if record in ({}, []) else _fact(record)
+
+
+def _fact(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else _number(value, 6)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from layerprobe.analyses.experiments import CONFIRMATION_COLUMNS, Verdict
 from layerprobe.analyses.selection import Selection
-from layerprobe.analyses.tables import MODEL, headlines, read_quality, read_similarity
+from layerprobe.analyses.tables import MODEL, PairEvidence, headlines, read_quality, read_similarity
 from layerprobe.files import one_line
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ class RunFiles:
         folder: Run folder.
         quality: Quality table.
         similarity: Similarity table.
+        evidence: Evidence of layers and pairs.
         selection: Selection of layer pairs.
         verdict: Result of the confirmation.
         confirmation: Curves of the confirmation's arms.
@@ -46,6 +47,7 @@ class RunFiles:
     folder: Path
     quality: pd.DataFrame
     similarity: pd.DataFrame | None
+    evidence: PairEvidence | None
     selection: Selection | None
     verdict: Verdict | None
     confirmation: pd.DataFrame | None
@@ -84,6 +86,7 @@ def read_run(folder: Path) -> RunFiles:
         folder=folder,
         quality=quality,
         similarity=_read(folder / "similarity.csv", read_similarity),
+        evidence=_read(folder / "evidence.csv", PairEvidence.read_csv),
         selection=_read(folder / "selection.json", lambda path: Selection.from_json(path.read_text(encoding="utf-8"))),
         verdict=_read(folder / "verdict.json", lambda path: Verdict.from_json(path.read_text(encoding="utf-8"))),
         confirmation=_read(folder / "confirmation.csv", _confirmation_curves),

@@ -16,6 +16,7 @@ from layerprobe.analyses.selection import (
     Selection,
     Trainer,
     check_pair,
+    check_pick,
     lines_for,
     nearest_published,
     read_pair,
@@ -81,16 +82,8 @@ def pair_warnings(pair: LayerPair, layers: Sequence[str], *, weight: float) -> l
 
 
 def pick_findings(selection: Selection) -> list[dict[str, Any]]:
-    """Returns the findings of the checks on the pick as JSON values; none without a pick.
-
-    Convention and controls (LP005 to LP007) are left out: a pick that they speak against is refused, or its cautions
-    say so.
-    """
-    pick, layers = selection.pick, selection.basis.layers
-    if pick is None:
-        return []
-    facts = PairFacts(layers.index(pick.student), layers.index(pick.teacher), len(layers), weight=selection.weight)
-    return [_record(finding, layers) for finding in check_pair(facts)]
+    """Returns the findings of the checks on the pick as JSON values; none without a pick."""
+    return [_record(finding, selection.basis.layers) for finding in check_pick(selection)]
 
 
 def numbered_blocks(run: str | Path, selection: Selection) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from .pair_checks import Finding as Finding
 from .pair_checks import PairCheck as PairCheck
 from .pair_checks import PairFacts as PairFacts
 from .pair_checks import check_pair as check_pair
+from .pair_checks import check_pick as check_pick
 from .published import FEWEST_BLOCKS as FEWEST_BLOCKS
 from .published import PRIOR_RANGES as PRIOR_RANGES
 from .published import PublishedPair as PublishedPair

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from layerprobe.analyses.selection.records import Selection
+
 LATEST_STUDENT = 0.5  # depth; of the published pairs none with a later student kept more than 0.64 of the best gain
 LEAST_DISTANCE = 0.15  # of the depth; closer published pairs kept 0.64 or less
 EARLIEST_PUBLISHED_STUDENT = 4 / 28  # Self-Flow 4 <- 20
@@ -92,6 +94,20 @@ def check_pair(facts: PairFacts) -> tuple[Finding, ...]:
     """Returns what speaks against a pair, errors first, each group in the order of the codes."""
     found = [Finding(one.code, one.severity, values, one.source) for one in CHECKS for values in one.test(facts)]
     return tuple(sorted(found, key=lambda finding: finding.severity != "error"))
+
+
+def check_pick(selection: Selection) -> tuple[Finding, ...]:
+    """Returns what speaks against the pick of a selection; nothing without a pick.
+
+    Convention and controls (LP005 to LP007) are left out: a pick that they speak against is refused, or its cautions
+    say so.
+    """
+    pick, layers = selection.pick, selection.basis.layers
+    if pick is None:
+        return ()
+    return check_pair(
+        PairFacts(layers.index(pick.student), layers.index(pick.teacher), len(layers), weight=selection.weight)
+    )
 
 
 def _own_teacher(facts: PairFacts) -> Iterator[Values]:

@@ -1,14 +1,19 @@
 from .answers import AnswerLine as AnswerLine
 from .answers import answer_lines as answer_lines
-from .copies import copy_sentences as copy_sentences
 from .decisions import decision_text as decision_text
+from .numbers import MISSING as MISSING
+from .numbers import rounded as rounded
 from .pair_checks import finding_text as finding_text
 from .pair_checks import layer_name as layer_name
 from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
+from .samples import copy_sentences as copy_sentences
+from .samples import samples_sentence as samples_sentence
 from .selection import TRUST as TRUST
 from .selection import caution_texts as caution_texts
+from .selection import doubt_texts as doubt_texts
+from .selection import note_texts as note_texts
 from .selection import objection_texts as objection_texts
 from .selection import pair_reasons as pair_reasons
 from .selection import probe_caution_text as probe_caution_text
@@ -21,4 +26,6 @@ from .verdict import other_pair_sentence as other_pair_sentence
 from .verdict import resolution_sentences as resolution_sentences
 from .verdict import spread_source as spread_source
 from .verdict import verdict_cautions as verdict_cautions
+from .verdict import verdict_details as verdict_details
 from .verdict import verdict_paragraph as verdict_paragraph
+from .verdict import verdict_sentence as verdict_sentence

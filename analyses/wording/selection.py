@@ -39,8 +39,8 @@ def selection_headline(selection: Selection) -> str:
     """Returns the pick with the cautions that are reasons to doubt it, or "none" with the reason."""
     if selection.pick is None:
         return f"none. {selection_reason(selection)}"
-    doubts = [_caution(caution, selection) for caution in selection.cautions if caution.code not in _NOTES]
-    return " ".join([f"{selection.pick.student} should learn from {selection.pick.teacher}.", *_called(doubts)])
+    doubts = _called(doubt_texts(selection))
+    return " ".join([f"{selection.pick.student} should learn from {selection.pick.teacher}.", *doubts])
 
 
 def _called(doubts: Sequence[str]) -> list[str]:
@@ -163,6 +163,16 @@ def _control(name: str) -> str:
 def caution_texts(selection: Selection) -> list[str]:
     """Returns what weakens a selection: one sentence for each caution."""
     return [_caution(caution, selection) for caution in selection.cautions]
+
+
+def doubt_texts(selection: Selection) -> list[str]:
+    """Returns the cautions that are reasons to doubt the pick: one sentence each."""
+    return [_caution(caution, selection) for caution in selection.cautions if caution.code not in _NOTES]
+
+
+def note_texts(selection: Selection) -> list[str]:
+    """Returns the other cautions, which say how the pick was measured: one sentence each."""
+    return [_caution(caution, selection) for caution in selection.cautions if caution.code in _NOTES]
 
 
 def probe_caution_text(caution: Caution) -> str:

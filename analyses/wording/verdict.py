@@ -37,14 +37,25 @@ _ANSWERS = {
 
 def verdict_paragraph(verdict: Verdict) -> str:
     """Returns the verdict as one paragraph: the difference, the answer with its cautions, and further comparisons."""
-    sentences = [_difference(verdict), _ANSWERS[verdict.answer], *verdict_cautions(verdict)]
-    if verdict.answer == "no difference found":
-        sentences += _detectable(verdict)
+    return " ".join(
+        [_difference(verdict), _ANSWERS[verdict.answer], *verdict_cautions(verdict), *verdict_details(verdict)]
+    )
+
+
+def verdict_details(verdict: Verdict) -> list[str]:
+    """Returns what a verdict says beyond its difference, answer and cautions: one sentence each."""
+    sentences = _detectable(verdict) if verdict.answer == "no difference found" else []
     sentences += [*_early_looks(verdict), *_comparisons(verdict)]
     if len(verdict.arms) > 2:
         lowest = min(verdict.arms, key=_mean)
         sentences.append(f"Of the {len(verdict.arms)} arms, {_the(lowest.name)} ended lowest ({_mean(lowest):.3g}).")
-    return " ".join(sentences)
+    return sentences
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """Returns the answer of a verdict in one sentence; where it is too early to tell, why."""
+    reasons = verdict_cautions(verdict) if verdict.answer == "too early to tell" else []
+    return reasons[0] if reasons else _ANSWERS[verdict.answer]
 
 
 def other_pair_sentence(verdict: Verdict, selection: Selection | None) -> str:

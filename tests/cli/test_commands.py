@@ -181,7 +181,8 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     verdict = json.loads((trained / "run" / "verdict.json").read_text())
     assert (verdict["answer"], verdict["arms"][0]["name"]) == (told["answer"], "baseline")
     assert (trained / "run" / "figures" / "confirmation.png").is_file()
-    assert told["paragraph"] in html.unescape((trained / "run" / "report.html").read_text())
+    chip = f'<span class="chip">{told["answer"].capitalize()}</span>'
+    assert chip in html.unescape((trained / "run" / "report.html").read_text())
 
 
 def test_training_with_the_pick_of_a_run(trained: Path, tmp_path: Path, cli) -> None:

@@ -622,7 +622,7 @@ def test_one_run_tells_what_every_layer_knows_of_every_column(
     assert {"what-each-layer-knows", "probe-accuracy-of-round-curves", "probe-accuracy-of-who-heatmap"} <= drawn
     svg = '<svg viewBox="0 0 1 1"></svg>'
     monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: svg)
-    page = write_report(run).read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8").partition("What each layer knows</h2>")[2]
     assert page.index("above the controls") < page.index("Probe accuracy peaks") < page.index("Probe accuracy of who")
 
 

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
@@ -32,20 +34,20 @@ from layerprobe.analyses.selection.records import (
     SelectionBasis,
 )
 from layerprobe.analyses.tables.csv_files import write_table
-from layerprobe.analyses.wording.copies import copy_sentences
+from layerprobe.analyses.wording.samples import copy_sentences
 from layerprobe.analyses.wording.selection import (
     caution_texts,
     objection_texts,
     pair_reasons,
-    selection_headline,
-    selection_reason,
 )
-from layerprobe.analyses.wording.verdict import verdict_paragraph
+from layerprobe.analyses.wording.verdict import verdict_sentence
 
 LEVELS = (0.1, 0.3)
 ARMS = {"baseline": 1.0, "pick": 0.8, "negative control": 1.2}
 EVIL = "<script>alert(1)</script>"
-SECTIONS = ["curves", "heatmap", "similarity", "pairs", "confirmation", "samples", "numbers", "run", "reading"]
+FOLDED = ["answers", "curves", "pairs", "confirmation", "similarity", "samples", "numbers", "run", "reading"]
+FILES = {"quality.csv", "similarity.csv", "confirmation.csv", "plan.json", "environment.json"}
+CHROMIUM = shutil.which("chromium")
 
 
 class Page(HTMLParser):
@@ -194,6 +196,12 @@ def probed(num_layers: int = 8) -> pd.DataFrame:
     return quality_table(BLOCKS[:num_layers], LEVELS, metrics=["probe accuracy"])
 
 
+@pytest.fixture
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without content, for tests of the rest of the page."""
+    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "first run", quality_table(levels=LEVELS), BLOCKS)
@@ -212,25 +220,70 @@ def page_of(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_sections_stand_in_order(full_page: Page) -> None:
-    assert [attrs["id"] for tag, attrs in full_page.elements if tag == "section"] == SECTIONS
+def opening(page: Page) -> str:
+    """What the page shows at once: up to the first folded section."""
+    return page.text[: page.text.index("# Which layer for what")]
+
+
+def tiles(page: Page) -> dict[str, str]:
+    """What each tile says, by its label, with the texts of its buttons."""
+    found = re.findall(r'<div class="tile"><dt>(.*?)</dt>\s*<dd>(.*?)</dd></div>', page.html, re.DOTALL)
+    return {label: Page(content.replace("</strong>", "</strong> ")).text for label, content in found}
+
+
+def test_sections_are_folded_and_have_anchors_and_files(full_page: Page) -> None:
+    assert [attrs["id"] for tag, attrs in full_page.elements if tag == "section"] == ["gain", *FOLDED]
     links = [attrs["href"] for tag, attrs in full_page.elements if tag == "a"]
-    assert links == [f"#{name}" for name in SECTIONS]
+    assert [link for link in links if link.startswith("#")] == [f"#{name}" for name in FOLDED]
+    assert {"quality.csv", "similarity.csv", "confirmation.csv"} <= set(links)
+    assert not [attrs for tag, attrs in full_page.elements if tag == "details" and "open" in attrs]
     assert "not run" not in full_page.text.lower()
 
 
-def test_page_opens_with_pick_reason_and_verdict(full_page: Page, full_run: Path) -> None:
-    selection = Selection.from_json((full_run / "selection.json").read_text())
-    opening = full_page.text[: full_page.text.index("What each layer knows")]
-    assert "Verdict: helps" in opening
-    assert f"{selection_headline(selection)} {selection_reason(selection)}" in opening
-    assert "Caution: The data cannot tell 1 other pair from the pick" in opening
-    assert opening.rstrip().endswith(verdict_paragraph(verdict()))
-    assert "present pick" not in full_page.text
+def test_page_opens_with_the_run_the_verdict_and_four_tiles(full_page: Page) -> None:
+    head = opening(full_page)
+    assert head.startswith("SiT 8 x 64 · first run")
+    assert "<title>SiT 8 x 64 · first run</title>" in full_page.html
+    assert f"Helps {verdict_sentence(verdict())}" in head
+    told = tiles(full_page)
+    assert told["Pick: student ← teacher"] == "blocks.0 ← blocks.1 blocks.0:blocks.1Copy weight 0.3"
+    assert told["Richest layer"] == "blocks.4 at noise level 0.1: probe accuracy 0.970 [0.950, 0.990]"
+    assert told["Training adds, at most"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
+    assert told["Difference on trial"].startswith(
+        "−0.30 [−0.40, −0.20] Frechet distance from the baseline’s 1.5; 3 seeds"
+    )
+    assert (
+        "blocks.4 at noise level 0.3: probe accuracy 0.870 [0.850, 0.890]; the better control there, raw input" in head
+    )
 
 
-def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+def test_what_weakens_the_pick_stands_open(full_page: Page) -> None:
+    assert "The data cannot tell 1 other pair from the pick" in opening(full_page)
+    assert "LP004 The student is at 0.12 of the depth" in opening(full_page)
+    assert "LP003 The teacher is 0.12 of the depth after the student" in opening(full_page)
+
+
+def test_a_number_of_the_verdict_has_one_form(full_page: Page) -> None:
+    assert "-0.3 " not in full_page.text
+    assert full_page.text.count("the whole interval lies below zero") == 1
+
+
+@pytest.mark.parametrize(
+    ("reading", "told"),
+    [
+        (None, "30 of 30 samples read: 20 to fit probes (train), 10 to report (test)."),
+        ({"rows": {"train": 80, "test": 20}, "unreadable": {"train": 3}}, "30 of 100 samples read"),
+    ],
+)
+def test_how_many_samples_were_read_is_told(tmp_path: Path, reading: object, told: str, plain_figures: None) -> None:
+    run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
+    (run / "data.json").write_text(json.dumps({"reading": reading, "samples": {"train": 20, "test": 10}, "copies": []}))
+    text = page_of(run).text
+    assert told in text
+    assert ("3 could not be read" in text) == (reading is not None)
+
+
+def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, plain_figures: None) -> None:
     run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
     confirm_run(run)
     other = selection_of(BLOCKS[1:8])
@@ -239,13 +292,14 @@ def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, monkeyp
     assert "Verdict on another pair: helps" in page.text
     sentence = "This verdict is about blocks.0 <- blocks.1; the present pick is blocks.1 <- blocks.2."
     assert page.text.count(sentence) == 2
+    assert tiles(page)["Difference on trial"].startswith("not tried")
     (run / "selection.json").write_text(replace(other, ranked=()).to_json())
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "This verdict is about blocks.0 <- blocks.1; the present selection has no pick." in page.text
+    assert "No pick" in opening(page)
 
 
-def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path, plain_figures: None) -> None:
     run = make_run(tmp_path / "run", probed(), BLOCKS[:8])
     copies = [{"split": "test", "of": "train", "num": 12, "total": 400, "is_left_out": True}]
     (run / "data.json").write_text(json.dumps({"samples": {"test": 388}, "copies": copies}))
@@ -258,7 +312,7 @@ def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path, monkeypatch:
 
 def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
     selection = Selection.from_json((full_run / "selection.json").read_text())
-    assert all(" ".join(pair_reasons(pair, selection)) in full_page.text for pair in selection.ranked)
+    assert " ".join(pair_reasons(selection.ranked[0], selection)) in full_page.text
     assert all("; ".join(objection_texts(pair, selection)) in full_page.text for pair in selection.rejected)
     assert all(text in full_page.text for text in caution_texts(selection))
     for fact in (
@@ -267,7 +321,7 @@ def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
         "weights.pt",
         "layerprobe probe weights.pt",
         "2.13.0",
-        "-0.4 to -0.2",
+        "−0.30 [−0.40, −0.20]",
         "1,500, 1,600, never",
     ):
         assert fact in full_page.text
@@ -279,18 +333,64 @@ def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
         == (full_run / "figures" / "samples.png").read_bytes()
     )
     rows = len(pd.read_csv(full_run / "quality.csv"))
-    table = full_page.html[full_page.html.index('<table id="quality"') :]
-    assert table[: table.index("</table>")].count("<tr>") == rows + 1
+    table = full_page.html[full_page.html.index('id="quality"') :]
+    assert table[: table.index("</table>")].count("<tr ") == rows + 1
+
+
+def test_points_and_cells_tell_their_values(full_page: Page) -> None:
+    told = set(full_page.attributes("data-tip"))
+    assert "trained model, blocks.4 at noise level 0.1: 0.970 [0.950, 0.990]" in told
+    assert "random weights, blocks.0 at noise level 0.3: 0.520 [0.500, 0.540]" in told
+    assert "blocks.4 at noise level 0.3: 0.19" in told
+    assert "blocks.0 and blocks.0: 1.00" in told
+    assert any(tip.startswith("pick, step 2,000: ") for tip in told)
+
+
+def test_figures_have_a_caption_and_a_description(full_page: Page) -> None:
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", full_page.html.replace("<wbr>", ""))
+    assert any(caption.startswith("Probe accuracy peaks at blocks.4 (0.97)") for caption in captions)
+    described = [attrs["aria-label"] or "" for tag, attrs in full_page.elements if tag == "svg"]
+    assert all(text.startswith("Chart. ") and len(text) > 40 for text in described)
+    assert not {caption for caption in captions if f">{caption}</text>" in full_page.html}
+
+
+def test_heads_of_tables_have_a_scope(full_page: Page) -> None:
+    assert {attrs.get("scope") for tag, attrs in full_page.elements if tag == "th"} == {"col", "row"}
+
+
+def test_page_has_no_raw_records(full_page: Page, tmp_path: Path, plain_figures: None) -> None:
+    run = make_run(tmp_path / "run", quality_table(BLOCKS[:3], LEVELS, missing=[("blocks.1", 0.3)]), BLOCKS[:3])
+    (run / "convention.json").write_text(json.dumps({"fits": [{"score": 1.0}], "declared": True, "classes": None}))
+    for page in (full_page, page_of(run)):
+        assert not re.search(r"\bnan\b|\bNone\b(?! of them)|\bnull\b|\{|\}", page.text)
+    assert "fits1 entries in the file declaredyes classes–" in page.text
 
 
 def test_page_asks_the_network_for_nothing(full_page: Page) -> None:
-    for target in full_page.attributes("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+    for target in full_page.attributes("src", "xlink:href", "srcset", "action", "data", "poster"):
         assert target.startswith(("#", "data:image/png;base64,"))
+    images = {attrs.get("href") for tag, attrs in full_page.elements if tag in ("image", "use")}
+    assert all(str(target).startswith(("#", "data:image/png;base64,")) for target in images)
+    links = {attrs["href"] for tag, attrs in full_page.elements if tag == "a"}
+    files = {link for link in links if not str(link).startswith("#")}
+    assert files <= FILES | {"features/model/manifest.json"}
     assert not {"link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in full_page.elements}
     assert "http:" not in full_page.html
     assert "https:" not in full_page.html
     assert "@import" not in full_page.html
     assert re.findall(r"url\((?!#)", full_page.html) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_opens_the_page_without_complaint(full_run: Path, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--enable-logging=stderr", "--window-size=390,900", "--dump-dom", (full_run / "report.html").as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in result.stderr  # errors of the script, and requests that the policy refuses
+    page = Page(result.stdout)
+    rows = len(pd.read_csv(full_run / "quality.csv"))
+    assert f"{rows} of {rows} rows" in page.text  # the script has run
+    assert not [attrs for tag, attrs in page.elements if attrs.get("class") == "copy" and "hidden" in attrs]
 
 
 def test_policy_allows_no_other_script(full_page: Page) -> None:
@@ -306,7 +406,7 @@ def test_ids_are_unique_and_references_lead_somewhere(full_page: Page) -> None:
     ids = full_page.attributes("id")
     assert len(ids) == len(set(ids))
     references = re.findall(r"url\(#([^)]+)\)", full_page.html)
-    references += [href[1:] for href in full_page.attributes("href") if href.startswith("#")]
+    references += [href[1:] for href in full_page.attributes("href", "xlink:href") if href.startswith("#")]
     assert references
     assert set(references) <= set(ids)
 
@@ -324,13 +424,14 @@ def test_quality_alone_makes_a_page_that_says_what_is_missing(tmp_path: Path) ->
     assert write_report(str(folder)) == folder / "report.html"
     assert (folder / "report.html").read_text(encoding="utf-8") == html
     page = Page(html)
-    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == SECTIONS
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == ["gain", *FOLDED]
     assert f"Not run: layerprobe select '{folder}'" in page.text
     assert f"Not run: layerprobe confirm '{folder}'" in page.text
     assert "Not run: layerprobe sample CHECKPOINT --out" in page.text
     assert "The run folder has no similarity.csv" in page.text
     assert "The run folder has no plan.json" in page.text
     assert "No layer pair has been picked yet." in page.text
+    assert "<code>layerprobe probe</code> measures it where shapes allow" in html
 
 
 def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
@@ -340,8 +441,9 @@ def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
     page = page_of(folder)
     assert f"Not finished: layerprobe confirm {folder}" in page.text
     assert "Pick: held-out loss" in page.text
-    assert "Not confirmed yet" in page.text
-    assert "A pick is a hypothesis" in page.text
+    assert "Not tried yet" in page.text
+    assert f"not tried layerprobe confirm {folder}" in tiles(page)["Difference on trial"]
+    assert "a hypothesis from measurements, until a training tries it" in page.text
 
 
 def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
@@ -349,7 +451,9 @@ def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
     quality = quality_table(layers, LEVELS, metrics=["effective rank"])
     page = page_of(make_run(tmp_path / "run", quality, layers, num_ranked=0))
     assert "The data has no labels" in page.text
-    assert "No pair is admissible." in page.text[: page.text.index("What each layer knows")]
+    assert "No pick" in opening(page)
+    assert "needs labels" in tiles(page)["Training adds, at most"]
+    assert "No pair is admissible." in tiles(page)["Pick: student ← teacher"]
 
 
 def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
@@ -387,9 +491,14 @@ def test_texts_of_figures_stay_as_they_are(text: str) -> None:
     figure = Figure()
     figure.suptitle(f"title {text}")
     figure.text(0.5, 0.5, f"label {text}")
-    page = Page(inline_svg(figure, "first"))
-    assert f"label {text}".replace("\x0b", "\N{REPLACEMENT CHARACTER}") in page.text
-    assert page.attributes("aria-label")[0].split() == f"title {text}".split()
+    axes = figure.subplots()
+    axes.set_title(f"panel {text}", loc="left")
+    drawing = inline_svg(figure, "first")
+    page = Page(drawing.svg)
+    valid = text.replace("\x0b", "\N{REPLACEMENT CHARACTER}")
+    assert f"label {valid}" in page.text
+    assert f"panel {valid}" in page.attributes("aria-label")[0]
+    assert drawing.caption.split() == f"title {valid}".split()
 
 
 def test_metrics_of_similar_names_do_not_share_ids(tmp_path: Path) -> None:
@@ -400,7 +509,7 @@ def test_metrics_of_similar_names_do_not_share_ids(tmp_path: Path) -> None:
 
 
 def test_filters_offer_what_the_cells_show(full_page: Page) -> None:
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", full_page.html[full_page.html.index('<table id="quality"') :])
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", full_page.html[full_page.html.index('id="quality"') :])
     options = [attrs["value"] for tag, attrs in full_page.elements if tag == "option" and attrs["value"]]
     assert {"model", "0.1", "probe accuracy", "test"} <= set(options) <= set(cells)
 

@@ -16,7 +16,9 @@ from layerprobe.analyses.wording import (
     resolution_sentences,
     spread_source,
     verdict_cautions,
+    verdict_details,
     verdict_paragraph,
+    verdict_sentence,
 )
 
 
@@ -61,6 +63,13 @@ def test_the_paragraph_gives_the_difference_and_the_answer() -> None:
     assert paragraph(answer="hurts") == f"{CHANGE} {hurts}"
     nothing = "No difference was found: the interval includes zero, and both runs have leveled off."
     assert paragraph(answer="no difference found") == f"{CHANGE} {nothing}"
+
+
+def test_one_sentence_gives_the_answer_or_why_there_is_none() -> None:
+    assert verdict_sentence(VERDICT) == "The pair helps: the whole interval lies below zero."
+    undecided = replace(VERDICT, answer="too early to tell", cautions=("baseline still improves", "no arm moved"))
+    assert verdict_sentence(undecided) == verdict_cautions(undecided)[0]
+    assert verdict_details(undecided) == []
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
-"""Copies in words."""
+"""Samples and copies in words."""
 
 from __future__ import annotations
 
-from layerprobe.analyses.wording.copies import copy_sentences
+from layerprobe.analyses.wording.samples import copy_sentences, samples_sentence
+
+
+def test_a_record_without_counts_has_no_sentence() -> None:
+    assert samples_sentence({}) == ""
 
 
 def record(split: str, of: str, num: int, total: int, *, is_left_out: bool) -> dict[str, object]:

@@ -1,9 +1,28 @@
-"""Sentences about equal samples that a data set contains several times."""
+"""Sentences about the samples of a run: how many were read, and which are copies of others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+_USES = {"train": "to fit probes", "validation": "to choose", "test": "to report"}
+
+
+def samples_sentence(data: Mapping[str, Any]) -> str:
+    """Returns how many samples were read, out of how many, and what each split is for; "" if it was not recorded.
+
+    Args:
+        data: Record in `data.json` of a run.
+    """
+    counts = data.get("samples")
+    if not counts:
+        return ""
+    reading, num = data.get("reading") or {}, sum(counts.values())
+    total = max(num, sum((reading.get("rows") or {}).values()))
+    uses = [f"{counts[split]:,} {use} ({split})" for split, use in _USES.items() if split in counts]
+    begins = f"{num:,} of {total:,} samples read: {', '.join(uses)}."
+    unreadable = sum((reading.get("unreadable") or {}).values())
+    return begins + (f" {unreadable:,} could not be read and are left out." if unreadable else "")
 
 
 def copy_sentences(copies: Sequence[Mapping[str, Any]]) -> list[str]:
