@@ -48,7 +48,7 @@ class _Command(TyperCommand):
     """A command whose help page leaves out the names of environment variables, which would make it twice as long."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
+        parameters: list[Any] = super().get_params(ctx)
         for parameter in parameters:
             parameter.show_envvar = False
         return parameters
