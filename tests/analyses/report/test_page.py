@@ -295,7 +295,7 @@ def test_a_recorded_trial_stands_beside_a_run_without_a_trial_and_is_called_reco
     assert tiles(page)["Difference on trial"].startswith("not tried")  # a recorded trial is no verdict of this run
     shown = page.text[page.text.index("This trial was recorded") :]
     assert verdict_paragraph(verdict()) in shown
-    assert "`layerprobe confirm <run>`" in shown
+    assert "layerprobe confirm <run>" in shown
 
 
 def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, plain_figures: None) -> None:
