@@ -20,6 +20,8 @@ from layerprobe.files import one_line
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 MAX_NUMBER = 2**53  # of an integer; larger ones are no counts
+# Schedulers clip at minus infinity, and tokenizers without a limit have 1e30.
+_UNLIMITED = ("lambda_min_clipped", "model_max_length")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -66,10 +68,14 @@ def parse_config(text: str, kind: str) -> Any:
 def check_numbers(config: Mapping[str, Any], path: Path) -> None:
     """Checks that no number in a configuration is absurd: not finite, or an integer beyond 2**53.
 
+    The two keys that mean "without a limit" by such a number may have one.
+
     Raises:
         ValueError: If there is one; the message names the file and the key.
     """
     for key, value in _leaves(config):
+        if key.rpartition(".")[2] in _UNLIMITED:
+            continue
         absurd = isinstance(value, float) and not math.isfinite(value)
         if absurd or (isinstance(value, int) and abs(value) > MAX_NUMBER):
             raise ValueError(f"{path} has {key} = {value!r:.40}, which cannot be right; repair it or copy it again")

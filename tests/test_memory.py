@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pretend_device import AVAILABLE, NAME, watched
-from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
+from tiny import tiny_samples, tiny_sit, tiny_splits
 from torch import Tensor, nn
 
 from layerprobe.analyses.generation.extractors import Extractor, all_features
-from layerprobe.backbones.base import Backbone, layer_shapes, wrap
+from layerprobe.backbones.base import Backbone
 from layerprobe.checkpoints.convention import check_convention
 from layerprobe.data.latents import vae as autoencoders
 from layerprobe.data.samples import TensorSamples
@@ -182,20 +181,3 @@ def test_other_failures_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_device_failure(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_device_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-@pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices written in Python")
-def test_a_small_table_of_times_is_not_asked_on_a_device_for_rows_that_it_lacks() -> None:
-    class Tabled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.times, self.layer = nn.Embedding(10, 1), nn.Conv2d(1, 1, 1)
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.layer(x) + self.times(t.long())[:, :, None, None]
-
-    module = Tabled().to(NAME)
-    backbone = wrap(module, layers=["layer"], schedule="ddpm-linear", prediction="eps", shape=SHAPE)
-    with watched() as ledger, pytest.raises(ValueError, match=r"times has 10 rows and none for .*--schedule"):
-        layer_shapes(backbone)
-    assert not ledger.kernels["embedding"]

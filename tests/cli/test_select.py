@@ -43,7 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; its figures are not rendered, which takes most of the time."""
-    monkeypatch.setattr(figures, "save_figure", lambda figure, folder, name: (Path(name),))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, folder, name, **_: (Path(name),))
     monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
     return Path(shutil.copytree(measured, tmp_path / "run"))
 

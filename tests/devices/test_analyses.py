@@ -18,6 +18,8 @@ from layerprobe.analyses.tables.measurements import Measurement, Representation
 from layerprobe.analyses.tables.quality import encoder_rows, measure, recoverability_table
 from layerprobe.extraction.features import FeatureStore, begin_store, shard_path, token_path, write_tensors
 
+pytestmark = pytest.mark.devices
+
 LAYERS, LEVELS, WIDTH, TOKENS = ("blocks.0", "blocks.1"), (0.5,), 5, 3
 
 
@@ -101,7 +103,6 @@ def test_fits_of_few_samples_stay_on_the_cpu(device: str) -> None:
     assert several[0][0].objective == pytest.approx(wanted[0][0].objective, rel=1e-12)
 
 
-@pytest.mark.devices
 def test_many_classes_and_wide_features_are_fitted_there(device: str) -> None:
     rng = np.random.default_rng(0)
     y = np.arange(FEW_SAMPLES + 90) % 26  # more than have a factorized Hessian

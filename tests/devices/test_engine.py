@@ -19,9 +19,9 @@ from pretend_device import watched, without_float64
 from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
 from tiny_mdm import opened as tiny_mdm
 from tiny_mdm import state_dict as mdm_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerprobe.backbones.base import Backbone, layer_shapes
+from layerprobe.backbones.base import Backbone, layer_shapes, wrap
 from layerprobe.backbones.lightningdit import LightningDiT, LightningDiTConfig, lightningdit_backbone
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.checkpoints.convention import check_convention
@@ -42,6 +42,8 @@ from layerprobe.sampling.solvers import sample
 from layerprobe.training.loop import train
 from layerprobe.training.losses import held_out_loss
 from layerprobe.training.plan import TrainingPlan
+
+pytestmark = pytest.mark.devices
 
 PAIR = (LayerPair("blocks.0", "blocks.2"),)
 LEVELS = (0.2, 0.7)
@@ -155,7 +157,6 @@ def test_the_ablation_is_that_of_the_cpu(device: str) -> None:
 # Convention check, sampling
 
 
-@pytest.mark.devices
 @pytest.mark.parametrize(("schedule", "prediction"), CONVENTIONS)
 def test_conventions_are_checked_and_sampled(device: str, schedule: str, prediction: Any) -> None:
     network = tiny_sit(schedule=schedule_from_name(schedule), prediction=prediction)
@@ -221,7 +222,6 @@ def test_a_training_ends_where_that_of_the_cpu_ends(device: str, tmp_path: Path,
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.devices
 def test_padded_bfloat16_and_resumed_trainings_run(device: str, tmp_path: Path) -> None:
     weights_after(on(device, tiny_sit(shape=(2, 12))), padded(), tmp_path / "padded", pairs=PAIR)
     weights_after(on(device, tiny_sit()), tiny_samples(), tmp_path / "bfloat16", precision="bfloat16", pairs=PAIR)
@@ -232,7 +232,6 @@ def test_padded_bfloat16_and_resumed_trainings_run(device: str, tmp_path: Path) 
     assert all(torch.equal(resumed[name], tensor) for name, tensor in at_once.items())
 
 
-@pytest.mark.devices
 @pytest.mark.parametrize(("schedule", "prediction"), CONVENTIONS[:-1])
 def test_every_convention_trains(device: str, tmp_path: Path, schedule: str, prediction: Any) -> None:
     weights_after(under(device, schedule, prediction), tiny_samples(), tmp_path, loss_weighting="velocity")
@@ -307,7 +306,6 @@ FAMILIES = (
 )
 
 
-@pytest.mark.devices
 @pytest.mark.parametrize("name", FAMILIES)
 def test_networks_of_diffusers_give_the_same_velocity(device: str, tmp_path: Path, name: str) -> None:
     pytest.importorskip("diffusers")
@@ -323,7 +321,6 @@ def test_networks_of_diffusers_give_the_same_velocity(device: str, tmp_path: Pat
     assert list(layer_shapes(moved)) == list(network.layers)
 
 
-@pytest.mark.devices
 def test_an_autoencoder_encodes_and_decodes(device: str, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -351,3 +348,19 @@ def test_a_device_without_float64_is_refused(device: str) -> None:
         pytest.raises(ValueError, match=rf"^--device {device} does not compute in float64, .*pass cpu$"),
     ):
         resolve_device(device)
+
+
+def test_a_small_table_of_times_is_not_asked_on_a_device_for_rows_that_it_lacks(device: str) -> None:
+    class Tabled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times, self.layer = nn.Embedding(10, 1), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.layer(x) + self.times(t.long())[:, :, None, None]
+
+    module = Tabled().to(device)
+    backbone = wrap(module, layers=["layer"], schedule="ddpm-linear", prediction="eps", shape=SHAPE)
+    with watched() as ledger, pytest.raises(ValueError, match=r"times has 10 rows and none for .*--schedule"):
+        layer_shapes(backbone)
+    assert not ledger.kernels["embedding"]

@@ -95,7 +95,7 @@ def test_without_a_scheduler_the_published_training_counts(tmp_path: Path) -> No
         ({"_class_name": "../x"}, "is not a scheduler of diffusers"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "wrong"}, "is not a valid configuration of DDIMScheduler"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": -1}, "is damaged"),
-        ([], "is damaged"),
+        ([], "holds a list, not keys and values"),
     ],
 )
 def test_schedulers_that_cannot_be_read_are_refused(config: Any, message: str, tmp_path: Path) -> None:
