@@ -61,6 +61,10 @@ def depth_figure(table: pd.DataFrame) -> Figure:
         axes.set(title=title, xlabel="blocks", xscale="log", xticks=depths, xticklabels=depths)
         axes.minorticks_off()
     figure.axes[0].set_ylabel("change by alignment (%)")
+    last = changes(rows[rows["step"] == rows["step"].max()], "frechet").groupby("depth")["change"].mean()
+    found = ", ".join(f"{change:+.0f} % at {depth:.0f} blocks" for depth, change in last.items())
+    title = f"The published prior at weight 0.03 changes the Fréchet distance by {found} (bars: 95 % over seeds)"
+    figure.suptitle(title, x=0.008, ha="left")
     figure.axes[0].legend()
     return figure
 
