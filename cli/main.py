@@ -6,6 +6,7 @@ everything kept.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -52,6 +53,7 @@ def main() -> None:
 
 def run() -> int:
     """Runs the command line and returns its exit code."""
+    _show_notices()
     try:
         app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
@@ -71,6 +73,14 @@ def run() -> int:
             raise
         return _fail(f"out of memory ({one_line(error)}); pass a smaller --batch-size or --device cpu, or free some", 1)
     return 0
+
+
+def _show_notices() -> None:
+    """Prints what the package tells beside its results, such as files that were made again, as `tell` does."""
+    logger = logging.getLogger("layerprobe")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("layerprobe: warning: %(message)s"))
+    logger.handlers[:] = [handler]
 
 
 def _fail(message: str, code: int) -> int:

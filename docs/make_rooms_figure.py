@@ -16,6 +16,8 @@ from test_architecture import ARROWS  # noqa: E402
 
 TEXTS = {
     "files": "files that appear whole",
+    "checksums": "damage is noticed",
+    "records": "the one reader of a run",
     "options": "options of dataclasses",
     "progress": "progress callbacks",
     "noise": "schedules, predictions",

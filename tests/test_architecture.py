@@ -22,12 +22,14 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_LOWEST = ("files", "options", "progress")
+_LOWEST = ("files", "checksums", "records", "options", "progress")
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
     "files": (),
+    "checksums": ("files",),
+    "records": ("files", "checksums"),
     "options": (),
     "progress": (),
     "capture": (),

@@ -13,6 +13,7 @@ from .arms import arms_for as arms_for
 from .confirmation import CONFIRMATION_COLUMNS as CONFIRMATION_COLUMNS
 from .confirmation import confirm_pair as confirm_pair
 from .confirmation import kept_spread as kept_spread
+from .confirmation import read_curves as read_curves
 from .confirmation import run_folder as run_folder
 from .evaluation import Scorer as Scorer
 from .pair_sweep import PAIR_SWEEP_COLUMNS as PAIR_SWEEP_COLUMNS

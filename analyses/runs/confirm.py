@@ -24,11 +24,13 @@ from layerprobe.analyses.selection import Selection
 from layerprobe.backbones import alignable_layers, fresh_sit
 from layerprobe.checkpoints import training_record
 from layerprobe.data import Reading
+from layerprobe.files import holding
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
 
+@holding("run")
 def confirm_run(
     run: str | Path,
     training: TrainingPlan,
@@ -97,6 +99,7 @@ def confirm_run(
 
 def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Refuses to replace a verdict by one on fewer arms or seeds, since the report has one verdict only."""
+    folder.mend_verdict()
     before = folder.verdict()
     if before is None:
         return

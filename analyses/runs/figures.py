@@ -20,8 +20,10 @@ from layerprobe.analyses.measures import pca_rgb
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables import MODEL, headlines, probed_column
 from layerprobe.extraction import FeatureStore
+from layerprobe.files import holding
 
 
+@holding("run")
 def draw_figures(run: str | Path) -> list[Path]:
     """Draws every figure that the run's tables allow, as PNG and SVG, into `figures/`."""
     folder = RunFolder(run)

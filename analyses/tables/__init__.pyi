@@ -1,3 +1,4 @@
+from .csv_files import read_table as read_table
 from .csv_files import write_table as write_table
 from .evidence import CAPPED_DISTANCE as CAPPED_DISTANCE
 from .evidence import CKA as CKA

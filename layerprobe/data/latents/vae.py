@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.checksums import write_recorded_text
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
-from layerprobe.files import MissingWeights, claim, locked, one_line, reserve, write_text
+from layerprobe.files import MissingWeights, locked, one_line, reserve
 from layerprobe.progress import StepProgress
+from layerprobe.records import claim, read_record, typed
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
@@ -225,7 +227,8 @@ def _encode(
     vae, n = _autoencoder(folder, device), len(samples)
     counter, unfinished = path.with_name("done.json"), path.with_name("unfinished.npy")
     # The count is written after the rows, so that every row below it is on disk.
-    done = json.loads(counter.read_text()) if counter.is_file() and unfinished.is_file() else 0
+    is_begun = counter.is_file() and unfinished.is_file()
+    done = read_record(counter, typed(int), remedy="delete it to encode again") if is_begun else 0
     stored = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", dtype=np.float32, shape=(n, *shape))
     reserve(unfinished)  # A full disk would kill a process that writes to mapped memory.
     for start in range(done, n, batch_size):
@@ -237,7 +240,7 @@ def _encode(
             raise ValueError(f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it")
         stored[start : start + len(moments)] = moments.numpy()
         stored.flush()
-        write_text(counter, json.dumps(start + len(moments)))
+        write_recorded_text(counter, json.dumps(start + len(moments)))
         if progress:
             progress(start + len(moments), n)
     os.replace(unfinished, path)
