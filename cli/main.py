@@ -53,7 +53,7 @@ def main() -> None:
 
 def run() -> int:
     """Runs the command line and returns its exit code."""
-    _show_notices()
+    logging.getLogger("layerprobe").handlers[:] = [_Notices()]
     try:
         app(auto_envvar_prefix="LAYERPROBE")
     except SystemExit as finished:
@@ -75,12 +75,11 @@ def run() -> int:
     return 0
 
 
-def _show_notices() -> None:
+class _Notices(logging.Handler):
     """Prints what the package tells beside its results, such as files that were made again, as `tell` does."""
-    logger = logging.getLogger("layerprobe")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("layerprobe: warning: %(message)s"))
-    logger.handlers[:] = [handler]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"layerprobe: warning: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int) -> int:
