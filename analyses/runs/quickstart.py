@@ -13,6 +13,7 @@ from layerprobe.analyses.selection import Selection
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.files import holding
 from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 
@@ -20,6 +21,7 @@ QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 QUICKSTART_ARMS = ("none", "pick", "prior", "bad")
 
 
+@holding("run")
 def quickstart_run(
     run: str | Path,
     *,
