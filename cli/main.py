@@ -6,6 +6,7 @@ everything kept.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from layerprobe import __version__
-from layerprobe.cli.output import tell
+from layerprobe.cli.output import tell, warn
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
@@ -95,6 +96,7 @@ def main() -> None:
 
 def run() -> int:
     """Runs the command line and returns its exit code."""
+    logging.getLogger("layerprobe").handlers[:] = [_Notices()]
     try:
         with _warnings_in_one_line():
             app(auto_envvar_prefix="LAYERPROBE")
@@ -140,6 +142,13 @@ def _warnings_in_one_line() -> Iterator[None]:
             for line in () if finished.code else of_libraries:
                 tell(f"warning: {line}")
             raise
+
+
+class _Notices(logging.Handler):
+    """Prints what the package tells beside its results, such as files that were made again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
 
 
 def _fail(message: str, code: int) -> int:

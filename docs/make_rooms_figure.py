@@ -20,6 +20,8 @@ TEXTS = {
     "configs": "files of options",
     "files": "files that appear whole",
     "memory": "batches that fit",
+    "checksums": "damage is noticed",
+    "records": "the one reader of a run",
     "options": "options of dataclasses",
     "progress": "progress callbacks",
     "noise": "schedules, predictions",

@@ -1,26 +1,30 @@
-"""Atomic writing of files, folders that belong to one run, and small helpers for imports and errors."""
+"""Atomic writing of files, folders that one process holds, and small helpers for imports and errors."""
 
 from __future__ import annotations
 
 import errno
 import importlib
-import json
+import inspect
+import logging
 import os
 import re
 import shutil
 import socket
+import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, TextIO
+from textwrap import shorten
+from typing import Any, ParamSpec, TextIO, TypeVar
 from uuid import uuid4
 
 from layerprobe.messages import safe
 
+logger = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
 _INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
@@ -203,6 +207,8 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 LOCK = ".lock"
+P = ParamSpec("P")
+R = TypeVar("R")
 _held: set[Path] = set()
 
 
@@ -211,126 +217,115 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a folder for this process while the block runs, so that no second one works on the same files.
 
     The lock ends with the process, however it ends. Within a process, an inner block of the same folder does nothing.
+    A file system without locks is told of in a warning, and does not keep a second process out.
 
     Args:
-        folder: Folder; created if it does not exist.
+        folder: Folder; created if it does not exist, and removed again if nothing else came into it.
         wait: Whether to wait until another process has finished; otherwise it is an error.
 
     Raises:
-        ValueError: If another process holds the folder.
+        ValueError: If another process holds the folder, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder; choose another --out")
     path = folder.resolve() / LOCK
     if path in _held:
         yield
         return
-    with path.open("a+", encoding="utf-8") as file:
-        if not _lock(file, wait=wait):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is in use by {holder}; wait until it ends, or choose another folder")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with _open_locked(path, folder, wait=wait) as file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since} ({_command()})")
         file.flush()
         _held.add(path)
         try:
             yield
         finally:
             _held.discard(path)
+            with suppress(OSError):  # Removed while it is held: who waits for it notices, see `_open_locked`.
+                path.unlink()
+            with suppress(OSError):  # Not empty.
+                for place in made:
+                    place.rmdir()
 
 
-def _lock(file: TextIO, *, wait: bool) -> bool:
-    """Locks a file; returns False if another process holds it."""
+def holding(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a job hold the folder that one of its arguments names while it runs, see `locked`.
+
+    Args:
+        argument: Name of the argument.
+    """
+
+    def decorate(job: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(job)
+
+        @wraps(job)
+        def held(*args: P.args, **kwargs: P.kwargs) -> R:
+            with locked(Path(signature.bind(*args, **kwargs).arguments[argument])):
+                return job(*args, **kwargs)
+
+        return held
+
+    return decorate
+
+
+def holder(folder: Path) -> str:
+    """Returns which other process holds a folder and since when; "" if none does."""
+    path = folder.resolve() / LOCK
+    if path in _held or not path.is_file():
+        return ""
+    with path.open("r", encoding="utf-8", errors="replace") as file:
+        return "" if _lock(file, wait=False, shared=True) else _holder(file)
+
+
+def _open_locked(path: Path, folder: Path, *, wait: bool) -> TextIO:
+    """Opens and locks a lock file."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            got = _lock(file, wait=wait)
+            if got is None:
+                logger.warning("%s is on a file system without locks; let no other command write there", folder)
+            if got is False:
+                raise ValueError(
+                    f"{folder} is in use by {_holder(file)}; wait until it ends or stop it, or choose another folder"
+                )
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # Its last holder has removed it in the meantime.
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    text = "".join(letter if letter.isprintable() else "?" for letter in file.read(400))
+    return text.strip() or "another process"
+
+
+def _command() -> str:
+    """The command line of this process, shortened."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    return shorten(" ".join(words), 120, placeholder=" ...")
+
+
+def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool | None:
+    """Locks a file; returns False if another process holds it, None if its file system has no locks."""
     try:
         import fcntl
     except ImportError:  # on Windows, where temporary names of their own still keep files whole
-        return True
+        return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # A network file system without locks.
-        return True
+    except OSError:
+        return None
     return True
-
-
-class OtherRun(ValueError):
-    """A folder holds the results of another run.
-
-    Args:
-        seen: What the folder holds, and how it differs.
-        cure: What to do.
-    """
-
-    def __init__(self, seen: str, cure: str) -> None:
-        super().__init__(f"{seen}; {cure}")
-        self.seen = seen
-
-
-def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
-    """Reserves a folder for the run that `record` describes, or checks that it already belongs to this run.
-
-    Args:
-        folder: Folder of the run; created if it does not exist.
-        name: Name of the file in the folder that stores the record.
-        record: Description of the run, JSON-compatible.
-        what: Content of the folder, such as "features", for the error message.
-
-    Raises:
-        OtherRun: If the folder belongs to another run; nothing is written then.
-        ValueError: If it is a file or contains other files.
-    """
-    record_path, record = folder / name, json.loads(json.dumps(record))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder; choose another --out")
-    # Listed before looking for the record, since another process may write it in between.
-    files = folder.iterdir() if folder.is_dir() else ()
-    other_files = sorted(file.name for file in files if file.name != LOCK and file.suffix != ".partial")
-    if record_path.is_file():
-        different_keys = differences(_read(record_path), record)
-        if different_keys:
-            seen = f"{folder} holds {what} of another run (different: {', '.join(different_keys[:4])})"
-            raise OtherRun(seen, "choose another --out")
-        return
-    if other_files:
-        raise ValueError(f"{folder} is not empty and contains other files ({other_files[0]}); choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(record_path, json.dumps(record, indent=1), durable=True)
-
-
-def check_same(path: Path, record: Mapping[str, Any], *, what: str) -> None:
-    """Checks that a file with the record of a result describes the same result, so that writing it again loses nothing.
-
-    Args:
-        path: File with the record; it need not exist.
-        record: Description of the result that will be written, JSON-compatible; other keys of the file do not count.
-        what: Name of the result, such as "samples", for the error message.
-
-    Raises:
-        ValueError: If the file describes another result.
-    """
-    if path.is_file():
-        before = _read(path)
-        changed = differences({key: before.get(key) for key in record}, json.loads(json.dumps(record)))
-        if changed:
-            raise ValueError(
-                f"{path.parent} holds {what} of another command (different: {', '.join(changed[:4])}); choose another "
-                "--out, or delete them first"
-            )
-
-
-def differences(before: Any, now: Any, at: str = "") -> list[str]:
-    """Returns the dotted keys at which two JSON values differ.
-
-    Args:
-        before: First value.
-        now: Second value.
-        at: Key of both values in a larger one, which the returned keys start with.
-    """
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
-        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{at}.{key}".strip("."))]
-    return [] if before == now else [at or "everything"]
 
 
 IN_MEMORY = "in memory: "  # how the source of a model or of data begins that was passed as an object
@@ -356,10 +351,3 @@ def refuse_memory(source: str, what: str) -> None:
 def absolute_source(source: str) -> str:
     """Returns an existing local path as an absolute path, and other sources ("digits", "owner/name") unchanged."""
     return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another --out") from error

@@ -22,7 +22,7 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_LOWEST = ("configs", "files", "memory", "messages", "options", "progress")
+_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress")
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
@@ -32,6 +32,8 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "messages": (),
     "__main__": ("cli",),
     "memory": (),
+    "checksums": ("files",),
+    "records": ("files", "checksums"),
     "options": (),
     "progress": (),
     "capture": (),

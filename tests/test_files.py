@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,9 @@ import pytest
 from layerprobe.files import (
     DiskFull,
     atomic_write,
-    check_same,
-    claim,
-    differences,
     error_place,
+    holder,
+    holding,
     import_optional,
     locked,
     one_line,
@@ -38,16 +38,6 @@ RECORD = {"plan": {"steps": 3, "levels": (0.1, 0.5)}, "data": "abc"}
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_a_result_is_replaced_by_the_same_one_only(tmp_path: Path) -> None:
-    path = tmp_path / "samples.json"
-    check_same(path, RECORD, what="samples")
-    write_text(path, json.dumps(RECORD | {"scores": [1, 2]}))
-    check_same(path, RECORD, what="samples")
-    other = RECORD | {"plan": {"steps": 4, "levels": (0.1, 0.5)}}
-    with pytest.raises(ValueError, match=r"holds samples of another command \(different: plan.steps\); choose another"):
-        check_same(path, other, what="samples")
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -96,81 +86,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert list(contents(tmp_path).items()) == [("a.json", b"old")]
 
 
-def test_a_folder_is_claimed_once_and_again_by_the_same_run(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "run"
-    claim(folder, "plan.json", RECORD, what="features")
-    before = contents(folder)
-    assert json.loads(before["plan.json"]) == {"plan": {"steps": 3, "levels": [0.1, 0.5]}, "data": "abc"}
-    (folder / "shard").write_text("work")
-    stamp = (folder / "plan.json").stat().st_mtime_ns
-    claim(folder, "plan.json", RECORD, what="features")
-    assert (folder / "plan.json").stat().st_mtime_ns == stamp
-    assert contents(folder) == before | {"shard": b"work"}
-
-
-def test_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
-    claim(tmp_path / "run", "plan.json", RECORD, what="features")
-    before = contents(tmp_path)
-    other = {"plan": {"steps": 4, "levels": (0.1, 0.5), "seed": 1}, "data": "abd"}
-    with pytest.raises(ValueError, match=r"holds features of another run \(different: data, plan.seed, plan.steps\)"):
-        claim(tmp_path / "run", "plan.json", other, what="features")
-    assert contents(tmp_path) == before
-
-
-def test_at_most_four_differences_are_named(tmp_path: Path) -> None:
-    claim(tmp_path, "plan.json", dict.fromkeys("abcdef", 1), what="features")
-    with pytest.raises(ValueError, match=r"\(different: a, b, c, d\); choose another --out$"):
-        claim(tmp_path, "plan.json", dict.fromkeys("abcdef", 2), what="features")
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "sub/file"])
-def test_a_folder_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    before = contents(tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"is not empty and contains other files \({name.split('/')[0]}\); choose another"
-    ):
-        claim(tmp_path, "plan.json", RECORD, what="features")
-    assert contents(tmp_path) == before
-
-
-def test_the_remains_of_an_interrupted_claim_are_ignored(tmp_path: Path) -> None:
-    (tmp_path / "plan.json.partial").write_text("{")
-    claim(tmp_path, "plan.json", RECORD, what="features")
-    assert json.loads((tmp_path / "plan.json").read_text())["data"] == "abc"
-
-
-def test_two_processes_may_claim_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = Path.iterdir
-
-    def slowly(folder: Path) -> list[Path]:
-        entries = list(listed(folder))
-        write_text(folder / "plan.json", json.dumps(RECORD))
-        return entries
-
-    monkeypatch.setattr(Path, "iterdir", slowly)
-    claim(tmp_path, "plan.json", RECORD, what="features")
-    with pytest.raises(ValueError, match="of another run"):
-        claim(tmp_path, "plan.json", {"data": "other"}, what="features")
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("mine")
-    with pytest.raises(ValueError, match="run is a file, not a folder; choose another --out"):
-        claim(tmp_path / "run", "plan.json", RECORD, what="features")
-    assert (tmp_path / "run").read_text() == "mine"
-
-
-@pytest.mark.parametrize(("content", "message"), [("{", "plan.json is damaged"), ("[1]", "different: everything")])
-def test_an_invalid_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(ValueError, match=message) as refused:
-        claim(tmp_path, "plan.json", RECORD, what="features")
-    assert "\n" not in str(refused.value)
-    assert (tmp_path / "plan.json").read_text() == content
-
-
 @pytest.mark.parametrize(
     ("message", "line"), [("one\ntwo", "one"), ("  one  \n", "one"), ("x" * 200, "x" * 160), ("", "ValueError")]
 )
@@ -182,13 +97,6 @@ def test_a_missing_optional_module_is_reported_with_its_extra() -> None:
     assert import_optional("json", "audio") is json
     with pytest.raises(ModuleNotFoundError, match=r"^nonsense is not installed; install layerprobe\[audio\]$"):
         import_optional("nonsense", "audio")
-
-
-def test_differences_are_dotted_keys() -> None:
-    before = {"a": {"b": [1, 2], "c": 1}, "d": None}
-    assert differences(before, {"a": {"b": [1, 2], "c": 1}, "d": None}) == []
-    assert differences(before, {"a": {"b": [2, 1], "c": 1}, "e": 0}) == ["a.b", "e"]
-    assert differences(before, {"a": 5}) == ["a"]
 
 
 # Writes the same file over and over, slowly, as one of two processes that share a folder.
@@ -337,9 +245,65 @@ def test_a_folder_in_use_names_its_holder_until_that_process_ends(tmp_path: Path
         holder.kill()
         holder.communicate()
     with locked(tmp_path), locked(tmp_path):  # again within the same process
-        claim(tmp_path, "plan.json", RECORD, what="features")
+        write_text(tmp_path / "a", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     with locked(tmp_path, wait=True):
         pass
+
+
+def test_a_job_holds_the_folder_that_it_is_given(tmp_path: Path) -> None:
+    @holding("run")
+    def job(run: str | Path, *, then: str = "") -> tuple[bool, str]:
+        # A second process would be told; this one is not its own rival.
+        return (Path(run) / ".lock").is_file(), then + holder(Path(run))
+
+    assert job(tmp_path / "new" / "run", then="x") == (True, "x")
+    assert not (tmp_path / "new").exists()  # nothing came into it
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file is a file, not a folder"):
+        job(run=tmp_path / "file")
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from layerprobe.files import locked
+
+folder = Path(sys.argv[1])
+while True:
+    with locked(folder, wait=True):
+        with (folder / "log").open("a") as log:
+            log.write(f"begin {sys.argv[2]}\\n")
+            log.flush()
+            time.sleep(0.002)
+            log.write(f"end {sys.argv[2]}\\n")
+"""
+
+
+def test_processes_that_are_killed_at_random_never_hold_a_folder_together(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    (tmp_path / "log").touch()
+    start = [sys.executable, "-c", WORKER, str(tmp_path)]
+    workers = [subprocess.Popen([*start, str(i)]) for i in range(3)]
+    for i in range(3, 9):
+        time.sleep(0.15 + 0.1 * rng.random())
+        victim = workers.pop(0)
+        victim.kill()
+        victim.wait()
+        workers.append(subprocess.Popen([*start, str(i)]))
+    for worker in workers:
+        worker.kill()
+        worker.wait()
+    with locked(tmp_path):  # What the dead have left is no lock.
+        pass
+    inside, turns = None, 0
+    for line in (tmp_path / "log").read_text().splitlines():
+        verb, who = line.split()
+        if verb == "begin":  # Whoever was inside has been killed.
+            inside, turns = who, turns + 1
+        else:
+            assert who == inside
+    assert turns > 20
 
 
 def test_the_place_of_an_error_is_in_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from .branching import start_cautions as start_cautions
 from .confirmation import CONFIRMATION_COLUMNS as CONFIRMATION_COLUMNS
 from .confirmation import confirm_pair as confirm_pair
 from .confirmation import kept_spread as kept_spread
+from .confirmation import read_curves as read_curves
 from .confirmation import run_folder as run_folder
 from .duration import confirmation_seconds as confirmation_seconds
 from .evaluation import Scorer as Scorer

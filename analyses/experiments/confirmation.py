@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,13 @@ from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
 from layerprobe.analyses.experiments.power import Spread, SpreadSource
 from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clear, judge, judged_arm, spread_of
 from layerprobe.analyses.generation import Extractor, classifier_extractor
+from layerprobe.analyses.tables import read_table, write_table
 from layerprobe.backbones import Backbone
+from layerprobe.checksums import CHECKSUMS, write_recorded_text
 from layerprobe.data import Samples, Splits
-from layerprobe.files import claim, write_text
+from layerprobe.files import holding
 from layerprobe.progress import TaskProgress, TrainingProgress
+from layerprobe.records import claim, read_record, typed, write_record
 from layerprobe.training import TrainingPlan, train
 
 # Steps over which the mean step length is measured: AdamW's moving averages need them to reflect how well the gradients
@@ -35,6 +39,15 @@ MEASURED_STEPS = 50
 CONFIRMATION_COLUMNS = ("arm", "seed", "step", "metric", "value")
 
 
+class _LearningRate(TypedDict):
+    pair: list[str]
+    steps: int
+    mean_step_aligned: float
+    mean_step: float
+    learning_rate: float
+
+
+@holding("folder")
 def confirm_pair(
     start: Callable[[int], Backbone],
     splits: Splits,
@@ -95,8 +108,8 @@ def confirm_pair(
         looked=earlier_looks(folder, judged_arm(arms).name),
         trained_steps=trained_steps,
     )
-    write_text(folder / "confirmation.csv", curves.to_csv(index=False))
-    write_text(folder / "verdict.json", verdict.to_json(), durable=True)
+    write_table(curves, folder / "confirmation.csv")
+    write_recorded_text(folder / "verdict.json", verdict.to_json(), durable=True)
     return verdict
 
 
@@ -146,6 +159,17 @@ def _train_arms(
     return curves
 
 
+def read_curves(path: Path) -> pd.DataFrame:
+    """Reads the curves of a confirmation, with the columns `CONFIRMATION_COLUMNS`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        Damaged: If the file is damaged.
+    """
+    remedy = "repeat the `layerprobe confirm` that made it, which trains nothing again"
+    return read_table(path, CONFIRMATION_COLUMNS, ("seed", "step", "value"), remedy=remedy)
+
+
 def earlier_looks(folder: Path, judged: str) -> dict[int, float]:
     """Returns the looks of the verdict in a folder, {number of seeds: level}.
 
@@ -161,10 +185,8 @@ def earlier_looks(folder: Path, judged: str) -> dict[int, float]:
     path = folder / "verdict.json"
     if not path.is_file():
         return {}
-    try:
-        verdict = Verdict.from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    remedy = "delete it, and the next verdict counts no look before its own"
+    verdict = read_record(path, Verdict.from_dict, remedy=remedy)
     return verdict.looks if verdict.judged == judged else {}
 
 
@@ -179,8 +201,9 @@ def kept_spread(folder: Path, source: SpreadSource) -> Spread | None:
     """
     runs: dict[str, dict[str, dict[int, float]]] = {}
     for path in folder.glob("seed-*/*.json"):
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        by_step = {int(step): values[FRECHET] for step, values in scores.items()}
+        if path.name == CHECKSUMS:
+            continue
+        by_step = {step: values[FRECHET] for step, values in read_scores(path).items() if FRECHET in values}
         runs.setdefault(path.stem, {})[path.parent.name] = by_step
     last = max((step for seeds in runs.values() for by_step in seeds.values() for step in by_step), default=0)
     finals = {
@@ -198,6 +221,19 @@ def kept_spread(folder: Path, source: SpreadSource) -> Spread | None:
     return spread_of(np.array(differences), [*baseline.values()], source, steps=last)
 
 
+def read_scores(path: Path) -> ScoresByStep:
+    """Reads the scores of an arm or branch by step; {} before the first.
+
+    Raises:
+        Damaged: If the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    remedy = f"delete it and {path.with_suffix('')}, and that training is repeated"
+    scores: ScoresByStep = read_record(path, typed(dict[int, dict[str, float]]), remedy=remedy)
+    return scores
+
+
 def _stem(name: str) -> str:
     return name.replace(" ", "-")
 
@@ -212,8 +248,9 @@ def _matched(arm: Arm, backbone: Backbone, samples: Samples, training: TrainingP
     if arm.matched is None:
         return arm
     path, pair = folder / "learning-rate.json", [arm.matched.student, arm.matched.teacher]
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if record.get("pair") != pair:
+    remedy = "delete it, and the learning rate is measured again"
+    record = read_record(path, typed(_LearningRate), remedy=remedy) if path.is_file() else None
+    if record is None or record["pair"] != pair:
         aligned = step_length(backbone, samples, replace(training, pairs=(arm.matched,)))
         plain = step_length(backbone, samples, replace(training, pairs=()))
         record = {
@@ -223,7 +260,7 @@ def _matched(arm: Arm, backbone: Backbone, samples: Samples, training: TrainingP
             "mean_step": plain,
             "learning_rate": training.learning_rate * aligned / plain,
         }
-        write_text(path, json.dumps(record, indent=1))
+        write_record(path, record)
     return replace(arm, learning_rate=record["learning_rate"])
 
 
@@ -310,10 +347,9 @@ class _Evaluations:
 
     def __init__(self, path: Path, score: Callable[[Backbone], dict[str, float]]) -> None:
         self._path, self._score = path, score
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.scores: ScoresByStep = {int(step): values for step, values in record.items()}
+        self.scores: ScoresByStep = read_scores(path)
 
     def observe(self, step: int, model: Backbone) -> None:
         if step not in self.scores:
             self.scores[step] = self._score(model)
-            write_text(self._path, json.dumps(self.scores))
+            write_recorded_text(self._path, json.dumps(self.scores))

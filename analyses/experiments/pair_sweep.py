@@ -13,7 +13,6 @@ noise; several seeds do.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,18 +26,21 @@ import pandas as pd
 import torch
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Arm
-from layerprobe.analyses.experiments.confirmation import run_folder, train_arm
+from layerprobe.analyses.experiments.confirmation import read_scores, run_folder, train_arm
 from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
 from layerprobe.analyses.experiments.probe_errors import probe_errors
 from layerprobe.analyses.generation import Extractor, classifier_extractor
+from layerprobe.analyses.tables import read_table, write_table
 from layerprobe.backbones import Backbone, fresh_sit, network_record
 from layerprobe.checkpoints import weights_hash
+from layerprobe.checksums import recorded_write
 from layerprobe.data import Splits
-from layerprobe.files import atomic_write, claim, write_text
+from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, TrainingProgress
+from layerprobe.records import claim
 from layerprobe.sampling import SamplingPlan
-from layerprobe.training import TrainingPlan, checkpoints, train
+from layerprobe.training import TrainingPlan, checkpoints, read_checkpoint, train
 
 PAIR_SWEEP_COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
 
@@ -138,8 +140,9 @@ def sweep_pairs(
         raise ValueError(f"there is no shard {number} of {count}; pass 1/{count} to {count}/{count}")
     if len(set(pairs)) < len(pairs):
         raise ValueError("a pair is listed twice; pass each pair once")
-    claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
-    extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
+    with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
+        claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
+        extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
     todo = [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
@@ -152,10 +155,12 @@ def sweep_pairs(
                 progress(what, index * plan.branch_steps + step - plan.first_step, len(todo) * plan.branch_steps)
 
         start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
-        _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
-    scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
-    sweep = _with_earlier(pair_sweep_table(scores), folder / "atlas.csv")
-    write_text(folder / "atlas.csv", sweep.to_csv(index=False))
+        with locked(run_folder(folder, arm, seed)):
+            _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
+    with locked(folder, wait=True):
+        scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
+        sweep = _with_earlier(pair_sweep_table(scores), folder / "atlas.csv")
+        write_table(sweep, folder / "atlas.csv")
     return sweep
 
 
@@ -208,10 +213,8 @@ def read_pair_sweep(path: str | Path) -> pd.DataFrame:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds another table.
     """
-    sweep = pd.read_csv(path, dtype={"student": str, "teacher": str}, keep_default_na=False, na_values={"benefit": ""})
-    if tuple(sweep.columns) != PAIR_SWEEP_COLUMNS:
-        raise ValueError(f"{path} has the columns {', '.join(sweep.columns)}; pass an atlas.csv of `layerprobe atlas`")
-    return sweep
+    remedy = "pass an atlas.csv of `layerprobe atlas`; a damaged one is deleted and made again by that command"
+    return read_table(path, PAIR_SWEEP_COLUMNS, PAIR_SWEEP_COLUMNS[2:4] + PAIR_SWEEP_COLUMNS[5:], remedy=remedy)
 
 
 def benefits(sweep: pd.DataFrame, *, metric: str = FRECHET) -> pd.Series:
@@ -261,21 +264,19 @@ def _take_over(state: Path, backbone: Backbone, splits: Splits, training: Traini
     branch.parent.mkdir(parents=True, exist_ok=True)
     train(backbone, splits.train, replace(training, steps=0), branch)  # without a step, to claim the folder
     shutil.rmtree(folder)
-    content = torch.load(state, map_location="cpu", weights_only=True)
+    content = read_checkpoint(state)
     # A branch has averages of its own and takes over none of the training's decisions.
     average, decays = next(iter(content["averages"].values())), (training.ema_decay, *training.more_ema_decays)
     content = {name: content[name] for name in ("step", "module", "optimizer")}
     content |= {"averages": dict.fromkeys(decays, average), "log": [], "decisions": []}
     folder.mkdir()
-    with atomic_write(folder / f"step-{content['step']:07d}.pt") as partial_path:
+    with recorded_write(folder / f"step-{content['step']:07d}.pt") as partial_path:
         torch.save(content, partial_path)
 
 
 def _scores(branch: Path) -> ScoresByStep:
     """The scores of a branch so far; {} before the first."""
-    path = branch.with_name(f"{branch.name}.json")
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {int(step): values for step, values in record.items()}
+    return read_scores(branch.with_name(f"{branch.name}.json"))
 
 
 def _finished(branch: Path, plan: PairSweepPlan) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from layerprobe.analyses.experiments.confirmation import read_curves
 from layerprobe.analyses.experiments.verdict import Verdict
+from layerprobe.records import read_record, typed
+
+_REMEDY = "delete the folder and repeat `layerprobe quickstart`"
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class RecordedTrial:
             ValueError: If a file is missing or does not have the content that its name promises.
         """
         try:
-            curves = pd.read_csv(folder / "confirmation.csv")
-            verdict = Verdict.from_json((folder / "verdict.json").read_text(encoding="utf-8"))
-            commands = json.loads((folder / "recorded.json").read_text(encoding="utf-8"))["commands"]
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder} holds no whole recorded trial ({error}); delete it") from error
+            curves = read_curves(folder / "confirmation.csv")
+            verdict = read_record(folder / "verdict.json", Verdict.from_dict, remedy=_REMEDY)
+            commands = read_record(folder / "recorded.json", typed(dict[str, list[str]]), remedy=_REMEDY)["commands"]
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{folder} holds no whole recorded trial ({error}); {_REMEDY}") from error
         return cls(curves, verdict, tuple(commands))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,7 @@ from layerprobe.analyses.experiments.power import (
     error_rate,
     p_value,
 )
+from layerprobe.records import parse
 
 # A run that still loses this share of its distance over the last part of its steps is in the middle of its training.
 # The part is fixed, so that more frequent evaluations do not make a run look settled.
@@ -204,35 +205,10 @@ class Verdict:
         Raises:
             ValueError: If a field is missing or has another type, or a code is unknown.
         """
-        try:
-            fields = dict(record)
-            fields["arms"] = tuple(_read_arm(arm) for arm in record["arms"])
-            fields["comparisons"] = tuple(Comparison(**comparison) for comparison in record["comparisons"])
-            fields["cautions"] = tuple(record["cautions"])
-            fields["looks"] = {int(n): float(level) for n, level in record["looks"].items()}
-            fields["resolution"] = record["resolution"] and Resolution.from_dict(record["resolution"])
-            if record.get("branch"):
-                fields["branch"] = BranchCourse(**record["branch"])
-            verdict = cls(**fields)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"this is not a verdict ({type(error).__name__}: {error})") from error
-        unknown = {verdict.answer, *verdict.cautions} - {*get_args(Answer), *get_args(VerdictCaution)}
-        if unknown:
-            raise ValueError(f"this is not a verdict (unknown code {min(unknown)!r})")
-        return verdict
-
-    @classmethod
-    def from_json(cls, text: str) -> Verdict:
-        """Reads the content of verdict.json.
-
-        Raises:
-            ValueError: If the text is not JSON, or as `from_dict`.
-        """
-        return cls.from_dict(json.loads(text))
-
-
-def _read_arm(record: Mapping[str, Any]) -> ArmResult:
-    return ArmResult(**{**record, "trend": Trend(**record["trend"]), "also": tuple(record["also"])})
+        fields = {name: value for name, value in record.items() if name != "resolution"}
+        verdict: Verdict = parse(cls, fields)
+        found = record.get("resolution")
+        return verdict if found is None else replace(verdict, resolution=Resolution.from_dict(found))
 
 
 def check_arms(arms: Sequence[Arm]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from layerprobe.analyses.experiments import CONFIRMATION_COLUMNS, RecordedTrial, Verdict
+from layerprobe.analyses.experiments import RecordedTrial, Verdict, read_curves
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import MODEL, PairEvidence, headlines, read_quality, read_similarity
-from layerprobe.files import one_line
+from layerprobe.records import read_record, typed
 
 T = TypeVar("T")
 Record = Mapping[str, Any]
@@ -89,37 +88,19 @@ def read_run(folder: Path) -> RunFiles:
         quality=quality,
         similarity=_read(folder / "similarity.csv", read_similarity),
         evidence=_read(folder / "evidence.csv", PairEvidence.read_csv),
-        selection=_read(folder / "selection.json", lambda path: Selection.from_json(path.read_text(encoding="utf-8"))),
-        verdict=_read(folder / "verdict.json", lambda path: Verdict.from_json(path.read_text(encoding="utf-8"))),
-        confirmation=_read(folder / "confirmation.csv", _confirmation_curves),
+        selection=_read(folder / "selection.json", _record_of(Selection.from_dict, "select")),
+        verdict=_read(folder / "verdict.json", _record_of(Verdict.from_dict, "confirm")),
+        confirmation=_read(folder / "confirmation.csv", read_curves),
         recorded=RecordedTrial.read(folder / "recorded") if (folder / "recorded").is_dir() else None,
-        records={title: _read(folder / name, _json) for title, name in RECORDS.items()},
+        records={title: _read(folder / name, _record_of(typed(dict), "probe")) for title, name in RECORDS.items()},
         pictures=tuple(sorted((folder / "figures").glob("samples*.png"))),
     )
 
 
 def _read(path: Path, reader: Callable[[Path], T]) -> T | None:
     """What the reader returns for a file, or None if the file does not exist."""
-    if not path.is_file():
-        return None
-    try:
-        return reader(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read: {one_line(error)}; delete it or run the command that wrote it again"
-        ) from error
+    return reader(path) if path.is_file() else None
 
 
-def _confirmation_curves(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
-    missing = [column for column in CONFIRMATION_COLUMNS if column not in table.columns]
-    if missing:
-        raise ValueError(f"it has no column {missing[0]!r}")
-    return table
-
-
-def _json(path: Path) -> Record:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError(f"it holds {type(record).__name__}, not an object")
-    return record
+def _record_of(build: Callable[[Any], T], command: str) -> Callable[[Path], T]:
+    return lambda path: read_record(path, build, remedy=f"repeat the `layerprobe {command}` that made it")

@@ -35,8 +35,9 @@ from layerprobe.analyses.wording import converged_sentence
 from layerprobe.backbones import Backbone, alignable_layers, fresh_sit, layer_shapes
 from layerprobe.checkpoints import training_record
 from layerprobe.data import Reading, Splits
-from layerprobe.files import OtherRun
+from layerprobe.files import holding, locked
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.records import OtherRun
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -85,6 +86,7 @@ class ConfirmationJob:
         return confirmation_seconds(self.backbone, self.arms, self.plan)
 
 
+@holding("run")
 def confirmation_job(
     run: str | Path,
     training: TrainingPlan,
@@ -164,30 +166,31 @@ def confirm_run(
         ValueError: If the data are not those that the run measured, or as `confirm_pair`.
     """
     folder, backbone = job.folder, job.backbone
-    encoding = named_progress(progress, "encoding images")
-    splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
-    if on_reading:
-        on_reading(splits.train.reading)
-    tell = warn or (lambda line: None)
-    _check_data(folder, backbone, splits, tell)
-    try:
-        verdict = confirm_pair(
-            lambda seed: fresh_sit(backbone, seed) if job.from_scratch else backbone,
-            splits,
-            job.arms,
-            job.plan,
-            folder.confirmation,
-            start_name=FROM_SCRATCH if job.from_scratch else BRANCHED,
-            trained_steps=job.start_step,
-            on_converged=lambda course: tell(converged_sentence(course)),
-            progress=progress,
-        )
-    except OtherRun as other:
-        raise ValueError(f"{other.seen}; pass the options it was begun with, or {_A_COPY}") from other
-    folder.write_verdict()
-    draw_figures(folder.path)
-    write_report(folder.path)
-    return verdict
+    with locked(folder.path):
+        encoding = named_progress(progress, "encoding images")
+        splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
+        if on_reading:
+            on_reading(splits.train.reading)
+        tell = warn or (lambda line: None)
+        _check_data(folder, backbone, splits, tell)
+        try:
+            verdict = confirm_pair(
+                lambda seed: fresh_sit(backbone, seed) if job.from_scratch else backbone,
+                splits,
+                job.arms,
+                job.plan,
+                folder.confirmation,
+                start_name=FROM_SCRATCH if job.from_scratch else BRANCHED,
+                trained_steps=job.start_step,
+                on_converged=lambda course: tell(converged_sentence(course)),
+                progress=progress,
+            )
+        except OtherRun as other:
+            raise ValueError(f"{other.seen}; pass the options it was begun with, or {_A_COPY}") from other
+        folder.write_verdict()
+        draw_figures(folder.path)
+        write_report(folder.path)
+        return verdict
 
 
 _A_COPY = "use a copy of the run without confirmation/, confirmation.csv and verdict.json"
@@ -218,6 +221,7 @@ def _check_data(folder: RunFolder, backbone: Backbone, splits: Splits, tell: Cal
 
 def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Refuses to replace a verdict by one on fewer arms or seeds, since the report has one verdict only."""
+    folder.mend_verdict()
     before = folder.verdict()
     if before is None:
         return

@@ -21,9 +21,10 @@ from layerprobe.analyses.measures import pca_rgb
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables import MODEL, headlines, probed_column
 from layerprobe.extraction import FeatureStore
-from layerprobe.files import write_text
+from layerprobe.files import holding, write_text
 
 
+@holding("run")
 def draw_figures(
     run: str | Path, *, formats: Sequence[str] = ("png", "svg"), only: Sequence[str] = (), title: bool = True
 ) -> list[Path]:

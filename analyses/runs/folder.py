@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from layerprobe import __version__
-from layerprobe.analyses.experiments import Verdict
+from layerprobe.analyses.experiments import Verdict, read_curves
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import CheckpointSource, ConventionCheck
+from layerprobe.checksums import check, is_damaged, recorded_write, told_again, was_recorded, write_recorded_text
 from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
-from layerprobe.files import atomic_write, claim, write_text
-from layerprobe.options import from_record, to_record
+from layerprobe.files import locked, one_line
+from layerprobe.options import to_record
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.records import claim, damaged, parse, read_record, typed, write_record
 
+EXTRACT = "repeat the `layerprobe probe` or `extract` that made the run, which makes it again"
+_CONFIRM = "repeat the `layerprobe confirm` that made it, which trains nothing again"
 PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
 
 
@@ -82,11 +85,8 @@ class RunPlan:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RunPlan:
         """Reads what `to_dict` returns."""
-        return cls(
-            from_record(CheckpointSource, record["checkpoint"]),
-            from_record(DataSource, record["data"]),
-            from_record(ExtractionPlan, record["extraction"]),
-        )
+        plan: RunPlan = parse(cls, record)
+        return plan
 
 
 class RunFolder:
@@ -121,8 +121,8 @@ class RunFolder:
             ValueError: If the folder belongs to another run, or contains other things.
         """
         claim(self.path, "plan.json", plan.to_dict(), what="the results")
-        if not (self.path / "environment.json").is_file():
-            write_text(self.path / "environment.json", json.dumps(_environment(), indent=1))
+        if not self.is_intact(self.path / "environment.json"):
+            write_record(self.path / "environment.json", _environment())
 
     def write_data(self, splits: Splits) -> None:
         """Writes what was read of the data, how many samples each split has, and which samples were copies."""
@@ -130,7 +130,14 @@ class RunFolder:
         counts = {name: len(samples) for name, samples in splits.items()}
         copies = [asdict(copies) for copies in splits.copies]
         record = {"reading": None if reading is None else reading.to_dict(), "samples": counts, "copies": copies}
-        write_text(self.data, json.dumps(record, indent=1))
+        write_record(self.data, record)
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Reads which samples of the data were copies; [] for a run that has not recorded it."""
+        if not self.data.is_file():
+            return []
+        record: _Data = read_record(self.data, typed(_Data), remedy=EXTRACT)
+        return record["copies"]
 
     def plan(self) -> RunPlan:
         """Reads the plan.
@@ -143,7 +150,8 @@ class RunFolder:
             raise FileNotFoundError(
                 f"{self.path} holds no run (no plan.json); pass a folder that `layerprobe probe` has made"
             )
-        return RunPlan.from_dict(json.loads(place.read_text(encoding="utf-8")))
+        remedy = "repeat the `layerprobe probe` or `extract` that made the run, with the same options"
+        return read_record(place, RunPlan.from_dict, remedy=remedy)
 
     def store(self, source: str) -> FeatureStore:
         """Opens the features of the model or of one of its controls."""
@@ -170,25 +178,48 @@ class RunFolder:
     def write_probe_scores(self, scores: Mapping[tuple[str, float], NDArray[np.float64]]) -> None:
         """Writes which samples of the test split the probes classify correctly, by layer and noise level."""
         tensors = {f"{level!r} {layer}": values.astype(np.float32) for (layer, level), values in scores.items()}
-        with atomic_write(self.path / "probe-scores.safetensors") as partial:
+        with recorded_write(self.path / "probe-scores.safetensors") as partial:
             save_file(tensors, partial)
 
     def probe_scores(self) -> dict[tuple[str, float], NDArray[np.float64]]:
         """Reads what `write_probe_scores` wrote; empty for runs without labels, and those of earlier versions."""
         path = self.path / "probe-scores.safetensors"
-        tensors = load_file(path) if path.is_file() else {}
-        places = {name: name.split(" ", 1) for name in tensors}
-        return {(layer, float(level)): tensors[name].astype(np.float64) for name, (level, layer) in places.items()}
+        if not path.is_file():
+            return {}
+        remedy = f"run `layerprobe analyze {self.path}` again"
+        check(path, remedy)
+        scores = {}
+        try:
+            for name, values in load_file(path).items():
+                level, layer = name.split(" ", 1)
+                if values.dtype != np.float32 or values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+                    raise ValueError(f"{name} holds no shares of correct answers")
+                scores[layer, float(level)] = values.astype(np.float64)
+        except (SafetensorError, ValueError) as error:
+            raise damaged(path, one_line(error), remedy) from error
+        return scores
+
+    def is_intact(self, path: Path) -> bool:
+        """Whether a file of the run exists and has the content that was written; tells if it is made again."""
+        if is_damaged(path):
+            told_again(path)
+            return False
+        return path.is_file()
 
     @property
     def has_selection(self) -> bool:
-        """Whether the run has a selection of its own."""
-        return (self.path / "selection.json").is_file()
+        """Whether the run has a selection of its own, and it is not damaged."""
+        place = self.path / "selection.json"
+        return place.is_file() and not is_damaged(place)
 
     @property
     def is_measured(self) -> bool:
-        """Whether the run has been measured."""
-        return (self.path / "quality.csv").is_file()
+        """Whether the run has been measured; a damaged table is told of and counts as none."""
+        tables = [self.path / f"{name}.csv" for name in ("quality", "similarity", "evidence", "recoverability")]
+        lost = [path for path in (*tables, self.path / "probe-scores.safetensors") if is_damaged(path)]
+        for path in lost:
+            told_again(path)
+        return tables[0].is_file() and not lost
 
     def quality(self) -> pd.DataFrame:
         """Reads the quality table.
@@ -199,8 +230,20 @@ class RunFolder:
         return read_quality(self._needed("quality.csv", "run `layerprobe probe` first"))
 
     def similarity(self) -> pd.DataFrame:
-        """Reads the similarity table."""
-        return read_similarity(self.path / "similarity.csv")
+        """Reads the similarity table.
+
+        Raises:
+            FileNotFoundError: If the run has not been measured.
+        """
+        return read_similarity(self._needed("similarity.csv", f"run `layerprobe analyze {self.path}` first"))
+
+    def ablation_table(self) -> pd.DataFrame:
+        """Reads the table of layer ablation, which has the columns of the quality table.
+
+        Raises:
+            FileNotFoundError: If the extraction has not finished.
+        """
+        return read_quality(self._needed("ablation.csv", EXTRACT), remedy=EXTRACT)
 
     def evidence(self) -> PairEvidence:
         """Reads the evidence of layers and pairs.
@@ -212,13 +255,12 @@ class RunFolder:
 
     def convention_check(self) -> tuple[ConventionCheck, bool]:
         """Reads the convention check, and whether the user trusts the declared convention against it."""
-        record = json.loads(self.convention.read_text(encoding="utf-8"))
-        return ConventionCheck.from_dict(record), record.get("trusted", False)
+        return read_record(self.convention, _convention, remedy=EXTRACT)
 
     def write_convention(self, check: ConventionCheck, *, trusted: bool, assumptions: Sequence[str]) -> None:
         """Writes the convention check, and what was assumed of the network, as in `Backbone`."""
         record = check.to_dict() | {"trusted": trusted, "assumptions": list(assumptions)}
-        write_text(self.convention, json.dumps(record, indent=1))
+        write_record(self.convention, record)
 
     def keep_selection(self, selection: Selection, *, replace: bool = False) -> None:
         """Makes a selection the run's own if the run has none yet.
@@ -230,16 +272,38 @@ class RunFolder:
         Raises:
             ValueError: If a confirmation tests the pick of the selection that would be replaced.
         """
-        if self.has_selection:
-            own = self.selection()
-            if not replace or own == selection:
-                return
-            if self.confirmation.is_dir() and own.pick != selection.pick:
-                raise ValueError(
-                    f"{self.confirmation} tests the run's own selection ({own.pick or 'no pick'}); to keep another, "
-                    "copy the run without confirmation/, confirmation.csv and verdict.json, or delete these"
-                )
-        write_text(self.path / "selection.json", selection.to_json())
+        if self.has_selection and not replace:
+            return
+        with locked(self.path):
+            self._check_lost(selection)
+            if self.has_selection:
+                own = self.selection()
+                if own == selection:
+                    return
+                if self.confirmation.is_dir() and own.pick != selection.pick:
+                    raise ValueError(
+                        f"{self.confirmation} tests the run's own selection ({own.pick or 'no pick'}); to "
+                        "keep another, copy the run without confirmation/, confirmation.csv and verdict.json, or "
+                        "delete these"
+                    )
+            write_recorded_text(self.path / "selection.json", selection.to_json())
+
+    def _check_lost(self, selection: Selection) -> None:
+        """Tells that this selection replaces a damaged one.
+
+        Raises:
+            ValueError: If a confirmation tests the pick that is lost.
+        """
+        place = self.path / "selection.json"
+        if not is_damaged(place):
+            return
+        is_same = was_recorded(place, selection.to_json())
+        if self.confirmation.is_dir() and not is_same:
+            raise ValueError(
+                f"{place} is damaged, and {self.confirmation} tests the pick that it held; restore it from a copy, or "
+                "delete both, confirmation.csv and verdict.json"
+            )
+        told_again(place, "" if is_same else "by the rule now; what it held before is lost")
 
     def selection(self) -> Selection:
         """Reads the selection.
@@ -248,24 +312,45 @@ class RunFolder:
             FileNotFoundError: If the run has no selection.
         """
         place = self._needed("selection.json", f"run `layerprobe select {self.path}` first")
-        return Selection.from_json(place.read_text(encoding="utf-8"))
+        return read_record(place, Selection.from_dict, remedy="repeat `layerprobe probe`, or delete it to pick again")
 
     def write_verdict(self) -> None:
         """Copies the curves and the verdict of the confirmation beside the tables."""
         for name in ("confirmation.csv", "verdict.json"):
-            shutil.copyfile(self.confirmation / name, self.path / name)
+            with recorded_write(self.path / name) as partial:
+                partial.write_bytes((self.confirmation / name).read_bytes())
+
+    def mend_verdict(self) -> None:
+        """Copies curves and verdict again if the copies are damaged."""
+        if any(is_damaged(self.path / name) for name in ("confirmation.csv", "verdict.json")):
+            told_again(self.path / "verdict.json")
+            read_curves(self.confirmation / "confirmation.csv")
+            read_record(self.confirmation / "verdict.json", Verdict.from_dict, remedy=_CONFIRM)
+            self.write_verdict()
 
     def verdict(self) -> tuple[pd.DataFrame, Verdict] | None:
         """Reads the curves and the verdict of the confirmation; returns None before the first verdict."""
         place = self.path / "verdict.json"
         if not place.is_file():
             return None
-        return pd.read_csv(self.path / "confirmation.csv"), Verdict.from_json(place.read_text(encoding="utf-8"))
+        return read_curves(self._needed("confirmation.csv", _CONFIRM)), read_record(
+            place, Verdict.from_dict, remedy=_CONFIRM
+        )
 
     def _needed(self, name: str, cure: str) -> Path:
         if not (self.path / name).is_file():
             raise FileNotFoundError(f"{self.path} holds no {name}; {cure}")
         return self.path / name
+
+
+class _Data(TypedDict):
+    reading: dict[str, Any] | None
+    samples: dict[str, int]
+    copies: list[dict[str, Any]]
+
+
+def _convention(record: Mapping[str, Any]) -> tuple[ConventionCheck, bool]:
+    return ConventionCheck.from_dict(record), parse(bool, record.get("trusted", False), "trusted")
 
 
 def _environment() -> dict[str, Any]:

@@ -42,7 +42,6 @@ from layerprobe.analyses.tables import (
     encoder_rows,
     measure,
     measure_evidence,
-    read_quality,
     recoverability_table,
     write_table,
 )
@@ -60,12 +59,14 @@ from layerprobe.extraction import (
     raw_input,
     raw_pool_cells,
 )
+from layerprobe.files import holding
 from layerprobe.progress import TaskProgress, named_progress
 
 LEAST_COMPARED = 4  # samples that debiased CKA needs
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
+@holding("run")
 def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """Runs the main job: features of the model and its controls, tables, selection, figures and report.
 
@@ -86,6 +87,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
     return selection
 
 
+@holding("run")
 def measure_run(
     plan: RunPlan, run: str | Path, *, device: str = "auto", progress: TaskProgress | None = None, **options: Any
 ) -> Selection:
@@ -103,6 +105,7 @@ def _is_mistrusted(selection: Selection) -> bool:
     return any(objection.code == "network does not denoise" for objection in selection.refusal[1])
 
 
+@holding("run")
 def extract_run(
     plan: RunPlan,
     run: str | Path,
@@ -138,7 +141,7 @@ def extract_run(
     _check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
-    if folder.convention.is_file():
+    if folder.is_intact(folder.convention):
         convention, trusted = folder.convention_check()
     else:
         convention, trusted = check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size), False
@@ -154,7 +157,7 @@ def extract_run(
     folder.write_data(splits)  # Only now is it sure that the features are of this data.
     small = folder.store_folder(_EVIDENCE)
     extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
-    if not folder.ablation.is_file():
+    if not folder.is_intact(folder.ablation):
         skipped = ablate_layers(
             backbone,
             splits.validation,
@@ -167,6 +170,7 @@ def extract_run(
         write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), folder.ablation)
 
 
+@holding("run")
 def analyze_run(
     run: str | Path,
     *,
@@ -202,14 +206,14 @@ def analyze_run(
         device=on,
         progress=named_progress(progress, "measuring layers"),
     )
-    ablation = read_quality(folder.ablation)
+    ablation = folder.ablation_table()
     evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation)
     recoverability = recoverability_table(stores[MODEL], device=on) if len(stores[MODEL].token_rows) else None
     tables = [quality, ablation]
     if encoder is not None:
         outside = _encoder_features(plan, stores[MODEL], encoder)
         tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
-    if folder.is_measured:
+    if folder.is_intact(folder.path / "quality.csv"):
         # Measurements of these same features by analyses or encoders that are not asked for now.
         before = folder.quality()
         tables.append(before[~before["metric"].isin(pd.concat(tables)["metric"])])

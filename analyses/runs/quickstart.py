@@ -16,6 +16,7 @@ from layerprobe.analyses.selection import Selection
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.files import holding
 from layerprobe.progress import TaskProgress
 from layerprobe.sampling import SamplingPlan
 
@@ -23,6 +24,7 @@ QUICKSTART_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 RECORDED = Path(__file__).with_name("recorded")
 
 
+@holding("run")
 def quickstart_run(
     run: str | Path, *, seed: int = 0, device: str = "auto", progress: TaskProgress | None = None
 ) -> tuple[Selection, RecordedTrial]:

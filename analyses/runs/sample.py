@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from torch import Tensor
 from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
+from layerprobe.checksums import recorded_write
 from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
-from layerprobe.files import atomic_write, check_same, claim, write_text
+from layerprobe.files import atomic_write, holding, locked
 from layerprobe.progress import TaskProgress
+from layerprobe.records import check_same, claim, write_record
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import processes
 
@@ -61,6 +63,7 @@ def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = 
     return Meaning(rendering, tuple(record.get("class_names", ())))
 
 
+@holding("folder")
 def draw_samples(
     backbone: Backbone,
     folder: str | Path,
@@ -113,7 +116,7 @@ def draw_samples(
     shown = x if vae is None else decode(x, vae, device=backbone.device)
     place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
-        write_text(record_path, json.dumps(made_of, indent=1))
+        write_record(record_path, made_of)
         _save_array(place.with_suffix(".npy"), shown.numpy())
         if rendering is not None and mask is not None:
             _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
@@ -231,7 +234,7 @@ def draw_archive(
             "autoencoder that decodes them"
         )
     archive, parts = folder / "samples.npz", range(-(-num // PART))
-    with processes() as ranks:
+    with processes() as ranks, locked(folder) if ranks.is_first else nullcontext():
         if ranks.is_first:
             claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
             (folder / "parts").mkdir(exist_ok=True)
@@ -301,7 +304,7 @@ def _join(parts: Sequence[Path], archive: Path, *, labels: Tensor | None) -> Non
     first = np.load(parts[0], mmap_mode="r")
     num = PART * (len(parts) - 1) + len(np.load(parts[-1], mmap_mode="r"))
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
-    with atomic_write(archive) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as zipped:
+    with recorded_write(archive) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as zipped:
         with zipped.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,10 +19,12 @@ from layerprobe.analyses.generation import (
     embedded_extractor,
     score_features,
 )
+from layerprobe.analyses.tables import write_table
 from layerprobe.data import ArraySamples, DataSource, Samples, Splits, load_array, take
-from layerprobe.files import check_same, write_text
+from layerprobe.files import holding
 from layerprobe.options import flags, to_record
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.records import check_same, write_record
 
 ARRAYS = (".npz", ".npy")
 
@@ -158,12 +159,12 @@ def check_scores(folder: str | Path, record: Mapping[str, Any]) -> None:
     check_same(Path(folder) / "scores.json", record, what="scores")
 
 
+@holding("folder")
 def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any]) -> None:
     """Writes `scores.csv`, with a row for each score, and the record as `scores.json`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "scores.csv", pd.DataFrame([asdict(score) for score in scores]).to_csv(index=False))
-    write_text(folder / "scores.json", json.dumps(record, indent=1))
+    write_table(pd.DataFrame([asdict(score) for score in scores]), folder / "scores.csv")
+    write_record(folder / "scores.json", record)
 
 
 def describe_scores(scores: Sequence[Score], warnings: Sequence[str]) -> list[str]:

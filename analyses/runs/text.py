@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 from layerprobe.analyses.figures import CLASS
 from layerprobe.analyses.runs.check import pick_findings
 from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.selection import Answers, Selection, probe_cautions
+from layerprobe.analyses.selection import Answers, Selection, probe_cautions, read_decisions
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT, probed_column, read_quality
 from layerprobe.analyses.wording import (
     TRUST,
@@ -39,9 +38,7 @@ def describe_convention(run: str | Path) -> list[str]:
 
 def describe_copies(run: str | Path) -> list[str]:
     """Returns a readable line for each split that had copies; no lines if there were none."""
-    path = RunFolder(run).data
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"copies": []}
-    return [f"copies   {sentence}" for sentence in copy_sentences(record["copies"])]
+    return [f"copies   {sentence}" for sentence in copy_sentences(RunFolder(run).copies())]
 
 
 def describe_labels(run: str | Path) -> list[str]:
@@ -154,6 +151,4 @@ def selection_record(selection: Selection) -> dict[str, Any]:
 
 def describe_decisions(training: str | Path) -> list[str]:
     """The decisions of `--sync auto` in a training folder in lines for people; no lines where there were none."""
-    path = Path(training) / "decisions.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return [f"step {row['step']}: {decision_text(row['record'])}" for row in rows]
+    return [f"step {row['step']}: {decision_text(row['record'])}" for row in read_decisions(Path(training))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,16 @@ import pandas as pd
 
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.runs.network import NewNetwork
+from layerprobe.analyses.tables import read_table
 from layerprobe.analyses.wording import selection_reason
 from layerprobe.backbones import Backbone, SiT, layer_shapes
 from layerprobe.checkpoints import open_checkpoint
+from layerprobe.checksums import write_recorded_text
 from layerprobe.data import DataSource, Samples, Splits, take
-from layerprobe.files import write_text
+from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.records import read_bounded
 from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
 
 if TYPE_CHECKING:
@@ -195,6 +198,7 @@ def train_run(
     report = None if progress is None else lambda step, total, _: progress("training", step, total)
     with (
         processes() as ranks,
+        locked(folder) if ranks.is_first else nullcontext(),
         closing(open_trackers(trackers, folder, config=config, run_name=name, warn=warn)) as tracked,
     ):
         model = train(
@@ -232,11 +236,12 @@ def picked_pairs(run: str | Path | None) -> tuple[LayerPair, ...]:
 def _examine(step: int, model: Backbone, held_out: Samples, folder: Path, tracked: Trackers) -> None:
     losses = held_out_loss(model, held_out)
     path = folder / "held_out.csv"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    remedy = "delete it, and the curves lack the losses before this step"
+    lines = read_bounded(path, remedy=remedy).splitlines() if path.is_file() else []
     other_lines = [line for line in lines if not line.startswith(f"{step},")]
     header = "step," + ",".join(f"noise level {level:g}" for level in losses)
     row = f"{step}," + ",".join(f"{loss:.6f}" for loss in losses.values())
-    write_text(path, "\n".join([*(other_lines or [header]), row]) + "\n")
+    write_recorded_text(path, "\n".join([*(other_lines or [header]), row]) + "\n")
     tracked(step, {f"held-out loss {level:g}": loss for level, loss in losses.items()})
 
 
@@ -246,6 +251,11 @@ def _draw(folder: Path) -> None:
 
     log, figure = folder / "log.csv", folder / "curves.png"
     drawn = figure.is_file() and figure.stat().st_mtime_ns > log.stat().st_mtime_ns
-    table = pd.read_csv(log)
+    table, held_out = (_read_curves(path) for path in (log, folder / "held_out.csv"))
     if not drawn and len(table):
-        save_figure(training_curves(table, pd.read_csv(folder / "held_out.csv")), folder, "curves")
+        save_figure(training_curves(table, held_out), folder, "curves")
+
+
+def _read_curves(path: Path) -> pd.DataFrame:
+    """The table of a training, whose columns are all numbers."""
+    return read_table(path, ("step",), None, remedy="delete it, and the next checkpoint or evaluation begins it again")

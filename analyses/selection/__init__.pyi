@@ -49,3 +49,4 @@ from .trainers import Trainer as Trainer
 from .trainers import lines_for as lines_for
 from .trainers import trainer_named as trainer_named
 from .while_training import AutoPick as AutoPick
+from .while_training import read_decisions as read_decisions

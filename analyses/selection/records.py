@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 from layerprobe.layersync import WEIGHT, LayerPair
+from layerprobe.records import parse
+
+_DERIVED = ("pick", "no_pick")  # in selection.json, made from the rest
 
 ObjectionCode = Literal[
     "teacher in the tail",
@@ -292,45 +295,11 @@ class Selection:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Selection:
-        """Reads the content of selection.json.
+    def from_dict(cls, record: Mapping[str, Any]) -> Selection:
+        """Reads what `to_dict` returns.
 
         Raises:
-            ValueError: If the text is not a selection.
+            ValueError: If the record is no selection.
         """
-        try:
-            record = json.loads(text)
-            basis = dict(record["basis"])
-            for name in ("weights", "controls"):
-                basis[name] = tuple((of, number) for of, number in basis.get(name, ()))
-            return cls(
-                basis=_record(SelectionBasis, basis),
-                label_free=record["label_free"],
-                ranked=tuple(_nested(RankedPair, pair, "parts", ScorePart) for pair in record["ranked"]),
-                rejected=tuple(_nested(RejectedPair, pair, "objections", Objection) for pair in record["rejected"]),
-                layers=tuple(_record(LayerQuality, layer) for layer in record["layers"]),
-                cautions=tuple(_record(Caution, caution) for caution in record["cautions"]),
-                weight=record["weight"],
-            )._checked()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this is not a selection ({error}); run `layerprobe select` again") from error
-
-    def _checked(self) -> Selection:
-        """Refuses unknown codes, for which there are no sentences."""
-        codes = [objection.code for pair in self.rejected for objection in pair.objections]
-        for code, choices in ((codes, ObjectionCode), ([caution.code for caution in self.cautions], CautionCode)):
-            if unknown := sorted(set(code) - set(get_args(choices))):
-                raise ValueError(f"unknown code {unknown[0]!r}")
-        return self
-
-
-_T = TypeVar("_T")
-
-
-def _record(kind: type[_T], fields: Mapping[str, Any]) -> _T:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-
-def _nested(kind: type[_T], fields: Mapping[str, Any], name: str, inner: type[Any]) -> _T:
-    """A record with a tuple of other records in one field."""
-    return _record(kind, dict(fields) | {name: tuple(_record(inner, part) for part in fields[name])})
+        selection: Selection = parse(cls, {key: value for key, value in record.items() if key not in _DERIVED})
+        return selection

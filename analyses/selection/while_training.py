@@ -15,12 +15,11 @@ picked. Scores are relative to those of all pairs of the network, so they can be
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pandas as pd
 
@@ -33,6 +32,7 @@ from layerprobe.data import Samples, Splits, Subset
 from layerprobe.extraction import ExtractionPlan, ablate_layers, extract_evidence
 from layerprobe.layersync import LayerPair
 from layerprobe.noise import RandomStream
+from layerprobe.records import read_lines, typed
 from layerprobe.training import Decision
 
 LEAST_SAMPLES = 24
@@ -101,6 +101,30 @@ class AutoPick:
         return decide(evidence, self.limits, held=held_pair(self.folder, before=step))
 
 
+class DecisionRow(TypedDict):
+    """A line of `decisions.jsonl`.
+
+    Attributes:
+        step: Number of steps done.
+        pairs: Student and teacher of each pair that is aligned from then on.
+        record: Record of the decision, see `decide`.
+    """
+
+    step: int
+    pairs: list[tuple[str, str]]
+    record: dict[str, Any]
+
+
+def read_decisions(folder: Path) -> list[DecisionRow]:
+    """Reads the decisions of a training; [] without any.
+
+    Raises:
+        Damaged: If the file is damaged.
+    """
+    remedy = "repeat the `layerprobe train` that made it, which makes it again from its last checkpoint"
+    return read_lines(folder / "decisions.jsonl", typed(DecisionRow), remedy=remedy)
+
+
 class Held(NamedTuple):
     """The pair that is aligned already.
 
@@ -120,9 +144,7 @@ def held_pair(folder: str | Path, *, before: int) -> Held | None:
         folder: Folder of the training.
         before: Step; only earlier decisions count.
     """
-    path = Path(folder) / "decisions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [row for row in rows if row["step"] < before]
+    rows = [row for row in read_decisions(Path(folder)) if row["step"] < before]
     if not rows or not rows[-1]["pairs"]:
         return None
     return Held(LayerPair(*rows[-1]["pairs"][0]), rows[-1]["record"]["credit"])

@@ -24,6 +24,8 @@ from layerprobe.analyses.measures import Estimate, Floats
 from layerprobe.analyses.tables.csv_files import read_table, write_table
 from layerprobe.analyses.tables.measurements import KNN, PROBE
 from layerprobe.extraction import LOSS_INCREASE, VELOCITY_CHANGE
+from layerprobe.files import one_line
+from layerprobe.records import damaged
 
 NOISE_LIDAR, SPATIAL_CONTRAST, DEPTH = "noise-LiDAR", "spatial contrast", "depth"
 PROBE_GAP, KNN_GAP = "probe accuracy gap", "knn accuracy gap"
@@ -320,7 +322,7 @@ class PairEvidence:
         try:
             return cls._from_table(table)
         except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is damaged ({error}); run `layerprobe analyze` again") from error
+            raise damaged(Path(path), one_line(error), "run `layerprobe analyze` again") from error
 
     @classmethod
     def _from_table(cls, table: pd.DataFrame) -> PairEvidence:

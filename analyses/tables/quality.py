@@ -237,14 +237,18 @@ def bootstrap_interval(
     return low.reshape(correct.shape[:-1]), high.reshape(correct.shape[:-1])
 
 
-def read_quality(path: str | Path) -> pd.DataFrame:
+def read_quality(path: str | Path, *, remedy: str = "run `layerprobe analyze` again") -> pd.DataFrame:
     """Reads the quality table from a CSV file.
+
+    Args:
+        path: Path of the file.
+        remedy: What to do about a damaged table.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If columns are missing.
     """
-    return read_table(path, QUALITY_COLUMNS, numbers=("layer_index", "noise_level", "value", "low", "high"))
+    return read_table(path, QUALITY_COLUMNS, ("layer_index", "noise_level", "value", "low", "high"), remedy=remedy)
 
 
 def _check(source: str, store: FeatureStore) -> None:

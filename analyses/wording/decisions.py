@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,4 +36,4 @@ def _pair(names: Sequence[str]) -> str:
 
 
 def _reason(record: Mapping[str, Any]) -> str:
-    return selection_reason(Selection.from_json(json.dumps(record["selection"])))
+    return selection_reason(Selection.from_dict(record["selection"]))

@@ -48,9 +48,10 @@ from layerprobe.analyses.runs import PairSweepStart, pair_sweep_start
 from layerprobe.backbones import Backbone, SiT, SiTConfig, fresh_sit, network_record
 from layerprobe.capture import real_tokens
 from layerprobe.data import Samples, Splits, load
-from layerprobe.files import claim, write_text
+from layerprobe.files import write_text
 from layerprobe.layersync import LayerPair, LayerSync, Projectors, SyncOptions
 from layerprobe.noise import LinearPath, RandomStream
+from layerprobe.records import claim
 from layerprobe.training import TrainingBatch, TrainingPlan, noise_levels, prediction_loss
 
 Array = NDArray[Any]

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from layerprobe.checkpoints.foreign import refuse_foreign_file, refuse_foreign_folder, refuse_other_order
 from layerprobe.checkpoints.torch_files import LazyTensor, mapped, read_distributed, read_stream, read_zip
 from layerprobe.checkpoints.unpickling import Refused, mapping, printable
+from layerprobe.checksums import is_damaged
 from layerprobe.configs import parse_config, read_config
 from layerprobe.files import MissingWeights, one_line
 
@@ -169,6 +170,10 @@ def _distributed(metadata: Path) -> FileContent:
 
 
 def _single(file: Path) -> FileContent:
+    if is_damaged(file):
+        raise Refused(
+            "is damaged: its content is not what was written there; repeat the `layerprobe train` that made it"
+        )
     view = mapped(file)
     start = bytes(view[:64])
     refuse_foreign_file(file, start)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones import Backbone, SiT
 from layerprobe.checkpoints.formats import METADATA_KEY
-from layerprobe.files import atomic_write
+from layerprobe.checksums import recorded_write
 
 
 def save_checkpoint(
@@ -39,7 +39,7 @@ def save_checkpoint(
         }
     # Copies, since safetensors refuses tensors that share memory, such as tied weights.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with atomic_write(Path(path), durable=True) as partial:
+    with recorded_write(Path(path), durable=True) as partial:
         save_file(copies, partial, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
 
 

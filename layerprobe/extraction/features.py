@@ -14,16 +14,51 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from layerprobe.files import atomic_write, claim
+from layerprobe.checksums import check, is_damaged, recorded_write, told_again
+from layerprobe.extraction.plan import ExtractionPlan
+from layerprobe.files import one_line
+from layerprobe.records import claim, damaged, parse, read_record
 
 SPLITS = ("train", "validation", "test")
+MAX_SHARDS = 10**6
+REMEDY = "repeat the `layerprobe probe` or `extract` that made it, which makes it again"
+
+
+class _Tokens(TypedDict):
+    shards: list[int]
+    grids: dict[str, tuple[int, ...] | None]
+    padded: NotRequired[bool]
+
+
+class _Column(TypedDict):
+    class_names: list[str]
+    labels_hash: str
+    axis: NotRequired[Any]
+
+
+class _Manifest(TypedDict):
+    plan: ExtractionPlan
+    num_shards: int
+    num_samples: NotRequired[int]
+    layer_shapes: NotRequired[dict[str, tuple[int, int]]]
+    columns: NotRequired[dict[str, _Column]]
+    tokens: NotRequired[_Tokens]
+    class_names: NotRequired[list[str]]
+    data: NotRequired[dict[str, Any]]
+    layerprobe: NotRequired[str]
+    plan_hash: NotRequired[str]
+    model: NotRequired[str]
+    model_hash: NotRequired[str]
+    schedule: NotRequired[str]
+    schedule_hash: NotRequired[str]
+    prediction: NotRequired[str]
 
 
 class FeatureStore:
@@ -73,7 +108,7 @@ class FeatureStore:
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
             raise FileNotFoundError(f"{folder} contains no features; run `layerprobe probe` or `extract` first")
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_record(folder / "manifest.json", _manifest, remedy=REMEDY)
         files = [folder / "samples.safetensors", *(shard_path(folder, i) for i in range(manifest["num_shards"]))]
         files += [token_path(folder, i) for i in manifest.get("tokens", {}).get("shards", ())]
         missing = [path for path in files if not path.is_file()]
@@ -82,10 +117,7 @@ class FeatureStore:
                 f"{folder} is unfinished ({len(missing)} of {len(files)} files missing); "
                 "repeat the command that made it"
             )
-        try:
-            samples = load_file(folder / "samples.safetensors")
-        except SafetensorError as error:
-            raise _damaged(folder / "samples.safetensors", error) from error
+        samples = _read_samples(folder / "samples.safetensors", manifest)
         return cls(folder, manifest, samples)
 
     def __getitem__(self, key: tuple[str, float]) -> NDArray[np.float32]:
@@ -109,9 +141,8 @@ class FeatureStore:
         level = self._level(layer, noise_level, draw, split)
         rows = []
         for index in range(self.manifest["num_shards"]):
-            with _open_shard(shard_path(self.folder, index)) as shard:
-                rows.append(shard.get_slice(layer)[level : level + 1, draw : draw + 1][0, 0])
-        features: NDArray[np.float32] = np.concatenate(rows)
+            rows.append(self._read(shard_path(self.folder, index), layer, level, draw))
+        features = self._joined(rows, len(self.ids))
         return features if split is None else features[self.splits == split]
 
     def tokens(self, layer: str, noise_level: float, *, draw: int = 0, split: str | None = None) -> NDArray[np.float32]:
@@ -130,9 +161,8 @@ class FeatureStore:
         self._check_tokens()
         rows = []
         for index in self.manifest["tokens"]["shards"]:
-            with _open_shard(token_path(self.folder, index)) as shard:
-                rows.append(shard.get_slice(layer)[level : level + 1, draw : draw + 1][0, 0])
-        tokens: NDArray[np.float32] = np.concatenate(rows)
+            rows.append(self._read(token_path(self.folder, index), layer, level, draw))
+        tokens = self._joined(rows, len(self.token_rows))
         return tokens if split is None else tokens[self.token_splits == split]
 
     def grid(self, layer: str) -> tuple[int, ...] | None:
@@ -155,6 +185,25 @@ class FeatureStore:
                 f"{self.layers}, noise levels {self.noise_levels} and {self.draws} draws"
             )
         return self.noise_levels.index(noise_level)
+
+    def _read(self, path: Path, layer: str, level: int, draw: int) -> NDArray[np.float32]:
+        """The rows of a layer at a noise level in a shard."""
+        check(path, REMEDY)
+        try:
+            with safe_open(path, framework="np") as shard:
+                values = shard.get_slice(layer)
+                if values.get_dtype() != "F32" or values.get_shape()[:2] != [len(self.noise_levels), self.draws]:
+                    raise damaged(path, f"{layer} is {values.get_dtype()} {values.get_shape()}", REMEDY)
+                rows: NDArray[np.float32] = values[level : level + 1, draw : draw + 1][0, 0]
+                return rows
+        except SafetensorError as error:
+            raise damaged(path, one_line(error), REMEDY) from error
+
+    def _joined(self, rows: list[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
+        if len({part.shape[1:] for part in rows}) > 1 or sum(map(len, rows)) != count:
+            shapes = ", ".join(str(part.shape) for part in rows[:4])
+            raise damaged(self.folder, f"its shards have the shapes {shapes} for {count} samples", REMEDY)
+        return np.concatenate(rows)
 
     def _check_tokens(self) -> None:
         if not len(self.token_rows):
@@ -193,13 +242,13 @@ def begin_store(folder: Path, manifest: Mapping[str, Any], samples: Mapping[str,
         ValueError: If the folder contains features of another run; nothing is written then.
     """
     claim(folder, "manifest.json", manifest, what="features")
-    if not (folder / "samples.safetensors").is_file():
+    if not is_whole(folder / "samples.safetensors"):
         write_tensors(folder / "samples.safetensors", samples)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Writes a safetensors file atomically."""
-    with atomic_write(path) as partial:
+    with recorded_write(path) as partial:
         # safetensors silently writes strided arrays in memory order.
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial)
 
@@ -224,7 +273,7 @@ def filled_tensors(
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as partial, partial.open("wb") as file:
+    with recorded_write(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         start = file.tell()
         file.truncate(start + end)
@@ -239,12 +288,52 @@ def filled_tensors(
         yield put
 
 
-def _open_shard(path: Path) -> Any:
+def is_whole(path: Path) -> bool:
+    """Whether a file of a store exists and can be read, with the content that was written; tells if it is damaged."""
+    if not path.is_file():
+        return False
+    whole = not is_damaged(path)
+    if whole:  # A file without a recorded checksum at least has all of its bytes.
+        try:
+            with safe_open(path, framework="np"):
+                return True
+        except (SafetensorError, OSError):
+            pass
+    told_again(path)
+    return False
+
+
+def _manifest(value: Any) -> dict[str, Any]:
+    """Checks a manifest: the types of its values, and that they agree."""
+    manifest = parse(_Manifest, value)
+    plan: ExtractionPlan = manifest["plan"]
+    tokens = manifest.get("tokens", {})
+    samples, shards = manifest.get("num_samples"), manifest["num_shards"]
+    if not 0 <= shards <= MAX_SHARDS or (samples is not None and shards != -(-samples // plan.shard_size)):
+        raise ValueError(f"{shards} shards cannot hold {samples} samples")
+    if set(manifest.get("layer_shapes", plan.layers)) != set(plan.layers):
+        raise ValueError("its layers have no shapes")
+    if not all(0 <= shard < shards for shard in tokens.get("shards", [])):
+        raise ValueError("it names shards of tokens that there are not")
+    if tokens and set(tokens["grids"]) != set(plan.layers):
+        raise ValueError("its layers have no grids of tokens")
+    checked: dict[str, Any] = value
+    return checked
+
+
+def _read_samples(path: Path, manifest: Mapping[str, Any]) -> dict[str, NDArray[np.int64]]:
+    """Reads ids, labels and splits of the samples."""
+    check(path, REMEDY)
     try:
-        return safe_open(path, framework="np")
+        samples: dict[str, NDArray[np.int64]] = load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: SafetensorError) -> ValueError:
-    return ValueError(f"{path} is damaged ({error}); delete it and repeat the command that made it")
+        raise damaged(path, one_line(error), REMEDY) from error
+    needed = ["ids", "splits", *map(column_key, manifest.get("columns", {}))]
+    if lacking := [name for name in needed if name not in samples]:
+        raise damaged(path, f"it has no {lacking[0]}", REMEDY)
+    count = manifest.get("num_samples", len(samples["ids"]))
+    if any(len(column) != count for column in samples.values()):
+        raise damaged(path, f"it has not {count} samples", REMEDY)
+    if not np.isin(samples["splits"], range(len(SPLITS))).all():
+        raise damaged(path, "it names splits that there are not", REMEDY)
+    return samples

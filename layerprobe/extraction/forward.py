@@ -28,6 +28,7 @@ from layerprobe.extraction.features import (
     begin_store,
     column_key,
     filled_tensors,
+    is_whole,
     shard_path,
     token_path,
     token_rows,
@@ -78,7 +79,7 @@ def extract(
             kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
             # The shard is written after its tokens, so a shard on disk implies that its tokens are complete.
             files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
-            if not all(file.is_file() for file in files):
+            if not all(is_whole(file) for file in files):
                 with _kept_tokens(token_path(folder, index), backbone, plan, shapes, kept_in_shard) as keep:
                     features = _shard(backbone, table.batch(rows), plan, size, keep)
                 write_tensors(shard_path(folder, index), features)

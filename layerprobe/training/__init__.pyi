@@ -9,6 +9,7 @@ from .plan import TrainingPlan as TrainingPlan
 from .ranks import Ranks as Ranks
 from .ranks import processes as processes
 from .state import checkpoints as checkpoints
+from .state import read_checkpoint as read_checkpoint
 from .trackers import Trackers as Trackers
 from .trackers import open_trackers as open_trackers
 from .trackers import require as require

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from layerprobe.backbones import Backbone, layer_shapes
 from layerprobe.capture import as_tokens, evaluating, real_tokens
 from layerprobe.checkpoints import save_checkpoint, training_record, weights_hash
+from layerprobe.checksums import is_damaged, told_again
 from layerprobe.data import Samples, content_hash, rendering_of
 from layerprobe.extraction import token_grid
-from layerprobe.files import claim
+from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.progress import TrainingProgress
+from layerprobe.records import claim
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
 from layerprobe.training.distributed import (
     accumulating,
@@ -123,6 +125,7 @@ def train(
         _check(backbone, samples)
         _check_ranks(plan, ranks, fsdp=fsdp)
         if ranks.is_first:
+            stack.enter_context(locked(folder))
             claim(folder, "training.json", _record(backbone, samples, plan), what="a training")
         # Random numbers of the network itself, such as dropout, must not change the caller's generators.
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
@@ -383,8 +386,11 @@ def _write_models(
 
 
 def _num_steps(path: Path) -> int | None:
-    """Returns the number of training steps of a model file, or None if it does not exist."""
+    """Returns the number of training steps of a model file, or None if it does not exist or is damaged."""
     if not path.is_file():
+        return None
+    if is_damaged(path):
+        told_again(path)
         return None
     steps: int | None = training_record(path).get("steps")
     return steps

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.files import atomic_write, write_text
+from layerprobe.checksums import check, recorded_write, write_recorded_text
+from layerprobe.files import one_line, write_text
 from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.records import damaged
 from layerprobe.training.distributed import gathered, local, placed
 from layerprobe.training.ranks import Ranks
 
@@ -98,8 +100,8 @@ def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
     paths = [*reversed(checkpoints(folder))]
     for path in paths:
         try:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
+            content = read_checkpoint(path)
+        except ValueError as error:
             if path is paths[-1]:
                 problem = "is damaged; delete it" if len(paths) == 1 else "and all older ones are damaged; delete them"
                 raise ValueError(f"{paths[0]} {problem} to start this run again") from error
@@ -108,6 +110,24 @@ def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
             warnings.warn(f"{paths[0]} is damaged; continuing from {path.name}", stacklevel=3)
         return content
     return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of a training.
+
+    Raises:
+        Damaged: If it is damaged.
+    """
+    remedy = "delete it to continue from the one before it"
+    check(path, remedy)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise damaged(path, one_line(error), remedy) from error
+    lacking = [name for name in ("step", "module", "optimizer", "log") if name not in content]
+    if lacking:
+        raise damaged(path, f"it has no {lacking[0]}", remedy)
+    return content
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -170,7 +190,7 @@ def save(state: TrainingState, folder: Path, ranks: Ranks, *, keep_last: int) ->
     write_logs(state, folder)
     path = folder / "checkpoints" / f"step-{state.step:07d}.pt"
     path.parent.mkdir(exist_ok=True)
-    with atomic_write(path, durable=True) as partial:
+    with recorded_write(path, durable=True) as partial:
         torch.save(content, partial)
     # Checkpoints of later steps are damaged, since this run has continued from an earlier one.
     paths = checkpoints(folder)
@@ -201,9 +221,9 @@ def write_logs(state: TrainingState, folder: Path) -> None:
     writer = csv.DictWriter(table, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(state.log)
-    write_text(folder / "log.csv", table.getvalue())
+    write_recorded_text(folder / "log.csv", table.getvalue())
     if state.decisions:
-        write_text(folder / "decisions.jsonl", "".join(json.dumps(row) + "\n" for row in state.decisions))
+        write_recorded_text(folder / "decisions.jsonl", "".join(json.dumps(row) + "\n" for row in state.decisions))
 
 
 def _content(state: TrainingState) -> dict[str, Any]:

@@ -15,14 +15,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from layerprobe.files import write_text
+from layerprobe.records import read_record, typed, write_record
 
 PROJECT = "layerprobe"
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 Row = Mapping[str, float]
+
+
+class _Record(TypedDict):
+    id: str
+    last: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Trackers:
                 with self._dropped_on_failure(name):
                     tracker.log(step, row)
                     self._record["last"][name] = step
-        write_text(self._folder / "trackers.json", json.dumps(self._record, indent=1))
+        write_record(self._folder / "trackers.json", self._record)
 
     def close(self) -> None:
         """Closes the trackers, after everything is written or sent."""
@@ -79,7 +84,8 @@ class Trackers:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "trackers.json"
         new: dict[str, Any] = {"id": secrets.token_hex(4), "last": {}}
-        self._record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
+        remedy = "delete it, and the trackers begin a new run"
+        self._record = read_record(path, typed(_Record), remedy=remedy) if path.is_file() else new
         self._sent_before = dict(self._record["last"])
         for name in self._names:
             with self._dropped_on_failure(name):

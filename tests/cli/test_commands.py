@@ -105,7 +105,7 @@ def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
     expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]
     expected += ["selection.json"]
-    expected = ["ablation.csv", "convention.json", "data.json", *expected, "similarity.csv"]
+    expected = ["ablation.csv", "checksums.json", "convention.json", "data.json", *expected, "similarity.csv"]
     assert sorted(p.name for p in run_folder.iterdir()) == expected
     figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
     assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
@@ -180,6 +180,7 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
     code, out, _ = cli("sample", checkpoint, "--out", tmp_path / "s", "--num", 4, "--steps", 2)
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        "checksums.json",
         "samples.json",
         "samples.npy",
         "samples.png",

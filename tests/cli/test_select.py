@@ -20,6 +20,7 @@ from layerprobe.analyses.runs.check import numbered_blocks
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.runs.text import describe_copies, describe_labels, describe_ownership, describe_selection
 from layerprobe.analyses.selection import PairLimits
+from layerprobe.analyses.tables import write_table
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
@@ -145,7 +146,7 @@ def test_analyzing_again_keeps_what_was_measured_before(run: Path, monkeypatch: 
     folder = RunFolder(run)
     quality, selection = folder.quality(), folder.selection()
     own = quality.iloc[:3].assign(metric="a measure of my own")
-    pd.concat([quality, own]).to_csv(run / "quality.csv", index=False)
+    write_table(pd.concat([quality, own]), run / "quality.csv")
     selected = probe.analyze_run(run, analyses=())
     assert selected.label_free
     after = folder.quality()
@@ -172,7 +173,7 @@ def test_labels_are_told_by_the_test_accuracy_of_what_the_validation_split_chose
             )
         ]
     )
-    pd.concat([quality, told]).to_csv(run / "quality.csv", index=False)
+    write_table(pd.concat([quality, told]), run / "quality.csv")
     (line,) = [line for line in describe_labels(run) if "who" in line]
     assert line == "knows    who: 0.50 at blocks.1, noise level 0.3 (random weights 0.30)"
 

@@ -545,7 +545,7 @@ def test_an_interrupted_encoding_goes_on_and_a_finished_one_is_not_repeated(
     assert torch.equal(everything(encode(finished, vae_folders["plain"], tmp_path / "a")).x, everything(whole).x)
     assert finished.read == []
     assert sorted(path.name for path in (tmp_path / "a").rglob("*") if path.is_file()) == [
-        ".lock",
+        "checksums.json",
         "latents.json",
         "moments.npy",
     ]

@@ -107,7 +107,7 @@ def test_unfinished_and_absent_stores_are_refused(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path, name: str, keep: int) -> None:
     written(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"{name} is damaged .*; delete it and repeat") as refused:
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*; repeat the `layerprobe probe`") as refused:
         FeatureStore.open(tmp_path)["late", 0.1]
     assert "\n" not in str(refused.value)
 
@@ -168,7 +168,7 @@ def test_tokens_that_were_not_kept_are_refused(tmp_path: Path) -> None:
 def test_lost_and_damaged_tokens_are_named(tmp_path: Path) -> None:
     written_with_tokens(tmp_path)
     token_path(tmp_path, 1).write_bytes(token_path(tmp_path, 1).read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"tokens-00001.safetensors is damaged .*; delete it and repeat"):
+    with pytest.raises(ValueError, match=r"tokens-00001.safetensors is damaged .*; repeat the `layerprobe probe`"):
         FeatureStore.open(tmp_path).tokens("early", 0.1)
     token_path(tmp_path, 1).unlink()
     with pytest.raises(ValueError, match=r"unfinished \(1 of 5 files missing\); repeat the command"):

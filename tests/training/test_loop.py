@@ -447,7 +447,7 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Pa
     with pytest.raises(Interruption):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(13))
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
-    paths = sorted((tmp_path / "checkpoints").iterdir())
+    paths = sorted((tmp_path / "checkpoints").glob("*.pt"))
     assert [path.name for path in paths] == ["step-0000012.pt", "step-0000013.pt"]
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     steps: list[int] = []
@@ -457,7 +457,7 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Pa
     assert log(tmp_path) == log(whole)
     tensors, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-    assert sorted((tmp_path / "checkpoints").iterdir()) == paths
+    assert sorted((tmp_path / "checkpoints").glob("*.pt")) == paths
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"step-0000013.pt and all older ones are damaged; delete them to start"):
@@ -519,7 +519,7 @@ def test_a_run_killed_five_times_at_random_steps_ends_bit_equal(tmp_path: Path) 
     subprocess.run([sys.executable, "-c", CHILD, *map(str, folders)], env=environment, check=True)
     assert model(folders[0]) == model(folders[1])
     assert log(folders[0]) == log(folders[1])
-    assert [path.name for path in sorted((folders[0] / "checkpoints").iterdir())] == [
+    assert [path.name for path in sorted((folders[0] / "checkpoints").glob("*.pt"))] == [
         "step-0000117.pt",
         "step-0000120.pt",
     ]
@@ -688,7 +688,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
         ValueError, match=r"the gradient norm is nan at step 8; lower the learning rate .*step-0000004.pt is kept in"
     ):
         train(tiny_sit(), tiny_samples(NUM), replace(PLAN, clip_norm=0.0), tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["step-0000004.pt"]
 
 
 def test_weights_that_overflow_never_reach_a_checkpoint(tmp_path: Path) -> None:
@@ -697,7 +697,7 @@ def test_weights_that_overflow_never_reach_a_checkpoint(tmp_path: Path) -> None:
     train(tiny_sit(), tiny_samples(NUM), replace(plan, steps=0), tmp_path)
     with pytest.raises(ValueError, match=r"is not finite at step 1; lower .*step-0000000.pt is kept in"):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000000.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["step-0000000.pt"]
 
 
 def test_divergence_at_the_first_step_reports_that_there_is_no_checkpoint(

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.checksums import write_recorded_text
 from layerprobe.configs import check_numbers, read_config
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
-from layerprobe.files import MissingWeights, claim, locked, one_line, reserve, write_text
+from layerprobe.files import MissingWeights, locked, one_line, reserve
 from layerprobe.memory import BatchSize
 from layerprobe.progress import StepProgress
+from layerprobe.records import claim, read_record, typed
 
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
@@ -232,7 +234,8 @@ def _encode(
     vae, n = _autoencoder(folder, device), len(samples)
     counter, unfinished = path.with_name("done.json"), path.with_name("unfinished.npy")
     # The count is written after the rows, so that every row below it is on disk.
-    done = json.loads(counter.read_text()) if counter.is_file() and unfinished.is_file() else 0
+    is_begun = counter.is_file() and unfinished.is_file()
+    done = read_record(counter, typed(int), remedy="delete it to encode again") if is_begun else 0
     stored = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", dtype=np.float32, shape=(n, *shape))
     reserve(unfinished)  # A full disk would kill a process that writes to mapped memory.
 
@@ -248,7 +251,7 @@ def _encode(
     for rows, moments in BatchSize(batch_size).batches(n, encoded, start=done):
         stored[rows.start : rows.stop] = moments.numpy()
         stored.flush()
-        write_text(counter, json.dumps(rows.stop))
+        write_recorded_text(counter, json.dumps(rows.stop))
         if progress:
             progress(rows.stop, n)
     os.replace(unfinished, path)

@@ -116,7 +116,9 @@ def test_the_benefit_is_the_share_below_the_baseline_of_the_same_seed(whole: Pat
 def test_only_scores_are_left_of_a_finished_sweep(whole: Path) -> None:
     names = sorted(path.name for path in whole.rglob("*"))
     branches = [f"{pair.student}-from-{pair.teacher}.json" for pair in PAIRS]
-    assert names == sorted([*branches * 2, *["baseline.json"] * 2, "atlas.csv", "atlas.json", "seed-3", "seed-4"])
+    assert names == sorted(
+        [*branches * 2, *["baseline.json"] * 2, "atlas.csv", "atlas.json", "seed-3", "seed-4", *["checksums.json"] * 3]
+    )
 
 
 def test_shards_together_are_the_whole_and_may_be_on_other_machines(

@@ -234,16 +234,16 @@ def test_a_verdict_reads_back_as_it_was_written() -> None:
         judged((-0.5, -0.52, -0.48), EIGHT),
         every("none,pick,random,learning-rate", {BASELINE: SETTLED, PICK: FALL, **drawn}),
     ):
-        assert Verdict.from_json(found.to_json()) == found
+        assert Verdict.from_dict(json.loads(found.to_json())) == found
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "pays"}, "this is not a verdict \\(unknown code 'pays'\\)"),
-        ({"cautions": ["odd"]}, "unknown code 'odd'"),
-        ({"looks": 3}, "this is not a verdict \\(AttributeError"),
-        ({"paragraph": "It helps."}, "this is not a verdict \\(TypeError"),
+        ({"answer": "pays"}, 'answer is "pays", not one of helps'),
+        ({"cautions": ["odd"]}, 'cautions is "odd", not one of'),
+        ({"looks": 3}, "looks is 3, not an object"),
+        ({"paragraph": "It helps."}, "unknown key 'paragraph'"),
     ],
 )
 def test_another_record_is_no_verdict(change: dict[str, Any], message: str) -> None:
@@ -251,8 +251,6 @@ def test_another_record_is_no_verdict(change: dict[str, Any], message: str) -> N
     with pytest.raises(ValueError, match=message) as error:
         Verdict.from_dict(record)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="this is not a verdict"):
-        Verdict.from_json("[]")
 
 
 def test_the_order_of_rows_and_of_seeds_does_not_matter() -> None:

@@ -326,7 +326,7 @@ def test_copies_and_the_samples_of_pairs_are_stated(tmp_path: Path, plain_figure
 
 
 def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
-    selection = Selection.from_json((full_run / "selection.json").read_text())
+    selection = Selection.from_dict(json.loads((full_run / "selection.json").read_text()))
     assert " ".join(pair_reasons(selection.ranked[0], selection)) in full_page.text
     assert all("; ".join(objection_texts(pair, selection)) in full_page.text for pair in selection.rejected)
     assert all(text in full_page.text for text in caution_texts(selection))
@@ -535,20 +535,25 @@ def test_filters_offer_what_the_cells_show(full_page: Page) -> None:
         (
             "selection.json",
             "{",
-            "selection.json cannot be read: this is not a selection .*; delete it or run the command",
+            r"selection.json is damaged \(.*\); repeat the `layerprobe select`",
         ),
-        ("selection.json", '{"ranked": []}', "selection.json cannot be read: this is not a selection"),
-        ("verdict.json", "{'a': 1}", "verdict.json cannot be read: Expecting property name .*; delete it or run"),
-        ("verdict.json", "{}", "verdict.json cannot be read: this is not a verdict"),
-        ("plan.json", "[1]", "plan.json cannot be read: it holds list, not an object"),
-        ("similarity.csv", "layer_a,cka\nx,1\n", "similarity.csv cannot be read: .* has no column noise_level_a"),
-        ("quality.csv", "a,b\n1,2\n", "quality.csv cannot be read: .* has no column source"),
-        ("confirmation.csv", "", "confirmation.csv cannot be read: No columns to parse from file"),
-        ("confirmation.csv", "arm,step\npick,1\n", "confirmation.csv cannot be read: it has no column 'seed'"),
+        ("selection.json", '{"ranked": []}', r"selection.json is damaged \(no key"),
+        (
+            "verdict.json",
+            "{'a': 1}",
+            r"verdict.json is damaged \(Expecting property name .*; repeat",
+        ),
+        ("verdict.json", "{}", r"verdict.json is damaged \(no key"),
+        ("plan.json", "[1]", r"plan.json is damaged \(it is \[1\], not an object\)"),
+        ("similarity.csv", "layer_a,cka\nx,1\n", r"similarity.csv is damaged \(it has no column noise_level_a\)"),
+        ("quality.csv", "a,b\n1,2\n", r"quality.csv is damaged \(it has no column source\)"),
+        ("confirmation.csv", "", r"confirmation.csv is damaged \(No columns to parse from file\)"),
+        ("confirmation.csv", "arm,step\npick,1\n", r"confirmation.csv is damaged \(it has no column seed\)"),
     ],
 )
 def test_damaged_files_are_named_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     write_table(probed(3), tmp_path / "quality.csv")
+    (tmp_path / "checksums.json").unlink(missing_ok=True)  # a run of an earlier version
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         write_report(tmp_path)

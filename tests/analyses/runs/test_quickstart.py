@@ -57,5 +57,5 @@ def test_a_recorded_trial_is_called_recorded_and_names_what_remakes_it() -> None
 def test_half_a_recorded_trial_is_refused_in_one_line(tmp_path: Path, missing: str) -> None:
     shutil.copytree(RECORDED, tmp_path / "recorded")
     (tmp_path / "recorded" / missing).unlink()
-    with pytest.raises(ValueError, match=r"holds no whole recorded trial .*; delete it"):
+    with pytest.raises(ValueError, match=r"holds no whole recorded trial .*; delete the folder"):
         RecordedTrial.read(tmp_path / "recorded")

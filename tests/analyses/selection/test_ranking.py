@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -282,7 +283,7 @@ def test_an_objection_to_the_run_withholds_every_pick_and_is_the_reason() -> Non
     record = selection.to_dict()
     assert record["pick"] is None
     assert [one["code"] for one in record["no_pick"]] == ["network does not denoise"]
-    assert Selection.from_json(selection.to_json()) == selection
+    assert Selection.from_dict(json.loads(selection.to_json())) == selection
 
 
 def test_at_pure_noise_alone_nothing_is_picked() -> None:

@@ -317,7 +317,11 @@ def test_tables_survive_the_file(tmp_path: Path) -> None:
     write_table(similarity, tmp_path / "similarity.csv")
     pd.testing.assert_frame_equal(read_quality(tmp_path / "quality.csv"), quality)
     pd.testing.assert_frame_equal(read_similarity(tmp_path / "similarity.csv"), similarity)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["quality.csv", "similarity.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "checksums.json",
+        "quality.csv",
+        "similarity.csv",
+    ]
 
 
 def test_refuses_bad_input(tmp_path: Path) -> None:
