@@ -38,6 +38,7 @@ def test_two_runs_are_compared(runs: list[Path], tmp_path: Path, cli) -> None:
         "block-map-1.svg",
         "differences.csv",
         "block-map.csv",
+        "checksums.json",
     }
     code, out, _ = cli("compare", *runs, "--out", tmp_path / "out", "--json")
     assert len(json.loads(out)["block_map"]) == 3
