@@ -199,7 +199,7 @@ def _object(kind: Any, value: Any, at: str) -> Any:
 
 
 def _list(origin: Any, args: Sequence[Any], value: Any, at: str) -> Any:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):  # a record that was not written yet has tuples
         raise _misfit(at, value, "a list")
     if origin is tuple and args[-1] is not Ellipsis:
         if len(value) != len(args):

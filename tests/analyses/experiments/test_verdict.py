@@ -494,7 +494,7 @@ def test_a_method_is_described_and_is_not_the_pick() -> None:
         ("judged arm is not the pick",),
         {"noise_gap": 0.2},
     )
-    assert Verdict.from_json(found.to_json()) == found
+    assert Verdict.from_dict(json.loads(found.to_json())) == found
 
 
 def test_a_verdict_of_an_earlier_version_is_read() -> None:
