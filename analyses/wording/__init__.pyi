@@ -3,6 +3,7 @@ from .answers import answer_lines as answer_lines
 from .comparison import block_map_sentences as block_map_sentences
 from .comparison import difference_sentences as difference_sentences
 from .decisions import decision_text as decision_text
+from .layer_curves import curve_finding_text as curve_finding_text
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
 from .pair_checks import finding_text as finding_text
