@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerprobe.analyses.runs import NewNetwork
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
-from layerprobe.cli.output import emit, progress_bar, tell_reading, warn
+from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
 from layerprobe.options import LAYERSYNC_PANEL, PROBING_PANEL, RUNNING_PANEL
 from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan
+
+if TYPE_CHECKING:
+    from layerprobe.analyses.selection import AutoPick, AutoStop
 
 
 def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
@@ -63,7 +66,8 @@ def train(
     sync_options: SyncOptions,
     plan: TrainingPlan,
     probe_every: Annotated[
-        int | None, _flag(PROBING_PANEL, "Number of steps between measurements of all layers; none if not given.", min=1)
+        int | None,
+        _flag(PROBING_PANEL, "Number of steps between measurements of all layers; none if not given.", min=1),
     ] = None,
     probe_share: Annotated[
         float | None,
@@ -124,12 +128,15 @@ def train(
         splits = data.load()
         shape, num_classes = data.model_shape(splits), splits.train.num_classes
         backbone = training_start(start, network, shape, num_classes, seed=seed, device=device)
-        auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
+        auto: AutoPick | AutoStop | None = None
+        if sync:
+            auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every)
+        elif stop_sync:
+            auto = auto_stop(splits, plan, out, every=probe_every or CurvePlan.every)
         curves = None
         if probe_every:
-            curves = CurvePlan(every=probe_every, seed=seed, **({"max_share": probe_share} if probe_share else {}))
-        if stop_sync:
-            auto = auto_stop(splits, plan, out, every=probe_every or CurvePlan().every)
+            share = CurvePlan.max_share if probe_share is None else probe_share
+            curves = CurvePlan(every=probe_every, max_share=share, seed=seed)
         record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
         if ranks.is_first:
@@ -158,6 +165,7 @@ def train(
                     trackers=tracker or [],
                     fsdp=fsdp,
                     warn=warn,
+                    say=tell,
                     progress=progress,
                 )
             record["checkpoint"] = str(out / "model.safetensors")

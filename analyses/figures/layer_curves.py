@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
-from layerprobe.analyses.figures.labels import capital, label_ends, label_layers, short_names, wrap_title
+from layerprobe.analyses.figures.labels import capital, label_layers, short_names, wrap_title
 from layerprobe.analyses.figures.style import LINE_COLORS, WIDTH_IN, require_columns, styled
 from layerprobe.analyses.measures import Floats
 from layerprobe.analyses.tables import CKA, COSINE, CURVE_COLUMNS, RANK, START_CKA, CurveFinding
@@ -100,19 +100,16 @@ def _draw_layers(
 def _draw_pairs(axes: Axes, table: pd.DataFrame) -> None:
     means = table.groupby(["layer", "metric", "step"])["value"].mean()
     pairs = list(dict.fromkeys(table["layer"]))
-    ends, colors = {}, {}
     for i, pair in enumerate(pairs):
         for metric, line in ((COSINE, "-"), (CKA, "--")):
-            values, name = means[pair, metric], f"{metric}, {pair}"
-            colors[name] = LINE_COLORS[i % len(LINE_COLORS)]
-            axes.plot(values.index, values, line, color=colors[name], linewidth=1.8, marker=".")
-            ends[name] = (float(values.index[-1]), float(values.iloc[-1]))
+            values, color = means[pair, metric], LINE_COLORS[i % len(LINE_COLORS)]
+            axes.plot(values.index, values, line, color=color, linewidth=1.8, marker=".", label=f"{metric}, {pair}")
     axes.margins(x=0.01)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("student and teacher")
     axes.set_title("Student and its teacher, mean over noise levels (1: alike)")
-    label_ends(axes, ends, colors)
+    axes.legend(loc="best", ncols=2)
 
 
 def _title(metric: str, layers: Sequence[str], steps: Sequence[int], findings: Sequence[CurveFinding]) -> str:

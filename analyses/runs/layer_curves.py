@@ -74,14 +74,18 @@ class CurvePlan:
         if not 0 < self.max_share <= 1:
             raise ValueError(f"max_share must be above 0 and at most 1, got {self.max_share}")
         if self.num_samples < 2 * LEAST_SAMPLES:
-            raise ValueError(f"{self.num_samples} samples are too few to measure layers; pass num_samples={2 * LEAST_SAMPLES} or more")
+            raise ValueError(
+                f"{self.num_samples} samples are too few to measure layers; pass num_samples of {2 * LEAST_SAMPLES} or "
+                "more"
+            )
 
 
 class LayerCurves:
     """Measures the layers of a network at steps of its training, as often as the bound on the time allows.
 
-    The first call and the last always measure. In between, a step of `plan.every` is left out as long as measuring it
-    and the last step would take more than `plan.max_share` of the time since this object was made.
+    Call `measure` where `is_due`. The first and the last step are always measured. In between, a due step is left out
+    as long as measuring it and the last step would take more than `plan.max_share` of the time since this object was
+    made.
 
     Args:
         splits: Data: probes are fitted on samples of the training split, and scored on the validation split.
@@ -90,7 +94,7 @@ class LayerCurves:
         pairs: Layer pairs that are aligned.
         drift_from: Model to compare each layer with; the model of the first call if None.
         log: Called with (step, values by name), such as `Trackers`.
-        say: Called with a line for each finding, for the first step left out, and if a measurement fails.
+        say: Called with a line: findings, the first step left out, a failed measurement, the cost at the end.
         clock: Function that returns the time in seconds.
 
     Attributes:
@@ -122,6 +126,8 @@ class LayerCurves:
         self._splits = Splits(train, held_out, Subset(held_out, [], name="none"))
         self._drift_from, self._log, self._say, self._clock = drift_from, log, say, clock
         self._began, self.spent_s, self._last_s, self.num_measured, self._num_left_out = clock(), 0.0, 0.0, 0, 0
+        self._called: int | None = None  # step of the latest call
+        self._measured: int | None = None
         rows = _lines(self.folder / FINDINGS)
         self.findings = [CurveFinding.from_dict(row) for row in rows]
         self._start: FeatureStore | None = None
@@ -133,49 +139,51 @@ class LayerCurves:
         return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(CURVE_COLUMNS))
 
     def is_due(self, step: int, *, last: bool = False) -> bool:
-        """Whether a call at this step will measure; a step that is left out for its cost is counted and told once.
+        """Whether to measure at this step; a due step that does not fit the bound is counted, and the first one told.
 
         Args:
-            step: Number of steps done.
+            step: Number of steps done; a multiple of `plan.every` may be passed over, as the next call is due then.
             last: Whether this is the last step of the training.
         """
-        if last or not self.num_measured:
-            return last or step % self.plan.every == 0 or not (self.folder / CURVES).is_file()
-        if step % self.plan.every:
+        before, self._called = self._called, step
+        if before is None:
+            return True
+        if last:
+            return step != self._measured
+        if step // self.plan.every == before // self.plan.every:
             return False
         elapsed = self._clock() - self._began
-        if self.plan.max_share >= 1 or self.spent_s + 2 * self._last_s <= self.plan.max_share * elapsed:
+        # Of the second one: the last step is measured too.
+        if self.plan.max_share == 1 or self.spent_s + 2 * self._last_s <= self.plan.max_share * elapsed:
             return True
         if not self._num_left_out:
             self._say(
-                f"layers are not measured at step {step}: {self._last_s:.1f} s for each measurement would be more than "
-                f"{self.plan.max_share:.0%} of the training so far; further steps are measured as far as they fit"
+                f"layers are not measured at step {step}: at {self._last_s:.1f} s for each measurement it would be "
+                f"more than {self.plan.max_share:.0%} of the time so far; later steps are measured as far as they fit"
             )
         self._num_left_out += 1
         return False
 
-    def __call__(self, step: int, backbone: Backbone, *, last: bool = False) -> list[CurveFinding]:
-        """Measures the layers if the step is due, and returns what is new.
+    def measure(self, step: int, backbone: Backbone) -> list[CurveFinding]:
+        """Measures the layers, writes the files, and returns what is new.
 
         Args:
             step: Number of steps done.
             backbone: The network at this step.
-            last: Whether this is the last step of the training, which is always measured.
 
         Raises:
-            ValueError: If the first measurement fails, because the data or the layers do not fit.
+            ValueError: If the first measurement fails, because the data or the layers do not fit. Later failures, such
+                as weights that are not finite, are told, and the training goes on.
         """
-        if not self.is_due(step, last=last):
-            return []
         began = self._clock()
+        found: list[CurveFinding] = []
         try:
-            found = self._measure(step, backbone)
+            found = self._measured_at(step, backbone)
         except ValueError as error:
             if not self.num_measured:
                 raise
             self._say(f"the layers could not be measured at step {step}: {error}")
-            found = []
-        self._last_s = self._clock() - began
+        self._last_s, self._measured = self._clock() - began, step
         self.spent_s += self._last_s
         self.num_measured += 1
         return found
@@ -195,7 +203,7 @@ class LayerCurves:
             f"{self.spent_s / elapsed:.1%} of the time"
         )
 
-    def _measure(self, step: int, backbone: Backbone) -> list[CurveFinding]:
+    def _measured_at(self, step: int, backbone: Backbone) -> list[CurveFinding]:
         with unnoticed(backbone.module), tempfile.TemporaryDirectory() as folder:
             store = self._extract(backbone, Path(folder) / "layers", draws=self._draws)
             tokens = None
@@ -251,6 +259,7 @@ class LayerCurves:
                     f"the curves in {self.folder} compare with other weights than these; compare with the same ones, "
                     "or measure into another folder"
                 )
+            self._drift_from = None  # Its memory is the training's.
         return self._start
 
 

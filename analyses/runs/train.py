@@ -198,13 +198,14 @@ def train_run(
     trackers: Sequence[str] = (),
     fsdp: bool = False,
     warn: Callable[[str], None],
+    say: Callable[[str], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Backbone:
     """Trains on the training samples and writes the loss on the validation samples to `held_out.csv` at eleven steps.
 
-    With `curves` the layers are measured too, see `LayerCurves`; the model with averaged weights is measured, by the
-    first process, while the others wait. At the end, `curves.png` and `curves.svg` show the logged and the held-out losses. Several processes all call this
-    function, and the first one writes.
+    With `curves` the layers of the model with averaged weights are measured too, see `LayerCurves`, by the first
+    process while the others wait. At the end, `curves.png` and `curves.svg` show the logged and the held-out losses.
+    Several processes all call this function, and the first one writes.
 
     Args:
         backbone: Initial model.
@@ -216,7 +217,8 @@ def train_run(
         drift_from: Model whose layers the measured ones are compared with; the start of the training if None.
         trackers: Services that also get every row of the log and the held-out losses, see `open_trackers`.
         fsdp: Whether to shard the model over the processes.
-        warn: Called with one line if a tracker fails, and for what the measurements of the layers show.
+        warn: Called with one line if a tracker fails.
+        say: Called with one line for what the measurements of the layers show; `warn` if None.
         progress: Called with ("training", steps done, steps in total).
 
     Returns:
@@ -237,14 +239,14 @@ def train_run(
         layers = None
         if curves and ranks.is_first:
             layers = LayerCurves(
-                splits, folder, curves, pairs=plan.pairs, drift_from=drift_from, log=tracked, say=warn
+                splits, folder, curves, pairs=plan.pairs, drift_from=drift_from, log=tracked, say=say or warn
             )
 
         def observe(step: int, model: Backbone) -> None:
             if step in examined_at:
                 _examine(step, model, held_out, folder, tracked)
-            if layers is not None:
-                layers(step, model, last=step == plan.steps)
+            if layers and step in measured_at and layers.is_due(step, last=step == plan.steps):
+                layers.measure(step, model)
 
         model = train(
             backbone,
@@ -261,7 +263,7 @@ def train_run(
         )
         if ranks.is_first:
             _draw(folder)
-            if layers is not None:
+            if layers:
                 layers.close()
     return model
 

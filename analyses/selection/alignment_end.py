@@ -1,8 +1,8 @@
 """The end of an alignment during a training: when the student no longer comes closer to its teacher.
 
-At fixed steps the cosine between the tokens of student and teacher is measured on the same samples under the same noise,
-with the averaged weights. The alignment ends when the cosine of every pair has reached a plateau. The decisions before
-are read from `decisions.jsonl`, so a resumed training ends its alignment at the same step.
+At fixed steps the cosine between the tokens of student and teacher is measured, on the same samples under the same
+noise, with the averaged weights. The alignment ends when the cosine of every pair has reached a plateau. The decisions
+before are read from `decisions.jsonl`, so a resumed training ends its alignment at the same step.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def measure_step(
             labels of several classes; otherwise the store needs two noise draws.
         start: Features of the same layers, samples and noise to compare with, at the start of the training.
         pairs: Layers that are aligned, as (student, teacher).
-        tokens: Tokens of these layers from `extract_tokens`; needed if there are pairs.
+        tokens: Tokens of these layers from `extract_tokens`; those of `store` if None.
 
     Raises:
         ValueError: If `start` has other samples or noise, or lacks a layer.
@@ -132,7 +132,6 @@ def measure_step(
     if missing := [layer for layer in store.layers if layer not in start.layers]:
         raise ValueError(f"{missing[0]} is not a layer of the model to compare with; pass one that has the same layers")
     pairs, levels, layers = tuple(pairs), store.noise_levels, store.layers
-    assert tokens is not None or not pairs
     return StepQuality(
         layers=layers,
         noise_levels=levels,
@@ -141,7 +140,7 @@ def measure_step(
         quality=stacked([_qualities(store, level) for level in levels]),
         rank=_table(levels, layers, lambda level, layer: _rank(store[layer, level])),
         start_cka=_table(levels, layers, lambda level, layer: _cka(store[layer, level], start[layer, level])),
-        cosine=_table(levels, pairs, lambda level, pair: mean_cosine(tokens, pair, level)),
+        cosine=_table(levels, pairs, lambda level, pair: mean_cosine(tokens or store, pair, level)),
         cka=_table(levels, pairs, lambda level, pair: _cka(store[pair[0], level], store[pair[1], level])),
     )
 
@@ -180,7 +179,8 @@ def curve_findings(
     found = [*_richest(step, now, earlier)]
     cosine, cka = now.cosine.mean(0), now.cka.mean(0)
     for i, pair in enumerate(now.pairs):
-        if _is_new("caught up", pair, earlier) and min(cosine[i], cka[i]) >= CAUGHT_UP:
+        gap_before = _lowest(table, pair) < CAUGHT_UP  # Fresh blocks may be identities, alike from the start.
+        if gap_before and _is_new("caught up", pair, earlier) and min(cosine[i], cka[i]) >= CAUGHT_UP:
             numbers = {"cosine": float(cosine[i]), "cka": float(cka[i])}
             found.append(CurveFinding(step, "caught up", pair, numbers))
     start_cka, rank = now.start_cka.mean(0), now.rank.mean(0)
@@ -208,6 +208,12 @@ def _richest(step: int, now: StepQuality, earlier: Sequence[CurveFinding]) -> li
         return []
     numbers = {"lead": float(lead.value), "half_width": float(lead.half_width)}
     return [CurveFinding(step, "richest moved", (held, now.layers[best]), numbers)]
+
+
+def _lowest(table: pd.DataFrame, pair: LayerNames) -> float:
+    """The lowest cosine or CKA of a pair at the steps before, as means over levels."""
+    rows = table[table["layer"] == " <- ".join(pair)]
+    return float(rows.groupby(["step", "metric"])["value"].mean().min())
 
 
 def _is_new(code: str, layers: LayerNames, earlier: Sequence[CurveFinding]) -> bool:

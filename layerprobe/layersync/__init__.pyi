@@ -1,5 +1,6 @@
 from .alignment import mean_cosine as mean_cosine
 from .loss import LayerSync as LayerSync
+from .loss import unwrapped as unwrapped
 from .options import WEIGHT as WEIGHT
 from .options import SyncOptions as SyncOptions
 from .pair import LayerPair as LayerPair

@@ -152,7 +152,8 @@ def train(
                 if ranks.is_first:
                     observe(state.step, averaged)
                 ranks.barrier()
-            if decision is not None or state.step == plan.steps or (state.step and state.step % plan.checkpoint_every == 0):
+            is_regular = state.step > 0 and state.step % plan.checkpoint_every == 0
+            if decision is not None or is_regular or state.step == plan.steps:
                 save(state, folder, ranks, keep_last=plan.keep_last)
 
         if state.step == 0:
