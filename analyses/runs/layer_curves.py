@@ -232,7 +232,8 @@ class LayerCurves:
 
     @property
     def _draws(self) -> int:
-        return 1 if self._splits.train.num_classes > 1 else 2  # noise-LiDAR compares draws
+        labels = self._splits.train.labels
+        return 1 if labels is not None and len(labels.unique()) > 1 else 2  # noise-LiDAR compares draws
 
     def _extract(self, backbone: Backbone, folder: Path, *, draws: int) -> FeatureStore:
         aligned = (layer for pair in self.pairs for layer in (pair.student, pair.teacher))
@@ -265,19 +266,27 @@ class LayerCurves:
 
 @contextmanager
 def unnoticed(module: nn.Module) -> Iterator[None]:
-    """Keeps the generators of torch and the caller's autocast and gradient mode out of the block, and restores them.
+    """Keeps the generators of torch, the caller's autocast and gradient mode and compiled graphs out of the block.
+
+    All are as before afterwards. Graphs that were compiled without hooks would run without them.
 
     Args:
         module: Network that runs in the block; extraction keeps the mode of its submodules itself.
     """
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    on_cpu = device.type == "cpu"
+    compiled = [(part, graph) for part in module.modules() if (graph := part._compiled_call_impl) is not None]
     with (
-        torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
         torch.no_grad(),
     ):
-        yield
+        try:
+            for part, _ in compiled:
+                part._compiled_call_impl = None
+            yield
+        finally:
+            for part, graph in compiled:
+                part._compiled_call_impl = graph
 
 
 def tracked_values(quality: StepQuality) -> dict[str, float]:

@@ -93,6 +93,8 @@ def test_the_same_step_gives_the_same_numbers_and_leaves_no_trace(tmp_path: Path
     network = gated(REST, CLASS)
     network.module.train()
     network.module.blocks[1].eval()
+    network.module.blocks[1].compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    compiled = network.module.blocks[1]._compiled_call_impl
     state = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
         curves(tmp_path / "a").measure(0, network)
@@ -100,6 +102,7 @@ def test_the_same_step_gives_the_same_numbers_and_leaves_no_trace(tmp_path: Path
     assert (tmp_path / "a" / "layer_curves.csv").read_text() == (tmp_path / "b" / "layer_curves.csv").read_text()
     assert torch.equal(state, torch.get_rng_state())
     assert [part.training for part in network.module.modules()] == [True, True, True, False]
+    assert network.module.blocks[1]._compiled_call_impl is compiled
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 1])
