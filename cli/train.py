@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerprobe.analyses.runs import NewNetwork
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
-from layerprobe.cli.output import emit, progress_bar, tell_reading, warn
+from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
-from layerprobe.options import LAYERSYNC_PANEL, RUNNING_PANEL
+from layerprobe.options import LAYERSYNC_PANEL, PROBING_PANEL, RUNNING_PANEL
 from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan
+
+if TYPE_CHECKING:
+    from layerprobe.analyses.selection import AutoPick, AutoStop
 
 
 def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
@@ -56,8 +59,29 @@ def train(
             min=0,
         ),
     ] = None,
+    stop_sync: Annotated[
+        str | None,
+        _flag(LAYERSYNC_PANEL, "auto to end the alignment when the cosine of the pairs has reached a plateau."),
+    ] = None,
     sync_options: SyncOptions,
     plan: TrainingPlan,
+    probe_every: Annotated[
+        int | None,
+        _flag(PROBING_PANEL, "Number of steps between measurements of all layers; none if not given.", min=1),
+    ] = None,
+    probe_share: Annotated[
+        float | None,
+        _flag(
+            PROBING_PANEL,
+            "Largest share of the time for these measurements, 0.02 if not given; others are left out. 1 leaves out "
+            "none.",
+            max=1,
+        ),
+    ] = None,
+    drift_from: Annotated[
+        str | None,
+        _flag(PROBING_PANEL, "Checkpoint that the layers are compared with; the start of the training if not given."),
+    ] = None,
     tracker: Annotated[
         list[str] | None,
         _flag(RUNNING_PANEL, "Tracker beside log.csv: tensorboard, wandb or trackio; may be repeated."),
@@ -76,7 +100,9 @@ def train(
     Several processes are started by `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or by srun.
     """
     from layerprobe.analyses.runs import (
+        CurvePlan,
         auto_pick,
+        auto_stop,
         describe_decisions,
         encoded_once,
         narrowness,
@@ -87,19 +113,30 @@ def train(
         training_forecast,
         training_start,
     )
+    from layerprobe.checkpoints import open_checkpoint
     from layerprobe.training import processes, require
 
     # Everything that may fail is inside, so that only one of several processes reports it.
     with processes() as ranks:
         pairs, factors = _weighted_pairs(pair or [])
         _one_choice(pair=pair, selection=selection, sync=sync, **{"sync-begin": sync_begin, "sync-every": sync_every})
+        _stop_choice(stop_sync, sync)
+        _needs_probes(probe_every, **{"probe-share": probe_share, "drift-from": drift_from})
         sync_options = replace(sync_options, pair_weights=factors)
         plan = replace(plan, pairs=pairs or picked_pairs(selection), sync=sync_options, seed=seed)
         require(tracker or [])
         splits = data.load()
         shape, num_classes = data.model_shape(splits), splits.train.num_classes
         backbone = training_start(start, network, shape, num_classes, seed=seed, device=device)
-        auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every) if sync else None
+        auto: AutoPick | AutoStop | None = None
+        if sync:
+            auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every)
+        elif stop_sync:
+            auto = auto_stop(splits, plan, out, every=probe_every or CurvePlan.every)
+        curves = None
+        if probe_every:
+            share = CurvePlan.max_share if probe_share is None else probe_share
+            curves = CurvePlan(every=probe_every, max_share=share, seed=seed)
         record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
         if ranks.is_first:
@@ -123,9 +160,12 @@ def train(
                     plan,
                     out,
                     auto=auto,
+                    curves=curves,
+                    drift_from=open_checkpoint(drift_from, device=device) if drift_from and ranks.is_first else None,
                     trackers=tracker or [],
                     fsdp=fsdp,
                     warn=warn,
+                    say=tell,
                     progress=progress,
                 )
             record["checkpoint"] = str(out / "model.safetensors")
@@ -142,6 +182,19 @@ def _one_choice(*, pair: object, selection: object, sync: str | None, **details:
     for name, value in details.items():
         if value is not None and sync is None:
             raise ValueError(f"--{name} has no effect without --sync auto; pass it too, or leave out --{name}")
+
+
+def _stop_choice(stop_sync: str | None, sync: str | None) -> None:
+    if stop_sync not in (None, "auto"):
+        raise ValueError(f"unknown --stop-sync {stop_sync!r}; write --stop-sync auto, or a step as --sync-stop-step")
+    if stop_sync and sync:
+        raise ValueError("--sync auto chooses the pair again and again, and --stop-sync auto ends it; pass one of them")
+
+
+def _needs_probes(probe_every: int | None, **details: object) -> None:
+    for name, value in details.items():
+        if value is not None and probe_every is None:
+            raise ValueError(f"--{name} has no effect without --probe-every; pass it too, or leave out --{name}")
 
 
 def _weighted_pairs(texts: Sequence[str]) -> tuple[tuple[LayerPair, ...], tuple[float, ...]]:

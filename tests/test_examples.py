@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import layerprobe as lp
+from layerprobe.data import load
+
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
@@ -143,6 +146,49 @@ def test_lightning_removes_the_hooks_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         example["train"](weight=0.3, steps=1)
     assert num_hooks(seen[0]) == 0
+
+
+def test_probe_every(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run("probe_every.py")
+    assert sorted(set(ran["probe"].table["step"])) == [0, 20, 40]
+    assert "is the richest layer: probe accuracy" in capsys.readouterr().err
+    assert Path("runs/curves/layer_curves.png").is_file()
+    assert ran["model"].training
+
+
+def _probed(network: nn.Module) -> Any:
+    options = {"layers": "blocks.*", "schedule": "flow", "prediction": "velocity", "shape": (1, 8, 8)}
+    return lp.ProbeEvery(network, load("digits"), every=2, max_share=1, num_samples=48, say=lambda _: None, **options)
+
+
+@lightning_warns
+def test_probe_every_in_lightning() -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    example = runpy.run_path(str(EXAMPLES / "lightning_loop.py"))
+    module = example["Model"](weight=0.3)
+    probe = _probed(module.network)
+    switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    callbacks = [example["HoldHooks"](), probe.for_lightning()]
+    quiet = dict.fromkeys(switches, False)
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=callbacks, **quiet)
+    trainer.fit(module, example["DataLoader"](example["digits"](), batch_size=8))
+    assert sorted(set(probe.table["step"])) == [0, 2, 3]
+    assert num_hooks(module) == 0
+
+
+def test_probe_every_in_the_trainer_of_transformers() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    example = runpy.run_path(str(EXAMPLES / "huggingface_trainer.py"))
+    model = example["Model"]()
+    probe = _probed(model.network)
+    arguments = example["TrainingArguments"](
+        "runs/probed", max_steps=3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = [{"x": x} for x in example["digits"]()]
+    example["Trainer"](model, arguments, train_dataset=data, callbacks=[probe.for_transformers()]).train()
+    assert sorted(set(probe.table["step"])) == [0, 2, 3]
 
 
 def test_huggingface_trainer() -> None:

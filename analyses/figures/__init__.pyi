@@ -9,6 +9,7 @@ from .label_columns import CLASS as CLASS
 from .label_columns import knowledge_curves as knowledge_curves
 from .labels import capital as capital
 from .labels import wrap_title as wrap_title
+from .layer_curves import layer_step_heatmaps as layer_step_heatmaps
 from .pair_sweep import pair_sweep_heatmap as pair_sweep_heatmap
 from .published import published_figure as published_figure
 from .quality import layer_quality_curves as layer_quality_curves

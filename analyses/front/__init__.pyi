@@ -1,5 +1,6 @@
 from .comparing import compare as compare
 from .model import Model as Model
 from .model import open as open
+from .probe_every import ProbeEvery as ProbeEvery
 from .probing import probe as probe
 from .run import Run as Run

@@ -19,6 +19,8 @@ from .folder import RunPlan as RunPlan
 from .inspect import examine_data as examine_data
 from .inspect import lines_of as lines_of
 from .inspect import peek as peek
+from .layer_curves import CurvePlan as CurvePlan
+from .layer_curves import LayerCurves as LayerCurves
 from .network import NewNetwork as NewNetwork
 from .pair_sweep import PairSweepStart as PairSweepStart
 from .pair_sweep import describe_pair_sweep as describe_pair_sweep
@@ -55,6 +57,7 @@ from .text import describe_pick as describe_pick
 from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick
+from .train import auto_stop as auto_stop
 from .train import encoded_once as encoded_once
 from .train import narrowness as narrowness
 from .train import other_depth as other_depth

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from layerprobe.analyses.runs.folder import RunFolder
+from layerprobe.analyses.runs.layer_curves import CurvePlan, LayerCurves
 from layerprobe.analyses.runs.network import NewNetwork
 from layerprobe.analyses.tables import read_table
 from layerprobe.analyses.wording import selection_reason
@@ -27,7 +28,7 @@ from layerprobe.records import read_bounded
 from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.selection import AutoPick
+    from layerprobe.analyses.selection import AutoPick, AutoStop
 
 
 def training_start(
@@ -130,8 +131,37 @@ def auto_pick(
     return auto
 
 
+def auto_stop(splits: Splits, plan: TrainingPlan, folder: str | Path, *, every: int) -> AutoStop:
+    """Returns the rule that ends the alignment of a training on a plateau.
+
+    Args:
+        splits: Data of the training; the rule measures samples of the training split.
+        plan: Training plan.
+        folder: Folder of the training.
+        every: Number of steps between measurements.
+
+    Raises:
+        ValueError: If nothing is aligned, or a projector is trained between student and teacher.
+    """
+    from layerprobe.analyses.selection import AutoStop
+
+    if not plan.pairs:
+        raise ValueError("--stop-sync auto ends the alignment of given layers; pass --pair or --selection too")
+    if plan.sync.projector_width:
+        raise ValueError(
+            "--stop-sync auto compares the tokens of student and teacher, and a projector makes their cosine "
+            "meaningless; leave out --sync-projector-width or --stop-sync"
+        )
+    return AutoStop(plan.pairs, splits.train, folder, every=every, begin=plan.sync.warmup_steps, seed=plan.seed)
+
+
 def training_forecast(
-    backbone: Backbone, splits: Splits, plan: TrainingPlan, *, auto: AutoPick | None = None, num_processes: int = 1
+    backbone: Backbone,
+    splits: Splits,
+    plan: TrainingPlan,
+    *,
+    auto: AutoPick | AutoStop | None = None,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """Returns the size of a training, as JSON values.
 
@@ -165,16 +195,20 @@ def train_run(
     plan: TrainingPlan,
     folder: str | Path,
     *,
-    auto: AutoPick | None = None,
+    auto: AutoPick | AutoStop | None = None,
+    curves: CurvePlan | None = None,
+    drift_from: Backbone | None = None,
     trackers: Sequence[str] = (),
     fsdp: bool = False,
     warn: Callable[[str], None],
+    say: Callable[[str], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Backbone:
     """Trains on the training samples and writes the loss on the validation samples to `held_out.csv` at eleven steps.
 
-    At the end, `curves.png` and `curves.svg` show the logged and the held-out losses. Several processes all call this
-    function, and the first one writes.
+    With `curves` the layers of the model with averaged weights are measured too, see `LayerCurves`, by the first
+    process while the others wait. At the end, `curves.png` and `curves.svg` show the logged and the held-out losses.
+    Several processes all call this function, and the first one writes.
 
     Args:
         backbone: Initial model.
@@ -182,9 +216,12 @@ def train_run(
         plan: Training plan.
         folder: Folder of the training.
         auto: Rule that decides during the training what is aligned; it measures the training samples of `splits`.
+        curves: Steps at which the layers are measured, and how; None measures none.
+        drift_from: Model whose layers the measured ones are compared with; the start of the training if None.
         trackers: Services that also get every row of the log and the held-out losses, see `open_trackers`.
         fsdp: Whether to shard the model over the processes.
         warn: Called with one line if a tracker fails.
+        say: Called with one line for what the measurements of the layers show; `warn` if None.
         progress: Called with ("training", steps done, steps in total).
 
     Returns:
@@ -201,13 +238,27 @@ def train_run(
         locked(folder) if ranks.is_first else nullcontext(),
         closing(open_trackers(trackers, folder, config=config, run_name=name, warn=warn)) as tracked,
     ):
+        examined_at = [round(i * plan.steps / 10) for i in range(11)]
+        measured_at = [*range(0, plan.steps, curves.every), plan.steps] if curves else []
+        layers = None
+        if curves and ranks.is_first:
+            layers = LayerCurves(
+                splits, folder, curves, pairs=plan.pairs, drift_from=drift_from, log=tracked, say=say or warn
+            )
+
+        def observe(step: int, model: Backbone) -> None:
+            if step in examined_at:
+                _examine(step, model, held_out, folder, tracked)
+            if layers and step in measured_at and layers.is_due(step, last=step == plan.steps):
+                layers.measure(step, model)
+
         model = train(
             backbone,
             splits.train,
             plan,
             folder,
-            observe=lambda step, model: _examine(step, model, held_out, folder, tracked),
-            observe_at=[round(i * plan.steps / 10) for i in range(11)],
+            observe=observe,
+            observe_at={*examined_at, *measured_at},
             progress=report,
             log=tracked,
             direct=auto.direct if auto else None,
@@ -216,6 +267,8 @@ def train_run(
         )
         if ranks.is_first:
             _draw(folder)
+            if layers:
+                layers.close()
     return model
 
 

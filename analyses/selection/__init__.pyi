@@ -1,3 +1,4 @@
+from .alignment_end import AutoStop as AutoStop
 from .answers import NEGLIGIBLE as NEGLIGIBLE
 from .answers import Answers as Answers
 from .answers import Cell as Cell

@@ -39,6 +39,16 @@ from .evidence import PairEvidence as PairEvidence
 from .evidence import Quantity as Quantity
 from .evidence_measures import ScoreKeeper as ScoreKeeper
 from .evidence_measures import measure_evidence as measure_evidence
+from .layer_curves import CAUGHT_UP as CAUGHT_UP
+from .layer_curves import COLLAPSED as COLLAPSED
+from .layer_curves import CURVE_COLUMNS as CURVE_COLUMNS
+from .layer_curves import DRIFTED as DRIFTED
+from .layer_curves import START_CKA as START_CKA
+from .layer_curves import CurveFinding as CurveFinding
+from .layer_curves import StepQuality as StepQuality
+from .layer_curves import curve_findings as curve_findings
+from .layer_curves import mean_cosine as mean_cosine
+from .layer_curves import measure_step as measure_step
 from .measurements import LAST_PENALTY as LAST_PENALTY
 from .measurements import PROBE as PROBE
 from .measurements import RANK as RANK

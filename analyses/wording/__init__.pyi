@@ -11,6 +11,7 @@ from .confirmation import resolution_sentences as resolution_sentences
 from .confirmation import spread_source as spread_source
 from .confirmation import start_sentences as start_sentences
 from .decisions import decision_text as decision_text
+from .layer_curves import curve_finding_text as curve_finding_text
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
 from .pair_checks import finding_text as finding_text

@@ -15,6 +15,8 @@ def decision_text(record: Mapping[str, Any]) -> str:
     Args:
         record: Record of the decision in `decisions.jsonl`.
     """
+    if "cosines" in record:
+        return _alignment_text(record)
     held, best = record["held"] and _pair(record["held"]), record["best"] and _pair(record["best"])
     if record["decision"] == "none":
         return f"No pair yet. {_reason(record)}"
@@ -29,6 +31,19 @@ def decision_text(record: Mapping[str, Any]) -> str:
     if record["decision"] == "kept":
         return f"{held} stays: {best} is ahead {figures}, which is not beyond the uncertainty."
     return f"{best} takes the place of {held}: it is ahead {figures}, beyond the uncertainty."
+
+
+def _alignment_text(record: Mapping[str, Any]) -> str:
+    courses = {pair: [f"{value:.3f}" for value in values] for pair, values in record["cosines"].items()}
+    if record["decision"] == "aligned":
+        latest = ", ".join(f"{pair} at a cosine of {values[-1]}" for pair, values in courses.items())
+        return f"The alignment goes on: {latest}."
+    shown = record["patience"] + 1
+    rest = "; ".join(f"{pair} {', '.join(values[-shown:])}" for pair, values in courses.items())
+    return (
+        f"The alignment has ended: no cosine has risen by {record['least_gain']:g} over the last {record['patience']} "
+        f"measurements ({rest})."
+    )
 
 
 def _pair(names: Sequence[str]) -> str:

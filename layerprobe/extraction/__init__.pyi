@@ -6,6 +6,7 @@ from .controls import random_weights as random_weights
 from .controls import raw_input as raw_input
 from .controls import raw_pool_cells as raw_pool_cells
 from .evidence import extract_evidence as extract_evidence
+from .evidence import extract_tokens as extract_tokens
 from .evidence import pair_layers as pair_layers
 from .features import SPLITS as SPLITS
 from .features import FeatureStore as FeatureStore

@@ -1,4 +1,4 @@
-"""The small extraction behind the evidence of layer pairs: few samples, several noise draws, a few tokens."""
+"""Small extractions of few samples and a few tokens: the evidence of layer pairs, and pairs during a training."""
 
 from __future__ import annotations
 
@@ -59,6 +59,37 @@ def extract_evidence(
         tokens_per_sample=TOKENS_PER_SAMPLE,
     )
     return extract(backbone, subsets, evidence_plan, folder, batch_size=batch_size)
+
+
+def extract_tokens(
+    backbone: Backbone,
+    splits: Splits,
+    layers: Sequence[str],
+    noise_levels: Sequence[float],
+    folder: str | Path,
+    *,
+    num_samples: int = 64,
+    seed: int = 0,
+) -> FeatureStore:
+    """Extracts a few tokens of each of few samples of the validation split, to compare layers token by token.
+
+    Args:
+        backbone: The model.
+        splits: The data.
+        layers: Names of the layers.
+        noise_levels: Noise levels, ascending.
+        folder: Folder of the store; created if it does not exist.
+        num_samples: Maximum number of samples.
+        seed: Seed of the noise and of the positions of the tokens.
+
+    Raises:
+        ValueError: As for `extract`.
+    """
+    few = _first(splits.validation, num_samples)
+    plan = ExtractionPlan(
+        tuple(layers), tuple(noise_levels), token_samples=len(few), tokens_per_sample=TOKENS_PER_SAMPLE, seed=seed
+    )
+    return extract(backbone, Splits(_first(splits.train, 0), few, _first(splits.test, 0)), plan, folder)
 
 
 def _first(samples: Samples, count: int) -> Subset:

@@ -151,7 +151,7 @@ class LayerSync:
             raise ValueError(
                 f"{len(options.pair_weights)} weights for {len(self.pairs)} layer pairs; pass one per pair"
             )
-        self.module, self.weight, self.options = _network(module), weight, options
+        self.module, self.weight, self.options = unwrapped(module), weight, options
         self.aligned: tuple[str, ...] = ()
         self.cosines: dict[LayerPair, Tensor] = {}
         for pair in self.pairs:
@@ -383,7 +383,7 @@ class LayerSync:
         self._highest_ranks = {k.removeprefix(_HIGHEST): float(v) for k, v in state.items() if k.startswith(_HIGHEST)}
 
     def _parts(self) -> list[tuple[str, nn.Module | WeightAverage]]:
-        projectors = None if self.projectors is None else _network(self.projectors)
+        projectors = None if self.projectors is None else unwrapped(self.projectors)
         return [(name, p) for name, p in (("projectors", projectors), ("teacher", self._average)) if p is not None]
 
     def _recorder(
@@ -429,7 +429,7 @@ class LayerSync:
 
     def _gradient_norms(self) -> list[float]:
         # Without the wrapper, which would wait for the other processes.
-        projectors = None if self.projectors is None else _network(self.projectors)
+        projectors = None if self.projectors is None else unwrapped(self.projectors)
         students = [term.student.detach().requires_grad_() for term in self._latest]
         with torch.enable_grad():
             terms = [replace(term, student=student) for term, student in zip(self._latest, students, strict=True)]
@@ -498,8 +498,12 @@ def _check_tokens(student: Tensor, teacher: Tensor, pair: LayerPair) -> None:
         )
 
 
-def _network(module: nn.Module) -> nn.Module:
-    """Unwraps DDP and torch.compile, whose names contain "module." and "_orig_mod."."""
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the network inside DDP and torch.compile, whose names contain "module." and "_orig_mod.".
+
+    Raises:
+        ValueError: If it is not a module.
+    """
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"{type(module).__name__} is not a torch.nn.Module; pass the network, such as backbone.module or "

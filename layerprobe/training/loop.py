@@ -70,7 +70,7 @@ class Decision:
 
 
 Observer = Callable[[int, Backbone], None]
-Director = Callable[[int, Backbone], Decision]
+Director = Callable[[int, Backbone], Decision | None]
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -108,8 +108,8 @@ def train(
         progress: Function called after each step with (steps done, steps in total, loss).
         log: Function called with (step, row) for each row of the log.
         direct: Function called with (step, averaged model) after each step of `direct_at`; step 0 is the start. The
-            pairs of its decision are aligned from the next step on. Decisions are stored in `decisions.jsonl` and not
-            repeated after an interruption.
+            pairs of its decision are aligned from the next step on; None decides nothing. Decisions are stored in
+            `decisions.jsonl` and not repeated after an interruption.
         direct_at: Steps of the decisions.
         fsdp: Whether several processes share weights, gradients and optimizer state (FSDP2).
 
@@ -144,17 +144,19 @@ def train(
 
         def between_steps() -> None:
             undecided = state.step not in [row["step"] for row in state.decisions]
-            decide = direct is not None and state.step in direct_at and undecided
-            if direct and decide:
+            decision = None
+            if direct and state.step in direct_at and undecided:
                 averaged = _averaged(backbone, state)
-                decision = ranks.broadcast(direct(state.step, averaged) if ranks.is_first else Decision((), {}))
-                _decide(state, backbone, plan, decision, aligned)
+                decision = ranks.broadcast(direct(state.step, averaged) if ranks.is_first else None)
+                if decision is not None:
+                    _decide(state, backbone, plan, decision, aligned)
             if observe and state.step in observe_at:
                 averaged = _averaged(backbone, state)
                 if ranks.is_first:
                     observe(state.step, averaged)
                 ranks.barrier()
-            if decide or state.step == plan.steps or (state.step and state.step % plan.checkpoint_every == 0):
+            is_regular = state.step > 0 and state.step % plan.checkpoint_every == 0
+            if decision is not None or is_regular or state.step == plan.steps:
                 save(state, folder, ranks, keep_last=plan.keep_last)
 
         if state.step == 0:

@@ -10,6 +10,7 @@ import torch
 
 from layerprobe.analyses.figures import training as training_plots
 from layerprobe.analyses.runs import train as training_runs
+from layerprobe.analyses.runs.layer_curves import CurvePlan
 from layerprobe.analyses.runs.network import NewNetwork
 from layerprobe.backbones.sit import SiTConfig
 from layerprobe.checkpoints.opening import open_checkpoint
@@ -69,6 +70,43 @@ def test_sizes_beside_a_preset_replace_its_own() -> None:
     assert changed == SiTConfig((3, 16, 32, 32), (1, 8, 8), 64, 3, 2, 0)
     # What a preset would choose does not matter where it is replaced: 509 is prime.
     assert new((66, 509), 0, preset="tiny", patch_size=(1,)).grid == (509,)
+
+
+def test_layers_are_measured_and_the_training_is_the_same(digits, tmp_path) -> None:
+    plan, lines = replace(PLAN, steps=6, pairs=PAIR, checkpoint_every=3), []
+    curves = CurvePlan(every=2, num_samples=48, max_share=1)
+    training_runs.train_run(_start(), digits, plan, tmp_path / "plain", warn=pytest.fail)
+    for steps in (5, 6):  # step 6 comes after an interruption
+        training_runs.train_run(
+            _start(), digits, replace(plan, steps=steps), tmp_path / "t", curves=curves, warn=pytest.fail,
+            say=lines.append,
+        )  # fmt: skip
+    plain, measured = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "t"))
+    assert plain == measured
+    table = pd.read_csv(tmp_path / "t" / "layer_curves.csv")
+    assert sorted(set(table["step"])) == [0, 2, 4, 5, 6]
+    assert "blocks.1 <- blocks.4" in set(table["layer"])
+    assert (tmp_path / "t" / "layer_curves.png").is_file()
+    assert [line for line in lines if line.startswith("layers measured at 4 steps: ")]
+
+
+def test_what_cannot_end_an_alignment_or_measure_is_refused(cli, digits, tmp_path) -> None:
+    told = ["train", "--data", "digits", "--steps", 2, "--out", tmp_path / "t"]
+    for options, said in (
+        (["--stop-sync", "9"], "unknown --stop-sync '9'; write --stop-sync auto, or a step as --sync-stop-step"),
+        (["--stop-sync", "auto", "--sync", "auto"], "and --stop-sync auto ends it; pass one of them"),
+        (["--probe-share", "0.1"], "--probe-share has no effect without --probe-every; pass it too, or leave out"),
+        (["--drift-from", "digits"], "--drift-from has no effect without --probe-every"),
+    ):
+        code, _, err = cli(*told, *options)
+        assert (code, said in err, err.count("\n")) == (2, True, 1), err
+    with pytest.raises(ValueError, match="ends the alignment of given layers; pass --pair or --selection too"):
+        training_runs.auto_stop(digits, PLAN, tmp_path, every=5)
+    plan = replace(PLAN, pairs=PAIR, sync=SyncOptions(projector_width=8))
+    with pytest.raises(ValueError, match="leave out --sync-projector-width or --stop-sync"):
+        training_runs.auto_stop(digits, plan, tmp_path, every=5)
+    stop = training_runs.auto_stop(digits, replace(PLAN, pairs=PAIR), tmp_path, every=5)
+    assert stop.direct_at(20) == (0, 5, 10, 15)
 
 
 def test_patches_by_axis_from_the_shell(cli, tmp_path) -> None:
