@@ -62,9 +62,14 @@ class BatchSize:
 
     Args:
         rows: Number of rows to begin with.
+
+    Raises:
+        ValueError: If it is below 1.
     """
 
     def __init__(self, rows: int) -> None:
+        if rows < 1:
+            raise ValueError(f"a batch needs at least 1 row, got {rows}; pass a larger batch size")
         self.rows = rows
 
     def batches(

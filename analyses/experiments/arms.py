@@ -86,12 +86,11 @@ class Arm:
 
     def training(self, shared: TrainingPlan) -> TrainingPlan:
         """Returns the training plan of this arm, from the one that all arms share."""
-        own: dict[str, Any] = dict(self.options)
         return replace(
             shared,
             pairs=(self.pair,) if self.pair else (),
             learning_rate=self.learning_rate or shared.learning_rate,
-            sync=replace(shared.sync, **own),
+            sync=_own(self, shared.sync),
         )
 
 
@@ -155,6 +154,7 @@ def arms_for(
     names: Sequence[str] | None = None,
     seed: int = 0,
     options: Mapping[str, float] | None = None,
+    sync: SyncOptions | None = None,
 ) -> tuple[Arm, ...]:
     """Returns the arms that test a selection, the baseline first.
 
@@ -168,9 +168,11 @@ def arms_for(
             without arms that cannot exist, see `missing_arms`.
         seed: Seed of the random pairs.
         options: Options of the method arms, see `sra_options`.
+        sync: Options that all arms share, to which those of a method arm may be equal; the defaults if None.
 
     Raises:
-        ValueError: If an arm is unknown, is requested twice or has no pair, or the baseline is missing.
+        ValueError: If an arm is unknown, is requested twice or has no pair, the baseline is missing, or no arm aligns
+            layers.
     """
     prior, control = prior_pair(layers), LayerPair(layers[-2], layers[-1])
     like = (*ranked, prior)[0]
@@ -179,6 +181,7 @@ def arms_for(
     named[SAME_DISTANCE] = _same_distance(layers, like, others, seed)
     if names is None:
         names = [name for name in USUAL if name not in _PAIR_ARMS or named[_PAIR_ARMS[name]]]
+    shared = sync or SyncOptions()
     arms: list[Arm] = []
     for text in _checked(names):
         base, *methods = text.split("+")
@@ -199,7 +202,7 @@ def arms_for(
             owner = f"a network of {len(layers)} layers" if base == "same-distance" else "the selection"
             raise ValueError(f"{owner} has no pair for the arm {text!r}; leave it out of --arms")
         for arm in wanted:
-            same = next((i for i, other in enumerate(arms) if arm.pair and _alike(arm, other)), None)
+            same = next((i for i, other in enumerate(arms) if arm.pair and _alike(arm, other, shared)), None)
             if same is None:
                 arms.append(arm)
             else:
@@ -208,8 +211,11 @@ def arms_for(
 
 
 def missing_arms(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """Returns the usual arms that are not among these, neither under their own name nor under another's."""
-    present = {name for arm in arms for name in (arm.name, *arm.also)}
+    """Returns the usual arms that are not among these, neither under their own name nor under another's.
+
+    A negative control that is another arm's pair controls nothing, so it is missing.
+    """
+    present = {arm.name for arm in arms} | {name for arm in arms for name in arm.also if name != NEGATIVE_CONTROL}
     return tuple(name for name in (PICK, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL) if name not in present)
 
 
@@ -229,8 +235,13 @@ def sra_options(training: TrainingPlan, *, token_width: int) -> dict[str, float]
     return {"projector_width": 2 * token_width, "teacher_decay": min(0.9999, training.ema_decay), "noise_gap": 0.2}
 
 
-def _alike(arm: Arm, other: Arm) -> bool:
-    return (arm.pair, arm.options) == (other.pair, other.options)
+def _alike(arm: Arm, other: Arm, shared: SyncOptions) -> bool:
+    return arm.pair == other.pair and _own(arm, shared) == _own(other, shared)
+
+
+def _own(arm: Arm, shared: SyncOptions) -> SyncOptions:
+    options: dict[str, Any] = dict(arm.options)
+    return replace(shared, **options)
 
 
 def _checked(names: Sequence[str]) -> list[str]:
@@ -247,6 +258,8 @@ def _checked(names: Sequence[str]) -> list[str]:
             raise ValueError(f"the arm {name!r} is listed twice in {','.join(names)}; pass each arm once")
     if "none" not in names:
         raise ValueError(f"the arms {','.join(names)} lack none, the baseline of all comparisons; add it")
+    if {"none", "learning-rate"}.issuperset(names):
+        raise ValueError(f"the arms {','.join(names)} align no layers; add pick or prior")
     return sorted(names, key=lambda text: NAMES.index("sra" if "+" in text else text.partition(":")[0]))
 
 
@@ -271,7 +284,8 @@ def _with_methods(arm: Arm, methods: Sequence[str], options: Mapping[str, float]
         try:
             own[option] = kind(value) if colon else options[option]
         except ValueError as error:
-            raise ValueError(f"{method} needs a number after its colon, such as {name}:{options[option]:g}") from error
+            number = "an integer" if kind is int else "a number"
+            raise ValueError(f"{method} needs {number} after its colon, such as {name}:{options[option]:g}") from error
     SyncOptions(**own)  # Refuses values that are out of range.
     words = " and ".join(method.replace("-", " ").replace(":", " ") for method in methods)
     return replace(arm, name=f"{arm.name} with {words}", options=own)

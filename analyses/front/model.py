@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 from torch import Tensor, nn
 
 from layerprobe.analyses.front.objects import as_samples
@@ -87,7 +88,7 @@ class Model:
                 the network takes them, uint8 that represents [-1, 1], or `Samples`.
             layers: Name of a layer, or names and patterns such as "blocks.*"; all layers of the model if None.
             noise_level: Noise level, or several, in [0, 1]; 0 is clean, 1 is pure noise.
-            labels: Class of each sample that the model is conditioned on; the null label if None.
+            labels: Number of the class that the model is conditioned on for each sample; the null label if None.
             per_token: Whether to return all tokens (n, T, D) instead of their mean (n, D).
             ids: Integer id of each sample, to which its noise is keyed; positions if None. Pass ids to get equal noise
                 for a sample in other batches.
@@ -98,13 +99,21 @@ class Model:
             Features, float32 on the CPU, if one layer and one level are named; otherwise a dict by (layer, level).
 
         Raises:
-            ValueError: If a layer is unknown, or the samples do not fit the model.
+            ValueError: If a layer is unknown, or samples or labels do not fit the model.
         """
-        single = isinstance(layers, str) and "*" not in layers and isinstance(noise_level, int | float)
+        if isinstance(layers, int):
+            raise ValueError(f"layers are named, got {layers}; pass a name such as {self.layers[0]!r}")
+        one_level = np.ndim(noise_level) == 0  # NumPy's and torch's scalars included
+        single = isinstance(layers, str) and "*" not in layers and one_level
         names = self.layers if layers is None else match_layers(self.backbone.module, layers)
-        levels = (noise_level,) if isinstance(noise_level, int | float) else tuple(noise_level)
+        levels = tuple(map(float, np.atleast_1d(np.asarray(noise_level))))
         plan = ExtractionPlan(names, levels, condition="null" if labels is None else "label", seed=seed)
-        samples = as_samples(x, labels, ids=ids)
+        samples = as_samples(x, labels, ids=ids, num_classes=self.backbone.num_classes)
+        if labels is not None and samples.class_names:  # numbered anew, so they would condition on other classes
+            raise ValueError(
+                f"the labels condition {self.backbone.name}, which has {self.backbone.num_classes} classes; pass "
+                "their numbers, counted from 0"
+            )
         features = read_features(self.backbone, samples, plan, per_token=per_token, batch_size=batch_size)
         return next(iter(features.values())) if single else features
 
@@ -162,6 +171,11 @@ def open(model: str | Path | nn.Module | Backbone, *, device: str = "auto", **op
         if options:
             raise ValueError(f"a backbone carries its {', '.join(options)}; change it by dataclasses.replace")
         return _in_memory(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"a model cannot be opened from a {type(model).__name__}; pass the path of a checkpoint, a torch.nn.Module "
+            "or a Backbone"
+        )
     if missing := [name for name in ("layers", "schedule", "prediction", "shape") if name not in options]:
         raise ValueError(
             f"a module does not say its {missing[0]}; pass layers, schedule, prediction and shape, as in "

@@ -14,7 +14,7 @@ from layerprobe.data import Samples, Splits, TensorSamples, for_probing, split
 LARGEST = 50.0  # beyond every latent; pixels that were not scaled reach 255
 
 
-def as_samples(x: Any, labels: Any = None, *, ids: Any = None) -> Samples:
+def as_samples(x: Any, labels: Any = None, *, ids: Any = None, num_classes: int = 0) -> Samples:
     """Returns arrays as samples.
 
     Args:
@@ -23,6 +23,7 @@ def as_samples(x: Any, labels: Any = None, *, ids: Any = None) -> Samples:
         labels: One label per sample: integers or strings, or None. Integers from 0 are classes as they are; others are
             numbered in sorted order.
         ids: One integer per sample, to which the noise is keyed; the positions 0 to n - 1 if None.
+        num_classes: Number of classes of the model; integers below it are never numbered anew.
 
     Raises:
         ValueError: If the arrays do not fit together, or values are far outside of [-1, 1].
@@ -35,16 +36,17 @@ def as_samples(x: Any, labels: Any = None, *, ids: Any = None) -> Samples:
     if tensor.ndim < 3:
         raise ValueError(f"the samples have shape {tuple(tensor.shape)}; pass (n, channels, *grid)")
     _check_range(tensor)
-    numbers, names = (None, ()) if labels is None else _numbered(labels)
+    numbers, names = (None, ()) if labels is None else _numbered(labels, num_classes)
     return TensorSamples(tensor, numbers, ids=None if ids is None else _tensor(ids), class_names=names)
 
 
-def as_splits(data: Any, labels: Any = None) -> Splits:
+def as_splits(data: Any, labels: Any = None, *, num_classes: int = 0) -> Splits:
     """Returns arrays, samples or splits as the splits of a probing run, see `layerprobe.data.for_probing`.
 
     Args:
         data: `Splits`, or what `as_samples` takes.
         labels: Labels as for `as_samples`.
+        num_classes: The same.
 
     Raises:
         ValueError: If the samples cannot be divided.
@@ -53,7 +55,7 @@ def as_splits(data: Any, labels: Any = None) -> Splits:
         if labels is not None:
             raise ValueError("splits carry their labels; pass labels with arrays only")
         return for_probing(data, given={})
-    return for_probing(split(as_samples(data, labels)), given={})
+    return for_probing(split(as_samples(data, labels, num_classes=num_classes)), given={})
 
 
 def _tensor(values: Any) -> Tensor:
@@ -79,13 +81,13 @@ def _check_range(x: Tensor) -> None:
         )
 
 
-def _numbered(labels: Any) -> tuple[Tensor, tuple[str, ...]]:
+def _numbered(labels: Any, num_classes: int) -> tuple[Tensor, tuple[str, ...]]:
     values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if values.ndim != 1 or values.dtype.kind not in "iubUSO":
         raise ValueError(
             f"the labels have type {values.dtype} and shape {values.shape}; pass one integer or string per sample"
         )
-    if values.dtype.kind in "iu" and len(values) and values.min() >= 0 and values.max() < len(values):
+    if values.dtype.kind in "iu" and len(values) and values.min() >= 0 and values.max() < max(len(values), num_classes):
         return torch.from_numpy(values.astype(np.int64)), ()
     names, numbers = np.unique(values.astype(str) if values.dtype.kind in "SOb" else values, return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, names))

@@ -63,7 +63,7 @@ def probe(
         source, shape = data.absolute(), model.backbone.shape
         splits = source.encode(source.probing_splits(expect_shape=shape), expect_shape=shape)
     else:
-        splits = as_splits(data, labels)
+        splits = as_splits(data, labels, num_classes=model.backbone.num_classes)
         source = DataSource(IN_MEMORY + _fingerprint(splits))
     folder = Path(tempfile.mkdtemp(prefix="layerprobe-")) if out is None else Path(out)
     probe_run(

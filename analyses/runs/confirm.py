@@ -125,7 +125,8 @@ def confirmation_job(
     plan = ConfirmationPlan(training, seeds, num_evaluations, num_samples, sampling, stop_early)
     layers = alignable_layers(backbone)
     width = layer_shapes(backbone, layers[:1])[layers[0]][1]
-    chosen = arms_for(ranked, layers, names=arms, seed=seeds[0], options=sra_options(training, token_width=width))
+    options = sra_options(training, token_width=width)
+    chosen = arms_for(ranked, layers, names=arms, seed=seeds[0], options=options, sync=training.sync)
     _check_nothing_is_dropped(folder, chosen, seeds)
     return ConfirmationJob(
         folder=folder,

@@ -9,6 +9,7 @@ from layerprobe.analyses.experiments import (
     ENOUGH_STEPS,
     LEVEL,
     LOSS_FALL,
+    NEGATIVE_CONTROL,
     PICK,
     POWER,
     SAME_DISTANCE,
@@ -35,6 +36,10 @@ def missing_arm_sentences(missing: Sequence[str], num_layers: int) -> list[str]:
     reasons = {
         PICK: "The selection has no pick, so the verdict will be about another pair.",
         SAME_DISTANCE: f"There is no random pair of the same distance: {num_layers} layers have no other pair of it.",
+        NEGATIVE_CONTROL: (
+            "There is no negative control: the last two layers are the pair of another arm, so no arm shows whether "
+            "this trial can see damage."
+        ),
     }
     return [reasons[name] for name in missing if name in reasons]
 

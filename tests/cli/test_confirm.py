@@ -109,6 +109,11 @@ def test_arms_that_a_small_network_cannot_have_are_told(folder: Path, cli, monke
     assert code == 0
     assert "There is no random pair of the same distance: 3 layers have no other pair of it." in out.splitlines()
     assert "branch from" not in out
+    assert "There is no negative control" not in out
+    monkeypatch.setattr(confirm, "alignable_layers", lambda backbone: LAYERS[1:6:4])
+    code, out, _ = cli("confirm", folder, "--dry-run", "--from-scratch")
+    assert code == 0
+    assert "There is no negative control: the last two layers are the pair of another arm" in out
 
 
 def test_the_recorded_losses_of_the_checkpoint_tell_whether_it_is_converged(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_usual_arms_are_five_without_duplicates() -> None:
         ([], [BASELINE, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL], (PICK,)),
         ([prior, other], [BASELINE, PICK, SAME_DISTANCE, NEGATIVE_CONTROL], ()),
         ([other, prior], [BASELINE, PICK, PRIOR, SAME_DISTANCE, NEGATIVE_CONTROL], ()),
-        ([control], [BASELINE, PICK, PRIOR, SAME_DISTANCE], ()),
+        ([control], [BASELINE, PICK, PRIOR, SAME_DISTANCE], (NEGATIVE_CONTROL,)),
         ([LayerPair("blocks.0", "blocks.9")], [BASELINE, PICK, PRIOR, NEGATIVE_CONTROL], (SAME_DISTANCE,)),
     ):
         arms = arms_for(ranked, LAYERS)
@@ -52,7 +52,7 @@ def test_the_usual_arms_are_five_without_duplicates() -> None:
         assert len({arm.pair for arm in arms}) == len(arms)
     two = arms_for([], LAYERS[:2])
     assert [(arm.name, arm.also) for arm in two] == [(BASELINE, ()), (PRIOR, (NEGATIVE_CONTROL,))]
-    assert missing_arms(two) == (PICK, SAME_DISTANCE)
+    assert missing_arms(two) == (PICK, SAME_DISTANCE, NEGATIVE_CONTROL)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -147,6 +147,10 @@ def test_methods_are_arms_of_their_own_on_a_pair() -> None:
     assert arms[0].training(shared) == shared
     same = arms_for(RANKED, LAYERS, names=["none", "sra", "pick+projector+teacher-decay+noise-gap"], options=OPTIONS)
     assert (len(same), same[1].also) == (2, ("pick with projector and teacher decay and noise gap",))
+    # A method whose options all arms have would be trained twice.
+    pair, off = ["none", "pick", "pick+noise-gap:0"], SyncOptions(noise_gap=0.2)
+    assert len(arms_for(RANKED, LAYERS, names=pair)) == 2
+    assert len(arms_for(RANKED, LAYERS, names=pair, sync=off)) == 3
     assert arms_for((), LAYERS, names=["none", "sra"], options=OPTIONS)[1].pair == ARMS[2].pair
 
 
@@ -182,7 +186,10 @@ def test_random_pairs_are_those_that_no_other_arm_could_have() -> None:
         ("none,heuristic", RANKED, "unknown arm 'heuristic'"),
         ("none,bad+noise-gap", RANKED, r"unknown arm 'bad\+noise-gap'; .*or pick\+projector\+teacher-decay\+noise-gap"),
         ("none,pick+noise-gap+noise-gap", RANKED, "unknown arm 'pick"),
-        ("none,pick+projector:wide", RANKED, "projector:wide needs a number after its colon, such as projector:32"),
+        ("none", RANKED, "the arms none align no layers; add pick or prior"),
+        ("none,learning-rate", RANKED, "the arms none,learning-rate align no layers"),
+        ("none,pick+noise-gap:wide", RANKED, "noise-gap:wide needs a number after its colon, such as noise-gap:0.2"),
+        ("none,pick+projector:8.5", RANKED, "projector:8.5 needs an integer after its colon, such as projector:32"),
         ("none,pick+noise-gap:2", RANKED, r"noise_gap in \[0, 1\], got 0.0, 2.0"),
         ("none,same-distance", (LayerPair("blocks.0", "blocks.9"),), "a network of 10 layers has no pair for the arm"),
         ("none,random:41", FOUR, "only 40 pairs are left for random pairs, too few for random:41"),

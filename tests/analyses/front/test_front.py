@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import matplotlib.figure
@@ -45,6 +46,12 @@ def test_one_layer_at_one_level_is_an_array() -> None:
     one = model.features(SAMPLES.x, "blocks.1", 0.2)
     assert torch.equal(one, model.features(SAMPLES.x, "blocks.*", [0.2])["blocks.1", 0.2])
     assert one.shape == (60, 16)
+    for level in (np.float64(0.2), torch.tensor(0.2, dtype=torch.float64)):
+        assert torch.equal(model.features(SAMPLES.x, "blocks.1", level), one)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"layers are named, got 1; pass a name such as 'blocks\.0'"):
+        model.features(SAMPLES.x, 1, 0.2)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="a batch needs at least 1 row, got 0"):
+        model.features(SAMPLES.x, "blocks.1", 0.2, batch_size=0)
 
 
 def test_noise_belongs_to_the_id_and_the_label_to_the_condition() -> None:
@@ -55,6 +62,14 @@ def test_noise_belongs_to_the_id_and_the_label_to_the_condition() -> None:
     assert not torch.allclose(model.features(SAMPLES.x[7:9], "blocks.2", 0.6), whole[7:9], atol=1e-3)
     labeled = model.features(SAMPLES.x, "blocks.2", 0.6, labels=SAMPLES.labels)
     assert not torch.allclose(labeled, whole, atol=1e-3)
+    last = model.backbone.num_classes - 1
+    rows = torch.nonzero(SAMPLES.labels == last)[:2, 0]
+    with warnings.catch_warnings(action="ignore"):  # two samples may have no value below 0
+        few = model.features(SAMPLES.x[rows], "blocks.2", 0.6, ids=rows, labels=[last] * len(rows))
+    assert torch.allclose(few, labeled[rows], atol=1e-6)
+    for labels in ([9] * 7, ["cat"] * 7):
+        with pytest.raises(ValueError, match=r"the labels condition .* classes; pass their numbers, counted from 0"):
+            model.features(SAMPLES.x[:7], "blocks.2", 0.6, labels=labels)
 
 
 def test_a_module_is_opened_with_what_it_does_not_say() -> None:
@@ -63,6 +78,8 @@ def test_a_module_is_opened_with_what_it_does_not_say() -> None:
     assert lp.open(BACKBONE.module, **said, num_classes=3).layers == BACKBONE.layers
     with pytest.raises(ValueError, match="a module does not say its layers"):
         lp.open(BACKBONE.module, schedule="sit")
+    with pytest.raises(ValueError, match="a model cannot be opened from a dict; pass the path of a checkpoint"):
+        lp.open(dict(BACKBONE.module.state_dict()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a backbone carries its shape"):
         lp.open(BACKBONE, shape=(1, 4, 4))
     with pytest.raises(ValueError, match=r"blocks\.9 is not in SiT"):

@@ -42,6 +42,13 @@ def test_labels_are_classes_or_are_numbered(labels, numbers, names) -> None:
     assert samples.class_names == names
 
 
+def test_classes_of_the_model_are_never_numbered_anew() -> None:
+    samples = as_samples(X[:2], [3, 7], num_classes=10)
+    assert samples.labels is not None
+    assert (samples.labels.tolist(), samples.class_names) == ([3, 7], ())
+    assert as_samples(X[:2], [3, 70], num_classes=10).class_names == ("3", "70")
+
+
 def test_samples_and_splits_stay_what_they_are() -> None:
     samples = TensorSamples(X)
     assert as_samples(samples) is samples
