@@ -326,7 +326,7 @@ def test_a_pair_without_its_baseline_has_no_benefit() -> None:
 
 def test_another_table_is_no_pair_sweep(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("arm,seed\nnone,0\n")
-    with pytest.raises(ValueError, match=r"has the columns arm, seed; pass an atlas.csv"):
+    with pytest.raises(ValueError, match=r"it has no column student\); pass an atlas.csv"):
         read_pair_sweep(tmp_path / "x.csv")
 
 
