@@ -12,11 +12,13 @@ project = "layerprobe"
 author = copyright = "The layerprobe authors"
 release = version = layerprobe.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "option_tables"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "option_tables"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are kept with their outputs
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_extra_path = ["llms.txt"]
 html_title = f"layerprobe {release}"
 
 default_role = "code"  # single backticks in docstrings mark code, as in Markdown

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from layerprobe.analyses.figures import (
     cka_heatmap,
@@ -23,7 +25,6 @@ from layerprobe.analyses.wording import selection_headline, selection_reason
 from layerprobe.layersync import LayerPair
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 _CONTROLS = (RANDOM_WEIGHTS, RAW_INPUT)
@@ -132,9 +133,17 @@ class Run:
             name: A metric of the quality table; or "cka", "label columns" or "confirmation".
             kind: For a metric: a line for each noise level, or a table of layers and levels in colors.
 
+        Returns:
+            The figure; a notebook shows it as a picture.
+
         Raises:
             ValueError: If the name is unknown, or was not measured in this run.
         """
+        figure = self._draw(name, kind)
+        figure.__class__ = _NotebookFigure
+        return figure
+
+    def _draw(self, name: str, kind: str) -> Figure:
         if name == "cka":
             return cka_heatmap(self._folder.similarity(), selection=self.selection)
         if name == "label columns":
@@ -183,6 +192,15 @@ class Run:
         rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in self._facts())
         why = f"<p>{escape(selection_reason(self.selection))}</p>" if self.pick else ""
         return f"<b>Run {escape(str(self.path))}</b><table>{rows}</table>{why}{self.best_layers().to_html(index=False)}"
+
+
+class _NotebookFigure(Figure):
+    """Shows itself in a notebook, which knows plain figures only after `%matplotlib inline` or an import of pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
 
 
 def _first_by_layer(rows: pd.DataFrame) -> pd.DataFrame:

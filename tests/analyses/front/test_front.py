@@ -123,6 +123,7 @@ def test_a_run_shows_itself(run: lp.Run) -> None:
     assert "<table" in run._repr_html_()
     for figure in (run.plot(), run.plot(kind="heatmap"), run.plot("cka")):
         assert isinstance(figure, matplotlib.figure.Figure)
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows, without pyplot
     with pytest.raises(ValueError, match="no confirmation; run `layerprobe confirm"):
         run.plot("confirmation")
     with pytest.raises(ValueError, match="the run has no 'gap'"):
