@@ -13,9 +13,9 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # Headings of the groups of options on help pages.
 CHECKPOINT_PANEL = "Opening the checkpoint"
@@ -27,7 +27,6 @@ LEARNING_PANEL = "Training objective"
 OPTIMIZER_PANEL = "Optimizer"
 RUNNING_PANEL = "Execution and output"
 
-T = TypeVar("T")
 _KEY = "option"
 _ENTRY = re.compile(r"^    (\w+): ?(.*)$")
 
@@ -172,11 +171,6 @@ def to_record(instance: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass instance that are not None, by name."""
     values = ((field.name, getattr(instance, field.name)) for field in dataclasses.fields(instance))
     return {name: value for name, value in values if value is not None}
-
-
-def from_record(cls: type[T], record: Mapping[str, Any]) -> T:
-    """Returns the instance of a dataclass whose record was read from JSON, where tuples have become lists."""
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def _given(hint: Any) -> Any:

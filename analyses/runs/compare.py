@@ -24,6 +24,7 @@ from layerprobe.analyses.tables import (
 )
 from layerprobe.analyses.wording import block_map_sentences, difference_sentences
 from layerprobe.checkpoints import training_record
+from layerprobe.files import holding
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Comparison:
     files: tuple[Path, ...]
 
 
+@holding("out")
 def compare_runs(runs: Sequence[str | Path], out: str | Path) -> Comparison:
     """Compares runs with the first one of them, and writes tables and figures into a folder.
 

@@ -53,3 +53,14 @@ def test_what_cannot_be_compared_is_one_line(runs: list[Path], tmp_path: Path, c
         code, _, err = cli("compare", *arguments, "--out", tmp_path / "out")
         assert code == 2
         assert message in err
+
+
+def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path, cli) -> None:
+    path = runs[1] / "probe-scores.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, _, err = cli("compare", *runs, "--out", tmp_path / "out")
+    path.write_bytes(content)
+    assert code == 2
+    assert "probe-scores.safetensors is damaged" in err and "layerprobe analyze" in err
+    assert not (tmp_path / "out").exists()

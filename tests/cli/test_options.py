@@ -25,7 +25,8 @@ from layerprobe.data.loading import load
 from layerprobe.data.sources import DataSource
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.layersync.options import SyncOptions
-from layerprobe.options import attribute_entries, check_ranges, flags, from_record, option, option_fields, to_record
+from layerprobe.options import attribute_entries, check_ranges, flags, option, option_fields, to_record
+from layerprobe.records import parse
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.training.plan import TrainingPlan
 
@@ -187,7 +188,7 @@ def test_changed_options_have_the_names_of_the_command_line() -> None:
 )
 def test_records_of_sources_and_plans(source: Any) -> None:
     record = json.loads(json.dumps(to_record(source)))
-    assert from_record(type(source), record) == source
+    assert parse(type(source), record) == source
     assert None not in record.values()
 
 
