@@ -294,7 +294,7 @@ def judge(
     comparisons = _comparisons(judged, results, level)
     rows = curves[(curves["arm"] == arms[0].name) & curves["seed"].isin(seeds)]
     branch = branch_course(rows) if start_name == BRANCHED else None
-    if branch and branch.looks_converged:
+    if branch and branch.looks_converged and "baseline still improves" not in doubts:  # one of the two is false
         doubts = (*doubts, "start looks converged")
     return Verdict(
         metric=FRECHET,
@@ -441,7 +441,7 @@ def _other_cautions(
     judged: ArmResult, answer: Answer, comparisons: Sequence[Comparison], planned: bool
 ) -> list[VerdictCaution]:
     cautions: list[VerdictCaution] = []
-    if judged.name.startswith((PRIOR, SAME_DISTANCE, RUNNER_UP, RANDOM, SRA, f"{PICK} with ")):
+    if judged.name.startswith((PRIOR, SAME_DISTANCE, RUNNER_UP, RANDOM, SRA, f"{PICK} with ", NEGATIVE_CONTROL)):
         cautions.append("judged arm is not the pick")
     if not planned:
         cautions.append("looks not planned together")

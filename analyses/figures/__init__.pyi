@@ -23,6 +23,7 @@ from .style import INK as INK
 from .style import LINE_COLORS as LINE_COLORS
 from .style import WIDTH_IN as WIDTH_IN
 from .style import save_figure as save_figure
+from .style import shown_in_notebooks as shown_in_notebooks
 from .style import styled as styled
 from .style import to_svg as to_svg
 from .tokens import token_maps as token_maps

@@ -137,11 +137,16 @@ def _draw_runs(axes: Axes, runs: Runs, label: str, colors: Mapping[str, str]) ->
     final = runs[BASELINE].mean(axis=1).iloc[-1]
     axes.axhline(final, color=GRAY, linestyle=":", linewidth=1.2)
     axes.set_title("Thin lines: seeds; thick lines: their mean; dotted: final value of the baseline")
-    axes.set_xlabel("training step")
+    _label_steps(axes)
     axes.set_ylabel(label)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.01)
     label_ends(axes, ends, colors)
+
+
+def _label_steps(axes: Axes) -> None:
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _draw_difference_over_steps(axes: Axes, runs: Runs, colors: Mapping[str, str]) -> None:
@@ -160,9 +165,8 @@ def _draw_difference_over_steps(axes: Axes, runs: Runs, colors: Mapping[str, str
         axes.plot(percent.index, middle, color=colors[arm], linewidth=2.0)
     band = "band: 95 % t interval" if num_seeds > 1 else "one seed: no interval"
     axes.set_title(f"Paired difference from the baseline ({band})")
-    axes.set_xlabel("training step")
+    _label_steps(axes)
     axes.set_ylabel("difference (% of the baseline)")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _final_differences(runs: Runs, verdict: Verdict | None) -> dict[str, _Final]:

@@ -112,6 +112,21 @@ def save_figure(
     return paths
 
 
+class _NotebookFigure(Figure):
+    """Shows itself in a notebook, which knows plain figures only after `%matplotlib inline` or an import of pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+
+def shown_in_notebooks(figure: Figure) -> Figure:
+    """Returns a figure that a notebook shows as a picture."""
+    figure.__class__ = _NotebookFigure
+    return figure
+
+
 def to_svg(figure: Figure) -> str:
     """Returns the text of the SVG file that `save_figure` writes."""
     return _render(figure, "svg").decode()

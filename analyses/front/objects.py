@@ -46,7 +46,7 @@ def as_splits(data: Any, labels: Any = None, *, num_classes: int = 0) -> Splits:
     Args:
         data: `Splits`, or what `as_samples` takes.
         labels: Labels as for `as_samples`.
-        num_classes: The same.
+        num_classes: Number of classes of the model, as for `as_samples`.
 
     Raises:
         ValueError: If the samples cannot be divided.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from layerprobe.analyses.figures import (
     cka_heatmap,
@@ -17,14 +15,16 @@ from layerprobe.analyses.figures import (
     knowledge_curves,
     layer_quality_curves,
     quality_heatmap,
+    shown_in_notebooks,
 )
 from layerprobe.analyses.runs import RunFolder
 from layerprobe.analyses.selection import Selection
-from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RAW_INPUT
+from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RANK, RAW_INPUT
 from layerprobe.analyses.wording import selection_headline, selection_reason
 from layerprobe.layersync import LayerPair
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 _CONTROLS = (RANDOM_WEIGHTS, RAW_INPUT)
@@ -95,19 +95,23 @@ class Run:
     def best_layers(self, num: int = 5, *, metric: str | None = None) -> pd.DataFrame:
         """Returns the best layers, each at its best noise level, beside the controls at that level.
 
-        Layers and levels are chosen on the validation split; the values are of the test split where the metric has it.
+        Layers and levels are chosen on the validation split and the values are of the test split, where the metric has
+        them. The largest value is the best one, or the smallest of an error.
 
         Args:
             num: Number of layers.
-            metric: Metric of the quality table; the probe if the run has labels, else what the pick rests on.
+            metric: Metric of the quality table; the probe, or without labels its stand-in, the effective rank.
 
         Raises:
             ValueError: If the metric was not measured.
         """
-        metric = metric or (PROBE if PROBE in set(self.quality["metric"]) else self.selection.basis.metric)
+        metric = metric or self._usual_metric
         rows = self._rows_of(metric)
-        split = "test" if (rows["split"] == "test").any() else "validation"
-        chosen = _first_by_layer(rows[(rows["source"] == MODEL) & (rows["split"] == "validation")])
+        splits = [split for split in ("validation", "test", "train") if (rows["split"] == split).any()]
+        split = "test" if "test" in splits else splits[0]
+        smallest = metric.endswith(" error")
+        candidates = rows[(rows["source"] == MODEL) & (rows["split"] == splits[0])]
+        chosen = _first_by_layer(candidates, smallest=smallest)
         shown = rows[rows["split"] == split]
         records = []
         for layer, level in list(zip(chosen["layer"], chosen["noise_level"], strict=True))[:num]:
@@ -118,7 +122,7 @@ class Run:
             for source in _CONTROLS:
                 control = at_level[at_level["source"] == source]
                 control = control[control["layer"] == layer] if source == RANDOM_WEIGHTS else control
-                record[source] = control["value"].max() if len(control) else np.nan
+                record[source] = np.nan if control.empty else control["value"].agg("min" if smallest else "max")
             records.append(record)
         return pd.DataFrame(records)
 
@@ -126,22 +130,21 @@ class Run:
         """Returns the stored features of a layer, shape (n, D), as `FeatureStore.features`."""
         return self._folder.store(MODEL).features(layer, noise_level, split=split)
 
-    def plot(self, name: str = PROBE, *, kind: Literal["curves", "heatmap"] = "curves") -> Figure:
+    def plot(self, name: str | None = None, *, kind: Literal["curves", "heatmap"] = "curves") -> Figure:
         """Draws a figure of the run.
 
         Args:
-            name: A metric of the quality table; or "cka", "label columns" or "confirmation".
+            name: A metric of the quality table, that of `best_layers` if None; or "cka", "label columns" or
+                "confirmation".
             kind: For a metric: a line for each noise level, or a table of layers and levels in colors.
 
         Returns:
             The figure; a notebook shows it as a picture.
 
         Raises:
-            ValueError: If the name is unknown, or was not measured in this run.
+            ValueError: If the name or kind is unknown, or was not measured in this run.
         """
-        figure = self._draw(name, kind)
-        figure.__class__ = _NotebookFigure
-        return figure
+        return shown_in_notebooks(self._draw(name or self._usual_metric, kind))
 
     def _draw(self, name: str, kind: str) -> Figure:
         if name == "cka":
@@ -154,6 +157,8 @@ class Run:
                 raise ValueError(f"{self.path} has no confirmation; run `layerprobe confirm {self.path}` first")
             return confirmation_curves(*verdict)
         self._rows_of(name)
+        if kind not in ("curves", "heatmap"):
+            raise ValueError(f"unknown kind {kind!r}; use curves or heatmap")
         if kind == "heatmap":
             return quality_heatmap(self.quality, name)
         return layer_quality_curves(self.quality, name, selection=self.selection)
@@ -161,6 +166,10 @@ class Run:
     @property
     def _model_rows(self) -> pd.DataFrame:
         return self.quality[self.quality["source"] == MODEL].sort_values("layer_index", kind="stable")
+
+    @property
+    def _usual_metric(self) -> str:
+        return PROBE if PROBE in set(self.quality["metric"]) else RANK
 
     def _rows_of(self, metric: str) -> pd.DataFrame:
         rows = self.quality[self.quality["metric"] == metric].dropna(subset="value")
@@ -194,15 +203,6 @@ class Run:
         return f"<b>Run {escape(str(self.path))}</b><table>{rows}</table>{why}{self.best_layers().to_html(index=False)}"
 
 
-class _NotebookFigure(Figure):
-    """Shows itself in a notebook, which knows plain figures only after `%matplotlib inline` or an import of pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=80)
-        return buffer.getvalue()
-
-
-def _first_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+def _first_by_layer(rows: pd.DataFrame, *, smallest: bool) -> pd.DataFrame:
     """The best row of each layer, the best layer first; of equal values, the first."""
-    return rows.sort_values("value", ascending=False, kind="stable").drop_duplicates("layer")
+    return rows.sort_values("value", ascending=smallest, kind="stable").drop_duplicates("layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from layerprobe.checkpoints import training_record
 from layerprobe.data import Reading, Splits
 from layerprobe.files import holding, locked
 from layerprobe.progress import TaskProgress, named_progress
-from layerprobe.records import OtherRun
+from layerprobe.records import OtherRun, differences
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -65,6 +66,11 @@ class ConfirmationJob:
     from_scratch: bool
     trained_steps: int | None
     fall: float | None
+
+    @property
+    def start_name(self) -> str:
+        """Where the arms start."""
+        return FROM_SCRATCH if self.from_scratch else BRANCHED
 
     @property
     def start_step(self) -> int | None:
@@ -167,6 +173,7 @@ def confirm_run(
         ValueError: If the data are not those that the run measured, or as `confirm_pair`.
     """
     folder, backbone = job.folder, job.backbone
+    _check_options(job)
     with locked(folder.path):
         encoding = named_progress(progress, "encoding images")
         splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
@@ -181,13 +188,13 @@ def confirm_run(
                 job.arms,
                 job.plan,
                 folder.confirmation,
-                start_name=FROM_SCRATCH if job.from_scratch else BRANCHED,
+                start_name=job.start_name,
                 trained_steps=job.start_step,
                 on_converged=lambda course: tell(converged_sentence(course)),
                 progress=progress,
             )
         except OtherRun as other:
-            raise ValueError(f"{other.seen}; pass the options it was begun with, or {_A_COPY}") from other
+            raise ValueError(f"{other.seen}; {_AS_BEGUN}") from other
         folder.write_verdict()
         draw_figures(folder.path)
         write_report(folder.path)
@@ -195,6 +202,22 @@ def confirm_run(
 
 
 _A_COPY = "use a copy of the run without confirmation/, confirmation.csv and verdict.json"
+_AS_BEGUN = f"pass the options it was begun with, or {_A_COPY}"
+
+
+def _check_options(job: ConfirmationJob) -> None:
+    """Refuses options other than those that the confirmation was begun with, before the data are read."""
+    path = job.folder.confirmation / "confirmation.json"
+    if not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # `confirm_pair` tells damage
+    now = json.loads(json.dumps({"plan": job.plan.identity(), "start": job.start_name}))
+    if changed := differences({name: before.get(name) for name in now}, now):
+        seen = f"{path.parent} holds a confirmation of other options (different: {', '.join(changed[:4])})"
+        raise ValueError(f"{seen}; {_AS_BEGUN}")
 
 
 def _check_data(folder: RunFolder, backbone: Backbone, splits: Splits, tell: Callable[[str], None]) -> None:

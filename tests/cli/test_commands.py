@@ -215,7 +215,7 @@ def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: P
     code, _, err = cli("confirm", run, *arguments, "--weight", "0.7")
     assert (code, err.splitlines()[-1]) == (
         2,
-        f"layerprobe: {run / 'confirmation'} holds a confirmation of another run (different: plan.training.weight); "
+        f"layerprobe: {run / 'confirmation'} holds a confirmation of other options (different: plan.training.weight); "
         "pass the options it was begun with, or use a copy of the run without confirmation/, confirmation.csv and "
         "verdict.json",
     )

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from layerprobe.analyses.experiments.arms import ConfirmationPlan
 from layerprobe.analyses.experiments.power import detectable, look_levels
 from layerprobe.analyses.runs import confirm
 from layerprobe.analyses.runs.confirm import confirmation_training
 from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
 from layerprobe.checkpoints.opening import training_record
+from layerprobe.data import DataSource
 from layerprobe.layersync.options import SyncOptions
 
 LAYERS = tuple(f"blocks.{i}" for i in range(8))
@@ -124,6 +126,20 @@ def test_the_recorded_losses_of_the_checkpoint_tell_whether_it_is_converged(tmp_
     (tmp_path / "training.json").touch()
     assert confirm._recorded_fall(checkpoint) == pytest.approx(0.005)
     assert confirm._recorded_fall(Path("digits")) is None
+
+
+def test_other_options_than_begun_with_are_refused_before_the_data_are_read(
+    folder: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DataSource, "training_splits", lambda *_, **__: pytest.fail("the data were read"))
+    plan = ConfirmationPlan(confirmation_training(folder, steps=1000)).identity()
+    (folder / "confirmation").mkdir()
+    record = {"plan": plan, "start": "from the checkpoint", "data": "x", "extractor": None}
+    (folder / "confirmation" / "confirmation.json").write_text(json.dumps(record))
+    code, _, err = cli("confirm", folder, "--weight", "0.5", "--from-scratch")
+    assert code == 2
+    assert "holds a confirmation of other options (different: plan." in err
+    assert "plan.training.weight" in err
 
 
 def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:

@@ -142,6 +142,23 @@ def test_harm_to_a_checkpoint_that_has_converged_is_seen() -> None:
     assert verdict((5, 5, 5, 5, 5), (5, 6, 6.5, 6.5, 6.5)).answer == "hurts"
 
 
+def test_a_checkpoint_is_not_called_converged_beside_a_baseline_that_still_improves() -> None:
+    dipped = (10, 11, 11, 11, 9.8)  # 2 % below its start, and 11 % over the last quarter
+    for baseline, cautions in (
+        (dipped, ("baseline still improves",)),
+        ((10, 10, 10, 9.9, 9.8), ("no arm moved", "start looks converged")),
+    ):
+        table = curves({BASELINE: baseline, PICK: baseline})
+        found = judge(table, ARMS[:2], PLAN, extractor_name="pixels", start_name="from the checkpoint")
+        assert found.cautions == cautions
+
+
+def test_a_verdict_on_the_negative_control_says_so() -> None:
+    table = curves({BASELINE: SETTLED, NEGATIVE_CONTROL: FALL})
+    found = judge(table, (ARMS[0], ARMS[-1]), PLAN, extractor_name="pixels", start_name="from scratch")
+    assert (found.judged, found.cautions) == (NEGATIVE_CONTROL, ("judged arm is not the pick",))
+
+
 def test_one_evaluation_says_how_far_the_baseline_came_from_its_start() -> None:
     plan = replace(PLAN, num_evaluations=1)
     assert plan.evaluation_steps == (0, 100)

@@ -69,6 +69,15 @@ def test_one_seed_has_no_interval() -> None:
     assert "one seed: no interval" in panel(figure, "Paired difference").get_title(loc="left")
 
 
+def test_few_steps_are_counted_in_whole_numbers() -> None:
+    table = confirmation_table()
+    figure = confirmation.confirmation_curves(table.assign(step=table["step"] // 500))
+    figure.canvas.draw()
+    for axes in (figure.axes[0], panel(figure, "Paired difference")):
+        ticks = [text.get_text() for text in axes.get_xticklabels()]
+        assert len(set(ticks)) == len(ticks)
+
+
 def test_diverged_arm_does_not_stop_the_figure() -> None:
     table = confirmation_table()
     table.loc[(table["arm"] == "negative control") & (table["step"] > 0), "value"] = np.nan

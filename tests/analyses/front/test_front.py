@@ -115,6 +115,21 @@ def test_best_layers_are_chosen_on_validation_and_reported_on_test(run: lp.Run) 
     assert {"random weights", "raw input"} <= set(best.columns)
     with pytest.raises(ValueError, match="the run has no 'accuracy'; use one of probe accuracy"):
         run.best_layers(metric="accuracy")
+    error = "probe calibration error"
+    errors = run.quality[(run.quality["metric"] == error) & (run.quality["source"] == "model")]
+    least = errors[errors["split"] == "validation"].sort_values("value").iloc[0]
+    first = run.best_layers(1, metric=error).iloc[0]
+    assert (first["layer"], first["noise_level"]) == (least["layer"], least["noise_level"])
+
+
+def test_a_run_without_labels_tells_its_best_layers_too(run: lp.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    labeled = run.quality["metric"].str.contains("probe|knn")
+    monkeypatch.setattr(run, "quality", run.quality[~labeled])
+    best = run.best_layers(len(BACKBONE.layers))
+    assert best["effective rank"].is_monotonic_decreasing
+    assert "effective rank" in str([axes.get_ylabel() for axes in run.plot().axes]).lower()
+    assert sorted(best["layer"]) == sorted(BACKBONE.layers)
+    assert f"richest: {best['layer'][0]} at noise level {best['noise_level'][0]:g}: effective rank" in repr(run)
 
 
 def test_a_run_shows_itself(run: lp.Run) -> None:
@@ -128,6 +143,8 @@ def test_a_run_shows_itself(run: lp.Run) -> None:
         run.plot("confirmation")
     with pytest.raises(ValueError, match="the run has no 'gap'"):
         run.plot("gap")
+    with pytest.raises(ValueError, match="unknown kind 'heat'; use curves or heatmap"):
+        run.plot(kind="heat")  # type: ignore[arg-type]
 
 
 def test_other_objects_are_refused_in_a_folder_and_objects_are_not_opened_again(run: lp.Run) -> None:
