@@ -145,8 +145,8 @@ def save_figure(
         figure: Any figure; the first call fixes its layout.
         folder: Folder of the files, created if it does not exist.
         name: File name without a suffix.
-        formats: Members of `FORMATS`: "png" (150 dpi; 300 for papers), "svg" (text as text, heatmaps as pixels), "pdf" (fonts
-            embedded, heatmaps as vectors).
+        formats: Members of `FORMATS`: "png" (150 dpi; 300 for papers), "svg" (text as text, heatmaps as pixels), "pdf"
+            (fonts embedded, heatmaps as vectors).
 
     Raises:
         ValueError: If name is not a plain file name, or a format is unknown.
