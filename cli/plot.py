@@ -19,12 +19,29 @@ def plot(
     only: Annotated[str, typer.Option(help="Names of the figures to draw, such as cka; all if not given.")] = "",
     title: Annotated[bool, typer.Option("--title/--no-title", help="Whether figures have titles.")] = True,
     tables: Annotated[bool, typer.Option("--tables", help="Also write every curve as CSV and LaTeX.")] = False,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw for a paper: column (3.3 in) or full (7 in), one panel, no title; for curves, heatmaps, cka "
+            "and confirmation."
+        ),
+    ] = None,
+    context: Annotated[str, typer.Option(help="paper, or talk for larger text; with --width.")] = "paper",
+    style: Annotated[str | None, typer.Option(help="A matplotlib style sheet, applied over ours.")] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
     """Draw the figures of a run, for screens or for papers."""
     from layerprobe.analyses.runs import draw_figures, write_curves
 
-    drawn = draw_figures(run, formats=names(formats), only=names(only) if only else (), title=title)
+    drawn = draw_figures(
+        run,
+        formats=names(formats),
+        only=names(only) if only else (),
+        title=title,
+        width=width,
+        context=context,
+        style=style,
+    )
     paths = [str(path) for path in (*drawn, *(write_curves(run) if tables else ()))]
     emit({"figures": paths}, paths, as_json=as_json)

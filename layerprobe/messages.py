@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 MAX_MESSAGE = 600
 # Controls, marks that are not seen (of direction among them), halves of characters, separators of lines.
@@ -27,6 +29,13 @@ def safe(text: str, length: int | None = None) -> str:
 def safe_lines(text: str) -> str:
     """Returns a text of several lines, each of them safe."""
     return "\n".join(safe(line) for line in text.split("\n"))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns the end of a message about an unknown name: "; did you mean cka?", or "" if no name is like it."""
+    by_small = {each.lower(): each for each in names}
+    close = get_close_matches(name.lower(), by_small, n=1)
+    return f"; did you mean {by_small[close[0]]}?" if close else ""
 
 
 def _escaped(character: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerprobe.files import one_line
-from layerprobe.messages import safe, safe_lines
+from layerprobe.messages import did_you_mean, safe, safe_lines
 
 
 def test_only_what_does_not_print_is_escaped() -> None:
@@ -25,3 +25,8 @@ def test_long_messages_keep_their_beginning_and_their_remedy() -> None:
 def test_the_line_of_an_error_is_safe() -> None:
     assert one_line(ValueError("\x1b[2J" + "x" * 500 + "\nmore")).startswith(r"\x1b[2Jxxx")
     assert len(one_line(ValueError("x" * 500))) == 160
+
+
+def test_a_similar_name_is_found_in_any_case() -> None:
+    assert did_you_mean("CAK", ["Cka", "confirmation"]) == "; did you mean Cka?"
+    assert did_you_mean("token-maps", ["cka"]) == ""

@@ -1,8 +1,10 @@
 from .cka import cka_heatmap as cka_heatmap
+from .cka import paper_cka as paper_cka
 from .comparison import block_map_heatmap as block_map_heatmap
 from .comparison import comparison_curves as comparison_curves
 from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import confirmation_curves as confirmation_curves
+from .confirmation import paper_confirmation as paper_confirmation
 from .hover import spots_of as spots_of
 from .image_grid import sample_grid as sample_grid
 from .label_columns import CLASS as CLASS
@@ -11,6 +13,8 @@ from .labels import capital as capital
 from .labels import wrap_title as wrap_title
 from .layer_curves import layer_step_heatmaps as layer_step_heatmaps
 from .pair_sweep import pair_sweep_heatmap as pair_sweep_heatmap
+from .paper import paper_curves as paper_curves
+from .paper import paper_heatmap as paper_heatmap
 from .published import published_figure as published_figure
 from .quality import layer_quality_curves as layer_quality_curves
 from .quality import metric_panels as metric_panels
@@ -21,7 +25,9 @@ from .style import BACKGROUND as BACKGROUND
 from .style import GRAY as GRAY
 from .style import INK as INK
 from .style import LINE_COLORS as LINE_COLORS
+from .style import PAPER_WIDTHS as PAPER_WIDTHS
 from .style import WIDTH_IN as WIDTH_IN
+from .style import changed_style as changed_style
 from .style import save_figure as save_figure
 from .style import shown_in_notebooks as shown_in_notebooks
 from .style import styled as styled

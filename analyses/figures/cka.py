@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
+from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell
 from layerprobe.analyses.figures.hover import tell_cells
 from layerprobe.analyses.figures.labels import label_layers, short_names, wrap_title
 from layerprobe.analyses.figures.style import WIDTH_IN, nanmean, pick_in, require_columns, styled
@@ -20,6 +21,9 @@ from layerprobe.analyses.tables import SIMILARITY_COLUMNS
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
+
+LIMITS = (0.0, 1.0)  # the same colors in every run; debiased values may lie a little below 0
+_LABEL = "debiased linear CKA on the validation split (1: equal)"
 
 
 @styled()
@@ -45,29 +49,62 @@ def cka_heatmap(
     pair = pick_in(selection, names)
     blocks = matrix.reshape(len(levels), len(names), len(levels), len(names))
     mean = nanmean(np.stack([blocks[i, :, i, :] for i in range(len(levels))]))
-    limits = value_range(matrix)
     figure = Figure(figsize=(WIDTH_IN, 6.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-    mesh = draw_heatmap(left, matrix, limits=limits, width_in=5.2, square=True)
+    mesh = draw_heatmap(left, matrix, limits=LIMITS, width_in=5.2, square=True)
     _label_blocks(left, names, levels, 5.2)
     places = [f"{name} at {level:g}" for level in levels for name in names]
     tell_cells(left, _cell_texts(places, matrix))
     hatched = "" if np.isfinite(matrix).all() else "; hatched: not measured"
     left.set_title(f"All {len(matrix)} representations{hatched}", pad=34 if len(levels) > 1 else 6)
-    draw_heatmap(right, mean, limits=limits, width_in=4.2, text="{:.2f}".format, square=True)
-    right.set_title("Mean over equal noise levels" if len(levels) > 1 else f"Noise level {levels[0]:g}")
-    label_layers(right, names, 3.4, first=0.5)
-    label_layers(right, names, 3.4, first=0.5, vertical=True)
-    right.set(xlabel=short_names(names)[1], ylabel=short_names(names)[1])
-    tell_cells(right, _cell_texts(names, mean))
-    if pair is not None:
-        student, teacher = names.index(pair.student), names.index(pair.teacher)
-        mark_cell(right, student, teacher)
-        mark_cell(right, teacher, student)
-    label = "debiased linear CKA on the validation split (1: equal)"
-    figure.colorbar(mesh, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=label)
+    _draw_mean(right, names, levels, mean, pair, width_in=4.2)
+    extend = _extend(matrix)
+    figure.colorbar(mesh, ax=[left, right], location="bottom", shrink=0.4, aspect=30, label=_LABEL, extend=extend)
     figure.suptitle(wrap_title(_cka_title(names, levels, mean, pair)), x=0.008, ha="left")
     return figure
+
+
+@styled()
+def paper_cka(similarity: pd.DataFrame, *, width_in: float, selection: Selection | None = None) -> Figure:
+    """Draws the mean CKA over equal noise levels of every pair of layers, for a paper.
+
+    Args:
+        similarity: Similarity table, as for `cka_heatmap`.
+        width_in: Width of the figure in inches.
+        selection: Selection whose pick is marked, or None.
+
+    Raises:
+        ValueError: As `cka_heatmap`.
+    """
+    names, levels, matrix = _cka_matrix(similarity, None)
+    blocks = matrix.reshape(len(levels), len(names), len(levels), len(names))
+    mean = nanmean(np.stack([blocks[i, :, i, :] for i in range(len(levels))]))
+    figure = Figure(figsize=(width_in, 0.9 * width_in), layout="constrained")
+    axes = figure.subplots()
+    mesh = _draw_mean(axes, names, levels, mean, pick_in(selection, names), width_in=0.68 * width_in)
+    figure.colorbar(mesh, ax=axes, aspect=25, label="debiased linear CKA (1: equal)", extend=_extend(mean))
+    return figure
+
+
+def _draw_mean(
+    axes: Axes, names: Sequence[str], levels: Sequence[float], mean: Floats, pair: LayerPair | None, *, width_in: float
+) -> QuadMesh:
+    mesh = draw_heatmap(axes, mean, limits=LIMITS, width_in=width_in, text="{:.2f}".format, square=True)
+    axes.set_title("Mean over equal noise levels" if len(levels) > 1 else f"Noise level {levels[0]:g}")
+    label_layers(axes, names, 0.81 * width_in, first=0.5)
+    label_layers(axes, names, 0.81 * width_in, first=0.5, vertical=True)
+    axes.set(xlabel=short_names(names)[1], ylabel=short_names(names)[1])
+    tell_cells(axes, _cell_texts(names, mean))
+    if pair is not None:
+        student, teacher = names.index(pair.student), names.index(pair.teacher)
+        mark_cell(axes, student, teacher)
+        mark_cell(axes, teacher, student)
+    return mesh
+
+
+def _extend(values: Floats) -> str:
+    """The end of a color bar that stands for values outside of the scale, as matplotlib names it."""
+    return "min" if (values[np.isfinite(values)] < LIMITS[0]).any() else "neither"
 
 
 def _cka_matrix(similarity: pd.DataFrame, layers: Sequence[str] | None) -> tuple[list[str], list[float], Floats]:

@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, value_range
+from layerprobe.analyses.figures.cka import LIMITS
+from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell
 from layerprobe.analyses.figures.labels import capital, label_layers, short_names, wrap_title
 from layerprobe.analyses.figures.quality import quality_curves
 from layerprobe.analyses.figures.style import LINE_COLORS, WIDTH_IN, fit_y_limits, nanmean, styled
@@ -95,7 +96,7 @@ def block_map_heatmap(
     axes = figure.subplots()
     width = figure.get_size_inches()[0] - 2
     label = "debiased linear CKA, mean over equal noise levels (1: equal)"
-    draw_heatmap(axes, cka, limits=value_range(cka), width_in=width, text="{:.2f}".format, colorbar={"label": label})
+    draw_heatmap(axes, cka, limits=LIMITS, width_in=width, text="{:.2f}".format, colorbar={"label": label})
     for row, values in enumerate(cka):
         if np.isfinite(values).any():
             mark_cell(axes, row, int(np.nanargmax(values)))

@@ -87,6 +87,46 @@ def confirmation_curves(
     Raises:
         ValueError: If a column, the metric or the baseline is missing.
     """
+    runs, metric, verdict = _runs(confirmation, verdict, metric)
+    figure = Figure(figsize=(WIDTH_IN, 7.2), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1], width_ratios=[1.35, 1])
+    colors = _arm_colors(runs)
+    _draw_runs(figure.add_subplot(grid[0, :]), runs, capital(metric) + _direction(verdict), colors)
+    _draw_difference_over_steps(figure.add_subplot(grid[1, 0]), runs, colors)
+    finals, undetectable = _final_differences(runs, verdict), _undetectable_difference(runs, verdict)
+    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colors, undetectable)
+    figure.suptitle(wrap_title(_title(runs, finals, metric, verdict)), x=0.008, ha="left")
+    return figure
+
+
+@styled()
+def paper_confirmation(confirmation: pd.DataFrame, verdict: Verdict | None = None, *, width_in: float) -> Figure:
+    """Draws the final paired differences of every arm from the baseline, for a paper.
+
+    Args:
+        confirmation: Table, as for `confirmation_curves`.
+        verdict: Verdict whose metric and differences are shown, or None.
+        width_in: Width of the figure in inches.
+
+    Raises:
+        ValueError: As `confirmation_curves`.
+    """
+    runs, metric, verdict = _runs(confirmation, verdict, None)
+    finals = _final_differences(runs, verdict)
+    figure = Figure(figsize=(width_in, 0.8 + 0.36 * len(finals)), layout="constrained")
+    axes = figure.subplots()
+    undetectable = _undetectable_difference(runs, verdict)
+    _draw_final_differences(axes, runs, finals, metric, _arm_colors(runs), undetectable)
+    axes.set_title(axes.get_title(loc="left").replace("; ", ";\n"))
+    label = axes.get_xlabel().replace(" (gray", "\n(gray").replace(" with these seeds", "\nwith these seeds")
+    axes.set_xlabel(label.replace(" minus", "\nminus"))
+    return figure
+
+
+def _runs(
+    confirmation: pd.DataFrame, verdict: Verdict | None, metric: str | None
+) -> tuple[dict[str, pd.DataFrame], str, Verdict | None]:
+    """The runs of one metric by arm, the metric, and the verdict if it is on that metric."""
     require_columns(confirmation, CONFIRMATION_COLUMNS, "confirmation table")
     metrics = list(dict.fromkeys(map(str, confirmation["metric"])))
     metric = metric or (verdict.metric if verdict else (metrics or ["none"])[0])
@@ -100,16 +140,7 @@ def confirmation_curves(
     }
     if BASELINE not in runs:
         raise ValueError(f"the confirmation table has no values of {BASELINE!r}, only {', '.join(runs)}; run that arm")
-    verdict = verdict if verdict and verdict.metric == metric else None
-    figure = Figure(figsize=(WIDTH_IN, 7.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1], width_ratios=[1.35, 1])
-    colors = _arm_colors(runs)
-    _draw_runs(figure.add_subplot(grid[0, :]), runs, capital(metric) + _direction(verdict), colors)
-    _draw_difference_over_steps(figure.add_subplot(grid[1, 0]), runs, colors)
-    finals, undetectable = _final_differences(runs, verdict), _undetectable_difference(runs, verdict)
-    _draw_final_differences(figure.add_subplot(grid[1, 1]), runs, finals, metric, colors, undetectable)
-    figure.suptitle(wrap_title(_title(runs, finals, metric, verdict)), x=0.008, ha="left")
-    return figure
+    return runs, metric, verdict if verdict and verdict.metric == metric else None
 
 
 def _arm_colors(arms: Mapping[str, Any]) -> dict[str, str]:

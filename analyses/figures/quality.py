@@ -185,7 +185,7 @@ def metric_panels(quality: pd.DataFrame, metrics: Sequence[str], *, selection: S
             axes.plot(x, curves.random[i, :, 0], color=color, linewidth=0.9, linestyle="--")
             tell_points(axes, x, curves.model[i, :, 0], curves.texts("trained model", i, curves.model[i]))
         axes.set_title(f"{capital(curves.metric)} ({curves.unit})", fontsize=8.5)
-        _mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
+        mark_pair(axes, curves.layers, pick_in(selection, curves.layers))
         label_layers(axes, curves.layers, WIDTH_IN / columns - 0.7)
         axes.set_xlabel(short_names(curves.layers)[1])
     for axes in grid[len(panels) :]:
@@ -225,7 +225,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     if np.isfinite(gain).any():
         control_name = "the better control at that noise level" if curves.is_fraction else "random weights"
         panels.append((f"Trained model minus {control_name}", "difference", gain))
-    best, best_gain = _places(quality, curves, gain)
+    best, best_gain = places(quality, curves, gain)
     longest = max(map(len, short_names(curves.layers)[0]))
     height = 1.1 + 0.08 * longest + len(panels) * (0.85 + 0.32 * len(curves.levels))
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
@@ -330,7 +330,7 @@ def _argmax(values: Floats) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def _places(
+def places(
     quality: pd.DataFrame, curves: QualityCurves, gain: Floats | None = None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Level and layer of the largest value and of the largest gain; of accuracies those of the validation split.
@@ -366,7 +366,7 @@ def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[str], pai
     for i, (level, values, color) in enumerate(zip(curves.levels, curves.model[..., 0], colors, strict=True)):
         axes.plot(x, values, color=color, linewidth=1.5, marker=point_marker(values), markersize=3)
         tell_points(axes, x, values, curves.texts("trained model", i, curves.model[i]))
-        ends[f"{level:g}"], end_colors[f"{level:g}"] = _end(values), color
+        ends[f"{level:g}"], end_colors[f"{level:g}"] = line_end(values), color
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
             axes.plot(x[best], values[best], "o", color=color, markeredgecolor=BACKGROUND, markersize=8)
@@ -375,7 +375,7 @@ def _draw_overview(axes: Axes, curves: QualityCurves, colors: Sequence[str], pai
         "Trained model, one line per noise level, named at its end; a large dot marks the highest layer of a level"
     )
     axes.set_xlim(-0.6, len(x) - 0.4)
-    _mark_pair(axes, curves.layers, pair)
+    mark_pair(axes, curves.layers, pair)
     _name_pair(axes, curves.layers, pair)
     axes.set_ylabel(f"{capital(curves.metric)}\n({curves.unit})")
     label_ends(axes, ends, end_colors)
@@ -407,16 +407,17 @@ def _draw_level(axes: Axes, curves: QualityCurves, level: int, color: str, pair:
     # All levels share their limits.
     fit_y_limits(axes, np.concatenate([block.ravel() for block in (curves.model, curves.random, curves.raw)]))
     axes.set_xlim(-0.6, len(x) - 0.4)
-    _mark_pair(axes, curves.layers, pair)
+    mark_pair(axes, curves.layers, pair)
 
 
-def _end(values: Floats) -> tuple[float, float]:
+def line_end(values: Floats) -> tuple[float, float]:
     """The last point of a line that was measured."""
     finite = np.flatnonzero(np.isfinite(values))
     return (float(finite[-1]), float(values[finite[-1]])) if len(finite) else (0.0, np.nan)
 
 
-def _mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
+def mark_pair(axes: Axes, layers: Sequence[str], pair: LayerPair | None) -> None:
+    """Draws the lines of the student and the teacher of a pick; nothing without one."""
     if pair is not None:
         axes.axvline(layers.index(pair.student), **PAIR_LINES["student"], zorder=1)
         axes.axvline(layers.index(pair.teacher), **PAIR_LINES["teacher"], zorder=1)
@@ -465,7 +466,7 @@ def _curves_title(quality: pd.DataFrame, curves: QualityCurves) -> str:
     metric, values = capital(curves.metric), curves.model[..., 0]
     if not np.isfinite(values).any():
         return f"{metric} could not be measured in any layer"
-    (level, layer), _ = _places(quality, curves)
+    (level, layer), _ = places(quality, curves)
     peak = float(values[level, layer])
     title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
     controls = {

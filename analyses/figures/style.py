@@ -12,9 +12,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import matplotlib.style
 import numpy as np
 import pandas as pd
@@ -25,7 +27,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
-from layerprobe.files import atomic_write
+from layerprobe.files import atomic_write, one_line
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
@@ -39,7 +41,7 @@ STUDENT, TEACHER = LINE_COLORS[1], LINE_COLORS[3]  # of vertical lines, dashed a
 LEVEL_COLORS = ("#5a5fd0", "#0d86b5", "#1d9a77", "#8f9200")  # from clean to noise, blended for levels in between
 MISSING: dict[str, Any] = {"facecolor": "#c9ced6", "edgecolor": "#59626d", "hatch": "////", "linewidth": 0}
 WIDTH_IN = 11.0
-RASTER_DPI = 150
+RASTER_DPI, PAPER_DPI = 150, 300
 # What makes each format the same every time: metadata without the date and the versions of libraries.
 FORMATS: dict[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
@@ -60,6 +62,7 @@ STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "patch.force_edgecolor": False,
+    "savefig.dpi": RASTER_DPI,
     "pdf.fonttype": 42,  # embedded TrueType, as publishers ask; the default, Type 3, is refused by many
     "svg.fonttype": "none",
     "svg.hashsalt": "layerprobe",
@@ -67,11 +70,61 @@ STYLE: dict[str, Any] = {
 }
 
 
+PAPER_WIDTHS = {"column": 3.3, "full": 7.0}  # inches
+CONTEXTS = {"paper": 1.0, "talk": 1.5}  # factors of text and lines
+_PAPER_SIZES = {
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "legend.title_fontsize"), 7.0),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6.5),
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.0,
+}
+_changes: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("changes", default=())
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Applies the theme of all figures to matplotlib's defaults, and restores the caller's settings afterwards."""
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", STYLE, *_changes.get()]):
         yield
+
+
+@contextmanager
+def changed_style(*, context: str | None = None, sheet: Path | str | None = None) -> Iterator[None]:
+    """Changes the theme of the figures that are drawn and saved inside.
+
+    Args:
+        context: Sizes of text and lines for figures of `PAPER_WIDTHS`, one of `CONTEXTS`; None for those of screens.
+        sheet: A matplotlib style sheet, which has the last word; None for no such file.
+
+    Raises:
+        ValueError: If the context is unknown, or the sheet cannot be read or has a wrong line.
+    """
+    if context not in (None, *CONTEXTS):
+        raise ValueError(f"unknown context {context!r}; use {' or '.join(CONTEXTS)}")
+    changes: list[dict[str, Any]] = []
+    if context:
+        sizes = {name: size * CONTEXTS[context] for name, size in _PAPER_SIZES.items()}
+        changes.append({**sizes, "savefig.dpi": PAPER_DPI})
+    if sheet:
+        changes.append(_read_sheet(Path(sheet)))
+    token = _changes.set(tuple(changes))
+    try:
+        yield
+    finally:
+        _changes.reset(token)
+
+
+def _read_sheet(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"there is no style sheet {path}; pass a file of lines such as font.size: 8")
+    lines = [line.split("#", 1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    for key in (line.split(":", 1)[0].strip() for line in lines if line):
+        if key not in mpl.rcParams:
+            raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib; write lines such as font.size: 8")
+    try:
+        return dict(mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False))
+    except Exception as error:  # each setting has its own check
+        raise ValueError(f"{path} is not a style sheet ({one_line(error)}); correct that line") from error
 
 
 def level_colors(count: int) -> list[str]:
@@ -92,8 +145,8 @@ def save_figure(
         figure: Any figure; the first call fixes its layout.
         folder: Folder of the files, created if it does not exist.
         name: File name without a suffix.
-        formats: Members of `FORMATS`: "png" (150 dpi), "svg" (text as text, heatmaps as pixels), "pdf" (fonts embedded,
-            heatmaps as vectors).
+        formats: Members of `FORMATS`: "png" (150 dpi; 300 for papers), "svg" (text as text, heatmaps as pixels), "pdf"
+            (fonts embedded, heatmaps as vectors).
 
     Raises:
         ValueError: If name is not a plain file name, or a format is unknown.
@@ -143,7 +196,7 @@ def _render(figure: Figure, file_format: str) -> bytes:
         pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
         for mesh in pixels:
             mesh.set_rasterized(file_format != "pdf")
-        figure.savefig(buffer, format=file_format, dpi=RASTER_DPI, metadata=FORMATS[file_format])
+        figure.savefig(buffer, format=file_format, metadata=FORMATS[file_format])
         for mesh in pixels:
             mesh.set_rasterized(True)
     return buffer.getvalue()

@@ -10,12 +10,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from figure_tables import BLOCKS, quality_table, similarity_table
+from figure_tables import BLOCKS, confirmation_table, quality_table, similarity_table
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from seaborn.utils import relative_luminance
 
-from layerprobe.analyses.figures import cka, quality, style
+from layerprobe.analyses.figures import cka, confirmation, paper, quality, style
 
 LIGHT_PAGE, DARK_PAGE = style.BACKGROUND, "#15181c"  # of the report
 
@@ -110,3 +111,39 @@ def test_colors_of_lines_differ_for_everybody(sight: str) -> None:
         assert np.linalg.norm(lab(one, sight) - lab(other, sight)) > 10, (one, other)
     for one, other in combinations(style.level_colors(5), 2):
         assert np.linalg.norm(lab(one, sight) - lab(other, sight)) > 10, (one, other)
+
+
+# --------------------------------------------------------------------------------------------------------------- papers
+
+
+def test_figures_of_a_column_are_read_at_their_own_size(tmp_path: Path) -> None:
+    with style.changed_style(context="paper"):
+        figures = (
+            paper.paper_curves(quality_table(), "probe accuracy", width_in=3.3),
+            paper.paper_heatmap(quality_table(), "probe accuracy", width_in=3.3),
+            cka.paper_cka(similarity_table(), width_in=3.3),
+            confirmation.paper_confirmation(confirmation_table(), width_in=3.3),
+        )
+        (path,) = style.save_figure(figures[0], tmp_path, "curves", formats=["png"])
+    for figure in figures:
+        assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 6
+    lines = figures[0].axes[0].lines
+    assert len({line.get_marker() for line in lines}) == len(lines)  # told apart without color
+    with Image.open(path) as image:
+        assert image.width == 990
+
+
+def test_a_style_sheet_has_the_last_word_and_is_checked(tmp_path: Path) -> None:
+    sheet = tmp_path / "mine.mplstyle"
+    sheet.write_text("font.size: 13  # large\n", encoding="utf-8")
+    with style.changed_style(context="talk", sheet=sheet), style.styled():
+        assert (mpl.rcParams["font.size"], mpl.rcParams["axes.labelsize"]) == (13, 10.5)
+    with style.styled():
+        assert mpl.rcParams["font.size"] != 13
+    sheet.write_text("font.sise: 13\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 'font.sise', which is no setting"), style.changed_style(sheet=sheet):
+        pass
+    with pytest.raises(ValueError, match="there is no style sheet gone"), style.changed_style(sheet="gone"):
+        pass
+    with pytest.raises(ValueError, match="unknown context 'poster'; use"), style.changed_style(context="poster"):
+        pass

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from figure_tables import BLOCKS, LEVELS, quality_table
 
-from layerprobe.analyses.runs.figures import write_curves
+from layerprobe.analyses.runs.figures import draw_figures, write_curves
 
 
 def test_curves_are_written_wide_for_spreadsheets_and_latex(tmp_path: Path) -> None:
@@ -23,3 +24,10 @@ def test_curves_are_written_wide_for_spreadsheets_and_latex(tmp_path: Path) -> N
     assert "\\toprule" in text
     assert "layer & 0.1 & 0.3 & 0.5" in text
     assert f"blocks.3 & {wide.loc['blocks.3', '0.1']:.3f} & {wide.loc['blocks.3', '0.3']:.3f}" in text
+
+
+def test_a_wrong_width_or_context_is_told_first() -> None:
+    with pytest.raises(ValueError, match="unknown width 'narrow' of a figure; use column or full"):
+        draw_figures("unused", width="narrow")
+    with pytest.raises(ValueError, match="--context talk is for figures of one panel; pass --width full or column"):
+        draw_figures("unused", context="talk")
