@@ -99,7 +99,7 @@ def test_without_a_scheduler_the_published_training_counts(tmp_path: Path) -> No
             {"_class_name": "DDIMScheduler", "trained_betas": 0.5},
             r"is damaged \(trained_betas is not a list of numbers\)",
         ),
-        ([], "is damaged"),
+        ([], "holds a list, not keys and values"),
     ],
 )
 def test_schedulers_that_cannot_be_read_are_refused(config: Any, message: str, tmp_path: Path) -> None:
