@@ -13,6 +13,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit
 from layerprobe.data import DataSource
+from layerprobe.messages import MAX_MESSAGE, safe
 
 # What the description of a checkpoint has rows of its own for, and other names for its keys.
 _NOT_ROWS = ("layers", "training", "assumptions", "data_at_time", "noise_at_time")
@@ -52,7 +53,7 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
     convention = [] if data is None else _describe_fit(checkpoint, data, record, rows)
     lines = [*(f"{name:<14} {text}" for name, text in rows), *convention]
     lines += [f"{'layer':<24} tokens x width", *_layer_lines(record["layers"])]
-    lines += [f"trained: {key} {value}" for key, value in record.get("training", {}).items()]
+    lines += [safe(f"trained: {key} {value}", MAX_MESSAGE) for key, value in record.get("training", {}).items()]
     return record, lines
 
 

@@ -1,128 +1,79 @@
-"""Commands on disks that are full, and on folders that cannot be written to.
+"""Jobs on disks that are full, and on folders that cannot be written to; needs root, to mount small disks in memory.
 
-    python benchmarks/faults/disks.py           # as root, which may mount small disks in memory
-
-Each command writes to a disk that is too small, of several sizes. It must end with one line and exit code 1, leave no
-partial file, and make the same files once there is space, by the same command.
+On a full disk a job must end with exit code 1 and one line with path and free space, and leave no partial file. Once
+there is space, the same command must end with the same files.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import shutil
 import subprocess
-import sys
 import tempfile
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from outcome import FAULTS, Case, Outcome, run_forked, table, warm_up
+from jobs import JOBS, Undisturbed, start
+from outcome import FAULTS, LIMIT_S, Outcome, Result
 
-SIZES_KB = (4, 24, 64, 128, 256, 512, 1024)
-NETWORK = ("--width", "16", "--depth", "3", "--heads", "2", "--batch-size", "16", "--log-every", "1")
-TRAIN = ("train", "--data", "digits", "--steps", "4", "--checkpoint-every", "2", *NETWORK)
-COUNTS = ("--num-train", "60", "--num-validation", "30", "--num-test", "30", "--noise-levels", "0.3,0.7")
-PROBE = ("digits", "--data", "digits", *COUNTS)
-# Commands by name; OUT is the folder on the small disk.
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "train": (*TRAIN, "--out", "OUT"),
-    "extract": ("extract", *PROBE, "--out", "OUT"),
-    "probe": ("probe", *PROBE, "--out", "OUT"),
-    "sample png": ("sample", "digits", "--num", "8", "--steps", "2", "--out", "OUT"),
-    "sample npz": ("sample", "digits", "--num", "8", "--steps", "2", "--format", "npz", "--out", "OUT"),
-    "convert": ("convert", "digits", "--out", "OUT/x.safetensors"),
-    "inspect": ("inspect", "--data", "digits", "--out", "OUT"),
-}
-# What differs between two runs of one command: times, paths, processes.
-NOT_COMPARED = ("log.jsonl", "log.csv", "environment.json", ".lock", "report.html", "timing.json", "run.json")
+FREE_KB = (4, 64, 256, 24, 128, 512, 1024)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and file.name not in NOT_COMPARED and file.suffix != ".pt"
-    )
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def run(count: int, seed: int) -> Iterator[Result]:
+    """Runs every job on this many small disks, of which there are seven, and on one that is read only."""
+    with tempfile.TemporaryDirectory() as place:
+        undisturbed = Undisturbed(Path(place, "whole"))
+        for name in JOBS:
+            for free_kb in FREE_KB[:count]:
+                with _disk(name, Path(place, "disk"), undisturbed) as folder:
+                    yield Result(
+                        "full", f"{name}, {free_kb} KB free", _on_full_disk(name, folder, free_kb, undisturbed)
+                    )
+            with _disk(name, Path(place, "disk"), undisturbed) as folder:
+                _mount(folder, "remount", "ro")
+                yield Result("read only", name, _on_readonly_disk(name, folder))
 
 
-def run(name: str, out: Path, folder: Path) -> Outcome:
-    return run_forked([part.replace("OUT", str(out)) for part in COMMANDS[name]], folder, limit_s=120)
-
-
-def mounted(disk: Path, *options: str) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)], check=True)
-
-
-def on_full_disk(name: str, size_kb: int, folder: Path, whole: dict[str, str]) -> Outcome:
-    disk = folder / "disk"
-    disk.mkdir(exist_ok=True)
-    mounted(disk, f"size={size_kb}k")
+@contextmanager
+def _disk(name: str, folder: Path, undisturbed: Undisturbed) -> Iterator[Path]:
+    """A disk on which a job can start."""
+    folder.mkdir(exist_ok=True)
+    _mount(folder, "size=200m")
     try:
-        (disk / "out").mkdir()
-        first = run(name, disk / "out", folder)
-        partial = [str(file) for file in disk.rglob("*.partial")]
-        if first.kind in FAULTS or first.kind not in ("ok", "failed"):
-            return first
-        if first.kind == "failed" and ("free" not in first.text or str(disk) not in first.text):
-            return Outcome("WRONG", first.code, f"no path or remedy: {first.text}", first.seconds)
-        if partial:
-            return Outcome("WRONG", first.code, f"left {partial[0]}", first.seconds)
-        mounted(disk, "remount", "size=200m")
-        again = run(name, disk / "out", folder)
-        made = digests(disk / "out")
-        if again.kind != "ok" or made != whole:
-            different = sorted(key for key in made.keys() | whole.keys() if made.get(key) != whole.get(key))
-            return Outcome(
-                "WRONG", again.code, f"then {again.kind} {again.text}, different {different[:4]}", first.seconds
-            )
-        return first
+        (folder / "out").mkdir()
+        undisturbed.prepare(name, folder)
+        yield folder
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
-def on_readonly_disk(name: str, folder: Path) -> Outcome:
-    disk = folder / "disk"
-    disk.mkdir(exist_ok=True)
-    mounted(disk, "size=1m", "ro")
-    try:
-        outcome = run(name, disk / "out", folder)
-        named = str(disk) in outcome.text and ";" in outcome.text
-        right = outcome.kind in ("refused", "failed") and named
-        return (
-            outcome
-            if right or outcome.kind in FAULTS
-            else Outcome("WRONG", outcome.code, outcome.text, outcome.seconds)
-        )
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def _mount(folder: Path, *options: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)], check=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="name of the command")
-    options = parser.parse_args()
-    warm_up()
-    results: list[tuple[Case, Outcome]] = []
-
-    def keep(name: str, what: str, outcome: Outcome) -> None:
-        results.append((Case(name, what, lambda _: ()), outcome))
-        if outcome.kind in FAULTS:
-            print(f"{outcome.kind:9} {name}: {what} {outcome.text}", flush=True)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name in COMMANDS:
-            if options.only and options.only != name:
-                continue
-            (folder / name).mkdir()
-            first = run(name, folder / name, folder)
-            keep(name, "undisturbed", first)
-            whole = digests(folder / name)
-            for size_kb in SIZES_KB:
-                keep(name, f"disk of {size_kb} KB", on_full_disk(name, size_kb, folder, whole))
-            keep(name, "disk that is read only", on_readonly_disk(name, folder))
-    print(table(results))
-    return int(Counter(outcome.kind in FAULTS for _, outcome in results)[True] > 0)
+def _on_full_disk(name: str, folder: Path, free_kb: int, undisturbed: Undisturbed) -> Outcome:
+    limit_s = LIMIT_S + undisturbed.seconds(name)
+    _mount(folder, "remount", f"size={shutil.disk_usage(folder).used // 1024 + free_kb}k")
+    first = start(name, folder).end(limit_s)
+    partial = [str(file) for file in folder.rglob("*.partial")]
+    if first.kind not in ("ok", "failed"):
+        return first if first.kind in FAULTS else _wrong(first, f"{first.kind}: {first.text}")
+    if first.kind == "failed" and ("free" not in first.text or "out" not in first.text):
+        return _wrong(first, f"no path or remedy: {first.text}")
+    if partial:
+        return _wrong(first, f"left {partial[0]}")
+    _mount(folder, "remount", "size=200m")
+    again = undisturbed.compare(name, folder, start(name, folder).end(limit_s))
+    return first if again.kind == "ok" else again
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _on_readonly_disk(name: str, folder: Path) -> Outcome:
+    outcome = start(name, folder).end(LIMIT_S)
+    named = "out" in outcome.text and ";" in outcome.text
+    if outcome.kind in FAULTS or (outcome.kind in ("refused", "failed") and named):
+        return outcome
+    return _wrong(outcome, f"{outcome.kind}: {outcome.text}")
+
+
+def _wrong(outcome: Outcome, text: str) -> Outcome:
+    return Outcome("WRONG", outcome.code, text, outcome.seconds)

@@ -1,7 +1,5 @@
 """Hostile and damaged data sets: every sample is read, and what is damaged must be refused in one line.
 
-    python benchmarks/faults/inputs.py --random 200 --out inputs.jsonl
-
 The named cases are lies, traps and bombs that somebody thought of; the random ones cut or change bytes of good files.
 A cut file must be refused, a changed one must be refused or read.
 """
@@ -9,14 +7,12 @@ A cut file must be refused, a changed one must be refused or read.
 # ruff: noqa: E501 (tables of cases)
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
 import random
 import socket
 import struct
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from outcome import WRONG_CODE, Case, campaign, finish
+from outcome import WRONG_CODE, Case, Result, run_cases
 
 N = 24  # items of a data set
 Damage = Callable[[Path], Sequence[str] | None]  # makes a data set in a folder; returns options beside --data
@@ -723,18 +719,6 @@ def cases(num_random: int, seed: int) -> Iterator[Case]:
         yield case("flipped", f"{good} seed {number}", partial(flipped, good, number), ("ok", "refused"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", type=int, default=120, help="number of cut files, and of changed ones")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="text in the group or name of the cases")
-    parser.add_argument("--out", type=Path, help="file of one JSON line per case")
-    options = parser.parse_args()
-    chosen = (
-        c for c in cases(options.random, options.seed) if not options.only or options.only in f"{c.group}: {c.name}"
-    )
-    return finish(campaign(chosen, out=options.out))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(num_random: int, seed: int) -> Iterator[Result]:
+    """Runs the named cases, this many cut files and as many changed ones."""
+    yield from run_cases(cases(num_random, seed))

@@ -76,7 +76,7 @@ def check_sizes(settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """
     for name, value in sizes.items():
         stated = settings.get(name)
-        if isinstance(stated, (list, tuple)) and len(set(stated)) == 1:
+        if isinstance(stated, (list, tuple)) and stated and all(one == stated[0] for one in stated):
             stated = stated[0]
         if isinstance(stated, (bool, int)) and isinstance(value, (bool, int)) and stated != value:
             raise ValueError(

@@ -125,6 +125,9 @@ def _check_whole(file: Path) -> None:
         check_whole_arrow(file)
     if file.suffix.lower() != ".tar":
         return
+    with file.open("rb") as stream:
+        if not any(stream.read(tarfile.BLOCKSIZE)):  # The xz reader would go on to the end of the zeros.
+            raise ValueError(f"{file} begins with zeros, so it is no archive; copy or download it again")
     try:
         with tarfile.open(file, "r:*") as archive:
             _check_members(file, archive)

@@ -39,6 +39,7 @@ def test_a_number_is_a_number() -> None:
 
 
 def test_arguments_of_another_network_are_refused() -> None:
+    check_sizes({"depth": [], "patch_size": [[2, 2]]}, {"depth": 4, "patch_size": 2})
     check_sizes({"depth": 4, "patch_size": [2, 2], "use_rope": True}, {"depth": 4, "patch_size": 2, "use_rope": True})
     with pytest.raises(
         ValueError,

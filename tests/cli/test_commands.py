@@ -19,9 +19,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_sit
 from undrawn import undrawn
 
 from layerprobe import memory
+from layerprobe.checkpoints import save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.options import (
@@ -286,6 +288,16 @@ def test_inspect_tells_the_live_weights_beside_an_averaged_copy(tmp_path: Path, 
     code, out, _ = cli("inspect", tmp_path / "both.pt", "--family", "sit", "--num-heads", 4)
     assert code == 0
     assert {"weights        ema", "other weights  '' (the rest of the file)"} <= set(out.splitlines())
+
+
+def test_inspect_cuts_a_long_value_of_a_record(tmp_path: Path, cli) -> None:
+    backbone = tiny_sit()
+    training = {"steps": 3, "note": "a" * 5000}
+    save_checkpoint(tmp_path / "x.safetensors", backbone, backbone.module.state_dict(), training=training)
+    code, out, error = cli("inspect", tmp_path / "x.safetensors")
+    assert code == 0, error
+    assert "trained: steps 3" in out.splitlines()
+    assert max(map(len, out.splitlines())) == 600
 
 
 def test_memory_that_runs_out_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,12 @@ def test_tar_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     (tmp_path / "joined.tar").write_bytes(whole + whole)
     with pytest.raises(ValueError, match=r"joined\.tar goes on behind the end of its archive; if archives were joined"):
         load_images(tmp_path / "joined.tar")
+    with (tmp_path / "zeros.tar").open("wb") as sparse:
+        sparse.truncate(2**40)
+    with pytest.raises(
+        ValueError, match=r"zeros\.tar begins with zeros, so it is no archive; copy or download it again"
+    ):
+        load_images(tmp_path / "zeros.tar")
 
 
 def test_names_with_wildcards_are_names(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def _read_scheduler(path: Path, family: DiffusersClass) -> SchedulerConvention:
     if hasattr(scheduler, "alphas_cumprod") and kind in PREDICTION_TYPES and not continuous:
         if family.times not in (None, (0, 1000)):
             raise ValueError(f"{path} has integer times, which this class does not take; pass --schedule")
+        if scheduler.betas.ndim != 1:
+            raise ValueError(f"{path} is damaged (trained_betas is not a list of numbers); pass --schedule")
         betas = scheduler.config.get("beta_schedule", "custom").replace("squaredcos_cap_v2", "cosine")
         return SchedulerConvention(DDPM(_betas(scheduler), name=f"ddpm-{betas}"), PREDICTION_TYPES[kind])
     raise ValueError(f"{path}: the schedule of {name} is unknown to layerprobe; pass --schedule and --prediction")
