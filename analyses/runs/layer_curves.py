@@ -28,6 +28,7 @@ from layerprobe.analyses.tables import (
     StepQuality,
     curve_findings,
     measure_step,
+    read_table,
     write_table,
 )
 from layerprobe.analyses.wording import curve_finding_text
@@ -136,7 +137,10 @@ class LayerCurves:
     def table(self) -> pd.DataFrame:
         """All measurements so far, with `CURVE_COLUMNS`."""
         path = self.folder / CURVES
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(CURVE_COLUMNS))
+        if not path.is_file():
+            return pd.DataFrame(columns=list(CURVE_COLUMNS))
+        numbers = [name for name in CURVE_COLUMNS if name not in ("layer", "metric")]
+        return read_table(path, CURVE_COLUMNS, numbers).astype({"step": int})
 
     def is_due(self, step: int, *, last: bool = False) -> bool:
         """Whether to measure at this step; a due step that does not fit the bound is counted, and the first one told.

@@ -8,6 +8,7 @@ from .comparison import in_order as in_order
 from .comparison import network_cka as network_cka
 from .comparison import quality_differences as quality_differences
 from .comparison import what_differs as what_differs
+from .csv_files import read_table as read_table
 from .csv_files import write_table as write_table
 from .evidence import CAPPED_DISTANCE as CAPPED_DISTANCE
 from .evidence import CKA as CKA
