@@ -237,7 +237,7 @@ class LayerCurves:
     @property
     def _draws(self) -> int:
         labels = self._splits.train.labels
-        return 1 if labels is not None and len(labels.unique()) > 1 else 2  # noise-LiDAR compares draws
+        return 1 if labels is not None and len(set(labels.tolist())) > 1 else 2  # noise-LiDAR compares draws
 
     def _extract(self, backbone: Backbone, folder: Path, *, draws: int) -> FeatureStore:
         aligned = (layer for pair in self.pairs for layer in (pair.student, pair.teacher))
