@@ -28,6 +28,7 @@ from layerprobe.analyses.tables import (
     StepQuality,
     curve_findings,
     measure_step,
+    read_table,
     write_table,
 )
 from layerprobe.analyses.wording import curve_finding_text
@@ -136,7 +137,10 @@ class LayerCurves:
     def table(self) -> pd.DataFrame:
         """All measurements so far, with `CURVE_COLUMNS`."""
         path = self.folder / CURVES
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(CURVE_COLUMNS))
+        if not path.is_file():
+            return pd.DataFrame(columns=list(CURVE_COLUMNS))
+        numbers = [name for name in CURVE_COLUMNS if name not in ("layer", "metric")]
+        return read_table(path, CURVE_COLUMNS, numbers).astype({"step": int})
 
     def is_due(self, step: int, *, last: bool = False) -> bool:
         """Whether to measure at this step; a due step that does not fit the bound is counted, and the first one told.
@@ -233,7 +237,7 @@ class LayerCurves:
     @property
     def _draws(self) -> int:
         labels = self._splits.train.labels
-        return 1 if labels is not None and bool((labels != labels[0]).any()) else 2  # noise-LiDAR compares draws
+        return 1 if labels is not None and len(set(labels.tolist())) > 1 else 2  # noise-LiDAR compares draws
 
     def _extract(self, backbone: Backbone, folder: Path, *, draws: int) -> FeatureStore:
         aligned = (layer for pair in self.pairs for layer in (pair.student, pair.teacher))

@@ -95,6 +95,10 @@ def test_without_a_scheduler_the_published_training_counts(tmp_path: Path) -> No
         ({"_class_name": "../x"}, "is not a scheduler of diffusers"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "wrong"}, "is not a valid configuration of DDIMScheduler"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": -1}, "is damaged"),
+        (
+            {"_class_name": "DDIMScheduler", "trained_betas": 0.5},
+            r"is damaged \(trained_betas is not a list of numbers\)",
+        ),
         ([], "holds a list, not keys and values"),
     ],
 )
