@@ -122,7 +122,8 @@ def _read_sheet(path: Path) -> dict[str, Any]:
         if key not in mpl.rcParams:
             raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib; write lines such as font.size: 8")
     try:
-        return dict(mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False))
+        sheet: Any = mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
+        return dict(sheet)
     except Exception as error:  # each setting has its own check
         raise ValueError(f"{path} is not a style sheet ({one_line(error)}); correct that line") from error
 

@@ -332,5 +332,5 @@ def test_refuses_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the training split of 'model' has one class only"):
         measure({"model": store})
     write_table(pd.DataFrame({"layer": ["a"]}), tmp_path / "other.csv")
-    with pytest.raises(ValueError, match=r"other\.csv has no column source"):
+    with pytest.raises(ValueError, match=r"other\.csv is damaged \(it has no column source"):
         read_quality(tmp_path / "other.csv")

@@ -66,7 +66,8 @@ def test_the_start_is_told_with_what_is_known_of_it() -> None:
 
 
 def test_arms_that_cannot_be_and_the_cost_are_told() -> None:
-    pick, same = missing_arm_sentences((PICK, SAME_DISTANCE, NEGATIVE_CONTROL), 3)
+    pick, same, control = missing_arm_sentences((PICK, SAME_DISTANCE, NEGATIVE_CONTROL), 3)
+    assert "control" in control
     assert pick == "The selection has no pick, so the verdict will be about another pair."
     assert same == "There is no random pair of the same distance: 3 layers have no other pair of it."
     cost = cost_sentence(num_arms=5, num_seeds=3, steps=10, num_evaluations=4, num_samples=9, duration="12 min")
