@@ -25,14 +25,14 @@ def run(count: int, seed: int) -> Iterator[Result]:
             name = rng.choices(list(SHARES), list(SHARES.values()))[0]
             shares = [rng.random() for _ in range(min(rng.randint(2, MOST_KILLS), count - done))]
             folder = Path(place, "chain")
-            kills, outcome = _chain(name, shares, folder, undisturbed)
+            kills, outcome = chain(name, shares, folder, undisturbed)
             shutil.rmtree(folder)
             what = ", ".join(f"{share:.3f}" for share in shares)
             yield from [Result(name, f"chain from {done}, kills at {what}", outcome)] * kills
             done += kills
 
 
-def _chain(name: str, shares: list[float], folder: Path, undisturbed: Undisturbed) -> tuple[int, Outcome]:
+def chain(name: str, shares: list[float], folder: Path, undisturbed: Undisturbed) -> tuple[int, Outcome]:
     """Returns how often the job was killed, and how the last try ended."""
     seconds = undisturbed.seconds(name)
     undisturbed.prepare(name, folder)

@@ -24,13 +24,13 @@ def run(count: int, seed: int) -> Iterator[Result]:
             name = rng.choices(list(SHARES), list(SHARES.values()))[0]
             later, until, first_dies = 0.5 * rng.random(), rng.random(), rng.random() < 0.5
             folder = Path(place, "pair")
-            outcome = _trial(name, folder, undisturbed, later=later, until=until, first_dies=first_dies)
+            outcome = trial(name, folder, undisturbed, later=later, until=until, first_dies=first_dies)
             shutil.rmtree(folder)
             died = "first" if first_dies else "second"
             yield Result(name, f"second at {later:.3f}, {died} killed {until:.3f} later", outcome)
 
 
-def _trial(
+def trial(
     name: str, folder: Path, undisturbed: Undisturbed, *, later: float, until: float, first_dies: bool
 ) -> Outcome:
     seconds = undisturbed.seconds(name)

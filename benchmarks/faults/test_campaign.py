@@ -24,13 +24,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 def test_killed_samples_are_the_same(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    count, outcome = kills._chain("sample npz", [0.3, 0.8], tmp_path, undisturbed)
+    count, outcome = kills.chain("sample npz", [0.3, 0.8], tmp_path, undisturbed)
     assert count <= 2
     assert outcome.kind == "ok", outcome
 
 
 def test_two_processes_in_one_folder_leave_the_same(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    outcome = pairs._trial("sample npz", tmp_path, undisturbed, later=0.1, until=0.5, first_dies=True)
+    outcome = pairs.trial("sample npz", tmp_path, undisturbed, later=0.1, until=0.5, first_dies=True)
     assert outcome.kind == "ok", outcome
 
 
