@@ -31,6 +31,7 @@ from layerprobe.options import (
     LEARNING_PANEL,
     NETWORK_PANEL,
     OPTIMIZER_PANEL,
+    PROBING_PANEL,
     RUNNING_PANEL,
     option_fields,
 )
@@ -105,7 +106,8 @@ def test_train_takes_a_pair_of_other_modules_than_blocks(tmp_path: Path, cli) ->
 
 def test_run_folder_is_whole(trained: Path) -> None:
     run_folder = trained / "run"
-    expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json", "quality.csv", "report.html"]
+    expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json"]
+    expected += ["probe-scores.safetensors", "quality.csv", "report.html"]
     expected += ["selection.json"]
     expected = ["ablation.csv", "checksums.json", "convention.json", "data.json", *expected, "similarity.csv"]
     assert sorted(p.name for p in run_folder.iterdir()) == expected
@@ -205,8 +207,10 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     verdict = json.loads((trained / "run" / "verdict.json").read_text())
     assert (verdict["answer"], verdict["arms"][0]["name"]) == (told["answer"], "baseline")
     assert (trained / "run" / "figures" / "confirmation.png").is_file()
-    chip = f'<span class="chip">{told["answer"].capitalize()}</span>'
-    assert chip in html.unescape((trained / "run" / "report.html").read_text())
+    pick = json.loads((trained / "run" / "selection.json").read_text())["pick"]
+    page = html.unescape((trained / "run" / "report.html").read_text())
+    assert f'<span class="chip">{told["answer"].capitalize() if pick else "No pick"}</span>' in page
+    assert ("the present selection has no pick" in page) == (pick is None)
 
 
 def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: Path, cli) -> None:
@@ -223,6 +227,8 @@ def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: P
     )
     table = pd.read_csv(run / "confirmation.csv").replace({"negative control": "depth heuristic"})
     copy = shutil.copytree(run, tmp_path / "old")
+    for sums in list(copy.rglob("checksums.json")):
+        sums.unlink()  # records are changed by hand below
     table.to_csv(copy / "confirmation.csv", index=False)
     code, _, err = cli("confirm", copy, *arguments)
     assert code == 2
@@ -322,11 +328,18 @@ def test_a_device_that_fails_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -
     assert error.startswith(told)
 
 
-def test_a_warning_of_ours_is_one_line_without_its_place(cli) -> None:
-    assert cli("doctor", "--help")[0] == 0
-    of_ours = warnings.formatwarning("8 rows do not fit", UserWarning, memory.__file__, 1)
-    assert of_ours == "layerprobe: warning: 8 rows do not fit\n"
-    assert warnings.formatwarning("old", FutureWarning, "torch/nn.py", 1) == "torch/nn.py:1: FutureWarning: old\n"
+@pytest.mark.filterwarnings("default")
+def test_our_warnings_are_shown_at_once_and_those_of_libraries_not_before_an_error(
+    cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: object, **__: object) -> None:
+        warnings.warn_explicit("8 rows do not fit", UserWarning, memory.__file__, 1)
+        warnings.warn_explicit("old", FutureWarning, "torch/nn.py", 1)
+        raise ValueError("it is wrong; mend it")
+
+    monkeypatch.setattr("layerprobe.checkpoints.source.CheckpointSource.describe", warn)
+    _, _, error = cli("inspect", "digits")
+    assert error.splitlines() == ["layerprobe: warning: 8 rows do not fit", "layerprobe: it is wrong; mend it"]
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
@@ -435,6 +448,7 @@ def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, mo
     known = {flag.lstrip("-").replace("-", "_") for option in command.params for flag in option.opts}
     tested = {line.split(" = ")[0].replace("-", "_") for line in TRAINING.strip().splitlines()}
     elsewhere = {"data", "out", "steps", "from", "preset", "selection", "sync"}
+    elsewhere |= {"probe_every", "probe_share", "drift_from", "stop_sync"}  # of the layer curves
     elsewhere |= {"sync_begin", "sync_every", "device", "dry_run", "json", "config"}
     reading = {option.flag.lstrip("-").replace("-", "_") for option in option_fields(DataSource)}
     assert known == tested | elsewhere | reading - set(COUNTS_OF_A_PROBE)
@@ -479,7 +493,7 @@ def test_the_help_of_train_is_in_parts(cli) -> None:
     assert code == 0
     titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
     assert titles[0] == "Options"
-    assert titles[2:] == [NETWORK_PANEL, LAYERSYNC_PANEL, OPTIMIZER_PANEL, LEARNING_PANEL, RUNNING_PANEL]
+    assert titles[2:] == [NETWORK_PANEL, LAYERSYNC_PANEL, OPTIMIZER_PANEL, LEARNING_PANEL, RUNNING_PANEL, PROBING_PANEL]
 
 
 def test_of_two_processes_one_prints(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_options_of_dataclasses_are_declared_nowhere_else() -> None:
         "extract": ["batch_size"],
         "sample": ["batch_size", "vae"],  # of the archive; the decoder
         "score": ["num_test"],
+        "plot": ["width"],  # of the figures
     }
 
 

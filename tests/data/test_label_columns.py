@@ -287,7 +287,7 @@ def planted(folder: Path, *, who: Array | None = None, flat: bool = False, seed:
         tensors["blocks.0"][:] = 1.0
     who = speaker if who is None else who
     manifest = {"plan": {"layers": LAYERS, "noise_levels": LEVELS, "draws": 1}, "num_shards": 1}
-    manifest["columns"] = {"who": {"class_names": ["ann", "eve", "joe"]}}
+    manifest["columns"] = {"who": {"class_names": ["ann", "eve", "joe"], "labels_hash": "0", "axis": 0}}
     splits = np.arange(NUM) // (NUM // 3)
     begin_store(folder, manifest, {"ids": np.arange(NUM), "splits": splits, "labels": labels, column_key("who"): who})
     write_tensors(shard_path(folder, 0), {name: tensor.astype(np.float32) for name, tensor in tensors.items()})

@@ -551,6 +551,7 @@ def test_a_finished_run_returns_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert sorted(path.name for path in stamps) == [
         "checkpoints",
+        "checksums.json",
         "log.csv",
         "log.jsonl",
         "model.safetensors",
