@@ -309,9 +309,7 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, form: str) -> N
     n = len(whole)
     for length in (0, 1, 2, 7, 8, 9, 100, n // 4, n // 2, n - 1000, n - 23, n - 8, n - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(
-            ValueError, match=r"model\.\w+ (is not a valid|is (empty|damaged)|ends before)"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"model\.\w+ (is not a valid|is (empty|damaged)|ends before)") as caught:
             open_checkpoint(path, **options_of(form))
         caught.match(ONE_LINE)
     path.write_bytes(whole)
