@@ -296,7 +296,7 @@ def _curve(
     """The metric that tells how much a layer knows, and its value for every layer and level."""
     if probes is not None:
         return PROBE, probes.chosen_on
-    for metric in (selection.basis.metric,) if selection else (NOISE_LIDAR, RANK):
+    for metric in (selection.basis.metric,) if selection else (RANK, NOISE_LIDAR):
         if evidence is not None and metric in evidence.by_layer:
             return metric, _quantity_cells(evidence, evidence.by_layer[metric])
     return "", []

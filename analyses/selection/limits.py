@@ -5,7 +5,8 @@
 - **No student in the head**, before 0.14 of the depth: no published pair has an earlier one (docs/published-pairs.md).
 - **No student beyond half of the depth**: later students kept at most two thirds of the published gain, and the latest
   none (docs/published-pairs.md).
-- **The student comes before its teacher and is weaker.** Strength is probe accuracy, or noise-LiDAR without labels.
+- **The student comes before its teacher and is weaker.** Strength is probe accuracy, or the effective rank without
+  labels.
 - **The teacher knows something**: its probe accuracy is above that of the network with random weights, not surely below
   that of the raw input, and surely above the share of the most frequent class.
 - **Distance**: about 0.3 of the depth. Close pairs gained least wherever distances were compared.

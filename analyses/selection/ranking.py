@@ -19,9 +19,10 @@ ranking rests on, and the reasons against every refused pair (see `filters`).
 **Ties**: the intervals of the terms show which pairs cannot be distinguished from the first one. Of those the pick is
 the one whose score is largest at the lower end of its uncertainty; the others are reported as ties.
 
-**Without labels** noise-LiDAR replaces the probe: the number of directions in which samples differ more than noise
-moves them. If the features have a single noise draw, the effective rank replaces noise-LiDAR; it also counts the
-directions of noise. The selection records which was used.
+**Without labels** the effective rank replaces the probe: of the measures without labels it followed the probe best in
+the networks at hand (docs/atlas/picks.md), although it also counts the directions of noise. Where it was not measured,
+noise-LiDAR does: the number of directions in which samples differ more than noise moves them. The selection records
+which was used.
 
 **Other rules**: `equal_weights` makes a rule of criteria that a user names; all admissible pairs are ranked by these.
 """
@@ -166,7 +167,8 @@ def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[
 def _gap_criterion(evidence: PairEvidence, label_free: bool) -> str:
     """Criterion that measures by how much a student is weaker."""
     if label_free:
-        return LIDAR_GAP if evidence.has(LIDAR_GAP) else RANK_GAP
+        has_rank = evidence.has(RANK_GAP) and RANK in evidence.by_layer
+        return RANK_GAP if has_rank or not evidence.has(LIDAR_GAP) else LIDAR_GAP
     if evidence.pairs and PROBE_GAP not in evidence.by_pair:
         raise ValueError(f"the evidence has no {PROBE_GAP}; select without labels")
     return PROBE_GAP
@@ -177,7 +179,7 @@ def _usable(rule: Mapping[str, float], evidence: PairEvidence, gap: str) -> tupl
 
     The gap by which students are compared with teachers replaces that of the probe, or of noise-LiDAR if it is missing.
     """
-    replaced = {PROBE_GAP, LIDAR_GAP} if gap == RANK_GAP else {PROBE_GAP}
+    replaced = {PROBE_GAP} if evidence.has(LIDAR_GAP) else {PROBE_GAP, LIDAR_GAP}
     weights = {gap if name in replaced and gap != PROBE_GAP else name: weight for name, weight in rule.items()}
     usable = {name: weight for name, weight in weights.items() if evidence.has(name)}
     missing = [
@@ -311,7 +313,7 @@ def _cautions(
 ) -> list[Caution]:
     cautions = [Caution("no labels")] if label_free else []
     if gap == RANK_GAP:
-        cautions.append(Caution("effective rank for noise-LiDAR"))
+        cautions.append(Caution("effective rank counts noise"))
     if evidence.pairs and not evidence.has(TEACHER_NEED):
         cautions.append(Caution("needs not measured"))
     if ranked and ranked[0].gap_is_certain is False:

@@ -35,7 +35,7 @@ ObjectionCode = Literal[
 OF_THE_RUN: tuple[ObjectionCode, ...] = ("network does not denoise", "nothing but noise", "all layers alike")
 CautionCode = Literal[
     "no labels",
-    "effective rank for noise-LiDAR",
+    "effective rank counts noise",
     "needs not measured",
     "gap within the uncertainty",
     "ties with the pick",

@@ -27,7 +27,7 @@ TRUST = (
 # Cautions that say how a pick was measured; all others are reasons to doubt it, and stand beside it.
 _NOTES: tuple[CautionCode, ...] = (
     "no labels",
-    "effective rank for noise-LiDAR",
+    "effective rank counts noise",
     "needs not measured",
     "criterion not measured",
     "shallower than published",
@@ -208,8 +208,8 @@ def _caution(caution: Caution, selection: Selection) -> str:
                 f"Chosen without labels: {selection.basis.metric}, not a probe, tells which layer is weaker, and no "
                 "control was compared."
             )
-        case "effective rank for noise-LiDAR":
-            return "The effective rank stands in for noise-LiDAR; it also counts the directions of noise."
+        case "effective rank counts noise":
+            return "The effective rank stands in for the probe; it also counts the directions of noise."
         case "needs not measured":
             return "Whether the network needs its layers was not measured."
         case "gap within the uncertainty":

@@ -335,7 +335,7 @@ def test_without_labels_and_noise_draws_the_effective_rank_decides_and_the_resul
     assert selection.pick == LayerPair("blocks.1", "blocks.5")
     assert selection.label_free
     assert selection.basis.metric == "effective rank"
-    assert [c.code for c in selection.cautions[:2]] == ["no labels", "effective rank for noise-LiDAR"]
+    assert [c.code for c in selection.cautions[:2]] == ["no labels", "effective rank counts noise"]
     missing = Caution("criterion not measured", "recoverability gap", note="the evidence has no recoverability gap")
     assert missing in selection.cautions
     assert [layer.quality for layer in selection.layers] == pytest.approx(list(ranks[0]))
@@ -464,6 +464,17 @@ def planted(
 
 def names(s: int, t: int) -> LayerPair:
     return LayerPair(EIGHT[s], EIGHT[t])
+
+
+def test_without_labels_the_effective_rank_decides_and_a_named_criterion_stays_itself() -> None:
+    ranks = {RANK: quantity([np.exp(1 + 0.2 * np.arange(8))])}
+    both = planted_evidence(ranks | {e.NOISE_LIDAR: ranks[RANK]}, planted().by_pair)
+    selection = ranking.rank_pairs(both, label_free=True)
+    assert selection.basis.metric == RANK
+    assert e.RANK_GAP in dict(selection.basis.weights)
+    assert "effective rank counts noise" in [caution.code for caution in selection.cautions]
+    named = ranking.rank_pairs(both, label_free=True, rule={e.LIDAR_GAP: 1.0})
+    assert dict(named.basis.weights) == {e.LIDAR_GAP: 1.0}
 
 
 @pytest.mark.parametrize("label_free", [False, True])

@@ -129,7 +129,7 @@ CAUTIONS = {
     ): "The network has 6 layers; the published comparisons are of",
     Caution("layers named", value=5): "Depths are counted through the 5 layers that --layers names; they are wrong if",
     Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker, and no",
-    Caution("effective rank for noise-LiDAR"): "The effective rank stands in for noise-LiDAR; it also counts the",
+    Caution("effective rank counts noise"): "The effective rank stands in for the probe; it also counts the",
     Caution("needs not measured"): "Whether the network needs its layers was not measured.",
     Caution("gap within the uncertainty"): "The gap between a and b is within the uncertainty; use more samples.",
     Caution("ties with the pick", value=3): "The data cannot tell 3 other pairs from the pick; use more samples.",
