@@ -188,6 +188,7 @@ def test_guided_and_padded_samples_are_those_of_the_cpu(device: str, solver: Any
 def weights_after(backbone: Backbone, samples: TensorSamples, folder: Path, **plan: Any) -> dict[str, Tensor]:
     steps = {"steps": 2, "batch_size": 4, "log_every": 1} | plan
     losses: list[dict[float, float]] = []
+    is_fresh = not (folder / "training.json").exists()  # a continued training has been observed at step 0 before
     trained = train(
         backbone,
         samples,
@@ -196,7 +197,7 @@ def weights_after(backbone: Backbone, samples: TensorSamples, folder: Path, **pl
         observe=lambda _, model: losses.append(held_out_loss(model, samples)),
         observe_at=(0, steps["steps"]),
     )
-    assert len(losses) == 2
+    assert len(losses) == 1 + is_fresh
     return {name: tensor.cpu() for name, tensor in trained.module.state_dict().items()}
 
 
