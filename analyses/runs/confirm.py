@@ -212,7 +212,7 @@ def _check_options(job: ConfirmationJob) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # `confirm_pair` tells damage
     now = json.loads(json.dumps({"plan": job.plan.identity(), "start": job.start_name}))
     if changed := differences({name: before.get(name) for name in now}, now):

@@ -233,6 +233,10 @@ def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: P
     code, _, err = cli("confirm", copy, *arguments)
     assert code == 2
     assert "was confirmed by an earlier version, whose arm 'depth heuristic'" in err.splitlines()[-1]
+    table.replace({"depth heuristic": "negative control"}).to_csv(copy / "confirmation.csv", index=False)
+    (copy / "confirmation" / "confirmation.json").write_text("[" * 100_000)
+    code, _, err = cli("confirm", copy, *arguments)
+    assert (code, "confirmation.json is damaged" in err.splitlines()[-1]) == (2, True)
     for name in ("confirmation", "confirmation.csv", "verdict.json"):
         shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
     manifest = next((copy / "features" / "model").glob("manifest*.json"))
