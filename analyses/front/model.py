@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from layerprobe.analyses.front.objects import as_samples
 from layerprobe.backbones import Backbone, wrap
@@ -37,34 +37,6 @@ class Model:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are read unless others are named."""
         return self.backbone.layers
-
-    @overload
-    def features(
-        self,
-        x: Any,
-        layers: str,
-        noise_level: float,
-        *,
-        labels: Any = None,
-        per_token: bool = False,
-        ids: Any = None,
-        seed: int = 0,
-        batch_size: int = 128,
-    ) -> Tensor: ...
-
-    @overload
-    def features(
-        self,
-        x: Any,
-        layers: str | Sequence[str] | None = None,
-        noise_level: float | Sequence[float] = 0.3,
-        *,
-        labels: Any = None,
-        per_token: bool = False,
-        ids: Any = None,
-        seed: int = 0,
-        batch_size: int = 128,
-    ) -> Any: ...
 
     def features(
         self,

@@ -38,7 +38,7 @@ from layerprobe.checkpoints import training_record
 from layerprobe.data import Reading, Splits
 from layerprobe.files import holding, locked
 from layerprobe.progress import TaskProgress, named_progress
-from layerprobe.records import OtherRun, differences
+from layerprobe.records import OtherRun, differences, read_record, typed
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
 
@@ -210,10 +210,7 @@ def _check_options(job: ConfirmationJob) -> None:
     path = job.folder.confirmation / "confirmation.json"
     if not path.is_file():
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return  # `confirm_pair` tells damage
+    before = read_record(path, typed(dict), remedy=_A_COPY)
     now = json.loads(json.dumps({"plan": job.plan.identity(), "start": job.start_name}))
     if changed := differences({name: before.get(name) for name in now}, now):
         seen = f"{path.parent} holds a confirmation of other options (different: {', '.join(changed[:4])})"

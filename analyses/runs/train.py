@@ -302,7 +302,7 @@ def _draw(folder: Path) -> None:
     """Draws the curves, unless they are newer than the log."""
     from layerprobe.analyses.figures import save_figure, training_curves
 
-    log, figure = folder / "log.csv", folder / "curves.png"
+    log, figure = folder / "log.csv", folder / "curves.svg"  # the last file that is drawn
     drawn = figure.is_file() and figure.stat().st_mtime_ns > log.stat().st_mtime_ns
     table, held_out = (_read_curves(path) for path in (log, folder / "held_out.csv"))
     if not drawn and len(table):
