@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -39,6 +41,12 @@ def test_the_verdict_of_the_recorded_trial_follows_from_its_curves() -> None:
             pytest.approx(before.low),
             pytest.approx(before.high),
         )
+
+
+def test_the_files_of_the_recorded_trial_have_their_checksums() -> None:
+    sums = json.loads((RECORDED / "checksums.json").read_text(encoding="utf-8"))["files"]
+    files = [path for path in RECORDED.iterdir() if path.name != "checksums.json"]
+    assert {path.name: [hashlib.sha256(path.read_bytes()).hexdigest()] for path in files} == sums
 
 
 def test_a_recorded_trial_is_called_recorded_and_names_what_remakes_it() -> None:
