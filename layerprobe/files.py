@@ -123,7 +123,7 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if is_disk_full(error) or shutil.disk_usage(path.parent).free < 64 * 1024:
             written = partial.stat().st_size if partial.is_file() else 0
             partial.unlink(missing_ok=True)
-            raise _disk_full(path, f"more than {_megabytes(written)}") from error
+            raise _disk_full(path, written and f"more than {_megabytes(written)}") from error
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -180,12 +180,9 @@ def is_disk_full(error: BaseException) -> bool:
     return full or "No space left" in str(error)  # torch and safetensors raise errors of their own, without the number
 
 
-def _disk_full(path: Path, needed: str) -> DiskFull:
-    free = _megabytes(shutil.disk_usage(path.parent).free)
-    return DiskFull(
-        f"{path} could not be written: the disk is full ({free} free, {needed} needed); "
-        "free some space and repeat the command"
-    )
+def _disk_full(path: Path, needed: str | int = 0) -> DiskFull:
+    sizes = f"{_megabytes(shutil.disk_usage(path.parent).free)} free" + (f", {needed} needed" if needed else "")
+    return DiskFull(f"{path} could not be written: the disk is full ({sizes}); free some space and repeat the command")
 
 
 def _megabytes(size: int) -> str:
@@ -234,10 +231,15 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         return
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with _open_locked(path, folder, wait=wait) as file:
-        file.truncate(0)
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since} ({_command()})")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since} ({_command()})")
+            file.flush()
+        except OSError as error:
+            if is_disk_full(error):
+                raise _disk_full(folder / LOCK) from error
+            raise
         _held.add(path)
         try:
             yield

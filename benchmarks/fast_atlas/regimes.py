@@ -1,6 +1,6 @@
 """A search for networks and data in which alignment pays: arms at several weights, depths and projectors, in C.
 
-    python regimes.py --out where-it-pays.csv [--only depth] [--mnist FOLDER]
+    python regimes.py --out where-it-pays.csv [--only depth] [--mnist FOLDER] [--cifar FOLDER]
 
 Every arm is trained from scratch by `sit.c` (see fast_atlas.py) and scored by layerprobe; finished arms are not
 repeated. `docs/make_where_it_pays.py` makes figure and tables of `docs/atlas/where-it-pays.md` from the file.
@@ -22,7 +22,7 @@ from layerprobe.analyses.experiments import FRECHET, HELD_OUT, PROBE_ERROR, Scor
 from layerprobe.analyses.generation import classifier_extractor
 from layerprobe.analyses.tables import PRIOR_DEPTHS
 from layerprobe.backbones import SiTConfig, new_sit
-from layerprobe.data import Splits, load
+from layerprobe.data import Samples, Splits, TensorSamples, load
 from layerprobe.layersync import LayerPair, SyncOptions
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
@@ -59,6 +59,7 @@ class Regime:
 _KEY = ["seed", "weight", "projector", "stop_step"]
 NONE = Arm()
 DEEP = {"batch": 32, "learning_rate": 2e-3, "warmup": 50, "clip": 1.0, "seeds": (0, 1, 2), "steps": (1000, 2000)}
+LONG = DEEP | {"steps": (2000, 4000, 8000)}
 REGIMES = (
     Regime("low learning rate", (NONE, Arm(0.03), Arm(0.1)), width=48, learning_rate=1e-4, steps=(1000, 2000)),
     Regime("weights", (NONE, Arm(0.03), Arm(0.1), Arm(0.1, 96), Arm(0.3, 96), Arm(0.3, 0, 500))),
@@ -72,6 +73,29 @@ REGIMES = (
         warmup=400,
         steps=(2000, 4000),
     ),
+    *(Regime(f"long, {depth} blocks", (NONE, Arm(0.03)), depth=depth, **LONG) for depth in (12, 24)),
+    Regime(
+        "100 classes",
+        (NONE, Arm(0.03), Arm(0.1)),
+        data="two digits",
+        width=64,
+        patch=4,
+        batch=32,
+        warmup=100,
+        clip=1.0,
+        steps=(1000, 2000, 4000),
+    ),
+    Regime(
+        "CIFAR-10",
+        (NONE, Arm(0.03)),
+        data="cifar10",
+        width=64,
+        batch=32,
+        learning_rate=5e-4,
+        warmup=100,
+        clip=1.0,
+        steps=(1000, 2000, 4000),
+    ),
 )
 
 
@@ -80,13 +104,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="only regimes whose name contains this")
     parser.add_argument("--mnist", default="mnist/", help="folder of MNIST")
+    parser.add_argument("--cifar", default="cifar10/", help="folder of CIFAR-10")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame(columns=["regime"])
     for regime in REGIMES:
         if options.only not in regime.name:
             continue
-        splits = load(options.mnist, size=16) if regime.data == "mnist" else load(regime.data)
+        splits = read(regime.data, options.mnist, options.cifar)
         rows = table[table["regime"] == regime.name].reindex(columns=_KEY)
         done = set(rows.itertuples(index=False, name=None))
         for rows in trained(regime, splits, options.out.parent, done):
@@ -95,11 +120,32 @@ def main() -> None:
             print(table.tail(1).to_string(header=False), flush=True)
 
 
+def read(data: str, mnist: str, cifar: str) -> Splits:
+    """Reads the data of a regime; images are brought to 16 x 16 pixels."""
+    if data == "digits":
+        return load(data)
+    if data == "cifar10":
+        return load(cifar, size=16)
+    splits = load(mnist, size=16)
+    return splits if data == "mnist" else splits.mapped(side_by_side)
+
+
+def side_by_side(name: str, samples: Samples) -> Samples:
+    """Puts each image beside another one of the same split: 100 classes of 10, as many samples as there were."""
+    other = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    batch = samples.batch(range(len(samples)))
+    assert batch.labels is not None
+    return TensorSamples(
+        torch.cat([batch.x, batch.x[other]], dim=3), 10 * batch.labels + batch.labels[other], modality=samples.modality
+    )
+
+
 def trained(
     regime: Regime, splits: Splits, folder: Path, done: set[tuple[float, ...]]
 ) -> Iterator[list[dict[str, object]]]:
     """Trains the arms of a regime that are not done, and yields the rows of each."""
-    config = SiTConfig(tuple(splits.train.shape), regime.patch, regime.width, regime.depth, 4, 10)
+    classes = splits.train.num_classes
+    config = SiTConfig(tuple(splits.train.shape), regime.patch, regime.width, regime.depth, 4, classes)
     backbone, last = new_sit(config, seed=0), regime.steps[-1]
     pair = LayerPair(*(backbone.layers[round(fraction * regime.depth) - 1] for fraction in PRIOR_DEPTHS))
     plan = TrainingPlan(
@@ -111,7 +157,7 @@ def trained(
         ema_decay=0.995,
         label_drop=regime.label_drop,
     )
-    extractor = classifier_extractor(splits.train, folder / f"extractor-{regime.data}.safetensors")
+    extractor = classifier_extractor(splits.train, folder / f"extractor-{regime.data.replace(' ', '-')}.safetensors")
     scorer = Scorer(splits.test, extractor, num_samples=1000, sampling=SamplingPlan(solver="heun", steps=8))
     for seed in regime.seeds:
         batches: dict[int, Steps] = {}

@@ -6,6 +6,7 @@ Every mutation of a good file must be refused in one line or do no harm: no trac
 # ruff: noqa: E501 (tables of cases)
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -36,6 +37,8 @@ def mutated(tree: Any, rng: random.Random) -> tuple[Any, str]:
 
 def _places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     keys = tree.keys() if isinstance(tree, dict) else range(min(len(tree), 20)) if isinstance(tree, list) else ()
+    if len(at) > 40:  # What an earlier change nested deeply is changed near its top.
+        return
     for key in list(keys):
         yield (*at, key)
         yield from _places(tree[key], (*at, key))
@@ -56,10 +59,10 @@ def _change(tree: Any, rng: random.Random) -> str:
         del holder[key]
     elif how == "add" and isinstance(holder, dict):
         holder[rng.choice(("", "x", "\x1b[2J", "a" * 5000, "__class__", "_class_name", "auto_map", "quantization_config"))] = (
-            rng.choice(HOSTILE)
+            _hostile(rng)
         )  # fmt: skip
     elif how == "deep":
-        holder[key] = _deep(old, rng.choice((3, 50, 400)), rng.random() < 0.5)
+        holder[key] = _deep(old, rng.choice((3, 50, 300)), rng.random() < 0.5)
     elif how == "number" and isinstance(old, (int, float)) and not isinstance(old, bool):
         holder[key] = rng.choice(
             (-old, old + 1, old * 2, old // 2 if isinstance(old, int) else old / 2, old * 10**6, float(old))
@@ -74,8 +77,12 @@ def _change(tree: Any, rng: random.Random) -> str:
         except (KeyError, IndexError, TypeError):
             holder[key] = None
     else:
-        holder[key] = rng.choice(HOSTILE)
+        holder[key] = _hostile(rng)
     return f"{how} {name[:60]}"
+
+
+def _hostile(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(HOSTILE))  # Later changes of the tree must not change the choices.
 
 
 def _deep(value: Any, depth: int, lists: bool) -> Any:
@@ -413,7 +420,7 @@ def with_config(command: str, seed: int) -> Case:
 
     rng = random.Random(seed)
     flags = [flag.removeprefix("--") for flag in options_of(command)]
-    values: dict[Any, Any] = {flag: rng.choice(HOSTILE) for flag in rng.sample(flags, rng.choice((1, 1, 2)))}
+    values: dict[Any, Any] = {flag: _hostile(rng) for flag in rng.sample(flags, rng.choice((1, 1, 2)))}
     if rng.random() < 0.1:
         values[rng.choice(("", "x", "\x1b[2J", "config", "help", "dry-run", "a" * 5000))] = 1
     change = ", ".join(ascii(f"{key}={value}")[1:-1][:50] for key, value in values.items())

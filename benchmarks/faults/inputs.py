@@ -170,8 +170,9 @@ def archive(folder: Path, mode: str = "w", more: Sequence[tuple[tarfile.TarInfo,
 
 
 def saved(folder: Path) -> Path:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     Dataset.from_dict(
         {"image": [{"bytes": picture(i), "path": None} for i in range(N)], "label": [0, 1] * (N // 2)}
     ).save_to_disk(str(folder))

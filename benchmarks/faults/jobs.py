@@ -18,6 +18,7 @@ from outcome import Forked, Outcome
 NETWORK = ("--width", "16", "--depth", "2", "--heads", "2", "--batch-size", "16", "--log-every", "1")
 COUNTS = ("--num-train", "45", "--num-validation", "30", "--num-test", "30")
 PROBE = ("digits", "--data", "digits", *COUNTS, "--noise-levels", "0.3,0.7", "--layers", "blocks.1,blocks.3,blocks.5")
+SWEEP = ("--steps", "2", "--batch-size", "16", "--num-samples", "20")
 TRIAL = ("--arms", "none,random", "--steps", "2", "--num-seeds", "2", "--num-samples", "20", "--num-evaluations", "1")
 
 
@@ -46,6 +47,10 @@ JOBS = {
     "sample npz": Job(("sample", "digits", "--num", "8", "--steps", "2", "--format", "npz", "--out", "out")),
     "convert": Job(("convert", "out/model.safetensors", "--out", "out/converted.safetensors"), "train"),
     "inspect": Job(("inspect", "--data", "digits", "--out", "out")),
+    "atlas": Job(("atlas", "digits", "--from-scratch", "--data", "digits", "--pair", "1:3", *SWEEP, "--out", "out")),
+    "score": Job(("score", "out", "--data", "digits", "--num-test", "30", "--out", "out/scores"), "sample npz"),
+    "compare": Job(("compare", "out", "out", "--out", "out/comparison"), "probe"),
+    "quickstart": Job(("quickstart", "--out", "out")),
 }
 
 # Times, versions and paths.

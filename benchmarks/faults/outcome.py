@@ -51,6 +51,8 @@ LIMIT_S = 20.0
 MEMORY_BYTES = 4 * 2**30  # on top of what the parent has
 _LONGEST = 1000
 _PREFIX = "layerprobe: "
+# What libraries print: warnings, places in code and the lines quoted from there, logs, bars.
+_FOREIGN = re.compile(r"(Warning|Error)\b|\.(py|cpp|cc|h):\d+|^\s|^\[?[EWI]\d{4}\b|\d+%\|")
 
 
 @dataclass(frozen=True)
@@ -300,9 +302,8 @@ def _kind(code: int | None, output: str, lines: list[str]) -> str:
     usage = any(line.startswith("Usage:") for line in lines)  # of typer, with its box
     if not usage and not (lines and lines[-1].startswith(_PREFIX)):
         return "MUTE"
-    # Progress is "what: 1 of 3 (...)".
-    strange = [line for line in lines if not line.startswith(_PREFIX) and not re.match(r"[\w ]+: \d+ of \d+ \(", line)]
-    return CODES[code] if usage or not strange else "NOISE"
+    foreign = [line for line in lines if not line.startswith(_PREFIX) and _FOREIGN.search(line)]
+    return CODES[code] if usage or not foreign else "NOISE"
 
 
 def _is_control(character: str) -> bool:

@@ -43,21 +43,32 @@ COMMANDS: dict[str, Callable[[str], list[str]]] = {
     "probe": lambda run: [*PROBE, "--out", f"{run}/probe", "--json"],
     "confirm": lambda run: ["confirm", f"{run}/probe", *CONFIRM, "--json"],
     "train": lambda run: [*TRAIN, "--out", f"{run}/train"],
+    "compare": lambda run: ["compare", f"{run}/probe", f"{run}/probe", "--out", f"{run}/comparison", "--json"],
     "sample": lambda run: ["sample", f"{run}/train/model.safetensors", "--num", "4", "--out", f"{run}/samples"],
 }
 # Commands that read a file, by the beginning of its path; the first one that fits.
 READERS = {
-    "probe/features": ("select", "analyze", "probe"),
+    "probe/features": ("select", "analyze", "probe", "compare"),
     "probe/confirmation/": ("confirm",),
     "probe/confirmation": ("report", "plot", "confirm"),
     "probe/verdict": ("report", "plot", "confirm"),
     "probe/figures": (),  # drawn again by every command that reads tables
-    "probe": ("select", "report", "plot", "analyze", "probe", "confirm"),
+    "probe": ("select", "report", "plot", "analyze", "probe", "confirm", "compare"),
     "train/model": ("sample", "train"),
     "train": ("train",),
 }
 # How often a command is drawn, so that the slow ones do not take all of the time.
-SHARES = {"select": 16, "train": 6, "sample": 6, "probe": 1, "confirm": 1, "analyze": 1, "report": 1, "plot": 1}
+SHARES = {
+    "select": 16,
+    "train": 6,
+    "sample": 6,
+    "probe": 1,
+    "confirm": 1,
+    "analyze": 1,
+    "report": 1,
+    "plot": 1,
+    "compare": 2,
+}
 NEVER_SAME = ("log.jsonl", "log.csv", "curves.png", "curves.svg", ".lock")  # hold speeds
 NEVER_SAME_DIRS = ("checkpoints", "samples")
 

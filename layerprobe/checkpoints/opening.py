@@ -46,6 +46,15 @@ _OWN_OPTIONS = ("weights", "layers")
 _EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")
 _FAMILY_OPTIONS = (*_EVERY_OPTIONS, "weights", "family", "num_heads")
 _MODEL_OPTIONS = (*_EVERY_OPTIONS, "weights", "model")
+# Entries of the record of a training that are read again, with their types; an integer stands for a float too.
+_TRAINING: dict[str, type] = {
+    "steps": int,
+    "batch_size": int,
+    "warmup_steps": int,
+    "rendering": dict,
+    "class_names": list,
+}
+_TRAINING |= dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "label_drop"), float)
 _DIFFUSERS_OPTIONS = (*_EVERY_OPTIONS, "subfolder", "lora", "lora_alpha")
 _SINGLE_FILE_OPTIONS = ("weights", "pipeline", *_DIFFUSERS_OPTIONS)
 
@@ -185,8 +194,16 @@ def training_record(path: str | Path) -> dict[str, Any]:
     """Returns how one of layerprobe's own checkpoints was trained; {} for other checkpoints."""
     if is_diffusers(path):
         return {}
-    record: dict[str, Any] = read_weights(_located(path)).record.get("training", {})
-    return record
+    return _training(path, read_weights(_located(path)).record)
+
+
+def _training(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    training = record.get("training", {})
+    if not isinstance(training, dict) or any(
+        not isinstance(training.get(name, kind()), (kind, int)) for name, kind in _TRAINING.items()
+    ):
+        raise ValueError(f"{path} has a damaged record (training is {str(training)[:40]!r}); copy or download it again")
+    return training
 
 
 def _located(path: str | Path) -> Path:
@@ -222,7 +239,7 @@ def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedC
         refuse_other_options(_OWN_OPTIONS, options, f"{path} records its own configuration")
         backbone = _own_backbone(path, weights.record)
         source |= _load(backbone.module, weights.tensors, path)
-        source |= {"training": weights.record.get("training", {})}
+        source |= {"training": _training(path, weights.record)}
     else:
         refuse_other_options(_FAMILY_OPTIONS, options, "without a model of your own")
         model_options.pop("layers", None)
@@ -244,7 +261,7 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has a damaged record ({one_line(error)}); copy or download it again") from error
     notes: tuple[str, ...] = ()
-    if module.config.num_classes and record.get("training", {}).get("label_drop") == 0:
+    if module.config.num_classes and _training(path, record).get("label_drop") == 0:
         notes = (
             "the null label was never trained, since no label was dropped in training; pass --condition label to give "
             "the network the true labels",

@@ -54,6 +54,9 @@ def test_the_embedded_checkpoint_opens_by_its_name() -> None:
         ({"schedule": {}}, "has a damaged record .*schedule"),
         ({"schedule": {"schedule": "ddpm-linear", "betas": [2.0]}}, "has a damaged record .*betas must be"),
         ({"schedule": {"schedule": "linear", "sigma": 2}}, "has a damaged record"),
+        ({"training": "none"}, "has a damaged record .*training is .none."),
+        ({"training": {"steps": [5]}}, "has a damaged record .*training is"),
+        ({"training": {"learning_rate": "1e-3"}}, "has a damaged record .*training is"),
         ({"prediction": "flow"}, "has a damaged record .*unknown prediction 'flow'"),
     ],
 )

@@ -604,8 +604,11 @@ def test_autoencoders_that_cannot_be_used(tmp_path: Path, vae_folders: dict[str,
     ):
         (place / "config.json").write_text(text)
         check(place, ValueError, message)
-    (place / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": "four"}')
-    check(place, ValueError, "is not a configuration of an AutoencoderKL")
+    for entry in (
+        '"latent_channels": "four"', '"latents_std": 2', '"latents_mean": [0, 0, 0, "0"]', '"scaling_factor": "big"'
+    ):  # fmt: skip
+        (place / "config.json").write_text(f'{{"_class_name": "AutoencoderKL", {entry}}}')
+        check(place, ValueError, "is not a configuration of an AutoencoderKL")
     place = folder("weights")
     weights = place / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

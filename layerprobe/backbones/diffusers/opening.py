@@ -35,7 +35,7 @@ from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
 from layerprobe.backbones.diffusers.weights import convert_denoiser, load_denoiser, weights_origin
 from layerprobe.capture import match_layers
-from layerprobe.files import import_optional
+from layerprobe.files import import_optional, one_line
 from layerprobe.noise import NoiseSchedule, Prediction
 
 MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
@@ -146,9 +146,12 @@ def _weighted(
 
 
 def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequence[int] | None) -> Shape:
-    channels, patch = family.channels(config), family.patch(config)
+    try:
+        channels, patch = family.channels(config), family.patch(config)
+        shape = family.size(config) if shape is None else tuple(shape)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{name} has a damaged configuration ({one_line(error)}); copy it again") from error
     grid = ("L",) if len(patch) == 1 else ("F", "H", "W")[-len(patch) :]
-    shape = family.size(config) if shape is None else tuple(shape)
     outputs = config.get("out_channels") or config.in_channels
     if family.packed:  # Some classes count the channels of a patch only in `in_channels`.
         outputs *= math.prod(_tuple(config.get("patch_size") or 1))

@@ -23,7 +23,12 @@ FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as s
 
 
 # Largest numbers in a configuration, by words in their keys: each layer is built, and positions fill tables.
-_MOST = {("layers", "depth", "blocks"): 1000, ("sample_", "max_size"): 2048, ("patch_size",): 1024}
+_MOST = {
+    ("layers", "depth", "blocks"): 1000,
+    ("sample_", "max_size"): 2048,
+    ("patch_size", "heads"): 1024,
+    ("head_dim", "channels"): 2**13,
+}
 _MOST_OTHERWISE = 2**24
 
 

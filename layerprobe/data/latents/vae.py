@@ -172,10 +172,24 @@ def _vae_config(folder: Path) -> dict[str, Any]:
         )
     # Defaults of diffusers for missing entries.
     config = {"in_channels": 3, "latent_channels": 4, "block_out_channels": [64], "scaling_factor": SD_SCALE} | config
-    are_integers = all(isinstance(config[name], int) for name in ("in_channels", "latent_channels"))
-    if not are_integers or not isinstance(config["block_out_channels"], list):
+    if not _is_whole(config):
         raise ValueError(f"{path} is not a configuration of an AutoencoderKL; copy it again")
     return config
+
+
+def _is_whole(config: dict[str, Any]) -> bool:
+    """Whether the entries that are read here are of the types that an AutoencoderKL has."""
+
+    def are_statistics(values: Any) -> bool:
+        whole = isinstance(values, list) and len(values) == config["latent_channels"]
+        return values is None or (whole and all(type(value) in (int, float) for value in values))
+
+    return (
+        all(isinstance(config[name], int) for name in ("in_channels", "latent_channels"))
+        and isinstance(config["block_out_channels"], list)
+        and all(isinstance(config.get(name) or 0, (int, float)) for name in ("scaling_factor", "shift_factor"))
+        and all(are_statistics(config.get(name)) for name in ("latents_mean", "latents_std"))
+    )
 
 
 def _vae_weights(folder: Path) -> list[Path]:
