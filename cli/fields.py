@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
+from warnings import catch_warnings, simplefilter
 
 import typer
 
 from layerprobe.cli.parsing import integers, names, numbers
 from layerprobe.options import OptionField, option_fields
+from layerprobe.ranks import processes
 
 Command = Callable[..., None]
 # Options that a command gets as a dictionary by field; those that were not given are missing.
@@ -155,6 +159,7 @@ def from_dataclasses(*, several_processes: bool = False) -> Callable[[Command], 
                 command(**values)
 
         call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.several_processes = several_processes  # type: ignore[attr-defined]
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         )
@@ -176,10 +181,26 @@ def groups_of(command: Command) -> tuple[Group, ...]:
     return groups
 
 
-def _processes() -> AbstractContextManager[object]:
-    from layerprobe.training import processes
+def shares_work(command: Command | None) -> bool:
+    """Returns whether several processes may run a command together."""
+    return getattr(command, "several_processes", False)
 
-    return processes()
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """The processes of the command, of which all but the first are silent."""
+    with processes() as ranks:
+        if ranks.is_first:
+            yield
+            return
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+            catch_warnings(),
+        ):
+            simplefilter("ignore")
+            yield
 
 
 def _group(parameter: inspect.Parameter) -> Group | None:

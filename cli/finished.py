@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli.output import emit
+from layerprobe.ranks import current
 
 if TYPE_CHECKING:
     from layerprobe.analyses.runs import LevelGrid
@@ -38,6 +39,8 @@ def show_run(
         verbose: Whether to print also how the pick is ranked.
         as_json: Whether to print the record alone.
     """
+    if not current().is_first:
+        return
     from layerprobe.analyses.runs import (
         answer_run,
         describe_answers,

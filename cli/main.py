@@ -20,10 +20,12 @@ import typer
 from typer.core import TyperCommand
 
 from layerprobe import __version__
+from layerprobe.cli.fields import shares_work
 from layerprobe.cli.output import tell, warn
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
+from layerprobe.ranks import ranks_of
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
@@ -75,13 +77,25 @@ FILES = {
 
 
 class _Command(TyperCommand):
-    """A command whose help page leaves out the names of environment variables, which would make it twice as long."""
+    """A command of one process or several.
+
+    Its help page leaves out the names of environment variables, which would make it twice as long.
+    """
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)
         for parameter in parameters:
             parameter.show_envvar = False
         return parameters
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command, in the first process alone if it does not share its work."""
+        ranks, _ = ranks_of(os.environ)
+        if ranks.world_size > 1 and not shares_work(self.callback):
+            if not ranks.is_first:
+                return None
+            tell(f"{self.name} is the work of one process; the other {ranks.world_size - 1} end at once")
+        return super().invoke(ctx)
 
 
 COMMANDS = tuple(getattr(import_module(f"layerprobe.cli.{file}"), name) for name, file in FILES.items())
@@ -109,7 +123,8 @@ def run() -> int:
     except (ModuleNotFoundError, ImportError) as error:
         return _fail(f"{error}; install the missing package", 3)
     except OSError as error:
-        return _fail(os_error_line(error), 1 if is_disk_full(error) else 2)
+        lasting = not is_disk_full(error) and not isinstance(error, ConnectionError)
+        return _fail(os_error_line(error), 2 if lasting else 1)
     except ValueError as error:
         return _fail(str(error), 2)
     except (RuntimeError, MemoryError) as error:

@@ -15,6 +15,7 @@ from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.ranks import current
 
 if TYPE_CHECKING:
     from layerprobe.analyses.runs import RunPlan
@@ -29,7 +30,7 @@ TrustConvention = Annotated[
 ]
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def probe(
     checkpoint: CheckpointSource,
     *,
@@ -67,7 +68,7 @@ def probe(
     show_run(out, selection, before=describe_convention(out), quiet=quiet, verbose=verbose, as_json=as_json)
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def extract(
     checkpoint: CheckpointSource,
     *,
@@ -104,6 +105,7 @@ def extract(
     emit({"run": str(out)}, lines, as_json=as_json)
 
 
+@from_dataclasses(several_processes=True)
 def analyze(
     run: options.Run,
     analysis: Annotated[
@@ -141,8 +143,9 @@ def analyze(
         selection = analyze_run(
             run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress
         )
-    draw_figures(run)
-    write_report(run)
+    if current().is_first:
+        draw_figures(run)
+        write_report(run)
     before = describe_ownership(run, selection)
     show_run(run, selection, before=before, quiet=quiet, verbose=verbose, as_json=as_json)
 

@@ -48,7 +48,7 @@ def sample(
     --data is the data that the model was trained on, if the checkpoint does not say what samples represent.
     """
     from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning
-    from layerprobe.training import processes
+    from layerprobe.ranks import processes
 
     if file_format not in ("png", "npz"):
         raise ValueError(f"unknown format {file_format!r}; use png or npz")

@@ -114,7 +114,8 @@ def train(
         training_start,
     )
     from layerprobe.checkpoints import open_checkpoint
-    from layerprobe.training import processes, require
+    from layerprobe.ranks import processes
+    from layerprobe.training import require
 
     # Everything that may fail is inside, so that only one of several processes reports it.
     with processes() as ranks:

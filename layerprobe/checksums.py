@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from layerprobe import __version__
@@ -116,6 +117,7 @@ def _recorded(path: Path) -> Sequence[str]:
 def _record(path: Path, digests: Sequence[str], *, durable: bool = False) -> None:
     with _one_at_a_time(path.parent):
         files = _read(path.parent).get("files", {}) | {path.name: list(digests)}
+        files = dict(sorted(files.items()))  # whatever order the processes wrote in
         record = {"layerprobe": __version__, "files": files, "checksum": _digest_of(files)}
         write_text(path.parent / CHECKSUMS, json.dumps(record, indent=1), durable=durable)
 
@@ -169,16 +171,36 @@ def _stamp(path: Path) -> _Stamp:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps other processes from changing the record of a folder, which several may hold parts of."""
+    """Keeps other processes from changing the record of a folder, which several may hold parts of.
+
+    The record itself is locked, since the lock of a folder on a network file system does not reach other machines.
+    Before there is a record, the folder is.
+    """
     try:
         import fcntl
     except ImportError:  # on Windows
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # A network file system, which does not lock folders.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    record = folder / CHECKSUMS
+    while True:
+        try:  # Network file systems lock only files that may be written.
+            descriptor = os.open(record, os.O_RDWR if os.access(record, os.W_OK) else os.O_RDONLY)
+        except FileNotFoundError:
+            descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # A file system without locks.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_now(record, descriptor):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_now(record: Path, descriptor: int) -> bool:
+    """Whether an open file is still the record, which every write replaces; or a folder that has no record yet."""
+    try:  # Opening asks a network file system anew, which `stat` does not.
+        with record.open("rb") as now:
+            return os.path.samestat(os.fstat(now.fileno()), os.fstat(descriptor))
+    except FileNotFoundError:
+        return S_ISDIR(os.fstat(descriptor).st_mode)

@@ -47,30 +47,37 @@ from layerprobe.analyses.tables import (
 )
 from layerprobe.analyses.wording import copy_sentences
 from layerprobe.backbones import Backbone, layer_shapes
-from layerprobe.checkpoints import check_convention, convention_message, convention_name, resolve_device
+from layerprobe.checkpoints import (
+    ConventionCheck,
+    check_convention,
+    convention_message,
+    convention_name,
+    resolve_device,
+)
 from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
     FeatureStore,
     ablate_layers,
-    extract,
-    extract_evidence,
+    evidence_of,
+    extract_part,
     random_weights,
     raw_input,
     raw_pool_cells,
 )
-from layerprobe.files import holding
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.ranks import ALONE, Ranks, current, together
 
 LEAST_COMPARED = 4  # samples that debiased CKA needs
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
-@holding("run")
+@together("run")
 def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None = None, **options: Any) -> Selection:
     """Runs the main job: features of the model and its controls, tables, selection, figures and report.
 
-    An interrupted run continues when the call is repeated; a finished run is only drawn again.
+    An interrupted run continues when the call is repeated; a finished run is only drawn again. The processes of
+    torchrun or srun share the work, and the first one writes; all get the result, which is the same for any number.
 
     Args:
         plan: Checkpoint, data and extraction of the run.
@@ -82,21 +89,27 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
         ValueError: If checkpoint, data and plan do not fit, or the folder holds another run.
     """
     selection = measure_run(plan, run, progress=progress, **options)
-    draw_figures(run)
-    write_report(run)
+    if current().is_first:
+        draw_figures(run)
+        write_report(run)
     return selection
 
 
-@holding("run")
+@together("run")
 def measure_run(
     plan: RunPlan, run: str | Path, *, device: str = "auto", progress: TaskProgress | None = None, **options: Any
 ) -> Selection:
     """Runs the part of `probe_run` before the figures: convention check, features, tables and selection."""
     extract_run(plan, run, device=device, progress=progress, **options)
-    folder = RunFolder(run)
-    if not folder.is_measured:
+    folder, ranks = RunFolder(run), current()
+    if not ranks.once(lambda: folder.is_measured):
         return analyze_run(run, device=device, progress=progress)
-    folder.keep_selection(choose_layers(run), replace=folder.has_selection and _is_mistrusted(folder.selection()))
+    return ranks.once(lambda: _kept_selection(folder))
+
+
+def _kept_selection(folder: RunFolder) -> Selection:
+    replaced = folder.has_selection and _is_mistrusted(folder.selection())
+    folder.keep_selection(choose_layers(folder.path), replace=replaced)
     return folder.selection()
 
 
@@ -105,7 +118,7 @@ def _is_mistrusted(selection: Selection) -> bool:
     return any(objection.code == "network does not denoise" for objection in selection.refusal[1])
 
 
-@holding("run")
+@together("run")
 def extract_run(
     plan: RunPlan,
     run: str | Path,
@@ -135,29 +148,26 @@ def extract_run(
     Raises:
         ValueError: As `probe_run` does.
     """
-    folder = RunFolder(run)
+    folder, ranks = RunFolder(run), current()
     backbone, splits = opened or plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
     _check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
-    if folder.is_intact(folder.convention):
-        convention, trusted = folder.convention_check()
-    else:
-        convention, trusted = check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size), False
+    convention, trusted = ranks.once(lambda: _convention(folder, backbone, splits, plan, batch_size))
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
         raise ValueError(convention_message(convention))
     if on_assumption:
         for assumption in backbone.assumptions:
             on_assumption(assumption)
-    folder.claim(plan)
-    folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
-    extract_all(backbone, splits, plan, folder, batch_size=batch_size, progress=progress)
-    folder.write_data(splits)  # Only now is it sure that the features are of this data.
-    small = folder.store_folder(_EVIDENCE)
-    extract_evidence(backbone, splits, plan.extraction_from(backbone), small, batch_size=batch_size)
-    if not folder.is_intact(folder.ablation):
+    if ranks.is_first:
+        folder.claim(plan)
+        folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
+    extract_all(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, progress=progress)
+    if ranks.is_first:
+        folder.write_data(splits)  # Only now is it sure that the features are of this data.
+    if not ranks.once(lambda: folder.is_intact(folder.ablation)):
         skipped = ablate_layers(
             backbone,
             splits.validation,
@@ -165,12 +175,23 @@ def extract_run(
             split="validation",
             seed=plan.seed,
             batch_size=batch_size,
+            ranks=ranks,
             progress=named_progress(progress, "skipping layers"),
         )
-        write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), folder.ablation)
+        if ranks.is_first:
+            write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), folder.ablation)
 
 
-@holding("run")
+def _convention(
+    folder: RunFolder, backbone: Backbone, splits: Splits, plan: RunPlan, batch_size: int
+) -> tuple[ConventionCheck, bool]:
+    """The convention check of the run, and whether it was trusted, from the folder if it was done before."""
+    if folder.is_intact(folder.convention):
+        return folder.convention_check()
+    return check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size), False
+
+
+@together("run")
 def analyze_run(
     run: str | Path,
     *,
@@ -181,7 +202,8 @@ def analyze_run(
 ) -> Selection:
     """Measures the features of a run: writes its tables, and its selection if it has none yet.
 
-    What earlier calls measured by other analyses stays in the quality table.
+    What earlier calls measured by other analyses stays in the quality table. Several processes share the work, as in
+    `probe_run`.
 
     Args:
         run: Run folder with features.
@@ -194,7 +216,7 @@ def analyze_run(
         FileNotFoundError: If there are no features.
         ValueError: If the device is not available.
     """
-    folder = RunFolder(run)
+    folder, ranks = RunFolder(run), current()
     plan = folder.plan()
     stores = {source: folder.store(source) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
     on = _measuring_device(device, stores[MODEL])
@@ -204,25 +226,32 @@ def analyze_run(
         analyses=[keeper.recording(analysis) for analysis in analyses],
         seed=plan.seed,
         device=on,
+        ranks=ranks,
         progress=named_progress(progress, "measuring layers"),
     )
+    keeper.complete(ranks)
     ablation = folder.ablation_table()
-    evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation)
-    recoverability = recoverability_table(stores[MODEL], device=on) if len(stores[MODEL].token_rows) else None
-    tables = [quality, ablation]
-    if encoder is not None:
-        outside = _encoder_features(plan, stores[MODEL], encoder)
-        tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
-    if folder.is_intact(folder.path / "quality.csv"):
-        # Measurements of these same features by analyses or encoders that are not asked for now.
-        before = folder.quality()
-        tables.append(before[~before["metric"].isin(pd.concat(tables)["metric"])])
-    if keeper.probe_scores:
-        folder.write_probe_scores(keeper.probe_scores)
-    folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
-    selection = choose_layers(run)
-    folder.keep_selection(selection)
-    return selection
+    evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation, ranks=ranks)
+    has_tokens = len(stores[MODEL].token_rows)
+    recoverability = recoverability_table(stores[MODEL], device=on, ranks=ranks) if has_tokens else None
+
+    def conclude() -> Selection:
+        tables = [quality, ablation]
+        if encoder is not None:
+            outside = _encoder_features(plan, stores[MODEL], encoder)
+            tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
+        if folder.is_intact(folder.path / "quality.csv"):
+            # Measurements of these same features by analyses or encoders that are not asked for now.
+            before = folder.quality()
+            tables.append(before[~before["metric"].isin(pd.concat(tables)["metric"])])
+        if keeper.probe_scores:
+            folder.write_probe_scores(keeper.probe_scores)
+        folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
+        selection = choose_layers(run)
+        folder.keep_selection(selection)
+        return selection
+
+    return ranks.once(conclude)
 
 
 def _measuring_device(device: str, store: FeatureStore) -> torch.device:
@@ -246,10 +275,11 @@ def extract_all(
     folder: RunFolder,
     *,
     batch_size: int = 128,
+    ranks: Ranks = ALONE,
     progress: TaskProgress | None = None,
 ) -> dict[str, FeatureStore]:
-    """Extracts the features of the model and of its two controls."""
-    stores = {}
+    """Extracts the features of the model and of its two controls, and the few that the evidence is measured on."""
+    turn = 0
     frames = bool(_frame_columns(splits))
     readers = {
         MODEL: backbone,
@@ -262,15 +292,20 @@ def extract_all(
             extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
         elif source == RAW_INPUT:
             extraction = replace(extraction, token_samples=0)  # It has no tokens of its own.
-        stores[source] = extract(
+        turn = extract_part(
             reader,
             splits,
             extraction,
             folder.store_folder(source),
             batch_size=batch_size,
+            ranks=ranks,
+            turn=turn,
             progress=named_progress(progress, f"reading layers ({source})"),
         )
-    return stores
+    small = evidence_of(splits, plan.extraction_from(backbone))
+    extract_part(backbone, *small, folder.store_folder(_EVIDENCE), batch_size=batch_size, ranks=ranks, turn=turn)
+    ranks.barrier()
+    return {source: folder.store(source) for source in readers}
 
 
 def _frame_columns(splits: Splits) -> list[str]:

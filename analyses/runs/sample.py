@@ -23,9 +23,9 @@ from layerprobe.checksums import recorded_write
 from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
 from layerprobe.files import atomic_write, holding, locked
 from layerprobe.progress import TaskProgress
+from layerprobe.ranks import processes
 from layerprobe.records import check_same, claim, write_record
 from layerprobe.sampling import SamplingPlan, sample
-from layerprobe.training import processes
 
 PART = 256  # samples in a partial file; independent of the batch size and the number of processes
 SHOWN = 20  # samples in a figure or film, if they are not images
@@ -240,7 +240,7 @@ def draw_archive(
             (folder / "parts").mkdir(exist_ok=True)
         ranks.barrier()
         finished = ranks.broadcast(archive.is_file())
-        my_parts = () if finished else ranks.positions(parts)
+        my_parts = () if finished else ranks.mine(parts)
         for done, part in enumerate(my_parts, 1):
             path = _part(folder, part)
             if not path.is_file():

@@ -24,8 +24,9 @@ from layerprobe.data import DataSource, Samples, Splits, take
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.ranks import Ranks, processes
 from layerprobe.records import read_bounded
-from layerprobe.training import Ranks, Trackers, TrainingPlan, held_out_loss, open_trackers, processes, train
+from layerprobe.training import Trackers, TrainingPlan, held_out_loss, open_trackers, train
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoPick, AutoStop

@@ -61,6 +61,7 @@ from layerprobe.analyses.tables.measurements import (
 )
 from layerprobe.analyses.tables.quality import MAX_RANK, MODEL
 from layerprobe.extraction import LOSS_INCREASE, VELOCITY_CHANGE, FeatureStore, pair_layers
+from layerprobe.ranks import ALONE, Ranks
 
 MAX_SAMPLES = 512  # Gram matrices of all layers fit into memory then
 LEAST_SAMPLES = 8
@@ -75,7 +76,11 @@ SampleScores = Mapping[tuple[str, str, float], Floats | None]
 
 
 def measure_evidence(
-    store: FeatureStore, *, scores: SampleScores | None = None, ablation: pd.DataFrame | None = None
+    store: FeatureStore,
+    *,
+    scores: SampleScores | None = None,
+    ablation: pd.DataFrame | None = None,
+    ranks: Ranks = ALONE,
 ) -> PairEvidence:
     """Measures all quantities of the layers, and of all pairs of an earlier and a later layer of the same shape.
 
@@ -86,6 +91,7 @@ def measure_evidence(
         store: Features of the model, such as `extract_evidence` makes them.
         scores: Scores of probes and nearest neighbors by sample of the validation split, from `ScoreKeeper`.
         ablation: Rows of the quality table for skipped layers, measured on the validation split.
+        ranks: Processes that share the noise levels and all call this function; all get the evidence.
 
     Raises:
         ValueError: If there are too few samples.
@@ -95,7 +101,7 @@ def measure_evidence(
     students, teachers = _pairs(layers, store.manifest["layer_shapes"])
     table = _Measuring(layers, levels, students, teachers)
     if len(students):
-        table.add_geometry([_at_level(store, layers, level) for level in levels])
+        table.add_geometry(ranks.whole([_at_level(store, layers, level) for level in ranks.mine(levels)]))
     table.add_accuracies(scores or {})
     if ablation is not None:
         table.add_ablation(ablation[ablation["source"] == MODEL])
@@ -149,6 +155,11 @@ class ScoreKeeper:
             return measurements
 
         return recorded
+
+    def complete(self, ranks: Ranks) -> None:
+        """Adds the scores that the other processes have recorded; all must call it."""
+        for scores, probe_scores in ranks.whole([(self.scores, self.probe_scores)]):
+            self.scores, self.probe_scores = self.scores | scores, self.probe_scores | probe_scores
 
 
 class _Measuring:

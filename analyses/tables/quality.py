@@ -7,6 +7,7 @@ test split is only scored. Accuracies are fractions in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from layerprobe.analyses.tables.similarity import (
 from layerprobe.data import check_probed
 from layerprobe.extraction import SPLITS, FeatureStore
 from layerprobe.progress import StepCounter, StepProgress
+from layerprobe.ranks import ALONE, Ranks
 
 # The analyses of a run, in the order of their rows.
 ANALYSES: tuple[Analysis, ...] = (probes, column_probes, frame_probes, neighbors, spectra, spatial)
@@ -77,6 +79,7 @@ def measure(
     analyses: Sequence[Analysis] = ANALYSES,
     seed: int = 0,
     device: torch.device = CPU,
+    ranks: Ranks = ALONE,
     progress: StepProgress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
@@ -90,6 +93,8 @@ def measure(
         analyses: Functions of one `Representation`, such as `ANALYSES`.
         seed: Seed of the bootstrap.
         device: Device of the measures, with float64; probes with few samples are fitted on the CPU in any case.
+        ranks: Processes that share the representations and all call this function; all get both tables, which are the
+            same for any number of them.
         progress: Called with (steps done, steps in total).
 
     Returns:
@@ -110,19 +115,22 @@ def measure(
         for layer in store.layers
         for level in store.noise_levels
     ]
-    total = len(keys) + (stores[MODEL].draws if MODEL in stores else 0)
+    mine = ranks.mine(keys)
+    total = len(mine) + (stores[MODEL].draws if MODEL in stores else 0)
     step = StepCounter(progress, total)
 
     def measured(key: tuple[str, str, float]) -> list[Measurement]:
+        ranks.check()
         representation = Representation(stores[key[0]], *key[1:], device=device)
         measurements = [measurement for analysis in analyses for measurement in analysis(representation)]
         step()
         return measurements
 
-    quality = _quality_table(keys, in_parallel(measured, keys, workers=num_workers(device)), stores, seed)
+    measurements = ranks.whole(in_parallel(measured, mine, workers=num_workers(device)))
+    quality = _quality_table(keys, measurements, stores, seed)
     if MODEL not in stores:
         return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))
-    values, reasons = similarities(stores[MODEL], step, device=device)
+    values, reasons = similarities(stores[MODEL], step, device=device, ranks=ranks)
     for (layer, level), reason in reasons.items():
         row = (quality["source"] == MODEL) & (quality["layer"] == layer) & (quality["noise_level"] == level)
         row &= (quality["metric"] == RANK) & (quality["note"] != reason)
@@ -162,7 +170,7 @@ def encoder_rows(store: FeatureStore, features: NDArray[Any], name: str, *, devi
     return pd.DataFrame(rows, columns=list(QUALITY_COLUMNS))
 
 
-def recoverability_table(store: FeatureStore, *, device: torch.device = CPU) -> pd.DataFrame:
+def recoverability_table(store: FeatureStore, *, device: torch.device = CPU, ranks: Ranks = ALONE) -> pd.DataFrame:
     """Measures the recoverability gap of all pairs: the share of the increment that a ridge regression misses.
 
     The increment is the teacher's token minus the student's. Only layers of the most common shape are compared, by
@@ -172,6 +180,7 @@ def recoverability_table(store: FeatureStore, *, device: torch.device = CPU) -> 
     Args:
         store: Features and tokens of the model.
         device: Device that collects the moments of the tokens.
+        ranks: Processes that share the noise levels and all call this function; all get the table.
 
     Returns:
         One row per noise level, student and later teacher: `gap` on the test split, `validation_gap` on the validation
@@ -183,16 +192,21 @@ def recoverability_table(store: FeatureStore, *, device: torch.device = CPU) -> 
     shapes = {layer: store.tokens(layer, store.noise_levels[0], split="train").shape[1:] for layer in store.layers}
     commonest = max(shapes.values(), key=list(shapes.values()).count)
     layers = [layer for layer, shape in shapes.items() if shape == commonest]
-    rows: list[tuple[Any, ...]] = []
-    for level in store.noise_levels if len(layers) > 1 else ():
-        result = recoverability(_token_moments(store, layers, level, device))
-        rows += [
-            (level, layers[s], layers[t], result.gap[s, t], result.validation_gap[s, t], result.increment[s, t], reason)
-            for s, reasons in enumerate(result.reasons)
-            for t, reason in enumerate(reasons)
-            if t > s
-        ]
-    return pd.DataFrame(rows, columns=list(RECOVERABILITY_COLUMNS))
+    levels = store.noise_levels if len(layers) > 1 else ()
+    rows = ranks.whole([_recoverability_rows(store, layers, level, device) for level in ranks.mine(levels)])
+    return pd.DataFrame([*chain.from_iterable(rows)], columns=list(RECOVERABILITY_COLUMNS))
+
+
+def _recoverability_rows(
+    store: FeatureStore, layers: Sequence[str], level: float, device: torch.device
+) -> list[tuple[Any, ...]]:
+    result = recoverability(_token_moments(store, layers, level, device))
+    return [
+        (level, layers[s], layers[t], result.gap[s, t], result.validation_gap[s, t], result.increment[s, t], reason)
+        for s, reasons in enumerate(result.reasons)
+        for t, reason in enumerate(reasons)
+        if t > s
+    ]
 
 
 def _token_moments(store: FeatureStore, layers: Sequence[str], level: float, device: torch.device) -> TokenMoments:

@@ -15,6 +15,7 @@ from layerprobe.analyses.measures import Floats, cka_matrix, cknna, in_parallel,
 from layerprobe.analyses.tables.csv_files import read_table
 from layerprobe.analyses.tables.measurements import CPU, num_neighbors, num_workers
 from layerprobe.extraction import FeatureStore
+from layerprobe.ranks import ALONE, Ranks
 
 SIMILARITY_COLUMNS = ("layer_a", "noise_level_a", "layer_b", "noise_level_b", "cka", "mutual_knn", "cknna")
 
@@ -50,7 +51,7 @@ def representations(store: FeatureStore) -> list[tuple[str, float]]:
 
 
 def similarities(
-    store: FeatureStore, step: Callable[[], None], *, device: torch.device = CPU
+    store: FeatureStore, step: Callable[[], None], *, device: torch.device = CPU, ranks: Ranks = ALONE
 ) -> tuple[dict[str, Floats], dict[tuple[str, float], str]]:
     """Measures the similarities of all representations, averaged over noise draws.
 
@@ -58,6 +59,8 @@ def similarities(
         store: Features of the model.
         step: Called after every noise draw.
         device: Device of the comparisons; neighbors are compared on the CPU.
+        ranks: Processes that share the neighbors and the pairs that are compared by them. CKA, whose products are
+            those of all pairs at once, is left to the first one.
 
     Returns:
         A matrix for each measure, and the reasons for missing values by layer and noise level.
@@ -68,9 +71,15 @@ def similarities(
     reasons: dict[tuple[str, float], str] = {}
     for draw in range(store.draws):
         features = ValidationSplit(store, draw, device)
-        result = cka_matrix(features)
-        graphs = in_parallel(partial(neighbor_graph, k=k), features, workers=num_workers(device))
-        matrices = {"cka": result.values, "mutual_knn": mutual_knn(graphs).values, "cknna": cknna(graphs).values}
+        find = partial(neighbor_graph, k=k)
+        my_features = (features[m] for m in ranks.mine(range(len(keys))))
+        graphs = ranks.whole(in_parallel(find, my_features, workers=num_workers(device)))
+        result = ranks.once(partial(cka_matrix, features))
+        my_graphs = ranks.mine(graphs)
+        matrices = {"cka": result.values} | {
+            name: np.array(ranks.whole([*measure(my_graphs, graphs).values] if my_graphs else []))
+            for name, measure in (("mutual_knn", mutual_knn), ("cknna", cknna))
+        }
         for name, values in matrices.items():
             total[name] += values / store.draws
         reasons |= {key: reason for key, reason in zip(keys, result.reasons, strict=True) if reason}

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from layerprobe.data import Samples
 from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream, target
 from layerprobe.progress import StepProgress
+from layerprobe.ranks import ALONE, Ranks
 
 VELOCITY_CHANGE, LOSS_INCREASE = "velocity change when skipped", "loss increase when skipped"
 
@@ -88,6 +90,7 @@ def ablate_layers(
     num_samples: int = 256,
     seed: int = 0,
     batch_size: int = 64,
+    ranks: Ranks = ALONE,
     progress: StepProgress | None = None,
 ) -> LayerAblation:
     """Skips the layers one at a time and measures the effect on the velocity, under the null condition.
@@ -107,6 +110,7 @@ def ablate_layers(
         num_samples: Maximum number of samples.
         seed: Seed of the noise; an extraction with the same seed uses the same noise.
         batch_size: Number of rows per forward pass; it changes the numbers by rounding only.
+        ranks: Processes that share the batches and all call this function; all get the whole result.
         progress: Called with (rows done, rows in total), where a row is one sample at one noise level.
 
     Raises:
@@ -125,21 +129,27 @@ def ablate_layers(
     reasons = {name: "the input of a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
     blocks = [name for name in layers if name not in reasons]
 
-    def skip(rows: range) -> list[tuple[str, SampleScores | str]]:
+    def skip(rows: range) -> _Outcomes:
         row = torch.arange(rows.start, rows.stop)
         sample, level = row % n, levels[row // n]
         mask = None if batch.mask is None else batch.mask[sample]
         return [*_skip_each(backbone.masked(mask), blocks, batch.x[sample], eps[sample], level)]
 
+    num_rows, size = len(levels) * n, BatchSize(batch_size)
+    mine: list[list[tuple[range, _Outcomes]]] = []
     with evaluating(backbone.module), torch.inference_mode():
-        for rows, outcomes in BatchSize(batch_size).batches(len(levels) * n, skip):
-            for name, outcome in outcomes:
-                if isinstance(outcome, str):
-                    reasons[name] = outcome
-                else:
-                    scores[:, layers.index(name), rows.start : rows.stop] = outcome
+        for start in ranks.mine(range(0, num_rows, batch_size)):
+            ranks.check()
+            stop = min(start + batch_size, num_rows)
+            mine.append([*size.batches(stop, skip, start=start)])
             if progress:
-                progress(rows.stop, len(levels) * n)
+                progress(stop, num_rows)
+    for rows, outcomes in chain.from_iterable(ranks.whole(mine)):
+        for name, outcome in outcomes:
+            if isinstance(outcome, str):
+                reasons[name] = outcome
+            else:
+                scores[:, layers.index(name), rows.start : rows.stop] = outcome
     velocity_change, loss_increase = scores.reshape(2, len(layers), len(levels), n)
     return LayerAblation(split, layers, tuple(levels.tolist()), velocity_change, loss_increase, reasons)
 
@@ -186,6 +196,7 @@ def _means(scores: SampleScores, seed: int) -> tuple[SampleScores, SampleScores,
 
 
 _Forward = Callable[..., Any]
+_Outcomes = list[tuple[str, "SampleScores | str"]]  # the scores of each layer, or why it cannot be skipped
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,9 +48,20 @@ def extract_evidence(
     Raises:
         ValueError: As for `extract`.
     """
+    return extract(backbone, *evidence_of(splits, plan, num_samples=num_samples), folder, batch_size=batch_size)
+
+
+def evidence_of(splits: Splits, plan: ExtractionPlan, *, num_samples: int = 384) -> tuple[Splits, ExtractionPlan]:
+    """Returns the data and the plan of `extract_evidence`.
+
+    Args:
+        splits: See `extract_evidence`.
+        plan: See `extract_evidence`.
+        num_samples: See `extract_evidence`.
+    """
     half = num_samples // 2
     subsets = Splits(_first(splits.train, half), _first(splits.validation, num_samples - half), _first(splits.test, 0))
-    evidence_plan = replace(
+    return subsets, replace(
         plan,
         layers=pair_layers(plan.layers),
         draws=max(EVIDENCE_DRAWS, plan.draws),
@@ -58,7 +69,6 @@ def extract_evidence(
         token_samples=num_samples,
         tokens_per_sample=TOKENS_PER_SAMPLE,
     )
-    return extract(backbone, subsets, evidence_plan, folder, batch_size=batch_size)
 
 
 def extract_tokens(

@@ -39,6 +39,8 @@ from layerprobe.extraction.tokens import pool_tokens, token_grid
 from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
+from layerprobe.ranks import ALONE, Ranks
+from layerprobe.records import differences
 
 
 def extract(
@@ -48,6 +50,7 @@ def extract(
     folder: str | Path,
     *,
     batch_size: int = 128,
+    ranks: Ranks = ALONE,
     progress: StepProgress | None = None,
 ) -> FeatureStore:
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
@@ -62,10 +65,43 @@ def extract(
         plan: The extraction plan.
         folder: Folder of the store; created if it does not exist.
         batch_size: Number of rows per forward pass; it changes the features by rounding only.
+        ranks: Processes that share the shards and all call this function; the store is the same for any number of them.
         progress: Called with (samples done, samples in total).
 
     Raises:
-        ValueError: If the data does not fit the model, a value is not finite, or the folder belongs to another run.
+        ValueError: If the data does not fit the model, a value is not finite, the folder belongs to another run, or the
+            processes have different models or data.
+    """
+    extract_part(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, progress=progress)
+    ranks.barrier()
+    return FeatureStore.open(folder)
+
+
+def extract_part(
+    backbone: Backbone,
+    splits: Splits,
+    plan: ExtractionPlan,
+    folder: str | Path,
+    *,
+    batch_size: int = 128,
+    ranks: Ranks = ALONE,
+    turn: int = 0,
+    progress: StepProgress | None = None,
+) -> int:
+    """Does this process' part of `extract`, without waiting for that of the others.
+
+    Args:
+        backbone: See `extract`.
+        splits: See `extract`.
+        plan: See `extract`.
+        folder: See `extract`.
+        batch_size: See `extract`.
+        ranks: See `extract`.
+        turn: Number of shards that were divided before, so that the processes take turns over several stores.
+        progress: See `extract`.
+
+    Returns:
+        The turn after this store.
     """
     folder, size = Path(folder), BatchSize(batch_size)
     _check(backbone, splits, plan)
@@ -74,8 +110,13 @@ def extract(
         shapes = layer_shapes(backbone, plan.layers)
         plan, columns = replace(plan, layers=tuple(shapes)), table.columns()
         kept = token_rows(columns["splits"], plan.token_samples)
-        begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
-        for index, rows in enumerate(_runs(len(table), plan.shard_size)):
+        manifest, shards = _manifest(backbone, splits, plan, shapes, kept), [*_runs(len(table), plan.shard_size)]
+        if ranks.is_first:
+            begin_store(folder, manifest, columns)
+        _check_equal(manifest, ranks)
+        for index in ranks.mine(range(len(shards)), turn=turn):
+            ranks.check()
+            rows = shards[index]
             kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
             # The shard is written after its tokens, so a shard on disk implies that its tokens are complete.
             files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
@@ -85,7 +126,9 @@ def extract(
                 write_tensors(shard_path(folder, index), features)
             if progress:
                 progress(rows.stop, len(table))
-    return FeatureStore.open(folder)
+        if progress and ranks.world_size > 1:
+            progress(len(table), len(table))
+    return turn + len(shards)
 
 
 def read_features(
@@ -204,6 +247,15 @@ def _check(backbone: Backbone, splits: Splits, plan: ExtractionPlan) -> None:
         raise ValueError(
             f"noise level {float(highest):g} is infinitely noisy under the schedule {backbone.schedule.name}; "
             f"pass levels up to {backbone.schedule.level_range[1]:.4g}"
+        )
+
+
+def _check_equal(manifest: dict[str, Any], ranks: Ranks) -> None:
+    """Waits until the store has begun, and refuses another model or other data than those of the first process."""
+    if changed := differences(ranks.broadcast(manifest), manifest):
+        raise ValueError(
+            f"process {ranks.rank} has another model or other data than the first one (different: "
+            f"{', '.join(changed[:4])}); give all processes the same files"
         )
 
 

@@ -6,8 +6,6 @@ from .losses import HELD_OUT_LEVELS as HELD_OUT_LEVELS
 from .losses import held_out_loss as held_out_loss
 from .losses import prediction_loss as prediction_loss
 from .plan import TrainingPlan as TrainingPlan
-from .ranks import Ranks as Ranks
-from .ranks import processes as processes
 from .state import checkpoints as checkpoints
 from .state import read_checkpoint as read_checkpoint
 from .trackers import Trackers as Trackers

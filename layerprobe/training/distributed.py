@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerprobe.backbones import Backbone
 from layerprobe.capture import INPUT, evaluating
-from layerprobe.training.ranks import Ranks
+from layerprobe.ranks import Ranks
 
 
 def parallel(backbone: Backbone, ranks: Ranks, *, fsdp: bool = False) -> Backbone:

@@ -30,6 +30,7 @@ from layerprobe.extraction import token_grid
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.progress import TrainingProgress
+from layerprobe.ranks import Ranks, processes
 from layerprobe.records import claim
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
 from layerprobe.training.distributed import (
@@ -43,7 +44,6 @@ from layerprobe.training.distributed import (
 )
 from layerprobe.training.losses import condition_of, loss_weights, prediction_loss
 from layerprobe.training.plan import TrainingPlan
-from layerprobe.training.ranks import Ranks, processes
 from layerprobe.training.state import (
     TrainingState,
     diverged,
@@ -264,7 +264,7 @@ def _ready_batches(
     backbone: Backbone, samples: Samples, plan: TrainingPlan, start: int, ranks: Ranks
 ) -> Generator[TrainingBatch]:
     """Prepares the batches of the next steps in advance; for a GPU in pinned memory, which it copies asynchronously."""
-    prepared = batches(backbone, samples, plan, start=start, select=ranks.positions)
+    prepared = batches(backbone, samples, plan, start=start, select=ranks.mine)
     pinned = (batch.mapped(Tensor.pin_memory) for batch in prepared)
     return prefetched(pinned if backbone.device.type == "cuda" else prepared)
 

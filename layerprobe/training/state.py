@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from layerprobe.checksums import check, recorded_write, write_recorded_text
 from layerprobe.files import one_line, write_text
 from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.ranks import Ranks
 from layerprobe.records import damaged
 from layerprobe.training.distributed import gathered, local, placed
-from layerprobe.training.ranks import Ranks
 
 
 @dataclass

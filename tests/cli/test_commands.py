@@ -650,3 +650,18 @@ def test_images_are_encoded_once_and_a_dry_run_writes_nothing(
     assert len(list((tmp_path / "cache" / "layerprobe" / "latents").iterdir())) > 0
     code, out, _ = cli("inspect", tmp_path / "t" / "model.safetensors", "--json")
     assert json.loads(out)["shape"] == [4, 8, 8]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_command_that_shares_nothing_is_left_to_one_process(
+    cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    code, out, error = cli("report", tmp_path)
+    if rank:
+        assert (code, out, error) == (0, "", "")
+    else:
+        assert code == 2
+        assert error.startswith("layerprobe: report is the work of one process; the other 1 end at once\n")

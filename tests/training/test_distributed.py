@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ import pytest
 import torch
 from places import HELPERS
 from safetensors.torch import load_file
+from started import Started
 from tiny import SHAPE, tiny_samples, tiny_sit
 from torch import Tensor, nn
 
@@ -30,10 +26,10 @@ from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
+from layerprobe.ranks import Ranks, processes
 from layerprobe.training.distributed import average_gradients, clip_gradients, gathered, gradient_norm, parallel
 from layerprobe.training.loop import Decision, train
 from layerprobe.training.plan import TrainingPlan
-from layerprobe.training.ranks import Ranks, processes
 
 PAIR = LayerPair("blocks.0", "blocks.2")
 PLAN = TrainingPlan(
@@ -49,71 +45,6 @@ PLAN = TrainingPlan(
     log_every=1,
     pairs=(PAIR,),
 )
-
-# Processes are forked from one that has imported everything and run nothing.
-PROCESSES = multiprocessing.get_context("forkserver")
-# torch itself sometimes logs lost connections, which these tests do not check.
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-PROCESSES.set_forkserver_preload(["hypothesis", "layerprobe.training.loop", "pytest", "torch.distributed.fsdp"])
-
-
-class Started:
-    """Runs function(*arguments) in several processes, which meet like those of torchrun.
-
-    Attributes:
-        processes: Processes by rank.
-        stderr_files: Files with the standard error of the processes, by rank; an exception is one line.
-    """
-
-    def __init__(self, folder: Path, function: Callable[..., Any], *arguments: Any, num: int = 2) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        folder.mkdir(exist_ok=True)
-        self.stderr_files = [folder / f"stderr-{rank}" for rank in range(num)]
-        self.processes: list[Any] = []
-        self._receivers = []
-        for rank in range(num):
-            receiver, sender = PROCESSES.Pipe(duplex=False)
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num)}
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = PROCESSES.Process(
-                target=_begin, args=(function, arguments, environment, self.stderr_files[rank], sender), daemon=True
-            )
-            process.start()
-            sender.close()
-            self.processes.append(process)
-            self._receivers.append(receiver)
-
-    def results(self) -> list[Any]:
-        """The results by rank."""
-        received = [receiver.recv_bytes() if receiver.poll(90) else None for receiver in self._receivers]
-        assert self.exit_codes() == [0] * len(received)
-        return [pickle.loads(result) for result in received if result is not None]
-
-    def exit_codes(self) -> list[int]:
-        for process in self.processes:
-            process.join(30)
-            assert process.exitcode is not None, "the process hangs"
-        return [process.exitcode for process in self.processes]
-
-
-def _begin(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    environment: dict[str, str],
-    stderr_file: Path,
-    sender: Connection,
-) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    os.dup2(os.open(stderr_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    sender.send_bytes(pickle.dumps(result))
 
 
 def test_one_process_does_not_shard() -> None:
@@ -156,7 +87,7 @@ def trained_a_step(ranks: Ranks, backbone: Backbone, *, size: int, fsdp: bool = 
     generator = torch.Generator().manual_seed(1)
     x, level = torch.randn(size, *SHAPE, generator=generator), torch.rand(size, generator=generator)
     targets, condition = torch.randn(size, *SHAPE, generator=generator), torch.arange(size) % 3
-    rows = list(ranks.positions(range(size)))
+    rows = list(ranks.mine(range(size)))
     share = ranks.share(len(rows), size)
     backbone.module.train()
     live = parallel(backbone, ranks, fsdp=fsdp)
@@ -416,7 +347,7 @@ def test_a_killed_process_is_reported_in_one_line(tmp_path: Path) -> None:
     assert stderr == (
         "layerprobe: blocks.0 <- blocks.2: 4 tokens of width 16\n"
         "ConnectionError: another process was killed, or its machine is unreachable; "
-        "repeat the command to continue from the last checkpoint\n"
+        "repeat the command to continue from what is finished\n"
     )
 
 
