@@ -24,6 +24,7 @@ TEXTS = {
     "records": "the one reader of a run",
     "options": "options of dataclasses",
     "progress": "progress callbacks",
+    "threads": "work beside a device",
     "noise": "schedules, predictions",
     "capture": "outputs of layers",
     "data": "samples, splits, sources",

@@ -31,7 +31,8 @@ from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.progress import TrainingProgress
 from layerprobe.records import claim
-from layerprobe.training.batches import TrainingBatch, batches, prefetched
+from layerprobe.threads import prefetched
+from layerprobe.training.batches import TrainingBatch, batches
 from layerprobe.training.distributed import (
     accumulating,
     announced,
