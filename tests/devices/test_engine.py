@@ -29,6 +29,7 @@ from layerprobe.checkpoints.opening import open_checkpoint, resolve_device
 from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
 from layerprobe.data.latents.vae import decode, encode
 from layerprobe.data.samples import Splits, Subset, TensorSamples
+from layerprobe.extraction import forward
 from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.controls import random_weights, raw_input
 from layerprobe.extraction.forward import extract
@@ -126,16 +127,40 @@ def test_features_of_padded_samples_are_those_of_the_cpu(device: str, tmp_path: 
     same_features(on(device, network), network, padded_splits(), tmp_path, **plan)
 
 
-def test_a_batch_of_extraction_waits_once_for_the_device(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("condition", ["null", "label"])
+def test_a_batch_of_extraction_waits_once_for_the_device_and_gets_nothing_from_the_host(
+    device: str, tmp_path: Path, condition: Any
+) -> None:
     backbone, splits = on(device, tiny_sit()), tiny_splits(16)
-    waits = []
+    waits, uploads = [], []
     for batch_size in (32, 4):
-        plan = ExtractionPlan(backbone.layers, LEVELS)
+        plan = ExtractionPlan(backbone.layers, LEVELS, condition=condition)
         with watched() as ledger:
             extract(backbone, splits, plan, tmp_path / str(batch_size), batch_size=batch_size)
         waits.append(sum(ledger.waits.values()))
+        uploads.append(sum(ledger.uploads.values()))
     num_batches = [2 * 16 // batch_size for batch_size in (32, 4)]
     assert waits[1] - waits[0] == num_batches[1] - num_batches[0], ledger.waits
+    assert uploads[1] == uploads[0], ledger.uploads  # samples and noise go there once a shard
+
+
+def test_a_shard_without_room_on_the_device_is_corrupted_on_the_host(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, plan = on(device, tiny_sit()), ExtractionPlan(("blocks.1",), LEVELS, condition="label", draws=2)
+    there = extract(backbone, tiny_splits(), plan, tmp_path / "there")
+    monkeypatch.setattr(forward, "_MOST_ON_DEVICE_BYTES", 0)
+    stores = [extract(backbone, tiny_splits(), plan, tmp_path / "large")]
+    monkeypatch.undo()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forward, "Batch", full)
+    stores.append(extract(backbone, tiny_splits(), plan, tmp_path / "full"))
+    for here in stores:
+        for level in LEVELS:
+            np.testing.assert_array_equal(here["blocks.1", level], there["blocks.1", level])
 
 
 def test_controls_and_bfloat16_run(device: str, tmp_path: Path) -> None:
