@@ -40,6 +40,7 @@ from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.schedules import schedule_from_name
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.sampling.solvers import sample
+from layerprobe.training.distributed import host_copy
 from layerprobe.training.loop import train
 from layerprobe.training.losses import held_out_loss
 from layerprobe.training.plan import TrainingPlan
@@ -272,6 +273,16 @@ def test_a_training_step_waits_once_for_the_device(device: str, tmp_path: Path, 
             train(on(device, tiny_sit()), tiny_samples(), plan, tmp_path / str(steps))
         waits.append(sum(ledger.waits.values()))
     assert waits[1] - waits[0] == 3, ledger.waits
+
+
+def test_a_copy_on_the_host_takes_no_room_on_the_device(device: str) -> None:
+    module = on(device, tiny_sit()).module
+    with watched() as ledger:
+        copied = host_copy(module)
+    assert not sum(ledger.kernels.values())
+    assert not sum(ledger.uploads.values())
+    assert {tensor.device.type for tensor in copied.state_dict().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
 
 
 def test_layersync_runs_in_a_loop_of_ones_own(device: str) -> None:
