@@ -25,6 +25,7 @@ TEXTS = {
     "options": "options of dataclasses",
     "progress": "progress callbacks",
     "ranks": "processes of a command",
+    "threads": "work beside a device",
     "noise": "schedules, predictions",
     "capture": "outputs of layers",
     "data": "samples, splits, sources",

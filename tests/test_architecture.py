@@ -22,7 +22,7 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", "ranks")
+_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", "ranks", "threads")
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
@@ -37,6 +37,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "options": (),
     "progress": (),
     "ranks": ("files", "memory"),
+    "threads": (),
     "capture": (),
     "noise": _LOWEST,
     "data": (*_LOWEST, "noise"),

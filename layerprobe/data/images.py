@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,17 +39,20 @@ from layerprobe.data.samples import (
     pixels_to_float,
 )
 from layerprobe.files import one_line
+from layerprobe.threads import each
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+Result = TypeVar("Result")
 _IMAGE_COLUMNS = (tables.FILE, "image", "img", "images")
 SUFFIXES = (".npy", ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # Not all formats of Pillow: some of them start other programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
+_ROWS_AT_ONCE, _ROWS_PER_THREAD = 256, 16
 MAX_PIXELS = 2**26  # a small file may claim more than memory holds
 
 
@@ -244,26 +247,35 @@ class EncodedImages:
         if skip_bad:
             self._leave_out_bad(skip_bad)
         shapes, digest, digests, num_animated = np.empty((len(self), 3), np.int64), hashlib.sha256(), [], 0
-        for start in range(0, len(self), 256):
-            index = range(start, min(start + 256, len(self)))
-            for row, encoded in zip(index, self._encoded(index), strict=True):
-                digest.update(len(encoded).to_bytes(8, "little"))
-                digest.update(encoded)
-                digests.append(digest_of(encoded))
-                with self._errors(row):
-                    image = _open(encoded)
-                    shapes[row] = _shape(image)
-                    num_animated += getattr(image, "is_animated", False)
+
+        def header(row: int, item: Any) -> tuple[bytes, bytes, tuple[int, int, int], bool]:
+            encoded = self._content(row, item)
+            with self._errors(row):
+                image = _open(encoded)
+                return encoded, digest_of(encoded), _shape(image), getattr(image, "is_animated", False)
+
+        for row, (encoded, own_digest, shape, is_animated) in enumerate(self._mapped(range(len(self)), header)):
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+            digests.append(own_digest)
+            shapes[row] = shape
+            num_animated += is_animated
         return _Headers(shapes, digest.hexdigest(), digests, num_animated)
 
     def _leave_out_bad(self, skip_bad: int) -> None:
         kept = []
-        for row in range(len(self)):
+
+        def problem(row: int, item: Any) -> ValueError | None:
             try:
-                (encoded,) = self._encoded([row])
+                encoded = self._content(row, item)
                 with self._errors(row):
                     decode_image(encoded, _shape(_open(encoded)))
             except ValueError as error:
+                return error
+            return None
+
+        for row, error in enumerate(self._mapped(range(len(self)), problem)):
+            if error:
                 self.bad[self.name(row)] = one_line(error.__cause__ or error)
                 if len(self.bad) > skip_bad:
                     counts = f"{len(self.bad)} images cannot be read, --skip-bad allows {skip_bad}"
@@ -278,10 +290,14 @@ class EncodedImages:
     def decode(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Decodes the images in these rows to uint8, shape (B, *shape)."""
         pixels = np.empty((len(index), *shape), np.uint8)
-        rows = index.tolist()
-        for out, row, encoded in zip(pixels, rows, self._encoded(rows), strict=True):
+
+        def decoded(row: int, item: Any) -> NDArray[Any]:
+            encoded = self._content(row, item)
             with self._errors(row):
-                out[:] = decode_image(encoded, shape)
+                return np.ascontiguousarray(decode_image(encoded, shape))
+
+        for out, values in zip(pixels, self._mapped(index.tolist(), decoded), strict=True):
+            out[:] = values
         return torch.from_numpy(pixels)
 
     def name(self, row: int) -> str:
@@ -290,18 +306,24 @@ class EncodedImages:
         path = item.get("path") if isinstance(item, dict) else None
         return f"image {int(self.row_numbers[row])} of {self.part}" + (f" ({path})" if path else "")
 
-    def _encoded(self, index: Sequence[int]) -> Iterator[bytes]:
-        items = self.rows[index][self.column] if len(index) else []
-        for row, item in zip(index, items, strict=True):
-            if isinstance(item, dict):
-                with self._errors(row):
-                    item = with_content(item, self._folders)
-            encoded = item["bytes"] if isinstance(item, dict) else item
-            if encoded is None:
-                raise ValueError(
-                    f"{self.name(row)} is empty in column {self.column!r}; remove it, or write all in one format"
-                )
-            yield encoded
+    def _mapped(self, index: Sequence[int], function: Callable[[int, Any], Result]) -> Iterator[Result]:
+        """Yields a function of these rows and what the column stores of each, computed in threads, some at a time."""
+        ignore_pillow_warnings()
+        for start in range(0, len(index), _ROWS_AT_ONCE):
+            rows = index[start : start + _ROWS_AT_ONCE]
+            yield from each(function, rows, self.rows[rows][self.column], least=_ROWS_PER_THREAD)
+
+    def _content(self, row: int, item: Any) -> bytes:
+        """Returns the encoded image of a row, of which the column stores the bytes or the name of a file."""
+        if isinstance(item, dict):
+            with self._errors(row):
+                item = with_content(item, self._folders)
+        encoded: bytes | None = item["bytes"] if isinstance(item, dict) else item
+        if encoded is None:
+            raise ValueError(
+                f"{self.name(row)} is empty in column {self.column!r}; remove it, or write all in one format"
+            )
+        return encoded
 
     @contextmanager
     def _errors(self, row: int) -> Iterator[None]:
@@ -315,15 +337,21 @@ class EncodedImages:
             raise ValueError(f"{problem}; repair or remove it, or pass --skip-bad 1 or more") from error
 
 
+def ignore_pillow_warnings() -> None:
+    """Ignores what Pillow warns of, for example an image's size, which is checked here.
+
+    It stays so: `catch_warnings` in threads can leave the filters of one thread to all others.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def _open(encoded: bytes) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     if encoded.startswith(b"\x93NUMPY"):
         return Image.fromarray(_pixels(npy_array(encoded)))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for example of its size, which is checked below
-            image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except UnidentifiedImageError:  # its message names an object in memory
         raise ValueError(f"it is not a {', '.join(_FORMATS)} image") from None
     if image.width * image.height > MAX_PIXELS:

@@ -6,11 +6,11 @@ One forward pass per sample, noise level and draw reads all layers at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,11 +36,15 @@ from layerprobe.extraction.features import (
 )
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens, token_grid
-from layerprobe.memory import BatchSize
+from layerprobe.memory import BatchSize, is_out_of_memory
 from layerprobe.noise import RandomStream
 from layerprobe.progress import StepProgress
 from layerprobe.ranks import ALONE, Ranks
 from layerprobe.records import differences
+from layerprobe.threads import behind, prefetched
+
+Item = TypeVar("Item")
+_MOST_ON_DEVICE_BYTES = 2**30  # of the samples and the noise of a shard
 
 
 def extract(
@@ -55,9 +59,11 @@ def extract(
 ) -> FeatureStore:
     """Reads every layer of the plan at every noise level, pooled over tokens, into a store on disk.
 
-    Existing shards are kept, so an interrupted extraction continues and a finished one returns at once. Memory holds
-    one shard of features and one batch of activations, independent of the size of the data; kept tokens are written to
-    disk layer by layer. The model runs in evaluation mode, and the forward pass stops at the deepest requested layer.
+    Existing shards are kept, so an interrupted extraction continues and a finished one returns at once. While a shard
+    is computed, threads prepare the samples of the next one and write the one before. Memory holds two shards of
+    features, the samples and noise of two, and one batch of activations, independent of the size of the data; kept
+    tokens are written to disk layer by layer. The model runs in evaluation mode, and the forward pass stops at the
+    deepest requested layer.
 
     Args:
         backbone: The model, on the device where it should run.
@@ -114,20 +120,23 @@ def extract_part(
         if ranks.is_first:
             begin_store(folder, manifest, columns)
         _check_equal(manifest, ranks)
-        for index in ranks.mine(range(len(shards)), turn=turn):
-            ranks.check()
-            rows = shards[index]
-            kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
-            # The shard is written after its tokens, so a shard on disk implies that its tokens are complete.
-            files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
-            if not all(is_whole(file) for file in files):
-                with _kept_tokens(token_path(folder, index), backbone, plan, shapes, kept_in_shard) as keep:
-                    features = _shard(backbone, table.batch(rows), plan, size, keep)
-                write_tensors(shard_path(folder, index), features)
-            if progress:
-                progress(rows.stop, len(table))
-        if progress and ranks.world_size > 1:
-            progress(len(table), len(table))
+        todo = _work(folder, table, backbone, plan, kept, ranks.mine(list(enumerate(shards)), turn=turn))
+        done = 0
+        with closing(prefetched(todo, ahead=1)) as ready, behind() as later:
+            for work in ready:
+                ranks.check()
+                if work.inputs:
+                    tokens = token_path(folder, work.index)
+                    with _kept_tokens(tokens, backbone, plan, shapes, work.kept) as keep:
+                        features = _shard(backbone, work.inputs, plan, size, keep)
+                    # The shard is written after its tokens, so a shard on disk implies that its tokens are complete.
+                    later(write_tensors, shard_path(folder, work.index), features)
+                    del features  # the thread holds it as long as it is written
+                if progress and done:  # of the shard before, which is on disk now
+                    progress(done, len(table))
+                done = work.rows.stop
+    if progress:
+        progress(len(table), len(table))
     return turn + len(shards)
 
 
@@ -164,8 +173,8 @@ def read_features(
 
     with evaluating(backbone.module):
         shapes = layer_shapes(backbone, plan.layers)
-        batch = samples.batch(range(n))
-        pooled = _shard(backbone, batch, replace(plan, layers=tuple(shapes)), size, keep if per_token else None)
+        inputs = _inputs(backbone, samples.batch(range(n)), plan)
+        pooled = _shard(backbone, inputs, replace(plan, layers=tuple(shapes)), size, keep if per_token else None)
     if per_token:
         return {(layer, level): tokens[layer, level] for layer in pooled for level in plan.noise_levels}
     return {
@@ -356,6 +365,8 @@ def _kept_tokens(
 
     def keep(row: Tensor, mask: Tensor | None, layer: str, tokens: Tensor) -> None:
         chosen = torch.isin(row[2], kept_samples)
+        if not bool(chosen.any()):
+            return
         level, draw, sample = row[:, chosen]
         real = None if mask is None else mask[chosen]
         kept = _select_tokens(tokens[chosen.to(tokens.device)], real, backbone, plan)
@@ -367,40 +378,108 @@ def _kept_tokens(
         yield keep
 
 
-@torch.inference_mode()
-def _shard(
-    backbone: Backbone, batch: Batch, plan: ExtractionPlan, size: BatchSize, keep: _Keep | None
-) -> dict[str, NDArray[np.float32]]:
+@dataclass(frozen=True)
+class _Inputs:
+    """The samples of a shard, and their noise of every draw, shape (draws, n, C, *grid)."""
+
+    batch: Batch
+    eps: Tensor
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A shard: its rows in the table, those of the shard whose tokens are kept, and its inputs, if it is not made."""
+
+    index: int
+    rows: range
+    kept: NDArray[np.int64]
+    inputs: _Inputs | None
+
+
+def _work(
+    folder: Path,
+    table: _Table,
+    backbone: Backbone,
+    plan: ExtractionPlan,
+    kept: NDArray[np.int64],
+    shards: Sequence[tuple[int, range]],
+) -> Iterator[_Work]:
+    """Yields the shards of this process in order, with the inputs of those that are not on disk."""
+    for index, rows in shards:
+        kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
+        files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
+        whole = all(is_whole(file) for file in files)
+        yield _Work(index, rows, kept_in_shard, None if whole else _inputs(backbone, table.batch(rows), plan))
+
+
+def _inputs(backbone: Backbone, batch: Batch, plan: ExtractionPlan) -> _Inputs:
     if not bool(batch.x.isfinite().all()):
         bad = int(batch.ids[~batch.x.flatten(1).isfinite().all(1)][0])
         raise ValueError(f"sample {bad} has values that are not finite; remove it from the data")
     noise = RandomStream(plan.seed)
-    n, levels = len(batch.x), torch.tensor(plan.noise_levels, dtype=torch.float64)
     eps = torch.stack([noise.normal(batch.ids, backbone.shape, draw=draw) for draw in range(plan.draws)])
-    features: dict[str, Tensor] = {}
+    return _Inputs(batch, eps)
 
-    def read(rows: range) -> dict[str, Tensor]:
-        row = torch.arange(rows.start, rows.stop)
-        level, draw, sample = row // (plan.draws * n), row // n % plan.draws, row % n
-        labels = batch.labels[sample] if plan.condition == "label" and batch.labels is not None else None
-        mask = None if batch.mask is None else batch.mask[sample]
-        write = partial(keep, torch.stack([level, draw, sample]), mask) if keep else None
+
+def _on_device(inputs: _Inputs, device: torch.device) -> _Inputs:
+    """Returns the inputs on the device, where x_t is made then; those on the host if there is no room for them.
+
+    The noise is drawn on the host in any case, where its bits are known.
+    """
+    batch, eps = inputs.batch, inputs.eps
+    if batch.x.nbytes + eps.nbytes > _MOST_ON_DEVICE_BYTES:
+        return inputs
+    try:
+        labels, mask = (None if column is None else column.to(device) for column in (batch.labels, batch.mask))
+        return _Inputs(Batch(batch.x.to(device), labels, batch.ids, mask), eps.to(device))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return inputs
+
+
+@torch.inference_mode()
+def _shard(
+    backbone: Backbone, inputs: _Inputs, plan: ExtractionPlan, size: BatchSize, keep: _Keep | None
+) -> dict[str, NDArray[np.float32]]:
+    n, num_levels, mask_here = len(inputs.eps[0]), len(plan.noise_levels), inputs.batch.mask
+    inputs = _on_device(inputs, backbone.device)
+    batch, eps, place = inputs.batch, inputs.eps, inputs.eps.device
+    levels = torch.tensor(plan.noise_levels, dtype=torch.float64).to(place)
+    conditions = batch.labels if plan.condition == "label" else None
+
+    def read(rows: range) -> tuple[tuple[str, ...], list[int], Callable[[], Tensor]]:
+        # Levels and draws share batches, so that batches are full: row = (level, draw, sample).
+        level, draw, sample = _row(rows, plan.draws, n, place)
+        labels, mask = (None if column is None else column[sample] for column in (conditions, batch.mask))
+        write = None
+        if keep:
+            here = _row(rows, plan.draws, n, torch.device("cpu"))
+            write = partial(keep, here, None if mask_here is None else mask_here[here[2]])
         x_t = backbone.schedule.corrupt(batch.x[sample], eps[draw, sample], levels[level])
         return _read(backbone, x_t, levels[level], labels, mask, plan, write)
 
-    # Levels and draws share batches, so that batches are full: row = (level, draw, sample).
-    for rows, outputs in size.batches(len(levels) * plan.draws * n, read):
-        for name, pooled in outputs.items():
-            store = features.setdefault(name, torch.empty(len(levels) * plan.draws * n, pooled.shape[1]))
-            store[rows.start : rows.stop] = pooled
-    for name, values in features.items():
-        if not bool(values.isfinite().all()):
-            bad = int((~values.isfinite().all(1)).nonzero()[0])
+    features: dict[str, Tensor] = {}
+    for rows, (names, widths, arrived) in _one_behind(size.batches(num_levels * plan.draws * n, read)):
+        *pooled, finite = torch.split(arrived(), [*widths, 1], dim=1)
+        if not bool(finite.all()):
+            bad = int((finite[:, 0] == 0).nonzero()[0])
+            name = next(name for name, values in zip(names, pooled, strict=True) if not values[bad].isfinite().all())
+            level = plan.noise_levels[(rows.start + bad) // (plan.draws * n)]
             raise ValueError(
-                f"{name} outputs values that are not finite at noise level {float(levels[bad // (plan.draws * n)]):g}; "
+                f"{name} outputs values that are not finite at noise level {level:g}; "
                 "check the checkpoint, or use float32 precision"
             )
-    return {name: values.view(len(levels), plan.draws, n, -1).numpy() for name, values in features.items()}
+        for name, values in zip(names, pooled, strict=True):
+            store = features.setdefault(name, torch.empty(num_levels * plan.draws * n, values.shape[1]))
+            store[rows.start : rows.stop] = values
+    return {name: values.view(num_levels, plan.draws, n, -1).numpy() for name, values in features.items()}
+
+
+def _row(rows: range, draws: int, n: int, device: torch.device) -> Tensor:
+    """Level, draw and sample of the rows of a shard of n samples, shape (3, B)."""
+    row = torch.arange(rows.start, rows.stop, device=device)
+    return torch.stack([row // (draws * n), row // n % draws, row % n])
 
 
 def _read(
@@ -411,7 +490,8 @@ def _read(
     mask: Tensor | None,
     plan: ExtractionPlan,
     write: Callable[[str, Tensor], None] | None,
-) -> dict[str, Tensor]:
+) -> tuple[tuple[str, ...], list[int], Callable[[], Tensor]]:
+    """The layers, their widths, and their values side by side with a last column of whether a row is finite."""
     device = backbone.device
 
     def own_tokens(output: Any, layer: str) -> Tensor:
@@ -430,9 +510,37 @@ def _read(
     ):
         backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
     # One copy for all layers: the host waits for the device once a batch.
-    pooled = torch.cat([values.float() for values in outputs.values()], dim=1).cpu()
     widths = [values.shape[1] for values in outputs.values()]
-    return dict(zip(outputs, torch.split(pooled, widths, dim=1), strict=True))
+    together = torch.empty(len(x_t), sum(widths) + 1, device=device)
+    pooled = together[:, :-1]
+    torch.cat([values.float() for values in outputs.values()], dim=1, out=pooled)
+    together[:, -1] = pooled.isfinite().all(1)
+    return tuple(outputs), widths, _copied(together)
+
+
+def _copied(values: Tensor) -> Callable[[], Tensor]:
+    """Begins to copy values to the host, and returns a function that waits for them."""
+    if values.device.type != "cuda":
+        here = values.cpu()
+        return lambda: here
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return here
+
+    return wait
+
+
+def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """Yields each item after the next one is begun, so that a device has work while the host uses an item."""
+    waiting = next(items)
+    for item in items:
+        yield waiting
+        waiting = item
+    yield waiting
 
 
 def _runs(n: int, size: int) -> Iterator[range]:

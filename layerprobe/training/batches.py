@@ -1,17 +1,15 @@
 """Training batches: the samples of each step, their noise, noise levels and dropped labels.
 
 Everything depends only on (seed, sample id, epoch), so the batch of a step is the same after an interruption and with
-any number of processes. A thread prepares batches in advance, so that the device does not wait for them.
+any number of processes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from operator import itemgetter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.special import expit, ndtri
@@ -24,7 +22,6 @@ from layerprobe.noise import RandomStream, time_range
 if TYPE_CHECKING:
     from layerprobe.training.plan import TrainingPlan
 
-Item = TypeVar("Item")
 # The teacher's noise levels use the same streams as the noise levels, with draws that no epoch reaches.
 FIRST_TEACHER_DRAW = 2**32
 
@@ -114,26 +111,6 @@ def noise_levels(uniform: Tensor, backbone: Backbone, plan: TrainingPlan) -> Ten
         time = torch.from_numpy(expit(plan.time_mean + plan.time_std * ndtri(uniform.numpy())))
     low, high = time_range(backbone.prediction, backbone.schedule)
     return backbone.schedule.level_at(low + (high - low) * time)
-
-
-def prefetched(items: Iterator[Item], *, ahead: int = 2) -> Generator[Item]:
-    """Yields the items, while a thread prepares the next ones.
-
-    An exception is raised at the position of its item. Closing the generator ends the thread.
-
-    Args:
-        items: Iterator, which is used in the thread only.
-        ahead: Maximum number of items prepared in advance.
-    """
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        try:
-            queue = deque(pool.submit(next, items, end) for _ in range(ahead))
-            while (item := queue.popleft().result()) is not end:
-                queue.append(pool.submit(next, items, end))
-                yield item  # type: ignore[misc]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _with_noise(batch: Batch, epoch: int, backbone: Backbone, samples: Samples, plan: TrainingPlan) -> TrainingBatch:

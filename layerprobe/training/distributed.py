@@ -5,6 +5,7 @@ Whatever is exact for one process, such as resuming a run bit for bit, is exact 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,16 @@ from layerprobe.capture import INPUT, evaluating
 from layerprobe.ranks import Ranks
 
 
-def parallel(backbone: Backbone, ranks: Ranks, *, fsdp: bool = False) -> Backbone:
+def host_copy(module: nn.Module) -> nn.Module:
+    """Returns a copy of a network in CPU memory, made without a second one on its device."""
+    copies: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        here = tensor.detach().to("cpu", copy=True)
+        copies[id(tensor)] = nn.Parameter(here, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else here
+    return copy.deepcopy(module, copies)
+
+
+def parallel(backbone: Backbone, ranks: Ranks, *, fsdp: bool = False, device: torch.device | None = None) -> Backbone:
     """Returns a backbone whose backward pass averages gradients over the processes.
 
     All processes start with the weights of the first. The module of the backbone stays the network itself, with the
@@ -34,6 +44,7 @@ def parallel(backbone: Backbone, ranks: Ranks, *, fsdp: bool = False) -> Backbon
         ranks: The processes.
         fsdp: Whether to shard weights, gradients and optimizer state over the processes (FSDP2) instead of keeping
             copies on each (DDP).
+        device: Device of the shards; by default that of the backbone, which may be a copy on the host.
 
     Raises:
         ValueError: If `fsdp` is set with a single process.
@@ -46,7 +57,7 @@ def parallel(backbone: Backbone, ranks: Ranks, *, fsdp: bool = False) -> Backbon
             )
         return backbone
     if fsdp:
-        shard(backbone.module, backbone.layers)
+        shard(backbone.module, backbone.layers, device or backbone.device)
         return backbone
     unused = _leaves_parameters_unused(backbone)
     backbone = replace(backbone, forward=_Replicated(backbone, unused))
@@ -63,21 +74,23 @@ def accumulating(backbone: Backbone) -> AbstractContextManager[None]:
     return backbone.forward.replicated.no_sync() if replicated else nullcontext()  # type: ignore[attr-defined]
 
 
-def shard(module: nn.Module, layers: Sequence[str]) -> None:
+def shard(module: nn.Module, layers: Sequence[str], device: torch.device) -> None:
     """Copies the weights of the first process to all, and shards them over the processes in place (FSDP2).
 
     Args:
-        module: The network.
+        module: The network; if it is on the host, the device holds one unit at a time beside the shards.
         layers: Names of submodules that are sharded as units; all other weights belong to the root.
+        device: Device of the shards.
     """
     from torch.distributed.fsdp import fully_shard
 
     # The warning is about in-place operations on the output, which do not occur here.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    tensors = [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
-        dist.broadcast(tensor.data, 0)
-    mesh = init_device_mesh(tensors[0].device.type, (dist.get_world_size(),))
+    for tensor in (*module.parameters(), *module.buffers()):
+        there = tensor.data.to(device)  # the tensor itself, if it is there
+        dist.broadcast(there, 0)
+        tensor.data.copy_(there)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     names = {layer.removesuffix(INPUT) for layer in layers}
     for name in sorted(names, key=lambda name: -name.count(".")):  # Inner submodules first.
         fully_shard(module.get_submodule(name), mesh=mesh)

@@ -32,13 +32,15 @@ from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.progress import TrainingProgress
 from layerprobe.ranks import Ranks, processes
 from layerprobe.records import claim
-from layerprobe.training.batches import TrainingBatch, batches, prefetched
+from layerprobe.threads import prefetched
+from layerprobe.training.batches import TrainingBatch, batches
 from layerprobe.training.distributed import (
     accumulating,
     announced,
     average_gradients,
     clip_gradients,
     gradient_norm,
+    host_copy,
     parallel,
     unsharded,
 )
@@ -131,8 +133,9 @@ def train(
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         aligned = stack.enter_context(ExitStack())
         content = announced(newest_checkpoint(folder) if ranks.is_first else None, ranks)
-        live = replace(backbone, module=copy.deepcopy(backbone.module).train())
-        live = parallel(live, ranks, fsdp=fsdp)
+        # Sharded from the host, so that no process has a second whole network on its device.
+        module = host_copy(backbone.module) if fsdp else copy.deepcopy(backbone.module)
+        live = parallel(replace(backbone, module=module.train()), ranks, fsdp=fsdp, device=backbone.device)
         state = _start(live.module, backbone, plan, aligned, content, ranks)
         if state.step > plan.steps:
             raise ValueError(
@@ -362,8 +365,9 @@ def _averaged(backbone: Backbone, state: TrainingState, decay: float | None = No
     """Returns the model with averaged weights, by default those of the first average."""
     average = next(iter(state.averages.values())) if decay is None else state.averages[decay]
     module = copy.deepcopy(backbone.module).eval()
-    weights = state.module.state_dict() | average
-    module.load_state_dict({name: unsharded(tensor) for name, tensor in weights.items()})
+    own = module.state_dict()  # which shares memory with the module
+    for name, tensor in (state.module.state_dict() | average).items():
+        own[name].copy_(unsharded(tensor))  # one at a time: together they are one more network
     return replace(backbone, module=module)
 
 

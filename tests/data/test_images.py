@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,34 @@ def test_decoded_once_or_at_every_access_is_the_same(tmp_path: Path, monkeypatch
     assert first.ids.tolist() == [3, 7, 3, 0, 9]
     assert kept.fingerprint == lazy.fingerprint
     assert len(kept.batch([]).x) == len(lazy.batch([]).x) == 0
+
+
+def test_several_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [encode(image, "JPEG", quality=60) for image in noise(70, size=(20, 14))]
+    good = write_parquet(tmp_path / "good.parquet", items)
+    bad = write_parquet(tmp_path / "bad.parquet", [b"no" if i in (40, 66) else item for i, item in enumerate(items)])
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr("layerprobe.threads.num_threads", lambda threads=threads: threads)
+        samples = load_images(good, size=8)["train"]
+        skipped = load_images(bad, size=8, skip_bad=2)["train"]
+        with pytest.raises(ValueError, match=r"^image 40 of train") as error:
+            load_images(bad, size=8)
+        found.append((samples, skipped, str(error.value)))
+    (one, one_skipped, problem), (many, many_skipped, same_problem) = found
+    assert torch.equal(one.batch(range(70)).x, many.batch(range(70)).x)
+    assert (one.fingerprint, one.stored_digests()) == (many.fingerprint, many.stored_digests())
+    assert one_skipped.ids.tolist() == many_skipped.ids.tolist() == [i for i in range(70) if i not in (40, 66)]
+    assert problem == same_problem
+
+
+def test_reading_leaves_the_warnings_of_others_as_they_are(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(image) for image in noise(40)])
+    before = warnings.filters[:]
+    load_images(path)["train"].batch(range(40))
+    added = [entry for entry in warnings.filters if entry not in before]
+    assert [module.pattern for _, _, _, module, _ in added if module] in ([], [r"PIL\."])
+    assert len(added) <= 1
 
 
 def test_damaged_items_are_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from layerprobe.checkpoints.opening import open_checkpoint, resolve_device
 from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
 from layerprobe.data.latents.vae import decode, encode
 from layerprobe.data.samples import Splits, Subset, TensorSamples
+from layerprobe.extraction import forward
 from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.controls import random_weights, raw_input
 from layerprobe.extraction.forward import extract
@@ -39,6 +40,7 @@ from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.schedules import schedule_from_name
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.sampling.solvers import sample
+from layerprobe.training.distributed import host_copy
 from layerprobe.training.loop import train
 from layerprobe.training.losses import held_out_loss
 from layerprobe.training.plan import TrainingPlan
@@ -126,16 +128,40 @@ def test_features_of_padded_samples_are_those_of_the_cpu(device: str, tmp_path: 
     same_features(on(device, network), network, padded_splits(), tmp_path, **plan)
 
 
-def test_a_batch_of_extraction_waits_once_for_the_device(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("condition", ["null", "label"])
+def test_a_batch_of_extraction_waits_once_for_the_device_and_gets_nothing_from_the_host(
+    device: str, tmp_path: Path, condition: Any
+) -> None:
     backbone, splits = on(device, tiny_sit()), tiny_splits(16)
-    waits = []
+    waits, uploads = [], []
     for batch_size in (32, 4):
-        plan = ExtractionPlan(backbone.layers, LEVELS)
+        plan = ExtractionPlan(backbone.layers, LEVELS, condition=condition)
         with watched() as ledger:
             extract(backbone, splits, plan, tmp_path / str(batch_size), batch_size=batch_size)
         waits.append(sum(ledger.waits.values()))
+        uploads.append(sum(ledger.uploads.values()))
     num_batches = [2 * 16 // batch_size for batch_size in (32, 4)]
     assert waits[1] - waits[0] == num_batches[1] - num_batches[0], ledger.waits
+    assert uploads[1] == uploads[0], ledger.uploads  # samples and noise go there once a shard
+
+
+def test_a_shard_without_room_on_the_device_is_corrupted_on_the_host(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, plan = on(device, tiny_sit()), ExtractionPlan(("blocks.1",), LEVELS, condition="label", draws=2)
+    there = extract(backbone, tiny_splits(), plan, tmp_path / "there")
+    monkeypatch.setattr(forward, "_MOST_ON_DEVICE_BYTES", 0)
+    stores = [extract(backbone, tiny_splits(), plan, tmp_path / "large")]
+    monkeypatch.undo()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forward, "Batch", full)
+    stores.append(extract(backbone, tiny_splits(), plan, tmp_path / "full"))
+    for here in stores:
+        for level in LEVELS:
+            np.testing.assert_array_equal(here["blocks.1", level], there["blocks.1", level])
 
 
 def test_controls_and_bfloat16_run(device: str, tmp_path: Path) -> None:
@@ -247,6 +273,16 @@ def test_a_training_step_waits_once_for_the_device(device: str, tmp_path: Path, 
             train(on(device, tiny_sit()), tiny_samples(), plan, tmp_path / str(steps))
         waits.append(sum(ledger.waits.values()))
     assert waits[1] - waits[0] == 3, ledger.waits
+
+
+def test_a_copy_on_the_host_takes_no_room_on_the_device(device: str) -> None:
+    module = on(device, tiny_sit()).module
+    with watched() as ledger:
+        copied = host_copy(module)
+    assert not sum(ledger.kernels.values())
+    assert not sum(ledger.uploads.values())
+    assert {tensor.device.type for tensor in copied.state_dict().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
 
 
 def test_layersync_runs_in_a_loop_of_ones_own(device: str) -> None:

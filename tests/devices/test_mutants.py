@@ -90,8 +90,8 @@ def measures(device: str, folder: Path) -> None:
 
 
 MUTANTS: tuple[tuple[str, str, str, str, Job], ...] = (
-    ("layerprobe.extraction.forward", "_read", "labels.to(device)", "labels", extraction),
-    ("layerprobe.extraction.forward", "_read", "x_t.to(device)", "x_t", extraction),
+    ("layerprobe.extraction.forward", "_on_device", "column.to(device)", "column", extraction),
+    ("layerprobe.extraction.forward", "_on_device", "eps.to(device)", "eps", extraction),
     ("layerprobe.extraction.forward", "_kept_tokens", "kept.float().cpu().numpy()", "kept.float().numpy()", extraction),
     ("layerprobe.backbones.base", "Backbone.null_condition", ", device=device", "", null_label),
     ("layerprobe.backbones.sit", "TimestepEmbedder.forward", ", device=t.device", "", extraction),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +21,14 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
 from layerprobe.data.samples import Splits, Subset
+from layerprobe.extraction import features as features_module
 from layerprobe.extraction import forward as extract_module
 from layerprobe.extraction.controls import RAW_INPUT_WIDTH, random_weights, raw_input
 from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.extraction.tokens import pool_tokens, token_grid
+from layerprobe.files import DiskFull
 from layerprobe.noise.schedules import DDPM, EDM, LinearPath, NoiseSchedule
 
 PLAN = ExtractionPlan(("blocks.0", "blocks.1", "blocks.2"), (0.2, 0.7), draws=2, seed=5, shard_size=7)
@@ -519,6 +523,50 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     # A write that the signal cut short may leave its temporary file; it is not read.
     assert {name: content for name, content in again.items() if not name.endswith(".partial")} == whole
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_what_the_disk_refuses_ends_the_extraction_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written by a thread, whose errors reach the caller."""
+    backbone, splits, write, told = tiny_sit(), tiny_splits(), features_module.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        write(tensors, path)
+        if path.name.startswith("shard-00001"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features_module, "save_file", full)
+    with pytest.raises(DiskFull, match=r"shard-00001.safetensors could not be written: the disk is full"):
+        extract(backbone, splits, PLAN, tmp_path / "again", progress=lambda *state: told.append(state))
+    assert told == [(7, 20)]  # what is told of is on disk
+    assert sorted(path.name for path in (tmp_path / "again").glob("shard*")) == ["shard-00000.safetensors"]
+    monkeypatch.undo()
+    for name in ("whole", "again"):
+        extract(backbone, splits, PLAN, tmp_path / name)
+    assert shards(tmp_path / "again") == shards(tmp_path / "whole")
+
+
+def test_the_next_shard_is_read_and_the_last_one_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, set[str]] = {"written": set(), "read": set()}
+    write, batch = features_module.save_file, Subset.batch
+    monkeypatch.setattr(
+        features_module,
+        "save_file",
+        lambda tensors, path: (used["written"].add(threading.current_thread().name), write(tensors, path)),
+    )
+    monkeypatch.setattr(
+        Subset, "batch", lambda self, rows: (used["read"].add(threading.current_thread().name), batch(self, rows))[1]
+    )
+    extract(tiny_sit(), tiny_splits(), PLAN, tmp_path)
+    assert {name.rsplit("_", 1)[0] for name in used["read"]} == {"batches"}
+    assert {name.rsplit("_", 1)[0] for name in used["written"]} == {
+        "MainThread",
+        "behind",
+    }  # the samples and the shards
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("batches", "behind"))]
 
 
 def test_a_finished_extraction_reads_neither_model_nor_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import fields, replace
 
 import numpy as np
@@ -17,7 +14,7 @@ from tiny import SHAPE, tiny_samples, tiny_sit
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.schedules import schedule_from_name
-from layerprobe.training.batches import TrainingBatch, batches, noise_levels, prefetched
+from layerprobe.training.batches import TrainingBatch, batches, noise_levels
 from layerprobe.training.plan import TrainingPlan
 
 PAIR = LayerPair("blocks.0", "blocks.2")
@@ -181,64 +178,3 @@ def test_draws_of_the_teacher_are_independent_of_the_levels() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- the thread
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_prefetched_items_are_the_same_and_come_from_another_thread() -> None:
-    item_threads = []
-
-    def items() -> Iterator[int]:
-        for i in range(20):
-            item_threads.append(threading.current_thread())
-            yield i
-
-    assert list(prefetched(items())) == list(range(20))
-    assert threading.main_thread() not in item_threads
-    assert threads() == []
-    assert list(prefetched(iter([None, 0, None]))) == [None, 0, None]
-    assert list(prefetched(iter(()))) == []
-
-
-def test_at_most_the_given_number_of_items_is_prepared_in_advance() -> None:
-    num_prepared = 0
-
-    def items() -> Iterator[int]:
-        nonlocal num_prepared
-        while True:
-            num_prepared += 1
-            yield num_prepared
-
-    with closing(prefetched(items(), ahead=3)) as ready:
-        for num_used in range(1, 10):
-            assert next(ready) == num_used
-            threading.Event().wait(0.01)
-            assert num_prepared <= num_used + 3
-    assert threads() == []
-
-
-def test_an_exception_is_raised_at_its_item_and_the_thread_ends() -> None:
-    def items() -> Iterator[int]:
-        yield from range(3)
-        raise OSError("the disk is gone")
-
-    ready = prefetched(items())
-    assert [next(ready) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(ready)
-    assert threads() == []
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_the_thread_ends_when_the_loop_does(error: type[BaseException]) -> None:
-    def loop() -> None:
-        with closing(prefetched(iter(range(100)))) as ready:
-            for item in ready:
-                if item == 5:
-                    raise error
-
-    with pytest.raises(error):
-        loop()
-    assert threads() == []

@@ -27,7 +27,14 @@ from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.ranks import Ranks, processes
-from layerprobe.training.distributed import average_gradients, clip_gradients, gathered, gradient_norm, parallel
+from layerprobe.training.distributed import (
+    average_gradients,
+    clip_gradients,
+    gathered,
+    gradient_norm,
+    host_copy,
+    parallel,
+)
 from layerprobe.training.loop import Decision, train
 from layerprobe.training.plan import TrainingPlan
 
@@ -45,6 +52,19 @@ PLAN = TrainingPlan(
     log_every=1,
     pairs=(PAIR,),
 )
+
+
+def test_a_copy_on_the_host_is_whole_and_its_own() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[2].weight = module[0].weight  # tied, as of an embedding and its head
+    module[0].bias.requires_grad = False
+    copied = host_copy(module)
+    before, after = module.state_dict(), copied.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not {t.data_ptr() for t in before.values()} & {t.data_ptr() for t in after.values()}
+    assert copied[2].weight is copied[0].weight
+    assert not copied[0].bias.requires_grad
+    assert copied[2].bias.requires_grad
 
 
 def test_one_process_does_not_shard() -> None:

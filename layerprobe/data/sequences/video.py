@@ -6,7 +6,6 @@ images.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.data import tables
-from layerprobe.data.images import MAX_PIXELS, decode_image
+from layerprobe.data.images import MAX_PIXELS, decode_image, ignore_pillow_warnings
 from layerprobe.data.kind import DataKind
 from layerprobe.data.listing import list_files
 from layerprobe.data.samples import Samples, pixels_to_float
@@ -50,6 +49,7 @@ class VideoDecoder(Decoder):
 
     def __call__(self, item: Any) -> Tensor:
         """Decodes a clip, shape (channels, frames, size, size)."""
+        ignore_pillow_warnings()
         if isinstance(item, list):
             shape = (self.channels, self.size, self.size)
             frames = [decode_image(file_bytes(frame).getvalue(), shape) for frame in item[:: self.stride]]
@@ -70,9 +70,7 @@ class VideoDecoder(Decoder):
             from PIL import Image, ImageSequence
 
             # Not by PyAV, which drops frames that are shown for no time.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its size, which is checked here
-                image = Image.open(content, formats=["GIF"])
+            image = Image.open(content, formats=["GIF"])
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:.3g}")
             for index, frame in enumerate(ImageSequence.Iterator(image)):
