@@ -32,7 +32,7 @@ def atlas(
         Given,
         only(
             TrainingPlan,
-            *("steps", "weight", "batch_size", "learning_rate"),
+            *("steps", "weight", "batch_size", "learning_rate", "precision"),
             batch_size=options.AS_TRAINED,
             learning_rate=options.AS_TRAINED,
         ),

@@ -23,7 +23,7 @@ def confirm(
         Given,
         only(
             TrainingPlan,
-            *("steps", "weight", "batch_size", "learning_rate"),
+            *("steps", "weight", "batch_size", "learning_rate", "precision"),
             steps=1000,
             batch_size=options.AS_TRAINED,
             learning_rate=options.AS_TRAINED,

@@ -10,7 +10,7 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
-from layerprobe.cli.fields import from_dataclasses
+from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
@@ -104,8 +104,10 @@ def extract(
     emit({"run": str(out)}, lines, as_json=as_json)
 
 
+@from_dataclasses()
 def analyze(
     run: options.Run,
+    *,
     analysis: Annotated[
         list[str] | None,
         typer.Option(help="Analysis of your own to run as well, as file.py:function; may be repeated."),
@@ -116,6 +118,7 @@ def analyze(
             help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
         ),
     ] = None,
+    extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
     device: options.MeasuringDevice = "auto",
@@ -133,10 +136,12 @@ def analyze(
         if not callable(function):
             raise ValueError(f"--analysis {spec} is not a function; name one that takes a Representation")
     outside = None
+    if encoder is None and extraction_options:
+        raise ValueError("--precision has no effect without --encoder; pass it too, or leave out --precision")
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder
 
-        outside = open_encoder(encoder, device=resolve_device(device))
+        outside = open_encoder(encoder, device=resolve_device(device), **extraction_options)
     with progress_bar(quiet=quiet) as progress:
         selection = analyze_run(
             run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress

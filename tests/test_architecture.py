@@ -22,7 +22,7 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress")
+_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "precision", "progress")
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
@@ -35,6 +35,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "checksums": ("files",),
     "records": ("files", "checksums"),
     "options": (),
+    "precision": (),
     "progress": (),
     "capture": (),
     "noise": _LOWEST,

@@ -56,6 +56,11 @@ class RunPlan:
         """Seed of every random number of the run."""
         return self.extraction.seed
 
+    @property
+    def rounds(self) -> bool:
+        """Whether features can be compared with those in float32, and are not of float32 themselves."""
+        return self.extraction.precision != "float32" and not self.checkpoint.keep_type
+
     def open(
         self, *, device: str = "auto", encode: bool = True, progress: TaskProgress | None = None
     ) -> tuple[Backbone, Splits]:
@@ -66,7 +71,7 @@ class RunPlan:
             encode: Whether to encode images, if the data has an autoencoder.
             progress: Called with (task name, steps done, steps in total).
         """
-        backbone = self.checkpoint.open(device=device)
+        backbone = self.checkpoint.open(device=device).in_precision(self.extraction.precision)
         splits = self.data.probing_splits(expect_shape=backbone.shape)
         if encode:
             encoding = named_progress(progress, "encoding images")
@@ -101,6 +106,7 @@ class RunFolder:
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
         data: Path of the record of what was read of the data, and of copies among the samples.
+        rounding: Path of the record of what the precision changes, see `RoundingError`; absent in float32.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
         recorded: Folder of a trial that was trained beforehand, see `RecordedTrial`; only the quickstart has one.
@@ -112,7 +118,7 @@ class RunFolder:
         self.confirmation = self.path / "confirmation"
         self.recorded = self.path / "recorded"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
-        self.data = self.path / "data.json"
+        self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.

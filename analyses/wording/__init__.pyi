@@ -19,6 +19,7 @@ from .pair_checks import layer_name as layer_name
 from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
+from .precision import precision_sentence as precision_sentence
 from .recorded import recorded_paragraph as recorded_paragraph
 from .samples import copy_sentences as copy_sentences
 from .samples import samples_sentence as samples_sentence

@@ -13,4 +13,6 @@ from .features import FeatureStore as FeatureStore
 from .forward import extract as extract
 from .forward import read_features as read_features
 from .plan import ExtractionPlan as ExtractionPlan
+from .rounding import RoundingError as RoundingError
+from .rounding import rounding_error as rounding_error
 from .tokens import token_grid as token_grid

@@ -68,11 +68,13 @@ def extract(
         ValueError: If the data does not fit the model, a value is not finite, or the folder belongs to another run.
     """
     folder, size = Path(folder), BatchSize(batch_size)
+    backbone = backbone.in_precision(plan.precision)
     _check(backbone, splits, plan)
     table = _Table(splits)
     with evaluating(backbone.module):
         shapes = layer_shapes(backbone, plan.layers)
-        plan, columns = replace(plan, layers=tuple(shapes)), table.columns()
+        plan = replace(plan, layers=tuple(shapes), precision=backbone.precision or plan.precision)
+        columns = table.columns()
         kept = token_rows(columns["splits"], plan.token_samples)
         begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
         for index, rows in enumerate(_runs(len(table), plan.shard_size)):
@@ -108,6 +110,7 @@ def read_features(
         ValueError: If the samples do not fit the model, or a value is not finite.
     """
     assert plan.draws == 1
+    backbone = backbone.in_precision(plan.precision)
     _check(backbone, Splits(samples, samples, samples), plan)
     tokens: dict[tuple[str, float], Tensor] = {}
     n, size = len(samples), BatchSize(batch_size)
@@ -372,10 +375,7 @@ def _read(
         return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask, known=backbone.token_grid)
 
     labels = None if labels is None else labels.to(device)
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
-        capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
-    ):
+    with capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs:
         backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
     # One copy for all layers: the host waits for the device once a batch.
     pooled = torch.cat([values.float() for values in outputs.values()], dim=1).cpu()

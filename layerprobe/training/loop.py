@@ -29,6 +29,7 @@ from layerprobe.data import Samples, content_hash, rendering_of
 from layerprobe.extraction import token_grid
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.precision import precision_on, products_of
 from layerprobe.progress import TrainingProgress
 from layerprobe.records import claim
 from layerprobe.training.batches import TrainingBatch, batches, prefetched
@@ -120,6 +121,7 @@ def train(
         ConnectionError: If another process was killed; the last checkpoint is kept.
     """
     folder = Path(folder)
+    plan = replace(plan, precision=precision_on(plan.precision, backbone.device))
     with ExitStack() as stack:
         ranks = stack.enter_context(processes())
         _check(backbone, samples)
@@ -131,7 +133,7 @@ def train(
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         aligned = stack.enter_context(ExitStack())
         content = announced(newest_checkpoint(folder) if ranks.is_first else None, ranks)
-        live = replace(backbone, module=copy.deepcopy(backbone.module).train())
+        live = replace(backbone.in_precision(plan.precision), module=copy.deepcopy(backbone.module).train())
         live = parallel(live, ranks, fsdp=fsdp)
         state = _start(live.module, backbone, plan, aligned, content, ranks)
         if state.step > plan.steps:
@@ -195,7 +197,8 @@ def _step(
     for part in parts:
         with nullcontext() if part is parts[-1] else accumulating(live):
             predicted, total = _losses(live, state, part, plan)
-            (total * share / plan.accumulate).backward()  # type: ignore[no-untyped-call]
+            with products_of(plan.precision):
+                (total * share / plan.accumulate).backward()  # type: ignore[no-untyped-call]
         loss += predicted.detach() * share / plan.accumulate
     parameters = state.parameters()
     average_gradients(state.sync.parameters() if state.sync else (), ranks)
@@ -219,14 +222,13 @@ def _losses(live: Backbone, state: TrainingState, batch: TrainingBatch, plan: Tr
     """Computes the mean prediction loss of a batch, without and with the alignment."""
     batch = batch.mapped(lambda tensor: tensor.to(live.device, non_blocking=True))
     token_mask = _real_tokens(state, batch)
-    with torch.autocast(live.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
-        losses = prediction_loss(live, batch)
-        if plan.loss_weighting != "none":
-            weights = loss_weights(live, batch.level, weighting=plan.loss_weighting, snr_gamma=plan.snr_gamma)
-            losses = losses * weights.to(losses.dtype)
-        loss = losses.mean()
-        if state.sync and plan.sync.second_pass:
-            _teach(live, state.sync, batch, plan)
+    losses = prediction_loss(live, batch)
+    if plan.loss_weighting != "none":
+        weights = loss_weights(live, batch.level, weighting=plan.loss_weighting, snr_gamma=plan.snr_gamma)
+        losses = losses * weights.to(losses.dtype)
+    loss = losses.mean()
+    if state.sync and plan.sync.second_pass:
+        _teach(live, state.sync, batch, plan)
     if state.sync is None:
         return loss, loss
     return loss, loss + state.sync.loss(state.step, noise_level=batch.level, mask=token_mask)
