@@ -51,6 +51,7 @@ def atlas(
     sync_options: SyncOptions,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

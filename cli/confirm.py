@@ -58,6 +58,7 @@ def confirm(
     sync_options: SyncOptions,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

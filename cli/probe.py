@@ -40,6 +40,7 @@ def probe(
     trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -78,6 +79,7 @@ def extract(
     trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
@@ -122,6 +124,7 @@ def analyze(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
     device: options.MeasuringDevice = "auto",
+    deterministic: options.Deterministic = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:

@@ -41,6 +41,7 @@ def sample(
     data: Annotated[DataSource | None, without("vae", "latent_scale", *options.COUNTS)],
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

@@ -45,6 +45,7 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

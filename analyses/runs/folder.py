@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from layerprobe import __version__
 from layerprobe.analyses.experiments import Verdict, read_curves
+from layerprobe.analyses.runs.machine import describe_machine
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
@@ -34,7 +31,6 @@ from layerprobe.records import claim, damaged, parse, read_record, typed, write_
 
 EXTRACT = "repeat the `layerprobe probe` or `extract` that made the run, which makes it again"
 _CONFIRM = "repeat the `layerprobe confirm` that made it, which trains nothing again"
-PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
 
 
 @dataclass(frozen=True)
@@ -362,11 +358,7 @@ def _convention(record: Mapping[str, Any]) -> tuple[ConventionCheck, bool]:
 def _environment() -> dict[str, Any]:
     """Which software and machine produce the numbers."""
     return {
-        "layerprobe": __version__,
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in PACKAGES},
+        **describe_machine(),
     }

@@ -12,6 +12,8 @@ from .confirmation import spread_source as spread_source
 from .confirmation import start_sentences as start_sentences
 from .decisions import decision_text as decision_text
 from .layer_curves import curve_finding_text as curve_finding_text
+from .machine import gigabytes as gigabytes
+from .machine import machine_rows as machine_rows
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
 from .pair_checks import finding_text as finding_text

@@ -2,7 +2,7 @@
 
 Order, noise, noise level and label drop of a sample depend only on (seed, sample id, epoch). Runs with the same seed
 and different layer pairs therefore see the same batches and the same noise, and a resumed run gives the same bits as
-an uninterrupted one.
+an uninterrupted one: on a CPU, and on a GPU with `compute_deterministically` (`--deterministic`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def train(
 
     Under torchrun or srun, every process calls this with the same arguments. The first process writes the folder and
     calls the functions passed in. A run may be resumed by any number of processes; with the same number, the result is
-    the same bit for bit.
+    the same bit for bit on a CPU, and on GPUs with `compute_deterministically`.
 
     The folder contains `training.json` (plan and data), `checkpoints/`, `log.jsonl`, `log.csv` and, at the end,
     `model.safetensors` (averaged weights). Repeating the call resumes from the last checkpoint; a finished run returns
