@@ -32,7 +32,7 @@ def atlas(
         Given,
         only(
             TrainingPlan,
-            *("steps", "weight", "batch_size", "learning_rate"),
+            *("steps", "weight", "batch_size", "learning_rate", "precision"),
             batch_size=options.AS_TRAINED,
             learning_rate=options.AS_TRAINED,
         ),
@@ -51,6 +51,7 @@ def atlas(
     sync_options: SyncOptions,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

@@ -23,7 +23,7 @@ def confirm(
         Given,
         only(
             TrainingPlan,
-            *("steps", "weight", "batch_size", "learning_rate"),
+            *("steps", "weight", "batch_size", "learning_rate", "precision"),
             steps=1000,
             batch_size=options.AS_TRAINED,
             learning_rate=options.AS_TRAINED,
@@ -58,6 +58,7 @@ def confirm(
     sync_options: SyncOptions,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,

@@ -11,4 +11,4 @@ def doctor(as_json: options.Json = False, config: options.Config = None) -> None
     from layerprobe.analyses.runs import examine_machine
 
     record = examine_machine()
-    emit(record, [f"{key:<24} {value}" for key, value in record.items()], as_json=as_json)
+    emit(record, [f"{key:<24} {value}" for key, value in record.pop("rows").items()], as_json=as_json)

@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from layerprobe import __version__
 from layerprobe.cli.fields import shares_work
 from layerprobe.cli.output import tell, warn
+from layerprobe.determinism import is_refusal
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
@@ -131,6 +132,8 @@ def run() -> int:
         if is_out_of_memory(error):
             advice = "pass a smaller --batch-size (train: a larger --accumulate) or --device cpu, or free some"
             return _fail(f"out of memory ({one_line(error)}); {advice}", 1)
+        if is_refusal(error):
+            return _fail(f"{one_line(error)}; leave out --deterministic, or compute on a CPU with --device cpu", 1)
         if is_device_failure(error):
             return _fail(f"the device failed ({one_line(error)}); repeat the command, or pass --device cpu", 1)
         raise

@@ -9,6 +9,14 @@ import typer
 
 from layerprobe.cli.config import read_config
 from layerprobe.cli.fields import Unset
+from layerprobe.determinism import compute_deterministically
+
+
+def _if_deterministic(value: bool) -> bool:
+    if value:
+        compute_deterministically()
+    return value
+
 
 Config = Annotated[
     Path | None,
@@ -18,6 +26,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer, and no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print also how the pick is ranked.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and describe the work, but write nothing.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Give equal bits for equal commands on a GPU too, with slower kernels; a CPU does without.",
+        callback=_if_deterministic,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1, ...")]
 MeasuringDevice = Annotated[str, typer.Option(help="Device of the measures: auto, cpu, cuda, cuda:1, ...")]

@@ -10,7 +10,7 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
-from layerprobe.cli.fields import from_dataclasses
+from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
@@ -41,6 +41,7 @@ def probe(
     trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -79,6 +80,7 @@ def extract(
     trust_convention: TrustConvention = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
@@ -108,6 +110,7 @@ def extract(
 @from_dataclasses(several_processes=True)
 def analyze(
     run: options.Run,
+    *,
     analysis: Annotated[
         list[str] | None,
         typer.Option(help="Analysis of your own to run as well, as file.py:function; may be repeated."),
@@ -118,9 +121,11 @@ def analyze(
             help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
         ),
     ] = None,
+    extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
     device: options.MeasuringDevice = "auto",
+    deterministic: options.Deterministic = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -135,10 +140,12 @@ def analyze(
         if not callable(function):
             raise ValueError(f"--analysis {spec} is not a function; name one that takes a Representation")
     outside = None
+    if encoder is None and extraction_options:
+        raise ValueError("--precision has no effect without --encoder; pass it too, or leave out --precision")
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder
 
-        outside = open_encoder(encoder, device=resolve_device(device))
+        outside = open_encoder(encoder, device=resolve_device(device), **extraction_options)
     with progress_bar(quiet=quiet) as progress:
         selection = analyze_run(
             run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress

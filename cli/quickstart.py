@@ -31,6 +31,7 @@ def quickstart(
     num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the trial.")] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -10,9 +10,10 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
-from layerprobe.cli.fields import from_dataclasses, without
+from layerprobe.cli.fields import Given, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.data import DataSource
+from layerprobe.extraction import ExtractionPlan
 from layerprobe.sampling import SamplingPlan
 
 
@@ -30,6 +31,7 @@ def sample(
         int | None, typer.Option(help="Length of every sample in time; as in the training data if not given.")
     ] = None,
     plan: SamplingPlan,
+    extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch, with npz.")] = 256,
     vae: Annotated[
         str | None,
@@ -39,6 +41,7 @@ def sample(
     data: Annotated[DataSource | None, without("vae", "latent_scale", *options.COUNTS)],
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
@@ -56,7 +59,7 @@ def sample(
         raise ValueError("--format npz is for images; leave out --frames and --data")
     plan = replace(plan, seed=seed)
     with processes() as ranks:
-        backbone = checkpoint.open(device=device)
+        backbone = checkpoint.open(device=device).in_precision(extraction_options.get("precision", "auto"))
         if dry_run:
             line = f"would draw {num} samples of {backbone.name} into {out}"
             record = {"model": backbone.name, "num": num}

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.fields import from_dataclasses, without
+from layerprobe.cli.fields import Given, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.cli.parsing import names
 from layerprobe.data import DataSource
+from layerprobe.extraction import ExtractionPlan
 
 
 @from_dataclasses()
@@ -40,9 +41,11 @@ def score(
     num_test: Annotated[
         int | None, typer.Option(help="Number of samples of the test split to compare with; all if not given.")
     ] = None,
+    extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
@@ -56,6 +59,7 @@ def score(
     from layerprobe.analyses.generation import check_metrics, open_encoder
     from layerprobe.analyses.runs import check_scores, describe_scores, open_comparison, score_run, write_scores
     from layerprobe.checkpoints import resolve_device
+    from layerprobe.precision import rounded_by
 
     metric_names = names(metrics)
     check_metrics(metric_names)
@@ -63,14 +67,17 @@ def score(
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     generated, splits = open_comparison(samples, data, num_test=num_test)
     encoder = None
+    if extractor is None and extraction_options:
+        raise ValueError("--precision has no effect without --extractor; pass it too, or leave out --precision")
     if extractor is not None:
-        encoder = open_encoder(extractor, option="--extractor", device=resolve_device(device))
+        encoder = open_encoder(extractor, option="--extractor", device=resolve_device(device), **extraction_options)
     record = {
         "samples": str(samples),
         "data": data.source,
         "metrics": metric_names,
         "neighbors": neighbors,
         "seed": seed,
+        **(rounded_by(encoder.precision) if encoder else {}),
     }
     if dry_run:
         record |= {"num_samples": len(generated), "num_reference": len(splits.test)}

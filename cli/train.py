@@ -91,6 +91,7 @@ def train(
     ] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    deterministic: options.Deterministic = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
@@ -129,6 +130,7 @@ def train(
         splits = data.load()
         shape, num_classes = data.model_shape(splits), splits.train.num_classes
         backbone = training_start(start, network, shape, num_classes, seed=seed, device=device)
+        backbone = backbone.in_precision(plan.precision)
         auto: AutoPick | AutoStop | None = None
         if sync:
             auto = auto_pick(splits, plan, out, begin=sync_begin, every=sync_every)

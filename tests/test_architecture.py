@@ -22,12 +22,14 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", "ranks", "threads")
+_COMPUTING = ("determinism", "precision", "ranks", "threads")
+_LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", *_COMPUTING)
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
     "configs": ("files",),
+    "determinism": (),
     "files": ("messages",),
     "messages": (),
     "__main__": ("cli",),
@@ -35,6 +37,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "checksums": ("files",),
     "records": ("files", "checksums"),
     "options": (),
+    "precision": (),
     "progress": (),
     "ranks": ("files", "memory"),
     "threads": (),

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from layerprobe.analyses.generation.extractors import Extractor
 from layerprobe.checkpoints import import_object
 from layerprobe.files import MissingWeights, one_line
+from layerprobe.memory import is_device_failure
+from layerprobe.precision import precision_on
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Searched in the whole program, strings and comments included, because a parser of names could be deceived.
@@ -37,7 +39,9 @@ _REFUSED_CODE = {
 _REFUSED_DATA = {rb"torch[.\n]classes\b": "C++ classes"}
 
 
-def open_encoder(spec: str | Path, *, option: str = "--encoder", device: torch.device | str = "cpu") -> Extractor:
+def open_encoder(
+    spec: str | Path, *, option: str = "--encoder", device: torch.device | str = "cpu", precision: str = "auto"
+) -> Extractor:
     """Opens an encoder.
 
     Args:
@@ -47,18 +51,19 @@ def open_encoder(spec: str | Path, *, option: str = "--encoder", device: torch.d
             (B, C, *grid), roughly in [-1, 1], to features (B, D).
         option: Name of the option in error messages.
         device: Device of the weights of a folder or a file; a function gets its samples on the CPU.
+        precision: Precision of the network of a folder or a file, see `precision_on`; a function chooses its own.
 
     Raises:
         FileNotFoundError: If the folder or file does not exist, or contains no weights.
         ModuleNotFoundError: If it is a folder and transformers is not installed.
         ValueError: If the folder requires custom code or holds no image model; if the file is not TorchScript, or does
-            more than arithmetic.
+            more than arithmetic; if the device does not have the precision, or one is asked of a function.
     """
-    path = Path(spec)
+    path, chosen = Path(spec), precision_on(precision, torch.device(device))
     if path.is_dir():
-        return Extractor(path.name, _ImageModel(path, device, option).features, device)
+        return Extractor(path.name, _ImageModel(path, device, option).features, device, chosen)
     if path.is_file():
-        return Extractor(path.name, _script(path, device), device)
+        return Extractor(path.name, _script(path, device), device, chosen)
     if ":" not in str(spec):
         raise FileNotFoundError(
             f"{option} {spec} does not exist; pass a folder saved by transformers, a TorchScript file or "
@@ -67,6 +72,8 @@ def open_encoder(spec: str | Path, *, option: str = "--encoder", device: torch.d
     function = import_object(str(spec), option)
     if not callable(function):
         raise ValueError(f"{option} {spec} is not a function; name one from samples (B, C, *grid) to features (B, D)")
+    if precision != "auto":
+        raise ValueError(f"{option} {spec} is a function, which chooses its own precision; leave out --precision")
     return Extractor(str(spec).rpartition(":")[2], function)
 
 
@@ -138,6 +145,8 @@ def _script(path: Path, device: torch.device | str) -> Callable[[Tensor], Tensor
         try:
             result: Tensor = module(x)
         except RuntimeError as error:
+            if is_device_failure(error):
+                raise
             last = str(error).strip().splitlines()[-1][:160]
             raise ValueError(f"{path} does not accept samples of shape {tuple(x.shape)} ({last})") from error
         return result

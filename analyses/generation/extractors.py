@@ -20,6 +20,7 @@ from layerprobe.data import Samples, content_hash
 from layerprobe.files import atomic_write
 from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream
+from layerprobe.precision import Precision, computing
 from layerprobe.progress import StepProgress
 
 FEATURE_WIDTH = 64
@@ -33,11 +34,13 @@ class Extractor:
         name: Name that is recorded with every score.
         features: Function from samples (B, C, *grid) to features (B, D).
         device: Device on which the function expects its samples.
+        precision: Precision of its network; None computes as torch is set.
     """
 
     name: str
     features: Callable[[Tensor], Tensor]
     device: torch.device | str = "cpu"
+    precision: Precision | None = None
 
 
 @torch.inference_mode()
@@ -55,7 +58,8 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
 
     def of(rows: range) -> Tensor:
         part = x[rows.start : rows.stop]
-        features = extractor.features(part.to(extractor.device))
+        with computing(extractor.precision, torch.device(extractor.device)):
+            features = extractor.features(part.to(extractor.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
             returned = (
                 f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"

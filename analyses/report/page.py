@@ -44,6 +44,7 @@ from layerprobe.analyses.wording import (
     objection_texts,
     other_pair_sentence,
     pair_reasons,
+    precision_sentence,
     published_gain_sentences,
     recorded_paragraph,
     rounded,
@@ -118,6 +119,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "num_layers": run.model_rows["layer"].nunique(),
         "num_noise_levels": run.model_rows["noise_level"].nunique(),
         "samples": samples_sentence(data),
+        "precision": precision_sentence(_precision(run.records["Features"]), run.records["Precision"]),
         "has_labels": PROBE in run.headlines,
         "chip": _chip(run.selection, run.verdict, run.recorded),
         "cautions": _cautions(run.selection, run.verdict),
@@ -139,6 +141,10 @@ def _context(run: RunFiles) -> dict[str, Any]:
             for title, file_name in RECORDS.items()
         ],
     }
+
+
+def _precision(features: Mapping[str, Any] | None) -> str:
+    return str((features or {}).get("plan", {}).get("precision", ""))
 
 
 def _chip(selection: Selection | None, verdict: Verdict | None, recorded: RecordedTrial | None) -> dict[str, str]:

@@ -23,6 +23,7 @@ RECORDS = {
     "Plan": "plan.json",
     "Data": "data.json",
     "Convention check": "convention.json",
+    "Precision": "rounding.json",
     "Environment": "environment.json",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ def confirmation_job(
     folder = RunFolder(run)
     checkpoint = folder.plan().checkpoint
     ranked = [pair.pair for pair in folder.selection().ranked]
-    backbone = checkpoint.open(device=device)
+    # Updates of weights of 16 bits would be rounded away.
+    backbone = replace(checkpoint, keep_type=None).open(device=device).in_precision(training.precision)
+    training = replace(training, precision=backbone.precision or training.precision)
     sampling = sampling or SamplingPlan(solver="heun", steps=12)
     plan = ConfirmationPlan(training, seeds, num_evaluations, num_samples, sampling, stop_early)
     layers = alignable_layers(backbone)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
 from typing import Any
 
-import torch
-
-from layerprobe import __version__
-from layerprobe.analyses.runs.folder import PACKAGES
+from layerprobe.analyses.runs.machine import describe_machine
+from layerprobe.analyses.wording import machine_rows
 from layerprobe.backbones import layer_shapes
 from layerprobe.checkpoints import open_checkpoint
 
 
 def examine_machine() -> dict[str, Any]:
-    """Returns versions and devices of this machine, after running the embedded model on it."""
-    backbone = open_checkpoint("digits", device="auto")
+    """Returns versions and devices of this machine, after running the embedded model on it.
+
+    "rows" holds all of it as texts by name.
+    """
+    backbone = open_checkpoint("digits", device="auto").in_precision("auto")
     shapes = layer_shapes(backbone)
-    return {
-        "layerprobe": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "embedded model": f"{backbone.name}: {len(shapes)} layers read",
-    }
+    record = describe_machine() | {"precision": backbone.precision}
+    record["embedded model"] = f"{backbone.name}: {len(shapes)} layers read"
+    return record | {"rows": machine_rows(record)}

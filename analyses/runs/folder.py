@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from layerprobe import __version__
 from layerprobe.analyses.experiments import Verdict, read_curves
+from layerprobe.analyses.runs.machine import describe_machine
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
@@ -34,7 +31,6 @@ from layerprobe.records import claim, damaged, parse, read_record, typed, write_
 
 EXTRACT = "repeat the `layerprobe probe` or `extract` that made the run, which makes it again"
 _CONFIRM = "repeat the `layerprobe confirm` that made it, which trains nothing again"
-PACKAGES = ("torch", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "datasets")
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,11 @@ class RunPlan:
         """Seed of every random number of the run."""
         return self.extraction.seed
 
+    @property
+    def rounds(self) -> bool:
+        """Whether features can be compared with those in float32, and are not of float32 themselves."""
+        return self.extraction.precision != "float32" and not self.checkpoint.keep_type
+
     def open(
         self, *, device: str = "auto", encode: bool = True, progress: TaskProgress | None = None
     ) -> tuple[Backbone, Splits]:
@@ -66,7 +67,7 @@ class RunPlan:
             encode: Whether to encode images, if the data has an autoencoder.
             progress: Called with (task name, steps done, steps in total).
         """
-        backbone = self.checkpoint.open(device=device)
+        backbone = self.checkpoint.open(device=device).in_precision(self.extraction.precision)
         splits = self.data.probing_splits(expect_shape=backbone.shape)
         if encode:
             encoding = named_progress(progress, "encoding images")
@@ -101,6 +102,7 @@ class RunFolder:
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
         data: Path of the record of what was read of the data, and of copies among the samples.
+        rounding: Path of the record of what the precision changes, see `RoundingError`; absent in float32.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
         recorded: Folder of a trial that was trained beforehand, see `RecordedTrial`; only the quickstart has one.
@@ -112,7 +114,7 @@ class RunFolder:
         self.confirmation = self.path / "confirmation"
         self.recorded = self.path / "recorded"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
-        self.data = self.path / "data.json"
+        self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.
@@ -356,11 +358,7 @@ def _convention(record: Mapping[str, Any]) -> tuple[ConventionCheck, bool]:
 def _environment() -> dict[str, Any]:
     """Which software and machine produce the numbers."""
     return {
-        "layerprobe": __version__,
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in PACKAGES},
+        **describe_machine(),
     }

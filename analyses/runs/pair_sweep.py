@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan, checkpoints
 
 # Fields of a checkpoint's training plan that its branches do not take over.
-_OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays", "keep_last")
+_OF_A_BRANCH = ("steps", "pairs", "sync", "seed", "ema_decay", "more_ema_decays", "keep_last", "precision")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def pair_sweep_start(
     if state is None and not (from_scratch and "warmup_steps" in recorded):
         default["warmup_steps"] = steps // 10
     training = TrainingPlan(**recorded | default | options, steps=first + steps)
+    backbone = open_checkpoint(checkpoint, device=device).in_precision(training.precision)
+    training = replace(training, precision=backbone.precision or training.precision)
     plan = PairSweepPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
-    backbone = open_checkpoint(checkpoint, device=device)
     if from_scratch:
         fresh_sit(backbone, seeds[0])  # raises before data is read if the network cannot be initialized
     return PairSweepStart(backbone, plan, state, trained.get("data"), trained.get("steps") if from_scratch else None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,11 @@ from layerprobe.extraction import (
     random_weights,
     raw_input,
     raw_pool_cells,
+    rounding_error,
 )
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.ranks import ALONE, Ranks, current, together
+from layerprobe.records import write_record
 
 LEAST_COMPARED = 4  # samples that debiased CKA needs
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
@@ -150,6 +153,8 @@ def extract_run(
     """
     folder, ranks = RunFolder(run), current()
     backbone, splits = opened or plan.open(device=device, progress=progress)
+    backbone = backbone.in_precision(plan.extraction.precision)
+    plan = replace(plan, extraction=replace(plan.extraction, precision=backbone.precision or plan.extraction.precision))
     _check_frames(plan, splits)
     _check_samples(splits)
     if on_reading:
@@ -164,6 +169,9 @@ def extract_run(
     if ranks.is_first:
         folder.claim(plan)
         folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
+        if plan.rounds and not folder.is_intact(folder.rounding):
+            error = rounding_error(backbone, splits.validation, plan.extraction_from(backbone), batch_size=batch_size)
+            write_record(folder.rounding, error.to_dict())
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, progress=progress)
     if ranks.is_first:
         folder.write_data(splits)  # Only now is it sure that the features are of this data.
@@ -281,27 +289,28 @@ def extract_all(
     """Extracts the features of the model and of its two controls, and the few that the evidence is measured on."""
     turn = 0
     frames = bool(_frame_columns(splits))
-    readers = {
-        MODEL: backbone,
+    readers: Mapping[str, AbstractContextManager[Backbone]] = {
+        MODEL: nullcontext(backbone),
         RANDOM_WEIGHTS: random_weights(backbone, seed=plan.seed),
-        RAW_INPUT: raw_input(backbone, places=frames),
+        RAW_INPUT: nullcontext(raw_input(backbone, places=frames)),
     }
-    for source, reader in readers.items():
-        extraction = plan.extraction_from(reader)
-        if source == RAW_INPUT and frames:
-            extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
-        elif source == RAW_INPUT:
-            extraction = replace(extraction, token_samples=0)  # It has no tokens of its own.
-        turn = extract_part(
-            reader,
-            splits,
-            extraction,
-            folder.store_folder(source),
-            batch_size=batch_size,
-            ranks=ranks,
-            turn=turn,
-            progress=named_progress(progress, f"reading layers ({source})"),
-        )
+    for source, reading in readers.items():
+        with reading as reader:
+            extraction = plan.extraction_from(reader)
+            if source == RAW_INPUT and frames:
+                extraction = replace(extraction, pool_cells=raw_pool_cells(backbone.shape))
+            elif source == RAW_INPUT:
+                extraction = replace(extraction, token_samples=0)  # It has no tokens of its own.
+            turn = extract_part(
+                reader,
+                splits,
+                extraction,
+                folder.store_folder(source),
+                batch_size=batch_size,
+                ranks=ranks,
+                turn=turn,
+                progress=named_progress(progress, f"reading layers ({source})"),
+            )
     small = evidence_of(splits, plan.extraction_from(backbone))
     extract_part(backbone, *small, folder.store_folder(_EVIDENCE), batch_size=batch_size, ranks=ranks, turn=turn)
     ranks.barrier()

@@ -22,6 +22,7 @@ from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.checksums import recorded_write
 from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
 from layerprobe.files import atomic_write, holding, locked
+from layerprobe.precision import rounded_by
 from layerprobe.progress import TaskProgress
 from layerprobe.ranks import processes
 from layerprobe.records import check_same, claim, write_record
@@ -287,6 +288,7 @@ def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path |
         "num": num,
         "plan": asdict(plan),
         "vae": None if vae is None else str(Path(vae).resolve()),
+        **rounded_by(backbone.precision),
     }
 
 

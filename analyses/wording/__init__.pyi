@@ -12,6 +12,8 @@ from .confirmation import spread_source as spread_source
 from .confirmation import start_sentences as start_sentences
 from .decisions import decision_text as decision_text
 from .layer_curves import curve_finding_text as curve_finding_text
+from .machine import gigabytes as gigabytes
+from .machine import machine_rows as machine_rows
 from .numbers import MISSING as MISSING
 from .numbers import rounded as rounded
 from .pair_checks import finding_text as finding_text
@@ -19,6 +21,7 @@ from .pair_checks import layer_name as layer_name
 from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
+from .precision import precision_sentence as precision_sentence
 from .recorded import recorded_paragraph as recorded_paragraph
 from .samples import copy_sentences as copy_sentences
 from .samples import samples_sentence as samples_sentence

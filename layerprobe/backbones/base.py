@@ -20,6 +20,7 @@ from layerprobe.noise import (
     in_data_units,
     schedule_from_name,
 )
+from layerprobe.precision import Precision, computing, precision_on
 
 # Clean enough and noisy enough to read most of a table of times, and inside the training of every schedule.
 TRIAL_LEVELS = (0.5, 0.88)
@@ -55,6 +56,7 @@ class Backbone:
         assumptions: What was assumed because no file and no option told it, one sentence each, with the option that
             tells it otherwise.
         origin: Where the weights come from, as JSON: files, stored types, adapters, what was left out.
+        precision: Precision of the network's passes, set by `in_precision`; None computes as torch is set.
 
     Raises:
         ValueError: If the prediction is not one of `PREDICTIONS`.
@@ -76,6 +78,7 @@ class Backbone:
     possible_heads: tuple[int, ...] = ()
     assumptions: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -109,7 +112,8 @@ class Backbone:
             native_time = native_time.to(x_t.dtype)
         mask = () if self.mask is None else (self._real(x_t),)
         own_x_t = self.schedule.network_input(x_t, noise_level)
-        output = self.forward(self.module, own_x_t, native_time, condition, *mask)
+        with computing(self.precision, x_t.device):
+            output = self.forward(self.module, own_x_t, native_time, condition, *mask)
         flip = self.prediction == "velocity" and self.schedule.time_direction < 0
         return in_data_units(-output if flip else output, noise_level, self.schedule, prediction=self.prediction)
 
@@ -130,6 +134,26 @@ class Backbone:
         if not self.takes_mask:
             raise ValueError(f"{self.name} does not take padded samples; cut all to one length")
         return replace(self, mask=mask)
+
+    def in_precision(self, precision: str) -> Backbone:
+        """Returns this backbone with the network's passes in a precision, whatever torch is set to.
+
+        Args:
+            precision: One of `Precision`; "auto" is the one it has already, or what suits the device, see
+                `precision_on`.
+
+        Raises:
+            ValueError: If the precision is unknown, or the device or weights of 16 bits do not allow it.
+        """
+        if precision == "auto" and self.precision:
+            return self
+        chosen = precision_on(precision, self.device)
+        if self.precision == "bfloat16" != chosen and any(p.itemsize < 4 for p in self.module.parameters()):
+            raise ValueError(
+                f"{self.name} has weights of 16 bits, which are not computed in {chosen}; pass --precision bfloat16, "
+                "or leave out --keep-type"
+            )
+        return replace(self, precision=chosen)
 
     def _real(self, x_t: Tensor) -> Tensor:
         """Returns the mask, repeated if the batch is repeated, as guidance does."""

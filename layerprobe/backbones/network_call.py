@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerprobe.determinism import is_refusal
 from layerprobe.files import error_place
 from layerprobe.memory import BatchSize, is_device_failure
 from layerprobe.noise import NoiseSchedule
@@ -73,7 +74,7 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
             try:
                 output: Any = forward(module, x_t, native_time, condition, *mask)
             except (Exception, SystemExit) as error:
-                if is_device_failure(error) or (isinstance(error, ValueError) and _is_ours(error)):
+                if is_device_failure(error) or is_refusal(error) or (isinstance(error, ValueError) and _is_ours(error)):
                     raise
                 failed = _Failed(forward, module, schedule, x_t, native_time, condition, tuple(found.values()))
                 raise ValueError(f"{failed.call} raised {_raised(error)}; {_advice(error, failed)}") from error

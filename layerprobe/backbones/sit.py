@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import floordiv
 from typing import Any, cast
 
@@ -420,7 +420,7 @@ def fresh_sit(backbone: Backbone, seed: int) -> Backbone:
         )
     new = new_sit(backbone.module.config, seed=seed, schedule=backbone.schedule, prediction=backbone.prediction)
     new.module.to(backbone.device)
-    return new
+    return replace(new, precision=backbone.precision)
 
 
 def network_record(backbone: Backbone) -> dict[str, Any]:

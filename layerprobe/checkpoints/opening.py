@@ -34,10 +34,12 @@ from layerprobe.backbones import (
 from layerprobe.checkpoints.arguments import stated_arguments
 from layerprobe.checkpoints.foreign import refuse_other_content
 from layerprobe.checkpoints.networks import FoundNetwork, closest_part, find_network
+from layerprobe.checkpoints.own_types import in_own_types
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
 from layerprobe.files import one_line
+from layerprobe.memory import is_device_failure
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 
 EMBEDDED = "digits"
@@ -87,6 +89,7 @@ def open_checkpoint(
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
     value_range: Sequence[float] | None = None,
+    keep_type: bool = False,
     device: str = "auto",
 ) -> Backbone:
     """Opens a checkpoint as a backbone in evaluation mode.
@@ -113,6 +116,8 @@ def open_checkpoint(
         num_classes: Number of classes, if the file does not determine it; 0 for a `model` without classes.
         value_range: What the values -1 and 1 of the samples are to the network, as for `Backbone.with_value_range`:
             (0, 1) for a network that was trained on pixels in [0, 1].
+        keep_type: Whether weights stay in the types of the file, bfloat16 or float16, instead of float32; the network
+            is then computed in bfloat16.
         device: Device of the weights; "auto" is a GPU if one is available.
 
     Raises:
@@ -137,6 +142,7 @@ def open_checkpoint(
         "shape": shape,
         "num_classes": num_classes,
         "value_range": value_range,
+        "keep_type": keep_type or None,
     }
     backbone = _open(path, {name: value for name, value in options.items() if value is not None}).backbone
     backbone.module.eval().to(target)
@@ -158,6 +164,8 @@ def resolve_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=device, dtype=torch.float64)
     except (TypeError, RuntimeError) as error:
+        if is_device_failure(error):
+            raise
         raise ValueError(
             f"--device {device} does not compute in float64, as noise levels and measures do; pass cpu"
         ) from error
@@ -211,10 +219,14 @@ def _located(path: str | Path) -> Path:
 
 
 def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
-    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name != "value_range"})
-    if "value_range" not in options:
-        return opened
-    return replace(opened, backbone=opened.backbone.with_value_range(options["value_range"]))
+    of_all = ("value_range", "keep_type")
+    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name not in of_all})
+    backbone = opened.backbone
+    if "value_range" in options:
+        backbone = backbone.with_value_range(options["value_range"])
+    if "keep_type" in options:
+        backbone = in_own_types(backbone)
+    return replace(opened, backbone=backbone)
 
 
 def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:

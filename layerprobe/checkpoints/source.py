@@ -36,6 +36,8 @@ class CheckpointSource:
         num_classes: Number of classes, if the file does not contain it; 0 for none.
         value_range: What the values -1 and 1 of the data are to the network: 0,1 if it was trained on pixels from 0 to
             1; a pair for each channel if they differ.
+        keep_type: Hold the weights in the types of the file, bfloat16 or float16, which halves their memory; the
+            network is then computed in bfloat16.
     """
 
     path: str = field(metadata=option("checkpoint", is_argument=True))
@@ -53,6 +55,7 @@ class CheckpointSource:
     shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL, maximum=10**6))
     value_range: tuple[float, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    keep_type: bool | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -15,4 +15,6 @@ from .forward import extract as extract
 from .forward import extract_part as extract_part
 from .forward import read_features as read_features
 from .plan import ExtractionPlan as ExtractionPlan
+from .rounding import RoundingError as RoundingError
+from .rounding import rounding_error as rounding_error
 from .tokens import token_grid as token_grid

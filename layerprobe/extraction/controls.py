@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +18,37 @@ from layerprobe.backbones import Backbone, wrap
 RAW_INPUT_WIDTH = 1024
 
 
-def random_weights(backbone: Backbone, *, seed: int = 0) -> Backbone:
-    """Returns the random-weights control: the same network with the entries of every trained tensor shuffled.
+@contextmanager
+def random_weights(backbone: Backbone, *, seed: int = 0) -> Iterator[Backbone]:
+    """Yields the random-weights control: the same network with the entries of every trained tensor shuffled.
 
     Shuffling keeps the distribution of each tensor, so the control differs from the model only in what was learned. A
-    fresh initialization would turn every adaLN-Zero block into the identity.
+    fresh initialization would turn every adaLN-Zero block into the identity. The tensors are shuffled in place, so
+    that the device need not hold the network twice; after the block they are what they were, bit for bit.
 
     Args:
-        backbone: The trained model.
+        backbone: The trained model; it must not be used inside the block.
         seed: Seed of the permutations.
     """
-    module = copy.deepcopy(backbone.module)
-    generator = torch.Generator().manual_seed(seed)
     # If every parameter is frozen, the network was frozen only after training.
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad] or module.parameters()
-    with torch.no_grad():
-        for parameter in trained:
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return replace(backbone, module=module, name=f"{backbone.name}, random weights")
+    parameters = [*backbone.module.parameters()]
+    trained = [parameter for parameter in parameters if parameter.requires_grad] or parameters
+    _shuffle(trained, seed)
+    try:
+        yield replace(backbone, name=f"{backbone.name}, random weights")
+    finally:
+        _shuffle(trained, seed, back=True)
+
+
+@torch.no_grad()
+def _shuffle(parameters: Sequence[nn.Parameter], seed: int, *, back: bool = False) -> None:
+    """Shuffles the entries of each tensor by the permutations of a seed, or back."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        values = parameter.flatten()
+        values = torch.empty_like(values).scatter_(0, order, values) if back else values[order]
+        parameter.copy_(values.view_as(parameter))
 
 
 def raw_input(backbone: Backbone, *, places: bool = False) -> Backbone:

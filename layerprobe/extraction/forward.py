@@ -5,7 +5,7 @@ One forward pass per sample, noise level and draw reads all layers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,11 +110,13 @@ def extract_part(
         The turn after this store.
     """
     folder, size = Path(folder), BatchSize(batch_size)
+    backbone = backbone.in_precision(plan.precision)
     _check(backbone, splits, plan)
     table = _Table(splits)
     with evaluating(backbone.module):
         shapes = layer_shapes(backbone, plan.layers)
-        plan, columns = replace(plan, layers=tuple(shapes)), table.columns()
+        plan = replace(plan, layers=tuple(shapes), precision=backbone.precision or plan.precision)
+        columns = table.columns()
         kept = token_rows(columns["splits"], plan.token_samples)
         manifest, shards = _manifest(backbone, splits, plan, shapes, kept), [*_runs(len(table), plan.shard_size)]
         if ranks.is_first:
@@ -160,6 +162,7 @@ def read_features(
         ValueError: If the samples do not fit the model, or a value is not finite.
     """
     assert plan.draws == 1
+    backbone = backbone.in_precision(plan.precision)
     _check(backbone, Splits(samples, samples, samples), plan)
     tokens: dict[tuple[str, float], Tensor] = {}
     n, size = len(samples), BatchSize(batch_size)
@@ -504,10 +507,7 @@ def _read(
         return pool_tokens(tokens, plan.pool_cells, backbone.shape[1:], mask, known=backbone.token_grid)
 
     labels = None if labels is None else labels.to(device)
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"),
-        capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs,
-    ):
+    with capture(backbone.module, plan.layers, tokens=own_tokens, transform=pool, stop_early=True) as outputs:
         backbone.masked(mask).predict(x_t.to(device), level.to(device, torch.float32), labels)
     # One copy for all layers: the host waits for the device once a batch.
     widths = [values.shape[1] for values in outputs.values()]

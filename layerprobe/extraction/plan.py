@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layerprobe.options import check_ranges, option
+from layerprobe.precision import Precision, check_precision
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class ExtractionPlan:
         pool_cells: Number of cells per grid axis over which tokens are averaged; 1 averages over all tokens, 2
             concatenates the means of 2 x 2 cells of an image, which preserves coarse positions.
         condition: Condition of the model: null for no label; label leaks the labels to the probes, for study only.
-        precision: float32, or bfloat16 for autocast; features are stored in float32.
+        precision: Precision of the network: float32, tf32 or bfloat16; auto is tf32 on GPUs that have it, otherwise
+            float32. Features are stored in float32.
         seed: Seed of the noise.
         shard_size: Number of samples per shard.
         token_samples: Number of samples per split whose tokens are kept beside the pooled features, for spatial
@@ -45,7 +47,7 @@ class ExtractionPlan:
             "true_labels", value="label", help="Condition the model on the true labels, which leaks them to the probes."
         ),
     )
-    precision: Literal["float32", "bfloat16"] = field(default="float32", metadata=option())
+    precision: Precision = field(default="auto", metadata=option())
     seed: int = 0
     shard_size: int = 512
     token_samples: int = field(default=0, metadata=option(minimum=0, maximum=10**8))
@@ -70,9 +72,9 @@ class ExtractionPlan:
             raise ValueError(
                 f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
             )
-        for name, choices in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(choices)}")
+        if self.condition not in ("null", "label"):
+            raise ValueError(f"unknown condition {self.condition!r}; use null or label")
+        check_precision(self.precision)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 

@@ -1,6 +1,7 @@
 """Training on several processes: gradients averaged by DDP, or weights and optimizer state sharded by FSDP2.
 
-Whatever is exact for one process, such as resuming a run bit for bit, is exact for any fixed number of processes.
+Whatever is exact for one process, such as resuming a run bit for bit on a CPU, is exact for any fixed number of
+processes.
 """
 
 from __future__ import annotations

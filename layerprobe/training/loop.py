@@ -2,7 +2,7 @@
 
 Order, noise, noise level and label drop of a sample depend only on (seed, sample id, epoch). Runs with the same seed
 and different layer pairs therefore see the same batches and the same noise, and a resumed run gives the same bits as
-an uninterrupted one.
+an uninterrupted one: on a CPU, and on a GPU with `compute_deterministically` (`--deterministic`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from layerprobe.data import Samples, content_hash, rendering_of
 from layerprobe.extraction import token_grid
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
+from layerprobe.precision import precision_on, products_of
 from layerprobe.progress import TrainingProgress
 from layerprobe.ranks import Ranks, processes
 from layerprobe.records import claim
@@ -94,7 +95,7 @@ def train(
 
     Under torchrun or srun, every process calls this with the same arguments. The first process writes the folder and
     calls the functions passed in. A run may be resumed by any number of processes; with the same number, the result is
-    the same bit for bit.
+    the same bit for bit on a CPU, and on GPUs with `compute_deterministically`.
 
     The folder contains `training.json` (plan and data), `checkpoints/`, `log.jsonl`, `log.csv` and, at the end,
     `model.safetensors` (averaged weights). Repeating the call resumes from the last checkpoint; a finished run returns
@@ -122,6 +123,7 @@ def train(
         ConnectionError: If another process was killed; the last checkpoint is kept.
     """
     folder = Path(folder)
+    plan = replace(plan, precision=precision_on(plan.precision, backbone.device))
     with ExitStack() as stack:
         ranks = stack.enter_context(processes())
         _check(backbone, samples)
@@ -135,7 +137,8 @@ def train(
         content = announced(newest_checkpoint(folder) if ranks.is_first else None, ranks)
         # Sharded from the host, so that no process has a second whole network on its device.
         module = host_copy(backbone.module) if fsdp else copy.deepcopy(backbone.module)
-        live = parallel(replace(backbone, module=module.train()), ranks, fsdp=fsdp, device=backbone.device)
+        live = replace(backbone.in_precision(plan.precision), module=module.train())
+        live = parallel(live, ranks, fsdp=fsdp, device=backbone.device)
         state = _start(live.module, backbone, plan, aligned, content, ranks)
         if state.step > plan.steps:
             raise ValueError(
@@ -198,7 +201,8 @@ def _step(
     for part in parts:
         with nullcontext() if part is parts[-1] else accumulating(live):
             predicted, total = _losses(live, state, part, plan)
-            (total * share / plan.accumulate).backward()  # type: ignore[no-untyped-call]
+            with products_of(plan.precision):
+                (total * share / plan.accumulate).backward()  # type: ignore[no-untyped-call]
         loss += predicted.detach() * share / plan.accumulate
     parameters = state.parameters()
     average_gradients(state.sync.parameters() if state.sync else (), ranks)
@@ -222,14 +226,13 @@ def _losses(live: Backbone, state: TrainingState, batch: TrainingBatch, plan: Tr
     """Computes the mean prediction loss of a batch, without and with the alignment."""
     batch = batch.mapped(lambda tensor: tensor.to(live.device, non_blocking=True))
     token_mask = _real_tokens(state, batch)
-    with torch.autocast(live.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
-        losses = prediction_loss(live, batch)
-        if plan.loss_weighting != "none":
-            weights = loss_weights(live, batch.level, weighting=plan.loss_weighting, snr_gamma=plan.snr_gamma)
-            losses = losses * weights.to(losses.dtype)
-        loss = losses.mean()
-        if state.sync and plan.sync.second_pass:
-            _teach(live, state.sync, batch, plan)
+    losses = prediction_loss(live, batch)
+    if plan.loss_weighting != "none":
+        weights = loss_weights(live, batch.level, weighting=plan.loss_weighting, snr_gamma=plan.snr_gamma)
+        losses = losses * weights.to(losses.dtype)
+    loss = losses.mean()
+    if state.sync and plan.sync.second_pass:
+        _teach(live, state.sync, batch, plan)
     if state.sync is None:
         return loss, loss
     return loss, loss + state.sync.loss(state.step, noise_level=batch.level, mask=token_mask)

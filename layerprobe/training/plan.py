@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
 from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, check_ranges, option
+from layerprobe.precision import Precision, check_precision
 
 TimeSampling = Literal["uniform", "logit-normal"]
 LossWeighting = Literal["none", "min-snr", "velocity", "likelihood"]
@@ -36,7 +37,8 @@ class TrainingPlan:
         label_drop: Share of labels replaced by the null label, so that guidance works.
         pairs: Layer pairs to align; empty trains without LayerSync.
         weight: Weight of the alignment term in the loss.
-        precision: float32, or bfloat16 for autocast; weights and optimizer stay in float32.
+        precision: Precision of the network: float32, tf32 or bfloat16; auto is tf32 on GPUs that have it, otherwise
+            float32. Weights and optimizer stay in float32.
         compile: Compile the network.
         seed: Seed of the order of samples, the noise, the noise levels and the dropped labels.
         checkpoint_every: Number of steps between checkpoints.
@@ -68,7 +70,7 @@ class TrainingPlan:
     label_drop: float = field(default=0.1, metadata=option(panel=LEARNING_PANEL, minimum=0, maximum=1))
     pairs: tuple[LayerPair, ...] = ()
     weight: float = field(default=WEIGHT, metadata=option(panel=LAYERSYNC_PANEL))
-    precision: Literal["float32", "bfloat16"] = field(default="float32", metadata=option(panel=RUNNING_PANEL))
+    precision: Precision = field(default="auto", metadata=option(panel=RUNNING_PANEL))
     compile: bool = field(default=False, metadata=option(panel=RUNNING_PANEL))
     seed: int = 0
     checkpoint_every: int = field(default=500, metadata=option(panel=RUNNING_PANEL, minimum=1))
@@ -91,8 +93,7 @@ class TrainingPlan:
             )
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"unknown precision {self.precision!r}; use float32 or bfloat16")
+        check_precision(self.precision)
         for name, choices in (("time_sampling", TimeSampling), ("loss_weighting", LossWeighting)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}")

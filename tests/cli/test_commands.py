@@ -271,7 +271,7 @@ def test_inspect_and_doctor(cli) -> None:
     assert "input values   0 to 1 for -1 to 1 of the data" in rows
     code, out, _ = cli("doctor", "--json")
     assert code == 0
-    assert "torch" in json.loads(out)
+    assert "torch" in json.loads(out)["packages"]
 
 
 def test_inspect_tells_what_of_a_file_is_read_and_what_is_not(tmp_path: Path, cli) -> None:

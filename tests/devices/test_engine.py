@@ -166,11 +166,15 @@ def test_a_shard_without_room_on_the_device_is_corrupted_on_the_host(
 
 def test_controls_and_bfloat16_run(device: str, tmp_path: Path) -> None:
     backbone, splits = on(device, tiny_sit()), tiny_splits()
-    for index, reader in enumerate((random_weights(backbone), raw_input(backbone), raw_input(backbone, places=True))):
+    for index, reader in enumerate((raw_input(backbone), raw_input(backbone, places=True))):
         extract(reader, splits, ExtractionPlan(reader.layers, LEVELS), tmp_path / str(index))
+    before = weights_hash(backbone.module)
+    with random_weights(backbone) as control:
+        extract(control, splits, ExtractionPlan(control.layers, LEVELS), tmp_path / "random")
+        assert (control.device.type, weights_hash(control.module) == before) == (device, False)
+    assert weights_hash(backbone.module) == before
     plan = ExtractionPlan(backbone.layers, LEVELS, precision="bfloat16")
     extract(backbone, splits, plan, tmp_path / "bfloat16")
-    assert random_weights(backbone).device.type == device
 
 
 def test_the_ablation_is_that_of_the_cpu(device: str) -> None:

@@ -8,7 +8,7 @@ import math
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -689,36 +689,48 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- controls
 
 
-def test_random_weights_keep_each_tensors_values_and_leave_the_model_alone() -> None:
+def tensors_of(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.module.state_dict().items()}
+
+
+def test_random_weights_keep_each_tensors_values_and_give_the_model_back() -> None:
+    """In place, since the device may not hold two of it; after an error too."""
     backbone = tiny_sit()
-    before = {name: tensor.clone() for name, tensor in backbone.module.state_dict().items()}
-    control = random_weights(backbone, seed=3)
+    before, places = tensors_of(backbone), [p.data_ptr() for p in backbone.module.parameters()]
+    with suppress(KeyboardInterrupt), random_weights(backbone, seed=3) as control:
+        assert [p.data_ptr() for p in control.module.parameters()] == places
+        shuffled = tensors_of(control)
+        raise KeyboardInterrupt
     moved = []
-    for name, tensor in control.module.state_dict().items():
+    for name, tensor in shuffled.items():
         torch.testing.assert_close(backbone.module.state_dict()[name], before[name], rtol=0, atol=0)
         torch.testing.assert_close(tensor.flatten().sort()[0], before[name].flatten().sort()[0], rtol=0, atol=0)
         moved.append(not torch.equal(tensor, before[name]))
     assert sum(moved) == len(before) - 1  # all but the fixed position embedding
-    assert torch.equal(control.module.state_dict()["pos_embed"], before["pos_embed"])
+    assert torch.equal(shuffled["pos_embed"], before["pos_embed"])
     assert control.name == f"{backbone.name}, random weights"
 
 
 def test_random_weights_depend_on_the_seed_only() -> None:
-    first, again, other = (random_weights(tiny_sit(), seed=seed).module.x_embedder.proj.weight for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    weights = []
+    for seed in (0, 0, 1):
+        with random_weights(tiny_sit(), seed=seed) as control:
+            weights.append(tensors_of(control)["x_embedder.proj.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_random_weights_of_a_network_that_was_frozen_to_be_read() -> None:
     backbone = tiny_sit()
     backbone.module.requires_grad_(False)
     weight = "blocks.0.attn.qkv.weight"
-    control = random_weights(backbone)
-    assert not torch.equal(control.module.get_parameter(weight), backbone.module.get_parameter(weight))
+    before = tensors_of(backbone)[weight]
+    with random_weights(backbone) as control:
+        assert not torch.equal(control.module.get_parameter(weight), before)
 
 
 def test_the_controls_are_other_models_on_disk(tmp_path: Path) -> None:
     backbone, splits = tiny_sit(), tiny_splits()
     extract(backbone, splits, PLAN, tmp_path)
-    with pytest.raises(ValueError, match="different: model, model_hash"):
-        extract(random_weights(backbone), splits, PLAN, tmp_path)
+    with random_weights(backbone) as control, pytest.raises(ValueError, match="different: model, model_hash"):
+        extract(control, splits, PLAN, tmp_path)

@@ -47,7 +47,7 @@ def test_length_and_frequency_of_writing_are_not_part_of_the_identity() -> None:
         ({"clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
         ({"clip_norm": float("nan")}, "clip_norm must be at least 0, got nan"),
         ({"weight": float("inf")}, "the weight of the alignment must be finite, got inf"),
-        ({"precision": "bf16"}, "unknown precision 'bf16'; use float32 or bfloat16"),
+        ({"precision": "bf16"}, "unknown precision 'bf16'; use auto, float32, tf32, bfloat16"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"accumulate": 2}, "a batch of 5 cannot be cut into 2 equal parts; change accumulate"),

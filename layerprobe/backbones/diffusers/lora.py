@@ -21,6 +21,7 @@ from layerprobe.backbones.diffusers.lora_names import Names, adapter_kind, conve
 from layerprobe.backbones.diffusers.lora_scale import AdapterRefused, Alpha, read_alpha
 from layerprobe.backbones.diffusers.weights import quiet_libraries
 from layerprobe.files import one_line
+from layerprobe.memory import is_device_failure
 
 # Some converters of names in diffusers multiply alpha / rank into the matrices.
 _FOLDED = "in the matrices since their names were converted"
@@ -60,6 +61,8 @@ def merge_lora(module: nn.Module, path: Path, *, component: str, alpha: float | 
     except AdapterRefused as error:
         raise ValueError(f"{file} {error}") from error
     except Exception as error:  # A damaged file can fail in any way.
+        if is_device_failure(error):
+            raise
         raise ValueError(f"{file} cannot be applied to {type(module).__name__} ({one_line(error)})") from error
 
 
