@@ -12,6 +12,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit
 from layerprobe.cli.parsing import blocks
+from layerprobe.options import TRAINER_PANEL
 
 
 @from_dataclasses()
@@ -22,13 +23,18 @@ def check(
     *,
     trainer: Annotated[
         str | None,
-        typer.Option("--for", help=f"Trainer; recognized by its options if not given: {', '.join(TRAINERS)}."),
+        typer.Option(
+            "--for",
+            help=f"Trainer; recognized by its options if not given: {', '.join(TRAINERS)}.",
+            rich_help_panel=TRAINER_PANEL,
+        ),
     ] = None,
     num_blocks: Annotated[
         str | None,
         typer.Option(
             "--blocks",
             help="Number of blocks, such as 28; two lists of blocks as double_blocks:19,single_blocks:38.",
+            rich_help_panel=TRAINER_PANEL,
         ),
     ] = None,
     as_json: options.Json = False,
@@ -37,6 +43,12 @@ def check(
     """Name the layers that a configuration of another trainer would align, and what speaks against them.
 
     The exit code is 1 if a check finds an error, and 0 if it finds only cautions.
+
+    Examples:
+        # Which layers would this training align?
+        layerprobe check config.toml
+        # The trainer named, with the number of blocks of its network.
+        layerprobe check train.sh --for musubi --blocks 40
     """
     from layerprobe.analyses.runs import check_config
 

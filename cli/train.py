@@ -17,7 +17,7 @@ from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
-from layerprobe.options import LAYERSYNC_PANEL, PROBING_PANEL, RUNNING_PANEL
+from layerprobe.options import CHECKPOINT_PANEL, LAYERSYNC_PANEL, OUTPUT_PANEL, PROBING_PANEL, RUNNING_PANEL
 from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan
 
@@ -33,9 +33,9 @@ def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
 def train(
     *,
     data: Annotated[DataSource, without(*options.COUNTS)],
-    out: Annotated[Path, typer.Option(help="Folder of the training; repeat the command to continue it.")],
+    out: Annotated[Path, _flag(OUTPUT_PANEL, "Folder of the training; repeat the command to continue it.")],
     start: Annotated[
-        str | None, typer.Option("--from", help="Checkpoint to start from instead of fresh weights.")
+        str | None, _flag(CHECKPOINT_PANEL, "Checkpoint to start from instead of fresh weights.", "--from")
     ] = None,
     network: NewNetwork,
     pair: Annotated[
@@ -98,6 +98,13 @@ def train(
     """Train a SiT on the training split of a data set, with LayerSync if a pair is given, in one or several processes.
 
     Several processes are started by `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or by srun.
+
+    Examples:
+        # A small model of your images, without LayerSync.
+        layerprobe train --data images/ --preset small --steps 20000 --out runs/plain
+        # The same with the pick of a run, or with a pair that you name.
+        layerprobe train --data images/ --preset small --steps 20000 --selection runs/mine --out runs/sync
+        layerprobe train --data digits --steps 500 --pair 2:5 --out runs/digits-sync
     """
     from layerprobe.analyses.runs import (
         CurvePlan,

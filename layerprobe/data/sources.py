@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import absolute_source, refuse_memory
-from layerprobe.options import DATA_PANEL, check_ranges, option, to_record
+from layerprobe.options import DATA_PANEL, MEDIA_PANEL, check_ranges, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.data.samples import Splits
@@ -48,21 +48,21 @@ class DataSource:
         num_test: Number of samples for the reported numbers; at most 5000 if not given.
     """
 
-    source: str = field(metadata=option("data"))
+    source: str = field(metadata=option("data", panel=DATA_PANEL))
     size: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=2**14))
     channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     split: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     data_root: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     image_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    modality: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    column: str | None = field(default=None, metadata=option(flag="--item-column", panel=DATA_PANEL))
-    length: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**7))
-    stride: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    root_joint: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    rate: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    form: str | None = field(default=None, metadata=option(flag="--audio-form", panel=DATA_PANEL))
-    mels: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=4096))
-    hop: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
+    modality: str | None = field(default=None, metadata=option(panel=MEDIA_PANEL))
+    column: str | None = field(default=None, metadata=option(flag="--item-column", panel=MEDIA_PANEL))
+    length: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**7))
+    stride: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    root_joint: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    rate: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    form: str | None = field(default=None, metadata=option(flag="--audio-form", panel=MEDIA_PANEL))
+    mels: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=4096))
+    hop: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
     skip_bad: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     vae: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     latent_scale: float | None = field(default=None, metadata=option(panel=DATA_PANEL))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from layerprobe.options import check_ranges, option
+from layerprobe.options import PROBING_PANEL, check_ranges, option
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ExtractionPlan:
     Raises:
         ValueError: If a value is out of its range, or a layer is named twice.
     """
+
+    PANEL: ClassVar[str] = PROBING_PANEL
 
     layers: tuple[str, ...] = ()
     noise_levels: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.5, 0.7, 0.9), metadata=option())

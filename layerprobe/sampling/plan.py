@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from layerprobe.options import check_ranges, option
+from layerprobe.options import SAMPLING_PANEL, check_ranges, option
 
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]
 Diffusion = Literal["sigma", "sbdm", "constant", "linear", "decreasing", "increasing-decreasing"]
@@ -38,6 +38,8 @@ class SamplingPlan:
     Raises:
         ValueError: If a value is out of its range.
     """
+
+    PANEL: ClassVar[str] = SAMPLING_PANEL
 
     solver: Solver = field(default="heun", metadata=option())
     steps: int = field(default=25, metadata=option(minimum=1, maximum=10**6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
 from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, check_ranges, option
@@ -57,6 +57,8 @@ class TrainingPlan:
     Raises:
         ValueError: If a value is out of its range.
     """
+
+    PANEL: ClassVar[str] = OPTIMIZER_PANEL
 
     steps: int = field(metadata=option(minimum=1, maximum=10**9))
     batch_size: int = field(default=128, metadata=option(panel=OPTIMIZER_PANEL, minimum=1, maximum=10**7))

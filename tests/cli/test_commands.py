@@ -26,15 +26,7 @@ from layerprobe import memory
 from layerprobe.checkpoints import save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
-from layerprobe.options import (
-    LAYERSYNC_PANEL,
-    LEARNING_PANEL,
-    NETWORK_PANEL,
-    OPTIMIZER_PANEL,
-    PROBING_PANEL,
-    RUNNING_PANEL,
-    option_fields,
-)
+from layerprobe.options import option_fields
 
 TRAIN = shlex.split(
     "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
@@ -490,14 +482,6 @@ def test_a_tracker_that_is_not_installed_is_exit_code_3(tmp_path: Path, refused,
     monkeypatch.setitem(sys.modules, "trackio", None)
     line = refused(*TRAIN, "--out", tmp_path / "t", "--tracker", "trackio", "--dry-run", code=3)
     assert "the tracker trackio needs a missing package" in line
-
-
-def test_the_help_of_train_is_in_parts(cli) -> None:
-    code, out, _ = cli("train", "--help")
-    assert code == 0
-    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert titles[0] == "Options"
-    assert titles[2:] == [NETWORK_PANEL, LAYERSYNC_PANEL, OPTIMIZER_PANEL, LEARNING_PANEL, RUNNING_PANEL, PROBING_PANEL]
 
 
 def test_of_two_processes_one_prints(tmp_path: Path) -> None:
