@@ -23,7 +23,8 @@ def atlas(
     start: Annotated[
         str,
         typer.Argument(
-            help="Start of all branches: a folder of `layerprobe train`, which they continue, or a checkpoint."
+            help="Start of all branches: a folder of `layerprobe train`, which they continue, or a checkpoint.",
+            callback=options.existing_checkpoint,
         ),
     ],
     *,

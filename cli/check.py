@@ -11,14 +11,18 @@ from layerprobe.analyses.selection import TRAINERS
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit
-from layerprobe.cli.parsing import blocks
+from layerprobe.cli.parsing import blocks, existing
 from layerprobe.options import TRAINER_PANEL
 
 
 @from_dataclasses()
 def check(
     configuration: Annotated[
-        Path, typer.Argument(help="Options of another trainer: JSON, TOML, YAML, or a script with a command line.")
+        Path,
+        typer.Argument(
+            help="Options of another trainer: JSON, TOML, YAML, or a script with a command line.",
+            callback=existing("configuration", "pass a file with the options of the training"),
+        ),
     ],
     *,
     trainer: Annotated[

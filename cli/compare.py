@@ -13,7 +13,10 @@ from layerprobe.options import OUTPUT_PANEL
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs, two or more; the first is the reference.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs, two or more; the first is the reference.", callback=options.existing_run),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the figures and tables.", rich_help_panel=OUTPUT_PANEL)] = Path(
         "runs/comparison"
     ),

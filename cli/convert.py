@@ -17,7 +17,11 @@ from layerprobe.options import OUTPUT_PANEL
 @from_dataclasses()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A .pt, .ckpt, .pkl, .safetensors or index file, or a folder of these.")
+        str,
+        typer.Argument(
+            help="A .pt, .ckpt, .pkl, .safetensors or index file, or a folder of these.",
+            callback=options.existing_checkpoint,
+        ),
     ],
     *,
     out: Annotated[

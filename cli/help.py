@@ -34,6 +34,17 @@ class HelpfulCommand(TyperCommand):
         text, _, examples = (self.help or "").partition(_EXAMPLES)
         _print(_usage(self, ctx), text, _panels(self, ctx), inspect.cleandoc(examples))
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Returns the words behind the name of the command: arguments, what is required, and the rest."""
+        kinds = _kinds(self.callback)
+        words = []
+        for parameter in sorted(self.get_params(ctx), key=lambda one: panel_of(one) != ARGUMENTS):
+            if panel_of(parameter) == ARGUMENTS:
+                words.append(_name(parameter) if parameter.required else f"[{_name(parameter)}]")
+            elif parameter.required:
+                words.append(f"{parameter.opts[0]} {kinds[parameter.name]}")
+        return [*words, "[OPTIONS]"]
+
 
 class HelpfulGroup(TyperGroup):
     """The application, with a help page of this module."""
@@ -46,7 +57,11 @@ class HelpfulGroup(TyperGroup):
             for panel, members in groupby(commands, key=lambda one: getattr(one, "rich_help_panel", None))
         ]
         own = [_row(parameter, "") for parameter in self.get_params(ctx)]
-        _print(f"{ctx.command_path} COMMAND [OPTIONS]", self.help or "", [*panels, ("Options", own)], self.epilog or "")
+        _print(_usage(self, ctx), self.help or "", [*panels, ("Options", own)], self.epilog or "")
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Returns the words behind the name of the application."""
+        return ["COMMAND", "[OPTIONS]"]
 
 
 def examples_of(command: Callable[..., Any]) -> list[str]:
@@ -63,15 +78,7 @@ def panel_of(parameter: Any) -> str:
 
 
 def _usage(command: Any, ctx: Any) -> str:
-    kinds = _kinds(command.callback)
-    words = [ctx.command_path]
-    for parameter in sorted(command.get_params(ctx), key=lambda one: panel_of(one) != ARGUMENTS):
-        if panel_of(parameter) == ARGUMENTS:
-            word = _name(parameter)
-            words.append(word if parameter.required else f"[{word}]")
-        elif parameter.required:
-            words.append(f"{parameter.opts[0]} {kinds[parameter.name]}")
-    return " ".join([*words, "[OPTIONS]"])
+    return " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
 
 
 def _panels(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -84,7 +91,7 @@ def _panels(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-def _kinds(command: Callable[..., Any]) -> dict[str, str]:
+def _kinds(command: Any) -> dict[str, str]:
     """Returns what each parameter takes, such as INT; "" for a switch."""
     return {name: _kind(one.annotation) for name, one in inspect.signature(command, eval_str=True).parameters.items()}
 

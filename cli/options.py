@@ -9,7 +9,12 @@ import typer
 
 from layerprobe.cli.config import read_config
 from layerprobe.cli.fields import Unset
+from layerprobe.cli.parsing import check_device, existing
+from layerprobe.files import PASS_CHECKPOINT
 from layerprobe.options import OPTIMIZER_PANEL, OUTPUT_PANEL, TRIAL_PANEL
+
+existing_run = existing("run", "pass a folder that `layerprobe probe` has made")
+existing_checkpoint = existing("checkpoint file", PASS_CHECKPOINT)
 
 Config = Annotated[
     Path | None,
@@ -29,9 +34,13 @@ Verbose = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and describe the work, but write nothing.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1, ...")]
-MeasuringDevice = Annotated[str, typer.Option(help="Device of the measures: auto, cpu, cuda, cuda:1, ...")]
-Run = Annotated[Path, typer.Argument(help="Run folder made by `layerprobe probe` or `quickstart`.")]
+Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1, ...", callback=check_device)]
+MeasuringDevice = Annotated[
+    str, typer.Option(help="Device of the measures: auto, cpu, cuda, cuda:1, ...", callback=check_device)
+]
+Run = Annotated[
+    Path, typer.Argument(help="Run folder made by `layerprobe probe` or `quickstart`.", callback=existing_run)
+]
 FromScratch = Annotated[
     bool,
     typer.Option(

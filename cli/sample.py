@@ -13,6 +13,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.data import DataSource
+from layerprobe.messages import unknown
 from layerprobe.options import CHECKPOINT_PANEL, OUTPUT_PANEL, SAMPLING_PANEL
 from layerprobe.sampling import SamplingPlan
 
@@ -73,7 +74,7 @@ def sample(
     from layerprobe.training import processes
 
     if file_format not in ("png", "npz"):
-        raise ValueError(f"unknown format {file_format!r}; use png or npz")
+        raise ValueError(unknown("format", file_format, ("png", "npz")))
     if file_format == "npz" and (frames is not None or data is not None):
         raise ValueError("--format npz is for images; leave out --frames and --data")
     plan = replace(plan, seed=seed)

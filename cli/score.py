@@ -10,7 +10,7 @@ import typer
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit, progress_bar
-from layerprobe.cli.parsing import names
+from layerprobe.cli.parsing import existing, names
 from layerprobe.data import DataSource
 from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
 
@@ -20,7 +20,8 @@ def score(
     samples: Annotated[
         Path,
         typer.Argument(
-            help="An .npz with uint8 (n, H, W, C) as arr_0, an .npy (n, C, ...) in [-1, 1], or a folder of `sample`."
+            help="An .npz with uint8 (n, H, W, C) as arr_0, an .npy (n, C, ...) in [-1, 1], or a folder of `sample`.",
+            callback=existing("file or folder of samples", "pass an .npz, an .npy or a folder of `layerprobe sample`"),
         ),
     ],
     *,

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoPick, AutoStop
 
 
-def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+def _flag(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
 @from_dataclasses(several_processes=True)
@@ -35,7 +35,13 @@ def train(
     data: Annotated[DataSource, without(*options.COUNTS)],
     out: Annotated[Path, _flag(OUTPUT_PANEL, "Folder of the training; repeat the command to continue it.")],
     start: Annotated[
-        str | None, _flag(CHECKPOINT_PANEL, "Checkpoint to start from instead of fresh weights.", "--from")
+        str | None,
+        _flag(
+            CHECKPOINT_PANEL,
+            "Checkpoint to start from instead of fresh weights.",
+            "--from",
+            callback=options.existing_checkpoint,
+        ),
     ] = None,
     network: NewNetwork,
     pair: Annotated[
@@ -44,7 +50,9 @@ def train(
             LAYERSYNC_PANEL, "Pair to align, student:teacher such as 2:5, or 2:5:0.5 for half the weight; repeatable."
         ),
     ] = None,
-    selection: Annotated[Path | None, _flag(LAYERSYNC_PANEL, "Run folder whose pick is aligned.")] = None,
+    selection: Annotated[
+        Path | None, _flag(LAYERSYNC_PANEL, "Run folder whose pick is aligned.", callback=options.existing_run)
+    ] = None,
     sync: Annotated[
         str | None, _flag(LAYERSYNC_PANEL, "auto to choose the pair during the training, without labels.")
     ] = None,

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from layerprobe.messages import unknown
 from layerprobe.options import PROBING_PANEL, check_ranges, option
 
 
@@ -74,7 +75,7 @@ class ExtractionPlan:
             )
         for name, choices in (("condition", ("null", "label")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use {' or '.join(choices)}")
+                raise ValueError(unknown(name, getattr(self, name), choices))
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
+from layerprobe.messages import unknown
 from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, check_ranges, option
 
 TimeSampling = Literal["uniform", "logit-normal"]
@@ -94,10 +95,10 @@ class TrainingPlan:
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of the alignment must be finite, got {self.weight}")
         if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"unknown precision {self.precision!r}; use float32 or bfloat16")
+            raise ValueError(unknown("precision", self.precision, ("float32", "bfloat16")))
         for name, choices in (("time_sampling", TimeSampling), ("loss_weighting", LossWeighting)):
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}")
+                raise ValueError(unknown(name, getattr(self, name), get_args(choices)))
         for name in ("time_std", "snr_gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
