@@ -13,6 +13,7 @@ from layerprobe.cli.output import emit, progress_bar, tell_reading
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import SyncOptions
+from layerprobe.options import LAYERSYNC_PANEL, OUTPUT_PANEL, TRIAL_PANEL
 from layerprobe.progress import named_progress
 from layerprobe.training import TrainingPlan
 
@@ -22,12 +23,16 @@ def atlas(
     start: Annotated[
         str,
         typer.Argument(
-            help="Start of all branches: a folder of `layerprobe train`, which they continue, or a checkpoint."
+            help="Start of all branches: a folder of `layerprobe train`, which they continue, or a checkpoint.",
+            callback=options.existing_checkpoint,
         ),
     ],
     *,
     data: Annotated[DataSource, without(*options.COUNTS)],
-    out: Annotated[Path, typer.Option(help="Folder of the pair sweep; repeat the command to continue it.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the pair sweep; repeat the command to continue it.", rich_help_panel=OUTPUT_PANEL),
+    ],
     training_options: Annotated[
         Given,
         only(
@@ -39,13 +44,21 @@ def atlas(
     ],
     pair: Annotated[
         list[str] | None,
-        typer.Option(help="Pair to train, student:teacher such as 2:5; may be repeated; all pairs if not given."),
+        typer.Option(
+            help="Pair to train, student:teacher such as 2:5; may be repeated; all pairs if not given.",
+            rich_help_panel=LAYERSYNC_PANEL,
+        ),
     ] = None,
     from_scratch: options.FromScratch = False,
     shard: Annotated[
-        str, typer.Option(help="Part of the branches to train: i/N is every N-th from the i-th on.")
+        str,
+        typer.Option(
+            help="Part of the branches to train: i/N is every N-th from the i-th on.", rich_help_panel=TRIAL_PANEL
+        ),
     ] = "1/1",
-    num_seeds: Annotated[int, typer.Option(min=1, help="Number of branches per pair.")] = 1,
+    num_seeds: Annotated[
+        int, typer.Option(min=1, help="Number of branches per pair.", rich_help_panel=TRIAL_PANEL)
+    ] = 1,
     num_evaluations: options.NumEvaluations = 1,
     num_samples: options.NumSamples = 1000,
     sync_options: SyncOptions,
@@ -56,7 +69,14 @@ def atlas(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Train every layer pair and a baseline from one start, and report the benefit of each pair."""
+    """Train every layer pair and a baseline from one start, and report the benefit of each pair.
+
+    Examples:
+        # How many branches would it train?
+        layerprobe atlas runs/plain --data images/ --steps 500 --out runs/sweep --dry-run
+        # Two pairs, the first half of the branches; another machine trains 2/2.
+        layerprobe atlas digits --data digits --steps 200 --pair 1:3 --pair 2:4 --shard 1/2 --out runs/sweep
+    """
     from layerprobe.analyses.runs import (
         describe_pair_sweep,
         pair_sweep_run,

@@ -9,15 +9,28 @@ import typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import emit
+from layerprobe.options import OUTPUT_PANEL
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs, two or more; the first is the reference.")],
-    out: Annotated[Path, typer.Option(help="Folder of the figures and tables.")] = Path("runs/comparison"),
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs, two or more; the first is the reference.", callback=options.existing_run),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the figures and tables.", rich_help_panel=OUTPUT_PANEL)] = Path(
+        "runs/comparison"
+    ),
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Compare runs: quality curves, differences with intervals, and the most alike layers of two networks."""
+    """Compare runs: quality curves, differences with intervals, and the most alike layers of two networks.
+
+    Examples:
+        # Two checkpoints of one training, against the first.
+        layerprobe compare runs/step-10k runs/step-50k
+        # Several runs, into a folder of your choice.
+        layerprobe compare runs/base runs/lora runs/full --out runs/three
+    """
     from layerprobe.analyses.runs import compare_runs
 
     comparison = compare_runs(runs, out)

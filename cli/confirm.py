@@ -12,6 +12,7 @@ from layerprobe.cli.fields import Given, changed, from_dataclasses, only
 from layerprobe.cli.output import emit, progress_bar, span, tell_reading, warn
 from layerprobe.cli.parsing import names
 from layerprobe.layersync import SyncOptions
+from layerprobe.options import TRIAL_PANEL
 from layerprobe.training import TrainingPlan
 
 
@@ -29,18 +30,23 @@ def confirm(
             learning_rate=options.AS_TRAINED,
         ),
     ],
-    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds, at least two.")] = 3,
+    num_seeds: Annotated[
+        int, typer.Option(min=2, help="Number of seeds, at least two.", rich_help_panel=TRIAL_PANEL)
+    ] = 3,
     stop_early: Annotated[
         bool,
         typer.Option(
-            "--stop-early", help="Compare after every seed from the third on, and stop once the verdict is clear."
+            "--stop-early",
+            help="Compare after every seed from the third on, and stop once the verdict is clear.",
+            rich_help_panel=TRIAL_PANEL,
         ),
     ] = False,
     arms: Annotated[
         str | None,
         typer.Option(
             help="Arms, separated by commas, of none,pick,prior,same-distance,runner-up,random:2,learning-rate,sra,"
-            "pick+noise-gap:0.2,bad; none,pick,prior,same-distance,bad if not given."
+            "pick+noise-gap:0.2,bad; none,pick,prior,same-distance,bad if not given.",
+            rich_help_panel=TRIAL_PANEL,
         ),
     ] = None,
     from_scratch: options.FromScratch = False,
@@ -49,11 +55,13 @@ def confirm(
     spread: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of a difference over seeds, as a share of the distance; for the forecast only."
+            help="Standard deviation of a difference over seeds, as a share of the distance; for the forecast only.",
+            rich_help_panel=TRIAL_PANEL,
         ),
     ] = None,
     pilot: Annotated[
-        Path | None, typer.Option(help="Another confirmed run, or a pair sweep, whose spread is used.")
+        Path | None,
+        typer.Option(help="Another confirmed run, or a pair sweep, whose spread is used.", rich_help_panel=TRIAL_PANEL),
     ] = None,
     sync_options: SyncOptions,
     seed: options.Seed = 0,
@@ -63,7 +71,14 @@ def confirm(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Train with and without the pick, seed by seed, and say whether it helps."""
+    """Train with and without the pick, seed by seed, and say whether it helps.
+
+    Examples:
+        # How long would it take, and which difference could it find?
+        layerprobe confirm runs/mine --steps 1000 --dry-run
+        # Five seeds, with two random pairs and a pair that breaks the rules as controls.
+        layerprobe confirm runs/mine --num-seeds 5 --arms none,pick,random:2,bad
+    """
     from layerprobe.analyses.experiments import missing_arms
     from layerprobe.analyses.runs import (
         confirm_run,

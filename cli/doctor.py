@@ -7,7 +7,14 @@ from layerprobe.cli.output import emit
 
 
 def doctor(as_json: options.Json = False, config: options.Config = None) -> None:
-    """Print versions and devices of this machine, and check that the embedded model runs."""
+    """Print versions and devices of this machine, and check that the embedded model runs.
+
+    Examples:
+        # For a report of a problem.
+        layerprobe doctor
+        # For a script.
+        layerprobe doctor --json
+    """
     from layerprobe.analyses.runs import examine_machine
 
     record = examine_machine()

@@ -28,10 +28,13 @@ from warnings import catch_warnings, simplefilter
 import typer
 
 from layerprobe.cli.parsing import integers, names, numbers
+from layerprobe.messages import as_written, unknown
 from layerprobe.options import OptionField, option_fields
 from layerprobe.ranks import processes
 
 Command = Callable[..., None]
+# Variables by which torchrun and srun number the processes that they start together.
+_STARTED = {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}
 # Options that a command gets as a dictionary by field; those that were not given are missing.
 Given = dict[str, Any]
 
@@ -122,9 +125,12 @@ class Group:
                 )
             return None
         try:
-            return self.cls(**fields)
+            built = self.cls(**fields)
         except ValueError as error:
             raise ValueError(_with_flags(str(error), self.options)) from error
+        if hasattr(built, "check"):  # of what a command would open, before it imports what opens it
+            built.check()
+        return built
 
     def _default(self, option: OptionField) -> Any:
         if self.optional and option.required:
@@ -153,7 +159,7 @@ def from_dataclasses(*, several_processes: bool = False) -> Callable[[Command], 
             parameters += [parameter] if group is None else group.parameters()
 
         def call(**values: Any) -> None:
-            with _processes() if several_processes else nullcontext():
+            with _processes() if several_processes and _STARTED & set(os.environ) else nullcontext():
                 for group in groups:
                     values[group.parameter] = group.value(values)
                 command(**values)
@@ -252,10 +258,12 @@ def _parameter(option: OptionField, default: Any) -> inspect.Parameter:
 def _parsed(value: Any, option: OptionField) -> Any:
     if option.value is not None:
         return option.value
-    if option.choices and value.lower() not in option.choices:
-        raise ValueError(f"unknown {option.flag} {value!r}; use {', '.join(option.choices)}")
+    if option.choices:
+        value = as_written(value, option.choices)
+        if value not in option.choices:
+            raise ValueError(unknown(option.flag, value, option.choices))
     if get_origin(option.type) is not tuple:
-        return value.lower() if option.choices else value
+        return value
     kind, *rest = get_args(option.type)
     if kind is str:
         return tuple(names(value))

@@ -14,6 +14,7 @@ from layerprobe.cli.fields import from_dataclasses, without
 from layerprobe.cli.output import emit
 from layerprobe.data import DataSource
 from layerprobe.messages import MAX_MESSAGE, safe
+from layerprobe.options import OUTPUT_PANEL
 
 # What the description of a checkpoint has rows of its own for, and other names for its keys.
 _NOT_ROWS = ("layers", "training", "assumptions", "data_at_time", "noise_at_time")
@@ -26,7 +27,9 @@ def inspect(
     checkpoint: CheckpointSource | None,
     *,
     data: Annotated[DataSource | None, without(*options.COUNTS)],
-    out: Annotated[Path | None, typer.Option(help="Folder for peek.png, a picture of some samples.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for peek.png, a picture of some samples.", rich_help_panel=OUTPUT_PANEL)
+    ] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -34,6 +37,14 @@ def inspect(
 
     For a checkpoint: layers, shapes, schedule, prediction, training; with --data also whether schedule and prediction
     fit the weights. For --data alone: columns, lengths, classes, unreadable items.
+
+    Examples:
+        # What layerprobe reads of a checkpoint.
+        layerprobe inspect model.safetensors
+        # Do its schedule and its prediction fit the weights?
+        layerprobe inspect digits --data digits
+        # What is in a data set, with a picture of it.
+        layerprobe inspect --data images/ --out peek/
     """
     if checkpoint is not None:
         if out is not None:

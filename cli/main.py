@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from layerprobe import __version__
 from layerprobe.cli.fields import shares_work
+from layerprobe.cli.help import HelpfulCommand, HelpfulGroup
 from layerprobe.cli.output import tell, warn
 from layerprobe.determinism import is_refusal
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
@@ -39,10 +39,19 @@ def _print_version(wanted: bool) -> None:
 
 app = typer.Typer(
     name="layerprobe",
+    cls=HelpfulGroup,
     help="Measure what each layer of a diffusion model knows, pick which should teach which, prove it by training.",
+    epilog="# A minute on two cores, nothing to download.\n"
+    "layerprobe quickstart\n"
+    "# Then your own: what is read of it, and the whole measurement.\n"
+    "layerprobe inspect model.safetensors\n"
+    "layerprobe probe model.safetensors --data images/ --out runs/mine\n"
+    "# The options of a command, with examples.\n"
+    "layerprobe probe --help",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # an error of usage is plain lines, not a box
 )
 
 
@@ -55,39 +64,38 @@ def about(
     """Takes the options that belong to no command."""
 
 
-# The commands in the order of the help, each with the file of cli/ that it is in.
+# The commands in the order of the help, below their headings, each with the file of cli/ that it is in.
 FILES = {
-    "quickstart": "quickstart",
-    "inspect": "inspect",
-    "probe": "probe",
-    "extract": "probe",
-    "analyze": "probe",
-    "select": "select",
-    "compare": "compare",
-    "check": "check",
-    "plot": "plot",
-    "report": "report",
-    "train": "train",
-    "sample": "sample",
-    "score": "score",
-    "confirm": "confirm",
-    "atlas": "atlas",
-    "convert": "convert",
-    "doctor": "doctor",
+    "Measure": {
+        "quickstart": "quickstart",
+        "inspect": "inspect",
+        "probe": "probe",
+        "extract": "probe",
+        "analyze": "probe",
+    },
+    "Read a run": {
+        "select": "select",
+        "compare": "compare",
+        "plot": "plot",
+        "report": "report",
+    },
+    "Train and test the pick": {
+        "train": "train",
+        "confirm": "confirm",
+        "atlas": "atlas",
+        "sample": "sample",
+        "score": "score",
+    },
+    "Files and machine": {
+        "check": "check",
+        "convert": "convert",
+        "doctor": "doctor",
+    },
 }
 
 
-class _Command(TyperCommand):
-    """A command of one process or several.
-
-    Its help page leaves out the names of environment variables, which would make it twice as long.
-    """
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        parameters: list[Any] = super().get_params(ctx)
-        for parameter in parameters:
-            parameter.show_envvar = False
-        return parameters
+class _Command(HelpfulCommand):
+    """A command of one process or several."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command, in the first process alone if it does not share its work."""
@@ -99,9 +107,13 @@ class _Command(TyperCommand):
         return super().invoke(ctx)
 
 
-COMMANDS = tuple(getattr(import_module(f"layerprobe.cli.{file}"), name) for name, file in FILES.items())
-for command in COMMANDS:
-    app.command(cls=_Command)(command)
+COMMANDS = tuple(
+    getattr(import_module(f"layerprobe.cli.{file}"), name) for files in FILES.values() for name, file in files.items()
+)
+for panel, files in FILES.items():
+    for command in COMMANDS:
+        if command.__name__ in files:
+            app.command(cls=_Command, rich_help_panel=panel)(command)
 
 
 def main() -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from layerprobe.files import check_there, is_no_path
+
+T = TypeVar("T")
+# As torch names them; whether there is one, and whether it computes in float64, is asked later.
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "mtia", "privateuseone")
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -19,6 +26,30 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text} is not a list of whole numbers; write them as 3,32,32") from None
+
+
+def check_device(device: str) -> str:
+    """Refuses what is the name of no device, before torch is imported to ask it for one."""
+    if device.partition(":")[0] not in _DEVICES:
+        raise ValueError(f"unknown --device {device!r}; use auto, cpu or cuda, or cuda:1 for the second GPU")
+    return device
+
+
+def existing(what: str, advice: str) -> Callable[[T], T]:
+    """Returns a function that refuses a path at which there is nothing, before anything is imported for it.
+
+    Args:
+        what: What the path is of, such as "run".
+        advice: What to do if there is none.
+    """
+
+    def check(value: T) -> T:
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not (isinstance(path, str) and is_no_path(path)):
+                check_there(path, what, advice)
+        return value
+
+    return check
 
 
 def names(text: str) -> list[str]:

@@ -15,12 +15,16 @@ from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.options import OUTPUT_PANEL, PROBING_PANEL
 from layerprobe.ranks import current
 
 if TYPE_CHECKING:
     from layerprobe.analyses.runs import RunPlan
 
-Out = Annotated[Path, typer.Option(help="Run folder; repeat the command to continue an interrupted run.")]
+Out = Annotated[
+    Path,
+    typer.Option(help="Run folder; repeat the command to continue an interrupted run.", rich_help_panel=OUTPUT_PANEL),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows per forward pass.")]
 TrustConvention = Annotated[
     bool,
@@ -48,7 +52,16 @@ def probe(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Measure every layer at every noise level, pick student and teacher, draw figures and a report."""
+    """Measure every layer at every noise level, pick student and teacher, draw figures and a report.
+
+    Examples:
+        # Your checkpoint and a folder of images, a folder per class.
+        layerprobe probe model.safetensors --data images/ --out runs/mine
+        # The embedded model, quickly: two noise levels, few samples.
+        layerprobe probe digits --data digits --noise-levels 0.2,0.6 --num-train 500 --out runs/digits
+        # Some layers of a diffusers model on latents; only tell what would be done.
+        layerprobe probe ./sana --data latents/ --layers 'transformer_blocks.*' --out runs/sana --dry-run
+    """
     from layerprobe.analyses.runs import describe_convention, probe_run
 
     plan = _plan(checkpoint, data, extraction, seed)
@@ -85,7 +98,14 @@ def extract(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Only read the layers, on a machine with the model; `analyze` continues with the run folder on any machine."""
+    """Only read the layers, on a machine with the model; `analyze` continues with the run folder on any machine.
+
+    Examples:
+        # On the machine with the GPU.
+        layerprobe extract model.safetensors --data images/ --out runs/mine --device cuda
+        # How large would the features be, and how long would it take?
+        layerprobe extract digits --data digits --draws 2 --out runs/digits --dry-run
+    """
     from layerprobe.analyses.runs import describe_convention, describe_copies, extract_run
 
     plan = _plan(checkpoint, data, extraction, seed)
@@ -113,12 +133,16 @@ def analyze(
     *,
     analysis: Annotated[
         list[str] | None,
-        typer.Option(help="Analysis of your own to run as well, as file.py:function; may be repeated."),
+        typer.Option(
+            help="Analysis of your own to run as well, as file.py:function; may be repeated.",
+            rich_help_panel=PROBING_PANEL,
+        ),
     ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function."
+            help="Encoder to compare the layers with: a transformers folder such as DINOv2, or file.py:function.",
+            rich_help_panel=PROBING_PANEL,
         ),
     ] = None,
     extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
@@ -129,7 +153,14 @@ def analyze(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Measure the features of a run again, pick, draw and report."""
+    """Measure the features of a run again, pick, draw and report.
+
+    Examples:
+        # The features of a run, after an update of layerprobe or after `extract`.
+        layerprobe analyze runs/mine
+        # Beside them, how alike each layer is to the features of an encoder.
+        layerprobe analyze runs/mine --encoder ./dinov2-base
+    """
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES

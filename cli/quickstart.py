@@ -11,6 +11,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar
+from layerprobe.options import OUTPUT_PANEL, TRIAL_PANEL
 from layerprobe.training import TrainingPlan
 
 _YOUR_OWN = (
@@ -23,12 +24,19 @@ TRIAL_STEPS = 600
 @from_dataclasses()
 def quickstart(
     *,
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Run folder.", rich_help_panel=OUTPUT_PANEL)] = Path("runs/quickstart"),
     confirm: Annotated[
-        bool, typer.Option("--confirm", help="Train a short trial of the pick from scratch, beside the recorded one.")
+        bool,
+        typer.Option(
+            "--confirm",
+            help="Train a short trial of the pick from scratch, beside the recorded one.",
+            rich_help_panel=TRIAL_PANEL,
+        ),
     ] = False,
     training: Annotated[Given, only(TrainingPlan, "steps", steps=TRIAL_STEPS)],
-    num_seeds: Annotated[int, typer.Option(min=2, help="Number of seeds of the trial.")] = 3,
+    num_seeds: Annotated[
+        int, typer.Option(min=2, help="Number of seeds of the trial.", rich_help_panel=TRIAL_PANEL)
+    ] = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     deterministic: options.Deterministic = False,
@@ -38,7 +46,14 @@ def quickstart(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Probe the embedded digits model and pick a pair: about a minute on two cores, no download."""
+    """Probe the embedded digits model and pick a pair: about a minute on two cores, no download.
+
+    Examples:
+        # Everything at once; then open runs/quickstart/report.html.
+        layerprobe quickstart
+        # Also train with and without the pick, from scratch.
+        layerprobe quickstart --confirm --steps 300 --out runs/trial
+    """
     from layerprobe.analyses.runs import quickstart_run, quickstart_trial
     from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
 

@@ -8,7 +8,14 @@ from layerprobe.files import holder
 
 
 def report(run: options.Run, as_json: options.Json = False, config: options.Config = None) -> None:
-    """Write report.html, one self-contained page."""
+    """Write report.html, one self-contained page.
+
+    Examples:
+        # Again, after `plot` or `confirm`, or of a run that was interrupted.
+        layerprobe report runs/mine
+        # For a script: the path as JSON.
+        layerprobe report runs/mine --json
+    """
     from layerprobe.analyses.report import write_report
 
     if who := holder(run):

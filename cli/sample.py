@@ -14,6 +14,8 @@ from layerprobe.cli.fields import Given, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.messages import unknown
+from layerprobe.options import CHECKPOINT_PANEL, OUTPUT_PANEL, SAMPLING_PANEL
 from layerprobe.sampling import SamplingPlan
 
 
@@ -21,21 +23,36 @@ from layerprobe.sampling import SamplingPlan
 def sample(
     checkpoint: CheckpointSource,
     *,
-    out: Annotated[Path, typer.Option(help="Folder for samples.png, .svg, .npy, .gif and wav/, or samples.npz.")],
-    num: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 100,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for samples.png, .svg, .npy, .gif and wav/, or samples.npz.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ],
+    num: Annotated[int, typer.Option(min=1, help="Number of samples.", rich_help_panel=SAMPLING_PANEL)] = 100,
     file_format: Annotated[
         str,
-        typer.Option("--format", help="png for pictures, sound and arrays; npz for uint8 images for ADM's evaluation."),
+        typer.Option(
+            "--format",
+            help="png for pictures, sound and arrays; npz for uint8 images for ADM's evaluation.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = "png",
     frames: Annotated[
-        int | None, typer.Option(help="Length of every sample in time; as in the training data if not given.")
+        int | None,
+        typer.Option(
+            help="Length of every sample in time; as in the training data if not given.", rich_help_panel=SAMPLING_PANEL
+        ),
     ] = None,
     plan: SamplingPlan,
     extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch, with npz.")] = 256,
     vae: Annotated[
         str | None,
-        typer.Option(help="Folder of the diffusers AutoencoderKL that decodes the samples, if they are latents."),
+        typer.Option(
+            help="Folder of the diffusers AutoencoderKL that decodes the samples, if they are latents.",
+            rich_help_panel=CHECKPOINT_PANEL,
+        ),
     ] = None,
     # Samples of latents are decoded by --vae; their data does not show what they represent.
     data: Annotated[DataSource | None, without("vae", "latent_scale", *options.COUNTS)],
@@ -49,12 +66,18 @@ def sample(
     """Draw samples, one class after another if the model has classes; several processes share an npz.
 
     --data is the data that the model was trained on, if the checkpoint does not say what samples represent.
+
+    Examples:
+        # A picture of 64 samples.
+        layerprobe sample runs/plain/model.safetensors --num 64 --out samples/
+        # An archive for an evaluation, with guidance, on a GPU.
+        layerprobe sample model.safetensors --format npz --num 50000 --guidance 1.5 --device cuda --out archive/
     """
     from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning
     from layerprobe.ranks import processes
 
     if file_format not in ("png", "npz"):
-        raise ValueError(f"unknown format {file_format!r}; use png or npz")
+        raise ValueError(unknown("format", file_format, ("png", "npz")))
     if file_format == "npz" and (frames is not None or data is not None):
         raise ValueError("--format npz is for images; leave out --frames and --data")
     plan = replace(plan, seed=seed)

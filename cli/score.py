@@ -10,9 +10,10 @@ import typer
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar
-from layerprobe.cli.parsing import names
+from layerprobe.cli.parsing import existing, names
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
+from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
 
 
 @from_dataclasses()
@@ -20,7 +21,8 @@ def score(
     samples: Annotated[
         Path,
         typer.Argument(
-            help="An .npz with uint8 (n, H, W, C) as arr_0, an .npy (n, C, ...) in [-1, 1], or a folder of `sample`."
+            help="An .npz with uint8 (n, H, W, C) as arr_0, an .npy (n, C, ...) in [-1, 1], or a folder of `sample`.",
+            callback=existing("file or folder of samples", "pass an .npz, an .npy or a folder of `layerprobe sample`"),
         ),
     ],
     *,
@@ -29,20 +31,31 @@ def score(
         str | None,
         typer.Option(
             help="Feature extractor: a transformers folder, a TorchScript file or file.py:function; one is trained on "
-            "the data if not given."
+            "the data if not given.",
+            rich_help_panel=PROBING_PANEL,
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="Metrics, separated by commas.")
+        str, typer.Option(help="Metrics, separated by commas.", rich_help_panel=PROBING_PANEL)
     ] = "frechet,kernel,precision,recall,density,coverage",
     neighbors: Annotated[
-        int, typer.Option(min=1, help="Number of neighbors k of precision, recall, density and coverage.")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of neighbors k of precision, recall, density and coverage.",
+            rich_help_panel=PROBING_PANEL,
+        ),
     ] = 5,
     num_test: Annotated[
-        int | None, typer.Option(help="Number of samples of the test split to compare with; all if not given.")
+        int | None,
+        typer.Option(
+            help="Number of samples of the test split to compare with; all if not given.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores.csv and scores.json.", rich_help_panel=OUTPUT_PANEL)
     ] = None,
     extraction_options: Annotated[Given, only(ExtractionPlan, "precision")],
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     deterministic: options.Deterministic = False,
@@ -53,6 +66,12 @@ def score(
     """Score samples against real data in the features of an extractor, with intervals and warnings.
 
     They are compared with the test split of --data, or with an .npz or .npy file given there.
+
+    Examples:
+        # Samples of `layerprobe sample` against the images that the model was trained on.
+        layerprobe score samples/ --data images/ --out scores/
+        # Two archives, by the features of an encoder, two metrics.
+        layerprobe score archive/samples.npz --data real.npz --extractor ./dinov2-base --metrics frechet,precision
     """
     from dataclasses import asdict
 

@@ -11,6 +11,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.output import emit
 from layerprobe.cli.parsing import blocks, names
+from layerprobe.options import OUTPUT_PANEL, RANKING_PANEL, TRAINER_PANEL
 
 
 @from_dataclasses()
@@ -19,15 +20,30 @@ def select(
     *,
     criteria: Annotated[
         str | None,
-        typer.Option(help="Criteria to rank by, with equal weights: 'CKA,recoverability gap'."),
+        typer.Option(
+            help="Criteria to rank by, with equal weights: 'CKA,recoverability gap'.", rich_help_panel=RANKING_PANEL
+        ),
     ] = None,
-    label_free: Annotated[bool, typer.Option("--label-free", help="Rank without anything that needs labels.")] = False,
+    label_free: Annotated[
+        bool,
+        typer.Option("--label-free", help="Rank without anything that needs labels.", rich_help_panel=RANKING_PANEL),
+    ] = False,
     limits: PairLimits,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Make this the run's own selection, which confirm, plot and report use.")
+        bool,
+        typer.Option(
+            "--keep",
+            help="Make this the run's own selection, which confirm, plot and report use.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = False,
     trainer: Annotated[
-        str | None, typer.Option("--for", help=f"Also write the pick as another trainer does: {', '.join(TRAINERS)}.")
+        str | None,
+        typer.Option(
+            "--for",
+            help=f"Also write the pick as another trainer does: {', '.join(TRAINERS)}.",
+            rich_help_panel=TRAINER_PANEL,
+        ),
     ] = None,
     num_blocks: Annotated[
         str | None,
@@ -35,12 +51,22 @@ def select(
             "--blocks",
             help="For --for: all blocks of the network, such as 28 or double_blocks:19,single_blocks:38; needed if "
             "the run measured only the layers of --layers.",
+            rich_help_panel=TRAINER_PANEL,
         ),
     ] = None,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Rank the layer pairs of a run again, with reasons, and name layers for other uses; a what-if without --keep."""
+    """Rank the layer pairs of a run again, with reasons, and name layers for other uses; a what-if without --keep.
+
+    Examples:
+        # What would be picked without labels? Nothing is changed.
+        layerprobe select runs/mine --label-free
+        # Rank by other criteria, and make that the run's own pick.
+        layerprobe select runs/mine --criteria 'CKA,recoverability gap' --keep
+        # The pick as the options of another trainer.
+        layerprobe select runs/mine --for simpletuner --blocks 28
+    """
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import (
         RunFolder,

@@ -17,7 +17,7 @@ from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
-from layerprobe.options import LAYERSYNC_PANEL, PROBING_PANEL, RUNNING_PANEL
+from layerprobe.options import CHECKPOINT_PANEL, LAYERSYNC_PANEL, OUTPUT_PANEL, PROBING_PANEL, RUNNING_PANEL
 from layerprobe.progress import TaskProgress
 from layerprobe.training import TrainingPlan
 
@@ -25,17 +25,23 @@ if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoPick, AutoStop
 
 
-def _flag(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+def _flag(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
 @from_dataclasses(several_processes=True)
 def train(
     *,
     data: Annotated[DataSource, without(*options.COUNTS)],
-    out: Annotated[Path, typer.Option(help="Folder of the training; repeat the command to continue it.")],
+    out: Annotated[Path, _flag(OUTPUT_PANEL, "Folder of the training; repeat the command to continue it.")],
     start: Annotated[
-        str | None, typer.Option("--from", help="Checkpoint to start from instead of fresh weights.")
+        str | None,
+        _flag(
+            CHECKPOINT_PANEL,
+            "Checkpoint to start from instead of fresh weights.",
+            "--from",
+            callback=options.existing_checkpoint,
+        ),
     ] = None,
     network: NewNetwork,
     pair: Annotated[
@@ -44,7 +50,9 @@ def train(
             LAYERSYNC_PANEL, "Pair to align, student:teacher such as 2:5, or 2:5:0.5 for half the weight; repeatable."
         ),
     ] = None,
-    selection: Annotated[Path | None, _flag(LAYERSYNC_PANEL, "Run folder whose pick is aligned.")] = None,
+    selection: Annotated[
+        Path | None, _flag(LAYERSYNC_PANEL, "Run folder whose pick is aligned.", callback=options.existing_run)
+    ] = None,
     sync: Annotated[
         str | None, _flag(LAYERSYNC_PANEL, "auto to choose the pair during the training, without labels.")
     ] = None,
@@ -99,6 +107,13 @@ def train(
     """Train a SiT on the training split of a data set, with LayerSync if a pair is given, in one or several processes.
 
     Several processes are started by `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or by srun.
+
+    Examples:
+        # A small model of your images, without LayerSync.
+        layerprobe train --data images/ --preset small --steps 20000 --out runs/plain
+        # The same with the pick of a run, or with a pair that you name.
+        layerprobe train --data images/ --preset small --steps 20000 --selection runs/mine --out runs/sync
+        layerprobe train --data digits --steps 500 --pair 2:5 --out runs/digits-sync
     """
     from layerprobe.analyses.runs import (
         CurvePlan,

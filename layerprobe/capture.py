@@ -262,7 +262,8 @@ def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
         if pattern in lists:
             raise ValueError(f"{pattern} is a list of modules, which never runs itself; name its parts, {pattern}.*")
         if not any(expression.fullmatch(name) for name in names):
-            raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}")
+            hint = f"; did you mean {similar}?" if (similar := _similar_name(module, pattern)) else ""
+            raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}{hint}")
     return tuple(name for name in names if any(e.fullmatch(name) for e in expressions))
 
 
@@ -272,8 +273,10 @@ def _similar_name(module: nn.Module, name: str) -> str | None:
     wrapped = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
     if wrapped:
         return sorted(wrapped, key=len)[0]
-    numbers = re.findall(r"\d+", name)
-    close = get_close_matches(name, [other for other in names if re.findall(r"\d+", other) == numbers], n=1)
+    if "*" in name:
+        names += dict.fromkeys(re.sub(r"\b\d+\b", "*", other) for other in names)
+    numbers = re.findall(r"\d+|\*", name)
+    close = get_close_matches(name, [other for other in names if re.findall(r"\d+|\*", other) == numbers], n=1)
     return close[0] if close else None
 
 

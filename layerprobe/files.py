@@ -22,10 +22,35 @@ from textwrap import shorten
 from typing import Any, ParamSpec, TextIO, TypeVar
 from uuid import uuid4
 
-from layerprobe.messages import safe
+from layerprobe.messages import closest, safe
 
 logger = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
+EMBEDDED = "digits"  # the checkpoint and the data set in the package
+PASS_CHECKPOINT = "pass a .safetensors or .pt file, or a folder"
+REMOTE = "hf://"  # how a model of the Hub begins that is to be downloaded
+# By the class of an error of the Hub's client, or by the status of the answer; what tells more comes first.
+_HUB_FAILURES: dict[str | int, str] = {
+    "GatedRepoError": "{name} is gated on the Hub; accept its terms on its page there, then run `hf auth login`",
+    "OfflineModeIsEnabled": "the Hub is switched off, and {name} is not in its cache; unset HF_HUB_OFFLINE and "
+    "HF_DATASETS_OFFLINE, or pass the path of a copy",
+    "LocalTokenNotFoundError": "{name} needs a token of the Hub; run `hf auth login`, or set HF_TOKEN",
+    "RevisionNotFoundError": "{name} has no such revision on the Hub; pass one that it has",
+    **dict.fromkeys(
+        ("RepositoryNotFoundError", "DatasetNotFoundError"),
+        "the Hub has no {name}, or it is private; check the spelling, or run `hf auth login`",
+    ),
+    401: "the Hub does not take your token; run `hf auth login` again, or correct HF_TOKEN",
+    403: "your token may not read {name}; make one with read access, then run `hf auth login`",
+    429: "the Hub has had too many requests from you; wait some minutes, or log in with `hf auth login`",
+    **dict.fromkeys((500, 502, 503, 504), "the Hub fails at the moment; try again later, or pass the path of a copy"),
+    **dict.fromkeys(
+        ("ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "Timeout", "ProxyError"),
+        "the Hub cannot be reached for {name}; check the connection and the proxy, or pass the path of a copy",
+    ),
+    "LocalEntryNotFoundError": "{name} is not in the Hub's cache; download it, or pass the path of a copy",
+}
+_SUFFIXES_OF_WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".npz")
 _INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
 
@@ -350,6 +375,64 @@ def refuse_memory(source: str, what: str) -> None:
         )
 
 
+def is_hub_name(source: str) -> bool:
+    """Returns whether a source is "owner/name" on the Hub; "images/cats" beside a folder images is a mistyped path."""
+    matches = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
+    return matches and not Path(source).parent.exists() and Path(source).suffix not in _SUFFIXES_OF_WEIGHTS
+
+
+def hub_error_line(name: str, error: BaseException) -> str:
+    """Returns why the Hub did not give a model or a data set, and what to do, in one line.
+
+    Args:
+        name: "owner/name".
+        error: What its client raised; it may have been raised by, or after, the error that tells the reason.
+    """
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None and earlier not in chain:
+        chain.append(earlier)
+    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    codes = [getattr(getattr(one, "response", None), "status_code", 0) for one in chain]
+    for known, line in _HUB_FAILURES.items():
+        if known in kinds or known in codes:
+            return line.format(name=name)
+    return f"the Hub did not give {name} ({one_line(chain[-1])}); try again, or download it and pass its path"
+
+
+def is_no_path(source: str) -> bool:
+    """Returns whether a source is embedded, an object in memory, a name on the Hub, a pattern or an address."""
+    return source == EMBEDDED or re.search(r"[*?\[\]{}:,]", source) is not None or is_hub_name(source)
+
+
+def check_there(path: str | Path, what: str, advice: str) -> None:
+    """Checks that there is something at a path.
+
+    Args:
+        path: The path.
+        what: What it is, such as "checkpoint file".
+        advice: What to do if it is not there.
+
+    Raises:
+        FileNotFoundError: If there is nothing; the message names what is there under a similar name.
+    """
+    if not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"there is no {what} {path}; {advice}{similar_path(path)}")
+
+
+def similar_path(path: str | Path) -> str:
+    """Returns the end of a message about a missing path: "; did you mean runs/mine?", or "" if nothing is like it."""
+    place = Path(path).expanduser()
+    while not place.parent.is_dir():
+        place = place.parent
+    try:
+        beside = [entry.name for entry in place.parent.iterdir()]
+    except OSError:  # a folder that may not be read
+        beside = []
+    # Short names with the same ending are alike by the ending alone.
+    match = closest(place.name, [*beside, EMBEDDED] if place == Path(place.name) else beside, least=0.7)
+    return f"; did you mean {place.with_name(match)}?" if match else ""
+
+
 def absolute_source(source: str) -> str:
     """Returns an existing local path as an absolute path, and other sources ("digits", "owner/name") unchanged."""
-    return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source
+    return str(Path(source).resolve()) if source != EMBEDDED and Path(source).exists() else source

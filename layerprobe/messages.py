@@ -31,11 +31,34 @@ def safe_lines(text: str) -> str:
     return "\n".join(safe(line) for line in text.split("\n"))
 
 
+def as_written(name: str, names: Iterable[str]) -> str:
+    """Returns a name with the capitals that it has among the names; a name that is not there unchanged."""
+    return {each.lower(): each for each in names}.get(name.lower(), name)
+
+
+def unknown(what: str, name: str, names: Iterable[str]) -> str:
+    """Returns a message about an unknown name: "unknown schedule 'flwo'; use sit, flow or edm; did you mean flow?"."""
+    known = list(names)
+    return f"unknown {what} {name!r}; use {one_of(known)}{did_you_mean(name, known)}"
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Returns "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Returns the end of a message about an unknown name: "; did you mean cka?", or "" if no name is like it."""
+    match = closest(name, names)
+    return f"; did you mean {match}?" if match else ""
+
+
+def closest(name: str, names: Iterable[str], *, least: float = 0.6) -> str | None:
+    """Returns the name that is most like another, whatever their capitals; None if none is, by a share of `least`."""
     by_small = {each.lower(): each for each in names}
-    close = get_close_matches(name.lower(), by_small, n=1)
-    return f"; did you mean {by_small[close[0]]}?" if close else ""
+    close = get_close_matches(name.lower(), by_small, n=1, cutoff=least)
+    return by_small[close[0]] if close else None
 
 
 def _escaped(character: str) -> str:

@@ -17,15 +17,37 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# Headings of the groups of options on help pages.
-CHECKPOINT_PANEL = "Opening the checkpoint"
-DATA_PANEL = "Reading the data"
-NETWORK_PANEL = "Network, if it does not come from a checkpoint"
-LAYERSYNC_PANEL = "LayerSync"
-PROBING_PANEL = "Layers measured during the training"
+# Headings of the groups of options on help pages, which show them in the order of `PANELS`.
+CHECKPOINT_PANEL = "Model"
+NETWORK_PANEL = "Model with fresh weights"
+DATA_PANEL = "Data"
+MEDIA_PANEL = "Sound, motion and video"
+PROBING_PANEL = "Probing"
+RANKING_PANEL = "Ranking"
+TRAINER_PANEL = "Other trainers"
+OPTIMIZER_PANEL = "Training"
 LEARNING_PANEL = "Training objective"
-OPTIMIZER_PANEL = "Optimizer"
-RUNNING_PANEL = "Execution and output"
+LAYERSYNC_PANEL = "LayerSync"
+TRIAL_PANEL = "Trial"
+SAMPLING_PANEL = "Sampling"
+OUTPUT_PANEL = "Output"
+RUNNING_PANEL = "Running"
+PANELS = (
+    CHECKPOINT_PANEL,
+    NETWORK_PANEL,
+    DATA_PANEL,
+    MEDIA_PANEL,
+    PROBING_PANEL,
+    RANKING_PANEL,
+    TRAINER_PANEL,
+    OPTIMIZER_PANEL,
+    LEARNING_PANEL,
+    LAYERSYNC_PANEL,
+    TRIAL_PANEL,
+    SAMPLING_PANEL,
+    OUTPUT_PANEL,
+    RUNNING_PANEL,
+)
 
 _KEY = "option"
 _ENTRY = re.compile(r"^    (\w+): ?(.*)$")
@@ -42,7 +64,7 @@ class OptionField:
         type: Type of one value, without None: int, float, str or bool, or a tuple type such as `tuple[float, float]`.
         default: Default of the field; `dataclasses.MISSING` if the field is required.
         help: Help text.
-        panel: Heading of the group of options on the help page; empty for the general one.
+        panel: Heading of the group of options on the help page: that of the field, else `PANEL` of the class.
         minimum: Smallest allowed value, or None.
         maximum: Largest allowed value, or None.
         value: Value that a flag without a value stands for, or None for options that take a value.
@@ -56,7 +78,7 @@ class OptionField:
     type: Any
     default: Any
     help: str
-    panel: str = ""
+    panel: str = RUNNING_PANEL
     minimum: float | None = None
     maximum: float | None = None
     value: Any = None
@@ -79,7 +101,7 @@ def option(
     *,
     flag: str | None = None,
     help: str | None = None,
-    panel: str = "",
+    panel: str | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     value: Any = None,
@@ -118,6 +140,7 @@ def option_fields(cls: type) -> tuple[OptionField, ...]:
         if field.name not in entries:
             raise TypeError(f"the docstring of {cls.__name__} does not describe {field.name}; add it to Attributes")
         settings.setdefault("help", entries[field.name])
+        settings.setdefault("panel", getattr(cls, "PANEL", RUNNING_PANEL))
         settings.setdefault("flag", name.upper() if settings.get("is_argument") else f"--{name.replace('_', '-')}")
         hint = _given(hints[field.name])
         if get_origin(hint) is Literal:

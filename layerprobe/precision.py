@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from layerprobe.messages import unknown
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,7 @@ def check_precision(name: str) -> None:
         ValueError: If the name is not one of `Precision`.
     """
     if name not in get_args(Precision):
-        raise ValueError(f"unknown precision {name!r}; use {', '.join(get_args(Precision))}")
+        raise ValueError(unknown("precision", name, get_args(Precision)))
 
 
 def precision_on(name: str, device: torch.device) -> Precision:

@@ -37,7 +37,7 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "checksums": ("files",),
     "records": ("files", "checksums"),
     "options": (),
-    "precision": (),
+    "precision": ("messages",),
     "progress": (),
     "ranks": ("files", "memory"),
     "threads": (),

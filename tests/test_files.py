@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,11 +28,14 @@ from layerprobe.files import (
     error_place,
     holder,
     holding,
+    hub_error_line,
     import_optional,
+    is_hub_name,
     locked,
     one_line,
     os_error_line,
     reserve,
+    similar_path,
     write_text,
 )
 
@@ -340,3 +345,81 @@ def test_errors_of_the_system_name_the_file_and_a_remedy() -> None:
         "; free some space and repeat the command"
     )
     assert os_error_line(FileNotFoundError("there is no x; pass y")) == "there is no x; pass y"
+
+
+def answer(status: int, code: str = "", message: str = "") -> Any:
+    """Raises what the Hub's own client raises for an answer of the Hub."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import hf_raise_for_status
+
+    http = importlib.import_module(HTTPError.__module__.partition(".")[0])  # the library that the client asks with
+    headers = {"X-Error-Code": code, "X-Error-Message": message}
+    request = http.Request("GET", "https://hub.example/api/models/us/tiny")
+    hf_raise_for_status(http.Response(status, headers=headers, request=request))
+
+
+def download(**settings: Any) -> Any:
+    """Downloads by the Hub's own client from an address at which nothing answers."""
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download("us/tiny", endpoint="http://127.0.0.1:9", etag_timeout=0.2, **settings)
+
+
+HUB_FAILURES = {
+    "gated": (lambda: answer(403, "GatedRepo"), "us/tiny is gated on the Hub; accept its terms on its page there, "),
+    "missing": (lambda: answer(404, "RepoNotFound"), "the Hub has no us/tiny, or it is private; check the spelling"),
+    "no token": (lambda: answer(401), "the Hub has no us/tiny, or it is private; check the spelling, or run `hf auth"),
+    "bad token": (
+        lambda: answer(401, message="Invalid credentials in Authorization header"),
+        "the Hub does not take your token; run `hf auth login` again, or correct HF_TOKEN",
+    ),
+    "weak token": (lambda: answer(403), "your token may not read us/tiny; make one with read access"),
+    "too many": (lambda: answer(429), "the Hub has had too many requests from you; wait some minutes"),
+    "broken": (lambda: answer(503), "the Hub fails at the moment; try again later"),
+    "no network": (download, "the Hub cannot be reached for us/tiny; check the connection and the proxy"),
+    "cache only": (lambda: download(local_files_only=True), "us/tiny is not in the Hub's cache; download it"),
+    "another": (lambda: answer(418), r"the Hub did not give us/tiny \(Client error '418"),
+}
+
+
+@pytest.mark.parametrize(("fail", "line"), HUB_FAILURES.values(), ids=HUB_FAILURES)
+def test_a_failure_of_the_hub_is_told_in_own_words(fail: Any, line: str, tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Exception) as raised:  # noqa: PT011  of many classes without a common one
+        fail()
+    assert re.match(line, hub_error_line("us/tiny", raised.value))
+
+
+def test_a_hub_that_is_switched_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        try:
+            raise OfflineModeIsEnabled("Cannot reach https://hub.example: offline mode is enabled.")
+        except OSError as error:
+            raise ValueError("an error of another library") from error
+    except ValueError as error:
+        line = hub_error_line("us/tiny", error)
+    assert line.startswith("the Hub is switched off, and us/tiny is not in its cache; unset HF_HUB_OFFLINE")
+
+
+def test_a_name_on_the_hub_is_no_mistyped_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    assert is_hub_name("someone/pictures")
+    for path in ("images/cats", "pictures", "./someone/pictures", "../a", "/no/such", "a/b/c", "run/model.pt"):
+        assert not is_hub_name(path)
+
+
+def test_what_has_a_similar_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "model_final.safetensors").touch()
+    (tmp_path / "hash.py").touch()
+    assert similar_path("runs/Model_fnal.safetensors") == "; did you mean runs/model_final.safetensors?"
+    assert similar_path("run/model_final.safetensors") == "; did you mean runs?"
+    assert similar_path("digts") == "; did you mean digits?"
+    assert similar_path("a.npy") == similar_path("runs/digts") == similar_path("/") == ""

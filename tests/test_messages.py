@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerprobe.files import one_line
-from layerprobe.messages import did_you_mean, safe, safe_lines
+from layerprobe.messages import as_written, did_you_mean, safe, safe_lines, unknown
 
 
 def test_only_what_does_not_print_is_escaped() -> None:
@@ -30,3 +30,11 @@ def test_the_line_of_an_error_is_safe() -> None:
 def test_a_similar_name_is_found_in_any_case() -> None:
     assert did_you_mean("CAK", ["Cka", "confirmation"]) == "; did you mean Cka?"
     assert did_you_mean("token-maps", ["cka"]) == ""
+
+
+def test_an_unknown_name_is_told_with_those_that_are_known() -> None:
+    assert unknown("path", "lnear", ["linear", "gvp", "vp"]) == (
+        "unknown path 'lnear'; use linear, gvp or vp; did you mean linear?"
+    )
+    assert unknown("path", "xy", ["linear"]) == "unknown path 'xy'; use linear"
+    assert (as_written("cka", ["CKA"]), as_written("other", ["CKA"])) == ("CKA", "other")

@@ -28,6 +28,7 @@ from typing import Any
 from layerprobe.analyses.experiments.power import LEVEL, look_levels
 from layerprobe.analyses.selection import prior_pair
 from layerprobe.layersync import LayerPair, SyncOptions
+from layerprobe.messages import did_you_mean
 from layerprobe.noise import RandomStream
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
@@ -250,7 +251,7 @@ def _checked(names: Sequence[str]) -> list[str]:
         if not _is_known(text):
             raise ValueError(
                 f"unknown arm {text!r}; pass some of {', '.join(NAMES)}, random:2 for two random pairs, or "
-                f"pick+{'+'.join(_METHODS)}, each part with :VALUE if wanted"
+                f"pick+{'+'.join(_METHODS)}, each part with :VALUE if wanted{did_you_mean(text, NAMES)}"
             )
     keys = ["random" if text.startswith("random") else text for text in names]
     for name in keys:

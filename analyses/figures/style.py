@@ -41,6 +41,7 @@ STUDENT, TEACHER = LINE_COLORS[1], LINE_COLORS[3]  # of vertical lines, dashed a
 LEVEL_COLORS = ("#5a5fd0", "#0d86b5", "#1d9a77", "#8f9200")  # from clean to noise, blended for levels in between
 MISSING: dict[str, Any] = {"facecolor": "#c9ced6", "edgecolor": "#59626d", "hatch": "////", "linewidth": 0}
 WIDTH_IN = 11.0
+MAX_VECTOR_CELLS = 600  # of a heatmap in an SVG
 RASTER_DPI, PAPER_DPI = 150, 300
 # What makes each format the same every time: metadata without the date and the versions of libraries.
 FORMATS: dict[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -146,8 +147,8 @@ def save_figure(
         figure: Any figure; the first call fixes its layout.
         folder: Folder of the files, created if it does not exist.
         name: File name without a suffix.
-        formats: Members of `FORMATS`: "png" (150 dpi; 300 for papers), "svg" (text as text, heatmaps as pixels), "pdf"
-            (fonts embedded, heatmaps as vectors).
+        formats: Members of `FORMATS`: "png" (150 dpi; 300 for papers), "svg" (text as text, heatmaps of up to
+            `MAX_VECTOR_CELLS` cells as vectors), "pdf" (fonts embedded, heatmaps as vectors).
 
     Raises:
         ValueError: If name is not a plain file name, or a format is unknown.
@@ -196,7 +197,8 @@ def _render(figure: Figure, file_format: str) -> bytes:
             figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
         pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
         for mesh in pixels:
-            mesh.set_rasterized(file_format != "pdf")
+            # A cell is a path in an SVG: a page with many large matrices of them would take long to open.
+            mesh.set_rasterized(file_format == "svg" and np.size(mesh.get_array()) > MAX_VECTOR_CELLS)
         figure.savefig(buffer, format=file_format, metadata=FORMATS[file_format])
         for mesh in pixels:
             mesh.set_rasterized(True)

@@ -30,6 +30,7 @@ from layerprobe.analyses.measures import (
     nearest,
     subtract_mean,
 )
+from layerprobe.messages import unknown
 from layerprobe.progress import StepCounter, StepProgress
 
 FRECHET, EXTRAPOLATED, KERNEL = "Frechet distance", "Frechet distance, extrapolated", "kernel distance"
@@ -163,9 +164,9 @@ def check_metrics(metrics: Sequence[str]) -> None:
     Raises:
         ValueError: If a name is unknown, or there is none.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"unknown score {unknown[0] if unknown else ''!r}; pass some of {', '.join(METRICS)}")
+    strange = [name for name in metrics if name not in METRICS]
+    if strange or not metrics:
+        raise ValueError(unknown("score", strange[0] if strange else "", METRICS))
 
 
 def neighborhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: int = TILE_BYTES) -> Neighborhoods:

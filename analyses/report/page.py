@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ITEMS, NUM_PAIRS = 40, 5
+_ROW = ("source", "layer", "metric", "split")  # what the numbers of a row of the long table share
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -134,7 +135,8 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "confirmation": _confirmation_figures(run),
         "recorded": run.recorded and _recorded(run.recorded, run.selection),
         "pictures": [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in run.pictures],
-        "quality": list(run.quality.itertuples(index=False)),
+        "noise_levels": sorted(run.quality["noise_level"].unique()),
+        "quality": _by_noise_level(run.quality),
         "filters": _filters(run.quality),
         "records": [
             (title, file_name, None if run.records[title] is None else list(_facts(run.records[title])))
@@ -272,12 +274,22 @@ def _recorded(trial: RecordedTrial, selection: Selection | None) -> dict[str, An
 
 def _filters(quality: pd.DataFrame) -> list[tuple[str, int, list[str]]]:
     """Title, position in the table, and values of each column that rows can be filtered by."""
-    columns = {"Source": "source", "Layer": "layer", "Noise level": "noise_level", "Metric": "metric", "Split": "split"}
     return [
-        (title, position, list(map(_number, quality[column].unique())))
-        for position, (title, column) in enumerate(columns.items())
+        (column.capitalize(), position, list(map(str, quality[column].unique())))
+        for position, column in enumerate(_ROW)
         if column != "layer"  # the search field finds layers
     ]
+
+
+def _by_noise_level(quality: pd.DataFrame) -> list[dict[str, Any]]:
+    """The numbers of each source, layer, metric and split as one row: its cells by noise level, and its notes."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for cell in quality.itertuples(index=False):
+        names = {column: getattr(cell, column) for column in _ROW}
+        row = rows.setdefault(tuple(names.values()), names | {"cells": {}, "notes": {}})
+        row["cells"][cell.noise_level] = cell
+        row["notes"][cell.note] = None
+    return list(rows.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- texts

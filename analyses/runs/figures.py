@@ -28,7 +28,7 @@ from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.tables import MODEL, headlines, probed_column
 from layerprobe.extraction import FeatureStore
 from layerprobe.files import holding, write_text
-from layerprobe.messages import did_you_mean
+from layerprobe.messages import did_you_mean, unknown
 
 
 @holding("run")
@@ -63,7 +63,7 @@ def draw_figures(
             name.
     """
     if width not in (None, *PAPER_WIDTHS):
-        raise ValueError(f"unknown width {width!r} of a figure; use {' or '.join(PAPER_WIDTHS)}")
+        raise ValueError(unknown("width of a figure", width, PAPER_WIDTHS))
     if width is None and context != "paper":
         raise ValueError(f"--context {context} is for figures of one panel; pass --width full or column too")
     with changed_style(context=context if width else None, sheet=style):

@@ -24,7 +24,7 @@ from layerprobe.checkpoints import CheckpointSource, ConventionCheck
 from layerprobe.checksums import check, is_damaged, recorded_write, told_again, was_recorded, write_recorded_text
 from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
-from layerprobe.files import locked, one_line
+from layerprobe.files import locked, one_line, similar_path
 from layerprobe.options import to_record
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.records import claim, damaged, parse, read_record, typed, write_record
@@ -151,6 +151,7 @@ class RunFolder:
         if not place.is_file():
             raise FileNotFoundError(
                 f"{self.path} holds no run (no plan.json); pass a folder that `layerprobe probe` has made"
+                f"{'' if self.path.exists() else similar_path(self.path)}"
             )
         remedy = "repeat the `layerprobe probe` or `extract` that made the run, with the same options"
         return read_record(place, RunPlan.from_dict, remedy=remedy)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal
 
+from layerprobe.messages import unknown
+from layerprobe.noise import Prediction, ScheduleName
 from layerprobe.options import NETWORK_PANEL, check_ranges, option
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone, SiTConfig
-    from layerprobe.noise import Prediction
 
 # The paths of SiT and the names of their schedules.
-PATHS = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
+SitPath = Literal["linear", "gvp", "vp"]
+PATHS: dict[SitPath, ScheduleName] = {"linear": "sit", "gvp": "sit-gvp", "vp": "sit-vp"}
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class NewNetwork:
     width: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=2, maximum=2**16))
     depth: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1, maximum=1000))
     heads: int | None = field(default=None, metadata=option(panel=NETWORK_PANEL, minimum=1, maximum=4096))
-    path: str | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
-    prediction: str | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
+    path: SitPath | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
+    prediction: Prediction | None = field(default=None, metadata=option(panel=NETWORK_PANEL))
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.path not in (None, *PATHS):
-            raise ValueError(f"unknown path {self.path!r}; use {', '.join(PATHS)}")
+            raise ValueError(unknown("path", self.path, PATHS))
 
     def config(self, shape: tuple[int, ...], num_classes: int) -> SiTConfig:
         """Returns the configuration of the network.
@@ -88,7 +90,6 @@ class NewNetwork:
 
         schedule = schedule_from_name(PATHS[self.path or "linear"])
         config = self.config(shape, num_classes)
-        prediction = cast("Prediction", self.prediction or "velocity")
-        backbone = new_sit(config, seed=seed, schedule=schedule, prediction=prediction)
+        backbone = new_sit(config, seed=seed, schedule=schedule, prediction=self.prediction or "velocity")
         backbone.module.to(resolve_device(device))
         return backbone

@@ -33,6 +33,7 @@ from layerprobe.analyses.selection import (
 )
 from layerprobe.analyses.tables import (
     ANALYSES,
+    CRITERIA,
     MODEL,
     PROBE,
     RANDOM_WEIGHTS,
@@ -67,6 +68,7 @@ from layerprobe.extraction import (
     raw_pool_cells,
     rounding_error,
 )
+from layerprobe.messages import as_written
 from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.ranks import ALONE, Ranks, current, together
 from layerprobe.records import write_record
@@ -368,10 +370,11 @@ def choose_layers(
     """
     folder = RunFolder(run)
     quality, evidence = folder.quality(), folder.evidence()
+    criteria = [as_written(name, CRITERIA) for name in criteria or ()]
     if label_free is None:
         label_free = PROBE not in evidence.by_layer
     rule = equal_weights(criteria, label_free=label_free) if criteria else None
-    if missing := [name for name in criteria or () if not evidence.has(name)]:
+    if missing := [name for name in criteria if not evidence.has(name)]:
         raise ValueError(f"the evidence has no {missing[0]}; name other criteria, or extract more")
     store = folder.store(MODEL)
     labels = None if label_free or store.labels is None else store.labels[store.splits == "validation"]

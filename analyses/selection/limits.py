@@ -22,8 +22,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from layerprobe.options import option
+from layerprobe.options import RANKING_PANEL, option
 
 _FIRST_DEPTH = 0.14  # of the earliest student of a published pair, 4 of 28
 
@@ -44,6 +45,8 @@ class PairLimits:
     Raises:
         ValueError: If a number is out of its range.
     """
+
+    PANEL: ClassVar[str] = RANKING_PANEL
 
     exclude_tail: float = field(default=0.2, metadata=option(minimum=0, maximum=1))
     skip_first: int | None = field(default=None, metadata=option(minimum=0))

@@ -69,6 +69,7 @@ from layerprobe.analyses.tables import (
     Number,
     PairEvidence,
 )
+from layerprobe.messages import unknown
 
 # Weights of the terms; without labels another gap stands in for the first.
 RULE: Mapping[str, float] = {PROBE_GAP: 1.0, CAPPED_DISTANCE: 1.0, NEARNESS: 1.0}
@@ -158,7 +159,7 @@ def equal_weights(criteria: Sequence[str], *, label_free: bool = False) -> dict[
     """
     for name in criteria:
         if name not in CRITERIA:
-            raise ValueError(f"there is no criterion {name!r}; use some of {', '.join(CRITERIA)}")
+            raise ValueError(unknown("criterion", name, CRITERIA))
         if label_free and CRITERIA[name].needs_labels:
             raise ValueError(f"{name!r} needs labels; leave it out, or leave out label_free")
     return {name: -1.0 if CRITERIA[name].smaller_is_better else 1.0 for name in criteria}

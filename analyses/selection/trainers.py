@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from layerprobe.messages import unknown
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -258,7 +260,7 @@ def trainer_named(key: str) -> Trainer:
         ValueError: If there is none of this name.
     """
     if key not in TRAINERS:
-        raise ValueError(f"there is no trainer {key!r}; use one of {', '.join(TRAINERS)}")
+        raise ValueError(unknown("trainer", key, TRAINERS))
     return TRAINERS[key]
 
 

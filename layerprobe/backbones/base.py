@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.network_call import Forward, call_module, checked
 from layerprobe.capture import as_tokens, capture, match_layers
+from layerprobe.messages import unknown
 from layerprobe.noise import (
     PREDICTIONS,
     NoiseSchedule,
@@ -82,7 +83,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}; use one of {', '.join(PREDICTIONS)}")
+            raise ValueError(unknown("prediction", self.prediction, PREDICTIONS))
 
     def __call__(self, x_t: Tensor, noise_level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the velocity, shape of x_t.

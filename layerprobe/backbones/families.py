@@ -23,6 +23,7 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.family import NO_ARGUMENTS, Family, Opened, build_transformer
 from layerprobe.backbones.sit import SiT, sit_backbone
 from layerprobe.backbones.without_values import unfilled
+from layerprobe.messages import unknown
 from layerprobe.noise import NoiseSchedule, Prediction
 
 
@@ -86,7 +87,7 @@ def build(
             shape, the arguments contradict the tensors, or training used an unknown path or prediction.
     """
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
+        raise ValueError(unknown("family", family, FAMILIES))
     make = FAMILIES[family].build or _build_sit
     return make(
         tensors,

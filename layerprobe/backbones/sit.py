@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.heads import possible_heads
 from layerprobe.capture import real_tokens
+from layerprobe.messages import did_you_mean
 from layerprobe.noise import LinearPath, NoiseSchedule, Prediction
 
 # name: (depth, hidden size, heads); Table 1 of DiT.
@@ -126,9 +127,10 @@ class SiTConfig:
             return cls(shape, patch_size, hidden_size, depth, num_heads, num_classes)
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdigit() or int(patch) not in PRESET_PATCH_SIZES:
+            known = [*SMALL_PRESETS, *(f"{size}/{patch}" for size in PRESETS for patch in PRESET_PATCH_SIZES)]
             raise ValueError(
                 f"unknown preset {name!r}; use {', '.join(SMALL_PRESETS)}, or one of {', '.join(PRESETS)} with patch "
-                "size 2, 4 or 8, such as S/2"
+                f"size 2, 4 or 8, such as S/2{did_you_mean(name, known)}"
             )
         depth, hidden_size, num_heads = PRESETS[size]
         return cls(shape, int(patch) if patch_size is None else patch_size, hidden_size, depth, num_heads, num_classes)

@@ -19,7 +19,7 @@ from layerprobe.checkpoints.torch_files import LazyTensor, mapped, read_distribu
 from layerprobe.checkpoints.unpickling import Refused, mapping, printable
 from layerprobe.checksums import is_damaged
 from layerprobe.configs import parse_config, read_config
-from layerprobe.files import MissingWeights, one_line
+from layerprobe.files import PASS_CHECKPOINT, MissingWeights, one_line, similar_path
 
 METADATA_KEY = "layerprobe"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -99,7 +99,7 @@ def _checkpoint_file(path: Path) -> Path:
     """Returns the file to read first: the path itself, or the only checkpoint in a folder."""
     if not path.is_dir():
         if not path.is_file():
-            raise FileNotFoundError(f"there is no checkpoint file {path}; pass a .safetensors or .pt file, or a folder")
+            raise FileNotFoundError(f"there is no checkpoint file {path}; {PASS_CHECKPOINT}{similar_path(path)}")
         return path
     checkpoints = _checkpoints_in(path)
     below = [] if checkpoints else _names_below(path)

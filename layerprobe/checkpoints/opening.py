@@ -38,11 +38,10 @@ from layerprobe.checkpoints.own_types import in_own_types
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
-from layerprobe.files import one_line
+from layerprobe.files import EMBEDDED, one_line
 from layerprobe.memory import is_device_failure
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 
-EMBEDDED = "digits"
 # Options that have an effect on each kind of checkpoint.
 _OWN_OPTIONS = ("weights", "layers")
 _EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import absolute_source, refuse_memory
+from layerprobe.files import PASS_CHECKPOINT, absolute_source, check_there, is_no_path, refuse_memory
+from layerprobe.noise import Prediction, ScheduleName
 from layerprobe.options import CHECKPOINT_PANEL, check_ranges, option, to_record
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class CheckpointSource:
     lora: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora_alpha: float | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     layers: tuple[str, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
-    schedule: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
-    prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    schedule: ScheduleName | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    prediction: Prediction | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL, maximum=10**6))
     value_range: tuple[float, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
@@ -75,6 +76,15 @@ class CheckpointSource:
         lora = None if self.lora is None else absolute_source(self.lora)
         pipeline = None if self.pipeline is None else absolute_source(self.pipeline)
         return replace(self, path=absolute_source(self.path), model=model, pipeline=pipeline, lora=lora)
+
+    def check(self) -> None:
+        """Checks that there is something to open, without importing what would open it.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+        """
+        if not is_no_path(self.path):
+            check_there(self.path, "checkpoint file", PASS_CHECKPOINT)
 
     def open(self, *, device: str = "auto") -> Backbone:
         """Opens the checkpoint; see `open_checkpoint`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerprobe.checkpoints.formats import CONTAINERS, NO_WEIGHTS, FileContent, file_content, one_line_errors
 from layerprobe.checkpoints.torch_files import LazyTensor
 from layerprobe.checkpoints.unpickling import Budget, Inert, Refused, mapping, plain, printable, state
+from layerprobe.messages import did_you_mean
 
 # Parts that torch.compile, FSDP and checkpointing add anywhere in a name; data parallelism adds a leading "module".
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -122,7 +123,7 @@ def _chosen(sets: Mapping[str, _Set], weights: str | None) -> str:
     names = [name or "'' (the file itself)" for name in sets]
     if weights is not None:
         if weights not in sets:
-            raise Refused(f"has no weights called {weights!r}; it has {', '.join(names)}")
+            raise Refused(f"has no weights called {weights!r}; it has {', '.join(names)}{did_you_mean(weights, names)}")
         return weights
     first, *others = sets
     rank = _rank(first)[0]

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from layerprobe.data import metadata
 from layerprobe.data.contents import check_file, check_whole_arrow, folders_of, read_text
-from layerprobe.files import one_line
+from layerprobe.files import is_hub_name, one_line, similar_path
 
 # Words for the parts of a data set.
 PART_OF = dict.fromkeys(("train", "training", "trainval"), "train")
@@ -113,11 +113,11 @@ def _list(source: str | Path, suffixes: Collection[str], root: Path) -> Listing:
             )
         return Listing(str(source), "tables", {"train": [root]}, num_read=1)
     if not root.is_dir():
-        # "images/cats" beside an existing folder "images" is a mistyped path and must not reach the network.
-        if re.fullmatch(r"[A-Za-z0-9][\w-]*/[\w.-]+", str(source)) and not Path(source).parent.exists():
+        if is_hub_name(str(source)):
             return Listing(str(source), "hub")
         raise ValueError(
             f"{source} is not a file or folder; pass a path, digits, or owner/name on the Hugging Face Hub"
+            f"{similar_path(source)}"
         )
     tree = walk(root)
     if is_saved(root):

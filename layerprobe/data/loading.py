@@ -25,6 +25,7 @@ from layerprobe.data.samples import Samples, Splits
 from layerprobe.data.sequences import audio, motion, video
 from layerprobe.data.splits import split as divide
 from layerprobe.data.splits import take
+from layerprobe.messages import unknown
 from layerprobe.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _modality_of_files(
 
 def _kind(modality: str) -> DataKind:
     if modality not in KINDS:
-        raise ValueError(f"unknown modality {modality!r}; use one of {', '.join(KINDS)}")
+        raise ValueError(unknown("modality", modality, KINDS))
     return KINDS[modality]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from layerprobe.files import absolute_source, refuse_memory
-from layerprobe.options import DATA_PANEL, check_ranges, option, to_record
+from layerprobe.files import absolute_source, check_there, is_no_path, refuse_memory
+from layerprobe.options import DATA_PANEL, MEDIA_PANEL, check_ranges, option, to_record
 
 if TYPE_CHECKING:
     from layerprobe.data.samples import Splits
     from layerprobe.progress import StepProgress
 
+Modality = Literal["image", "audio", "motion", "video"]
+AudioForm = Literal["log-mel", "waveform"]
 # Fields that encode images rather than read them.
 _ENCODING = ("vae", "latent_scale")
 
@@ -48,21 +50,21 @@ class DataSource:
         num_test: Number of samples for the reported numbers; at most 5000 if not given.
     """
 
-    source: str = field(metadata=option("data"))
+    source: str = field(metadata=option("data", panel=DATA_PANEL))
     size: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=2**14))
     channels: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     split: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     data_root: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     image_column: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    modality: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
-    column: str | None = field(default=None, metadata=option(flag="--item-column", panel=DATA_PANEL))
-    length: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**7))
-    stride: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    root_joint: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    rate: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
-    form: str | None = field(default=None, metadata=option(flag="--audio-form", panel=DATA_PANEL))
-    mels: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=4096))
-    hop: int | None = field(default=None, metadata=option(panel=DATA_PANEL, maximum=10**6))
+    modality: Modality | None = field(default=None, metadata=option(panel=MEDIA_PANEL))
+    column: str | None = field(default=None, metadata=option(flag="--item-column", panel=MEDIA_PANEL))
+    length: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**7))
+    stride: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    root_joint: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    rate: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
+    form: AudioForm | None = field(default=None, metadata=option(flag="--audio-form", panel=MEDIA_PANEL))
+    mels: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=4096))
+    hop: int | None = field(default=None, metadata=option(panel=MEDIA_PANEL, maximum=10**6))
     skip_bad: int | None = field(default=None, metadata=option(panel=DATA_PANEL))
     vae: str | None = field(default=None, metadata=option(panel=DATA_PANEL))
     latent_scale: float | None = field(default=None, metadata=option(panel=DATA_PANEL))
@@ -88,6 +90,15 @@ class DataSource:
         places = {name: place for name in fields if (place := getattr(self, name)) is not None}
         changed: dict[str, Any] = {name: absolute_source(place) for name, place in places.items()}
         return replace(self, **changed)
+
+    def check(self) -> None:
+        """Checks that there is something to read, without importing what would read it.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+        """
+        if not is_no_path(self.source):
+            check_there(self.source, "file or folder", "pass a path, digits, or owner/name on the Hugging Face Hub")
 
     def load(self, *, expect_shape: tuple[int, ...] | None = None) -> Splits:
         """Reads the data set, without encoding it.

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from layerprobe.data.contents import MAX_ITEM_BYTES, check_whole_arrow
 from layerprobe.data.listing import PART_OF, TABLES, Listing
 from layerprobe.data.metadata import read_metadata
-from layerprobe.files import one_line
+from layerprobe.files import hub_error_line, one_line
+from layerprobe.messages import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,9 +63,11 @@ def read(listing: Listing, *, split: str | None = None) -> dict[str, Dataset]:
         try:
             content = {name: _rows(shards) for name, shards in files.items()} or _prepared_rows(listing)
         except Exception as error:  # of pyarrow, fsspec, the Hub, ...
-            where = " (not a local path, so searched on the Hub)" if listing.form == "hub" else ""
+            if listing.form == "hub":
+                line = hub_error_line(listing.source, error)
+                raise ValueError(f"{listing.source} is not a path here, so it was sought on the Hub: {line}") from error
             raise ValueError(
-                f"{listing.source}{where} cannot be read: {one_line(_root_cause(error))}; "
+                f"{listing.source} cannot be read: {one_line(_root_cause(error))}; "
                 "pass a valid .parquet, .arrow or .tar file, or the folder of one data set"
             ) from error
     parts = _chosen(content, split, listing.source)
@@ -80,7 +83,9 @@ def _chosen(parts: Mapping[str, T], split: str | None, source: str) -> dict[str,
         return dict(parts)
     name = split if split in parts else PART_OF.get(split.lower(), split)
     if name not in parts:
-        raise ValueError(f"{source} has no split {split!r}; pass one of {', '.join(parts)} as --split")
+        raise ValueError(
+            f"{source} has no split {split!r}; pass one of {', '.join(parts)} as --split{did_you_mean(split, parts)}"
+        )
     return {name: parts[name]}
 
 
@@ -287,7 +292,10 @@ def check_column(parts: Mapping[str, Dataset], column: str, option: str) -> None
     """
     for name, rows in parts.items():
         if column not in rows.features:
-            raise ValueError(f"{name} has no column {column!r}; pass one of {', '.join(rows.features)} as {option}")
+            raise ValueError(
+                f"{name} has no column {column!r}; pass one of {', '.join(rows.features)} as {option}"
+                f"{did_you_mean(column, rows.features)}"
+            )
 
 
 @contextmanager

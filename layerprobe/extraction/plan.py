@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from layerprobe.options import check_ranges, option
+from layerprobe.messages import unknown
+from layerprobe.options import PROBING_PANEL, check_ranges, option
 from layerprobe.precision import Precision, check_precision
 
 
@@ -36,6 +37,8 @@ class ExtractionPlan:
     Raises:
         ValueError: If a value is out of its range, or a layer is named twice.
     """
+
+    PANEL: ClassVar[str] = PROBING_PANEL
 
     layers: tuple[str, ...] = ()
     noise_levels: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.5, 0.7, 0.9), metadata=option())
@@ -73,7 +76,7 @@ class ExtractionPlan:
                 f"tokens_per_sample is {self.tokens_per_sample} but no tokens are kept; pass token_samples"
             )
         if self.condition not in ("null", "label"):
-            raise ValueError(f"unknown condition {self.condition!r}; use null or label")
+            raise ValueError(unknown("condition", self.condition, ("null", "label")))
         check_precision(self.precision)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")

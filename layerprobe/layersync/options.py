@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from layerprobe.messages import unknown
 from layerprobe.options import LAYERSYNC_PANEL, option
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class SyncOptions:
         if not all(math.isfinite(weight) for weight in self.pair_weights):
             raise ValueError(f"the weights of the pairs must be finite, got {self.pair_weights}")
         if self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"unknown decay {self.decay!r}; use constant, linear or cosine")
+            raise ValueError(unknown("decay", self.decay, ("constant", "linear", "cosine")))
         if self.decay != "constant" and self.stop_step is None:
             raise ValueError(f"a {self.decay} decay ends at the stop step; pass stop_step")
         if not (self.warmup_steps >= 0 and self.projector_width >= 0):

@@ -1,6 +1,7 @@
+from .names import PREDICTIONS as PREDICTIONS
+from .names import Prediction as Prediction
+from .names import ScheduleName as ScheduleName
 from .predictions import END as END
-from .predictions import PREDICTIONS as PREDICTIONS
-from .predictions import Prediction as Prediction
 from .predictions import convert_prediction as convert_prediction
 from .predictions import error_weight as error_weight
 from .predictions import in_data_units as in_data_units

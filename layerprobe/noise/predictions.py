@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
+from layerprobe.messages import unknown
+from layerprobe.noise.names import PREDICTIONS, Prediction
 from layerprobe.noise.schedules import GVP, VP, NoiseSchedule, Rescaled, per_sample
-
-Prediction = Literal["velocity", "eps", "x0", "v", "score"]
-PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 # Margin in path time that training and sampling keep from an end of the path where they cannot use the prediction.
 END = 1e-3
@@ -31,7 +28,7 @@ def _coefficients(prediction: Prediction, schedule: NoiseSchedule, level: Tensor
         return schedule.alpha_rate(level) / rate, schedule.sigma_rate(level) / rate
     if prediction == "score":  # the gradient of log p(x_t), Song et al. 2021 (arXiv:2011.13456)
         return zero, -1 / schedule.sigma(level)
-    raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
+    raise ValueError(unknown("prediction", prediction, PREDICTIONS))
 
 
 def target(prediction: Prediction, schedule: NoiseSchedule, *, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:

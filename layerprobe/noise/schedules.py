@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.messages import unknown
+
 DDPM_BETAS = ("linear", "scaled_linear", "cosine")
 
 
@@ -242,7 +244,7 @@ class DDPM(QuarterCircle):
             abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             table = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"unknown betas {betas!r}; use one of {', '.join(DDPM_BETAS)}")
+            raise ValueError(unknown("betas", betas, DDPM_BETAS))
         return cls(table, name=f"ddpm-{betas}")
 
     def native_time(self, level: Tensor) -> Tensor:
@@ -505,7 +507,7 @@ def schedule_from_name(name: str) -> NoiseSchedule:
     """
     if name in SCHEDULES:
         return SCHEDULES[name]()
-    raise ValueError(f"unknown schedule {name!r}; use one of {', '.join(SCHEDULES)}")
+    raise ValueError(unknown("schedule", name, SCHEDULES))
 
 
 SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {

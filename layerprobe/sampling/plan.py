@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from layerprobe.options import check_ranges, option
+from layerprobe.messages import unknown
+from layerprobe.options import SAMPLING_PANEL, check_ranges, option
 
 Solver = Literal["euler", "heun", "dopri5", "euler-maruyama"]
 Diffusion = Literal["sigma", "sbdm", "constant", "linear", "decreasing", "increasing-decreasing"]
@@ -39,6 +39,8 @@ class SamplingPlan:
         ValueError: If a value is out of its range.
     """
 
+    PANEL: ClassVar[str] = SAMPLING_PANEL
+
     solver: Solver = field(default="heun", metadata=option())
     steps: int = field(default=25, metadata=option(minimum=1, maximum=10**6))
     guidance: float = field(default=1.0, metadata=option())
@@ -54,8 +56,7 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         for name, choices in (("solver", Solver), ("diffusion", Diffusion), ("last_step", LastStep)):
             if getattr(self, name) not in get_args(choices):
-                what = name.replace("_", " ")
-                raise ValueError(f"unknown {what} {getattr(self, name)!r}; use {_one_of(get_args(choices))}")
+                raise ValueError(unknown(name.replace("_", " "), getattr(self, name), get_args(choices)))
         check_ranges(self)
         if self.solver == "euler-maruyama" and self.steps < 2:
             raise ValueError("euler-maruyama takes at least 2 steps, the last one without noise; pass more steps")
@@ -73,7 +74,3 @@ class SamplingPlan:
                 f"need diffusion_scale >= 0 and last_step_size in (0, 1), got {self.diffusion_scale:g} and "
                 f"{self.last_step_size:g}"
             )
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

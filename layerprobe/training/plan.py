@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from layerprobe.layersync import WEIGHT, LayerPair, SyncOptions
+from layerprobe.messages import unknown
 from layerprobe.options import LAYERSYNC_PANEL, LEARNING_PANEL, OPTIMIZER_PANEL, RUNNING_PANEL, check_ranges, option
 from layerprobe.precision import Precision, check_precision
 
@@ -60,6 +61,8 @@ class TrainingPlan:
         ValueError: If a value is out of its range.
     """
 
+    PANEL: ClassVar[str] = OPTIMIZER_PANEL
+
     steps: int = field(metadata=option(minimum=1, maximum=10**9))
     batch_size: int = field(default=128, metadata=option(panel=OPTIMIZER_PANEL, minimum=1, maximum=10**7))
     learning_rate: float = field(default=1e-4, metadata=option(panel=OPTIMIZER_PANEL))
@@ -96,7 +99,7 @@ class TrainingPlan:
         check_precision(self.precision)
         for name, choices in (("time_sampling", TimeSampling), ("loss_weighting", LossWeighting)):
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}")
+                raise ValueError(unknown(name, getattr(self, name), get_args(choices)))
         for name in ("time_std", "snr_gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

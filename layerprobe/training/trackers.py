@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from layerprobe.messages import unknown
 from layerprobe.records import read_record, typed, write_record
 
 PROJECT = "layerprobe"
@@ -135,7 +136,7 @@ def require(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in MODULES:
-            raise ValueError(f"unknown tracker {name!r}; use {', '.join(MODULES)}")
+            raise ValueError(unknown("tracker", name, MODULES))
         try:
             importlib.import_module(MODULES[name])
         except ImportError as error:

@@ -139,5 +139,5 @@ def test_the_command_says_what_it_did(source: Path, tmp_path: Path, capsys: pyte
     run(source, "--out", tmp_path / "b.safetensors", "--weights", "model", "--json")
     record = json.loads(capsys.readouterr().out)
     assert record["container"] == "model" and record["out"].endswith("b.safetensors")
-    with pytest.raises(ValueError, match=r"has no weights called 'emma'; it has ema, model$"):
+    with pytest.raises(ValueError, match=r"has no weights called 'emma'; it has ema, model; did you mean ema"):
         run(source, "--out", tmp_path / "d.safetensors", "--weights", "emma")

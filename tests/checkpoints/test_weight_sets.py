@@ -163,7 +163,7 @@ def test_averaged_parameters_in_a_list_are_not_guessed(tmp_path: Path) -> None:
 
 def test_weights_are_chosen_by_name_and_asked_for_where_none_is_obvious(tmp_path: Path) -> None:
     same(saved(tmp_path, {"model": network(), "ema": network(2)}, weights="model").tensors, network())
-    with pytest.raises(ValueError, match=r"model.pt has no weights called 'emma'; it has ema, model$"):
+    with pytest.raises(ValueError, match=r"model.pt has no weights called 'emma'; it has ema, model; did you mean ema"):
         saved(tmp_path, {"model": network(), "ema": network(2)}, weights="emma")
     with pytest.raises(
         ValueError, match=r"holds several sets of weights \(encoder, decoder\); pass --weights with one"

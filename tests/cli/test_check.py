@@ -51,7 +51,7 @@ def test_two_lists_of_blocks_are_counted_through(tmp_path: Path, cli) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(script: Path, tmp_path: Path, cli) -> None:
     for arguments, part in (
         ((tmp_path / "none.json",), "there is no configuration"),
-        ((script, "--for", "flux"), "train.sh: there is no trainer 'flux'; use one of"),
+        ((script, "--for", "flux"), "train.sh: unknown trainer 'flux'; use simpletuner"),
         ((script, "--for", "sra"), "train.sh: this has no option of SRA"),
         ((script, "--blocks", "many"), "--blocks many is not a number of blocks; write 28, or"),
     ):

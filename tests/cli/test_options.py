@@ -116,7 +116,7 @@ def test_errors_name_the_flag(run) -> None:
         run(Box, "--width", "1", "--edge-range", "1")
     with pytest.raises(ValueError, match=r"^--edge-range x is not a list of numbers; write them as 0.1,0.5,0.9$"):
         run(Box, "--width", "1", "--edge-range", "x")
-    with pytest.raises(ValueError, match=r"^unknown --finish 'dull'; use matt, gloss, satin$"):
+    with pytest.raises(ValueError, match=r"^unknown --finish 'dull'; use matt, gloss or satin$"):
         run(Annotated[Given, only(Box, "finish")], "--finish", "dull")  # although no object is built that would refuse
 
 

@@ -265,7 +265,7 @@ def test_blocks_are_counted_through_all_of_the_network_or_the_pick_is_not_writte
             ("--for", "sra", "--blocks", 2),
             r"blocks\.\d of the pick is not among the 2 blocks blocks.0 to blocks.1",
         ),
-        (("--for", "flux"), "there is no trainer 'flux'; use one of simpletuner,"),
+        (("--for", "flux"), "unknown trainer 'flux'; use simpletuner,"),
         (("--blocks", 8), "--blocks counts the blocks for another trainer; pass --for too"),
     ):
         code, out, err = cli("select", run, *arguments)

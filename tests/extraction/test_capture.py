@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -281,10 +282,14 @@ def test_patterns_name_layers_in_the_order_of_the_module() -> None:
     assert match_layers(network, ["*"]) == ("stem", "pair", "head", "unused")
 
 
-@pytest.mark.parametrize("pattern", ["block.*", "blocksx0", "blocks.12", "", "blocks.0.*.fc"])
-def test_patterns_that_match_nothing_are_refused(pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [("block.*", "blocks.*"), ("blocksx0", "blocks.0"), ("blocks.12", ""), ("", ""), ("blocks.0.*.fc", "")],
+)
+def test_patterns_that_match_nothing_are_refused(pattern: str, hint: str) -> None:
+    ending = re.escape(f"; did you mean {hint}?" if hint else "")
     with pytest.raises(
-        ValueError, match=r" is not in Network, which has stem, blocks.0 to blocks.11, pair, head, unused$"
+        ValueError, match=rf" is not in Network, which has stem, blocks.0 to blocks.11, pair, head, unused{ending}$"
     ):
         match_layers(Network(), ["stem", pattern])
     with pytest.raises(ValueError, match=r"^no layer is named; name some of Network, which has stem"):

@@ -158,7 +158,7 @@ def test_conversion_refuses_levels_that_do_not_determine_it(
 
 
 def test_conversion_refuses_unknown_predictions() -> None:
-    with pytest.raises(ValueError, match="unknown prediction 'flow'; use one of velocity, eps, x0, v, score"):
+    with pytest.raises(ValueError, match="unknown prediction 'flow'; use velocity, eps, x0, v or score"):
         convert_prediction(torch.ones(1, 2), torch.ones(1, 2), level(0.5), LinearPath(), source="flow", to="eps")
 
 

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.configs import check_numbers, read_config
-from layerprobe.files import MissingWeights, import_optional, one_line
+from layerprobe.files import (
+    REMOTE,
+    MissingWeights,
+    hub_error_line,
+    import_optional,
+    is_hub_name,
+    one_line,
+    similar_path,
+)
 
-REMOTE = "hf://"
 MAX_STEPS = 100_000  # a larger number means a damaged configuration, or one that would exhaust the memory
 WEIGHTS = "diffusion_pytorch_model"
 # `*` also matches slashes. Weights in the top folder are copies for other programs, or those of a single model.
@@ -65,12 +72,6 @@ def exported_class(name: Any, kind: str) -> Any:
     diffusers = import_optional("diffusers", "diffusers")
     value = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return value if inspect.isclass(value) and issubclass(value, getattr(diffusers, kind)) else None
-
-
-def is_repository(name: str) -> bool:
-    """Returns whether a name has the form "owner/name" of the Hub, and is not the path of a missing file."""
-    matches = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
-    return matches and Path(name).suffix not in (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", ".npz")
 
 
 def locate_model(path: str | Path, subfolder: str | None) -> ModelFolder:
@@ -149,8 +150,10 @@ def _denoiser(folder: Path, index: Mapping[str, Any]) -> str:
 def _snapshot(name: str, subfolder: str | None) -> Path:
     """Returns the folder of a model of the Hub, from the cache or downloaded if the user asks for it."""
     remote, name = name.startswith(REMOTE), name.removeprefix(REMOTE)
-    if not is_repository(name):
-        raise FileNotFoundError(f"there is no folder {name}; pass one that diffusers saved, or owner/name of the Hub")
+    if not is_hub_name(name):
+        raise FileNotFoundError(
+            f"there is no folder {name}; pass one that diffusers saved, or owner/name of the Hub{similar_path(name)}"
+        )
     import huggingface_hub
 
     patterns = DOWNLOADED if subfolder is None else [f"{subfolder}/*.safetensors", *DOWNLOADED[1:]]
@@ -160,10 +163,8 @@ def _snapshot(name: str, subfolder: str | None) -> Path:
         )
         return Path(folder)
     except Exception as error:  # The Hub's client raises many kinds of errors.
-        remedy = "check name and connection" if remote else f"pass {REMOTE}{name} to download it"
-        raise FileNotFoundError(
-            f"{name} is not a folder and not in the Hub's cache ({one_line(error)}); {remedy}"
-        ) from error
+        missing = f"{name} is not a folder and not in the Hub's cache; pass {REMOTE}{name} to download it"
+        raise FileNotFoundError(hub_error_line(name, error) if remote else missing) from error
 
 
 def _refuse_links_outside(folder: Path) -> None:

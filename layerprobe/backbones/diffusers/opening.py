@@ -20,10 +20,8 @@ from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape
 from layerprobe.backbones.diffusers.folders import (
-    REMOTE,
     ModelFolder,
     denoiser_folders,
-    is_repository,
     locate_model,
     read_json,
     snapshot_of,
@@ -35,7 +33,7 @@ from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
 from layerprobe.backbones.diffusers.weights import convert_denoiser, load_denoiser, weights_origin
 from layerprobe.capture import match_layers
-from layerprobe.files import import_optional, one_line
+from layerprobe.files import REMOTE, import_optional, is_hub_name, one_line
 from layerprobe.noise import NoiseSchedule, Prediction
 
 MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
@@ -49,7 +47,7 @@ def is_diffusers(path: str | Path) -> bool:
         config = folder / "config.json"
         single = config.is_file() and "_class_name" in read_json(config)
         return (folder / "model_index.json").is_file() or single or bool(denoiser_folders(folder))
-    return str(path).startswith(REMOTE) or (not folder.exists() and is_repository(str(path)))
+    return str(path).startswith(REMOTE) or (not folder.exists() and is_hub_name(str(path)))
 
 
 def open_diffusers(

@@ -30,6 +30,7 @@ from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.items import MAX_VALUES, Decoder, file_bytes, load_media, read_items, undecoded
 from layerprobe.data.sequences.whole import check_end
 from layerprobe.files import import_optional
+from layerprobe.messages import unknown
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COLUMNS = ("audio", "sound", "wav", "file")
@@ -61,7 +62,7 @@ class AudioDecoder(Decoder):
         if self.rate < 1 or self.mels < 1 or self.hop < 1:
             raise ValueError(f"rate, mels and hop must be at least 1, got {self.rate}, {self.mels}, {self.hop}")
         if self.form not in ("log-mel", "waveform"):
-            raise ValueError(f"unknown audio form {self.form!r}; use log-mel or waveform")
+            raise ValueError(unknown("audio form", self.form, ("log-mel", "waveform")))
 
     @property
     def time_axis(self) -> int:  # type: ignore[override]

@@ -226,7 +226,7 @@ def test_too_few_samples_for_the_width_are_told() -> None:
             {},
             "features of samples are not finite; the samples or the extractor have diverged",
         ),
-        (np.zeros((30, 3)), {"metrics": ("fid",)}, "unknown score 'fid'; pass some of frechet, kernel, precision"),
+        (np.zeros((30, 3)), {"metrics": ("fid",)}, "unknown score 'fid'; use frechet, kernel, precision"),
         (np.zeros((30, 3)), {"metrics": ()}, "unknown score ''"),
         (np.zeros((30, 3)), {"k": 0}, "k is 0 for 27 and 36 samples; pass k between 1 and 26"),
         (np.zeros((30, 3)), {"k": 27}, "k is 27 for 27 and 36 samples; pass k between 1 and 26"),
@@ -440,7 +440,7 @@ def write_bad(folder: Path) -> None:
 
 
 BAD = {
-    "absent.npz": "there is no file absent.npz; pass an .npz or .npy of samples",
+    "absent.npz": "there is no file or folder of samples absent.npz; pass an .npz, an .npy or a folder",
     "nan.npy": "sample 7 of nan.npy has NaN or infinite values; remove or redraw it",
     "few.npy": "19 samples are too few; pass at least 20",
     "none.npy": r"none.npy contains no samples \(shape \(0, 1, 8, 8\)\)",

@@ -347,9 +347,27 @@ def test_page_holds_the_evidence(full_page: Page, full_run: Path) -> None:
         base64.b64decode(pictures[0].removeprefix("data:image/png;base64,"))
         == (full_run / "figures" / "samples.png").read_bytes()
     )
-    rows = len(pd.read_csv(full_run / "quality.csv"))
     table = full_page.html[full_page.html.index('id="quality"') :]
-    assert table[: table.index("</table>")].count("<tr ") == rows + 1
+    assert table[: table.index("</tbody>")].count("<tr>") == num_rows(full_run)
+
+
+def num_rows(run: Path) -> int:
+    """Rows of the table of all numbers: one for all noise levels."""
+    return len(pd.read_csv(run / "quality.csv")[["source", "layer", "metric", "split"]].drop_duplicates())
+
+
+def test_all_numbers_stand_below_their_noise_level(full_run: Path, full_page: Page) -> None:
+    table = full_page.html[full_page.html.index('id="quality"') :]
+    table = table[: table.index("</table>")]
+    levels = re.findall(r'<th[^>]*class="n">(.*?)</th>', table)
+    assert levels == [f"{level:g}" for level in sorted(LEVELS)]
+    quality = pd.read_csv(full_run / "quality.csv")
+    one = quality.iloc[len(quality) // 2]
+    names = "".join(f"<td>{one[column]}</td>" for column in ("source", "layer", "metric", "split"))
+    row = table[table.index(names) :]
+    cells = re.findall(r'<td class="n">(.*?)</td>', row[: row.index("</tr>")])
+    shown = cells[levels.index(f"{one.noise_level:g}")]
+    assert float(shown.partition(" ")[0].replace("\u2212", "-").replace(",", "")) == pytest.approx(one.value, rel=0.01)
 
 
 def test_points_and_cells_tell_their_values(full_page: Page) -> None:
@@ -403,7 +421,7 @@ def test_a_browser_opens_the_page_without_complaint(full_run: Path, tmp_path: Pa
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in result.stderr  # errors of the script, and requests that the policy refuses
     page = Page(result.stdout)
-    rows = len(pd.read_csv(full_run / "quality.csv"))
+    rows = num_rows(full_run)
     assert f"{rows} of {rows} rows" in page.text  # the script has run
     assert not [attrs for tag, attrs in page.elements if attrs.get("class") == "copy" and "hidden" in attrs]
 
@@ -526,7 +544,7 @@ def test_metrics_of_similar_names_do_not_share_ids(tmp_path: Path) -> None:
 def test_filters_offer_what_the_cells_show(full_page: Page) -> None:
     cells = re.findall(r"<td[^>]*>(.*?)</td>", full_page.html[full_page.html.index('id="quality"') :])
     options = [attrs["value"] for tag, attrs in full_page.elements if tag == "option" and attrs["value"]]
-    assert {"model", "0.1", "probe accuracy", "test"} <= set(options) <= set(cells)
+    assert {"model", "probe accuracy", "test"} <= set(options) <= set(cells)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_checkpoint_remembers_its_path_and_prediction(path, prediction, digits
 def test_a_checkpoint_is_trained_on_its_own_path(tmp_path) -> None:
     with pytest.raises(ValueError, match="digits has a path and a prediction; leave out --path and --prediction"):
         training_runs.training_start("digits", NewNetwork(path="linear"), (1, 8, 8), 10, seed=0)
-    with pytest.raises(ValueError, match="unknown path 'cosine'; use linear, gvp, vp"):
+    with pytest.raises(ValueError, match="unknown path 'cosine'; use linear, gvp or vp"):
         _start(path="cosine")
     with pytest.raises(ValueError, match="unknown prediction 'noise'"):
         _start(prediction="noise")
