@@ -13,6 +13,7 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
+from layerprobe.cli.parsing import names
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 
@@ -105,7 +106,17 @@ def extract(
 
 
 def analyze(
-    run: options.Run,
+    run: Annotated[Path, typer.Argument(help="Run folder; with --features, the folder to make.")],
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Features of your own: .npz, .safetensors or .h5 with arrays (n, D) named LAYER@LEVEL, such as "
+            "blocks.5@0.3, and labels (n,) if there are any."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of --features to measure, as a,b,c in the order in which they run.")
+    ] = None,
     analysis: Annotated[
         list[str] | None,
         typer.Option(help="Analysis of your own to run as well, as file.py:function; may be repeated."),
@@ -122,7 +133,12 @@ def analyze(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Measure the features of a run again, pick, draw and report."""
+    """Measure the features of a run again, or those of a file, pick, draw and report."""
+    if features is not None:
+        _analyze_own(run, features, names(layers) if layers else [], analysis, encoder, device, quiet, verbose, as_json)
+        return
+    if layers:
+        raise ValueError("--layers names layers of --features; pass it too, or leave out --layers")
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES
@@ -145,6 +161,28 @@ def analyze(
     write_report(run)
     before = describe_ownership(run, selection)
     show_run(run, selection, before=before, quiet=quiet, verbose=verbose, as_json=as_json)
+
+
+def _analyze_own(
+    run: Path,
+    file: Path,
+    layers: list[str],
+    analysis: list[str] | None,
+    encoder: str | None,
+    device: str,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    from layerprobe.analyses.runs import features_run
+    from layerprobe.extraction import features_from_file
+
+    if analysis or encoder:
+        flag = "--encoder needs the samples, which" if encoder else "--analysis runs on a finished run, which"
+        raise ValueError(f"{flag} --features does not have; run `layerprobe analyze {run}` for it afterwards")
+    with progress_bar(quiet=quiet) as progress:
+        selection = features_run(features_from_file(file, layers=layers), run, device=device, progress=progress)
+    show_run(run, selection, quiet=quiet, verbose=verbose, as_json=as_json)
 
 
 def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: ExtractionPlan, seed: int) -> RunPlan:

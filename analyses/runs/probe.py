@@ -138,7 +138,7 @@ def extract_run(
     folder = RunFolder(run)
     backbone, splits = opened or plan.open(device=device, progress=progress)
     _check_frames(plan, splits)
-    _check_samples(splits)
+    check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
     if folder.is_intact(folder.convention):
@@ -196,7 +196,8 @@ def analyze_run(
     """
     folder = RunFolder(run)
     plan = folder.plan()
-    stores = {source: folder.store(source) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    model = folder.store(MODEL)
+    stores = {MODEL: model} | {source: folder.store(source) for source in _controls(model)}
     on = _measuring_device(device, stores[MODEL])
     keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
@@ -206,10 +207,13 @@ def analyze_run(
         device=on,
         progress=named_progress(progress, "measuring layers"),
     )
-    ablation = folder.ablation_table()
-    evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation)
+    if _is_given(model):
+        ablation, small = pd.DataFrame(columns=quality.columns), model
+    else:
+        ablation, small = folder.ablation_table(), folder.store(_EVIDENCE)
+    evidence = measure_evidence(small, scores=keeper.scores, ablation=ablation)
     recoverability = recoverability_table(stores[MODEL], device=on) if len(stores[MODEL].token_rows) else None
-    tables = [quality, ablation]
+    tables = [table for table in (quality, ablation) if len(table)]
     if encoder is not None:
         outside = _encoder_features(plan, stores[MODEL], encoder)
         tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
@@ -223,6 +227,15 @@ def analyze_run(
     selection = choose_layers(run)
     folder.keep_selection(selection)
     return selection
+
+
+def _is_given(store: FeatureStore) -> bool:
+    """Whether another program computed the features, so that there is nothing but them."""
+    return "given" in store.manifest
+
+
+def _controls(store: FeatureStore) -> tuple[str, ...]:
+    return () if _is_given(store) else (RANDOM_WEIGHTS, RAW_INPUT)
 
 
 def _measuring_device(device: str, store: FeatureStore) -> torch.device:
@@ -286,8 +299,12 @@ def _check_frames(plan: RunPlan, splits: Splits) -> None:
         )
 
 
-def _check_samples(splits: Splits) -> None:
-    """Refuses before the extraction what cannot be measured after it."""
+def check_samples(splits: Splits) -> None:
+    """Refuses before the extraction what cannot be measured after it.
+
+    Raises:
+        ValueError: If samples are too few, or all training samples are of one class.
+    """
     if len(splits.validation) < LEAST_COMPARED:
         raise ValueError(
             f"the validation split has {len(splits.validation)} samples, and comparing layers needs {LEAST_COMPARED}; "
@@ -332,7 +349,12 @@ def choose_layers(
     store = folder.store(MODEL)
     labels = None if label_free or store.labels is None else store.labels[store.splits == "validation"]
     against_all, cautions = _by_convention(folder)
-    cautions = (*cautions, *_by_layers(folder, evidence))
+    if _is_given(store):
+        cautions = (
+            *cautions,
+            Caution("no controls"),
+            Caution("layers named", value=len(evidence.layers), note="given"),
+        )
     return rank_pairs(
         evidence,
         label_free=label_free,
@@ -380,7 +402,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
-    _check_samples(splits)
+    check_samples(splits)
     shapes = layer_shapes(backbone)
     reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())

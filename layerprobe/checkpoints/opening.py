@@ -37,7 +37,7 @@ from layerprobe.checkpoints.networks import FoundNetwork, closest_part, find_net
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
-from layerprobe.files import one_line
+from layerprobe.files import one_line, refuse_memory
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 
 EMBEDDED = "digits"
@@ -190,6 +190,7 @@ def training_record(path: str | Path) -> dict[str, Any]:
 
 
 def _located(path: str | Path) -> Path:
+    refuse_memory(str(path), "network")
     return embedded_checkpoint() if str(path) == EMBEDDED else snapshot_of(Path(path))
 
 

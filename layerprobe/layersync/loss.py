@@ -52,12 +52,7 @@ class _Term:
 
     def over_counted_samples(self, mean: Tensor) -> Tensor:
         """Converts a mean over all samples, where samples without counted tokens add 0, to one over the others."""
-        return mean if self.counts is None else mean / self.share_counted.to(mean.dtype)
-
-    @property
-    def share_counted(self) -> Tensor:
-        """Share of the samples that have counted tokens."""
-        return torch.ones(()) if self.counts is None else self.counts.any(1).float().mean()
+        return mean if self.counts is None else mean / self.counts.any(1).to(mean.dtype).mean()
 
     def __str__(self) -> str:
         """What is aligned, as "blocks.1 <- blocks.4: 256 tokens of width 1152"."""
@@ -192,6 +187,7 @@ class LayerSync:
             self._teacher_reader = TokenReader(teaching, taught, tokens)
             self._teacher_pass = self._recorder(teaching, self._teacher_reader, taught)
         self._latest: tuple[_Term, ...] = ()
+        self._total = torch.zeros(())
         self._num_passes = 0
         self._highest_ranks: dict[str, float] = {}
         self._running: dict[LayerPair, float] = {}
@@ -306,6 +302,7 @@ class LayerSync:
                 self.cosines[term.pair] = term.over_counted_samples(cosine.detach())
                 total = total - term.weight * cosine
         self._latest = tuple(replace(term, student=term.student.detach()) for term in terms)
+        self._total = total.detach()
         if is_first:
             _check_first(self._latest, mask)
         self.aligned = tuple(map(str, self._latest))
@@ -333,9 +330,7 @@ class LayerSync:
         if not self._latest:
             raise ValueError("there is no latest loss; call logs() between loss() and the next forward pass")
         cosines = torch.stack([self.cosines[term.pair] for term in self._latest])
-        shares = [term.weight * float(term.share_counted) for term in self._latest]
-        loss = -sum(share * cosine for share, cosine in zip(shares, cosines.tolist(), strict=True) if share)
-        return {"layersync_loss": loss, "layersync_similarity": float(cosines.nanmean())}
+        return {"layersync_loss": float(self._total), "layersync_similarity": float(cosines.nanmean())}
 
     def statistics(self) -> dict[str, float]:
         """Computes statistics of the latest loss for the log; this takes longer than the loss itself.
