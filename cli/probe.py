@@ -13,9 +13,10 @@ from layerprobe.cli import options
 from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
+from layerprobe.cli.parsing import names
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
-from layerprobe.options import OUTPUT_PANEL, PROBING_PANEL
+from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
 from layerprobe.ranks import current
 
 if TYPE_CHECKING:
@@ -129,8 +130,22 @@ def extract(
 
 @from_dataclasses(several_processes=True)
 def analyze(
-    run: options.Run,
+    run: Annotated[Path, typer.Argument(help="Run folder; with --features, the folder to make.")],
     *,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Features of your own: .npz, .safetensors or .h5 with arrays (n, D) named LAYER@LEVEL, such as "
+            "blocks.5@0.3, and labels (n,) if there are any.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of --features to measure, as a,b,c in the order in which they run.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None,
     analysis: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,14 +168,22 @@ def analyze(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Measure the features of a run again, pick, draw and report.
+    """Measure the features of a run again, or those of a file, pick, draw and report.
 
     Examples:
         # The features of a run, after an update of layerprobe or after `extract`.
         layerprobe analyze runs/mine
         # Beside them, how alike each layer is to the features of an encoder.
         layerprobe analyze runs/mine --encoder ./dinov2-base
+        # Features that another program computed.
+        layerprobe analyze runs/own --features features.npz
     """
+    if features is not None:
+        _analyze_own(run, features, names(layers) if layers else [], analysis, encoder, device, quiet, verbose, as_json)
+        return
+    options.existing_run(run)
+    if layers:
+        raise ValueError("--layers names layers of --features; pass it too, or leave out --layers")
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES
@@ -186,6 +209,28 @@ def analyze(
         write_report(run)
     before = describe_ownership(run, selection)
     show_run(run, selection, before=before, quiet=quiet, verbose=verbose, as_json=as_json)
+
+
+def _analyze_own(
+    run: Path,
+    file: Path,
+    layers: list[str],
+    analysis: list[str] | None,
+    encoder: str | None,
+    device: str,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    from layerprobe.analyses.runs import features_run
+    from layerprobe.extraction import features_from_file
+
+    if analysis or encoder:
+        flag = "--encoder needs the samples, which" if encoder else "--analysis runs on a finished run, which"
+        raise ValueError(f"{flag} --features does not have; run `layerprobe analyze {run}` for it afterwards")
+    with progress_bar(quiet=quiet) as progress:
+        selection = features_run(features_from_file(file, layers=layers), run, device=device, progress=progress)
+    show_run(run, selection, quiet=quiet, verbose=verbose, as_json=as_json)
 
 
 def _plan(checkpoint: CheckpointSource, data: DataSource, extraction: ExtractionPlan, seed: int) -> RunPlan:

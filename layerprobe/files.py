@@ -358,16 +358,24 @@ def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool | None:
 IN_MEMORY = "in memory: "  # how the source of a model or of data begins that was passed as an object
 
 
+FEATURES = "features: "  # how the source begins of features without a network or samples
+
+
 def refuse_memory(source: str, what: str) -> None:
-    """Refuses to open again what was passed as an object.
+    """Refuses to open again what was passed as an object, or never given.
 
     Args:
         source: Source of the model or the data, as a plan records it.
         what: What it is, such as "network".
 
     Raises:
-        ValueError: If the source is an object.
+        ValueError: If the source is an object, or features alone.
     """
+    if source.startswith(FEATURES):
+        raise ValueError(
+            f"this run was made from features alone ({source.removeprefix(FEATURES)}), so it has no {what}; probe a "
+            "checkpoint for this"
+        )
     if source.startswith(IN_MEMORY):
         raise ValueError(
             f"this run's {what} was passed as an object ({source.removeprefix(IN_MEMORY)}), which layerprobe cannot "

@@ -117,6 +117,42 @@ def test_wan_lora_gradients_reach_the_student_alone(capsys: pytest.CaptureFixtur
     assert all("lora" in name for name in reached)
 
 
+def test_flux_lora_aligns_the_image_and_trains_the_adapter_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("diffusers", "peft", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    ran = run("flux_lora.py")
+    tuned, log = ran["transformer"], ran["log"]
+    assert num_hooks(tuned) == 0
+    assert "transformer_blocks.0 <- single_transformer_blocks.2: 16 tokens of width 32" in capsys.readouterr().err
+    assert all(row["layersync_loss"] == pytest.approx(-0.3 * row["layersync_similarity"]) for row in log)
+    torch.manual_seed(0)
+    fresh = weights(ran["narrow_flux"]())
+    frozen = {name.replace(".base_layer", ""): x for name, x in weights(tuned).items() if "lora" not in name}
+    assert all(torch.equal(x, fresh[name]) for name, x in frozen.items())
+    assert differ(tuned, ran["fine_tune"](weight=0.0)[0])
+
+
+def test_accelerate_accumulates_logs_and_ends_at_a_cosine(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ran = run("accelerate_loop.py")
+    model, log = ran["model"], ran["log"]
+    assert num_hooks(model) == 0
+    assert sum(row["loss"] for row in log[-5:]) / 5 < 0.6 * log[0]["loss"]
+    without, other = ran["train"](weight=0.0)
+    assert log[-1]["layersync_similarity"] > other[-1]["layersync_similarity"] + 0.005
+    assert differ(model, without)
+    capsys.readouterr()
+    _, ended = ran["train"](weight=0.3, steps=8, stop_cosine=0.5)
+    assert "blocks.1 <- blocks.4: the cosine has reached" in capsys.readouterr().err
+    assert all(row["layersync_loss"] == 0 for row in ended[1:])
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.py")) if "digits" not in path.name])
+def test_a_trainer_takes_ten_lines_of_layerprobe_at_most(name: str) -> None:
+    code = (EXAMPLES / name).read_text(encoding="utf-8").split('"""', 2)[2]
+    assert 1 < len(re.findall(r"^.*(?:sync\b|LayerSync|layerprobe|\blp\.|\bprobe\().*$", code, re.MULTILINE)) <= 10
+
+
 @lightning_warns
 def test_lightning() -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")

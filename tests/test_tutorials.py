@@ -113,5 +113,6 @@ def test_the_recipes_in_python_run(tmp_path, monkeypatch):
     monkeypatch.setattr(lp, "probe", lambda *words, **options: probe(*words, **options, noise_levels=(0.3,)))
     names = {"lp": lp, "torch": torch}
     for block in re.findall(r"```python\n(.*?)```", (DOCS / "recipes.md").read_text(encoding="utf-8"), re.DOTALL):
+        assert len(block.splitlines()) <= 10
         exec(block, names)
     assert names["features"].shape == (4, 64)

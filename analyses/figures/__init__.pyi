@@ -2,6 +2,7 @@ from .cka import cka_heatmap as cka_heatmap
 from .cka import paper_cka as paper_cka
 from .comparison import block_map_heatmap as block_map_heatmap
 from .comparison import comparison_curves as comparison_curves
+from .comparison import quality_over_steps as quality_over_steps
 from .confirmation import ARM_COLORS as ARM_COLORS
 from .confirmation import confirmation_curves as confirmation_curves
 from .confirmation import paper_confirmation as paper_confirmation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,8 @@ from matplotlib.figure import Figure
 from layerprobe.analyses.figures.cka import LIMITS
 from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell
 from layerprobe.analyses.figures.labels import capital, label_layers, short_names, wrap_title
-from layerprobe.analyses.figures.quality import quality_curves
+from layerprobe.analyses.figures.layer_curves import draw_layers_by_step
+from layerprobe.analyses.figures.quality import on_validation, quality_curves
 from layerprobe.analyses.figures.style import LINE_COLORS, WIDTH_IN, fit_y_limits, nanmean, styled
 from layerprobe.analyses.measures import Floats
 
@@ -80,6 +82,56 @@ def _draw(axes: Axes, values: Mapping[str, Floats], colors: Mapping[str, str], t
 
 
 @styled()
+def quality_over_steps(qualities: Mapping[int, pd.DataFrame], metric: str) -> Figure:
+    """Draws one metric of runs that are steps of one training: the best layer at each level, and all layers, by step.
+
+    Best layers are chosen on the validation split where the metric has it; values are of the test split where it has.
+
+    Args:
+        qualities: Quality table of each run by its training step.
+        metric: Metric that all runs have.
+
+    Raises:
+        ValueError: If a run has no such metric, or the runs have other layers or no noise level in common.
+    """
+    steps = sorted(qualities)
+    curves = {step: quality_curves(qualities[step], metric, None) for step in steps}
+    layers = curves[steps[0]].layers
+    if other := next((step for step in steps if curves[step].layers != layers), None):
+        raise ValueError(f"the runs at steps {steps[0]} and {other} have other layers; pass steps of one training")
+    levels = sorted(set.intersection(*(set(one.levels) for one in curves.values())))
+    if not levels:
+        raise ValueError("the runs have no noise level in common; probe them at the same --noise-levels")
+    values = np.stack([one.model[[one.levels.index(v) for v in levels]] for one in curves.values()])
+    choosing = [on_validation(qualities[step], one) or one for step, one in curves.items()]
+    chosen = np.stack([one.model[[one.levels.index(v) for v in levels], :, 0] for one in choosing])
+    best = np.where(np.isfinite(chosen), chosen, -np.inf).argmax(2)
+    height = min(max(1.2, 0.2 * len(layers)), 4.0)
+    figure = Figure(figsize=(WIDTH_IN, 4.0 + height), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[2.6, height + 0.6])
+    for i, (level, marker) in enumerate(zip(levels, itertools.cycle(MARKERS), strict=False)):
+        of_best = values[np.arange(len(steps)), i, best[:, i]]
+        color = LINE_COLORS[i % len(LINE_COLORS)]
+        top.plot(steps, of_best[:, 0], color=color, marker=marker, linewidth=1.5, label=f"noise level {level:g}")
+        top.fill_between(steps, of_best[:, 1], of_best[:, 2], color=color, alpha=0.15, linewidth=0)
+    top.set_title("Best layer at each noise level, with its 95 % interval")
+    top.set_xlabel("training step")
+    top.xaxis.set_major_formatter("{x:,.0f}")
+    top.set_ylabel(f"{capital(metric)}\n({next(iter(curves.values())).unit})")
+    top.legend(loc="best", ncols=3)
+    means = nanmean(values[..., 0].swapaxes(0, 1))  # (steps, layers)
+    draw_layers_by_step(bottom, means.T[::-1], metric, layers, steps, framed=True, height_in=height)
+    bottom.set_title("All layers, mean over the noise levels; frames: best layer of a step")
+    ends = (
+        f"{np.nanmax(row):.3g} ({layers[int(np.nanargmax(row))]}) at step {step:,}"
+        for step, row in ((steps[0], means[0]), (steps[-1], means[-1]))
+    )
+    title = f"{capital(metric)} at {len(steps)} steps of one training; highest mean over the levels: {', '.join(ends)}"
+    figure.suptitle(wrap_title(title), x=0.008, ha="left")
+    return figure
+
+
+@styled()
 def block_map_heatmap(
     cka: Floats, layers_a: Sequence[str], layers_b: Sequence[str], *, names: tuple[str, str]
 ) -> Figure:
@@ -95,7 +147,7 @@ def block_map_heatmap(
     figure = Figure(figsize=(min(WIDTH_IN, max(5.5, 0.45 * len(layers_b) + 2.5)), height), layout="constrained")
     axes = figure.subplots()
     width = figure.get_size_inches()[0] - 2
-    label = "debiased linear CKA, mean over equal noise levels (1: equal)"
+    label = "debiased linear CKA (1: equal)"
     draw_heatmap(axes, cka, limits=LIMITS, width_in=width, text="{:.2f}".format, colorbar={"label": label})
     for row, values in enumerate(cka):
         if np.isfinite(values).any():

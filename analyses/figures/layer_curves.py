@@ -51,7 +51,7 @@ def layer_step_heatmaps(table: pd.DataFrame, findings: Sequence[CurveFinding] = 
     all_axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, name, shown) in zip(all_axes, panels, strict=False):
         values = _matrix(of_layers, name, shown, layers, steps)
-        _draw_layers(axes, values, name, layers, steps, framed=name == metric, height_in=heights[0] - 0.6)
+        draw_layers_by_step(axes, values, name, layers, steps, framed=name == metric, height_in=heights[0] - 0.6)
         axes.set_title(title if np.isfinite(values).all() else f"{title}; hatched: not measured")
     if len(of_pairs):
         _draw_pairs(all_axes[-1], of_pairs)
@@ -69,7 +69,7 @@ def _matrix(
     return values
 
 
-def _draw_layers(
+def draw_layers_by_step(
     axes: Axes,
     values: Floats,
     name: str,
@@ -79,6 +79,17 @@ def _draw_layers(
     framed: bool,
     height_in: float,
 ) -> None:
+    """Draws a table of layers and steps in colors.
+
+    Args:
+        axes: Axes.
+        values: Values, shape (layers, steps), the deepest layer first.
+        name: Name of the metric.
+        layers: Layers in execution order.
+        steps: Steps.
+        framed: Whether to frame the best layer of each step.
+        height_in: Height of the table in inches.
+    """
     draw_heatmap(
         axes,
         values,

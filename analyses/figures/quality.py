@@ -219,7 +219,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
     control = better_control(quality, curves) if curves.is_fraction else curves.random[..., 0]
     gain = model - control
     framed = (
-        "; frames: largest on the validation split" if curves.is_fraction and _on_validation(quality, curves) else ""
+        "; frames: largest on the validation split" if curves.is_fraction and on_validation(quality, curves) else ""
     )
     panels = [(f"{capital(metric)} ({curves.unit}), trained model{framed}", metric, model)]
     if np.isfinite(gain).any():
@@ -302,14 +302,14 @@ def better_control(quality: pd.DataFrame, curves: QualityCurves) -> Floats:
     Returns:
         Values of the controls on the split of the curves, shape (levels, 1); nan without a control.
     """
-    chosen = _on_validation(quality, curves) or curves
+    chosen = on_validation(quality, curves) or curves
     there, here = (np.concatenate([of.random, of.raw], axis=1)[..., 0] for of in (chosen, curves))
     best = np.where(np.isfinite(there) & np.isfinite(here), there, -np.inf).argmax(axis=1)
     return np.take_along_axis(here, best[:, None], axis=1)
 
 
-def _on_validation(quality: pd.DataFrame, curves: QualityCurves) -> QualityCurves | None:
-    """The same metric on the validation split; None if it is not measured there, or at other places."""
+def on_validation(quality: pd.DataFrame, curves: QualityCurves) -> QualityCurves | None:
+    """Returns the same metric on the validation split; None if it is not measured there, or at other places."""
     rows = quality[(quality["metric"] == curves.metric) & (quality["source"] == MODEL)]
     if "validation" not in set(rows["split"]):
         return None
@@ -337,7 +337,7 @@ def places(
 
     The largest of many numbers of the test split would flatter, and contradict the single answers of a run.
     """
-    chosen = (_on_validation(quality, curves) if curves.is_fraction else None) or curves
+    chosen = (on_validation(quality, curves) if curves.is_fraction else None) or curves
     values = chosen.model[..., 0]
     above = values - better_control(quality, chosen) if curves.is_fraction else gain
     measured = np.isfinite(curves.model[..., 0])

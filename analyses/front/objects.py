@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.data import Samples, Splits, TensorSamples, for_probing, split
+from layerprobe.data import Samples, Splits, TensorSamples, for_probing, numbered_labels, split
 
 LARGEST = 50.0  # beyond every latent; pixels that were not scaled reach 255
 
@@ -36,7 +36,7 @@ def as_samples(x: Any, labels: Any = None, *, ids: Any = None, num_classes: int 
     if tensor.ndim < 3:
         raise ValueError(f"the samples have shape {tuple(tensor.shape)}; pass (n, channels, *grid)")
     _check_range(tensor)
-    numbers, names = (None, ()) if labels is None else _numbered(labels, num_classes)
+    numbers, names = (None, ()) if labels is None else numbered_labels(labels, num_classes)
     return TensorSamples(tensor, numbers, ids=None if ids is None else _tensor(ids), class_names=names)
 
 
@@ -79,15 +79,3 @@ def _check_range(x: Tensor) -> None:
             "2 * x - 1",
             stacklevel=4,
         )
-
-
-def _numbered(labels: Any, num_classes: int) -> tuple[Tensor, tuple[str, ...]]:
-    values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
-    if values.ndim != 1 or values.dtype.kind not in "iubUSO":
-        raise ValueError(
-            f"the labels have type {values.dtype} and shape {values.shape}; pass one integer or string per sample"
-        )
-    if values.dtype.kind in "iu" and len(values) and values.min() >= 0 and values.max() < max(len(values), num_classes):
-        return torch.from_numpy(values.astype(np.int64)), ()
-    names, numbers = np.unique(values.astype(str) if values.dtype.kind in "SOb" else values, return_inverse=True)
-    return torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, names))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ from torch import nn
 
 from layerprobe.analyses.front.model import Model, open
 from layerprobe.analyses.front.objects import as_splits
-from layerprobe.analyses.front.run import Run
+from layerprobe.analyses.front.run import Run, made_run
 from layerprobe.analyses.runs import RunPlan, probe_run
 from layerprobe.backbones import Backbone
 from layerprobe.data import DataSource, Splits, content_hash
@@ -65,19 +62,9 @@ def probe(
     else:
         splits = as_splits(data, labels, num_classes=model.backbone.num_classes)
         source = DataSource(IN_MEMORY + _fingerprint(splits))
-    folder = Path(tempfile.mkdtemp(prefix="layerprobe-")) if out is None else Path(out)
-    probe_run(
-        RunPlan(model.source, source, ExtractionPlan(**extraction)),
-        folder,
-        opened=(model.backbone, splits),
-        batch_size=batch_size,
-        trust_convention=trust_convention,
-        progress=progress,
-    )
-    run = Run(folder)
-    if out is None:
-        weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
-    return run
+    plan = RunPlan(model.source, source, ExtractionPlan(**extraction))
+    options = {"batch_size": batch_size, "trust_convention": trust_convention, "progress": progress}
+    return made_run(out, lambda run: probe_run(plan, run, opened=(model.backbone, splits), **options))
 
 
 def _fingerprint(splits: Splits) -> str:

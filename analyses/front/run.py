@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +21,7 @@ from layerprobe.analyses.figures import (
     quality_heatmap,
     shown_in_notebooks,
 )
+from layerprobe.analyses.front.pair_matrix import PairMatrix
 from layerprobe.analyses.runs import RunFolder
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import MODEL, PROBE, RANDOM_WEIGHTS, RANK, RAW_INPUT
@@ -80,6 +85,11 @@ class Run:
             | {f"{part.criterion} adds": part.adds for part in pair.parts}
             for pair in self.selection.ranked
         )
+
+    @property
+    def pair_matrix(self) -> PairMatrix:
+        """The scores of all admissible pairs, students x teachers."""
+        return PairMatrix.of(self.selection)
 
     @property
     def cka(self) -> pd.DataFrame:
@@ -201,6 +211,27 @@ class Run:
         rows = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in self._facts())
         why = f"<p>{escape(selection_reason(self.selection))}</p>" if self.pick else ""
         return f"<b>Run {escape(str(self.path))}</b><table>{rows}</table>{why}{self.best_layers().to_html(index=False)}"
+
+
+def made_run(out: str | Path | None, make: Callable[[Path], object]) -> Run:
+    """Makes a run and returns it.
+
+    Args:
+        out: Run folder. None makes a temporary one, which is removed with the returned run.
+        make: Function that makes the run in a folder.
+    """
+    if out is not None:
+        make(Path(out))
+        return Run(out)
+    folder = Path(tempfile.mkdtemp(prefix="layerprobe-"))
+    try:
+        make(folder)
+        run = Run(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
+    return run
 
 
 def _first_by_layer(rows: pd.DataFrame, *, smallest: bool) -> pd.DataFrame:

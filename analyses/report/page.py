@@ -79,11 +79,17 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(Path(run_dir))
     path = run.folder / "report.html"
-    write_text(path, _render(_context(run)))
+    write_text(path, render("page.html", _context(run)))
     return path
 
 
-def _render(context: Mapping[str, Any]) -> str:
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Returns a page.
+
+    Args:
+        template: Name of a template in `templates/`.
+        context: What the template shows.
+    """
     environment = Environment(
         loader=PackageLoader("layerprobe.analyses.report"),
         autoescape=True,
@@ -104,7 +110,7 @@ def _render(context: Mapping[str, Any]) -> str:
     environment.filters.update(filters)
     script = environment.get_template("script.js").render()
     script_sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(context, script_sha256=script_sha256)
+    return environment.get_template(template).render(context, script_sha256=script_sha256)
 
 
 # ------------------------------------------------------------------------------------------------------------- context

@@ -158,7 +158,7 @@ def extract_run(
     backbone = backbone.in_precision(plan.extraction.precision)
     plan = replace(plan, extraction=replace(plan.extraction, precision=backbone.precision or plan.extraction.precision))
     _check_frames(plan, splits)
-    _check_samples(splits)
+    check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
     convention, trusted = ranks.once(lambda: _convention(folder, backbone, splits, plan, batch_size))
@@ -228,7 +228,8 @@ def analyze_run(
     """
     folder, ranks = RunFolder(run), current()
     plan = folder.plan()
-    stores = {source: folder.store(source) for source in (MODEL, RANDOM_WEIGHTS, RAW_INPUT)}
+    model = folder.store(MODEL)
+    stores = {MODEL: model} | {source: folder.store(source) for source in _controls(model)}
     on = _measuring_device(device, stores[MODEL])
     keeper = ScoreKeeper(stores[MODEL])
     quality, similarity = measure(
@@ -240,16 +241,19 @@ def analyze_run(
         progress=named_progress(progress, "measuring layers"),
     )
     keeper.complete(ranks)
-    ablation = folder.ablation_table()
-    evidence = measure_evidence(folder.store(_EVIDENCE), scores=keeper.scores, ablation=ablation, ranks=ranks)
-    has_tokens = len(stores[MODEL].token_rows)
-    recoverability = recoverability_table(stores[MODEL], device=on, ranks=ranks) if has_tokens else None
+    if _is_given(model):
+        ablation, small = pd.DataFrame(columns=quality.columns), model
+    else:
+        ablation, small = folder.ablation_table(), folder.store(_EVIDENCE)
+    evidence = measure_evidence(small, scores=keeper.scores, ablation=ablation, ranks=ranks)
+    has_tokens = len(model.token_rows)
+    recoverability = recoverability_table(model, device=on, ranks=ranks) if has_tokens else None
 
     def conclude() -> Selection:
-        tables = [quality, ablation]
+        tables = [table for table in (quality, ablation) if len(table)]
         if encoder is not None:
-            outside = _encoder_features(plan, stores[MODEL], encoder)
-            tables.append(encoder_rows(stores[MODEL], outside, encoder.name, device=on))
+            outside = _encoder_features(plan, model, encoder)
+            tables.append(encoder_rows(model, outside, encoder.name, device=on))
         if folder.is_intact(folder.path / "quality.csv"):
             # Measurements of these same features by analyses or encoders that are not asked for now.
             before = folder.quality()
@@ -262,6 +266,15 @@ def analyze_run(
         return selection
 
     return ranks.once(conclude)
+
+
+def _is_given(store: FeatureStore) -> bool:
+    """Whether another program computed the features, so that there is nothing but them."""
+    return "given" in store.manifest
+
+
+def _controls(store: FeatureStore) -> tuple[str, ...]:
+    return () if _is_given(store) else (RANDOM_WEIGHTS, RAW_INPUT)
 
 
 def _measuring_device(device: str, store: FeatureStore) -> torch.device:
@@ -332,8 +345,12 @@ def _check_frames(plan: RunPlan, splits: Splits) -> None:
         )
 
 
-def _check_samples(splits: Splits) -> None:
-    """Refuses before the extraction what cannot be measured after it."""
+def check_samples(splits: Splits) -> None:
+    """Refuses before the extraction what cannot be measured after it.
+
+    Raises:
+        ValueError: If samples are too few, or all training samples are of one class.
+    """
     if len(splits.validation) < LEAST_COMPARED:
         raise ValueError(
             f"the validation split has {len(splits.validation)} samples, and comparing layers needs {LEAST_COMPARED}; "
@@ -379,7 +396,12 @@ def choose_layers(
     store = folder.store(MODEL)
     labels = None if label_free or store.labels is None else store.labels[store.splits == "validation"]
     against_all, cautions = _by_convention(folder)
-    cautions = (*cautions, *_by_layers(folder, evidence))
+    if _is_given(store):
+        cautions = (
+            *cautions,
+            Caution("no controls"),
+            Caution("layers named", value=len(evidence.layers), note="given"),
+        )
     return rank_pairs(
         evidence,
         label_free=label_free,
@@ -427,7 +449,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
-    _check_samples(splits)
+    check_samples(splits)
     shapes = layer_shapes(backbone)
     reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any, Literal
 
 from layerprobe.layersync import WEIGHT, LayerPair
 from layerprobe.records import parse
 
+_SHOWN = 8  # ranked pairs in a text
 _DERIVED = ("pick", "no_pick")  # in selection.json, made from the rest
 
 ObjectionCode = Literal[
@@ -45,6 +47,7 @@ CautionCode = Literal[
     "shallower than published",
     "layers named",
     "convention trusted",
+    "no controls",
     "criterion not measured",
     "probes not converged",
     "probes at the end of the search",
@@ -85,7 +88,7 @@ class Caution:
         subject: Criterion or source that the caution is about; "" if it is about the selection.
         value: Number of pairs or probes, or the quality of the teacher.
         limit: Number that the value is compared with: all probes, or the best quality of the control.
-        note: Reason for a missing value, or the verdict of the convention check.
+        note: Reason for a missing value, the verdict of the convention check, or "given" for features alone.
     """
 
     code: CautionCode
@@ -234,7 +237,7 @@ class RejectedPair:
     objections: tuple[Objection, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """Ranked pairs, refused pairs, and what weakens the pick.
 
@@ -255,6 +258,21 @@ class Selection:
     layers: tuple[LayerQuality, ...]
     cautions: tuple[Caution, ...]
     weight: float = WEIGHT
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.ranked)} pairs by {self.basis.metric}, {len(self.rejected)} refused"
+        rows = (f"  {pair.pair}  score {_span(pair)}{' tie' * pair.ties_with_first}" for pair in self.ranked[:_SHOWN])
+        return "\n".join([f"Selection: {counts}", *rows])
+
+    def _repr_html_(self) -> str:
+        first, *_ = repr(self).splitlines()
+        names = "".join(f"<th>{name}</th>" for name in ("rank", "student", "teacher", "score (95 % interval)", "tie"))
+        rows = "".join(
+            f"<tr><td>{rank}</td><td>{escape(pair.student)}</td><td>{escape(pair.teacher)}</td><td>{_span(pair)}</td>"
+            f"<td>{'yes' * pair.ties_with_first}</td></tr>"
+            for rank, pair in enumerate(self.ranked[:_SHOWN], 1)
+        )
+        return f"<b>{escape(first)}</b>" + (f"<table><tr>{names}</tr>{rows}</table>" if rows else "")
 
     @property
     def pick(self) -> LayerPair | None:
@@ -303,3 +321,7 @@ class Selection:
         """
         selection: Selection = parse(cls, {key: value for key, value in record.items() if key not in _DERIVED})
         return selection
+
+
+def _span(pair: RankedPair) -> str:
+    return f"{pair.score:.2f} ({pair.score_low:.2f} to {pair.score_high:.2f})"

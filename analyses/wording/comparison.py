@@ -41,10 +41,11 @@ def block_map_sentences(table: pd.DataFrame, *, kept_order: bool) -> list[str]:
     lines = []
     for row in table.to_dict("records"):
         tie = f"; as alike within the interval: {row['as_alike']}" if row["as_alike"] else ""
+        pair = f"{row['layer_a']} of {row['run_a']} is most like {row['layer_b']} of {row['run_b']}"
+        lines.append(f"{pair} (CKA {row['cka']:.3f}, {row['low']:.3f} to {row['high']:.3f}){tie}")
+    if not kept_order and lines:
+        run = table["run_a"].iloc[0]
         lines.append(
-            f"{row['layer_a']} is most like {row['layer_b']} (CKA {row['cka']:.3f}, {row['low']:.3f} to "
-            f"{row['high']:.3f}){tie}"
+            f"the matches of {run} do not keep the order of the layers: this map is no correspondence of depth"
         )
-    if not kept_order:
-        lines.append("the matches do not keep the order of the layers, so this map is no correspondence of depth")
     return lines

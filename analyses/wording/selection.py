@@ -229,9 +229,15 @@ def _caution(caution: Caution, selection: Selection) -> str:
             richer = f": {best.layer} has {best.measured:.3f} against {value:.3f}" if best else ""
             return f"{first.teacher} is not the richest layer that may teach{richer}."
         case "layers named":
+            named = "that --layers names" if caution.note != "given" else "of the file"
             return (
-                f"Depths are counted through the {value:.0f} layers that --layers names; they are wrong if these do "
-                "not cover the whole network evenly."
+                f"Depths are counted through the {value:.0f} layers {named}; they are wrong if these do not cover the "
+                "whole network evenly."
+            )
+        case "no controls":
+            return (
+                "The features came without the network, so there are no controls: nothing tells what training or the "
+                "raw input contributes."
             )
         case "shallower than published":
             return f"The network has {value:.0f} layers; the published comparisons are of {limit:.0f} and more."

@@ -11,6 +11,7 @@ from .families import build as build
 from .families import recognize as recognize
 from .heads import with_heads as with_heads
 from .known_tokens import KnownLayer as KnownLayer
+from .known_tokens import known_blocks as known_blocks
 from .known_tokens import known_layer as known_layer
 from .network_call import checked as checked
 from .network_call import in_batches as in_batches

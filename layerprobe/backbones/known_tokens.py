@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.mdm import MDM, frame_tokens
-from layerprobe.capture import INPUT, as_tokens, find_layer
+from layerprobe.capture import INPUT, as_tokens, find_layer, match_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +98,22 @@ def known_layer(module: nn.Module, name: str) -> KnownLayer | None:
             if inner is not None:
                 return KnownLayer(network, known.__name__, inner + suffix)
     return None
+
+
+def known_blocks(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names in the module of all blocks of the network of a known class that it is or contains.
+
+    They are in the order of the class's table; () without such a network, or if it is of a class that is in no table.
+
+    Args:
+        module: A network, or a wrapper around one.
+    """
+    for prefix, network in module.named_modules():
+        known = _known_class(network)
+        if known is not None and known.__name__ in CLASSES:
+            names = (name for pattern in CLASSES[known.__name__].layers for name in match_layers(network, pattern))
+            return tuple(f"{prefix}.{name}".removeprefix(".") for name in names)
+    return ()
 
 
 def _known_class(network: nn.Module) -> type | None:

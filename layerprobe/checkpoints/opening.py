@@ -38,7 +38,7 @@ from layerprobe.checkpoints.own_types import in_own_types
 from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
-from layerprobe.files import EMBEDDED, one_line
+from layerprobe.files import EMBEDDED, one_line, refuse_memory
 from layerprobe.memory import is_device_failure
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 
@@ -214,6 +214,7 @@ def _training(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _located(path: str | Path) -> Path:
+    refuse_memory(str(path), "network")
     return embedded_checkpoint() if str(path) == EMBEDDED else snapshot_of(Path(path))
 
 

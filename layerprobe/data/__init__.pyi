@@ -1,5 +1,6 @@
 from .arrays import ArraySamples as ArraySamples
 from .arrays import load_array as load_array
+from .contents import check_npy as check_npy
 from .duplicates import without_copies as without_copies
 from .embedded_digits import digits as digits
 from .images import ImageSamples as ImageSamples
@@ -26,6 +27,7 @@ from .samples import Subset as Subset
 from .samples import TensorSamples as TensorSamples
 from .samples import content_hash as content_hash
 from .samples import joined as joined
+from .samples import numbered_labels as numbered_labels
 from .sequences.audio import AudioDecoder as AudioDecoder
 from .sequences.audio import write_wav as write_wav
 from .sequences.items import MediaSamples as MediaSamples

@@ -10,7 +10,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +76,28 @@ class LabelColumn:
     def at(self, index: Tensor) -> LabelColumn:
         """Returns the column for the samples at these positions."""
         return replace(self, labels=self.labels[index])
+
+
+def numbered_labels(labels: Any, num_classes: int = 0) -> tuple[Tensor, tuple[str, ...]]:
+    """Returns labels as numbers of classes, and the names of the classes.
+
+    Args:
+        labels: Integers, truth values or texts, shape (n,): an array, a tensor or a list. Integers from 0 stay as they
+            are, without names; others are numbered in sorted order.
+        num_classes: Number of classes of a model; integers below it are never numbered anew.
+
+    Raises:
+        ValueError: If they are of another type or shape.
+    """
+    values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    if values.ndim != 1 or values.dtype.kind not in "iubUSO":
+        raise ValueError(
+            f"the labels have type {values.dtype} and shape {values.shape}; pass one integer or string per sample"
+        )
+    if values.dtype.kind in "iu" and len(values) and values.min() >= 0 and values.max() < max(len(values), num_classes):
+        return torch.from_numpy(values.astype(np.int64)), ()
+    names, numbers = np.unique(values.astype(str) if values.dtype.kind in "SOb" else values, return_inverse=True)
+    return torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, names))
 
 
 class Samples(ABC):

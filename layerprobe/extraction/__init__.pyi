@@ -14,6 +14,12 @@ from .features import FeatureStore as FeatureStore
 from .forward import extract as extract
 from .forward import extract_part as extract_part
 from .forward import read_features as read_features
+from .own_features import OwnFeatures as OwnFeatures
+from .own_features import features_from_arrays as features_from_arrays
+from .own_features import features_from_file as features_from_file
+from .own_features import features_hash as features_hash
+from .own_features import own_splits as own_splits
+from .own_features import store_features as store_features
 from .plan import ExtractionPlan as ExtractionPlan
 from .rounding import RoundingError as RoundingError
 from .rounding import rounding_error as rounding_error

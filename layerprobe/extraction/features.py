@@ -55,6 +55,7 @@ class _Manifest(TypedDict):
     layerprobe: NotRequired[str]
     plan_hash: NotRequired[str]
     model: NotRequired[str]
+    given: NotRequired[str]
     model_hash: NotRequired[str]
     schedule: NotRequired[str]
     schedule_hash: NotRequired[str]
@@ -74,7 +75,8 @@ class FeatureStore:
         splits: Split names, shape (n,), each "train", "validation" or "test".
         columns: Extra labels by column name, shape (n,), or (n, frames) for labels of frames; int64, with
             `layerprobe.data.MISSING` for missing labels. The manifest holds their class names.
-        manifest: Record of the plan, the model and the data.
+        manifest: Record of the plan, the model and the data; "given" is the source of features that another program
+            has computed.
         tokens_padded: Whether kept tokens may be padding; only probes on labels of frames leave it out, since padded
             frames have no label.
         token_rows: Rows of the samples whose tokens are kept, shape (n_kept,), ascending; empty without tokens.

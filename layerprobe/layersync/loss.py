@@ -22,18 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layerprobe.capture import INPUT, evaluating, find_layer
+from layerprobe.backbones import Backbone
+from layerprobe.capture import INPUT, as_tokens, evaluating, find_layer
 from layerprobe.layersync.alignment import Projectors, mean_cosine, token_rank, tokens_that_count, without_padding
 from layerprobe.layersync.average import WeightAverage
-from layerprobe.layersync.options import SyncOptions, check_noise_levels
-from layerprobe.layersync.pair import LayerPair, as_pair
+from layerprobe.layersync.naming import Layer, as_pairs, picked_in
+from layerprobe.layersync.options import WEIGHT, SyncOptions, check_noise_levels
+from layerprobe.layersync.pair import LayerPair
 from layerprobe.layersync.reading import TokenReader
 from layerprobe.layersync.recorder import PassRecorder
 
 PAPER_OPTIONS = SyncOptions()
 # A student whose effective rank is below this share of the highest seen has collapsed.
 COLLAPSE = 0.25
-_HIGHEST = "highest rank "
+# Share of the running cosine that a loss leaves as it was; about the last hundred losses count.
+_MEMORY = 0.99
+_HIGHEST, _RUNNING = "highest rank ", "running cosine "
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,9 @@ class LayerSync:
                 loss = training_loss(model, x, y) + sync.loss()
                 ...
 
+    In a network with one list of blocks their numbers are enough: `LayerSync(model, 2, 5)`. The pick of a run, with its
+    weight: `LayerSync.from_selection(model, "runs/mine")`.
+
     `sync.loss()` uses the latest forward pass with gradients and can be called once per pass. Passes without gradients
     are not recorded and may happen in between. Leaving the block removes every hook; copies and pickles made inside it
     have none.
@@ -113,13 +120,18 @@ class LayerSync:
 
     Args:
         module: The network, also wrapped in DDP, torch.compile or peft; call the module itself, not its `forward`.
-        pairs: Pairs of layers, as (student, teacher) names or `LayerPair`s; the student must run before the teacher.
+        pairs: Pairs of layers, as (student, teacher) or `LayerPair`s; the student must run before the teacher. A layer
+            is a name, or the number of a block in a network with one list of blocks, counted from 0. With `teacher`,
+            the student alone.
+        teacher: Teacher of the student that is given as `pairs`.
         weight: Factor of the alignment, at least 0; values of about 0.1 to 0.7 are published as working.
         options: Differences from the paper.
+        stop_cosine: Cosine, in (0, 1], at which the alignment of a pair ends for good, by the running mean over about a
+            hundred losses (over all processes); None to go on.
         tokens: Function from a layer's output and name to its tokens (B, T, D), as in `Backbone`, applied as soon as
             the layer has run.
-        say: Function called once for each pair, at the first loss, with a line about what is aligned; by default it
-            prints to standard error.
+        say: Function called with a line for each pair about what is aligned, at the first loss, and about the end of
+            its alignment; by default it prints to standard error.
 
     Attributes:
         aligned: What the latest loss aligned, a line for each pair: "blocks.1 <- blocks.4: 256 tokens of width 1152".
@@ -127,22 +139,26 @@ class LayerSync:
         projectors: Projectors of the pairs, created by `prepare`; else None.
 
     Raises:
-        ValueError: If a layer is missing in the module, no pair is given, a pair is given twice, a layer is aligned to
-            itself or to an earlier one, the weight is negative or not finite, or the number of pair weights differs
-            from the number of pairs.
+        ValueError: If a layer is missing in the module, a number is that of no block or of several, no pair is given, a
+            pair is given twice, a layer is aligned to itself or to an earlier one, the weight is negative or not
+            finite, the number of pair weights differs from the number of pairs, or `stop_cosine` is out of its range or
+            comes with a projector.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        pairs: Iterable[LayerPair | tuple[str, str]],
+        pairs: Iterable[LayerPair | tuple[Layer, Layer]] | Layer,
+        teacher: Layer | None = None,
         *,
-        weight: float,
+        weight: float = WEIGHT,
         options: SyncOptions = PAPER_OPTIONS,
+        stop_cosine: float | None = None,
         tokens: Callable[[Any, str], Tensor] | None = None,
         say: Callable[[str], None] = _print,
     ) -> None:
-        self.pairs = tuple(as_pair(pair) for pair in pairs)
+        self.module, self.weight, self.options = unwrapped(module), weight, options
+        self.pairs = as_pairs(pairs, teacher, self.module)
         if not self.pairs:
             raise ValueError("no layer pair given; pass at least one (student, teacher)")
         if len(set(self.pairs)) < len(self.pairs):
@@ -151,7 +167,9 @@ class LayerSync:
             raise ValueError(
                 f"{len(options.pair_weights)} weights for {len(self.pairs)} layer pairs; pass one per pair"
             )
-        self.module, self.weight, self.options = unwrapped(module), weight, options
+        if stop_cosine is not None:
+            _check_stop(stop_cosine, options)
+        self.stop_cosine = stop_cosine
         self.aligned: tuple[str, ...] = ()
         self.cosines: dict[LayerPair, Tensor] = {}
         for pair in self.pairs:
@@ -164,13 +182,39 @@ class LayerSync:
         self._student_pass = self._recorder(self.module, self._reader, names, on_begin=self._new_pass)
         self._teacher_reader, self._teacher_pass = self._reader, None
         if options.second_pass:
-            teacher = self.module if self._average is None else self._average.module
+            teaching = self.module if self._average is None else self._average.module
             taught = dict.fromkeys(pair.teacher for pair in self.pairs)
-            self._teacher_reader = TokenReader(teacher, taught, tokens)
-            self._teacher_pass = self._recorder(teacher, self._teacher_reader, taught)
+            self._teacher_reader = TokenReader(teaching, taught, tokens)
+            self._teacher_pass = self._recorder(teaching, self._teacher_reader, taught)
         self._latest: tuple[_Term, ...] = ()
+        self._total = torch.zeros(())
         self._num_passes = 0
         self._highest_ranks: dict[str, float] = {}
+        self._running: dict[LayerPair, float] = {}
+
+    @classmethod
+    def from_selection(cls, module: nn.Module | Backbone, run: Any, **options: Any) -> LayerSync:
+        """Returns the alignment of the pair that a run picked, with the weight of its selection.
+
+            with LayerSync.from_selection(model, "runs/mine") as sync:
+
+        Layers are found by their names, also in a network that a trainer or peft has wrapped.
+
+        Args:
+            module: Network of the run in training; or a `Backbone`, whose function for tokens is used too.
+            run: Folder of a run or its `selection.json`, a `layerprobe.Run`, or a `Selection`.
+            **options: Further arguments of `LayerSync`, such as weight, options, stop_cosine and tokens.
+
+        Raises:
+            FileNotFoundError: If the folder holds no selection.
+            ValueError: If the run has no admissible pair, or measured layers that the module does not have.
+        """
+        if isinstance(module, Backbone):
+            if module.tokens is not as_tokens:  # `LayerSync` itself also looks at the network's input.
+                options = {"tokens": module.tokens} | options
+            module = module.module
+        pick = picked_in(unwrapped(module), run)
+        return cls(module, [pick.pair], **({"weight": pick.weight} | options))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_latest": (), "_num_passes": 0}  # Copies and pickles have no recorded pass.
@@ -248,21 +292,45 @@ class LayerSync:
                 teacher = teacher.clone()
             _check_tokens(student, teacher, pair)
             counts = tokens_that_count(student, samples=samples, mask=mask)
-            terms.append(_Term(pair, student, teacher, counts, self.weight * factor * weight))
+            weight = 0.0 if self.has_ended(pair) else self.weight * factor * weight
+            terms.append(_Term(pair, student, teacher, counts, weight))
         total = torch.zeros((), device=terms[0].student.device)
-        with torch.set_grad_enabled(factor > 0 and torch.is_grad_enabled()):
+        is_aligned = factor > 0 and not all(map(self.has_ended, self.pairs))
+        with torch.set_grad_enabled(is_aligned and torch.is_grad_enabled()):
             for term, projected in zip(terms, self._projected(self.projectors, terms), strict=True):
                 cosine = self._mean_cosine(projected, term)
                 self.cosines[term.pair] = term.over_counted_samples(cosine.detach())
                 total = total - term.weight * cosine
         self._latest = tuple(replace(term, student=term.student.detach()) for term in terms)
+        self._total = total.detach()
         if is_first:
             _check_first(self._latest, mask)
         self.aligned = tuple(map(str, self._latest))
         if is_first:
             for line in self.aligned:
                 self._say(line)
+        if self.stop_cosine is not None and is_aligned:
+            self._follow(self.stop_cosine)
         return total
+
+    def has_ended(self, pair: LayerPair) -> bool:
+        """Whether the alignment of a pair has ended, because its running cosine has reached `stop_cosine`."""
+        return self.stop_cosine is not None and self._running.get(pair, -1.0) >= self.stop_cosine
+
+    def logs(self) -> dict[str, float]:
+        """Returns the latest loss for the log, by the names of SimpleTuner: two numbers, which cost next to nothing.
+
+        `layersync_loss` is the regularizer, weights included; `layersync_similarity` is the mean cosine of the pairs.
+
+        Raises:
+            ValueError: If `loss` was not called since the latest forward pass.
+
+        Source: SimpleTuner, simpletuner/helpers/training/layersync.py.
+        """
+        if not self._latest:
+            raise ValueError("there is no latest loss; call logs() between loss() and the next forward pass")
+        cosines = torch.stack([self.cosines[term.pair] for term in self._latest])
+        return {"layersync_loss": float(self._total), "layersync_similarity": float(cosines.nanmean())}
 
     def statistics(self) -> dict[str, float]:
         """Computes statistics of the latest loss for the log; this takes longer than the loss itself.
@@ -359,11 +427,11 @@ class LayerSync:
         self._average.update(self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state that a resumed training needs besides the network: projectors, teacher, highest ranks."""
+        """Returns what a resumed training needs besides the network: projectors, teacher, highest ranks, cosines."""
         state = {f"{name}.{key}": tensor for name, part in self._parts() for key, tensor in part.state_dict().items()}
-        return state | {
-            _HIGHEST + name: torch.tensor(rank, dtype=torch.float64) for name, rank in self._highest_ranks.items()
-        }
+        numbers = {_HIGHEST + name: rank for name, rank in self._highest_ranks.items()}
+        numbers |= {f"{_RUNNING}{pair}": cosine for pair, cosine in self._running.items()}
+        return state | {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores the result of `state_dict`; needs the same pairs and options, and projectors from `prepare`.
@@ -372,7 +440,7 @@ class LayerSync:
             ValueError: If the state contains other parts than this LayerSync has.
         """
         parts = dict(self._parts())
-        state_parts = dict.fromkeys(key.split(".")[0] for key in state if not key.startswith(_HIGHEST))
+        state_parts = dict.fromkeys(key.split(".")[0] for key in state if not key.startswith((_HIGHEST, _RUNNING)))
         if set(state_parts) != set(parts):
             raise ValueError(
                 f"the state contains {' and '.join(state_parts) or 'no parts'}, this LayerSync has "
@@ -381,6 +449,8 @@ class LayerSync:
         for name, part in parts.items():
             part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
         self._highest_ranks = {k.removeprefix(_HIGHEST): float(v) for k, v in state.items() if k.startswith(_HIGHEST)}
+        named = {f"{_RUNNING}{pair}": pair for pair in self.pairs}
+        self._running = {named[key]: float(value) for key, value in state.items() if key in named}
 
     def _parts(self) -> list[tuple[str, nn.Module | WeightAverage]]:
         projectors = None if self.projectors is None else unwrapped(self.projectors)
@@ -442,6 +512,21 @@ class LayerSync:
         highest = self._highest_ranks[student] = max(rank, self._highest_ranks.get(student, 0.0))
         return {f"effective rank {student}": rank, f"collapse {student}": float(rank < COLLAPSE * highest)}
 
+    def _follow(self, stop: float) -> None:
+        """Updates the running cosines, the same ones in all processes, and says which pairs end."""
+        going_on = [pair for pair in self.pairs if not self.has_ended(pair)]
+        latest = torch.stack([self.cosines[pair].float() for pair in going_on])
+        counted = latest.isfinite()  # A batch without a counted token has no cosine.
+        sums = torch.stack([latest.where(counted, 0.0), counted.float()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        for pair, total, count in zip(going_on, *sums.tolist(), strict=True):
+            if count:
+                before = self._running.get(pair, total / count)
+                self._running[pair] = _MEMORY * before + (1 - _MEMORY) * total / count
+            if self.has_ended(pair):
+                self._say(f"{pair}: the cosine has reached {self._running[pair]:.3f} of {stop:g}; the alignment ends")
+
     def _take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         recorded = self._student_pass.take(
             "no forward pass with gradients was recorded; call the module inside the `with` block before loss()"
@@ -465,6 +550,16 @@ class LayerSync:
 
     def _new_pass(self) -> None:
         self._latest, self._num_passes = (), self._num_passes + 1
+
+
+def _check_stop(stop: float, options: SyncOptions) -> None:
+    if not 0 < stop <= 1:
+        raise ValueError(f"stop_cosine must be above 0 and at most 1, got {stop!r:.40}")
+    if options.projector_width:
+        raise ValueError(
+            "stop_cosine is about the tokens themselves, not about those behind a projector; pass only one of "
+            "stop_cosine and projector_width"
+        )
 
 
 def _check_layers(module: nn.Module, pair: LayerPair) -> None:

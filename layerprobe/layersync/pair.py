@@ -42,25 +42,6 @@ def layer_of_depth(depth: int, *, prefix: str = "blocks") -> str:
     return f"{prefix}.{depth - 1}"
 
 
-def as_pair(pair: LayerPair | tuple[str, str]) -> LayerPair:
-    """Converts a (student, teacher) tuple to a `LayerPair`.
-
-    Raises:
-        ValueError: If it is not a pair of names.
-    """
-    if isinstance(pair, LayerPair):
-        return pair
-    if isinstance(pair, (str, int)) or len(pair) != 2 or not all(isinstance(name, (str, int)) for name in pair):
-        seen = repr(pair) if isinstance(pair, (str, int)) else " and ".join(type(name).__name__ for name in pair)
-        raise ValueError(f"{seen} is not a (student, teacher) pair; pass a list of pairs of layer names")
-    if any(isinstance(name, int) for name in pair):
-        raise ValueError(
-            f"{pair!r} has numbers for layers, which papers count from 1 and modules from 0; pass names, such as "
-            "layer_of_depth(8), which is blocks.7"
-        )
-    return LayerPair(*pair)
-
-
 def _block_index(name: str) -> tuple[str, int] | None:
     prefix, _, index = name.rpartition(".")
     return (prefix, int(index)) if index.isdigit() else None

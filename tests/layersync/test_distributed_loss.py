@@ -29,6 +29,7 @@ LEVELS = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.15, 0.6, 0.3])  # the second o
 RANGE = SyncOptions(noise_range=(0.5, 1.0))
 HEADS = SyncOptions(projector_width=8)
 TEACHER = SyncOptions(teacher_decay=0.5)
+STOP = 0.835  # between the cosines of the two pairs
 Gradients = dict[str, Tensor]
 
 
@@ -122,6 +123,16 @@ def fsdp_taught(rank: int) -> Gradients:
     return of(model)
 
 
+def followed(rank: int) -> Gradients:
+    """The running cosines, and what the loss is made of once one pair has ended."""
+    model = DistributedDataParallel(network())
+    with LayerSync(model, PAIRS, weight=WEIGHT, stop_cosine=STOP, say=lambda _: None) as sync:
+        for _ in range(2):
+            model(X[rows(rank)])
+            sync.loss()
+        return sync.state_dict() | {"ended": torch.tensor([sync.has_ended(pair) for pair in sync.pairs])}
+
+
 CASES: dict[str, Callable[[int], Gradients]] = {
     case.__name__: case for case in (ddp, ddp_accumulating, ddp_projecting, fsdp, fsdp_taught)
 }
@@ -134,7 +145,7 @@ def worker(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     results: dict[str, Any] = {}
-    for name, case in CASES.items():
+    for name, case in (CASES | {"followed": followed}).items():
         try:
             results[name] = case(rank)
         except Exception as error:  # the other process would wait forever; the test reports the error
@@ -185,3 +196,15 @@ def test_two_processes_give_the_gradients_of_one(results: list[dict[str, Any]], 
         assert gradients.keys() == expected.keys()
         for key, gradient in expected.items():
             torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_end_of_an_alignment_is_decided_by_all_processes_together(results: list[dict[str, Any]]) -> None:
+    tokens = residuals(network(), X)
+    whole = {pair: float(cosines_of(tokens[pair[0]], tokens[pair[1]]).mean().detach()) for pair in PAIRS}
+    assert min(whole.values()) < STOP < max(whole.values())
+    for by_case in results:
+        state = by_case["followed"]
+        assert not isinstance(state, str), state
+        for (student, teacher), cosine in whole.items():
+            assert float(state[f"running cosine {student} <- {teacher}"]) == pytest.approx(cosine, rel=1e-5)
+        assert state["ended"].tolist() == [cosine >= STOP for cosine in whole.values()]

@@ -964,3 +964,83 @@ def test_what_is_aligned_is_said_once_and_kept(capsys: pytest.CaptureFixture[str
 def test_other_things_than_modules_are_refused(thing: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{type(thing).__name__} is not a torch.nn.Module; pass the network"):
         LayerSync(thing, ONE, weight=1.0)
+
+
+# --- the end of the alignment, and the log
+
+
+def _aligned_for(steps: int, sync: LayerSync, network: Network) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        network(X)
+        losses.append(float(sync.loss().detach()))
+    return losses
+
+
+def test_a_pair_ends_when_its_running_cosine_reaches_the_stop_and_a_resumed_one_stays_ended() -> None:
+    network, said = Network(), list[str]()
+    _, (near, far) = reference(network, TWO)
+    assert near != far
+    stop = (near + far) / 2  # between the two, so that one pair ends at once and the other goes on
+    last, first = (TWO[0], TWO[1]) if near < far else (TWO[1], TWO[0])
+    with LayerSync(network, TWO, weight=WEIGHT, stop_cosine=stop, say=said.append) as sync:
+        losses = _aligned_for(3, sync, network)
+        assert losses == pytest.approx([-WEIGHT * (near + far), *2 * [-WEIGHT * min(near, far)]], rel=1e-5)
+        assert [sync.has_ended(LayerPair(*pair)) for pair in (first, last)] == [True, False]
+        network(X)
+        sync.loss().backward()
+        state = sync.state_dict()
+    assert [line for line in said if "reached" in line] == [
+        f"{first[0]} <- {first[1]}: the cosine has reached {max(near, far):.3f} of {stop:g}; the alignment ends"
+    ]
+    # Only the student that is still aligned, and what it depends on, is pulled.
+    deepest = int(last[0].removeprefix("blocks."))
+    moved = {name.partition(".fc")[0] for name, g in gradients(network).items() if g.any()}
+    assert moved == {f"blocks.{i}" for i in range(deepest + 1)}
+    resumed = LayerSync(network, TWO, weight=WEIGHT, stop_cosine=stop)
+    resumed.load_state_dict(state)
+    assert resumed.has_ended(LayerPair(*first))
+    assert not resumed.has_ended(LayerPair(*last))
+
+
+def test_the_running_cosine_moves_by_a_hundredth_and_needs_a_counted_token() -> None:
+    network = Network()
+    options = SyncOptions(noise_range=(0.5, 1.0))
+    with LayerSync(network, ONE, weight=WEIGHT, options=options, stop_cosine=1.0) as sync:
+        for scale, level in ((1.0, 0.9), (3.0, 0.9), (1.0, 0.1)):
+            network(scale * X)
+            sync.loss(noise_level=torch.full((len(X),), level))
+    _, (first,) = reference(network, ONE)
+    _, (second,) = reference(network, ONE, 3 * X)
+    (running,) = (value for name, value in sync.state_dict().items() if name.startswith("running cosine"))
+    assert float(running) == pytest.approx(0.99 * first + 0.01 * second, rel=1e-6)
+
+
+def test_logs_have_the_names_and_numbers_of_simpletuner() -> None:
+    network = Network()
+    _, cosines = reference(network, TWO)
+    with LayerSync(network, TWO, weight=WEIGHT) as sync:
+        with pytest.raises(ValueError, match=r"there is no latest loss; call logs\(\) between loss\(\) and"):
+            sync.logs()
+        network(X)
+        loss = float(sync.loss().detach())
+        assert sync.logs() == pytest.approx({"layersync_loss": loss, "layersync_similarity": sum(cosines) / 2})
+    with LayerSync(network, ONE, weight=WEIGHT, options=SyncOptions(noise_range=(0.5, 1.0))) as sync:
+        network(X)
+        loss = float(sync.loss(noise_level=torch.tensor([0.9, 0.1, 0.1, 0.1, 0.6])).detach())
+        assert sync.logs()["layersync_loss"] == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stop_cosine": 1.1}, r"^stop_cosine must be above 0 and at most 1, got 1\.1$"),
+        (
+            {"stop_cosine": 0.9, "options": SyncOptions(projector_width=4)},
+            r"pass only one of stop_cosine and projector",
+        ),
+    ],
+)
+def test_a_stop_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerSync(Network(), ONE, weight=WEIGHT, **arguments)

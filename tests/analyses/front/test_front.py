@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.figure
@@ -12,7 +13,9 @@ import torch
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
 import layerprobe as lp
+from layerprobe.analyses.front import PairMatrix
 from layerprobe.analyses.runs import RunFolder
+from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
 from layerprobe.backbones import SiT
 from layerprobe.extraction import ExtractionPlan, extract
 
@@ -159,9 +162,63 @@ def test_other_objects_are_refused_in_a_folder_and_objects_are_not_opened_again(
 
 def test_a_temporary_run_goes_with_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerprobe.analyses.front.probing.probe_run", lambda plan, folder, **options: None)
-    monkeypatch.setattr("layerprobe.analyses.front.probing.Run", lambda folder: RunFolder(folder))
+    monkeypatch.setattr("layerprobe.analyses.front.run.Run", lambda folder: RunFolder(folder))
     run = lp.probe(BACKBONE, SAMPLES, noise_levels=LEVELS)
     folder = run.path
     assert folder.is_dir()
     del run
     assert not folder.exists()
+
+
+def test_selection_and_pair_matrix_fit_ten_lines_and_escape_names() -> None:
+    layers = tuple(f"<b>.{i}" for i in range(14))
+    pair = RankedPair("", "", 1.0, 0.5, 1.5, (), 0.9, 0.5, 0.4, True, 0.3, 2, True, False)
+    ranked = tuple(
+        replace(pair, student=layers[s], teacher=layers[t], score=float(-s), ties_with_first=t == 13)
+        for s in range(12)
+        for t in (12, 13)
+    )
+    basis = SelectionBasis("probe accuracy", "validation", (0.1,), layers, (), (), (), 2, 0.95, 0.1, ())
+    selection = Selection(basis, False, ranked, (), (), ())
+    matrix = PairMatrix.of(selection)
+    assert matrix.scores.shape == (12, 2)
+    assert matrix.scores.loc[layers[3], layers[12]] == -3
+    for shown in (selection, matrix):
+        assert len(repr(shown).splitlines()) <= 11
+        html = shown._repr_html_()
+        assert 2 < html.count("<tr>") <= 10
+        assert "<b>.1" not in html and "&lt;b&gt;.1" in html
+    assert "24 pairs by probe accuracy, 0 refused" in repr(selection)
+    assert selection._repr_html_().count(">yes<") == 4
+    none = Selection(basis, False, (), (), (), ())
+    assert PairMatrix.of(none)._repr_html_() == "<b>no admissible pair</b>"
+    assert "<table>" not in none._repr_html_()
+    assert "no pair" in repr(PairMatrix.of(none))
+
+
+def test_features_in_memory_are_measured_as_those_of_a_run(
+    run: lp.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = lp.open(BACKBONE).features(SAMPLES.x, noise_level=list(LEVELS))
+    own = lp.analyze(features, SAMPLES.labels, ids=SAMPLES.ids)
+    rows = ["layer", "noise_level", "metric", "split"]
+    measured = [one.quality[one.quality["source"] == "model"].set_index(rows)["value"] for one in (run, own)]
+    common = measured[1].index.intersection(measured[0].index)
+    assert {"probe accuracy", "knn accuracy", "effective rank"} <= set(common.get_level_values("metric"))
+    assert np.array_equal(measured[0][common].to_numpy(), measured[1][common].to_numpy(), equal_nan=True)
+    assert own.cka.round(6).equals(run.cka.round(6))
+    assert set(own.quality["source"]) == {"model"}
+    assert {"no controls", "layers named"} <= {caution.code for caution in own.selection.cautions}
+    assert own.report.is_file()
+    assert (own.path / "figures" / "cka.png").is_file()
+    assert len(repr(own).splitlines()) <= 10
+
+    monkeypatch.setattr("layerprobe.analyses.runs.own_features.draw_figures", lambda run: None)  # seen above
+    monkeypatch.setattr("layerprobe.analyses.runs.own_features.write_report", lambda run: None)
+    np.savez(tmp_path / "own.npz", **{f"{layer}@{level}": x for (layer, level), x in features.items()})
+    unlabeled = lp.analyze(tmp_path / "own.npz", out=tmp_path / "run")
+    assert "probe accuracy" not in set(unlabeled.quality["metric"])
+    with pytest.raises(ValueError, match="a file of features carries its labels and ids; store them in it"):
+        lp.analyze(tmp_path / "own.npz", SAMPLES.labels)
+    with pytest.raises(ValueError, match=r"run (holds|belongs)"):
+        lp.analyze(features, out=tmp_path / "run")

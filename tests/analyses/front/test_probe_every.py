@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from gated_network import CLASS, REST, Gated, classes, gated, let_through
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import layerprobe as lp
 from layerprobe.analyses.front import probe_every
@@ -27,6 +32,18 @@ class Fragile(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(1), nn.Dropout(0.5)) for _ in range(3)
         )
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        tokens = x_t.flatten(1)[:, None] + t[:, None, None]
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return tokens.view_as(x_t)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         tokens = x_t.flatten(1)[:, None] + t[:, None, None]
@@ -100,6 +117,51 @@ def test_only_the_first_process_measures(monkeypatch: pytest.MonkeyPatch) -> Non
     assert probe(0) == []
     probe.close()
     assert probe.table.empty
+
+
+def in_ddp(rank: int, folder: str) -> None:
+    """One of two processes that train together, without and with ProbeEvery; writes what came out."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    meet = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=meet)
+    x = DATA.train.batch(range(30 * rank, 30 * rank + 30)).x
+    weights: list[Any] = []
+    for out in (None, Path(folder) / "curves"):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Plain())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"every": 2, "max_share": 1, "num_samples": 48, "say": lambda _: None, "layers": "blocks.*"}
+        probe: Any = lp.ProbeEvery(model, DATA, out=out, **options, **OPTIONS) if out else lambda step: []
+        with LayerSync(model, 0, 1, say=lambda _: None) as sync:
+            for step in range(5):
+                probe(step)
+                loss = (model(x, torch.full((len(x),), 0.5)) - x).square().mean()
+                (loss + sync.loss()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        weights.append(model.module.state_dict())
+    probe.close()
+    steps = sorted(set(probe.table["step"]))
+    torch.save({"weights": weights, "steps": steps}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_processes_train_alike_with_it_and_the_first_one_measures(tmp_path: Path) -> None:
+    processes = [
+        multiprocessing.get_context("forkserver").Process(target=in_ddp, args=(i, str(tmp_path))) for i in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert (first["steps"], second["steps"]) == ([0, 2, 4], [])
+    for weights in (first["weights"][1], *second["weights"]):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in first["weights"][0].items())
+    assert (tmp_path / "curves" / "layer_curves.png").is_file()
 
 
 def test_what_cannot_be_probed_is_told_at_once() -> None:

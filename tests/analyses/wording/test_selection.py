@@ -137,6 +137,7 @@ CAUTIONS = {
     Caution("control knows as much", "raw input", 0.5, 0.55): "b is not surely above the control 'raw input': 0.500 a",
     Caution("only one pair"): "It is the only admissible pair, so there was no choice.",
     Caution("convention trusted", note="unclear"): "The convention check says 'unclear'; the declared schedule and",
+    Caution("no controls"): "The features came without the network, so there are no controls: nothing tells what",
     Caution("probes not converged", "model", value=1, limit=16): "1 of 16 probes of 'model' did not converge.",
     Caution("probes at the end of the search", "raw input", value=2, limit=16): (
         "2 of 16 probes of 'raw input' took the last penalty of the search; with another one they may know more."
