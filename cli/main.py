@@ -21,10 +21,10 @@ from typer.core import TyperCommand
 
 from layerprobe import __version__
 from layerprobe.cli.output import tell, warn
-from layerprobe.determinism import is_refusal
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
+from layerprobe.precision import is_refusal
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 

@@ -9,7 +9,7 @@ import typer
 
 from layerprobe.cli.config import read_config
 from layerprobe.cli.fields import Unset
-from layerprobe.determinism import compute_deterministically
+from layerprobe.precision import compute_deterministically
 
 
 def _if_deterministic(value: bool) -> bool:
