@@ -22,10 +22,10 @@ from layerprobe import __version__
 from layerprobe.cli.fields import shares_work
 from layerprobe.cli.help import HelpfulCommand, HelpfulGroup
 from layerprobe.cli.output import tell, warn
-from layerprobe.determinism import is_refusal
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
+from layerprobe.precision import is_refusal
 from layerprobe.ranks import ranks_of
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"

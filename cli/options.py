@@ -10,9 +10,9 @@ import typer
 from layerprobe.cli.config import read_config
 from layerprobe.cli.fields import Unset
 from layerprobe.cli.parsing import check_device, existing
-from layerprobe.determinism import compute_deterministically
 from layerprobe.files import PASS_CHECKPOINT
 from layerprobe.options import OPTIMIZER_PANEL, OUTPUT_PANEL, TRIAL_PANEL
+from layerprobe.precision import compute_deterministically
 
 existing_run = existing("run", "pass a folder that `layerprobe probe` has made")
 existing_checkpoint = existing("checkpoint file", PASS_CHECKPOINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
+from layerprobe.cli.costs import cost_lines
 from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
@@ -20,7 +22,7 @@ from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
 from layerprobe.ranks import current
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.runs import RunPlan
+    from layerprobe.analyses.runs import Cost, RunPlan
 
 Out = Annotated[
     Path,
@@ -67,7 +69,7 @@ def probe(
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, device, as_json)
+        _forecast(plan, device, batch_size, as_json)
         return
     with progress_bar(quiet=quiet) as progress:
         selection = probe_run(
@@ -78,8 +80,11 @@ def probe(
             trust_convention=trust_convention,
             on_assumption=_tell_assumption,
             on_reading=None if quiet else tell_reading,
+            on_forecast=None if quiet else _tell_cost,
             progress=progress,
         )
+    if not quiet:
+        _tell_costs(out)
     show_run(out, selection, before=describe_convention(out), quiet=quiet, verbose=verbose, as_json=as_json)
 
 
@@ -111,7 +116,7 @@ def extract(
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, device, as_json)
+        _forecast(plan, device, batch_size, as_json)
         return
     with progress_bar() as progress:
         extract_run(
@@ -243,8 +248,25 @@ def _tell_assumption(assumption: str) -> None:
     tell(f"assumed: {assumption}")
 
 
-def _forecast(plan: RunPlan, device: str, as_json: bool) -> None:
+def _tell_cost(cost: Cost) -> None:
+    for line in cost_lines(cost.to_dict()):
+        tell(f"forecast: {line}")
+
+
+def _tell_costs(run: Path) -> None:
+    """Tells what a run of which a forecast was made has taken."""
+    from layerprobe.analyses.runs import cost_record
+
+    expected, took = cost_record(run)
+    for line in cost_lines(expected, took) if expected and took else ():
+        tell(f"took: {line}")
+
+
+def _forecast(plan: RunPlan, device: str, batch_size: int, as_json: bool) -> None:
     from layerprobe.analyses.runs import forecast
 
-    record = forecast(plan, device=device)
-    emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    record = forecast(plan, device=device, batch_size=batch_size, num_processes=num_processes)
+    costs = ("seconds", "memory_bytes", "device_bytes", "disk_bytes", "total_s")
+    lines = [f"{key}: {value}" for key, value in record.items() if key not in costs]
+    emit(record, [*lines, *cost_lines(record)], as_json=as_json)

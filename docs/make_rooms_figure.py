@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ TEXTS = {
     "configs": "files of options",
     "files": "files that appear whole",
     "memory": "batches that fit",
+    "precision": "of networks, equal bits",
     "checksums": "damage is noticed",
     "records": "the one reader of a run",
     "options": "options of dataclasses",
@@ -84,7 +86,8 @@ def main() -> None:
     # Measures stand below the tables that are made of them, although they could stand on the ground.
     levels = floors(ARROWS)
     levels["analyses.measures"] = levels["analyses.tables"] - 1
-    figure, axes = plt.subplots(figsize=(14.3, 9))
+    half = 1.7 * max(Counter(levels.values()).values()) + 0.1  # of the width
+    figure, axes = plt.subplots(figsize=(1.663 * half, 9))
     places = {}
     for level in range(max(levels.values()) + 1):
         rooms = sorted((room for room in ARROWS if levels[room] == level), key=lambda room: room == "analyses.measures")
@@ -105,8 +108,8 @@ def main() -> None:
         axes.text(x, y - 0.16, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
     top = max(levels.values()) * 1.2
     for i, (name, color) in enumerate(COLORS.items()):
-        axes.text(-8.3, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
-    axes.set(xlim=(-8.6, 8.6), ylim=(-0.5, top + 0.5))
+        axes.text(0.3 - half, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
+    axes.set(xlim=(-half, half), ylim=(-0.5, top + 0.5))
     axes.axis("off")
     figure.savefig(DOCS / "figures" / "rooms.svg", bbox_inches="tight", metadata={"Date": None})
 

@@ -6,11 +6,16 @@
 - bfloat16: products of 8 bits by autocast; weights, norms and sums stay as they are.
 
 It holds round the passes of a network alone: probes, CKA and all other measures are computed in float32 and float64.
-Options are of this type, so the module does not import torch.
+
+On a GPU the order of sums is left to chance, so that equal calls agree up to rounding, unless
+`compute_deterministically` was called before. On a CPU equal calls give equal bits.
+
+Options are of these types, so the module does not import torch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,6 +32,9 @@ Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 FEATURE_TOLERANCE = 0.01
 
 _TF32_CAPABILITY = (8, 0)
+# cuBLAS chooses among its kernels by the space it has; this much and no more makes the choice the same every time.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+_REFUSAL = "does not have a deterministic implementation"
 
 
 def check_precision(name: str) -> None:
@@ -127,3 +135,21 @@ def _restore(backend: Any, allowed: bool, parts: list[tuple[Any, str]]) -> None:
     backend.allow_tf32 = allowed
     for part, setting in parts:
         part.fp32_precision = setting
+
+
+def compute_deterministically() -> None:
+    """Makes torch use deterministic kernels in this process, before the first use of a GPU.
+
+    Operations without one raise a `RuntimeError` from then on; see `is_refusal`. A workspace of cuBLAS that the
+    environment names already is kept.
+    """
+    os.environ.setdefault(*_WORKSPACE)
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether torch refused an operation because it has no deterministic implementation."""
+    return isinstance(error, RuntimeError) and _REFUSAL in str(error)

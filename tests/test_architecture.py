@@ -22,14 +22,13 @@ PLOTTING = ("matplotlib", "seaborn")
 HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch")
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
-_COMPUTING = ("determinism", "precision", "ranks", "threads")
+_COMPUTING = ("precision", "ranks", "threads")
 _LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", *_COMPUTING)
 _MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
     "configs": ("files",),
-    "determinism": (),
     "files": ("messages",),
     "messages": (),
     "__main__": ("cli",),

@@ -1,7 +1,9 @@
-"""The precision of networks: the settings of torch inside and after, and what each device has."""
+"""The precision of networks and deterministic kernels: what of torch is set, where, and what users see of it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_samples, tiny_sit, tiny_splits
+from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
 from torch import Tensor, nn
 
 from layerprobe.analyses.generation import Extractor, open_encoder, sample_features
 from layerprobe.backbones import wrap
 from layerprobe.checkpoints import check_convention
+from layerprobe.cli.main import COMMANDS
 from layerprobe.extraction import ExtractionPlan, ablate_layers, extract, random_weights, rounding_error
-from layerprobe.precision import computing, has_tf32, precision_on, products_of, rounded_by
+from layerprobe.precision import (
+    compute_deterministically,
+    computing,
+    has_tf32,
+    is_refusal,
+    precision_on,
+    products_of,
+    rounded_by,
+)
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import TrainingPlan, held_out_loss, train
 
@@ -158,3 +169,67 @@ def test_functions_choose_their_own_precision(tmp_path: Path) -> None:
 def test_the_control_has_the_precision_of_its_model() -> None:
     with random_weights(tiny_sit().in_precision("bfloat16")) as control:
         assert control.precision == "bfloat16"
+
+
+# ------------------------------------------------------------------------------------------------------- determinism
+
+REFUSED = "cumsum_cuda_kernel does not have a deterministic implementation, but you set it"
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.deterministic, cudnn.benchmark = before
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_everything_is_set_that_equal_bits_need(restored: None) -> None:
+    compute_deterministically()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    compute_deterministically()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_the_option_sets_it_on_every_command_with_a_device(
+    cli, restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr("layerprobe.cli.options.compute_deterministically", lambda: called.append(True))
+    for command in COMMANDS:
+        parameters = command.__signature__.parameters if hasattr(command, "__signature__") else {}
+        assert ("device" in parameters) <= ("deterministic" in parameters), command.__name__
+    code, _, _ = cli("sample", "digits", "--out", "x", "--dry-run", "--deterministic")
+    assert (code, called) == (0, [True])
+
+
+def test_a_refused_operation_is_no_fault_of_the_network_or_its_convention() -> None:
+    class Refused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            raise RuntimeError(REFUSED)
+
+    backbone = wrap(Refused(), layers="layer", schedule="sit", prediction="velocity", shape=SHAPE)
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation") as caught:
+        check_convention(backbone, tiny_samples(8))
+    assert is_refusal(caught.value)
+
+
+def test_a_refused_operation_is_told_in_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(REFUSED)
+
+    monkeypatch.setattr("layerprobe.checkpoints.source.CheckpointSource.open", refuse)
+    code, _, err = cli("sample", "digits", "--out", "x")
+    assert code == 1
+    assert err.splitlines()[-1].endswith("leave out --deterministic, or compute on a CPU with --device cpu")

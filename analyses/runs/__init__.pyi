@@ -44,6 +44,8 @@ from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import score_run as score_run
 from .score import write_scores as write_scores
+from .stages import Cost as Cost
+from .stages import cost_record as cost_record
 from .summary import LevelGrid as LevelGrid
 from .summary import level_grid as level_grid
 from .summary import next_commands as next_commands

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from layerprobe.analyses.experiments import Verdict, read_curves
 from layerprobe.analyses.runs.machine import describe_machine
+from layerprobe.analyses.runs.stages import FORECAST, TIMES
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
@@ -102,6 +103,8 @@ class RunFolder:
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
         data: Path of the record of what was read of the data, and of copies among the samples.
+        times: Path of the record of the seconds of each stage, see `StageClock`.
+        forecast: Path of the record of what the run was expected to cost; absent for short runs.
         rounding: Path of the record of what the precision changes, see `RoundingError`; absent in float32.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
@@ -115,6 +118,7 @@ class RunFolder:
         self.recorded = self.path / "recorded"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
         self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
+        self.times, self.forecast = self.path / TIMES, self.path / FORECAST
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.

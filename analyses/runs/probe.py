@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -17,8 +18,21 @@ from numpy.typing import NDArray
 from layerprobe.analyses.generation import Extractor, all_features
 from layerprobe.analyses.measures import FEW_SAMPLES
 from layerprobe.analyses.report import write_report
+from layerprobe.analyses.runs.costing import forecast_cost, row_seconds
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
+from layerprobe.analyses.runs.stages import (
+    CONTROLS,
+    CONVENTION,
+    EVIDENCE,
+    FIGURES,
+    MODEL_FEATURES,
+    PAIRS,
+    PROBES,
+    SIMILARITY,
+    Cost,
+    StageClock,
+)
 from layerprobe.analyses.selection import (
     Answers,
     Caution,
@@ -59,6 +73,7 @@ from layerprobe.checkpoints import (
 from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
+    ExtractionPlan,
     FeatureStore,
     ablate_layers,
     evidence_of,
@@ -74,6 +89,7 @@ from layerprobe.ranks import ALONE, Ranks, current, together
 from layerprobe.records import write_record
 
 LEAST_COMPARED = 4  # samples that debiased CKA needs
+LONG_S = 60.0  # seconds of an extraction, from which on a run is forecast before it begins
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
@@ -95,8 +111,11 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
     """
     selection = measure_run(plan, run, progress=progress, **options)
     if current().is_first:
+        clock = StageClock(RunFolder(run).times)
+        clock.begin(FIGURES)
         draw_figures(run)
         write_report(run)
+        clock.end()
     return selection
 
 
@@ -134,6 +153,7 @@ def extract_run(
     batch_size: int = 128,
     on_assumption: Callable[[str], None] | None = None,
     on_reading: Callable[[Reading | None], None] | None = None,
+    on_forecast: Callable[[Cost], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -148,6 +168,7 @@ def extract_run(
         batch_size: Rows per forward pass.
         on_assumption: Called with each assumption about the network, as in `Backbone`, before the extraction.
         on_reading: Called with what was read of the data, before the model runs.
+        on_forecast: Called with what the run will cost, if it begins and the extraction takes longer than a minute.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
@@ -161,6 +182,7 @@ def extract_run(
     check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
+    clock, began = StageClock(folder.times, writes=ranks.is_first), time.perf_counter()
     convention, trusted = ranks.once(lambda: _convention(folder, backbone, splits, plan, batch_size))
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
@@ -170,11 +192,14 @@ def extract_run(
             on_assumption(assumption)
     if ranks.is_first:
         folder.claim(plan)
+        clock.begin(CONVENTION, since=began)  # The folder is the run's own only now.
         folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
         if plan.rounds and not folder.is_intact(folder.rounding):
             error = rounding_error(backbone, splits.validation, plan.extraction_from(backbone), batch_size=batch_size)
             write_record(folder.rounding, error.to_dict())
-    extract_all(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, progress=progress)
+        if on_forecast and not folder.store_folder(MODEL).is_dir():
+            _tell_forecast(backbone, splits, plan, folder, batch_size, on_forecast)
+    extract_all(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, clock=clock, progress=progress)
     if ranks.is_first:
         folder.write_data(splits)  # Only now is it sure that the features are of this data.
     if not ranks.once(lambda: folder.is_intact(folder.ablation)):
@@ -190,6 +215,7 @@ def extract_run(
         )
         if ranks.is_first:
             write_table(pd.DataFrame(skipped.rows(source=MODEL, seed=plan.seed)), folder.ablation)
+    clock.end()
 
 
 def _convention(
@@ -231,15 +257,25 @@ def analyze_run(
     model = folder.store(MODEL)
     stores = {MODEL: model} | {source: folder.store(source) for source in _controls(model)}
     on = _measuring_device(device, stores[MODEL])
-    keeper = ScoreKeeper(stores[MODEL])
+    keeper, clock = ScoreKeeper(stores[MODEL]), StageClock(folder.times, writes=ranks.is_first)
+    report = named_progress(progress, "measuring layers")
+
+    def measured(done: int, total: int) -> None:
+        if done == total - stores[MODEL].draws:  # The last steps compare all layers, a step for each draw.
+            clock.begin(SIMILARITY)
+        if report:
+            report(done, total)
+
+    clock.begin(PROBES)
     quality, similarity = measure(
         stores,
         analyses=[keeper.recording(analysis) for analysis in analyses],
         seed=plan.seed,
         device=on,
         ranks=ranks,
-        progress=named_progress(progress, "measuring layers"),
+        progress=measured,
     )
+    clock.begin(PAIRS)
     keeper.complete(ranks)
     if _is_given(model):
         ablation, small = pd.DataFrame(columns=quality.columns), model
@@ -265,7 +301,9 @@ def analyze_run(
         folder.keep_selection(selection)
         return selection
 
-    return ranks.once(conclude)
+    selection = ranks.once(conclude)
+    clock.end()
+    return selection
 
 
 def _is_given(store: FeatureStore) -> bool:
@@ -299,10 +337,11 @@ def extract_all(
     *,
     batch_size: int = 128,
     ranks: Ranks = ALONE,
+    clock: StageClock | None = None,
     progress: TaskProgress | None = None,
 ) -> dict[str, FeatureStore]:
     """Extracts the features of the model and of its two controls, and the few that the evidence is measured on."""
-    turn = 0
+    turn, clock = 0, clock or StageClock(folder.times, writes=ranks.is_first)
     frames = bool(_frame_columns(splits))
     readers: Mapping[str, AbstractContextManager[Backbone]] = {
         MODEL: nullcontext(backbone),
@@ -310,6 +349,7 @@ def extract_all(
         RAW_INPUT: nullcontext(raw_input(backbone, places=frames)),
     }
     for source, reading in readers.items():
+        clock.begin(MODEL_FEATURES if source == MODEL else CONTROLS)
         with reading as reader:
             extraction = plan.extraction_from(reader)
             if source == RAW_INPUT and frames:
@@ -326,6 +366,7 @@ def extract_all(
                 turn=turn,
                 progress=named_progress(progress, f"reading layers ({source})"),
             )
+    clock.begin(EVIDENCE)
     small = evidence_of(splits, plan.extraction_from(backbone))
     extract_part(backbone, *small, folder.store_folder(_EVIDENCE), batch_size=batch_size, ranks=ranks, turn=turn)
     ranks.barrier()
@@ -444,8 +485,42 @@ def answer_run(run: str | Path, selection: Selection) -> Answers:
     return single_answers(folder.quality(), folder.evidence(), selection)
 
 
-def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
-    """Returns the size of the work of `probe_run`, after checking checkpoint and data."""
+def _tell_forecast(
+    backbone: Backbone,
+    splits: Splits,
+    plan: RunPlan,
+    folder: RunFolder,
+    batch_size: int,
+    on_forecast: Callable[[Cost], None],
+) -> None:
+    """Forecasts a run that is long enough for it, and keeps the forecast beside what the run will take."""
+    extraction = plan.extraction_from(backbone)
+    rows = sum(len(samples) for _, samples in splits.items()) * len(extraction.noise_levels) * extraction.draws
+    if rows * row_seconds(backbone, extraction, min(batch_size, rows)) < LONG_S:
+        return
+    cost = _cost(backbone, splits, extraction, batch_size)
+    write_record(folder.forecast, cost.to_dict())
+    on_forecast(cost)
+
+
+def _cost(
+    backbone: Backbone, splits: Splits, extraction: ExtractionPlan, batch_size: int, num_processes: int = 1
+) -> Cost:
+    measuring = torch.device("cpu") if len(splits.train) <= FEW_SAMPLES else backbone.device
+    return forecast_cost(
+        backbone, splits, extraction, batch_size=batch_size, measuring=measuring, processes=num_processes
+    )
+
+
+def forecast(plan: RunPlan, *, device: str = "auto", batch_size: int = 128, num_processes: int = 1) -> dict[str, Any]:
+    """Returns the size of the work of `probe_run`, after checking checkpoint and data and timing a batch of it.
+
+    Args:
+        plan: Checkpoint, data and extraction of the run.
+        device: Device of the model and of the measures.
+        batch_size: Rows per forward pass.
+        num_processes: Number of processes that will share the work.
+    """
     backbone, splits = plan.open(device=device, encode=False)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
@@ -454,6 +529,7 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
     reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws
+    cost = _cost(backbone, splits, extraction, batch_size, num_processes)
     return {
         "model": backbone.name,
         "layers": len(shapes),
@@ -466,4 +542,9 @@ def forecast(plan: RunPlan, *, device: str = "auto") -> dict[str, Any]:
         "feature_bytes": 4
         * rows
         * (2 * sum(width for _, width in shapes.values()) + min(math.prod(backbone.shape), RAW_INPUT_WIDTH)),
+        "device": str(backbone.device),
+        "precision": backbone.precision,
+        "processes": num_processes,
+        **cost.to_dict(),
+        "total_s": round(cost.total_s, 1),
     }

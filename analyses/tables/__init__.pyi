@@ -56,6 +56,7 @@ from .measurements import UNFINISHED as UNFINISHED
 from .measurements import Analysis as Analysis
 from .measurements import Measurement as Measurement
 from .measurements import Representation as Representation
+from .measurements import frame_probes as frame_probes
 from .measurements import headlines as headlines
 from .measurements import probed_column as probed_column
 from .quality import ANALYSES as ANALYSES

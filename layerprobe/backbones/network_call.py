@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.determinism import is_refusal
 from layerprobe.files import error_place
 from layerprobe.memory import BatchSize, is_device_failure
 from layerprobe.noise import NoiseSchedule
+from layerprobe.precision import is_refusal
 
 Forward = Callable[..., Tensor]
 OTHER_CALL = "let the factory return wrap(..., forward=...)"

@@ -5,12 +5,14 @@ from .controls import RAW_INPUT_WIDTH as RAW_INPUT_WIDTH
 from .controls import random_weights as random_weights
 from .controls import raw_input as raw_input
 from .controls import raw_pool_cells as raw_pool_cells
+from .evidence import TOKENS_PER_SAMPLE as TOKENS_PER_SAMPLE
 from .evidence import evidence_of as evidence_of
 from .evidence import extract_evidence as extract_evidence
 from .evidence import extract_tokens as extract_tokens
 from .evidence import pair_layers as pair_layers
 from .features import SPLITS as SPLITS
 from .features import FeatureStore as FeatureStore
+from .features import write_tensors as write_tensors
 from .forward import extract as extract
 from .forward import extract_part as extract_part
 from .forward import read_features as read_features
