@@ -197,8 +197,10 @@ def _render(figure: Figure, file_format: str) -> bytes:
             figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
         pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
         for mesh in pixels:
-            # A cell is a path in an SVG: a page with many large matrices of them would take long to open.
-            mesh.set_rasterized(file_format == "svg" and np.size(mesh.get_array()) > MAX_VECTOR_CELLS)
+            # A cell is a path in an SVG: a page of many large matrices would take long to open, and the 256 of a color
+            # bar would show the seams between them.
+            many = np.size(mesh.get_array()) > MAX_VECTOR_CELLS or mesh.axes.get_label() == "<colorbar>"
+            mesh.set_rasterized(file_format == "svg" and many)
         figure.savefig(buffer, format=file_format, metadata=FORMATS[file_format])
         for mesh in pixels:
             mesh.set_rasterized(True)

@@ -567,7 +567,7 @@ def test_users_rank_by_criteria_of_their_own() -> None:
     both = rank_pairs(evidence, rule=equal_weights([e.CKA, e.RECOVERABILITY]))
     assert both.basis.weights == ((e.CKA, -1.0), (e.RECOVERABILITY, 1.0))
     assert equal_weights([e.STUDENT_DEPTH, e.TEACHER_DEPTH]) == {e.STUDENT_DEPTH: -1.0, e.TEACHER_DEPTH: 1.0}
-    with pytest.raises(ValueError, match="unknown criterion 'CAK'; use teacher probe accuracy, .* did you mean CKA"):
+    with pytest.raises(ValueError, match=r"unknown criterion 'CAK'; use teacher probe accuracy, .* did you mean CKA"):
         equal_weights(["CAK"])
     with pytest.raises(ValueError, match="'probe accuracy gap' needs labels; leave it out"):
         equal_weights([e.PROBE_GAP], label_free=True)
