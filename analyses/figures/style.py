@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
 from layerprobe.files import atomic_write, one_line
+from layerprobe.messages import unknown
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
@@ -101,7 +102,7 @@ def changed_style(*, context: str | None = None, sheet: Path | str | None = None
         ValueError: If the context is unknown, or the sheet cannot be read or has a wrong line.
     """
     if context not in (None, *CONTEXTS):
-        raise ValueError(f"unknown context {context!r}; use {' or '.join(CONTEXTS)}")
+        raise ValueError(unknown("context", context, CONTEXTS))
     changes: list[dict[str, Any]] = []
     if context:
         sizes = {name: size * CONTEXTS[context] for name, size in _PAPER_SIZES.items()}
@@ -155,7 +156,7 @@ def save_figure(
     """
     for file_format in formats:
         if file_format not in FORMATS:
-            raise ValueError(f"unknown format {file_format!r} of a figure; use {', '.join(FORMATS)}")
+            raise ValueError(unknown("format of a figure", file_format, FORMATS))
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name; pass the folder and the name separately")
     folder = Path(folder)

@@ -55,7 +55,7 @@ def test_hostile_layer_names_are_drawn_as_they_are(name: str) -> None:
 def test_a_file_name_is_plain() -> None:
     with pytest.raises(ValueError, match=r"'\.\./elsewhere' is not a plain file name; pass"):
         style.save_figure(Figure(), "unused", "../elsewhere")
-    with pytest.raises(ValueError, match="unknown format 'bmp' of a figure; use png, svg, pdf"):
+    with pytest.raises(ValueError, match="unknown format of a figure 'bmp'; use png, svg or pdf"):
         style.save_figure(Figure(), "unused", "cka", formats=["bmp"])
 
 
