@@ -37,13 +37,17 @@ def test_files_are_the_same_bytes_whatever_the_caller_has_set(tmp_path: Path) ->
         assert image.size == tuple(np.rint(np.asarray(first.get_size_inches()) * 150))
 
 
-def test_svg_has_text_as_text_cells_as_pixels_and_no_date(tmp_path: Path) -> None:
-    _, path = style.save_figure(cka.cka_heatmap(similarity_table()), tmp_path, "cka")
-    svg = path.read_text(encoding="utf-8")
+def test_svg_has_text_as_text_and_no_date_and_a_large_matrix_as_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = cka.cka_heatmap(similarity_table())
+    svg = style.to_svg(figure)
     assert re.search(r"<text [^>]*>All 24 representations</text>", svg)
-    assert svg.count("<image") >= 2
-    assert svg.count("<path") < 150  # 24 x 24 cells are not paths
+    assert svg.count("<path") > 24 * 24
+    assert svg.count("<image") == 1  # the color bar, whose cells would show the seams between them
     assert "<dc:date>" not in svg
+    monkeypatch.setattr(style, "MAX_VECTOR_CELLS", 24 * 24 - 1)
+    svg = style.to_svg(figure)
+    assert svg.count("<image") == 2
+    assert svg.count("<path") < 200
 
 
 @pytest.mark.parametrize("name", ["$x_{$.1", "<b>&\"'.2"])
