@@ -27,14 +27,15 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
-from layerprobe.files import atomic_write, one_line
-from layerprobe.messages import unknown
+from layerprobe.files import atomic_write, one_line, similar_path
+from layerprobe.messages import did_you_mean, unknown
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
 
 
+_FACES = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
 INK, BACKGROUND, GRAY = "#1b1f24", "#fffefd", "#7a828c"
 # Blue, vermilion, green and purple of Okabe and Ito 2008, whose other colors are too light for lines; then four more.
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d31", "#4b6e6e", "#d81fb8", "#7a4fd0")
@@ -51,7 +52,7 @@ STYLE: dict[str, Any] = {
     **seaborn.axes_style("ticks"),
     **seaborn.plotting_context("paper"),
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), BACKGROUND),
+    **dict.fromkeys(_FACES, BACKGROUND),
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -106,7 +107,7 @@ def changed_style(*, context: str | None = None, sheet: Path | str | None = None
     changes: list[dict[str, Any]] = []
     if context:
         sizes = {name: size * CONTEXTS[context] for name, size in _PAPER_SIZES.items()}
-        changes.append({**sizes, "savefig.dpi": PAPER_DPI})
+        changes.append({**sizes, **dict.fromkeys(_FACES, "#ffffff"), "savefig.dpi": PAPER_DPI})
     if sheet:
         changes.append(_read_sheet(Path(sheet)))
     token = _changes.set(tuple(changes))
@@ -118,11 +119,14 @@ def changed_style(*, context: str | None = None, sheet: Path | str | None = None
 
 def _read_sheet(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"there is no style sheet {path}; pass a file of lines such as font.size: 8")
+        raise ValueError(
+            f"there is no style sheet {path}; pass a file of lines such as font.size: 8{similar_path(path)}"
+        )
     lines = [line.split("#", 1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     for key in (line.split(":", 1)[0].strip() for line in lines if line):
         if key not in mpl.rcParams:
-            raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib; write lines such as font.size: 8")
+            hint = did_you_mean(key, mpl.rcParams) or "; write lines such as font.size: 8"
+            raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib{hint}")
     try:
         sheet: Any = mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
         return dict(sheet)

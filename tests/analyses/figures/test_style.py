@@ -145,9 +145,16 @@ def test_a_style_sheet_has_the_last_word_and_is_checked(tmp_path: Path) -> None:
     with style.styled():
         assert mpl.rcParams["font.size"] != 13
     sheet.write_text("font.sise: 13\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has 'font.sise', which is no setting"), style.changed_style(sheet=sheet):
+    with pytest.raises(ValueError, match=r"'font.sise', .*; did you mean font.size"), style.changed_style(sheet=sheet):
         pass
-    with pytest.raises(ValueError, match="there is no style sheet gone"), style.changed_style(sheet="gone"):
+    with pytest.raises(ValueError, match="no style sheet gone"), style.changed_style(sheet="gone"):
         pass
     with pytest.raises(ValueError, match="unknown context 'poster'; use"), style.changed_style(context="poster"):
         pass
+
+
+def test_a_figure_for_a_paper_is_as_white_as_the_paper() -> None:
+    with style.changed_style(context="paper"):
+        svg = style.to_svg(cka.paper_cka(similarity_table(), width_in=3.3))
+    assert "#ffffff" in svg
+    assert style.BACKGROUND not in svg
