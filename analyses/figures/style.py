@@ -204,7 +204,10 @@ def _render(figure: Figure, file_format: str) -> bytes:
         for mesh in pixels:
             # A cell is a path in an SVG: a page of many large matrices would take long to open, and the 256 of a color
             # bar would show the seams between them.
-            many = np.size(mesh.get_array()) > MAX_VECTOR_CELLS or mesh.axes.get_label() == "<colorbar>"
+            cells, axes = mesh.get_array(), mesh.axes
+            assert cells is not None
+            assert axes is not None
+            many = cells.size > MAX_VECTOR_CELLS or axes.get_label() == "<colorbar>"
             mesh.set_rasterized(file_format == "svg" and many)
         figure.savefig(buffer, format=file_format, metadata=FORMATS[file_format])
         for mesh in pixels:
