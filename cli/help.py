@@ -74,7 +74,8 @@ def panel_of(parameter: Any) -> str:
     """Returns the heading that a parameter of a command stands below."""
     if isinstance(parameter, TyperArgument):
         return ARGUMENTS
-    return getattr(parameter, "rich_help_panel", None) or RUNNING_PANEL
+    panel = getattr(parameter, "rich_help_panel", None)
+    return panel if panel in PANELS else RUNNING_PANEL
 
 
 def _usage(command: Any, ctx: Any) -> str:
@@ -82,9 +83,9 @@ def _usage(command: Any, ctx: Any) -> str:
 
 
 def _panels(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
-    order = (ARGUMENTS, *PANELS)
+    places = {panel: place for place, panel in enumerate((ARGUMENTS, *PANELS))}
     kinds = _kinds(command.callback)
-    parameters = sorted(command.get_params(ctx), key=lambda one: (order.index(panel_of(one)), not one.required))
+    parameters = sorted(command.get_params(ctx), key=lambda one: (places[panel_of(one)], not one.required))
     return [
         (panel, [_row(parameter, kinds.get(parameter.name, "")) for parameter in members])
         for panel, members in groupby(parameters, key=panel_of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layerprobe.files import check_there, is_no_path
 
@@ -44,7 +44,8 @@ def existing(what: str, advice: str) -> Callable[[T], T]:
     """
 
     def check(value: T) -> T:
-        for path in value if isinstance(value, list) else [value]:
+        paths: list[Any] = value if isinstance(value, list) else [value]
+        for path in paths:
             if path is not None and not (isinstance(path, str) and is_no_path(path)):
                 check_there(path, what, advice)
         return value

@@ -47,7 +47,7 @@ def _rows(name: str | None) -> Iterable[tuple[str, Any, str]]:
 def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for flag, default, meaning in rows:
-        cells = (f"`{flag}`", _default_text(default), meaning)
+        cells = (f"`{flag}`{{.flag}}", _default_text(default), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -36,10 +36,10 @@ def as_written(name: str, names: Iterable[str]) -> str:
     return {each.lower(): each for each in names}.get(name.lower(), name)
 
 
-def unknown(what: str, name: str, names: Iterable[str]) -> str:
+def unknown(what: str, name: object, names: Iterable[str]) -> str:
     """Returns a message about an unknown name: "unknown schedule 'flwo'; use sit, flow or edm; did you mean flow?"."""
     known = list(names)
-    return f"unknown {what} {name!r}; use {one_of(known)}{did_you_mean(name, known)}"
+    return f"unknown {what} {name!r}; use {one_of(known)}{did_you_mean(str(name), known)}"
 
 
 def one_of(names: Iterable[str]) -> str:

@@ -36,8 +36,13 @@ def counted(number: int, noun: str) -> str:
 
 def capital(text: str) -> str:
     """Returns a text with a capital first letter; "kNN" keeps its small k."""
-    with_knn = re.sub(r"^knn\b", "kNN", text)
-    return with_knn if with_knn != text else text[:1].upper() + text[1:]
+    with_knn = in_sentence(text)
+    return with_knn if with_knn.startswith("kNN") else with_knn[:1].upper() + with_knn[1:]
+
+
+def in_sentence(metric: str) -> str:
+    """Returns the name of a metric as it is written inside a sentence: "kNN accuracy"."""
+    return re.sub(r"\bknn\b", "kNN", metric)
 
 
 def wrap_title(title: str) -> str:

@@ -17,6 +17,7 @@ from layerprobe.analyses.figures.heatmap import draw_heatmap, mark_cell, symmetr
 from layerprobe.analyses.figures.hover import tell_cells, tell_points
 from layerprobe.analyses.figures.labels import (
     capital,
+    in_sentence,
     label_ends,
     label_layers,
     num_decimals,
@@ -238,7 +239,7 @@ def quality_heatmap(quality: pd.DataFrame, metric: str, *, split: str | None = N
             colormap="PuOr_r" if values is gain else "viridis",
             width_in=WIDTH_IN - 1.8,
             text=curves.text,
-            colorbar={"pad": 0.01, "aspect": 6 + 2 * len(curves.levels), "label": label},
+            colorbar={"pad": 0.01, "aspect": 6 + 2 * len(curves.levels), "label": in_sentence(label)},
         )
         axes.set_title(title if np.isfinite(values).all() else f"{title}; hatched: not measured")
         axes.set_ylabel("noise level")
@@ -487,7 +488,7 @@ def _heatmap_title(curves: QualityCurves, gain: Floats, best: tuple[int, int], b
     if not np.isfinite(values).any():
         return f"{capital(curves.metric)} could not be measured in any layer"
     level, layer = best
-    title = f"Highest {curves.metric}: {curves.layers[layer]} at noise level {curves.levels[level]:g}"
+    title = f"Highest {in_sentence(curves.metric)}: {curves.layers[layer]} at noise level {curves.levels[level]:g}"
     if not np.isfinite(gain).any():
         return title
     level, layer = best_gain

@@ -27,13 +27,15 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
-from layerprobe.files import atomic_write, one_line
+from layerprobe.files import atomic_write, one_line, similar_path
+from layerprobe.messages import did_you_mean, unknown
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import Selection
     from layerprobe.layersync import LayerPair
 
 
+_FACES = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
 INK, BACKGROUND, GRAY = "#1b1f24", "#fffefd", "#7a828c"
 # Blue, vermilion, green and purple of Okabe and Ito 2008, whose other colors are too light for lines; then four more.
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d31", "#4b6e6e", "#d81fb8", "#7a4fd0")
@@ -50,7 +52,7 @@ STYLE: dict[str, Any] = {
     **seaborn.axes_style("ticks"),
     **seaborn.plotting_context("paper"),
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), BACKGROUND),
+    **dict.fromkeys(_FACES, BACKGROUND),
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -101,11 +103,11 @@ def changed_style(*, context: str | None = None, sheet: Path | str | None = None
         ValueError: If the context is unknown, or the sheet cannot be read or has a wrong line.
     """
     if context not in (None, *CONTEXTS):
-        raise ValueError(f"unknown context {context!r}; use {' or '.join(CONTEXTS)}")
+        raise ValueError(unknown("context", context, CONTEXTS))
     changes: list[dict[str, Any]] = []
     if context:
         sizes = {name: size * CONTEXTS[context] for name, size in _PAPER_SIZES.items()}
-        changes.append({**sizes, "savefig.dpi": PAPER_DPI})
+        changes.append({**sizes, **dict.fromkeys(_FACES, "#ffffff"), "savefig.dpi": PAPER_DPI})
     if sheet:
         changes.append(_read_sheet(Path(sheet)))
     token = _changes.set(tuple(changes))
@@ -117,11 +119,14 @@ def changed_style(*, context: str | None = None, sheet: Path | str | None = None
 
 def _read_sheet(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"there is no style sheet {path}; pass a file of lines such as font.size: 8")
+        raise ValueError(
+            f"there is no style sheet {path}; pass a file of lines such as font.size: 8{similar_path(path)}"
+        )
     lines = [line.split("#", 1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     for key in (line.split(":", 1)[0].strip() for line in lines if line):
         if key not in mpl.rcParams:
-            raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib; write lines such as font.size: 8")
+            hint = did_you_mean(key, mpl.rcParams) or "; write lines such as font.size: 8"
+            raise ValueError(f"{path} has {key!r}, which is no setting of matplotlib{hint}")
     try:
         sheet: Any = mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
         return dict(sheet)
@@ -155,7 +160,7 @@ def save_figure(
     """
     for file_format in formats:
         if file_format not in FORMATS:
-            raise ValueError(f"unknown format {file_format!r} of a figure; use {', '.join(FORMATS)}")
+            raise ValueError(unknown("format of a figure", file_format, FORMATS))
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name; pass the folder and the name separately")
     folder = Path(folder)
@@ -197,8 +202,13 @@ def _render(figure: Figure, file_format: str) -> bytes:
             figure.set_layout_engine(None)  # "none" keeps a placeholder, with which every saving draws three times
         pixels = [mesh for mesh in figure.findobj(QuadMesh) if mesh.get_rasterized()]
         for mesh in pixels:
-            # A cell is a path in an SVG: a page with many large matrices of them would take long to open.
-            mesh.set_rasterized(file_format == "svg" and np.size(mesh.get_array()) > MAX_VECTOR_CELLS)
+            # A cell is a path in an SVG: a page of many large matrices would take long to open, and the 256 of a color
+            # bar would show the seams between them.
+            cells, axes = mesh.get_array(), mesh.axes
+            assert cells is not None
+            assert axes is not None
+            many = cells.size > MAX_VECTOR_CELLS or axes.get_label() == "<colorbar>"
+            mesh.set_rasterized(file_format == "svg" and many)
         figure.savefig(buffer, format=file_format, metadata=FORMATS[file_format])
         for mesh in pixels:
             mesh.set_rasterized(True)

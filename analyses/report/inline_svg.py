@@ -47,6 +47,8 @@ def inline_svg(figure: Figure, prefix: str) -> Drawing:
         parent.tag = _plain(parent.tag)
         for child in [child for child in parent if _plain(child.tag) in ("metadata", "style")]:
             parent.remove(child)
+        if "QuadMesh" in parent.get("id", ""):
+            parent.set("shape-rendering", "crispEdges")  # no seams between the cells of a heatmap
         parent.attrib = {_plain(key): _localized(key, value, prefix) for key, value in parent.attrib.items()}
     for spot in spots_of(figure):
         place = {"x": spot.x, "y": spot.y, "width": spot.width, "height": spot.height}
@@ -82,6 +84,8 @@ def _localized(key: str, value: str, prefix: str) -> str:
     """An attribute's value with the ids and the colors of the page."""
     if key == "id":
         return f"{prefix}-{value}"
+    if key == "d":  # a hundredth of a point is finer than any screen
+        return " ".join(re.sub(r"(\.\d\d)\d+", r"\1", value).split())
     if _plain(key) == "href":
         return re.sub("^#", f"#{prefix}-", value)
     value = value.replace("url(#", f"url(#{prefix}-")

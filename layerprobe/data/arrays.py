@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from layerprobe.data.contents import check_npy, load_npy_file
+from layerprobe.data.names import Modality
 from layerprobe.data.samples import Batch, Samples, pixels_to_float
 from layerprobe.files import one_line
 
@@ -108,7 +109,7 @@ def load_array(path: str | Path) -> ArraySamples:
     return ArraySamples(array, source=str(path))
 
 
-def array_modality(path: Path, folders: Sequence[Path]) -> str:
+def array_modality(path: Path, folders: Sequence[Path]) -> Modality:
     """Returns the modality of a data set of arrays in files of their own, by the first of them: "image" or "motion".
 
     Motion has shape (frames, joints, 3), (frames, channels) or the like; an image is uint8, with 1, 3 or 4 channels

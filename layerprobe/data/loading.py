@@ -20,6 +20,7 @@ from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.samples import LatentSamples
 from layerprobe.data.latents.vae import encode, latent_shape
 from layerprobe.data.listing import TABLES, list_files, walk
+from layerprobe.data.names import Modality
 from layerprobe.data.parts import prepare_parts
 from layerprobe.data.samples import Samples, Splits
 from layerprobe.data.sequences import audio, motion, video
@@ -103,7 +104,7 @@ def load(
 
 
 # In the order in which they are recognized; images are what is left.
-KINDS: dict[str, DataKind] = {
+KINDS: dict[Modality, DataKind] = {
     "image": images.KIND,
     "audio": audio.KIND,
     "motion": motion.KIND,
@@ -122,7 +123,7 @@ def read_table(
     return _kind(modality).read(source, split=split, data_root=data_root)
 
 
-def guess_modality(source: str | Path, *, split: str | None = None, data_root: str | Path | None = None) -> str:
+def guess_modality(source: str | Path, *, split: str | None = None, data_root: str | Path | None = None) -> Modality:
     """Returns the modality of a data set by the endings of its files, or else by the names and types of its columns.
 
     If these do not determine it, the modality is "image".
@@ -145,7 +146,7 @@ def guess_modality(source: str | Path, *, split: str | None = None, data_root: s
 
 def _modality_of_files(
     source: str | Path, files: Sequence[Path], endings: Mapping[str, int], folders: Sequence[Path]
-) -> str:
+) -> Modality:
     arrays = [file for file in files if file.suffix.lower() == ".npy"]
     counts = {
         name: sum(endings.get(ending, 0) for ending in kind.telling or kind.suffixes if ending != ".npy")
@@ -161,9 +162,10 @@ def _modality_of_files(
 
 
 def _kind(modality: str) -> DataKind:
-    if modality not in KINDS:
-        raise ValueError(unknown("modality", modality, KINDS))
-    return KINDS[modality]
+    for name, kind in KINDS.items():
+        if name == modality:
+            return kind
+    raise ValueError(unknown("modality", modality, KINDS))
 
 
 def _flags(names: Iterable[str]) -> list[str]:

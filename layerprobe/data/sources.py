@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from layerprobe.data.names import AudioForm, Modality
 from layerprobe.files import absolute_source, check_there, is_no_path, refuse_memory
 from layerprobe.options import DATA_PANEL, MEDIA_PANEL, check_ranges, option, to_record
 
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from layerprobe.data.samples import Splits
     from layerprobe.progress import StepProgress
 
-Modality = Literal["image", "audio", "motion", "video"]
-AudioForm = Literal["log-mel", "waveform"]
 # Fields that encode images rather than read them.
 _ENCODING = ("vae", "latent_scale")
 

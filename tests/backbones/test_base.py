@@ -77,7 +77,7 @@ def test_wrap_refuses_what_it_does_not_know() -> None:
         ({"layers": "third"}, "third is not in Denoiser, which has first, second, drop"),
         ({"layers": []}, "no layer is named; name some of Denoiser"),
         ({"schedule": "vp"}, "unknown schedule 'vp'"),
-        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; use one of velocity, eps, x0, v"),
+        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; use velocity, eps, x0, v or score"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             wrap(Denoiser(), **(good | change))

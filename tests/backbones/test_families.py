@@ -400,9 +400,7 @@ def test_positions_of_another_grid_are_refused() -> None:
 
 
 def test_unknown_families_and_heads_are_asked_for() -> None:
-    with pytest.raises(
-        ValueError, match=r"^unknown family 'unet'; use one of sit, layersync, disploss, dit, repa, sra"
-    ):
+    with pytest.raises(ValueError, match=r"^unknown family 'unet'; use sit, layersync, disploss, dit, repa, sra"):
         build("unet", state())
     with pytest.raises(
         ValueError, match=r"^no preset has width 32, so the number of heads is unknown; pass --num-heads$"

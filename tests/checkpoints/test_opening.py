@@ -176,9 +176,9 @@ def test_a_family_trained_otherwise_can_be_told_so(tmp_path: Path) -> None:
     backbone = open_tiny(path, schedule="flow", prediction="x0")
     assert (backbone.schedule.time_direction, backbone.prediction) == (1, "x0")
     assert open_tiny(path, schedule=EDM(0.25)).schedule.scale == 0.25
-    with pytest.raises(ValueError, match="unknown schedule 'vp'; use one of sit"):
+    with pytest.raises(ValueError, match="unknown schedule 'vp'; use sit"):
         open_tiny(path, schedule="vp")
-    with pytest.raises(ValueError, match="unknown prediction 'flow'; use one of velocity"):
+    with pytest.raises(ValueError, match="unknown prediction 'flow'; use velocity"):
         open_tiny(path, prediction="flow")
 
 
@@ -189,7 +189,7 @@ def test_a_file_of_several_possible_families_asks_for_one(tmp_path: Path) -> Non
         match=r"model.pt could belong to any of sit, layersync, .* which differ in their time convention; pass",
     ):
         open_tiny(path, family=None)
-    with pytest.raises(ValueError, match=r"^unknown family 'unet'; use one of sit, layersync, "):
+    with pytest.raises(ValueError, match=r"^unknown family 'unet'; use sit, layersync, "):
         open_tiny(path, family="unet")
     with pytest.raises(ValueError, match="no preset has width 8, so the number of heads is unknown; pass --num-heads"):
         open_tiny(path, num_heads=None)

@@ -261,13 +261,13 @@ def test_the_page_of_options_has_every_option_of_every_command() -> None:
     page = tables.with_tables((DOCS / "options.md").read_text(encoding="utf-8"))
     assert "<!--" not in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
-    described = {row[0].strip("| `"): row[2] for row in rows}
+    described = {row[0].removesuffix("{.flag}").strip("| `"): row[2] for row in rows}
     for name, command in COMMAND_LINE.commands.items():
         for parameter in command.params:
             flag = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
             assert flag in described or flag in ("--help", "RUN"), (name, flag)
     assert described["--checkpoint-every"] == "Number of steps between checkpoints. |"
-    assert ["| `--sync-noise-range`", "0,1"] in [row[:2] for row in rows]
+    assert ["| `--sync-noise-range`{.flag}", "0,1"] in [row[:2] for row in rows]
 
 
 def test_ranges_of_options_hold_in_python_too() -> None:

@@ -407,7 +407,7 @@ def test_options_of_another_modality_are_refused(tmp_path: Path) -> None:
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).normal(size=(4, 3)))
     with pytest.raises(ValueError, match="holds motion data, for which --rate --mels has no effect"):
         load(tmp_path, rate=8000, mels=3)
-    with pytest.raises(ValueError, match="unknown modality 'smell'; use one of image, audio, motion, video"):
+    with pytest.raises(ValueError, match="unknown modality 'smell'; use image, audio, motion or video"):
         load(tmp_path, modality="smell")
     with pytest.raises(ValueError, match=r"motion samples are 3x4 but the model takes 3x8; pass the --length"):
         load(tmp_path, expect_shape=(3, 8))

@@ -123,7 +123,7 @@ def test_nothing_is_written_or_opened_before_the_first_row(services, tmp_path) -
 
 
 def test_bad_names_and_missing_packages(tmp_path, monkeypatch) -> None:
-    with pytest.raises(ValueError, match="unknown tracker 'mlflow'; use tensorboard, wandb, trackio"):
+    with pytest.raises(ValueError, match="unknown tracker 'mlflow'; use tensorboard, wandb or trackio"):
         _open(tmp_path, "mlflow")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match=r"the tracker wandb needs .*pip install 'layerprobe\[trackers\]'"):

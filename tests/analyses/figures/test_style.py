@@ -37,13 +37,17 @@ def test_files_are_the_same_bytes_whatever_the_caller_has_set(tmp_path: Path) ->
         assert image.size == tuple(np.rint(np.asarray(first.get_size_inches()) * 150))
 
 
-def test_svg_has_text_as_text_cells_as_pixels_and_no_date(tmp_path: Path) -> None:
-    _, path = style.save_figure(cka.cka_heatmap(similarity_table()), tmp_path, "cka")
-    svg = path.read_text(encoding="utf-8")
+def test_svg_has_text_as_text_and_no_date_and_a_large_matrix_as_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = cka.cka_heatmap(similarity_table())
+    svg = style.to_svg(figure)
     assert re.search(r"<text [^>]*>All 24 representations</text>", svg)
-    assert svg.count("<image") >= 2
-    assert svg.count("<path") < 150  # 24 x 24 cells are not paths
+    assert svg.count("<path") > 24 * 24
+    assert svg.count("<image") == 1  # the color bar, whose cells would show the seams between them
     assert "<dc:date>" not in svg
+    monkeypatch.setattr(style, "MAX_VECTOR_CELLS", 24 * 24 - 1)
+    svg = style.to_svg(figure)
+    assert svg.count("<image") == 2
+    assert svg.count("<path") < 200
 
 
 @pytest.mark.parametrize("name", ["$x_{$.1", "<b>&\"'.2"])
@@ -55,7 +59,7 @@ def test_hostile_layer_names_are_drawn_as_they_are(name: str) -> None:
 def test_a_file_name_is_plain() -> None:
     with pytest.raises(ValueError, match=r"'\.\./elsewhere' is not a plain file name; pass"):
         style.save_figure(Figure(), "unused", "../elsewhere")
-    with pytest.raises(ValueError, match="unknown format 'bmp' of a figure; use png, svg, pdf"):
+    with pytest.raises(ValueError, match="unknown format of a figure 'bmp'; use png, svg or pdf"):
         style.save_figure(Figure(), "unused", "cka", formats=["bmp"])
 
 
@@ -141,9 +145,16 @@ def test_a_style_sheet_has_the_last_word_and_is_checked(tmp_path: Path) -> None:
     with style.styled():
         assert mpl.rcParams["font.size"] != 13
     sheet.write_text("font.sise: 13\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has 'font.sise', which is no setting"), style.changed_style(sheet=sheet):
+    with pytest.raises(ValueError, match=r"'font.sise', .*; did you mean font.size"), style.changed_style(sheet=sheet):
         pass
-    with pytest.raises(ValueError, match="there is no style sheet gone"), style.changed_style(sheet="gone"):
+    with pytest.raises(ValueError, match="no style sheet gone"), style.changed_style(sheet="gone"):
         pass
     with pytest.raises(ValueError, match="unknown context 'poster'; use"), style.changed_style(context="poster"):
         pass
+
+
+def test_a_figure_for_a_paper_is_as_white_as_the_paper() -> None:
+    with style.changed_style(context="paper"):
+        svg = style.to_svg(cka.paper_cka(similarity_table(), width_in=3.3))
+    assert "#ffffff" in svg
+    assert style.BACKGROUND not in svg

@@ -27,7 +27,7 @@ def test_curves_are_written_wide_for_spreadsheets_and_latex(tmp_path: Path) -> N
 
 
 def test_a_wrong_width_or_context_is_told_first() -> None:
-    with pytest.raises(ValueError, match="unknown width 'narrow' of a figure; use column or full"):
+    with pytest.raises(ValueError, match="unknown width of a figure 'narrow'; use column or full"):
         draw_figures("unused", width="narrow")
     with pytest.raises(ValueError, match="--context talk is for figures of one panel; pass --width full or column"):
         draw_figures("unused", context="talk")

@@ -207,7 +207,7 @@ def test_the_command_draws_an_archive(
     for wrong, seen in (
         (["--format", "jpg"], "unknown format 'jpg'; use png or npz"),
         (["--guidance-interval", "0.2"], "--guidance-interval 0.2 is not 2 numbers; write them as 0.2,0.7"),
-        (["--solver", "rk4"], "unknown --solver 'rk4'; use euler, heun, dopri5, euler-maruyama"),
+        (["--solver", "rk4"], "unknown --solver 'rk4'; use euler, heun, dopri5 or euler-maruyama"),
     ):
         assert call(tmp_path / "x", *wrong) == (2, "", f"layerprobe: {seen}\n")
 
