@@ -83,7 +83,7 @@ def main() -> None:
     # Measures stand below the tables that are made of them, although they could stand on the ground.
     levels = floors(ARROWS)
     levels["analyses.measures"] = levels["analyses.tables"] - 1
-    figure, axes = plt.subplots(figsize=(14.3, 9))
+    figure, axes = plt.subplots(figsize=(17.3, 12))
     places = {}
     for level in range(max(levels.values()) + 1):
         rooms = sorted((room for room in ARROWS if levels[room] == level), key=lambda room: room == "analyses.measures")
@@ -104,8 +104,8 @@ def main() -> None:
         axes.text(x, y - 0.16, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
     top = max(levels.values()) * 1.2
     for i, (name, color) in enumerate(COLORS.items()):
-        axes.text(-8.3, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
-    axes.set(xlim=(-8.6, 8.6), ylim=(-0.5, top + 0.5))
+        axes.text(-10.1, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
+    axes.set(xlim=(-10.4, 10.4), ylim=(-0.5, top + 0.5))
     axes.axis("off")
     figure.savefig(DOCS / "figures" / "rooms.svg", bbox_inches="tight", metadata={"Date": None})
 
