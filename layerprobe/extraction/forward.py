@@ -82,7 +82,8 @@ def extract(
         kept = token_rows(columns["splits"], plan.token_samples)
         begin_store(folder, _manifest(backbone, splits, plan, shapes, kept), columns)
         done = 0
-        with closing(prefetched(_work(folder, table, backbone, plan, kept), ahead=1)) as ready, behind() as later:
+        shards = _work(enumerate(_runs(len(table), plan.shard_size)), folder, table, backbone, plan, kept)
+        with closing(prefetched(shards, ahead=1)) as ready, behind() as later:
             for work in ready:
                 if work.inputs:
                     tokens = token_path(folder, work.index)
@@ -347,10 +348,15 @@ class _Work:
 
 
 def _work(
-    folder: Path, table: _Table, backbone: Backbone, plan: ExtractionPlan, kept: NDArray[np.int64]
+    shards: Iterable[tuple[int, range]],
+    folder: Path,
+    table: _Table,
+    backbone: Backbone,
+    plan: ExtractionPlan,
+    kept: NDArray[np.int64],
 ) -> Iterator[_Work]:
-    """Yields the shards in order, with the inputs of those that are not on disk."""
-    for index, rows in enumerate(_runs(len(table), plan.shard_size)):
+    """Yields these shards, each an index and its rows, with the inputs of those that are not on disk."""
+    for index, rows in shards:
         kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
         files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
         whole = all(is_whole(file) for file in files)
@@ -481,11 +487,11 @@ def _copied(values: Tensor) -> Callable[[], Tensor]:
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     """Yields each item after the next one is begun, so that a device has work while the host uses an item."""
-    waiting = next(items)
+    waiting: list[Item] = []
     for item in items:
-        yield waiting
-        waiting = item
-    yield waiting
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 def _runs(n: int, size: int) -> Iterator[range]:
