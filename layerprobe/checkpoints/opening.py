@@ -236,7 +236,11 @@ def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedC
         return _OpenedCheckpoint(backbone, {"format": "diffusers", **backbone.origin})
     path = _located(path)
     weights = read_weights(path, weights=options.get("weights"))
-    source = {"format": weights.format, "files": [str(file) for file in weights.files], "weights": weights.container}
+    source: dict[str, Any] = {
+        "format": weights.format,
+        "files": [str(file) for file in weights.files],
+        "weights": weights.container,
+    }
     source |= {"other_weights": list(weights.containers[1:]), "left_unbuilt": list(weights.foreign)}
     model_options = {name: value for name, value in options.items() if name != "weights"}
     if "pipeline" in options:

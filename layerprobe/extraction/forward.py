@@ -122,9 +122,9 @@ def extract_part(
         if ranks.is_first:
             begin_store(folder, manifest, columns)
         _check_equal(manifest, ranks)
-        todo = _work(folder, table, backbone, plan, kept, ranks.mine(list(enumerate(shards)), turn=turn))
         done = 0
-        with closing(prefetched(todo, ahead=1)) as ready, behind() as later:
+        todo = ranks.mine(list(enumerate(shards)), turn=turn)
+        with closing(prefetched(_work(todo, folder, table, backbone, plan, kept), ahead=1)) as ready, behind() as later:
             for work in ready:
                 ranks.check()
                 if work.inputs:
@@ -400,14 +400,14 @@ class _Work:
 
 
 def _work(
+    shards: Sequence[tuple[int, range]],
     folder: Path,
     table: _Table,
     backbone: Backbone,
     plan: ExtractionPlan,
     kept: NDArray[np.int64],
-    shards: Sequence[tuple[int, range]],
 ) -> Iterator[_Work]:
-    """Yields the shards of this process in order, with the inputs of those that are not on disk."""
+    """Yields these shards, each an index and its rows, with the inputs of those that are not on disk."""
     for index, rows in shards:
         kept_in_shard = kept[(kept >= rows.start) & (kept < rows.stop)] - rows.start
         files = [shard_path(folder, index)] + [token_path(folder, index)] * bool(len(kept_in_shard))
@@ -536,11 +536,11 @@ def _copied(values: Tensor) -> Callable[[], Tensor]:
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     """Yields each item after the next one is begun, so that a device has work while the host uses an item."""
-    waiting = next(items)
+    waiting: list[Item] = []
     for item in items:
-        yield waiting
-        waiting = item
-    yield waiting
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 def _runs(n: int, size: int) -> Iterator[range]:

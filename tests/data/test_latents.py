@@ -199,6 +199,17 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, write: Callable[[Path, T
         everything(samples)
 
 
+def test_several_threads_read_the_files_in_the_order_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = load_latents(write_fast_dit(tmp_path, numbers(70, *SHAPE)))
+    order, read = torch.randperm(70, generator=torch.Generator().manual_seed(0)).tolist(), []
+    for threads in (1, 3):
+        monkeypatch.setattr("layerprobe.threads.num_threads", lambda threads=threads: threads)
+        read.append(samples.batch(order).x)
+    assert torch.equal(*read)
+
+
 @every_format
 def test_latents_divide_and_travel_to_other_processes(tmp_path: Path, write: Callable[[Path, Tensor], Path]) -> None:
     samples = load_latents(write(tmp_path, numbers(30, *SHAPE)))

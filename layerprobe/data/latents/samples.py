@@ -20,12 +20,14 @@ from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
 from layerprobe.files import one_line
 from layerprobe.noise import RandomStream
+from layerprobe.threads import each
 
 Format = Literal["vae-sd", "lightningdit", "fast-dit"]
 # Scale of Stable Diffusion's latents: REPA applies it during training, fast-DiT before storing them.
 SD_SCALE = 0.18215
 # Above this size, names, sizes and modification times are hashed: reading ImageNet's latents takes many minutes.
 MOST_HASHED_BYTES = 2 * 2**30
+_FILES_PER_THREAD = 32  # each file is opened by itself, which takes milliseconds on a network disk
 
 
 class LatentSamples(Samples):
@@ -140,7 +142,8 @@ class FileRows(Rows):
         return len(self._paths)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.stack([self._load(row) for row in rows]).astype(np.float32, copy=False))
+        loaded = each(self._load, rows, least=_FILES_PER_THREAD)
+        return torch.from_numpy(np.stack(loaded).astype(np.float32, copy=False))
 
     def name(self, row: int) -> str:
         return str(self._paths[row])
