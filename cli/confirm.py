@@ -15,7 +15,7 @@ from layerprobe.layersync import SyncOptions
 from layerprobe.training import TrainingPlan
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def confirm(
     run: options.Run,
     *,

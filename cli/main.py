@@ -25,7 +25,7 @@ from layerprobe.cli.output import tell, warn
 from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
-from layerprobe.ranks import ranks_of
+from layerprobe.ranks import alone, ranks_of
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
@@ -95,6 +95,8 @@ class _Command(TyperCommand):
             if not ranks.is_first:
                 return None
             tell(f"{self.name} is the work of one process; the other {ranks.world_size - 1} end at once")
+            with alone():
+                return super().invoke(ctx)
         return super().invoke(ctx)
 
 

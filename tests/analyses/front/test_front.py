@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
 import layerprobe as lp
+from layerprobe import ranks
 from layerprobe.analyses.runs import RunFolder
 from layerprobe.backbones import SiT
 from layerprobe.extraction import ExtractionPlan, extract
@@ -165,3 +166,9 @@ def test_a_temporary_run_goes_with_its_object(monkeypatch: pytest.MonkeyPatch) -
     assert folder.is_dir()
     del run
     assert not folder.exists()
+
+
+def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_block", ranks.Ranks(0, 2))
+    with pytest.raises(ValueError, match=r"^several processes need a folder that all of them reach; pass out=$"):
+        lp.probe("digits", "digits")
