@@ -2,9 +2,10 @@
 
     python benchmarks/processes.py --processes 1 2
 
-Prints the rows (a sample at a noise level) per second for each number of processes, and the ratio to the first number.
-The time is that of `extract` alone: starting Python, joining the processes and making the data are not counted. A
-machine whose processors are busy otherwise, or share their memory's bandwidth, shows less than it has.
+Prints the rows (a sample at a noise level) per second for each number of processes, and the ratio to the first number:
+by the clock, and by the processor time of the busiest process, which tells how the work is divided where other programs
+run on the machine. The time is that of `extract` alone: starting Python, joining the processes and making the data are
+not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SHAPE, LEVELS = (4, 16, 16), (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def measure(folder: Path, num_samples: int) -> None:
-    """Extracts in this process, one of several; the first one prints the seconds."""
+    """Extracts in this process, one of several; the first one prints the seconds of the clock and of a processor."""
     import torch
 
     from layerprobe.backbones import SiTConfig, new_sit
@@ -40,10 +41,11 @@ def measure(folder: Path, num_samples: int) -> None:
         splits = Splits(*(Subset(samples, rows, name=name) for name, rows in parts))
         plan = ExtractionPlan(backbone.layers, LEVELS, shard_size=num_samples // 16)
         ranks.barrier()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         extract(backbone, splits, plan, folder, batch_size=64, ranks=ranks)
+        seconds, of_processor = time.perf_counter() - began, ranks.whole([time.process_time() - busy])
         if ranks.is_first:
-            print(time.perf_counter() - began)
+            print(seconds, max(of_processor))
 
 
 def digest(folder: Path) -> str:
@@ -58,16 +60,16 @@ def main() -> None:
     """Measures every number of processes in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
         measure(arguments.folder, arguments.samples)
         return
-    first = 0.0
+    first: list[float] = []
     for num in arguments.processes:
-        seconds = []
+        seconds: list[list[float]] = []
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as scratch:
                 start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num), __file__]
@@ -79,11 +81,12 @@ def main() -> None:
                     text=True,
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )
-                seconds.append(float(ran.stdout))
+                seconds.append([float(text) for text in ran.stdout.split()])
                 found = digest(Path(scratch) / "store")
-        rate = arguments.samples * len(LEVELS) / min(seconds)
-        first = first or rate
-        print(f"{num} processes: {rate:.0f} rows/s, ratio {rate / first:.2f}, store {found}", flush=True)
+        rates = [arguments.samples * len(LEVELS) / min(times) for times in zip(*seconds, strict=True)]
+        first = first or rates
+        clock, processor = (f"{rate:.0f} rows/s, ratio {rate / of:.2f}" for rate, of in zip(rates, first, strict=True))
+        print(f"{num} processes: {clock} by the clock; {processor} by processor time; store {found}", flush=True)
 
 
 if __name__ == "__main__":
