@@ -18,7 +18,7 @@ from layerprobe.progress import named_progress
 from layerprobe.training import TrainingPlan
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def atlas(
     start: Annotated[
         str,

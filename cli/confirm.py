@@ -16,7 +16,7 @@ from layerprobe.options import TRIAL_PANEL
 from layerprobe.training import TrainingPlan
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def confirm(
     run: options.Run,
     *,

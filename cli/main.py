@@ -26,7 +26,7 @@ from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_li
 from layerprobe.memory import is_device_failure, is_out_of_memory
 from layerprobe.messages import MAX_MESSAGE, safe
 from layerprobe.precision import is_refusal
-from layerprobe.ranks import ranks_of
+from layerprobe.ranks import alone, ranks_of
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
@@ -104,6 +104,8 @@ class _Command(HelpfulCommand):
             if not ranks.is_first:
                 return None
             tell(f"{self.name} is the work of one process; the other {ranks.world_size - 1} end at once")
+            with alone():
+                return super().invoke(ctx)
         return super().invoke(ctx)
 
 

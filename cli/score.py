@@ -14,9 +14,10 @@ from layerprobe.cli.parsing import existing, names
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
+from layerprobe.ranks import current
 
 
-@from_dataclasses()
+@from_dataclasses(several_processes=True)
 def score(
     samples: Annotated[
         Path,
@@ -110,6 +111,6 @@ def score(
             generated, splits, data, extractor=encoder, metrics=metric_names, k=neighbors, seed=seed, progress=progress
         )
     record |= {"extractor": scores[0].extractor, "scores": [asdict(s) for s in scores], "warnings": list(warnings)}
-    if out is not None:
+    if out is not None and current().is_first:
         write_scores(out, scores, record)
     emit(record, describe_scores(scores, warnings), as_json=as_json)

@@ -18,7 +18,7 @@ from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
 from layerprobe.options import CHECKPOINT_PANEL, LAYERSYNC_PANEL, OUTPUT_PANEL, PROBING_PANEL, RUNNING_PANEL
-from layerprobe.progress import TaskProgress
+from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.training import TrainingPlan
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def train(
         auto_pick,
         auto_stop,
         describe_decisions,
-        encoded_once,
         narrowness,
         other_depth,
         pair_warnings,
@@ -171,7 +170,7 @@ def train(
             if ranks.is_first:
                 bars = progress_bar({"training": plan.batch_size})
             with bars as progress:
-                splits = encoded_once(splits, data, ranks, progress=progress)
+                splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
                 train_run(
                     backbone,
                     splits,

@@ -54,6 +54,10 @@ _SUFFIXES_OF_WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl", 
 _INSTALLED = ("stdlib", "purelib", "platlib")  # Names of folders for `sysconfig`.
 
 
+class InUse(ValueError):
+    """Another process holds a folder."""
+
+
 class MissingWeights(FileNotFoundError):
     """A weight file that another file refers to is missing."""
 
@@ -154,25 +158,6 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def reserve(path: Path) -> None:
-    """Allocates the disk space of a file that has its final length already; removes the file if there is too little.
-
-    Raises:
-        DiskFull: If the disk is full.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except AttributeError:  # not on this system
-        return
-    except OSError as error:
-        if error.errno not in _FULL:
-            return  # A file system that cannot reserve.
-        path.unlink()
-        raise _disk_full(path, _megabytes(size)) from error
-
-
 _PARTIAL = re.compile(r".*\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 
 
@@ -246,7 +231,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         wait: Whether to wait until another process has finished; otherwise it is an error.
 
     Raises:
-        ValueError: If another process holds the folder, or it is a file.
+        InUse: If another process holds the folder.
+        ValueError: If it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder; choose another --out")
@@ -310,13 +296,16 @@ def _open_locked(path: Path, folder: Path, *, wait: bool) -> TextIO:
     """Opens and locks a lock file."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            file = path.open("a+", encoding="utf-8", errors="replace")
+        except FileNotFoundError:  # Its last holder has just removed the folder.
+            continue
         try:
             got = _lock(file, wait=wait)
             if got is None:
                 logger.warning("%s is on a file system without locks; let no other command write there", folder)
             if got is False:
-                raise ValueError(
+                raise InUse(
                     f"{folder} is in use by {_holder(file)}; wait until it ends or stop it, or choose another folder"
                 )
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

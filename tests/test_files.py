@@ -34,7 +34,6 @@ from layerprobe.files import (
     locked,
     one_line,
     os_error_line,
-    reserve,
     similar_path,
     write_text,
 )
@@ -202,10 +201,6 @@ def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
         write_text(disk / "a", "old")
         with pytest.raises(DiskFull), atomic_write(disk / "a") as partial:
             partial.write_bytes(bytes(2_000_000))
-        with (disk / "sparse").open("wb") as file:
-            file.truncate(2_000_000)
-        with pytest.raises(DiskFull, match=r"sparse could not be written.*2 MB needed"):
-            reserve(disk / "sparse")
         with contextlib.suppress(OSError):
             (disk / "filler").write_bytes(bytes(2_000_000))
         with (
@@ -213,12 +208,7 @@ def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
             locked(disk),
         ):
             pass
-
-
-def test_reserving_keeps_the_content(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    reserve(tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == b"content"
+        assert (disk / "a").read_bytes() == b"old"
 
 
 def test_a_durable_write_is_synced_before_and_after_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

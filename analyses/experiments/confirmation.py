@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,10 +26,11 @@ from layerprobe.analyses.experiments.verdict import Verdict, check_arms, is_clea
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.analyses.tables import read_table, write_table
 from layerprobe.backbones import Backbone
+from layerprobe.checkpoints import weights_hash
 from layerprobe.checksums import CHECKSUMS, write_recorded_text
 from layerprobe.data import Samples, Splits
-from layerprobe.files import holding
 from layerprobe.progress import TaskProgress, TrainingProgress
+from layerprobe.ranks import Ranks, alone, current, together
 from layerprobe.records import claim, read_record, typed, write_record
 from layerprobe.training import TrainingPlan, train
 
@@ -47,7 +48,7 @@ class _LearningRate(TypedDict):
     learning_rate: float
 
 
-@holding("folder")
+@together("folder")
 def confirm_pair(
     start: Callable[[int], Backbone],
     splits: Splits,
@@ -66,8 +67,12 @@ def confirm_pair(
     The arms are trained on the training split. Fréchet distance and held-out loss are measured against the test split,
     which no arm has seen. A plan that stops early ends after the first look at which the difference is clear.
 
+    The processes of torchrun or srun share the arms of all seeds, and each trains its own; of a plan that stops early,
+    the arms of a seed. All call this function and get the verdict.
+
     Args:
         start: Function from a seed to the initial model: the same checkpoint for a branch, fresh weights from scratch.
+            It must return the same weights in every process.
         splits: Data of the training and the evaluation.
         arms: Arms of the confirmation, the baseline first.
         plan: Seeds, steps and evaluations.
@@ -75,14 +80,15 @@ def confirm_pair(
         start_name: Where the arms start, "from scratch" or "from the checkpoint".
         trained_steps: Steps of training that they start after: 0 from scratch; None where they are not recorded.
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
-        on_converged: Called if the first baseline that branches from a checkpoint no longer improves, before any
-            aligned arm is trained.
-        progress: Callback with (name of the running arm, steps done, total steps), counted over all arms.
+        on_converged: Called if the first baseline that branches from a checkpoint no longer improves, before this
+            process trains an aligned arm.
+        progress: Callback with (name of the running arm, steps done, total steps), over all arms of this process.
 
     Raises:
-        ValueError: If the arms cannot be compared, see `check_arms`, or the folder belongs to another run.
+        ValueError: If the arms cannot be compared, see `check_arms`, the folder belongs to another run, or processes
+            start from different weights.
     """
-    folder = Path(folder)
+    folder, ranks = Path(folder), current()
     check_arms(arms)
     record = {
         "plan": plan.identity(),
@@ -90,53 +96,92 @@ def confirm_pair(
         "data": splits.test.fingerprint,
         "extractor": extractor.name if extractor else None,
     }
-    claim(folder, "confirmation.json", record, what="a confirmation")
-    extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
-    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
-    # Each seed starts once, so that its arms are equal at the start even if `start` draws weights at every call.
-    first = start(plan.seeds[0])
-    arms = [_matched(arm, first, splits.train, plan.training, folder) for arm in arms]
-    starts = zip(plan.seeds, chain([first], (start(seed) for seed in plan.seeds[1:])), strict=True)
-    on_converged = on_converged if start_name == BRANCHED else None
-    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, on_converged, progress)
-    verdict = judge(
-        curves,
-        arms,
-        plan,
-        extractor_name=extractor.name,
-        start_name=start_name,
-        looked=earlier_looks(folder, judged_arm(arms).name),
-        trained_steps=trained_steps,
+    if ranks.is_first:
+        claim(folder, "confirmation.json", record, what="a confirmation")
+    ranks.barrier()
+    extractor = extractor or ranks.first_alone(
+        lambda: classifier_extractor(splits.train, folder / "extractor.safetensors")
     )
-    write_table(curves, folder / "confirmation.csv")
-    write_recorded_text(folder / "verdict.json", verdict.to_json(), durable=True)
-    return verdict
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    starts = _Starts(start)
+    _check_equal(starts(plan.seeds[0]), ranks)
+    with alone():
+        # The learning rates are measured by training.
+        arms = ranks.once(
+            lambda: [_matched(arm, starts(plan.seeds[0]), splits.train, plan.training, folder) for arm in arms]
+        )
+    on_converged = on_converged if start_name == BRANCHED else None
+    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, ranks, on_converged, progress)
+
+    def conclude() -> Verdict:
+        verdict = judge(
+            curves,
+            arms,
+            plan,
+            extractor_name=extractor.name,
+            start_name=start_name,
+            looked=earlier_looks(folder, judged_arm(arms).name),
+            trained_steps=trained_steps,
+        )
+        write_table(curves, folder / "confirmation.csv")
+        write_recorded_text(folder / "verdict.json", verdict.to_json(), durable=True)
+        return verdict
+
+    return ranks.once(conclude)
+
+
+class _Starts:
+    """The initial models. Each seed starts once, so that its arms are equal even if `start` draws weights each time."""
+
+    def __init__(self, start: Callable[[int], Backbone]) -> None:
+        self._start = start
+        self._last: tuple[int, Backbone] | None = None
+
+    def __call__(self, seed: int) -> Backbone:
+        if self._last is None or self._last[0] != seed:
+            self._last = seed, self._start(seed)
+        return self._last[1]
+
+
+def _check_equal(start: Backbone, ranks: Ranks) -> None:
+    """Refuses arms that start from different weights in different processes."""
+    if ranks.world_size > 1 and len({*ranks.whole([weights_hash(start.module)])}) > 1:
+        raise ValueError(
+            "the processes start from different weights, so their arms cannot be compared; give all processes the same "
+            "checkpoint, or draw fresh weights with the seed"
+        )
 
 
 def _train_arms(
-    starts: Iterable[tuple[int, Backbone]],
+    starts: Callable[[int], Backbone],
     samples: Samples,
     arms: Sequence[Arm],
     plan: ConfirmationPlan,
     folder: Path,
     scorer: Scorer,
+    ranks: Ranks,
     on_converged: Callable[[BranchCourse], None] | None,
     progress: TaskProgress | None,
 ) -> pd.DataFrame:
     """Trains the arms seed by seed, up to an early stop; returns a table of scores with `CONFIRMATION_COLUMNS`."""
     training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
-    total = len(plan.seeds) * len(arms) * training.steps
-    rows: list[tuple[str, int, int, str, float]] = []
+    runs = [(seed, arm) for seed in plan.seeds for arm in arms]
+    # A plan that stops early looks at the curves after every seed.
+    size = len(arms) if plan.stop_early else len(runs)
+    groups = [runs[begin : begin + size] for begin in range(0, len(runs), size)]
+    total = training.steps * sum(len(ranks.mine(group)) for group in groups)
     initial_scores: dict[int, ScoresByStep] = {}
-    for index, (seed, backbone, arm) in enumerate((seed, model, arm) for seed, model in starts for arm in arms):
-        done = index * training.steps
+    done = 0
+
+    def curve(seed: int, arm: Arm) -> list[tuple[str, int, int, str, float]]:
+        nonlocal done
 
         def report(step: int, _: int, __: float, done: int = done, what: str = f"seed {seed}, {arm.name}") -> None:
             if progress:
                 progress(what, done + step, total)
 
         scores = train_arm(
-            backbone,
+            starts(seed),
             samples,
             arm,
             replace(training, seed=seed),
@@ -148,15 +193,28 @@ def _train_arms(
             progress=report,
         )
         initial_scores[seed] = {0: scores[0]}
-        rows += [
+        done += training.steps
+        rows = [
             (arm.name, seed, step, metric, value) for step, values in scores.items() for metric, value in values.items()
         ]
-        curves = pd.DataFrame(rows, columns=list(CONFIRMATION_COLUMNS))
-        if on_converged and not index and (course := branch_course(curves)).looks_converged:
+        if on_converged and (seed, arm) == runs[0] and (course := branch_course(_table(rows))).looks_converged:
             on_converged(course)
-        if plan.stop_early and arm is arms[-1] and is_clear(curves, arms, plan):
+        return rows
+
+    rows: list[tuple[str, int, int, str, float]] = []
+    for group in groups:
+        mine = []
+        for seed, arm in ranks.mine(group):
+            ranks.check()
+            mine.append(curve(seed, arm))
+        rows += chain.from_iterable(ranks.whole(mine))
+        if plan.stop_early and is_clear(_table(rows), arms, plan):
             break
-    return curves
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, int, int, str, float]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(CONFIRMATION_COLUMNS))
 
 
 def read_curves(path: Path) -> pd.DataFrame:
@@ -302,7 +360,7 @@ def train_arm(
     known: ScoresByStep | None = None,
     progress: TrainingProgress | None = None,
 ) -> ScoresByStep:
-    """Trains one seed of an arm and scores it on the way; finished work is not repeated.
+    """Trains one seed of an arm in this process alone, and scores it on the way; finished work is not repeated.
 
     Args:
         backbone: Initial model.
@@ -322,15 +380,16 @@ def train_arm(
     path = folder.with_name(f"{folder.name}.json")
     evaluations = _Evaluations(path, score)
     evaluations.scores |= known or {}
-    train(
-        backbone,
-        samples,
-        arm.training(training),
-        folder,
-        observe=evaluations.observe,
-        observe_at=score_at,
-        progress=progress,
-    )
+    with alone():
+        train(
+            backbone,
+            samples,
+            arm.training(training),
+            folder,
+            observe=evaluations.observe,
+            observe_at=score_at,
+            progress=progress,
+        )
     missing = [step for step in score_at if step not in evaluations.scores]
     if missing:
         raise ValueError(f"{path} lacks step {missing[0]} of a finished run; delete {folder} to repeat that run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,9 @@ _CALLS = {"euler": 1, "heun": 2, "dopri5": 6, "euler-maruyama": 1}
 _TIMED = 3
 
 
-def confirmation_seconds(backbone: Backbone, arms: Sequence[Arm], plan: ConfirmationPlan) -> float:
+def confirmation_seconds(
+    backbone: Backbone, arms: Sequence[Arm], plan: ConfirmationPlan, *, num_processes: int = 1
+) -> float:
     """Returns about how many seconds the arms take to train and score on the backbone's device.
 
     A few steps and forward passes of one batch are timed, on constant samples; reading data and fitting the extractor
@@ -28,6 +31,7 @@ def confirmation_seconds(backbone: Backbone, arms: Sequence[Arm], plan: Confirma
         backbone: Initial model.
         arms: Arms of the confirmation.
         plan: Its plan.
+        num_processes: Number of processes that share the arms, on a device each.
     """
     training, sampling = plan.training, plan.sampling
     live = replace(backbone, module=copy.deepcopy(backbone.module).eval())
@@ -52,7 +56,9 @@ def confirmation_seconds(backbone: Backbone, arms: Sequence[Arm], plan: Confirma
     calls += HELD_OUT_SAMPLES * len(HELD_OUT_LEVELS)
     # The start is scored once for all arms of a seed.
     evaluations = (len(arms) * plan.num_evaluations + 1) * calls / training.batch_size * forward_s
-    return len(plan.seeds) * (steps + evaluations)
+    # The process with the most arms takes the longest. A plan that stops early divides the arms of one seed at a time.
+    groups, size = (len(plan.seeds), len(arms)) if plan.stop_early else (1, len(plan.seeds) * len(arms))
+    return groups * math.ceil(size / num_processes) / len(arms) * (steps + evaluations)
 
 
 def _constant_batch(backbone: Backbone, size: int) -> TrainingBatch:

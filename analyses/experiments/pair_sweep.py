@@ -38,6 +38,7 @@ from layerprobe.data import Splits
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, TrainingProgress
+from layerprobe.ranks import Ranks, alone, processes
 from layerprobe.records import claim
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan, checkpoints, read_checkpoint, train
@@ -112,8 +113,9 @@ def sweep_pairs(
 
     Branches are trained on the training split and scored on the test split. A finished branch leaves its scores in
     `seed-S/STUDENT-from-TEACHER.json` and nothing else. Interrupted work continues when the call is repeated, and pairs
-    and seeds may be added. Several processes share the work as shards in one folder. For machines without a common
-    disk, copy the `seed-*` folders into one folder and repeat the call, which then only writes the table.
+    and seeds may be added. The processes of torchrun or srun share the branches; separate calls share them as shards in
+    one folder. For machines without a common disk, copy the `seed-*` folders into one folder and repeat the call, which
+    then only writes the table.
 
     Args:
         backbone: Model from which all branches start; from scratch, the network without its weights.
@@ -125,7 +127,7 @@ def sweep_pairs(
             `plan.first_step`. None for branches that begin with an empty optimizer.
         shard: Part of the branches that this call trains: (i, N) is every N-th from the i-th on.
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
-        progress: Callback with (name of the running branch, steps done, total steps), counted over this shard.
+        progress: Callback with (name of the running branch, steps done, total steps), counted over this process.
 
     Returns:
         The content of `atlas.csv`, see `pair_sweep_table`, with the pairs and seeds of earlier calls; it lacks the
@@ -140,28 +142,57 @@ def sweep_pairs(
         raise ValueError(f"there is no shard {number} of {count}; pass 1/{count} to {count}/{count}")
     if len(set(pairs)) < len(pairs):
         raise ValueError("a pair is listed twice; pass each pair once")
-    with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
-        claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
-        extractor = extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
-    todo = [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
-    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling) if todo else None
+
+    def begun() -> Extractor:
+        with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
+            claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
+            return extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
+
+    def unfinished() -> list[tuple[int, Arm]]:
+        return [run for run in runs[number - 1 :: count] if not _finished(run_folder(folder, run[1], run[0]), plan)]
+
+    def table() -> pd.DataFrame:
+        with locked(folder, wait=True):
+            scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
+            sweep = _with_earlier(pair_sweep_table(scores), folder / "atlas.csv")
+            write_table(sweep, folder / "atlas.csv")
+        return sweep
+
+    with processes() as ranks:
+        extractor = ranks.first_alone(begun)
+        todo = ranks.mine(ranks.once(unfinished))
+        _train_branches(todo, backbone, splits, plan, folder, state, extractor, ranks, progress)
+        ranks.barrier()
+        return ranks.once(table)
+
+
+def _train_branches(
+    todo: Sequence[tuple[int, Arm]],
+    backbone: Backbone,
+    splits: Splits,
+    plan: PairSweepPlan,
+    folder: Path,
+    state: Path | None,
+    extractor: Extractor,
+    ranks: Ranks,
+    progress: TaskProgress | None,
+) -> None:
+    """Trains the branches of this process, given as seed and arm."""
+    if not todo:
+        return
+    scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
     for index, (seed, arm) in enumerate(todo):
-        assert scorer is not None
+        ranks.check()
 
         def report(step: int, _: int, __: float, index: int = index, what: str = f"seed {seed}, {arm.name}") -> None:
             if progress:
                 progress(what, index * plan.branch_steps + step - plan.first_step, len(todo) * plan.branch_steps)
 
         start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
-        with locked(run_folder(folder, arm, seed)):
+        with locked(run_folder(folder, arm, seed)), alone():
             _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
-    with locked(folder, wait=True):
-        scores = {(seed, arm.pair): _scores(run_folder(folder, arm, seed)) for seed, arm in runs}
-        sweep = _with_earlier(pair_sweep_table(scores), folder / "atlas.csv")
-        write_table(sweep, folder / "atlas.csv")
-    return sweep
 
 
 def _with_earlier(sweep: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from layerprobe.data import DataSource, Splits, content_hash
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.files import IN_MEMORY
 from layerprobe.progress import TaskProgress
+from layerprobe.ranks import processes
 
 
 def probe(
@@ -41,7 +42,7 @@ def probe(
             `Model.features`.
         labels: Labels of an array: an integer or a string for each sample.
         out: Run folder, which the call continues if it was interrupted. None makes a temporary one, which is removed
-            with the returned run.
+            with the returned run; several processes need a folder.
         device: Device of a model that is opened here.
         batch_size: Number of rows per forward pass.
         trust_convention: Whether to continue if the weights fit another schedule or prediction than the declared one.
@@ -51,6 +52,9 @@ def probe(
     Raises:
         ValueError: If model, data and plan do not fit, or the folder holds another run.
     """
+    with processes() as ranks:
+        if out is None and ranks.world_size > 1:
+            raise ValueError("several processes need a folder that all of them reach; pass out=")
     model = model if isinstance(model, Model) else open(model, device=device)
     if isinstance(data, str | Path):
         data = DataSource(str(data))

@@ -22,6 +22,7 @@ from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream
 from layerprobe.precision import Precision, computing
 from layerprobe.progress import StepProgress
+from layerprobe.ranks import ALONE, Ranks
 
 FEATURE_WIDTH = 64
 
@@ -73,7 +74,12 @@ def sample_features(extractor: Extractor, x: Tensor, *, batch_size: int = 512) -
 
 
 def all_features(
-    extractor: Extractor, samples: Samples, *, batch_size: int = 512, progress: StepProgress | None = None
+    extractor: Extractor,
+    samples: Samples,
+    *,
+    batch_size: int = 512,
+    ranks: Ranks = ALONE,
+    progress: StepProgress | None = None,
 ) -> NDArray[np.float32]:
     """Computes features of a whole data set, read batch by batch, shape (n, D).
 
@@ -81,14 +87,16 @@ def all_features(
         extractor: Extractor of the features.
         samples: Data set.
         batch_size: Number of samples per batch.
+        ranks: Processes that share the batches and all call this function; all get all features.
         progress: Callback with (samples done, total samples).
     """
     parts = []
-    for rows in row_blocks(len(samples), batch_size):
+    for rows in ranks.mine([*row_blocks(len(samples), batch_size)]):
+        ranks.check()
         parts.append(sample_features(extractor, samples.batch(rows).x))
         if progress:
             progress(rows.stop, len(samples))
-    return np.concatenate(parts)
+    return np.concatenate(ranks.whole(parts))
 
 
 def embedded_extractor(

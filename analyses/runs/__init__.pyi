@@ -61,7 +61,6 @@ from .text import describe_selection as describe_selection
 from .text import selection_record as selection_record
 from .train import auto_pick as auto_pick
 from .train import auto_stop as auto_stop
-from .train import encoded_once as encoded_once
 from .train import narrowness as narrowness
 from .train import other_depth as other_depth
 from .train import picked_pairs as picked_pairs

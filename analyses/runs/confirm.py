@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from layerprobe.analyses.wording import converged_sentence
 from layerprobe.backbones import Backbone, alignable_layers, fresh_sit, layer_shapes
 from layerprobe.checkpoints import training_record
 from layerprobe.data import Reading, Splits
-from layerprobe.files import holding, locked
+from layerprobe.files import locked
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.ranks import current, processes, together
 from layerprobe.records import OtherRun, differences, read_record, typed
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan
@@ -89,10 +91,10 @@ class ConfirmationJob:
 
     def seconds(self) -> float:
         """Returns about how long the arms take on this device; a few steps are timed."""
-        return confirmation_seconds(self.backbone, self.arms, self.plan)
+        return confirmation_seconds(self.backbone, self.arms, self.plan, num_processes=current().world_size)
 
 
-@holding("run")
+@together("run")
 def confirmation_job(
     run: str | Path,
     training: TrainingPlan,
@@ -162,7 +164,7 @@ def confirm_run(
     warn: Callable[[str], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
-    """Trains the arms that test the pick of a run, and writes verdict, figures and report.
+    """Trains the arms that test the pick of a run, shared by all processes, and writes verdict, figures and report.
 
     Args:
         job: The confirmation.
@@ -176,7 +178,7 @@ def confirm_run(
     """
     folder, backbone = job.folder, job.backbone
     _check_options(job)
-    with locked(folder.path):
+    with processes() as ranks, locked(folder.path) if ranks.is_first else nullcontext():
         encoding = named_progress(progress, "encoding images")
         splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
         if on_reading:
@@ -197,9 +199,11 @@ def confirm_run(
             )
         except OtherRun as other:
             raise ValueError(f"{other.seen}; {_AS_BEGUN}") from other
-        folder.write_verdict()
-        draw_figures(folder.path)
-        write_report(folder.path)
+        if ranks.is_first:
+            folder.write_verdict()
+            draw_figures(folder.path)
+            write_report(folder.path)
+        ranks.barrier()
         return verdict
 
 
@@ -244,7 +248,7 @@ def _check_data(folder: RunFolder, backbone: Backbone, splits: Splits, tell: Cal
 
 def _check_nothing_is_dropped(folder: RunFolder, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Refuses to replace a verdict by one on fewer arms or seeds, since the report has one verdict only."""
-    folder.mend_verdict()
+    current().first_alone(folder.mend_verdict)
     before = folder.verdict()
     if before is None:
         return

@@ -24,6 +24,7 @@ from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data import Splits
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress
+from layerprobe.ranks import processes
 from layerprobe.training import TrainingPlan, checkpoints
 
 # Fields of a checkpoint's training plan that its branches do not take over.
@@ -143,13 +144,14 @@ def pair_sweep_run(
     """
     if start.state is not None and start.data != splits.train.fingerprint:
         raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
-    sweep = sweep_pairs(
-        start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
-    )
-    if sweep["benefit"].notna().any() and (sweep["student"] != "").any():
-        metrics = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(sweep) else (FRECHET, HELD_OUT)
-        figure = pair_sweep_heatmap(sweep, alignable_layers(start.backbone), metrics=metrics)
-        save_figure(figure, Path(folder) / "figures", "atlas")
+    with processes() as ranks:
+        sweep = sweep_pairs(
+            start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
+        )
+        if ranks.is_first and sweep["benefit"].notna().any() and (sweep["student"] != "").any():
+            metrics = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(sweep) else (FRECHET, HELD_OUT)
+            figure = pair_sweep_heatmap(sweep, alignable_layers(start.backbone), metrics=metrics)
+            save_figure(figure, Path(folder) / "figures", "atlas")
     return sweep
 
 

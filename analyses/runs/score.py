@@ -24,6 +24,7 @@ from layerprobe.data import ArraySamples, DataSource, Samples, Splits, load_arra
 from layerprobe.files import holding
 from layerprobe.options import flags, to_record
 from layerprobe.progress import TaskProgress, named_progress
+from layerprobe.ranks import processes
 from layerprobe.records import check_same, write_record
 
 ARRAYS = (".npz", ".npy")
@@ -97,7 +98,7 @@ def score_run(
     seed: int = 0,
     progress: TaskProgress | None = None,
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
-    """Computes scores and warnings, see `score_features`.
+    """Computes scores and warnings, see `score_features`. The processes of torchrun or srun share the features.
 
     Args:
         generated: Generated samples.
@@ -111,24 +112,29 @@ def score_run(
         progress: Called with (task name, steps done, steps in total).
     """
     splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
-    if extractor is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
-        extractor = embedded_extractor(
-            splits.train, cache, seed=seed, progress=named_progress(progress, "training the extractor")
+    with processes() as ranks:
+        used = extractor
+        if used is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
+            training = named_progress(progress, "training the extractor")
+            used = ranks.first_alone(lambda: embedded_extractor(splits.train, cache, seed=seed, progress=training))
+        features, reference = (
+            all_features(used, samples, ranks=ranks, progress=named_progress(progress, f"features of {what}"))
+            for samples, what in ((generated, "samples"), (splits.test, "data"))
         )
-    features, reference = (
-        all_features(extractor, samples, progress=named_progress(progress, f"features of {what}"))
-        for samples, what in ((generated, "samples"), (splits.test, "data"))
-    )
-    scores, warnings = score_features(
-        features,
-        reference,
-        extractor=extractor.name,
-        metrics=metrics,
-        k=k,
-        seed=seed,
-        progress=named_progress(progress, "scores"),
-    )
+
+        def scored() -> tuple[tuple[Score, ...], tuple[str, ...]]:
+            return score_features(
+                features,
+                reference,
+                extractor=used.name,
+                metrics=metrics,
+                k=k,
+                seed=seed,
+                progress=named_progress(progress, "scores"),
+            )
+
+        scores, warnings = ranks.once(scored)
     return scores, (*range_warnings(generated, splits.test), *warnings)
 
 

@@ -20,11 +20,11 @@ from layerprobe.analyses.wording import selection_reason
 from layerprobe.backbones import Backbone, SiT, layer_shapes
 from layerprobe.checkpoints import open_checkpoint
 from layerprobe.checksums import write_recorded_text
-from layerprobe.data import DataSource, Samples, Splits, take
+from layerprobe.data import Samples, Splits, take
 from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
-from layerprobe.progress import TaskProgress, named_progress
-from layerprobe.ranks import Ranks, processes
+from layerprobe.progress import TaskProgress
+from layerprobe.ranks import processes
 from layerprobe.records import read_bounded
 from layerprobe.training import Trackers, TrainingPlan, held_out_loss, open_trackers, train
 
@@ -90,18 +90,6 @@ def narrowness(backbone: Backbone) -> str | None:
         f"a patch of {config.patch_name} has {num_values} values but a token only {config.hidden_size}, so the network "
         f"cannot predict the noise of each; pass a smaller --patch-size or --width {num_values} or more"
     )
-
-
-def encoded_once(splits: Splits, source: DataSource, ranks: Ranks, *, progress: TaskProgress | None = None) -> Splits:
-    """Returns the latents of splits if their source has an autoencoder, else the splits themselves.
-
-    The first process encodes; the others then read what it wrote.
-    """
-    for turn in (True, False):
-        if ranks.is_first is turn:
-            splits = source.encode(splits, progress=named_progress(progress, "encoding images"))
-        ranks.barrier()
-    return splits
 
 
 def auto_pick(

@@ -27,6 +27,7 @@ from layerprobe.checkpoints import save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.options import option_fields
+from layerprobe.ranks import processes
 
 TRAIN = shlex.split(
     "train --data digits --steps 12 --width 16 --depth 6 --heads 2 --batch-size 32 --learning-rate 1e-3"
@@ -640,12 +641,19 @@ def test_images_are_encoded_once_and_a_dry_run_writes_nothing(
 def test_a_command_that_shares_nothing_is_left_to_one_process(
     cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
 ) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **address}.items():
+    def found(*_: object, **__: object) -> None:
+        with processes() as ranks:  # Nobody is waited for.
+            raise ValueError(f"{ranks}")
+
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("layerprobe.analyses.report.write_report", found)
     code, out, error = cli("report", tmp_path)
     if rank:
         assert (code, out, error) == (0, "", "")
     else:
         assert code == 2
-        assert error.startswith("layerprobe: report is the work of one process; the other 1 end at once\n")
+        assert error.splitlines() == [
+            "layerprobe: report is the work of one process; the other 1 end at once",
+            "layerprobe: Ranks(rank=0, world_size=1, local_rank=0)",
+        ]

@@ -42,7 +42,7 @@ def ranked(student: int, teacher: int) -> RankedPair:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the embedded model as far as `confirm` reads it before it trains."""
-    monkeypatch.setattr(confirm, "confirmation_seconds", lambda *_: 300.0)
+    monkeypatch.setattr(confirm, "confirmation_seconds", lambda *_, **__: 300.0)
     run = tmp_path / "run"
     run.mkdir()
     plan = {"checkpoint": {"path": "digits"}, "data": {"source": "digits"}, "extraction": {"noise_levels": [0.3]}}

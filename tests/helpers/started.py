@@ -19,7 +19,14 @@ PROCESSES = multiprocessing.get_context("forkserver")
 # torch itself sometimes logs lost connections, which these tests do not check.
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 PROCESSES.set_forkserver_preload(
-    ["hypothesis", "layerprobe.analyses.runs.probe", "layerprobe.training.loop", "pytest", "torch.distributed.fsdp"]
+    [
+        "hypothesis",
+        "layerprobe.analyses.experiments.pair_sweep",
+        "layerprobe.analyses.runs.probe",
+        "layerprobe.training.loop",
+        "pytest",
+        "torch.distributed.fsdp",
+    ]
 )
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.checksums import write_recorded_text
 from layerprobe.configs import check_numbers, read_config
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
-from layerprobe.files import MissingWeights, locked, one_line, reserve
+from layerprobe.files import InUse, MissingWeights, atomic_write, locked, one_line
 from layerprobe.memory import BatchSize
 from layerprobe.progress import StepProgress
-from layerprobe.records import claim, read_record, typed
+from layerprobe.records import claim
 
+PART = 128  # images in a partial file; independent of the batch size and the number of processes
 _VAE_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 
@@ -37,8 +39,9 @@ def encode(
     """Encodes images into latents of a diffusers `AutoencoderKL`, once, and stores them on disk.
 
     The mean and standard deviation of the posterior of each image are written to a file in `cache_folder` that is keyed
-    by the weights and the images, 8 bytes per latent value. An interrupted encoding continues; a finished one returns
-    at once and does not need diffusers.
+    by the weights and the images, 8 bytes per latent value, twice as much until it is finished. An interrupted encoding
+    continues; a finished one returns at once and does not need diffusers. Processes that encode the same images at the
+    same time, such as those of torchrun, share them.
 
     Args:
         samples: Images, shape (3, H, W) in [-1, 1]; their labels, extra columns and ids are kept.
@@ -64,9 +67,8 @@ def encode(
     encoding_dir = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
     claim(encoding_dir, "latents.json", record, what="latents")
     path = encoding_dir / "moments.npy"
-    with locked(encoding_dir, wait=True):  # Other processes wait, and then find the latents.
-        if not path.is_file():
-            _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
+    if not path.is_file():
+        _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
     return LatentSamples(
         ArrayRows(path),
         content=content_hash(sorted(record.items())),
@@ -234,7 +236,6 @@ def _autoencoder(folder: Path, device: str | torch.device) -> Any:
     return vae.to(device).eval()
 
 
-@torch.inference_mode()
 def _encode(
     samples: Samples,
     folder: Path,
@@ -245,16 +246,37 @@ def _encode(
     device: str | torch.device,
     progress: StepProgress | None,
 ) -> None:
-    vae, n = _autoencoder(folder, device), len(samples)
-    counter, unfinished = path.with_name("done.json"), path.with_name("unfinished.npy")
-    # The count is written after the rows, so that every row below it is on disk.
-    is_begun = counter.is_file() and unfinished.is_file()
-    done = read_record(counter, typed(int), remedy="delete it to encode again") if is_begun else 0
-    stored = np.lib.format.open_memmap(unfinished, "r+" if done else "w+", dtype=np.float32, shape=(n, *shape))
-    reserve(unfinished)  # A full disk would kill a process that writes to mapped memory.
+    """Writes the latents part by part, each by the process that comes to it first, and then joins the parts."""
+    vae, size, n = _autoencoder(folder, device), BatchSize(batch_size), len(samples)
+    rows_of = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
+    parts = {path.with_name("parts") / f"{rows.start:08d}.npy": rows for rows in rows_of}
+    for wait in (False, True):  # The second time for parts that another process had in work, and may have left.
+        for part, rows in parts.items():
+            with suppress(InUse), locked(part.with_suffix(""), wait=wait):
+                # The whole is there before its parts are removed.
+                if part.is_file() or path.is_file():
+                    continue
+                moments = _moments(vae, samples, rows, size, device)
+                with atomic_write(part) as partial, partial.open("wb") as file:
+                    np.save(file, moments)
+                if progress:
+                    progress(rows.stop, n)
+    with locked(path.parent, wait=True):
+        if not path.is_file():
+            _join([*parts], path, (n, *shape))
+            shutil.rmtree(path.with_name("parts"), ignore_errors=True)
+            for earlier in ("unfinished.npy", "done.json"):  # of an encoding that an earlier version began
+                path.with_name(earlier).unlink(missing_ok=True)
 
-    def encoded(rows: range) -> Tensor:
-        batch = samples.batch(rows)
+
+@torch.inference_mode()
+def _moments(
+    vae: Any, samples: Samples, rows: range, size: BatchSize, device: str | torch.device
+) -> NDArray[np.float32]:
+    """Mean and standard deviation of the latents of some images, shape (rows, 2 C, h, w)."""
+
+    def encoded(batch_rows: range) -> Tensor:
+        batch = samples.batch(batch_rows)
         posterior = vae.encode(batch.x.to(device)).latent_dist
         moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu()
         bad = batch.ids[~moments.flatten(1).isfinite().all(1)]
@@ -262,11 +284,13 @@ def _encode(
             raise ValueError(f"the autoencoder outputs values that are not finite for image {int(bad[0])}; remove it")
         return moments
 
-    for rows, moments in BatchSize(batch_size).batches(n, encoded, start=done):
-        stored[rows.start : rows.stop] = moments.numpy()
-        stored.flush()
-        write_recorded_text(counter, json.dumps(rows.stop))
-        if progress:
-            progress(rows.stop, n)
-    os.replace(unfinished, path)
-    counter.unlink(missing_ok=True)
+    batches = size.batches(rows.stop, encoded, start=rows.start)
+    return np.concatenate([moments.numpy() for _, moments in batches])
+
+
+def _join(parts: Sequence[Path], path: Path, shape: tuple[int, ...]) -> None:
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.load(part).data)

@@ -20,7 +20,7 @@ ARMS = (Arm(BASELINE, None), Arm(PICK, LayerPair("blocks.0", "blocks.2")))
 
 def test_steps_and_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 3 s, a forward pass of 1 s for the batch of 5."""
-    backbone, times = tiny_sit(), iter([3.0, 1.0] * 3)
+    backbone, times = tiny_sit(), iter([3.0, 1.0] * 6)
     monkeypatch.setattr(duration, "_fastest", lambda call: (call(), next(times))[1])
     weights = [p.clone() for p in backbone.module.parameters()]
     generator = torch.get_rng_state()
@@ -30,6 +30,9 @@ def test_steps_and_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
     sra = replace(ARMS[1], options={"noise_gap": 0.2})
     more = duration.confirmation_seconds(backbone, (ARMS[0], sra), PLAN)
     assert more == pytest.approx(2 * (100 * (2 * 3 + 1) + evaluations))
+    # Two processes train two arms of two seeds in half the time; of three, one trains two.
+    halves = [duration.confirmation_seconds(backbone, ARMS, PLAN, num_processes=num) for num in (2, 3, 4)]
+    assert halves == pytest.approx([100 * 2 * 3 + evaluations] * 2 + [(100 * 2 * 3 + evaluations) / 2])
     guided = replace(PLAN, sampling=replace(PLAN.sampling, guidance=2.0))
     twice = duration.confirmation_seconds(backbone, ARMS, guided)
     assert twice - 2 * (600 + evaluations) == pytest.approx(2 * 9 * 300 / 5)

@@ -13,6 +13,7 @@ import torch
 from tiny import tiny_samples, tiny_sit, tiny_splits
 
 import layerprobe as lp
+from layerprobe import ranks
 from layerprobe.analyses.front import PairMatrix
 from layerprobe.analyses.runs import RunFolder
 from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
@@ -222,3 +223,9 @@ def test_features_in_memory_are_measured_as_those_of_a_run(
         lp.analyze(tmp_path / "own.npz", SAMPLES.labels)
     with pytest.raises(ValueError, match=r"run (holds|belongs)"):
         lp.analyze(features, out=tmp_path / "run")
+
+
+def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_block", ranks.Ranks(0, 2))
+    with pytest.raises(ValueError, match=r"^several processes need a folder that all of them reach; pass out=$"):
+        lp.probe("digits", "digits")

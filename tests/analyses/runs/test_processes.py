@@ -5,20 +5,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from started import Started
-from tiny import tiny_sit, tiny_splits
+from tiny import tiny_samples, tiny_sit, tiny_splits
 
+from layerprobe.analyses.experiments.arms import ConfirmationPlan, arms_for
+from layerprobe.analyses.experiments.confirmation import confirm_pair
+from layerprobe.analyses.experiments.pair_sweep import PairSweepPlan, all_pairs, sweep_pairs
+from layerprobe.analyses.generation.extractors import Extractor, all_features
 from layerprobe.analyses.runs.folder import RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.selection import Selection
 from layerprobe.checkpoints.source import CheckpointSource
+from layerprobe.data.latents import vae
+from layerprobe.data.samples import TensorSamples
 from layerprobe.data.sources import DataSource
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.files import IN_MEMORY
+from layerprobe.layersync.pair import LayerPair
+from layerprobe.ranks import processes
+from layerprobe.sampling.plan import SamplingPlan
+from layerprobe.training.plan import TrainingPlan
 
 # Twelve shards, so that each process has some in every store; two draws and tokens, so that everything is measured.
 PLAN = RunPlan(
@@ -103,3 +117,81 @@ def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
         "ValueError: process 1 has another model or other data than the first one (different: data.test, data.train, "
         "data.validation); give all processes the same files\n"
     ) in started.stderr_files[1].read_text()
+
+
+TRAINING = TrainingPlan(steps=4, batch_size=5, learning_rate=1e-2, ema_decay=0.5)
+SAMPLING = SamplingPlan("heun", 2)
+LAYERS = ("blocks.0", "blocks.1", "blocks.2")
+PIXELS = Extractor("pixels", lambda x: x.flatten(1))
+
+
+def trained(folder: Path, weights: str = "equal") -> pd.DataFrame:
+    """A confirmation and a pair sweep, both of four trainings."""
+    splits = tiny_splits(24)
+    own = int(os.environ["RANK"]) if weights == "different" else 0
+    confirm_pair(
+        lambda seed: tiny_sit(seed=seed + own),
+        splits,
+        arms_for([LayerPair("blocks.0", "blocks.2")], LAYERS)[:2],
+        ConfirmationPlan(TRAINING, (3, 4), num_evaluations=1, num_samples=9, sampling=SAMPLING),
+        folder / "confirmation",
+        start_name="from scratch",
+        extractor=PIXELS,
+    )
+    plan = PairSweepPlan(TRAINING, seeds=(3, 4), num_samples=9, sampling=SAMPLING)
+    return sweep_pairs(tiny_sit(), splits, all_pairs(LAYERS)[:1], plan, folder / "sweep", extractor=PIXELS)
+
+
+def test_arms_and_branches_are_shared(tmp_path: Path) -> None:
+    one = trained(tmp_path / "one")
+    for table in Started(tmp_path, trained, tmp_path / "two").results():
+        pd.testing.assert_frame_equal(table, one)
+    for name in ("confirmation/confirmation.csv", "confirmation/verdict.json", "sweep/atlas.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_arms_that_start_from_different_weights_are_refused(tmp_path: Path) -> None:
+    started = Started(tmp_path, trained, tmp_path / "run", "different")
+    assert sorted(started.exit_codes()) == [1, 2]
+    lines = [path.read_text().splitlines() for path in started.stderr_files]
+    (told,) = (line for line in [*lines[0], *lines[1]] if line.startswith("ValueError"))
+    assert told.startswith("ValueError: the processes start from different weights, so their arms cannot be compared")
+
+
+def encoded(folder: Path) -> tuple[torch.Tensor, int, np.ndarray]:
+    """Latents of images, how many of them this process has encoded, and features that all processes share."""
+
+    class Autoencoder:
+        count = 0
+
+        def encode(self, x: torch.Tensor) -> Any:
+            self.count += len(x)
+            time.sleep(0.05)  # Each process comes to some.
+            distribution = type("Distribution", (), {"mean": x * 2, "std": x * 0 + 1})
+            return type("Output", (), {"latent_dist": distribution})
+
+    autoencoder = Autoencoder()
+    vae._autoencoder, vae.PART = (lambda *_: autoencoder), 4
+    images = TensorSamples(torch.rand(43, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    with processes() as ranks:
+        latents = vae.encode(images, folder, folder / "cache", batch_size=2).batch(range(43)).x
+        features = all_features(PIXELS, tiny_samples(11), batch_size=2, ranks=ranks)
+    return latents, autoencoder.count, features
+
+
+def test_images_to_encode_and_samples_to_score_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae, "_autoencoder", None)  # set in this process too
+    monkeypatch.setattr(vae, "PART", None)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 3}')
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    latents, count, features = encoded(tmp_path / "one")
+    assert count == 43
+    results = Started(tmp_path, encoded, tmp_path / "two").results()
+    assert sum(count for _, count, _ in results) == 43
+    assert all(count for _, count, _ in results)
+    for shared in results:
+        assert torch.equal(shared[0], latents)
+        assert np.array_equal(shared[2], features)
+    assert [path.name for path in (tmp_path / "two" / "cache").glob("*/*.npy")] == ["moments.npy"]
