@@ -11,7 +11,7 @@ import typer
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
 from layerprobe.cli.fields import Given, from_dataclasses, only, without
-from layerprobe.cli.output import emit, progress_bar
+from layerprobe.cli.output import emit, progress_bar, span
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.messages import unknown
@@ -73,7 +73,7 @@ def sample(
         # An archive for an evaluation, with guidance, on a GPU.
         layerprobe sample model.safetensors --format npz --num 50000 --guidance 1.5 --device cuda --out archive/
     """
-    from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning
+    from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning, sampling_seconds
     from layerprobe.ranks import processes
 
     if file_format not in ("png", "npz"):
@@ -84,8 +84,10 @@ def sample(
     with processes() as ranks:
         backbone = checkpoint.open(device=device).in_precision(extraction_options.get("precision", "auto"))
         if dry_run:
-            line = f"would draw {num} samples of {backbone.name} into {out}"
-            record = {"model": backbone.name, "num": num}
+            seconds = sampling_seconds(backbone, plan, num, batch_size) / ranks.world_size
+            takes = f"about {span(seconds)} on {backbone.device}"
+            line = f"would draw {num} samples of {backbone.name} into {out}, in {takes}"
+            record = {"model": backbone.name, "num": num, "precision": backbone.precision, "seconds": round(seconds, 1)}
         elif file_format == "npz":
             with progress_bar() as bar:
                 progress = bar if ranks.is_first else None

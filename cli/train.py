@@ -13,7 +13,7 @@ import typer
 from layerprobe.analyses.runs import NewNetwork
 from layerprobe.cli import options
 from layerprobe.cli.fields import from_dataclasses, without
-from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
+from layerprobe.cli.output import emit, progress_bar, span, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
@@ -126,6 +126,7 @@ def train(
         picked_pairs,
         train_run,
         training_forecast,
+        training_seconds,
         training_start,
     )
     from layerprobe.checkpoints import open_checkpoint
@@ -164,6 +165,10 @@ def train(
         for aligned, weight in zip(plan.pairs if ranks.is_first else (), record["weights"], strict=False):
             for line in pair_warnings(aligned, backbone.layers, weight=weight):
                 warn(line)
+        if dry_run:
+            seconds = training_seconds(backbone, plan, num_processes=ranks.world_size)
+            record |= {"precision": backbone.precision, "seconds": round(seconds, 1)}
+            record["takes"] = f"about {span(seconds)} on {backbone.device}"
         lines = [f"{key}: {value}" for key, value in record.items()]
         if not dry_run:
             bars: AbstractContextManager[TaskProgress | None] = nullcontext()

@@ -47,21 +47,21 @@ def check_precision(name: str) -> None:
         raise ValueError(unknown("precision", name, get_args(Precision)))
 
 
-def precision_on(name: str, device: torch.device) -> Precision:
+def precision_on(name: str, device: torch.device | None) -> Precision:
     """Returns the precision that a name stands for on a device.
 
     Args:
         name: One of `Precision`. "auto" is the fastest that keeps features within `FEATURE_TOLERANCE`: tf32 where the
             device has it, otherwise float32.
-        device: Device of the network.
+        device: Device of the network; None if it has no weights, which any precision suits.
 
     Raises:
         ValueError: If the name is unknown, or the device does not compute in tf32.
     """
     check_precision(name)
     if name == "auto":
-        return "tf32" if has_tf32(device) else "float32"
-    if name == "tf32" and not has_tf32(device):
+        return "tf32" if device is not None and has_tf32(device) else "float32"
+    if name == "tf32" and device is not None and not has_tf32(device):
         raise ValueError(
             f"{device} does not compute in tf32, as NVIDIA's GPUs from compute capability 8.0 on do; pass --precision "
             "float32 or bfloat16"

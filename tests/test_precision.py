@@ -18,7 +18,7 @@ from layerprobe.analyses.generation import Extractor, open_encoder, sample_featu
 from layerprobe.backbones import wrap
 from layerprobe.checkpoints import check_convention
 from layerprobe.cli.main import COMMANDS
-from layerprobe.extraction import ExtractionPlan, ablate_layers, extract, random_weights, rounding_error
+from layerprobe.extraction import ExtractionPlan, ablate_layers, extract, random_weights, raw_input, rounding_error
 from layerprobe.precision import (
     compute_deterministically,
     computing,
@@ -158,6 +158,12 @@ def test_the_store_says_the_precision_and_how_far_it_moves_features(tmp_path: Pa
     assert found.error == pytest.approx(wanted, rel=1e-3)
     assert 1e-3 < found.error < 0.2
     assert rounding_error(backbone, splits.train, replace(plan, precision="float32")).error == 0
+
+
+def test_the_raw_input_is_on_no_device_and_takes_the_precision_of_its_run(tmp_path: Path) -> None:
+    reader = raw_input(tiny_sit())
+    store = extract(reader, tiny_splits(), ExtractionPlan(reader.layers, (0.5,), precision="tf32"), tmp_path)
+    assert store.manifest["plan"]["precision"] == "tf32"
 
 
 def test_functions_choose_their_own_precision(tmp_path: Path) -> None:

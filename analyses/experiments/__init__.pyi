@@ -30,6 +30,8 @@ from .confirmation import kept_spread as kept_spread
 from .confirmation import read_curves as read_curves
 from .confirmation import run_folder as run_folder
 from .duration import confirmation_seconds as confirmation_seconds
+from .duration import passes_of_a_sample as passes_of_a_sample
+from .duration import step_seconds as step_seconds
 from .evaluation import Scorer as Scorer
 from .pair_sweep import PAIR_SWEEP_COLUMNS as PAIR_SWEEP_COLUMNS
 from .pair_sweep import PairSweepPlan as PairSweepPlan

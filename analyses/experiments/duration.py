@@ -1,4 +1,4 @@
-"""How long a confirmation will take, from the time of single steps of its own network."""
+"""How long trainings and confirmations will take, from the time of single steps of their own network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from layerprobe.analyses.experiments.arms import Arm, ConfirmationPlan
 from layerprobe.analyses.experiments.evaluation import HELD_OUT_SAMPLES
 from layerprobe.backbones import Backbone
+from layerprobe.precision import products_of
+from layerprobe.sampling import SamplingPlan
 from layerprobe.training import HELD_OUT_LEVELS, TrainingBatch, prediction_loss
 
 _CALLS = {"euler": 1, "heun": 2, "dopri5": 6, "euler-maruyama": 1}
@@ -34,14 +36,41 @@ def confirmation_seconds(
         num_processes: Number of processes that share the arms, on a device each.
     """
     training, sampling = plan.training, plan.sampling
+    step_s, forward_s = step_seconds(backbone, training.batch_size)
+    second_passes = sum(arm.training(training).sync.second_pass for arm in arms if arm.pair)
+    steps = training.steps * (len(arms) * step_s + second_passes * forward_s)
+    calls = plan.num_samples * passes_of_a_sample(sampling)
+    calls += HELD_OUT_SAMPLES * len(HELD_OUT_LEVELS)
+    # The start is scored once for all arms of a seed.
+    evaluations = (len(arms) * plan.num_evaluations + 1) * calls / training.batch_size * forward_s
+    # The process with the most arms takes the longest. A plan that stops early divides the arms of one seed at a time.
+    groups, size = (len(plan.seeds), len(arms)) if plan.stop_early else (1, len(plan.seeds) * len(arms))
+    return groups * math.ceil(size / num_processes) / len(arms) * (steps + evaluations)
+
+
+def passes_of_a_sample(plan: SamplingPlan) -> int:
+    """Returns how often the network is called to draw one sample, by dopri5 in its first steps."""
+    return plan.steps * _CALLS[plan.solver] * (1 if plan.guidance == 1 else 2)
+
+
+def step_seconds(backbone: Backbone, batch_size: int) -> tuple[float, float]:
+    """Returns the seconds of a training step and of a forward pass of one batch, on the backbone's device.
+
+    The batch is constant, and the weights of the backbone are not changed.
+
+    Args:
+        backbone: Model in the precision of the training.
+        batch_size: Number of samples.
+    """
     live = replace(backbone, module=copy.deepcopy(backbone.module).eval())
     optimizer = torch.optim.AdamW([p for p in live.module.parameters() if p.requires_grad], lr=1e-12)
-    batch = _constant_batch(live, training.batch_size)
+    batch = _constant_batch(live, batch_size)
 
     def step() -> None:
         optimizer.zero_grad()
         loss = prediction_loss(live, batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with products_of(live.precision):
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()  # Waits for the device.
 
@@ -49,16 +78,7 @@ def confirmation_seconds(
         with torch.no_grad():
             prediction_loss(live, batch).sum().item()
 
-    step_s, forward_s = _fastest(step), _fastest(forward)
-    second_passes = sum(arm.training(training).sync.second_pass for arm in arms if arm.pair)
-    steps = training.steps * (len(arms) * step_s + second_passes * forward_s)
-    calls = plan.num_samples * sampling.steps * _CALLS[sampling.solver] * (1 if sampling.guidance == 1 else 2)
-    calls += HELD_OUT_SAMPLES * len(HELD_OUT_LEVELS)
-    # The start is scored once for all arms of a seed.
-    evaluations = (len(arms) * plan.num_evaluations + 1) * calls / training.batch_size * forward_s
-    # The process with the most arms takes the longest. A plan that stops early divides the arms of one seed at a time.
-    groups, size = (len(plan.seeds), len(arms)) if plan.stop_early else (1, len(plan.seeds) * len(arms))
-    return groups * math.ceil(size / num_processes) / len(arms) * (steps + evaluations)
+    return _fastest(step), _fastest(forward)
 
 
 def _constant_batch(backbone: Backbone, size: int) -> TrainingBatch:

@@ -39,6 +39,7 @@ from .quickstart import quickstart_trial as quickstart_trial
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples
 from .sample import find_meaning as find_meaning
+from .sample import sampling_seconds as sampling_seconds
 from .score import check_scores as check_scores
 from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
@@ -66,4 +67,5 @@ from .train import other_depth as other_depth
 from .train import picked_pairs as picked_pairs
 from .train import train_run as train_run
 from .train import training_forecast as training_forecast
+from .train import training_seconds as training_seconds
 from .train import training_start as training_start

@@ -131,8 +131,9 @@ class _Counts:
             + self.few_rows * self.few_bytes
             + 2 * kept * 4 * sum(per_token)
         )
-        self._shard_bytes = min(plan.shard_size, self.samples) * levels * plan.draws * self.row_bytes
-        self._token_bytes, self._widest = 4 * tokens, 4 * max(t * d for t, d in shapes.values())
+        self._shard_bytes: int = min(plan.shard_size, self.samples) * levels * plan.draws * self.row_bytes
+        self._token_bytes: int = 4 * tokens
+        self._widest: int = 4 * max(t * d for t, d in shapes.values())
 
     def held_bytes(self, batch_size: int, *, on_host: bool) -> int:
         """Memory of the host beyond what the timed pieces had: a shard twice, or the ablation with all outputs."""
@@ -189,13 +190,11 @@ def _measure_seconds(
         # Frames are probed on kept tokens, which there are none of here.
         analyses = [analysis for analysis in ANALYSES if analysis is not frame_probes]
         probes_s = _seconds(lambda: measure({RANDOM_WEIGHTS: stores[0]}, analyses=analyses, device=device)) / share
-        similar_s = [
-            _seconds(lambda store=store: measure({MODEL: store}, analyses=(), device=device)) for store in stores
-        ]
+        similar_s = [_seconds(partial(measure, {MODEL: store}, analyses=(), device=device)) for store in stores]
         pairs_s = []
         for name, layers in (("a", network.layers[:num]), ("b", network.layers)):
             small = extract_evidence(network, few, replace(one_level, layers=layers), Path(folder) / name)
-            pairs_s.append(_seconds(lambda small=small: measure_evidence(small)))
+            pairs_s.append(_seconds(partial(measure_evidence, small)))
     representations = (2 * len(shapes) + 1) * levels * plan.draws
     return (
         probes_s * representations / num,

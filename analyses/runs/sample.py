@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layerprobe.analyses.experiments import passes_of_a_sample, step_seconds
 from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
@@ -62,6 +63,13 @@ def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = 
     record = {} if checkpoint == "digits" else training_record(checkpoint)
     rendering = Rendering.from_dict(record["rendering"]) if "rendering" in record else None
     return Meaning(rendering, tuple(record.get("class_names", ())))
+
+
+def sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int, batch_size: int) -> float:
+    """Returns about how many seconds it takes to draw so many samples; a batch is timed on the backbone's device."""
+    batch_size = min(batch_size, num)
+    _, forward_s = step_seconds(backbone, batch_size)
+    return num / batch_size * passes_of_a_sample(plan) * forward_s
 
 
 @holding("folder")

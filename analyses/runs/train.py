@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from layerprobe.analyses.experiments import step_seconds
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.runs.layer_curves import CurvePlan, LayerCurves
 from layerprobe.analyses.runs.network import NewNetwork
@@ -176,6 +177,18 @@ def training_forecast(
         "decisions_at": list(auto.direct_at(plan.steps)) if auto else [],
         "processes": num_processes,
     }
+
+
+def training_seconds(backbone: Backbone, plan: TrainingPlan, *, num_processes: int = 1) -> float:
+    """Returns about how many seconds the steps of a training take; a few of them are timed on the backbone's device.
+
+    Args:
+        backbone: Initial model.
+        plan: Training plan.
+        num_processes: Number of processes, each with a device of its own, that share a batch.
+    """
+    step_s, forward_s = step_seconds(backbone, max(1, plan.batch_size // (plan.accumulate * num_processes)))
+    return plan.steps * plan.accumulate * (step_s + forward_s * plan.sync.second_pass * bool(plan.pairs))
 
 
 def train_run(

@@ -148,7 +148,9 @@ class Backbone:
         """
         if precision == "auto" and self.precision:
             return self
-        chosen = precision_on(precision, self.device)
+        # Without weights, as the raw input, it is on no device of its own.
+        has_weights = next(self.module.parameters(), None) is not None
+        chosen = precision_on(precision, self.device if has_weights else None)
         if self.precision == "bfloat16" != chosen and any(p.itemsize < 4 for p in self.module.parameters()):
             raise ValueError(
                 f"{self.name} has weights of 16 bits, which are not computed in {chosen}; pass --precision bfloat16, "

@@ -340,10 +340,15 @@ def test_our_warnings_are_shown_at_once_and_those_of_libraries_not_before_an_err
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
-    code, out, _ = cli("probe", "digits", "--data", "digits", "--out", tmp_path / "r", "--dry-run", "--json")
+    few = ("--num-train", 100, "--num-validation", 40, "--num-test", 30, "--noise-levels", "0.2,0.5")
+    code, out, _ = cli("probe", "digits", "--data", "digits", "--out", tmp_path / "r", *few, "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["samples"] == {"train": 1000, "validation": 397, "test": 400}
-    assert cli(*TRAIN, "--out", tmp_path / "t", "--dry-run")[0] == 0
+    record = json.loads(out)
+    assert record["samples"] == {"train": 100, "validation": 40, "test": 30}
+    assert (record["device"], record["precision"], record["processes"]) == ("cpu", "float32", 1)
+    assert record["total_s"] == pytest.approx(sum(record["seconds"].values()), abs=0.2)
+    assert json.loads(cli(*TRAIN, "--out", tmp_path / "t", "--dry-run", "--json")[1])["seconds"] > 0
+    assert "in about" in cli("sample", "digits", "--num", 2, "--steps", 1, "--out", tmp_path / "s", "--dry-run")[1]
     assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
     assert "2 arms x 3 seeds" in cli("quickstart", "--confirm", "--out", tmp_path / "q", "--dry-run")[1]
     assert list(tmp_path.iterdir()) == []

@@ -40,5 +40,10 @@ def test_steps_and_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(generator, torch.get_rng_state())
 
 
+def test_a_sample_takes_the_passes_of_its_solver() -> None:
+    plans = (SamplingPlan("euler", 5), SamplingPlan("heun", 5, guidance=2.0), SamplingPlan("dopri5", 5))
+    assert [duration.passes_of_a_sample(plan) for plan in plans] == [5, 20, 30]
+
+
 def test_the_time_is_measured() -> None:
     assert duration.confirmation_seconds(tiny_sit(), ARMS, PLAN) > 0
