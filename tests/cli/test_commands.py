@@ -478,7 +478,7 @@ def test_bad_options_of_a_training_are_refused(tmp_path: Path, refused) -> None:
     assert "cannot be cut into 5 equal parts" in train("--accumulate 5")
     assert "different decays in [0, 1), got 0.9999, 1.5" in train("--more-ema-decays 1.5")
     assert "unknown --path 'cosine'; use linear, gvp or vp" in train("--path cosine")
-    assert "unknown prediction 'noise'" in train("--prediction noise")
+    assert "unknown --prediction 'noise'" in train("--prediction noise")
     assert "leave out --path and --prediction with --from" in train("--from digits --path vp")
     assert "unknown tracker 'mlflow'; use tensorboard, wandb or trackio" in train("--tracker mlflow")
     assert "--fsdp needs several processes to share the weights" in refused(*TRAIN, "--out", tmp_path / "t", "--fsdp")

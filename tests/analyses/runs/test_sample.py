@@ -205,7 +205,7 @@ def test_the_command_draws_an_archive(
     record = json.loads((tmp_path / "sampling.json").read_text())["plan"]
     assert (record["solver"], record["guidance_interval"]) == ("euler-maruyama", [0.2, 0.7])
     for wrong, seen in (
-        (["--format", "jpg"], "unknown format 'jpg'; use png or npz"),
+        (["--format", "jpg"], "unknown format 'jpg'; use png or npz; did you mean png?"),
         (["--guidance-interval", "0.2"], "--guidance-interval 0.2 is not 2 numbers; write them as 0.2,0.7"),
         (["--solver", "rk4"], "unknown --solver 'rk4'; use euler, heun, dopri5 or euler-maruyama"),
     ):
