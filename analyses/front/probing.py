@@ -63,7 +63,7 @@ def probe(
         splits = as_splits(data, labels, num_classes=model.backbone.num_classes)
         source = DataSource(IN_MEMORY + _fingerprint(splits))
     plan = RunPlan(model.source, source, ExtractionPlan(**extraction))
-    options = {"batch_size": batch_size, "trust_convention": trust_convention, "progress": progress}
+    options: dict[str, Any] = {"batch_size": batch_size, "trust_convention": trust_convention, "progress": progress}
     return made_run(out, lambda run: probe_run(plan, run, opened=(model.backbone, splits), **options))
 
 
