@@ -43,11 +43,12 @@ class PairMatrix:
         kept = self._kept()
         if kept.empty:
             return "<b>no admissible pair</b>"
-        low, high = float(np.nanmin(kept)), float(np.nanmax(kept))
+        values = kept.to_numpy()
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
         head = "".join(f"<th>{escape(teacher)}</th>" for teacher in kept.columns)
         rows = "".join(
             f"<tr><th>{escape(student)}</th>{''.join(_cell(score, low, high) for score in row)}</tr>"
-            for student, row in zip(kept.index, kept.to_numpy(), strict=True)
+            for student, row in zip(kept.index, values, strict=True)
         )
         hidden = self.scores.size - kept.size
         more = f"; the {_SHOWN} best students and teachers are shown, all are in .scores" if hidden else ""

@@ -195,7 +195,7 @@ def _ids(features: OwnFeatures) -> NDArray[np.int64]:
 
 
 def _name(layer: Any, noise_level: Any) -> str:
-    return f"{layer}@{float(noise_level):g}"
+    return f"{layer}@{repr(float(noise_level)).removesuffix('.0')}"  # all digits, since it is read again
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

@@ -84,6 +84,8 @@ def test_arrays_in_memory_are_those_of_a_file(tmp_path: Path) -> None:
     in_memory = features_from_arrays(keyed, content["labels"].tolist())
     assert features_hash(in_memory) == features_hash(of_file)
     assert features_hash(in_memory) != features_hash(features_from_arrays(keyed))
+    close = {("blocks.0", level): keyed["blocks.0", 0.1] for level in (0.12345678, 0.12345679)}
+    assert features_from_arrays(close).noise_levels == (0.12345678, 0.12345679)
     half = features_from_arrays({key: x.bfloat16() for key, x in keyed.items()})
     assert np.array_equal(half.read("blocks.0", 0.1), keyed["blocks.0", 0.1].bfloat16().float().numpy())
 
