@@ -25,6 +25,7 @@ TEXTS = {
     "options": "options of dataclasses",
     "progress": "progress callbacks",
     "noise": "schedules, predictions",
+    "parts": "names inside blocks",
     "capture": "outputs of layers",
     "data": "samples, splits, sources",
     "backbones": "all families in one convention",

@@ -23,7 +23,7 @@ HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "skl
 
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
 _LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress")
-_MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
+_MODELS = (*_LOWEST, "noise", "parts", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
@@ -36,7 +36,8 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "records": ("files", "checksums"),
     "options": (),
     "progress": (),
-    "capture": (),
+    "parts": (),
+    "capture": ("parts",),
     "noise": _LOWEST,
     "data": (*_LOWEST, "noise"),
     "backbones": (*_LOWEST, "noise", "capture"),

@@ -39,6 +39,7 @@ from layerprobe.checkpoints.user_models import refuse_other_options, user_backbo
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
 from layerprobe.files import one_line
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
+from layerprobe.parts import nameable
 
 EMBEDDED = "digits"
 # Options that have an effect on each kind of checkpoint.
@@ -156,7 +157,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
-    """Describes a checkpoint as JSON; `layers` holds (tokens, width) by name. Options as in `open_checkpoint`."""
+    """Describes a checkpoint as JSON.
+
+    `layers` holds (tokens, width) by name, `parts` what else can be named in its blocks. Options as in
+    `open_checkpoint`.
+    """
     opened = _open(path, {name: value for name, value in options.items() if name != "device" and value is not None})
     backbone = opened.backbone
     backbone.module.eval()
@@ -178,6 +183,11 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         "assumptions": list(backbone.assumptions),
         "weights_hash": weights_hash(backbone.module),
         "layers": {name: list(shape) for name, shape in layer_shapes(backbone).items()},
+        "parts": {
+            pattern: names
+            for pattern, names in nameable(backbone.module).items()
+            if pattern.split(".")[0] in {layer.split(".")[0] for layer in backbone.layers}
+        },
     }
 
 

@@ -28,7 +28,7 @@ class CheckpointSource:
         lora: LoRA adapter on top of a diffusers model.
         lora_alpha: Alpha of a LoRA adapter that does not say it; its rank if not given.
         layers: Names or patterns of layers, separated by commas: 'blocks.*,mid'; 'blocks.*.attn:input' for the input
-            of a module.
+            of a module, 'blocks.*.attn.q' for queries, and so k, v, out, and 'blocks.*.mlp'.
         schedule: Noise schedule: sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, ddpm-scaled_linear or
             ddpm-cosine.
         prediction: Prediction target: velocity, eps, x0, v or score.

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from layerprobe.backbones import Backbone
-from layerprobe.capture import INPUT, evaluating
+from layerprobe.capture import INPUT, evaluating, find_layer
 from layerprobe.training.ranks import Ranks
 
 
@@ -80,7 +80,7 @@ def shard(module: nn.Module, layers: Sequence[str]) -> None:
     mesh = init_device_mesh(tensors[0].device.type, (dist.get_world_size(),))
     names = {layer.removesuffix(INPUT) for layer in layers}
     for name in sorted(names, key=lambda name: -name.count(".")):  # Inner submodules first.
-        fully_shard(module.get_submodule(name), mesh=mesh)
+        fully_shard(find_layer(module, name), mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 

@@ -269,6 +269,11 @@ def test_inspect_and_doctor(cli) -> None:
     rows = cli("inspect", "digits", "--value-range", "0,1")[1].splitlines()
     assert {"heads          4", "classes        10, and the null label 10"} <= set(rows)
     assert "input values   0 to 1 for -1 to 1 of the data" in rows
+    inside = next(row for row in rows if row.startswith("blocks.*"))
+    assert inside.split(maxsplit=1)[1] == "attn.q, attn.k, attn.v, attn.out, attn, mlp"
+    named = json.loads(cli("inspect", "digits", "--layers", "blocks.*.attn.k,blocks.2.mlp", "--json")[1])["layers"]
+    assert named == {**{f"blocks.{i}.attn.k": [16, 64] for i in range(3)}, "blocks.2.mlp": [16, 64]} | named
+    assert len(named) == len(record["layers"]) + 1
     code, out, _ = cli("doctor", "--json")
     assert code == 0
     assert "torch" in json.loads(out)
