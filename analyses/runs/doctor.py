@@ -1,4 +1,4 @@
-"""Check of this machine: versions, devices, and whether the embedded model runs."""
+"""Check of this machine: versions, devices, whether the embedded model runs; and which families were verified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from layerprobe import __version__
 from layerprobe.analyses.runs.folder import PACKAGES
-from layerprobe.backbones import layer_shapes
+from layerprobe.backbones import installed_versions, layer_shapes, other_classes, verified_families
 from layerprobe.checkpoints import open_checkpoint
 
 
@@ -25,4 +25,15 @@ def examine_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "embedded model": f"{backbone.name}: {len(shapes)} layers read",
+    }
+
+
+def examine_families() -> dict[str, Any]:
+    """Returns which classes of diffusers were verified, with which versions, and what the installed one has besides."""
+    record = verified_families()
+    return {
+        "verified_with": record["versions"],
+        "installed": installed_versions(),
+        "classes": record["classes"],
+        "without_entry": other_classes(),
     }

@@ -47,7 +47,7 @@ _OWN_OPTIONS = ("weights", "layers")
 _EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")
 _FAMILY_OPTIONS = (*_EVERY_OPTIONS, "weights", "family", "num_heads")
 _MODEL_OPTIONS = (*_EVERY_OPTIONS, "weights", "model")
-_DIFFUSERS_OPTIONS = (*_EVERY_OPTIONS, "subfolder", "lora", "lora_alpha")
+_DIFFUSERS_OPTIONS = (*_EVERY_OPTIONS, "subfolder", "lora", "lora_alpha", "dtype")
 _SINGLE_FILE_OPTIONS = ("weights", "pipeline", *_DIFFUSERS_OPTIONS)
 
 
@@ -73,6 +73,7 @@ def open_checkpoint(
     pipeline: str | Path | None = None,
     lora: str | Path | None = None,
     lora_alpha: float | None = None,
+    dtype: str | None = None,
     layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
@@ -97,6 +98,7 @@ def open_checkpoint(
             `open_diffusers`; its configuration, scheduler and text encoders are read, and its weights are not.
         lora: Path of an adapter for a diffusers model, as for `open_diffusers`.
         lora_alpha: Alpha of an adapter that does not say it, as for `open_diffusers`.
+        dtype: Type to read the weights of a diffusers model in, as for `open_diffusers`.
         layers: Names or patterns of layers, as for `wrap`.
         schedule: Schedule or its name, as for `wrap`; for a `model`, or if a model was trained differently from its
             family.
@@ -123,6 +125,7 @@ def open_checkpoint(
         "pipeline": pipeline,
         "lora": lora,
         "lora_alpha": lora_alpha,
+        "dtype": dtype,
         "layers": layers,
         "schedule": schedule,
         "prediction": prediction,

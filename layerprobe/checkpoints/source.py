@@ -27,6 +27,8 @@ class CheckpointSource:
         pipeline: Diffusers folder of the model that a single file of the original code belongs to.
         lora: LoRA adapter on top of a diffusers model.
         lora_alpha: Alpha of a LoRA adapter that does not say it; its rank if not given.
+        dtype: Type to read the weights of a diffusers model in: float32 or bfloat16. Those that are all stored in
+            bfloat16 stay so if not given, others are read in float32.
         layers: Names or patterns of layers, separated by commas: 'blocks.*,mid'; 'blocks.*.attn:input' for the input
             of a module, 'blocks.*.attn.q' for queries, and so k, v, out, and 'blocks.*.mlp'.
         schedule: Noise schedule: sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, ddpm-scaled_linear or
@@ -47,6 +49,7 @@ class CheckpointSource:
     pipeline: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora_alpha: float | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    dtype: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     layers: tuple[str, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     schedule: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     prediction: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))

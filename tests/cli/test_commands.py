@@ -279,6 +279,20 @@ def test_inspect_and_doctor(cli) -> None:
     assert "torch" in json.loads(out)
 
 
+def test_doctor_tells_verified_families_and_what_another_class_needs(cli) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'layerprobe[diffusers]')")
+    code, out, _ = cli("doctor", "--families")
+    lines = out.splitlines()
+    assert code == 0
+    assert re.match(r"^4\d classes of diffusers were verified with diffusers [\d.]+, torch [\d.]+", lines[0])
+    assert any(line.startswith("Flux2Transformer2DModel ") and "0 data, 1 noise" in line for line in lines)
+    assert re.search(r"no entry: .*; --entry CLASS prints one to fill in$", lines[-1])
+    assert 'CLASSES["GlmImageTransformer2DModel"]' in cli("doctor", "--entry", "GlmImageTransformer2DModel")[1]
+    code, _, error = cli("doctor", "--families", "--entry", "X")
+    assert code == 2
+    assert "--families and --entry are two questions; pass one of them" in error
+
+
 def test_inspect_tells_what_of_a_file_is_read_and_what_is_not(tmp_path: Path, cli) -> None:
     weights = {f"model.net.{name}": tensor.bfloat16() for name, tensor in load_file(embedded_checkpoint()).items()}
     state = weights | {"first_stage_model.w": torch.zeros(3), "loss.a": torch.zeros(2), "loss.b": torch.zeros(2)}
