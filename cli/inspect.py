@@ -17,7 +17,7 @@ from layerprobe.messages import MAX_MESSAGE, safe
 from layerprobe.options import OUTPUT_PANEL
 
 # What the description of a checkpoint has rows of its own for, and other names for its keys.
-_NOT_ROWS = ("layers", "training", "assumptions", "data_at_time", "noise_at_time")
+_NOT_ROWS = ("layers", "parts", "training", "assumptions", "data_at_time", "noise_at_time")
 _ROW_NAMES = {"arguments": "settings from", "shape": "input shape", "value_range": "input values"}
 _SHOWN = 6  # members of a list that are shown
 
@@ -64,6 +64,7 @@ def _describe_checkpoint(checkpoint: CheckpointSource, data: DataSource | None) 
     convention = [] if data is None else _describe_fit(checkpoint, data, record, rows)
     lines = [*(f"{name:<14} {text}" for name, text in rows), *convention]
     lines += [f"{'layer':<24} tokens x width", *_layer_lines(record["layers"])]
+    lines += _part_lines(record["parts"])
     lines += [safe(f"trained: {key} {value}", MAX_MESSAGE) for key, value in record.get("training", {}).items()]
     return record, lines
 
@@ -94,6 +95,13 @@ def _layer_lines(layers: dict[str, list[int]]) -> list[str]:
         each = f" each, {len(names)} layers" if len(names) >= 4 else ""
         lines += [f"{name:<24} {tokens} x {width}{each}" for name in shown]
     return lines
+
+
+def _part_lines(parts: dict[str, list[str]]) -> list[str]:
+    """Returns what else can be named in blocks, a line for each kind of block."""
+    lines = [f"{pattern:<24} {', '.join(names)}" for pattern, names in parts.items()]
+    note = "queries, keys and values are those before norms and rotary positions"
+    return [f"{'inside the blocks':<24} {note}", *lines] if lines else []
 
 
 def _checkpoint_rows(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ TEXTS = {
     "ranks": "processes of a command",
     "threads": "work beside a device",
     "noise": "schedules, predictions",
+    "parts": "names inside blocks",
     "capture": "outputs of layers",
     "data": "samples, splits, sources",
     "backbones": "all families in one convention",

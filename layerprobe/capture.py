@@ -2,6 +2,7 @@
 
 A layer is named as in the module. `blocks.3.attn` stands for the output of the layer, `blocks.3.attn:input` for its
 input. Inside a pre-normalized block, the input of the attention is the normalized and modulated residual stream.
+`blocks.3.attn.q` and other parts of a block have the same names in all networks, see `layerprobe.parts`.
 
 A copy or a pickle of a hooked network has no hooks, see `Hook`.
 """
@@ -17,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+
+from layerprobe.parts import Part, find_part, part_names
 
 INPUT = ":input"
 
@@ -217,36 +220,60 @@ def hook_layer(module: nn.Module, name: str, record: Callable[[str, Any], None])
     Raises:
         ValueError: If the layer is missing in the module.
     """
-    layer = find_layer(module, name)
-    if not name.endswith(INPUT):
-        return Hook(layer, layer.register_forward_hook(lambda _, __, output: record(name, output)))
+    part = _find(module, name)
+    layer, take = module.get_submodule(part.layer), part.take
+
+    def record_output(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        record(name, output if take is None else take(layer, args, kwargs, output))
 
     def record_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         record(name, next(iter((*args, *kwargs.values())), None))
 
-    return Hook(layer, layer.register_forward_pre_hook(record_input, with_kwargs=True))
+    if name.endswith(INPUT):
+        return Hook(layer, layer.register_forward_pre_hook(record_input, with_kwargs=True))
+    return Hook(layer, layer.register_forward_hook(record_output, with_kwargs=True))
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:
     """Returns the submodule with this name; an ending `:input` is ignored.
 
     Raises:
-        ValueError: If the module does not contain it; the message lists what it contains and names a similar layer.
+        ValueError: If the module does not contain it; the message lists what it contains and names a similar layer. If
+            the name is of a part of a layer's output, such as the queries of a joint projection.
     """
-    try:
-        return module.get_submodule(name.removesuffix(INPUT))
-    except AttributeError:
+    part = _find(module, name)
+    if part.take is not None:
+        raise ValueError(
+            f"{name} is a part of what {part.layer} computes, not a layer of its own; it can be read, but not aligned "
+            "or skipped: name the layer"
+        )
+    return module.get_submodule(part.layer)
+
+
+def is_slice(module: nn.Module, name: str) -> bool:
+    """Whether a name is of a part of a layer's output.
+
+    Raises:
+        ValueError: If the module does not contain it.
+    """
+    return _find(module, name).take is not None
+
+
+def _find(module: nn.Module, name: str) -> Part:
+    part = find_part(module, name.removesuffix(INPUT))
+    if part is None:
         similar = _similar_name(module, name.removesuffix(INPUT))
         hint = f"; did you mean {similar}?" if similar else ""
-        raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}{hint}") from None
+        raise ValueError(f"{name} is not in {type(module).__name__}, which has {_sketch(module)}{hint}")
+    return part
 
 
 def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the names of the submodules that match any of the patterns, in the order of the module.
 
     `*` stands for one part of a name: "blocks.*" matches the blocks but no layers inside them, "blocks.*.attn:input"
-    matches the input of each attention layer. Lists of modules never run
-    themselves and do not match.
+    matches the input of each attention layer, "blocks.*.attn.q" its queries. Lists of modules never run themselves and
+    do not match.
 
     Raises:
         ValueError: If no pattern is given, or a pattern matches nothing or is the name of a list.
@@ -255,16 +282,31 @@ def match_layers(module: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
     if not patterns:
         raise ValueError(f"no layer is named; name some of {type(module).__name__}, which has {_sketch(module)}")
     lists = {name for name, part in module.named_modules() if isinstance(part, (nn.ModuleList, nn.ModuleDict))}
-    names = [name + suffix for name, _ in module.named_modules() if name for suffix in (INPUT, "")]
-    names = [name for name in names if name.removesuffix(INPUT) not in lists]
-    expressions = [re.compile(re.escape(p).replace(r"\*", r"[^.:]*")) for p in patterns]
-    for pattern, expression in zip(patterns, expressions, strict=True):
+    computed_by = {name: name for name, _ in module.named_modules() if name and name not in lists}
+    own = list(computed_by)
+    # A `*` at the end stands for submodules alone, so that no layer is matched under two names.
+    if any("*" not in _last(pattern) for pattern in patterns):
+        computed_by = part_names(module) | computed_by
+    names = sorted(computed_by, key=lambda name: own.index(computed_by[name]))
+    names = [name + suffix for name in names for suffix in (INPUT, "")]
+    matched: set[str] = set()
+    for pattern in patterns:
         if pattern in lists:
             raise ValueError(f"{pattern} is a list of modules, which never runs itself; name its parts, {pattern}.*")
-        if not any(expression.fullmatch(name) for name in names):
+        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.:]*"))
+        found = {name for name in names if expression.fullmatch(name)}
+        if "*" in _last(pattern):
+            found = {name for name in found if name.removesuffix(INPUT) in own}
+        if not found:
+            find_part(module, pattern)  # which may know why
             hint = f"; did you mean {similar}?" if (similar := _similar_name(module, pattern)) else ""
             raise ValueError(f"{pattern} is not in {type(module).__name__}, which has {_sketch(module)}{hint}")
-    return tuple(name for name in names if any(e.fullmatch(name) for e in expressions))
+        matched |= found
+    return tuple(name for name in names if name in matched)
+
+
+def _last(pattern: str) -> str:
+    return pattern.rpartition(".")[2]
 
 
 def _similar_name(module: nn.Module, name: str) -> str | None:

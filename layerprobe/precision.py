@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+WeightType = Literal["float32", "stored"]  # the type that weights are held in; "stored" is that of their file
 
 # The precision that "auto" chooses keeps pooled features this close to those in float32: root mean square error as a
 # share of their spread over samples. benchmarks/precisions.py measures it: tf32 keeps it, bfloat16 does not.

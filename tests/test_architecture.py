@@ -24,7 +24,7 @@ HEAVY = ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "skl
 # What each room may import, beside itself and `layerprobe` (the version). A new arrow needs a page in docs/decisions/.
 _COMPUTING = ("precision", "ranks", "threads")
 _LOWEST = ("configs", "files", "checksums", "records", "memory", "messages", "options", "progress", *_COMPUTING)
-_MODELS = (*_LOWEST, "noise", "capture", "data", "backbones")
+_MODELS = (*_LOWEST, "noise", "parts", "capture", "data", "backbones")
 _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "training")
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
@@ -40,7 +40,8 @@ ARROWS: Mapping[str, tuple[str, ...]] = {
     "progress": (),
     "ranks": ("files", "memory"),
     "threads": (),
-    "capture": (),
+    "parts": (),
+    "capture": ("parts",),
     "noise": _LOWEST,
     "data": (*_LOWEST, "noise"),
     "backbones": (*_LOWEST, "noise", "capture"),

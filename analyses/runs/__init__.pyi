@@ -11,6 +11,7 @@ from .confirm import confirmation_job as confirmation_job
 from .confirm import confirmation_resolution as confirmation_resolution
 from .confirm import confirmation_training as confirmation_training
 from .convention import examine_convention as examine_convention
+from .doctor import examine_families as examine_families
 from .doctor import examine_machine as examine_machine
 from .figures import draw_figures as draw_figures
 from .figures import write_curves as write_curves

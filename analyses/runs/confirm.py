@@ -129,7 +129,7 @@ def confirmation_job(
     checkpoint = folder.plan().checkpoint
     ranked = [pair.pair for pair in folder.selection().ranked]
     # Updates of weights of 16 bits would be rounded away.
-    backbone = replace(checkpoint, keep_type=None).open(device=device).in_precision(training.precision)
+    backbone = replace(checkpoint, dtype="float32").open(device=device).in_precision(training.precision)
     training = replace(training, precision=backbone.precision or training.precision)
     sampling = sampling or SamplingPlan(solver="heun", steps=12)
     plan = ConfirmationPlan(training, seeds, num_evaluations, num_samples, sampling, stop_early)

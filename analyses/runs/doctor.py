@@ -1,4 +1,4 @@
-"""Check of this machine: versions, devices, and whether the embedded model runs."""
+"""Check of this machine: versions, devices, whether the embedded model runs; and which families were verified."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from layerprobe.analyses.runs.machine import describe_machine
 from layerprobe.analyses.wording import machine_rows
-from layerprobe.backbones import layer_shapes
+from layerprobe.backbones import installed_versions, layer_shapes, other_classes, verified_families
 from layerprobe.checkpoints import open_checkpoint
 
 
@@ -20,3 +20,14 @@ def examine_machine() -> dict[str, Any]:
     record = describe_machine() | {"precision": backbone.precision}
     record["embedded model"] = f"{backbone.name}: {len(shapes)} layers read"
     return record | {"rows": machine_rows(record)}
+
+
+def examine_families() -> dict[str, Any]:
+    """Returns which classes of diffusers were verified, with which versions, and what the installed one has besides."""
+    record = verified_families()
+    return {
+        "verified_with": record["versions"],
+        "installed": installed_versions(),
+        "classes": record["classes"],
+        "without_entry": other_classes(),
+    }

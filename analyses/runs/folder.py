@@ -53,11 +53,6 @@ class RunPlan:
         """Seed of every random number of the run."""
         return self.extraction.seed
 
-    @property
-    def rounds(self) -> bool:
-        """Whether features can be compared with those in float32, and are not of float32 themselves."""
-        return self.extraction.precision != "float32" and not self.checkpoint.keep_type
-
     def open(
         self, *, device: str = "auto", encode: bool = True, progress: TaskProgress | None = None
     ) -> tuple[Backbone, Splits]:

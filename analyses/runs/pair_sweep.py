@@ -92,7 +92,7 @@ def pair_sweep_start(
     if state is None and not (from_scratch and "warmup_steps" in recorded):
         default["warmup_steps"] = steps // 10
     training = TrainingPlan(**recorded | default | options, steps=first + steps)
-    backbone = open_checkpoint(checkpoint, device=device).in_precision(training.precision)
+    backbone = open_checkpoint(checkpoint, dtype="float32", device=device).in_precision(training.precision)
     training = replace(training, precision=backbone.precision or training.precision)
     plan = PairSweepPlan(training, first, seeds, num_evaluations, num_samples, from_scratch=from_scratch)
     if from_scratch:

@@ -194,7 +194,7 @@ def extract_run(
         folder.claim(plan)
         clock.begin(CONVENTION, since=began)  # The folder is the run's own only now.
         folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
-        if plan.rounds and not folder.is_intact(folder.rounding):
+        if backbone.precision != "float32" and not backbone.is_narrow and not folder.is_intact(folder.rounding):
             error = rounding_error(backbone, splits.validation, plan.extraction_from(backbone), batch_size=batch_size)
             write_record(folder.rounding, error.to_dict())
         if on_forecast and not folder.store_folder(MODEL).is_dir():

@@ -59,7 +59,7 @@ def training_start(
         return network.build(shape, num_classes, seed=seed, device=device)
     if network.path or network.prediction:
         raise ValueError(f"{checkpoint} has a path and a prediction; leave out --path and --prediction with --from")
-    return open_checkpoint(checkpoint, device=device)
+    return open_checkpoint(checkpoint, dtype="float32", device=device)
 
 
 def other_depth(run: str | Path | None, backbone: Backbone) -> str | None:

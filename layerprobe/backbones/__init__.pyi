@@ -5,6 +5,10 @@ from .base import wrap as wrap
 from .diffusers.folders import snapshot_of as snapshot_of
 from .diffusers.opening import is_diffusers as is_diffusers
 from .diffusers.opening import open_diffusers as open_diffusers
+from .diffusers.verified import entry_to_fill_in as entry_to_fill_in
+from .diffusers.verified import installed_versions as installed_versions
+from .diffusers.verified import other_classes as other_classes
+from .diffusers.verified import verified_families as verified_families
 from .diffusers.weights import SingleFileRefused as SingleFileRefused
 from .families import FAMILIES as FAMILIES
 from .families import build as build

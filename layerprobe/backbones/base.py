@@ -151,12 +151,17 @@ class Backbone:
         # Without weights, as the raw input, it is on no device of its own.
         has_weights = next(self.module.parameters(), None) is not None
         chosen = precision_on(precision, self.device if has_weights else None)
-        if self.precision == "bfloat16" != chosen and any(p.itemsize < 4 for p in self.module.parameters()):
+        if chosen != "bfloat16" and self.is_narrow:
             raise ValueError(
                 f"{self.name} has weights of 16 bits, which are not computed in {chosen}; pass --precision bfloat16, "
-                "or leave out --keep-type"
+                "or --dtype float32"
             )
         return replace(self, precision=chosen)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights are of 16 bits."""
+        return any(parameter.itemsize == 2 for parameter in self.module.parameters())
 
     def _real(self, x_t: Tensor) -> Tensor:
         """Returns the mask, repeated if the batch is repeated, as guidance does."""

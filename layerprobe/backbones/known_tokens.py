@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerprobe.backbones.diffusers.class_table import CLASSES
+from layerprobe.backbones.diffusers.diffusers_class import SAMPLES
 from layerprobe.backbones.mdm import MDM, frame_tokens
 from layerprobe.capture import INPUT, as_tokens, find_layer, match_layers
 
@@ -43,18 +44,18 @@ class KnownLayer:
         if self.class_name == MDM.__name__:
             return frame_tokens(output, self.name)
         family, arguments = CLASSES[self.class_name], self._arguments(args, kwargs)
-        sample = arguments["sample" if "sample" in arguments else "hidden_states"]
-        shape = tuple(sample.transpose(1, 2).shape[1:] if family.frames_before_channels else sample.shape[1:])
+        sample = arguments[next(name for name in SAMPLES if name in arguments)]
         if family.packed:
-            num_tokens = shape[0]
+            shape, grid = tuple(sample.shape[1:]), (sample.shape[1],)
         else:
-            patch = family.patch(self.network.config)
-            num_tokens = math.prod(edge // p for edge, p in zip(shape[1:], patch, strict=True))
-        if self._is_text(output, arguments):
+            shape = family.layout.shape(sample)
+            grid = tuple(e // p for e, p in zip(shape[1:], family.patch(self.network.config), strict=True))
+        num_tokens, text = math.prod(grid), arguments.get("encoder_hidden_states")
+        if self._is_text(output, text):
             tokens = as_tokens(output, self.name)
         else:
             lengths = arguments[family.text_mask].sum(1).long() if family.text_mask else None
-            tokens = family.tokens(output, self.name, shape=shape, num_tokens=num_tokens, text_lengths=lengths)
+            tokens = family.tokens(output, self.name, shape=shape, grid=grid, text_lengths=lengths)
         if family.keeps_grid and tokens.shape[1] != num_tokens:
             raise ValueError(
                 f"{self.name} of {self.class_name} returns {tokens.shape[1]} tokens, but the sample has {num_tokens}; "
@@ -62,9 +63,9 @@ class KnownLayer:
             )
         return tokens
 
-    def _is_text(self, output: Any, arguments: dict[str, Any]) -> bool:
+    def _is_text(self, output: Any, text: Any) -> bool:
         """Whether a layer inside a block returns the text alone, which looks like a longer sequence with the sample."""
-        text, inner = arguments.get("encoder_hidden_states"), self.name.count(".") > 1
+        inner = self.name.count(".") > 1
         if not (inner and isinstance(output, Tensor) and isinstance(text, Tensor)):
             return False
         return output.ndim == text.ndim == 3 and output.shape[1] == text.shape[1]

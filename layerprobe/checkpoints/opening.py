@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,14 @@ from layerprobe.checkpoints.user_models import refuse_other_options, user_backbo
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
 from layerprobe.files import EMBEDDED, one_line, refuse_memory
 from layerprobe.memory import is_device_failure
+from layerprobe.messages import unknown
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
+from layerprobe.parts import nameable
+from layerprobe.precision import WeightType
 
 # Options that have an effect on each kind of checkpoint.
-_OWN_OPTIONS = ("weights", "layers")
-_EVERY_OPTIONS = ("layers", "schedule", "prediction", "shape", "num_classes")
+_OWN_OPTIONS = ("weights", "layers", "dtype")
+_EVERY_OPTIONS = ("dtype", "layers", "schedule", "prediction", "shape", "num_classes")
 _FAMILY_OPTIONS = (*_EVERY_OPTIONS, "weights", "family", "num_heads")
 _MODEL_OPTIONS = (*_EVERY_OPTIONS, "weights", "model")
 # Entries of the record of a training that are read again, with their types; an integer stands for a float too.
@@ -82,13 +85,13 @@ def open_checkpoint(
     pipeline: str | Path | None = None,
     lora: str | Path | None = None,
     lora_alpha: float | None = None,
+    dtype: WeightType | None = None,
     layers: str | Sequence[str] | None = None,
     schedule: str | NoiseSchedule | None = None,
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
     value_range: Sequence[float] | None = None,
-    keep_type: bool = False,
     device: str = "auto",
 ) -> Backbone:
     """Opens a checkpoint as a backbone in evaluation mode.
@@ -107,6 +110,7 @@ def open_checkpoint(
             `open_diffusers`; its configuration, scheduler and text encoders are read, and its weights are not.
         lora: Path of an adapter for a diffusers model, as for `open_diffusers`.
         lora_alpha: Alpha of an adapter that does not say it, as for `open_diffusers`.
+        dtype: Type to hold the weights in, "float32" or "stored", see `CheckpointSource`.
         layers: Names or patterns of layers, as for `wrap`.
         schedule: Schedule or its name, as for `wrap`; for a `model`, or if a model was trained differently from its
             family.
@@ -115,8 +119,6 @@ def open_checkpoint(
         num_classes: Number of classes, if the file does not determine it; 0 for a `model` without classes.
         value_range: What the values -1 and 1 of the samples are to the network, as for `Backbone.with_value_range`:
             (0, 1) for a network that was trained on pixels in [0, 1].
-        keep_type: Whether weights stay in the types of the file, bfloat16 or float16, instead of float32; the network
-            is then computed in bfloat16.
         device: Device of the weights; "auto" is a GPU if one is available.
 
     Raises:
@@ -135,13 +137,13 @@ def open_checkpoint(
         "pipeline": pipeline,
         "lora": lora,
         "lora_alpha": lora_alpha,
+        "dtype": dtype,
         "layers": layers,
         "schedule": schedule,
         "prediction": prediction,
         "shape": shape,
         "num_classes": num_classes,
         "value_range": value_range,
-        "keep_type": keep_type or None,
     }
     backbone = _open(path, {name: value for name, value in options.items() if value is not None}).backbone
     backbone.module.eval().to(target)
@@ -172,7 +174,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
-    """Describes a checkpoint as JSON; `layers` holds (tokens, width) by name. Options as in `open_checkpoint`."""
+    """Describes a checkpoint as JSON.
+
+    `layers` holds (tokens, width) by name, `parts` what else can be named in its blocks. Options as in
+    `open_checkpoint`.
+    """
     opened = _open(path, {name: value for name, value in options.items() if name != "device" and value is not None})
     backbone = opened.backbone
     backbone.module.eval()
@@ -194,6 +200,11 @@ def describe_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
         "assumptions": list(backbone.assumptions),
         "weights_hash": weights_hash(backbone.module),
         "layers": {name: list(shape) for name, shape in layer_shapes(backbone).items()},
+        "parts": {
+            pattern: names
+            for pattern, names in nameable(backbone.module).items()
+            if pattern.split(".")[0] in {layer.split(".")[0] for layer in backbone.layers}
+        },
     }
 
 
@@ -219,13 +230,16 @@ def _located(path: str | Path) -> Path:
 
 
 def _open(path: str | Path, options: Mapping[str, Any]) -> _OpenedCheckpoint:
-    of_all = ("value_range", "keep_type")
-    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name not in of_all})
+    if "dtype" in options and options["dtype"] not in get_args(WeightType):
+        raise ValueError(unknown("dtype", options["dtype"], get_args(WeightType)))
+    opened = _open_in_own_range(path, {name: value for name, value in options.items() if name != "value_range"})
     backbone = opened.backbone
     if "value_range" in options:
         backbone = backbone.with_value_range(options["value_range"])
-    if "keep_type" in options:
+    if options.get("dtype") == "stored" and not backbone.is_narrow:
         backbone = in_own_types(backbone)
+    elif options.get("dtype") == "float32" and backbone.is_narrow:  # a network of the user's
+        backbone = replace(backbone, module=backbone.module.float(), precision=None)
     return replace(opened, backbone=backbone)
 
 
@@ -246,6 +260,7 @@ def _open_in_own_range(path: str | Path, options: Mapping[str, Any]) -> _OpenedC
     if "pipeline" in options:
         refuse_other_options(_SINGLE_FILE_OPTIONS, options, "with --pipeline")
         return _single_file(path, weights, source, **model_options)
+    model_options.pop("dtype", None)
     if "model" in options:
         refuse_other_options(_MODEL_OPTIONS, options, "with a model of your own")
         backbone = user_backbone(**model_options)

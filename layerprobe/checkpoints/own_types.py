@@ -27,7 +27,7 @@ def in_own_types(backbone: Backbone) -> Backbone:
         if narrow is not None:
             parameter.data, kept = narrow, kept + 1
     if not kept:
-        raise ValueError(f"the weights of {backbone.name} are float32 in their file; leave out --keep-type")
+        raise ValueError(f"the weights of {backbone.name} are float32 in their file; leave out --dtype")
     return replace(backbone, precision="bfloat16")
 
 

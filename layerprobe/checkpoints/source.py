@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from layerprobe.files import PASS_CHECKPOINT, absolute_source, check_there, is_no_path, refuse_memory
 from layerprobe.noise import Prediction, ScheduleName
 from layerprobe.options import CHECKPOINT_PANEL, check_ranges, option, to_record
+from layerprobe.precision import WeightType
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -28,8 +29,11 @@ class CheckpointSource:
         pipeline: Diffusers folder of the model that a single file of the original code belongs to.
         lora: LoRA adapter on top of a diffusers model.
         lora_alpha: Alpha of a LoRA adapter that does not say it; its rank if not given.
+        dtype: Type to hold the weights in: float32, or stored for the types of the file. Weights of 16 bits take half
+            the memory, and the network is then computed in bfloat16. If not given, float32, but a diffusers model
+            that is stored in bfloat16 throughout stays so.
         layers: Names or patterns of layers, separated by commas: 'blocks.*,mid'; 'blocks.*.attn:input' for the input
-            of a module.
+            of a module, 'blocks.*.attn.q' for queries, and so k, v, out, and 'blocks.*.mlp'.
         schedule: Noise schedule: sit, sit-gvp, sit-vp, flow, flow-1000, edm, ddpm-linear, ddpm-scaled_linear or
             ddpm-cosine.
         prediction: Prediction target: velocity, eps, x0, v or score.
@@ -37,8 +41,6 @@ class CheckpointSource:
         num_classes: Number of classes, if the file does not contain it; 0 for none.
         value_range: What the values -1 and 1 of the data are to the network: 0,1 if it was trained on pixels from 0 to
             1; a pair for each channel if they differ.
-        keep_type: Hold the weights in the types of the file, bfloat16 or float16, which halves their memory; the
-            network is then computed in bfloat16.
     """
 
     path: str = field(metadata=option("checkpoint", is_argument=True))
@@ -50,13 +52,13 @@ class CheckpointSource:
     pipeline: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora: str | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     lora_alpha: float | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
+    dtype: WeightType | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     layers: tuple[str, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     schedule: ScheduleName | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     prediction: Prediction | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     shape: tuple[int, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
     num_classes: int | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL, maximum=10**6))
     value_range: tuple[float, ...] | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
-    keep_type: bool | None = field(default=None, metadata=option(panel=CHECKPOINT_PANEL))
 
     def __post_init__(self) -> None:
         check_ranges(self)

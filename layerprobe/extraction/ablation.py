@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from layerprobe.backbones import Backbone
-from layerprobe.capture import INPUT, evaluating, find_layer
+from layerprobe.capture import INPUT, evaluating, find_layer, is_slice
 from layerprobe.data import Samples
 from layerprobe.memory import BatchSize
 from layerprobe.noise import RandomStream, target
@@ -127,6 +127,8 @@ def ablate_layers(
     eps, n = RandomStream(seed).normal(batch.ids, samples.shape), len(batch.x)
     scores = np.full((2, len(layers), len(levels) * n), np.nan)
     reasons = {name: "the input of a layer cannot be skipped" for name in layers if name.endswith(INPUT)}
+    slices = [name for name in layers if is_slice(backbone.module, name)]
+    reasons |= dict.fromkeys(slices, "a part of a layer's output cannot be skipped")
     blocks = [name for name in layers if name not in reasons]
 
     def skip(rows: range) -> _Outcomes:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from layerprobe.backbones import Backbone
-from layerprobe.capture import INPUT, evaluating
+from layerprobe.capture import INPUT, evaluating, find_layer
 from layerprobe.ranks import Ranks
 
 
@@ -94,7 +94,7 @@ def shard(module: nn.Module, layers: Sequence[str], device: torch.device) -> Non
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     names = {layer.removesuffix(INPUT) for layer in layers}
     for name in sorted(names, key=lambda name: -name.count(".")):  # Inner submodules first.
-        fully_shard(module.get_submodule(name), mesh=mesh)
+        fully_shard(find_layer(module, name), mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 

@@ -20,7 +20,7 @@ from layerprobe.extraction.plan import ExtractionPlan
 def test_weights_of_16_bits_stay_so_and_give_the_features_of_bfloat16(tmp_path: Path, dtype: torch.dtype) -> None:
     path, backbone = tmp_path / "half.safetensors", tiny_sit()
     save_checkpoint(path, backbone, {k: v.to(dtype) for k, v in backbone.module.state_dict().items()}, training={})
-    wide, kept = (open_checkpoint(path, device="cpu", keep_type=keep) for keep in (False, True))
+    wide, kept = (open_checkpoint(path, device="cpu", dtype=held) for held in (None, "stored"))
     sizes = [sum(p.nbytes for p in b.module.parameters()) for b in (wide, kept)]
     assert sizes[1] < 0.6 * sizes[0]
     for name, parameter in kept.module.named_parameters():
@@ -37,10 +37,12 @@ def test_weights_of_16_bits_stay_so_and_give_the_features_of_bfloat16(tmp_path: 
         torch.testing.assert_close(features[0][key], values, rtol=0.05, atol=0.05)
     with random_weights(kept) as control:
         assert layer_shapes(control) == layer_shapes(wide)
-    with pytest.raises(ValueError, match=r"weights of 16 bits, .* in float32; pass --precision bfloat16, or leave"):
+    with pytest.raises(
+        ValueError, match=r"weights of 16 bits, .* in float32; pass --precision bfloat16, or --dtype float32"
+    ):
         kept.in_precision("float32")
 
 
 def test_a_file_of_float32_has_nothing_to_keep() -> None:
-    with pytest.raises(ValueError, match="are float32 in their file; leave out --keep-type"):
-        open_checkpoint("digits", device="cpu", keep_type=True)
+    with pytest.raises(ValueError, match="are float32 in their file; leave out --dtype"):
+        open_checkpoint("digits", device="cpu", dtype="stored")

@@ -262,9 +262,28 @@ def test_inspect_and_doctor(cli) -> None:
     rows = cli("inspect", "digits", "--value-range", "0,1")[1].splitlines()
     assert {"heads          4", "classes        10, and the null label 10"} <= set(rows)
     assert "input values   0 to 1 for -1 to 1 of the data" in rows
+    inside = next(row for row in rows if row.startswith("blocks.*"))
+    assert inside.split(maxsplit=1)[1] == "attn.q, attn.k, attn.v, attn.out, attn, mlp"
+    named = json.loads(cli("inspect", "digits", "--layers", "blocks.*.attn.k,blocks.2.mlp", "--json")[1])["layers"]
+    assert named == {**{f"blocks.{i}.attn.k": [16, 64] for i in range(3)}, "blocks.2.mlp": [16, 64]} | named
+    assert len(named) == len(record["layers"]) + 1
     code, out, _ = cli("doctor", "--json")
     assert code == 0
     assert "torch" in json.loads(out)["packages"]
+
+
+def test_doctor_tells_verified_families_and_what_another_class_needs(cli) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'layerprobe[diffusers]')")
+    code, out, _ = cli("doctor", "--families")
+    lines = out.splitlines()
+    assert code == 0
+    assert re.match(r"^4\d classes of diffusers were verified with diffusers [\d.]+, torch [\d.]+", lines[0])
+    assert any(line.startswith("Flux2Transformer2DModel ") and "0 data, 1 noise" in line for line in lines)
+    assert re.search(r"no entry: .*; --entry CLASS prints one to fill in$", lines[-1])
+    assert 'CLASSES["GlmImageTransformer2DModel"]' in cli("doctor", "--entry", "GlmImageTransformer2DModel")[1]
+    code, _, error = cli("doctor", "--families", "--entry", "X")
+    assert code == 2
+    assert "--families and --entry are two questions; pass one of them" in error
 
 
 def test_inspect_tells_what_of_a_file_is_read_and_what_is_not(tmp_path: Path, cli) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ from torch import Tensor, nn
 from layerprobe.backbones.base import Backbone, layer_shapes
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.opening import is_diffusers, open_diffusers
-from layerprobe.capture import capture
+from layerprobe.capture import capture, hook_layer
 from layerprobe.noise.predictions import convert_prediction
 from layerprobe.noise.schedules import DDPM, LinearPath
+from layerprobe.parts import NAMES, find_part
 
 BY_NAME = {case.id: case for case in CASES}
-HEADER = "| class | input | layers, in running order | the image in their outputs | native time | configurations run |"
+HEADER = (
+    "| class | input | layers, in running order | the image in their outputs | parts of blocks | native time | "
+    "configurations run |"
+)
 # Filled by the checks that pass; what the documentation may claim.
-PASSED: dict[str, str] = {}
+PASSED: dict[str, dict[str, Any]] = {}
 
 
 def opened(case: Case, folder: Path, **options: Any) -> tuple[nn.Module, Backbone]:
@@ -66,6 +72,8 @@ def moment(case: Case) -> tuple[Any, float, float, float]:
         if scheduler.config.get("use_flow_sigmas"):
             t = 1000 * scheduler.sigmas[4]  # This scheduler cuts its times down to whole numbers.
         levels = [1 - s for s in levels] if scheduler.config.get("invert_sigmas") else levels
+        if scheduler.config.num_train_timesteps == 1:
+            t = 1000 * (1 - t)  # OmniGen's counts from 0 at noise to 1 at data.
     return scheduler, float(t), levels[0], levels[1]
 
 
@@ -87,33 +95,54 @@ def check(case: Case, folder: Path) -> Backbone:
         assert list(shapes) == list(backbone.layers)
         assert len(shapes) == case.blocks
         assert next(iter(shapes.values())) == case.tokens
-        check_places(case, backbone, x[:1])
-    PASSED[case.id] = row(case, backbone)
+        inside = inner_layers(backbone, x[:1])
+        if CLASSES[case.name].keeps_grid:
+            assert inside
+            assert {len(tokens[0]) for tokens in inside.values()} == {case.tokens[0]}
+        check_places(case, backbone, x[:1], [name for name in inside if name.endswith((".q", ".mlp"))])
+    PASSED[case.id] = verified(case, backbone, inside)
     return backbone
 
 
-def row(case: Case, backbone: Backbone) -> str:
-    """The class's line of the table in the documentation."""
+def verified(case: Case, backbone: Backbone, inside: Iterable[str]) -> dict[str, Any]:
+    """What was checked of the class: its line of the table, and of the record in the package."""
     family, schedule = CLASSES[case.name], backbone.schedule
-    layers = (" and " if family.interleaved else ", ").join(f"`{name}`" for name in family.layers)
     if isinstance(schedule, LinearPath):
         time = f"{schedule.data_time:g} data, {schedule.noise_time:g} noise"
     else:
         time = "0, 1, … 999" if isinstance(schedule, DDPM) else "σ"
     grid = ("C, L", "C, H, W", "C, F, H, W")[len(case.shape) - 2]
-    runs = sum(other.name == case.name for other in CASES)
-    turns = ", in turns" if family.interleaved else ""
-    return f"| `{case.name}` | {case.modality} ({grid}) | {layers}{turns} | {case.image} | {time} | {runs} |"
+    read = {name.split(".", 2)[2] for name in inside}
+    return {
+        "class": case.name,
+        "input": f"{case.modality} ({grid})",
+        "layers": list(family.layers),
+        "in_turns": family.interleaved,
+        "image": case.image,
+        "parts": [part for part in NAMES if part in read],
+        "time": time,
+        "configurations": sum(other.name == case.name for other in CASES),
+    }
 
 
-def table(folder: Path) -> str:
-    """The table of covered classes, made of the checks that passed; those that have not run yet run now."""
+def record(folder: Path) -> list[dict[str, Any]]:
+    """The covered classes, of the checks that passed; those that have not run yet run now."""
     for i, case in enumerate(CASES):
         if case.id not in PASSED:
             check(case, folder / str(i))
     first = {case.name: PASSED[case.id] for case in reversed(CASES)}
-    names = dict.fromkeys(case.name for case in CASES)
-    return "\n".join([HEADER, "|---" * 6 + "|", *[first[name] for name in names]])
+    return [first[name] for name in dict.fromkeys(case.name for case in CASES)]
+
+
+def table(classes: Iterable[Mapping[str, Any]]) -> str:
+    """The table of the documentation."""
+    lines = []
+    for one in classes:
+        layers = (" and " if one["in_turns"] else ", ").join(f"`{name}`" for name in one["layers"])
+        turns, parts = ", in turns" if one["in_turns"] else "", ", ".join(one["parts"]) or "—"
+        cells = (f"`{one['class']}`", one["input"], layers + turns, one["image"], parts, one["time"])
+        lines.append(f"| {' | '.join(cells)} | {one['configurations']} |")
+    return "\n".join([HEADER, "|---" * 7 + "|", *lines])
 
 
 def check_step(case: Case, model: Any, backbone: Backbone, x: Tensor) -> None:
@@ -143,25 +172,46 @@ def check_edm(case: Case, model: Any, backbone: Backbone, x: Tensor) -> None:
     torch.testing.assert_close(backbone.predict(x, levels), clean, rtol=1e-4, atol=1e-5)
 
 
-def check_places(case: Case, backbone: Backbone, x: Tensor) -> None:
+def inner_layers(backbone: Backbone, x: Tensor) -> dict[str, Tensor]:
+    """Tokens of the parts of the first block of each list that run once; what is not the image's is refused."""
+    firsts = [layer for layer in backbone.layers if layer.endswith(".0")]
+    names = [f"{block}.{part}" for block in firsts for part in NAMES]
+    outputs: dict[str, list[Any]] = {name: [] for name in names if find_part(backbone.module, name)}
+    hooks = [hook_layer(backbone.module, name, lambda name, out: outputs[name].append(out)) for name in outputs]
+    backbone.predict(x, torch.full((1,), 0.4))
+    for hook in hooks:
+        hook.remove()
+    readable = {}
+    for name, found in outputs.items():
+        if len(found) == 1:
+            with suppress(ValueError):
+                readable[name] = backbone.tokens(found[0], name)
+    return readable
+
+
+def check_places(case: Case, backbone: Backbone, x: Tensor, inside: list[str]) -> None:
     """What is changed at one place of the input changes most at the same place of every layer's tokens."""
     place = [edge - 1 if axis == 0 else edge // 4 for axis, edge in enumerate(case.shape[1:])]
     changed = x.clone()
     changed[(0, slice(None), *place)] += 5
     level = torch.full((1,), 0.4)
-    with capture(backbone.module, backbone.layers, tokens=backbone.tokens, transform=torch.clone) as before:
+    layers = [*backbone.layers, *inside]
+    with capture(backbone.module, layers, tokens=backbone.tokens, transform=torch.clone) as before:
         backbone.predict(x, level)
-    with capture(backbone.module, backbone.layers, tokens=backbone.tokens, transform=torch.clone) as after:
+    with capture(backbone.module, layers, tokens=backbone.tokens, transform=torch.clone) as after:
         backbone.predict(changed, level)
     frames = case.shape[1] if len(case.shape) == 4 else 1
     image = case.shape[2:] if len(case.shape) == 4 else case.shape[1:]
-    for name in backbone.layers:
+    for name in layers:
         difference = (after[name] - before[name])[0].norm(dim=-1)
         stride = (frames * math.prod(image) / len(difference)) ** (1 / len(image))
         grid = [frames, *[round(edge / stride) for edge in image]]
         assert math.prod(grid) == len(difference), name
         found = [int(i) for i in torch.unravel_index(difference.argmax(), grid)]
         wanted = [place[0] if frames > 1 else 0, *[int(p / stride) for p in place[-len(image) :]]]
-        # Convolutions spread over their neighbors, and never over the frames as far; Sana's feed-forward has one.
-        reach = [0, *[3 if "UNet" in case.name else 1 if "Sana" in case.name else 0] * len(image)]
+        # Convolutions spread over their neighbors; those of Sana's feed-forward in a video also over the frames.
+        reach = [
+            int("SanaVideo" in case.name),
+            *[3 if "UNet" in case.name else 1 if "Sana" in case.name else 0] * len(image),
+        ]
         assert all(abs(a - b) <= r for a, b, r in zip(found, wanted, reach, strict=True)), (name, found, wanted)

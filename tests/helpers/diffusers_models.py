@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.transformers import transformer_cosmos
 from torch import Tensor, nn
 
 # (model, x_t, t as the scheduler counts it, one per row) -> what the pipeline hands to the scheduler.
@@ -77,6 +79,12 @@ class Case:
         (folder / "model_index.json").write_text(json.dumps(index))
         opened: nn.Module = model
         return opened
+
+
+if not hasattr(transformer_cosmos, "transforms"):  # Cosmos takes one function of torchvision, which CI has not.
+    resize = SimpleNamespace(resize=lambda mask, size, interpolation: nn.functional.interpolate(mask, size))
+    stand_in = SimpleNamespace(functional=resize, InterpolationMode=SimpleNamespace(NEAREST=None))
+    transformer_cosmos.transforms = stand_in
 
 
 def flow(**config: Any) -> Any:
@@ -331,6 +339,219 @@ def allegro(m: Any, x: Tensor, t: Tensor) -> Tensor:
     return m(x, text, t, encoder_attention_mask=mask, image_rotary_emb=rotary).sample
 
 
+def flux2(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    output = m(
+        hidden_states=x.reshape(b, c, h * w).permute(0, 2, 1),
+        timestep=t / 1000,
+        guidance=torch.ones(b) if m.config.guidance_embeds else None,
+        encoder_hidden_states=zeros(x, 512, 12),
+        txt_ids=torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(512)),
+        img_ids=torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)),
+    ).sample
+    return output.permute(0, 2, 1).reshape(x.shape)
+
+
+def bria(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    output = m(
+        hidden_states=pack(x),
+        timestep=t,
+        encoder_hidden_states=zeros(x, 128, 12),
+        txt_ids=torch.zeros(128, 3),
+        img_ids=image_ids(x.shape[2] // 2, x.shape[3] // 2),
+        return_dict=False,
+    )[0]
+    return unpack(output, x)
+
+
+def bria_fibo(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    output = m(
+        hidden_states=x.permute(0, 2, 3, 1).reshape(b, h * w, c),
+        timestep=t,
+        encoder_hidden_states=zeros(x, 128, 12),
+        text_encoder_layers=[zeros(x, 128, 10) for _ in range(4)],
+        txt_ids=torch.zeros(128, 3),
+        img_ids=image_ids(h, w),
+        return_dict=False,
+    )[0]
+    return output.reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def text_line(length: int) -> Tensor:
+    ids = torch.zeros(length, 3)
+    ids[:, 1] += torch.arange(length)
+    ids[:, 2] += torch.arange(length)
+    return ids
+
+
+def ovis(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    output = m(
+        hidden_states=pack(x),
+        timestep=t / 1000,
+        encoder_hidden_states=zeros(x, 256, 12),
+        txt_ids=text_line(256),
+        img_ids=image_ids(x.shape[2] // 2, x.shape[3] // 2),
+    ).sample
+    return unpack(output, x)
+
+
+def longcat_image(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
+
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    output = m(
+        hidden_states=pack(x),
+        timestep=t / 1000,
+        encoder_hidden_states=zeros(x, 512, 12),
+        txt_ids=prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=512),
+        img_ids=prepare_pos_ids(modality_id=1, type="image", start=(512, 512), height=height, width=width),
+    ).sample
+    return unpack(output, x)
+
+
+def krea2(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    output = m(
+        hidden_states=pack(x),
+        timestep=t / 1000,
+        encoder_hidden_states=zeros(x, 512, 2, 12),
+        encoder_attention_mask=ones(x, 512).bool(),
+        position_ids=torch.cat([torch.zeros(512, 3), image_ids(x.shape[2] // 2, x.shape[3] // 2)]),
+    ).sample
+    return unpack(output, x)
+
+
+def hidream(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return -m(
+        hidden_states=x,
+        timesteps=t,
+        encoder_hidden_states_t5=zeros(x, 128, 12),
+        encoder_hidden_states_llama3=torch.zeros(2, len(x), 128, 14),
+        pooled_embeds=zeros(x, 10),
+    ).sample
+
+
+def hunyuan_image(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(
+        hidden_states=x,
+        timestep=t,
+        timestep_r=t if m.config.use_meanflow else None,
+        encoder_hidden_states=zeros(x, 1000, 12),
+        encoder_attention_mask=ones(x, 1000),
+        encoder_hidden_states_2=zeros(x, 128, 14),
+        encoder_attention_mask_2=zeros(x, 128),
+        guidance=torch.full((len(x),), 1000.0) if m.config.guidance_embeds else None,
+    ).sample
+
+
+def z_image(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    images = list(x.unsqueeze(2).unbind(0))
+    return -torch.stack(m(images, (1000 - t) / 1000, list(zeros(x, 32, 12))).sample).squeeze(2)
+
+
+def prx(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(x, timestep=t / 1000, encoder_hidden_states=zeros(x, 256, 12), attention_mask=ones(x, 256).bool()).sample
+
+
+def omnigen(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
+
+    tokens, collate = x.shape[2] * x.shape[3] // 4, OmniGenCollator(hidden_size=32)
+    no_text = torch.zeros(len(x), 0, dtype=torch.long)
+    # The time is 0 at noise and 1 at data, as in the published scheduler, which has one training step.
+    return m(
+        hidden_states=x,
+        timestep=1 - t / 1000,
+        input_ids=None,
+        input_img_latents=[],
+        input_image_sizes={},
+        attention_mask=collate.create_mask(no_text, [tokens] * len(x))[0],
+        position_ids=collate.create_position(no_text, [tokens] * len(x)),
+    ).sample
+
+
+def lumina_next(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    rotary = get_2d_rotary_pos_embed_lumina(8, 384, 384, linear_factor=1.0, ntk_factor=1.0)
+    output = m(x, 1 - t / 1000, zeros(x, 256, 12), ones(x, 256), rotary, cross_attention_kwargs={}).sample
+    return -output.chunk(2, dim=1)[0]
+
+
+def kandinsky3(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(x, t, encoder_hidden_states=zeros(x, 128, 12), encoder_attention_mask=ones(x, 128)).sample
+
+
+def cogview4(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    size, crop = torch.tensor([[64.0, 64.0]]).repeat(len(x), 1), zeros(x, 2)
+    sizes = {"original_size": size, "target_size": size, "crop_coords": crop}
+    return m(hidden_states=x, encoder_hidden_states=zeros(x, 16, 12), timestep=t, **sizes).sample
+
+
+def hunyuan_video15(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(
+        hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
+        image_embeds=zeros(x, 729, 8),
+        timestep=t,
+        encoder_hidden_states=zeros(x, 1000, 12),
+        encoder_attention_mask=ones(x, 1000),
+        encoder_hidden_states_2=zeros(x, 256, 14),
+        encoder_attention_mask_2=zeros(x, 256),
+    ).sample
+
+
+def sana_video(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(x, encoder_hidden_states=zeros(x, 300, 12), encoder_attention_mask=ones(x, 300), timestep=t).sample
+
+
+def cosmos(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    masks = {"padding_mask": torch.zeros(1, 1, 64, 64)}
+    if m.config.in_channels > 4:
+        masks["condition_mask"] = torch.zeros_like(x[:, :1])
+    fps = 30 if m.config.extra_pos_embed_type == "learnable" else None
+    return m(x, timestep=t / 1000, encoder_hidden_states=zeros(x, 512, 12), fps=fps, **masks).sample
+
+
+def easyanimate(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    return m(x, t, encoder_hidden_states=zeros(x, 256, 12)).sample
+
+
+def kandinsky5(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    latents = x.permute(0, 2, 3, 4, 1)
+    if m.config.visual_cond:
+        latents = torch.cat([latents, torch.zeros_like(latents), torch.zeros_like(latents[..., :1])], dim=-1)
+    output = m(
+        hidden_states=latents,
+        encoder_hidden_states=zeros(x, 512, 12),
+        pooled_projections=zeros(x, 10),
+        timestep=t,
+        visual_rope_pos=[torch.arange(x.shape[2]), torch.arange(x.shape[3] // 2), torch.arange(x.shape[4] // 2)],
+        text_rope_pos=torch.arange(512),
+        scale_factor=(1.0, 1.0, 1.0) if x.shape[2] == 1 else (1, 3.16, 3.16),
+    ).sample
+    return output.permute(0, 4, 1, 2, 3)
+
+
+def ltx2(m: Any, x: Tensor, t: Tensor) -> Tensor:
+    b, c, f, h, w = x.shape
+    output = m(
+        hidden_states=x.permute(0, 2, 3, 4, 1).reshape(b, f * h * w, c),
+        audio_hidden_states=zeros(x, 1, 6),
+        encoder_hidden_states=zeros(x, 1024, 12),
+        audio_encoder_hidden_states=zeros(x, 1024, 12),
+        timestep=t,
+        sigma=t,
+        encoder_attention_mask=ones(x, 1024),
+        audio_encoder_attention_mask=ones(x, 1024),
+        num_frames=f,
+        height=h,
+        width=w,
+        audio_num_frames=1,
+        isolate_modalities=True,
+    ).sample
+    return output.reshape(b, f, h, w, c).permute(0, 4, 1, 2, 3)
+
+
 UNET = {
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
@@ -382,6 +603,41 @@ COGVIDEOX = {
     "sample_height": 8,
     "sample_frames": 9,
     "max_text_seq_length": 6,
+}
+HUNYUAN_IMAGE = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "patch_size": (2, 2),
+    "text_embed_dim": 12,
+    "text_embed_2_dim": 14,
+    "rope_axes_dim": (8, 8),
+}
+COSMOS = {
+    **TINY,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 12,
+    "text_embed_dim": 12,
+    "adaln_lora_dim": 4,
+    "max_size": (4, 16, 16),
+    "patch_size": (1, 2, 2),
+}
+KANDINSKY5 = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 12,
+    "in_text_dim2": 10,
+    "time_dim": 8,
+    "model_dim": 16,
+    "ff_dim": 32,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 3,
+    "axes_dims": (2, 2, 4),
 }
 # As published; the class itself needs one more package, so its configuration is written by hand.
 EDM_AUDIO = {"_class_name": "CosineDPMSolverMultistepScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0}
@@ -449,6 +705,154 @@ CASES = (
         image="second of a pair, then after the text",
     ),
     Case(
+        "Flux2Transformer2DModel",
+        {**FLUXES, "timestep_guidance_channels": 8, "axes_dims_rope": (4, 4, 4, 4)},
+        flux2,
+        (16, 4, 4),
+        (16, 32),
+        4,
+        flow(shift=3.0),
+        tell_shape=True,
+        image="second of a pair, then after the text",
+    ),
+    Case(
+        "BriaTransformer2DModel",
+        FLUXES,
+        bria,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(),
+        tell_shape=True,
+        image="second of a pair, then after the text",
+    ),
+    Case(
+        "BriaFiboTransformer2DModel",
+        {**FLUXES, "text_encoder_dim": 10},
+        bria_fibo,
+        (16, 4, 4),
+        (16, 32),
+        4,
+        flow(),
+        tell_shape=True,
+        image="second of a pair, then after the text",
+    ),
+    Case(
+        "OvisImageTransformer2DModel",
+        {**FLUXES, "out_channels": 16},
+        ovis,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(),
+        tell_shape=True,
+        image="second of a pair",
+    ),
+    Case(
+        "LongCatImageTransformer2DModel",
+        FLUXES,
+        longcat_image,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(),
+        tell_shape=True,
+        image="second of a pair",
+    ),
+    Case(
+        "Krea2Transformer2DModel",
+        {"in_channels": 16, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2}
+        | {"num_key_value_heads": 1, "intermediate_size": 32, "timestep_embed_dim": 8, "text_hidden_dim": 12}
+        | {"num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+        | {"text_intermediate_size": 16, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
+        | {"axes_dims_rope": (4, 4, 8)},
+        krea2,
+        (4, 8, 8),
+        (16, 32),
+        3,
+        flow(),
+        tell_shape=True,
+        image="after the text",
+    ),
+    Case(
+        "HiDreamImageTransformer2DModel",
+        {"patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
+        | {"num_attention_heads": 2, "caption_channels": [12, 14], "text_emb_dim": 10, "num_routed_experts": 2}
+        | {
+            "num_activated_experts": 1,
+            "axes_dims_rope": (4, 4, 8),
+            "max_resolution": (8, 8),
+            "llama_layers": [0, 1, 1, 1],
+        },
+        hidream,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(shift=3.0),
+        tell_shape=True,
+        image="first of a pair, then before the text",
+    ),
+    Case(
+        "HunyuanImageTransformer2DModel",
+        HUNYUAN_IMAGE,
+        hunyuan_image,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(shift=5.0),
+        tell_shape=True,
+        image="first of a pair",
+    ),
+    Case(
+        "HunyuanImageTransformer2DModel",
+        {**HUNYUAN_IMAGE, "use_meanflow": True, "guidance_embeds": True},
+        hunyuan_image,
+        (4, 8, 8),
+        (16, 32),
+        4,
+        flow(shift=5.0),
+        tell_shape=True,
+        image="first of a pair",
+        options={"meanflow": True},
+    ),
+    Case(
+        "ZImageTransformer2DModel",
+        {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+        # A published scale of 1000 would show the rounding of the time.
+        | {"t_scale": 10.0, "cap_feat_dim": 12, "axes_dims": [4, 4, 8], "axes_lens": [128, 16, 16]},
+        z_image,
+        (4, 8, 8),
+        (16, 32),
+        3,
+        flow(shift=3.0),
+        tell_shape=True,
+        image="before padding and text",
+    ),
+    Case(
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "patch_size": 2, "context_in_dim": 12, "hidden_size": 16, "num_heads": 2, "depth": 3}
+        | {"mlp_ratio": 2.0, "axes_dim": [4, 4], "bottleneck_size": None},
+        prx,
+        (4, 8, 8),
+        (16, 16),
+        3,
+        flow(),
+        tell_shape=True,
+    ),
+    Case(
+        "OmniGenTransformer2DModel",
+        {"in_channels": 4, "patch_size": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+        | {"intermediate_size": 32, "num_layers": 3, "vocab_size": 8, "pad_token_id": 0, "time_step_dim": 8}
+        | {"rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}, "pos_embed_max_size": 8},
+        omnigen,
+        (4, 8, 8),
+        (16, 32),
+        3,
+        flow(invert_sigmas=True, num_train_timesteps=1),
+        tell_shape=True,
+        image="after the time token",
+    ),
+    Case(
         "QwenImageTransformer2DModel",
         {**{k: v for k, v in FLUXES.items() if k != "num_single_layers"}, "out_channels": 4},
         qwen,
@@ -492,6 +896,16 @@ CASES = (
         image="after the text",
     ),
     Case(
+        "LuminaNextDiT2DModel",
+        {**SMALL, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8}
+        | {"cross_attention_dim": 12},
+        lumina_next,
+        (4, 8, 8),
+        (16, 16),
+        3,
+        flow(),
+    ),
+    Case(
         "HunyuanDiT2DModel",
         {**TINY, **SMALL, "num_layers": 4, "hidden_size": 16, "cross_attention_dim": 12, "cross_attention_dim_t5": 16}
         | {"pooled_projection_dim": 10, "text_len": 5, "text_len_t5": 6},
@@ -510,6 +924,18 @@ CASES = (
         (16, 16),
         3,
         COG,
+        tell_shape=True,
+        image="first of a pair",
+    ),
+    Case(
+        "CogView4Transformer2DModel",
+        {**TINY, "in_channels": 4, "out_channels": 4, "patch_size": 2, "text_embed_dim": 12, "time_embed_dim": 8}
+        | {"condition_dim": 4, "rope_axes_dim": (8, 8)},
+        cogview4,
+        (4, 8, 8),
+        (16, 16),
+        3,
+        flow(),
         tell_shape=True,
         image="first of a pair",
     ),
@@ -536,6 +962,17 @@ CASES = (
         5,
         DDIM(**SCALED, prediction_type="v_prediction"),
         options={"sdxl": True},
+    ),
+    Case(
+        "Kandinsky3UNet",
+        {"in_channels": 4, "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "layers_per_block": 2}
+        | {"block_out_channels": (16, 16, 16, 16), "cross_attention_dim": 12, "encoder_hid_dim": 12},
+        kandinsky3,
+        (4, 16, 16),
+        (64, 16),
+        8,
+        ddim(),
+        tell_shape=True,
     ),
     Case(
         "UNet1DModel",
@@ -619,6 +1056,18 @@ CASES = (
         tell_shape=True,
     ),
     Case(
+        "SkyReelsV2Transformer3DModel",
+        {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "num_layers": 3}
+        | {"out_channels": 4, "text_dim": 12, "freq_dim": 8, "ffn_dim": 16, "rope_max_seq_len": 32},
+        wan,
+        (4, 3, 8, 8),
+        (48, 24),
+        3,
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+        modality="video",
+        tell_shape=True,
+    ),
+    Case(
         "LatteTransformer3DModel",
         {**TINY, **SMALL, "out_channels": 8, "cross_attention_dim": 16, "caption_channels": 12, "video_length": 3}
         | {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False},
@@ -666,6 +1115,20 @@ CASES = (
         image="first of a pair",
     ),
     Case(
+        "HunyuanVideo15Transformer3DModel",
+        {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+        | {"num_refiner_layers": 1, "text_embed_dim": 12, "text_embed_2_dim": 14, "image_embed_dim": 8}
+        | {"rope_axes_dim": (4, 4, 8), "task_type": "t2v"},
+        hunyuan_video15,
+        (4, 3, 4, 4),
+        (48, 32),
+        2,
+        flow(shift=5.0),
+        modality="video",
+        tell_shape=True,
+        image="first of a pair",
+    ),
+    Case(
         "MochiTransformer3DModel",
         {**TINY, "num_attention_heads": 8, "patch_size": 2, "in_channels": 4, "text_embed_dim": 16}
         | {"pooled_projection_dim": 16, "time_embed_dim": 8, "max_sequence_length": 16},
@@ -688,6 +1151,93 @@ CASES = (
         flow(),
         modality="video",
         tell_shape=True,
+    ),
+    Case(
+        "LTX2VideoTransformer3DModel",
+        {**TINY, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "caption_channels": 12}
+        | {"audio_in_channels": 6, "audio_out_channels": 6, "audio_num_attention_heads": 2}
+        | {"audio_attention_head_dim": 4, "audio_cross_attention_dim": 8},
+        ltx2,
+        (4, 3, 4, 4),
+        (48, 16),
+        3,
+        flow(),
+        modality="video",
+        tell_shape=True,
+        image="first of a pair",
+    ),
+    Case(
+        "SanaVideoTransformer3DModel",
+        {**TINY, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2)}
+        | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24}
+        | {"caption_channels": 12, "rope_max_seq_len": 32},
+        sana_video,
+        (4, 3, 8, 8),
+        (48, 24),
+        3,
+        flow(shift=8.0),
+        modality="video",
+        tell_shape=True,
+    ),
+    Case(
+        "CosmosTransformer3DModel",
+        COSMOS,
+        cosmos,
+        (4, 3, 8, 8),
+        (48, 24),
+        3,
+        flow(),
+        modality="video",
+        tell_shape=True,
+    ),
+    Case(
+        "CosmosTransformer3DModel",
+        {**COSMOS, "in_channels": 5, "extra_pos_embed_type": None, "use_crossattn_projection": True}
+        | {"crossattn_proj_in_channels": 12, "encoder_hidden_states_channels": 12},
+        cosmos,
+        (4, 3, 8, 8),
+        (48, 24),
+        3,
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        modality="video",
+        tell_shape=True,
+        options={"world": True},
+    ),
+    Case(
+        "EasyAnimateTransformer3DModel",
+        {**TINY, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 2, "mmdit_layers": 2}
+        | {"sample_width": 8, "sample_height": 8, "time_embed_dim": 8, "text_embed_dim": 12},
+        easyanimate,
+        (4, 3, 8, 8),
+        (48, 32),
+        3,
+        flow(),
+        modality="video",
+        tell_shape=True,
+        image="first of a pair",
+    ),
+    Case(
+        "Kandinsky5Transformer3DModel",
+        KANDINSKY5,
+        kandinsky5,
+        (4, 3, 8, 8),
+        (48, 16),
+        3,
+        flow(shift=5.0),
+        modality="video",
+        tell_shape=True,
+    ),
+    Case(
+        "Kandinsky5Transformer3DModel",
+        {**KANDINSKY5, "visual_cond": True},
+        kandinsky5,
+        (4, 1, 8, 8),
+        (16, 16),
+        3,
+        flow(shift=5.0),
+        modality="video",
+        tell_shape=True,
+        options={"visual_cond": True},
     ),
     Case(
         "AllegroTransformer3DModel",

@@ -6,9 +6,19 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClass, Shape, Text, from_patches, to_patches
+from layerprobe.backbones.diffusers.diffusers_class import (
+    SAMPLES,
+    TIMES,
+    Config,
+    DiffusersClass,
+    Shape,
+    Text,
+    from_patches,
+    to_patches,
+)
 from layerprobe.backbones.diffusers.schedulers import Preconditioner
 
 
@@ -35,23 +45,31 @@ class DiffusersForward:
         return self.preconditioner.denoised(x_t, self.network(module, scaled, time, condition), sigma)
 
     def network(self, module: nn.Module, x_t: Tensor, native_time: Tensor, condition: Tensor | None) -> Tensor:
-        """Calls the network without preconditioning."""
+        """Calls the network without preconditioning, in the type of its weights."""
+        values, x_t = x_t, x_t.to(getattr(module, "dtype", x_t.dtype))
         family, patch = self.family, self.family.patch(self.config)
         # Constant arguments move to the device once.
         self.arguments = _moved(self.arguments, x_t)
-        sample = to_patches(x_t, patch) if family.packed else x_t
-        sample = sample.transpose(1, 2) if family.frames_before_channels else sample
+        sample = x_t
+        if blank := family.blank(self.config):
+            sample = torch.cat([x_t, x_t.new_zeros(len(x_t), blank, *x_t.shape[2:])], 1)
         names = inspect.signature(module.forward).parameters
+        # Times stay in float32, in which the networks embed them; bfloat16 would round them.
+        time = native_time.to(values.dtype) if family.float_time else native_time
         arguments = {
-            "sample" if "sample" in names else "hidden_states": sample,
-            "timestep": native_time.to(x_t.dtype) if family.float_time else native_time,
+            next(name for name in SAMPLES if name in names): (
+                to_patches(sample, patch) if family.packed else family.layout.enter(sample)
+            ),
+            **dict.fromkeys((next(name for name in TIMES if name in names), *family.more_times(self.config)), time),
             **_for_batch(self.arguments, x_t),
         }
         if self.num_classes:
             arguments["class_labels"] = condition
-        output: Tensor = module(**arguments, return_dict=False)[0]
-        output = output.transpose(1, 2) if family.frames_before_channels else output
-        output = from_patches(output, patch, tuple(x_t.shape[2:])) if family.packed else output
+        output = module(**arguments, return_dict=False)
+        # Kandinsky 5 returns no tuple.
+        output = output if isinstance(output, Tensor) else output[0]
+        output = from_patches(output, patch, tuple(x_t.shape[2:])) if family.packed else family.layout.leave(output)
+        output = -output if family.negated else output
         # Networks that also learn a variance return it in a second half of the channels.
         output = output[:, : x_t.shape[1]]
         if output.shape != x_t.shape:
@@ -59,7 +77,7 @@ class DiffusersForward:
                 f"{type(module).__name__} returns shape {tuple(output.shape[1:])} for {tuple(x_t.shape[1:])}; "
                 "pass --shape with the proportions that it was trained on"
             )
-        return output
+        return output.to(values.dtype)
 
 
 def _moved(value: Any, x: Tensor) -> Any:

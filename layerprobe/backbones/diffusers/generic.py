@@ -55,7 +55,9 @@ def guess_family(module: nn.Module, config: Config) -> DiffusersClass:
     denoises = {"sample", "hidden_states"} & set(parameters) and "timestep" in parameters and "1D" not in name
     if unknown or not denoises or "in_channels" not in config:
         problem = f"needs the unknown argument {unknown[0]}" if unknown else "is not a denoiser of one sample"
-        raise ValueError(f"{name} {problem}; wrap the module yourself")
+        raise ValueError(
+            f"{name} {problem}; wrap the module yourself, or fill in the entry of `layerprobe doctor --entry {name}`"
+        )
     names = [key for key in arguments if key in parameters]
     edges = config.get("patch_size") or 1
     axes = 3 if "3D" in name else 2
@@ -111,9 +113,14 @@ def measure_layers(
     if not parts:
         raise ValueError(f"{name} has no list of blocks; wrap the module yourself")
 
+    counts = {1, *(runs[0][block][part] for block, part in parts.items())}
+
     def tokens(output: Any, layer: str) -> Tensor:
         part = parts.get(layer, 0)
-        return as_tokens(output[part] if isinstance(output, (tuple, list)) else output, layer)
+        found = as_tokens(output[part] if isinstance(output, (tuple, list)) else output, layer)
+        if layer not in parts and found.shape[1] not in counts:
+            raise ValueError(f"{layer} returns {found.shape[1]} tokens, not those of the sample; name another layer")
+        return found
 
     return tuple(parts), tokens
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,15 @@ def read_null_text(folder: ModelFolder, family: DiffusersClass, module: nn.Modul
         if is_device_failure(error):
             raise
         return text, f", zeros as text ({one_line(error)})"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yields what a pipeline encodes the one prompt to; some return a list with a text (L, D) for each prompt."""
+    for part in output if isinstance(output, tuple) else (output,):
+        if isinstance(part, list) and len(part) == 1 and isinstance(part[0], Tensor):
+            yield part[0][None]
+        elif isinstance(part, Tensor):
+            yield part
 
 
 def _encode_empty(folder: ModelFolder, module: nn.Module, zeros: Text) -> Text:
@@ -73,8 +84,12 @@ def _encode_empty(folder: ModelFolder, module: nn.Module, zeros: Text) -> Text:
         }
         with torch.inference_mode():
             output = pipeline.encode_prompt("", **{name: v for name, v in options.items() if name in parameters})
-    tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
-    tokens = next(t for t in tensors if t.ndim == 3 and t.shape[2] == zeros.tokens.shape[2]).float().clone()
+    tensors = [*_tensors(output)]
+    width = zeros.tokens.shape[2]
+    tokens = next((t for t in tensors if t.ndim == 3 and t.shape[2] == width), None)
+    if tokens is None:
+        raise ValueError(f"its pipeline gives no text of width {width}")
+    tokens = tokens.float().clone()
     length, pooled_width = tokens.shape[1], zeros.pooled.shape[1]
     masks = [t != 0 for t in tensors if t.shape == (1, length) and length != pooled_width]
     pooled = [t.float().clone() for t in tensors if pooled_width and t.shape == (1, pooled_width)]

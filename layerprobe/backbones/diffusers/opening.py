@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone
@@ -25,17 +26,27 @@ from layerprobe.backbones.diffusers.folders import (
     locate_model,
     read_json,
     snapshot_of,
+    weight_files,
 )
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.backbones.diffusers.generic import guess_family, measure_layers
 from layerprobe.backbones.diffusers.lora import merge_lora
 from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.diffusers.schedulers import read_convention
-from layerprobe.backbones.diffusers.weights import convert_denoiser, load_denoiser, weights_origin
+from layerprobe.backbones.diffusers.weights import (
+    convert_denoiser,
+    load_denoiser,
+    stored_types,
+    weight_type,
+    weights_origin,
+)
 from layerprobe.capture import match_layers
 from layerprobe.files import REMOTE, import_optional, is_hub_name, one_line
 from layerprobe.noise import NoiseSchedule, Prediction
+from layerprobe.precision import WeightType
 
+_SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_EDITING = ("Edit", "Kontext")  # pipelines whose networks also take the tokens of an image to edit
 MAX_VALUES = 2**31  # a larger sample means a damaged configuration, or one that would exhaust the memory
 
 
@@ -62,8 +73,11 @@ def open_diffusers(
     prediction: Prediction | None = None,
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
+    dtype: WeightType | None = None,
 ) -> Backbone:
-    """Opens a model of diffusers as a backbone in evaluation mode, in float32, on the CPU.
+    """Opens a model of diffusers as a backbone in evaluation mode, on the CPU.
+
+    Weights that are all stored in bfloat16 stay so, and the network computes in it; others are read in float32.
 
     The null condition is the empty prompt, encoded by the pipeline's own text encoder if there is one, otherwise zeros;
     the backbone's name says which.
@@ -82,6 +96,8 @@ def open_diffusers(
         shape: Shape (C, *grid) of one input in latent units, if the configuration lacks it or another one is wanted.
         num_classes: Number of classes of a class-conditional U-Net, whose configuration does not say whether the last
             class is the null label.
+        dtype: "float32" reads the weights in it; otherwise those that are all stored in bfloat16 stay so. With an
+            adapter it is float32 by default, in which small changes of weights are not rounded away.
 
     Raises:
         ModuleNotFoundError: If diffusers is not installed.
@@ -91,7 +107,7 @@ def open_diffusers(
     """
     import_optional("diffusers", "diffusers")
     folder = locate_model(path, subfolder)
-    module, origin, assumptions = _weighted(folder, tensors)
+    module, origin, assumptions = _weighted(folder, tensors, "float32" if dtype is None and lora is not None else dtype)
     if lora is not None:
         merged = merge_lora(module, Path(lora), component=folder.component, alpha=lora_alpha)
         origin |= {"lora": merged.record}
@@ -102,13 +118,16 @@ def open_diffusers(
     family = CLASSES.get(name)
     if family is None:
         family = guess_family(module, config)
+    assumptions += _assumed(family, config, folder)
     sample_shape = _sample_shape(name, family, config, shape)
     convention = read_convention(folder, name, family, schedule, prediction)
     classes = _num_classes(name, config, num_classes)
     text, text_note = read_null_text(folder, family, module)
     forward = DiffusersForward(family, config, sample_shape, text, classes, convention.preconditioner)
-    num_tokens = math.prod(e // p for e, p in zip(sample_shape[1:], family.patch(config), strict=True))
-    tokens: Callable[[Any, str], Tensor] = partial(family.tokens, shape=sample_shape, num_tokens=num_tokens)
+    grid = tuple(e // p for e, p in zip(sample_shape[1:], family.patch(config), strict=True))
+    tokens: Callable[[Any, str], Tensor] = partial(
+        family.tokens, shape=sample_shape, grid=grid, num_text=text.tokens.shape[1]
+    )
     if name not in CLASSES:
         blocks, tokens = measure_layers(module, forward, sample_shape, convention.schedule)
     else:
@@ -125,22 +144,36 @@ def open_diffusers(
         tokens=tokens,
         assumptions=assumptions,
         origin=origin,
+        precision="bfloat16" if module.dtype == torch.bfloat16 else None,
     )
 
 
 def _weighted(
-    folder: ModelFolder, tensors: Mapping[str, Tensor] | None
+    folder: ModelFolder, tensors: Mapping[str, Tensor] | None, told: WeightType | None
 ) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
     """Returns the denoiser with its weights, where they come from, and what was assumed about them."""
     if tensors is not None:
-        module, left_out = convert_denoiser(folder, tensors)
+        kinds = {_SAFETENSORS.get(tensor.dtype, "") for tensor in tensors.values()}
+        module, left_out = convert_denoiser(folder, tensors, weight_type(kinds, told))
         origin = {"configuration": str(folder.model)} | ({"left_out": left_out} if left_out else {})
         return module, origin, ()
     parts = [name for name in folder.others if name in folder.index]
     assumption = (
         f"{folder.model.name} works at every noise level, although there is also {', '.join(parts)} (--subfolder)"
     )
-    return load_denoiser(folder), weights_origin(folder), (assumption,) if parts else ()
+    weight_files(folder.model)  # tells what is missing
+    dtype = weight_type(stored_types(folder), told)
+    return load_denoiser(folder, dtype), weights_origin(folder, dtype), (assumption,) if parts else ()
+
+
+def _assumed(family: DiffusersClass, config: Config, folder: ModelFolder) -> tuple[str, ...]:
+    """Returns what the call of a class assumes about its condition."""
+    found = [family.assumes(config)]
+    if blank := family.blank(config):
+        found.append(f"no conditioning image: its {blank} channels are 0, as its pipeline sets them without one")
+    if any(word in str(folder.index.get("_class_name")) for word in _EDITING):
+        found.append("no image to edit is given, only the noisy one, as for a model that makes images from text")
+    return tuple(text for text in found if text)
 
 
 def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequence[int] | None) -> Shape:
@@ -150,14 +183,8 @@ def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequ
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{name} has a damaged configuration ({one_line(error)}); copy it again") from error
     grid = ("L",) if len(patch) == 1 else ("F", "H", "W")[-len(patch) :]
-    outputs = config.get("out_channels") or config.in_channels
-    if family.packed:  # Some classes count the channels of a patch only in `in_channels`.
-        outputs *= math.prod(_tuple(config.get("patch_size") or 1))
-    if config.in_channels > outputs:
-        raise ValueError(
-            f"{name} takes {config.in_channels - outputs} channels of a conditioning image besides the {outputs} noisy "
-            "ones, which is not supported; wrap the module yourself"
-        )
+    if family.noisy is None:
+        _refuse_conditioning(name, family, config)
     if shape is None:
         raise ValueError(
             f"the configuration of {name} has no size; pass --shape {channels},{','.join(grid)} in latent units"
@@ -172,6 +199,18 @@ def _sample_shape(name: str, family: DiffusersClass, config: Config, shape: Sequ
         if edge < 1 or edge % p:
             raise ValueError(f"{name} takes multiples of {p} along {axis}, not {edge}; pass another --shape")
     return shape
+
+
+def _refuse_conditioning(name: str, family: DiffusersClass, config: Config) -> None:
+    """Refuses networks whose input also holds an image that the call would have to give."""
+    outputs = config.get("out_channels") or config.in_channels
+    if family.packed:  # Some classes count the channels of a patch only in `in_channels`.
+        outputs *= math.prod(_tuple(config.get("patch_size") or 1))
+    if config.in_channels > outputs:
+        raise ValueError(
+            f"{name} takes {config.in_channels - outputs} channels of a conditioning image besides the {outputs} noisy "
+            "ones, which is not supported; wrap the module yourself"
+        )
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def _read_scheduler(path: Path, family: DiffusersClass) -> SchedulerConvention:
                 "the native time of this class is unknown; pass --schedule flow-1000, flow or sit, whichever its "
                 "pipeline uses, and --prediction velocity"
             )
-        if scheduler.config.num_train_timesteps != 1000:
+        if scheduler.config.num_train_timesteps not in (1000, max(family.times)):
             raise ValueError(
                 f"{path} has {scheduler.config.num_train_timesteps} timesteps instead of 1000; pass --schedule"
             )

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, read_files, weight_files
 from layerprobe.files import import_optional, one_line
+from layerprobe.precision import WeightType
 
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of the denoiser in single files
+_EIGHT_BITS = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8", "U8": "int8 or packed 4 bits"}
+_UNQUANTIZED = "open the original weights, or dequantize them in diffusers and save that"
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "BOOL"}  # as safetensors calls them
 
 
@@ -50,8 +53,28 @@ def _check_sizes(folder: ModelFolder) -> None:
                 )
 
 
-def load_denoiser(folder: ModelFolder) -> nn.Module:
-    """Opens a denoiser in evaluation mode, in float32, on the CPU.
+def weight_type(types: Iterable[str], told: WeightType | None) -> torch.dtype:
+    """Returns the type to read weights in: bfloat16 if all are stored in it, unless float32 is asked for; else float32.
+
+    Args:
+        types: Types of the stored weights, as safetensors calls them.
+        told: The caller's choice.
+    """
+    return torch.bfloat16 if told != "float32" and {*types} & FLOATS == {"BF16"} else torch.float32
+
+
+def stored_types(folder: ModelFolder) -> set[str]:
+    """Returns the types of the weights that `load_denoiser` reads, as safetensors calls them; none of other files."""
+    files, _ = read_files(folder.model)
+    types: set[str] = set()
+    for file in files if files[0].suffix == ".safetensors" else ():
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as weights:
+            types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as below)
+    return types
+
+
+def load_denoiser(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Opens a denoiser in evaluation mode, with weights of this type, on the CPU.
 
     Raises:
         FileNotFoundError: If a weight file is missing.
@@ -64,7 +87,7 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
     try:
         with quiet_libraries():
             module, info = model_class.from_pretrained(
-                folder.model, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32, **options
+                folder.model, local_files_only=True, output_loading_info=True, torch_dtype=dtype, **options
             )
     except Exception as error:  # A damaged file can fail in any way.
         raise ValueError(
@@ -84,13 +107,16 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
     return opened
 
 
-def convert_denoiser(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, int]]:
+def convert_denoiser(
+    folder: ModelFolder, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, int]]:
     """Builds the denoiser that a folder configures, with the weights of a single file.
 
     Args:
         folder: Folder with the configuration; its weights are not read.
         tensors: Tensors of the file, by the names of the original code or of diffusers; other networks may be among
             them.
+        dtype: Type of the weights.
 
     Returns:
         The denoiser, and the numbers of tensors left out by the first part of their names.
@@ -104,7 +130,7 @@ def convert_denoiser(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> tupl
     title = model_class.__name__
     with quiet_libraries():
         try:
-            module = model_class.from_config(dict(folder.config)).float()
+            module = model_class.from_config(dict(folder.config)).to(dtype)
         except Exception as error:  # A damaged configuration can fail in any way.
             raise SingleFileRefused(
                 f"needs a whole configuration, but {folder.model} cannot be built as {title} ({one_line(error)}); "
@@ -163,16 +189,15 @@ def _converted(folder: ModelFolder, title: str, tensors: Mapping[str, Tensor]) -
         ) from error
 
 
-def weights_origin(folder: ModelFolder) -> dict[str, Any]:
+def weights_origin(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Returns which weights `load_denoiser` reads, as JSON: files, stored types, and what else is there."""
     files, variants = read_files(folder.model)
-    types: set[str] = set()
-    for file in files if files[0].suffix == ".safetensors" else ():
-        with safe_open(file, framework="pt") as weights:
-            types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as above)
     record: dict[str, Any] = {"files": [str(file) for file in files]}
-    if types:
-        record["stored_types"] = sorted(f"{kind}, read as F32" if kind in FLOATS - {"F32"} else kind for kind in types)
+    read = "F32" if dtype == torch.float32 else "BF16"
+    if types := stored_types(folder):
+        record["stored_types"] = sorted(
+            f"{kind}, read as {read}" if kind in FLOATS - {read} else kind for kind in types
+        )
     return record | {"other_weights": [*folder.others, *variants]}
 
 
@@ -181,8 +206,23 @@ def _refuse_quantized(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dictionary)
-                if weights.get_slice(name).get_dtype() not in FLOATS | INTEGERS:
-                    raise ValueError(f"{file} is quantized ({name}), so its features are not the model's; open another")
+                kind = weights.get_slice(name).get_dtype()
+                if kind not in FLOATS | INTEGERS:
+                    raise ValueError(
+                        f"{file} is quantized to {_EIGHT_BITS.get(kind, kind)} ({name}), so its features are not the "
+                        f"model's; {_UNQUANTIZED}"
+                    )
+
+
+def _scheme(quantization: Any) -> str:
+    """Returns how a configuration says that the weights were quantized, such as " by bitsandbytes to 4 bits"."""
+    if not isinstance(quantization, Mapping):
+        return ""
+    method, kind = quantization.get("quant_method"), quantization.get("quant_type")
+    bits = next((f" to {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
+    named = kind if isinstance(kind, str) else next(iter(kind.values()), "") if isinstance(kind, Mapping) else ""
+    named = named.get("_type", "") if isinstance(named, Mapping) else named
+    return (f" by {method}" if isinstance(method, str) else "") + (bits or (f" ({named})" if named else ""))
 
 
 def _model_class(folder: ModelFolder) -> Any:
@@ -195,8 +235,10 @@ def _model_class(folder: ModelFolder) -> Any:
         raise ValueError(
             f"{folder.model} needs code of its own ({source}), which is never run; wrap the module yourself"
         )
-    if config.get("quantization_config"):
-        raise ValueError(f"{folder.model} is quantized, so its features are not the model's; open the unquantized one")
+    if quantization := config.get("quantization_config"):
+        raise ValueError(
+            f"{folder.model} is quantized{_scheme(quantization)}, so its features are not the model's; {_UNQUANTIZED}"
+        )
     model_class = exported_class(name, "ModelMixin")
     if model_class is None:
         version = import_optional("diffusers", "diffusers").__version__

@@ -58,6 +58,16 @@ def test_one_layer_at_one_level_is_an_array() -> None:
         model.features(SAMPLES.x, "blocks.1", 0.2, batch_size=0)
 
 
+def test_parts_of_blocks_are_read_by_name() -> None:
+    model, attention = lp.open(BACKBONE), BACKBONE.module.get_submodule("blocks.1.attn")
+    inputs = model.features(SAMPLES.x, "blocks.1.attn:input", 0.2, per_token=True)
+    keys = model.features(SAMPLES.x, "blocks.1.attn.k", 0.2, per_token=True)
+    weight, bias = (parameter.detach()[16:32] for parameter in (attention.qkv.weight, attention.qkv.bias))
+    torch.testing.assert_close(keys, torch.nn.functional.linear(inputs, weight, bias))
+    both = model.features(SAMPLES.x, ["blocks.*.attn.q", "blocks.2.mlp"], 0.2)
+    assert [layer for layer, _ in both] == [*(f"blocks.{i}.attn.q" for i in range(3)), "blocks.2.mlp"]
+
+
 def test_noise_belongs_to_the_id_and_the_label_to_the_condition() -> None:
     model = lp.open(BACKBONE)
     whole = model.features(SAMPLES.x, "blocks.2", 0.6)

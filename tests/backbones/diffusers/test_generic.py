@@ -70,7 +70,8 @@ def test_a_class_that_cannot_be_guessed_is_refused(
         open_diffusers(tmp_path, shape=case.shape, schedule="flow-1000", prediction="velocity")
 
 
-def test_a_class_that_has_no_entry_opens(tmp_path: Path) -> None:
+def test_a_class_that_has_no_entry_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(adapter.CLASSES, "PRXTransformer2DModel")
     torch.manual_seed(0)
     size = {"in_channels": 4, "patch_size": 2, "context_in_dim": 12, "hidden_size": 16, "num_heads": 2, "depth": 3}
     model = diffusers.PRXTransformer2DModel(**size, mlp_ratio=2.0, axes_dim=[4, 4], bottleneck_size=None).eval()
@@ -82,6 +83,17 @@ def test_a_class_that_has_no_entry_opens(tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = model(x, timestep=t, encoder_hidden_states=torch.zeros(2, 77, 12)).sample
         torch.testing.assert_close(backbone.predict(x, t), wanted)
+
+
+def test_a_layer_of_the_text_is_not_taken_for_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BY_NAME["SD3Transformer2DModel"].save(tmp_path)
+    monkeypatch.setattr(adapter, "CLASSES", {})
+    told: Any = {"schedule": "flow-1000", "prediction": "velocity"}
+    names = ["transformer_blocks.0.attn.q", "transformer_blocks.0.attn.add_q_proj"]
+    guessed = open_diffusers(tmp_path, shape=(4, 8, 8), layers=names, **told)
+    assert layer_shapes(guessed, names[:1]) == {names[0]: (16, 16)}
+    with pytest.raises(ValueError, match=r"^transformer_blocks.0.attn.add_q_proj returns 77 tokens, not those of the"):
+        layer_shapes(guessed)
 
 
 def test_time_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,20 @@ def test_the_null_condition_is_the_empty_prompt_of_the_pipeline(
         torch.testing.assert_close(backbone.predict(x, backbone.schedule.noise_level(t)), wanted)
 
 
+def test_a_text_in_a_list_is_read_and_one_of_another_width_is_not(
+    stable_diffusion: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, pipeline = stable_diffusion
+    text = pipeline.encode_prompt("", torch.device("cpu"), 1, False)[0]
+    one_backbone = open_diffusers(folder)
+    monkeypatch.setattr(type(pipeline), "encode_prompt", lambda *_, **__: ([text[0]], []))  # as Z-Image's pipeline
+    x, level = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.6])
+    with torch.inference_mode():
+        assert torch.equal(open_diffusers(folder).predict(x, level), one_backbone.predict(x, level))
+    monkeypatch.setattr(type(pipeline), "encode_prompt", lambda *_, **__: text[..., :3])
+    assert open_diffusers(folder).name.endswith("zeros as text (its pipeline gives no text of width 12)")
+
+
 def test_an_encoder_that_does_not_load_gives_zeros_and_the_name_says_why(stable_diffusion: tuple[Path, Any]) -> None:
     folder, _ = stable_diffusion
     (folder / "text_encoder/model.safetensors").write_bytes(b"")

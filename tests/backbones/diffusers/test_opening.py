@@ -12,12 +12,13 @@ from places import DOCS
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'layerprobe[diffusers]')")
 
-from diffusers_checks import BY_NAME, check, opened, table
+from diffusers_checks import BY_NAME, check, opened, record, table
 from diffusers_models import CASES, Case
 
 from layerprobe.backbones.base import layer_shapes
 from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.opening import open_diffusers
+from layerprobe.backbones.diffusers.verified import verified_families
 from layerprobe.extraction.controls import random_weights
 
 pytestmark = [
@@ -33,9 +34,11 @@ def test_opens_by_path_and_equals_its_own_class(case: Case, tmp_path: Path) -> N
     check(case, tmp_path)
 
 
-def test_the_documented_table_is_what_passes(tmp_path: Path) -> None:
-    assert set(CLASSES) - {"SkyReelsV2Transformer3DModel"} == {case.name for case in CASES}
-    assert table(tmp_path) in PAGE.read_text(encoding="utf-8"), "run `python docs/make_diffusers_table.py`"
+def test_the_documented_table_and_the_packages_record_are_what_passes(tmp_path: Path) -> None:
+    assert set(CLASSES) == {case.name for case in CASES}
+    found = record(tmp_path)
+    assert table(found) in PAGE.read_text(encoding="utf-8"), "run `python docs/make_diffusers_table.py`"
+    assert verified_families()["classes"] == found, "run `python docs/make_diffusers_table.py`"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed (pip install
 from diffusers_checks import BY_NAME, opened
 
 from layerprobe.backbones.diffusers.opening import open_diffusers
+from layerprobe.backbones.diffusers.weights import weight_type
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
@@ -87,5 +88,52 @@ def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
-    with pytest.raises(ValueError, match=r"is quantized \(\S+\), so its features are not the model's; open another$"):
+    with pytest.raises(ValueError, match=r"is quantized to fp8 \(\S+\), so its features are not the model's"):
+        open_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "UNet2DConditionModel"])
+def test_weights_in_bfloat16_stay_so_and_compute_as_their_class_does(name: str, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    component = "unet" if "UNet" in name else "transformer"
+    case.save(tmp_path)
+    model = case.build().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / component)
+    backbone = open_diffusers(tmp_path, shape=case.shape)
+    assert {parameter.dtype for parameter in backbone.module.parameters()} == {torch.bfloat16}
+    assert backbone.origin["stored_types"] == ["BF16"]
+    x = torch.randn(2, *case.shape, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([500, 500])
+    with torch.inference_mode():
+        level = backbone.schedule.noise_level(t) if backbone.schedule.integer_time else t / 1000
+        predicted = backbone.predict(x, level)
+        direct = case.direct(model, x.bfloat16(), t.bfloat16() if not backbone.schedule.integer_time else t)
+    assert predicted.dtype == torch.float32
+    assert torch.equal(predicted, direct.float())
+    exact = open_diffusers(tmp_path, shape=case.shape, dtype="float32")
+    assert exact.origin["stored_types"] == ["BF16, read as F32"]
+    for weight, stored in zip(exact.module.parameters(), model.parameters(), strict=True):
+        assert weight.dtype == torch.float32 and torch.equal(weight, stored.float())
+
+
+def test_the_type_of_weights_is_kept_only_if_all_have_it() -> None:
+    assert weight_type({"BF16", "I64"}, None) == torch.bfloat16
+    assert weight_type({"BF16", "F32"}, None) == weight_type({"F16"}, None) == weight_type(set(), None) == torch.float32
+    assert weight_type({"BF16"}, "float32") == weight_type({"F32"}, "stored") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized by bitsandbytes to 4 bits, so"),
+        ({"quant_method": "gguf", "compute_dtype": "bfloat16"}, "quantized by gguf, so"),
+        ({"quant_method": "torchao", "quant_type": "int8wo"}, r"quantized by torchao \(int8wo\), so"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}}, r"\(Float8Wei"),
+    ],
+)
+def test_quantized_models_are_named_by_their_scheme(quantization: Any, said: str, tmp_path: Path) -> None:
+    BY_NAME["DiTTransformer2DModel"].save(tmp_path)
+    path = tmp_path / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    with pytest.raises(ValueError, match=said + ".*; open the original weights, or dequantize"):
         open_diffusers(tmp_path)
