@@ -100,6 +100,8 @@ class _Command(HelpfulCommand):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command, in the first process alone if it does not share its work."""
         ranks, _ = ranks_of(os.environ)
+        if ranks.world_size > 1:  # torch, which is not imported yet, logs a lost connection as a stack of C++ frames.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if ranks.world_size > 1 and not shares_work(self.callback):
             if not ranks.is_first:
                 return None
