@@ -244,9 +244,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     with _open_locked(path, folder, wait=wait) as file:
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
+            text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({_command()})"
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since} ({_command()})")
-            file.flush()
+            os.write(file.fileno(), text.encode())  # A buffer would be written again when the file is closed.
         except OSError as error:
             if is_disk_full(error):
                 raise _disk_full(folder / LOCK) from error

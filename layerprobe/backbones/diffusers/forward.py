@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ class DiffusersForward:
         }
         if self.num_classes:
             arguments["class_labels"] = condition
-        output = module(**arguments, return_dict=False)
+        # Weights of 16 bits compute as their class does, without autocast.
+        native = x_t.dtype != torch.float32
+        with torch.autocast(x_t.device.type, enabled=False) if native else nullcontext():
+            output = module(**arguments, return_dict=False)
         # Kandinsky 5 returns no tuple.
         output = output if isinstance(output, Tensor) else output[0]
         output = from_patches(output, patch, tuple(x_t.shape[2:])) if family.packed else family.layout.leave(output)
