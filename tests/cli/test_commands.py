@@ -102,7 +102,15 @@ def test_run_folder_is_whole(trained: Path) -> None:
     expected = ["environment.json", "evidence.csv", "features", "figures", "plan.json"]
     expected += ["probe-scores.safetensors", "quality.csv", "report.html"]
     expected += ["selection.json"]
-    expected = ["ablation.csv", "checksums.json", "convention.json", "data.json", *expected, "similarity.csv"]
+    expected = [
+        "ablation.csv",
+        "checksums.json",
+        "convention.json",
+        "data.json",
+        *expected,
+        "similarity.csv",
+        "times.json",
+    ]
     assert sorted(p.name for p in run_folder.iterdir()) == expected
     figures = {p.stem for p in (run_folder / "figures").glob("*.png")}
     assert figures == {p.stem for p in (run_folder / "figures").glob("*.svg")}
@@ -470,7 +478,7 @@ def test_every_option_of_a_training_can_come_from_a_file(tmp_path: Path, cli, mo
     tested = {line.split(" = ")[0].replace("-", "_") for line in TRAINING.strip().splitlines()}
     elsewhere = {"data", "out", "steps", "from", "preset", "selection", "sync"}
     elsewhere |= {"probe_every", "probe_share", "drift_from", "stop_sync"}  # of the layer curves
-    elsewhere |= {"sync_begin", "sync_every", "device", "dry_run", "json", "config"}
+    elsewhere |= {"sync_begin", "sync_every", "device", "deterministic", "dry_run", "json", "config"}
     reading = {option.flag.lstrip("-").replace("-", "_") for option in option_fields(DataSource)}
     assert known == tested | elsewhere | reading - set(COUNTS_OF_A_PROBE)
 
