@@ -45,8 +45,8 @@ class KnownLayer:
             return frame_tokens(output, self.name)
         family, arguments = CLASSES[self.class_name], self._arguments(args, kwargs)
         sample = arguments[next(name for name in SAMPLES if name in arguments)]
-        if family.packed:
-            shape, grid = tuple(sample.shape[1:]), (sample.shape[1],)
+        if family.packed:  # cut into tokens already
+            shape, grid = tuple(sample.shape[1:]), tuple(sample.shape[1:2])
         else:
             shape = family.layout.shape(sample)
             grid = tuple(e // p for e, p in zip(shape[1:], family.patch(self.network.config), strict=True))

@@ -19,7 +19,7 @@ DOUBLE = [
     Case(case.name, {**case.config, key: 0}, case.direct, case.shape, case.tokens, 2, options={"double": True})
     for case in SHARED
     for key in ("num_single_layers", "num_single_dit_layers")
-    if case.config.get(key)
+    if case.config.get(key) and "llama_layers" not in case.config  # which names a text for each block
 ]
 BY_NAME = {case.id: case for case in CASES}
 

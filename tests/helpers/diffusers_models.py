@@ -370,7 +370,7 @@ def bria_fibo(m: Any, x: Tensor, t: Tensor) -> Tensor:
         hidden_states=x.permute(0, 2, 3, 1).reshape(b, h * w, c),
         timestep=t,
         encoder_hidden_states=zeros(x, 128, 12),
-        text_encoder_layers=[zeros(x, 128, 10) for _ in range(4)],
+        text_encoder_layers=[zeros(x, 128, 10)] * (m.config.num_layers + m.config.num_single_layers),
         txt_ids=torch.zeros(128, 3),
         img_ids=image_ids(h, w),
         return_dict=False,

@@ -131,7 +131,7 @@ def _flux2(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
 
 def _krea2(c: Config, shape: Shape, text: Text) -> Mapping[str, Any]:
     places = torch.cat([torch.zeros(text.tokens.shape[1], 3), _grid(1, *[edge // 2 for edge in shape[1:]])])
-    layers = text.tokens.unflatten(2, (c.num_text_layers, c.text_hidden_dim))
+    layers = text.tokens.view(*text.tokens.shape[:2], c.num_text_layers, c.text_hidden_dim)
     return {
         "encoder_hidden_states": layers,
         "encoder_attention_mask": text.mask,

@@ -113,12 +113,12 @@ def measure_layers(
     if not parts:
         raise ValueError(f"{name} has no list of blocks; wrap the module yourself")
 
-    counts = {1, *(runs[0][block][part] for block, part in parts.items())}
+    own_counts = {1, *(runs[0][block][part] for block, part in parts.items())}
 
     def tokens(output: Any, layer: str) -> Tensor:
         part = parts.get(layer, 0)
         found = as_tokens(output[part] if isinstance(output, (tuple, list)) else output, layer)
-        if layer not in parts and found.shape[1] not in counts:
+        if layer not in parts and found.shape[1] not in own_counts:
             raise ValueError(f"{layer} returns {found.shape[1]} tokens, not those of the sample; name another layer")
         return found
 
