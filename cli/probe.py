@@ -199,7 +199,7 @@ def analyze(
         if not callable(function):
             raise ValueError(f"--analysis {spec} is not a function; name one that takes a Representation")
     outside = None
-    if encoder is None and extraction_options:
+    if encoder is None and extraction_options["precision"] != "auto":
         raise ValueError("--precision has no effect without --encoder; pass it too, or leave out --precision")
     if encoder is not None:
         from layerprobe.analyses.generation import open_encoder

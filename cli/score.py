@@ -87,7 +87,7 @@ def score(
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     generated, splits = open_comparison(samples, data, num_test=num_test)
     encoder = None
-    if extractor is None and extraction_options:
+    if extractor is None and extraction_options["precision"] != "auto":
         raise ValueError("--precision has no effect without --extractor; pass it too, or leave out --precision")
     if extractor is not None:
         encoder = open_encoder(extractor, option="--extractor", device=resolve_device(device), **extraction_options)

@@ -90,7 +90,7 @@ def test_a_cpu_has_no_tf32() -> None:
     assert precision_on("auto", CPU) == "float32"
     with pytest.raises(ValueError, match=r"^cpu does not compute in tf32, .*; pass --precision float32 or bfloat16$"):
         precision_on("tf32", CPU)
-    with pytest.raises(ValueError, match="unknown precision 'half'; use auto, float32, tf32, bfloat16"):
+    with pytest.raises(ValueError, match="unknown precision 'half'; use auto, float32, tf32 or bfloat16"):
         precision_on("half", CPU)
 
 

@@ -54,7 +54,7 @@ JOBS = {
 }
 
 # Times, versions and paths.
-_NOT_COMPARED = ("environment.json", "times.json", "report.html", ".lock", "checksums.json")
+_NOT_COMPARED = ("environment.json", "times.json", "forecast.json", "report.html", ".lock", "checksums.json")
 _SPEED = "samples_per_s"
 
 

@@ -455,6 +455,7 @@ def test_describe_tells_what_a_checkpoint_is_as_json(tmp_path: Path) -> None:
         "prediction": "eps",
         "weights_hash": weights_hash(backbone.module),
         "layers": {"blocks.0": [4, 8], "blocks.1": [4, 8]},
+        "parts": {"blocks.*": ["attn.q", "attn.k", "attn.v", "attn.out", "attn", "mlp"]},
         "training": {"steps": 9},
     }
 

@@ -105,8 +105,8 @@ def test_an_example_that_needs_no_file_runs(example: str, tmp_path, monkeypatch,
 
 
 MISTAKES = {
-    "probe digits --data digits --out x --precision flaot32": "unknown --precision 'flaot32'; use float32 or bfloat16; "
-    "did you mean float32?",
+    "probe digits --data digits --out x --precision flaot32": "unknown --precision 'flaot32'; "
+    "use auto, float32, tf32 or bfloat16; did you mean float32?",
     "probe digits --data digits --out x --schedule sitt": "unknown --schedule 'sitt'; .* did you mean sit?",
     "probe digits --data digits --out x --prediction velocty": "unknown --prediction .* did you mean velocity?",
     "inspect digits --data digits --modality vido": "unknown --modality .* did you mean video?",

@@ -234,6 +234,7 @@ def test_options_of_dataclasses_are_declared_nowhere_else() -> None:
         "probe": ["batch_size"],  # of the extraction, not of a training
         "extract": ["batch_size"],
         "sample": ["batch_size", "vae"],  # of the archive; the decoder
+        "analyze": ["layers"],  # of a file of features
         "score": ["num_test"],
         "plot": ["width"],  # of the figures
     }

@@ -212,7 +212,7 @@ def test_what_cannot_be_measured_is_refused_before_the_extraction(tmp_path: Path
     splits = PLAN.data.probing_splits()
     splits.train.labels = torch.zeros(len(splits.train), dtype=torch.long)
     with pytest.raises(ValueError, match="training split has one class only, and a probe needs two"):
-        probe._check_samples(splits)
+        probe.check_samples(splits)
     assert not (tmp_path / "few").exists()
 
 

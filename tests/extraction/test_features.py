@@ -270,7 +270,7 @@ def test_the_hash_of_a_plan_changes_with_every_field() -> None:
         ({"pool_cells": 0}, "pool_cells must be at least 1"),
         ({"shard_size": -1}, "shard_size must be at least 1"),
         ({"condition": "lable"}, "unknown condition 'lable'; use null or label"),
-        ({"precision": "fp16"}, "unknown precision 'fp16'; use auto, float32, tf32, bfloat16"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'; use auto, float32, tf32 or bfloat16"),
         ({"seed": -1}, "seed must be between 0 and"),
         ({"token_samples": -1}, "token_samples must be at least 0, got -1"),
         ({"token_samples": 1, "tokens_per_sample": -1}, "tokens_per_sample must be at least 0, got -1"),

@@ -264,11 +264,11 @@ def test_the_start_is_read_from_a_folder_of_a_training_or_from_a_checkpoint(warm
     gone_on = sweep_runs.pair_sweep_start(warm, steps=20, weight=0.7)
     assert gone_on.state == checkpoints(warm)[-1]
     assert (gone_on.plan.first_step, gone_on.plan.training.steps) == (3, 23)
-    assert gone_on.plan.training == replace(TRAINING, steps=23, weight=0.7, log_every=50)
+    assert gone_on.plan.training == replace(TRAINING, steps=23, weight=0.7, log_every=50, precision="float32")
     fresh = sweep_runs.pair_sweep_start(warm / "model.safetensors", steps=20, learning_rate=1e-3)
     assert fresh.state is None
     assert (fresh.plan.first_step, fresh.plan.training.steps) == (0, 20)
-    expected = replace(TRAINING, steps=20, warmup_steps=2, learning_rate=1e-3, log_every=50)
+    expected = replace(TRAINING, steps=20, warmup_steps=2, learning_rate=1e-3, log_every=50, precision="float32")
     assert fresh.plan.training == expected
 
 

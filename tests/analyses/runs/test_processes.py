@@ -73,10 +73,11 @@ def contents(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "environment.json"
+        if path.is_file() and path.name not in ("environment.json", "times.json")
     }
     record = json.loads(files.pop("checksums.json"))["files"]
-    del record["environment.json"]
+    for name in ("environment.json", "times.json"):
+        del record[name]
     return files | {"checksums of files": record}
 
 

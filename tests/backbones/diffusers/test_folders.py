@@ -236,7 +236,7 @@ def test_bad_folders_are_refused_in_one_line_and_nothing_runs(
     [
         ("num_layers", 10**9, "has num_layers = 1000000000, more than 1000; repair it or copy it again"),
         ("sample_size", 10**5, "has sample_size = 100000, more than 2048"),
-        ("sample_size", 4.0, "has a damaged configuration"),
+        ("sample_size", 4.0, "DiTTransformer2DModel has a damaged configuration"),
         ("patch_size", 2 * 10**6, "has patch_size = 2000000, more than 1024"),
         ("attention_head_dim", 10**12, "has attention_head_dim = 1000000000000, more than"),
         ("attention_head_dim", 4 * 10**6, "has attention_head_dim = 4000000, more than 8192"),
@@ -250,5 +250,5 @@ def test_absurd_numbers_are_refused_before_anything_is_built(
     BY_NAME["DiTTransformer2DModel"].save(tmp_path)
     file = tmp_path / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+    with pytest.raises(ValueError, match=rf"(config\.json |^){message}"):
         open_diffusers(tmp_path)
