@@ -186,9 +186,9 @@ def analyze(
     if features is not None:
         _analyze_own(run, features, names(layers) if layers else [], analysis, encoder, device, quiet, verbose, as_json)
         return
-    options.existing_run(run)
     if layers:
         raise ValueError("--layers names layers of --features; pass it too, or leave out --layers")
+    options.existing_run(run)
     from layerprobe.analyses.report import write_report
     from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
     from layerprobe.analyses.tables import ANALYSES
