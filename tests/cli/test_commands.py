@@ -282,7 +282,8 @@ def test_inspect_and_doctor(cli) -> None:
 
 def test_doctor_tells_verified_families_and_what_another_class_needs(cli) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'layerprobe[diffusers]')")
-    code, out, _ = cli("doctor", "--families")
+    code, out, err = cli("doctor", "--families")
+    assert "torchvision" not in err
     lines = out.splitlines()
     assert code == 0
     assert re.match(r"^4\d classes of diffusers were verified with diffusers [\d.]+, torch [\d.]+", lines[0])

@@ -14,6 +14,7 @@ from layerprobe.backbones.diffusers.class_table import CLASSES
 from layerprobe.backbones.diffusers.diffusers_class import SAMPLES, TIMES
 from layerprobe.backbones.diffusers.folders import exported_class
 from layerprobe.backbones.diffusers.generic import TEXT_WIDTHS
+from layerprobe.backbones.diffusers.weights import quiet_libraries
 from layerprobe.files import import_optional
 
 RECORD = Path(__file__).parents[2] / "assets" / "families.json"
@@ -42,7 +43,8 @@ def other_classes() -> list[str]:
     """Returns the denoisers of the installed diffusers that have no entry; [] without diffusers."""
     if installed_versions()["diffusers"] == "none":
         return []
-    return sorted(name for name in _denoisers() if name not in CLASSES)
+    with quiet_libraries():  # Optional packages that a class lacks concern no one who asks for a list.
+        return sorted(name for name in _denoisers() if name not in CLASSES)
 
 
 def _denoisers() -> Iterator[str]:
