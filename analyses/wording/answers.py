@@ -68,8 +68,11 @@ def _features(answer: RichestFeatures | None) -> AnswerLine:
         return AnswerLine(
             question, short, f"{place}: probe accuracy {_figures(best)} on the validation split.{ties}{edge}"
         )
-    surely = "" if over.is_certain else ", which is not sure"
-    control = f"{_signed(over.gain)} above {_control(over.control)}{surely}"
+    if over.gain.upper_bound < 0:
+        control = f"{_signed(over.gain)} from {_control(over.control)}, so it is surely below it"
+    else:
+        surely = "" if over.is_certain else ", which is not sure"
+        control = f"{_signed(over.gain)} above {_control(over.control)}{surely}"
     figures = f"{place}: probe accuracy {_figures(over.cell)} on the test split, {control}."
     return AnswerLine(question, short, figures + ties + edge)
 
@@ -87,9 +90,8 @@ def _training(answer: ControlGain | None, has_labels: bool) -> AnswerLine:
     )
     if answer.is_certain:
         return AnswerLine(question, _short(f"{gain.value:+.2f} ", cell.layer, f" at {cell.noise_level:g}"), sentence)
-    return AnswerLine(
-        question, "not surely anywhere", f"Not surely anywhere. Most at {sentence} More samples may tell."
-    )
+    more = "" if gain.upper_bound < 0 else " More samples may tell."
+    return AnswerLine(question, "not surely anywhere", f"Not surely anywhere. Most at {sentence}{more}")
 
 
 def _separable(answer: Separable | None, has_labels: bool) -> AnswerLine:
