@@ -35,9 +35,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def capital(text: str) -> str:
-    """Returns a text with a capital first letter; "kNN" keeps its small k."""
+    """Returns a text with a capital first letter, but for "kNN" and names of layers such as "blocks.5"."""
     with_knn = in_sentence(text)
-    return with_knn if with_knn.startswith("kNN") else with_knn[:1].upper() + with_knn[1:]
+    return with_knn if re.match(r"kNN|\w+\.\w", with_knn) else with_knn[:1].upper() + with_knn[1:]
 
 
 def in_sentence(metric: str) -> str:

@@ -22,8 +22,9 @@ import numpy as np
 from layerprobe.analyses.tables import PRIOR_DEPTHS
 from layerprobe.layersync import LayerPair
 
-# Blocks of the smallest network of which the published table has shares.
+# Blocks and width of the smallest networks of which the published table has shares.
 FEWEST_BLOCKS = 12
+NARROWEST_TOKENS = 384
 # Ranges of the student's and of the teacher's depth in which self-aligned pairs gain most.
 PRIOR_RANGES = ((0.15, 0.40), (0.62, 0.80))
 

@@ -42,7 +42,7 @@ from layerprobe.analyses.measures import Z95, Floats
 from layerprobe.analyses.selection.controls import near_controls
 from layerprobe.analyses.selection.filters import different_shapes, objections
 from layerprobe.analyses.selection.limits import DEFAULT_LIMITS, PairLimits
-from layerprobe.analyses.selection.published import FEWEST_BLOCKS
+from layerprobe.analyses.selection.published import FEWEST_BLOCKS, NARROWEST_TOKENS
 from layerprobe.analyses.selection.records import (
     Caution,
     LayerQuality,
@@ -147,7 +147,7 @@ def rank_pairs(
         ranked=ranked[:num_pairs],
         rejected=tuple(rejected),
         layers=tuple(qualities),
-        cautions=(*cautions, *_cautions(ranked, evidence, gap, basis, label_free), *missing),
+        cautions=(*cautions, *_cautions(ranked, evidence, gap, basis, label_free, shapes or {}), *missing),
     )
 
 
@@ -310,7 +310,12 @@ def _drawn(evidence: PairEvidence, criterion: str, *, seed: int) -> Floats:
 
 
 def _cautions(
-    ranked: Sequence[RankedPair], evidence: PairEvidence, gap: str, basis: SelectionBasis, label_free: bool
+    ranked: Sequence[RankedPair],
+    evidence: PairEvidence,
+    gap: str,
+    basis: SelectionBasis,
+    label_free: bool,
+    shapes: Mapping[str, Sequence[int]],
 ) -> list[Caution]:
     cautions = [Caution("no labels")] if label_free else []
     if gap == RANK_GAP:
@@ -332,6 +337,9 @@ def _cautions(
             cautions.append(Caution("teacher not the richest", value=first.teacher_quality))
         if len(evidence.layers) < FEWEST_BLOCKS:
             cautions.append(Caution("shallower than published", value=len(evidence.layers), limit=FEWEST_BLOCKS))
+        width = shapes[first.student][-1] if first.student in shapes else NARROWEST_TOKENS
+        if width < NARROWEST_TOKENS:
+            cautions.append(Caution("narrower than published", value=width, limit=NARROWEST_TOKENS))
         cautions += near_controls(evidence.layer_number(PROBE, first.teacher), basis)
     return cautions
 

@@ -45,6 +45,7 @@ CautionCode = Literal[
     "alike",
     "teacher not the richest",
     "shallower than published",
+    "narrower than published",
     "layers named",
     "convention trusted",
     "no controls",

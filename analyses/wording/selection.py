@@ -31,6 +31,7 @@ _NOTES: tuple[CautionCode, ...] = (
     "needs not measured",
     "criterion not measured",
     "shallower than published",
+    "narrower than published",
     "layers named",
 )
 
@@ -241,6 +242,11 @@ def _caution(caution: Caution, selection: Selection) -> str:
             )
         case "shallower than published":
             return f"The network has {value:.0f} layers; the published comparisons are of {limit:.0f} and more."
+        case "narrower than published":
+            return (
+                f"Its tokens are {value:.0f} wide, and the published comparisons are of {limit:.0f} and more; begin "
+                f"with a weight of 0.03, since {selection.weight:g} harmed trials with tokens 32 to 64 wide."
+            )
         case "convention trusted":
             return (
                 f"The convention check says {caution.note!r}; the declared schedule and prediction were trusted "

@@ -311,8 +311,8 @@ def test_features_stand_beside_the_controls_and_are_not_recommended_where_they_m
     over = features["over_control"]
     assert over["control"] == "raw input"
     assert over["gain"]["value"] == pytest.approx(over["cell"]["value"] - over["control_cell"]["value"])
-    assert over["gain"]["low"] < 0
-    assert "above the raw input, which is not sure." in cli("select", run)[1]
+    assert over["gain"]["high"] < 0
+    assert "from the raw input, so it is surely below it." in cli("select", run)[1]
     free = json.loads(cli("select", run, "--label-free", "--json")[1])["answers"]
     assert (free["features"]["over_control"], free["training"], free["separable"]) == (None, None, None)
     set_verdict(run, "unclear")

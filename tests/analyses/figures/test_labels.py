@@ -51,6 +51,7 @@ def test_names_beside_lines_keep_their_order_and_their_distance() -> None:
 
 def test_texts() -> None:
     assert [labels.capital(text) for text in ("probe accuracy", "knn accuracy")] == ["Probe accuracy", "kNN accuracy"]
+    assert labels.capital("layers.4 is not surely above") == "layers.4 is not surely above"
     assert [labels.counted(n, "seed") for n in (0, 1, 2)] == ["0 seeds", "1 seed", "2 seeds"]
     assert [labels.num_decimals(value, 2) for value in (0.0123, 1.5, 1500)] == [3, 1, 0]
 

@@ -581,3 +581,10 @@ def test_a_rule_of_which_nothing_was_measured_ranks_nothing() -> None:
 def test_the_evidence_must_tell_a_weaker_layer() -> None:
     with pytest.raises(ValueError, match="the evidence has no probe accuracy gap; select without labels"):
         rank_pairs(planted(labels=False))
+
+
+def test_tokens_narrower_than_any_published_are_told() -> None:
+    evidence = evidence_of()
+    for width, told in ((48, [48.0]), (384, [])):
+        selection = rank_pairs(evidence, shapes=dict.fromkeys(evidence.layers, (16, width)))
+        assert [c.value for c in selection.cautions if c.code == "narrower than published"] == told

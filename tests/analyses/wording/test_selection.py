@@ -127,6 +127,9 @@ CAUTIONS = {
     Caution(
         "shallower than published", value=6, limit=12
     ): "The network has 6 layers; the published comparisons are of",
+    Caution(
+        "narrower than published", value=48, limit=384
+    ): "Its tokens are 48 wide, and the published comparisons are",
     Caution("layers named", value=5): "Depths are counted through the 5 layers that --layers names; they are wrong if",
     Caution("no labels"): "Chosen without labels: probe accuracy, not a probe, tells which layer is weaker, and no",
     Caution("effective rank counts noise"): "The effective rank stands in for the probe; it also counts the",
