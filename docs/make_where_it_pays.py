@@ -47,23 +47,26 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 @styled()
 def depth_figure(table: pd.DataFrame) -> Figure:
-    """Draws the change by the published prior over depth, a panel for each metric and a line for each step."""
+    """Draws the change by the published prior over steps, a panel for each metric and a line for each depth."""
     rows = table[table["regime"].str.startswith("depth ")]
     figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
     for axes, (metric, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         axes.axhline(0, color=GRAY, linewidth=1)
-        for (step, group), color in zip(changes(rows, metric).groupby("step"), LINE_COLORS, strict=False):
-            points = [(depth, *interval(one["change"])) for depth, one in group.groupby("depth")]
-            depths, means, halves = np.array(points).T
-            shifted = depths * (1 if step == rows["step"].min() else 1.04)
-            axes.errorbar(shifted, means, halves, color=color, marker="o", capsize=3, label=f"step {step}")
-        depths = sorted(rows["depth"].unique())
-        axes.set(title=title, xlabel="blocks", xscale="log", xticks=depths, xticklabels=depths)
+        lines = zip(changes(rows, metric).groupby("depth"), LINE_COLORS, "osD", strict=False)
+        for place, ((depth, group), color, marker) in enumerate(lines):
+            points = [(step, *interval(one["change"])) for step, one in group.groupby("step")]
+            steps, means, halves = np.array(points).T
+            shifted = steps * 1.05 ** (place - 1)
+            axes.errorbar(shifted, means, halves, color=color, marker=marker, capsize=3, label=f"{depth} blocks")
+        steps = sorted(rows["step"].unique())
+        axes.set(title=title, xlabel="training step", xscale="log", xticks=steps, xticklabels=steps)
         axes.minorticks_off()
     figure.axes[0].set_ylabel("change by alignment (%)")
-    last = changes(rows[rows["step"] == rows["step"].max()], "frechet").groupby("depth")["change"].mean()
-    found = ", ".join(f"{change:+.0f} % at {depth:.0f} blocks" for depth, change in last.items())
-    title = f"The published prior at weight 0.03 changes the Fréchet distance by {found} (bars: 95 % over seeds)"
+    of_distance = changes(rows, "frechet").groupby(["depth", "step"])["change"].mean().unstack()
+    found = ", ".join(
+        f"{row.iloc[0]:+.0f} to {row.iloc[-1]:+.0f} % ({depth} blocks)" for depth, row in of_distance.iterrows()
+    )
+    title = f"What alignment costs at first is gone at the end; Fréchet distance: {found} (bars: 95 % over seeds)"
     figure.suptitle(title, x=0.008, ha="left")
     figure.axes[0].legend()
     return figure

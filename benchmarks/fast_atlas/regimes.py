@@ -58,8 +58,8 @@ class Regime:
 
 _KEY = ["seed", "weight", "projector", "stop_step"]
 NONE = Arm()
-DEEP = {"batch": 32, "learning_rate": 2e-3, "warmup": 50, "clip": 1.0, "seeds": (0, 1, 2), "steps": (1000, 2000)}
-LONG = DEEP | {"steps": (2000, 4000, 8000)}
+DEEP = {"batch": 32, "learning_rate": 2e-3, "warmup": 50, "clip": 1.0, "seeds": (0, 1, 2)}
+DEEP |= {"steps": (1000, 2000, 4000, 8000)}
 REGIMES = (
     Regime("low learning rate", (NONE, Arm(0.03), Arm(0.1)), width=48, learning_rate=1e-4, steps=(1000, 2000)),
     Regime("weights", (NONE, Arm(0.03), Arm(0.1), Arm(0.1, 96), Arm(0.3, 96), Arm(0.3, 0, 500))),
@@ -73,7 +73,6 @@ REGIMES = (
         warmup=400,
         steps=(2000, 4000),
     ),
-    *(Regime(f"long, {depth} blocks", (NONE, Arm(0.03)), depth=depth, **LONG) for depth in (12, 24)),
     Regime(
         "100 classes",
         (NONE, Arm(0.03), Arm(0.1)),
