@@ -64,9 +64,10 @@ def depth_figure(table: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylabel("change by alignment (%)")
     of_distance = changes(rows, "frechet").groupby(["depth", "step"])["change"].mean().unstack()
     found = ", ".join(
-        f"{row.iloc[0]:+.0f} to {row.iloc[-1]:+.0f} % ({depth} blocks)" for depth, row in of_distance.iterrows()
+        f"{row.dropna().iloc[0]:+.0f} to {row.dropna().iloc[-1]:+.0f} % ({depth})"
+        for depth, row in of_distance.iterrows()
     )
-    title = f"What alignment costs at first is gone at the end; Fréchet distance: {found} (bars: 95 % over seeds)"
+    title = f"Change of the Fréchet distance, first to last step: {found} blocks"
     figure.suptitle(title, x=0.008, ha="left")
     figure.axes[0].legend()
     return figure
