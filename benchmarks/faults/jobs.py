@@ -44,12 +44,12 @@ JOBS = {
     "plot": Job(("plot", "out"), "probe"),
     "confirm": Job(("confirm", "out", *TRIAL), "probe"),
     "sample": Job(("sample", "digits", "--num", "8", "--steps", "2", "--out", "out")),
-    "sample npz": Job(("sample", "digits", "--num", "8", "--steps", "2", "--format", "npz", "--out", "out")),
+    "sample npz": Job(("sample", "digits", "--num", "24", "--steps", "2", "--format", "npz", "--out", "out")),
     "convert": Job(("convert", "out/model.safetensors", "--out", "out/converted.safetensors"), "train"),
     "inspect": Job(("inspect", "--data", "digits", "--out", "out")),
     "atlas": Job(("atlas", "digits", "--from-scratch", "--data", "digits", "--pair", "1:3", *SWEEP, "--out", "out")),
     "score": Job(("score", "out", "--data", "digits", "--num-test", "30", "--out", "out/scores"), "sample npz"),
-    "compare": Job(("compare", "out", "out", "--out", "out/comparison"), "probe"),
+    "compare": Job(("compare", "out", "other", "--out", "out/comparison"), "probe"),
     "quickstart": Job(("quickstart", "--out", "out")),
 }
 
@@ -107,7 +107,8 @@ class Undisturbed:
         before = JOBS[name].before
         folder.mkdir(parents=True, exist_ok=True)
         if before is not None:
-            shutil.copytree(self.folder(before) / "out", folder / "out", dirs_exist_ok=True)
+            for place in ("out", *{"other"} & set(JOBS[name].arguments)):
+                shutil.copytree(self.folder(before) / "out", folder / place, dirs_exist_ok=True)
 
     def seconds(self, name: str) -> float:
         """Returns the time that a job takes."""

@@ -43,7 +43,7 @@ COMMANDS: dict[str, Callable[[str], list[str]]] = {
     "probe": lambda run: [*PROBE, "--out", f"{run}/probe", "--json"],
     "confirm": lambda run: ["confirm", f"{run}/probe", *CONFIRM, "--json"],
     "train": lambda run: [*TRAIN, "--out", f"{run}/train"],
-    "compare": lambda run: ["compare", f"{run}/probe", f"{run}/probe", "--out", f"{run}/comparison", "--json"],
+    "compare": lambda run: ["compare", f"{run}/probe", f"{run}/other", "--out", f"{run}/comparison", "--json"],
     "sample": lambda run: ["sample", f"{run}/train/model.safetensors", "--num", "4", "--out", f"{run}/samples"],
 }
 # Commands that read a file, by the beginning of its path; the first one that fits.
@@ -108,6 +108,7 @@ def make_runs(folder: Path) -> None:
         code, _, errors = call(COMMANDS[command](out), limit_s=600)
         if code:
             raise RuntimeError(f"{command} ended with {code}: {errors}")
+    shutil.copytree(folder / "probe", folder / "other")  # for comparisons
 
 
 def cases(folder: Path, *, seed: int, count: int) -> Iterator[Case]:
