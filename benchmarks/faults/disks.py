@@ -38,7 +38,7 @@ def run(count: int, seed: int) -> Iterator[Result]:
 def _disk(name: str, folder: Path, undisturbed: Undisturbed) -> Iterator[Path]:
     """A disk on which a job can start."""
     folder.mkdir(exist_ok=True)
-    _mount(folder, "size=200m")
+    _mount(folder, "size=500m")
     try:
         (folder / "out").mkdir()
         undisturbed.prepare(name, folder)
@@ -62,9 +62,11 @@ def _on_full_disk(name: str, folder: Path, free_kb: int, undisturbed: Undisturbe
         return _wrong(first, f"no path or remedy: {first.text}")
     if partial:
         return _wrong(first, f"left {partial[0]}")
-    _mount(folder, "remount", "size=200m")
+    _mount(folder, "remount", "size=500m")
     again = undisturbed.compare(name, folder, start(name, folder).end(limit_s))
-    return first if again.kind == "ok" else again
+    if again.kind == "ok":
+        return first
+    return again if again.kind in FAULTS else _wrong(again, f"again: {again.text}")
 
 
 def _on_readonly_disk(name: str, folder: Path) -> Outcome:
