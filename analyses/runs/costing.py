@@ -48,9 +48,9 @@ from layerprobe.extraction import (
 
 MAX_SAMPLES = 4096  # of a split that measures are timed on; more take proportionally longer
 ABLATED, CHECKED, FEW = 256, 64, 384  # samples of the ablation, the convention check and the evidence, at most
-# Passes of the convention check, in units of its samples at five noise levels: schedules, conditions, and for pixels
-# other value ranges.
-_CHECKS, _CHECKS_OF_PIXELS = 12, 35
+# What the convention check tries at five noise levels on its first samples: schedules and heads, for pixels also value
+# ranges. And what it usually tries on all its samples: the best convention, another one, and two kinds of labels.
+_TRIED, _TRIED_OF_PIXELS, _TRIED_ON_ALL = 10, 22, 4
 _FIGURES_S = 4.0  # seconds of all figures and the report without any cell, where one picture takes a second
 _CELL_S = 0.05  # and of each layer at each noise level
 _TIMED_S = 2.0  # what a batch may take at the most before fewer rows are timed
@@ -122,8 +122,8 @@ class _Counts:
         self.few_rows = few * levels * max(2, plan.draws)
         self.few_bytes = 4 * sum((1 + min(TOKENS_PER_SAMPLE, t)) * d for t, d in shapes.values())
         self.ablated_rows = min(ABLATED, len(splits.validation)) * levels
-        passes = _CHECKS_OF_PIXELS if splits.train.modality in ("image", "video") else _CHECKS
-        self.checked_rows = passes * 5 * min(CHECKED, len(splits.train))
+        tried = _TRIED_OF_PIXELS if splits.train.modality in ("image", "video") else _TRIED
+        self.checked_rows = 5 * (8 * tried + _TRIED_ON_ALL * min(CHECKED, len(splits.train)))
         kept = sum(min(plan.token_samples, len(samples)) for _, samples in splits.items()) * levels * plan.draws
         per_token = [min(plan.tokens_per_sample or t, t) * d for t, d in shapes.values()]
         self.disk_bytes = (

@@ -183,7 +183,7 @@ def extract_run(
     if on_reading:
         on_reading(splits.train.reading)
     clock, began = StageClock(folder.times, writes=ranks.is_first), time.perf_counter()
-    convention, trusted = ranks.once(lambda: _convention(folder, backbone, splits, plan, batch_size))
+    convention, trusted = _convention(folder, backbone, splits, plan, batch_size)
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
         raise ValueError(convention_message(convention))
@@ -222,9 +222,12 @@ def _convention(
     folder: RunFolder, backbone: Backbone, splits: Splits, plan: RunPlan, batch_size: int
 ) -> tuple[ConventionCheck, bool]:
     """The convention check of the run, and whether it was trusted, from the folder if it was done before."""
-    if folder.is_intact(folder.convention):
-        return folder.convention_check()
-    return check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size), False
+    ranks = current()
+    known = ranks.once(lambda: folder.convention_check() if folder.is_intact(folder.convention) else None)
+    if known is not None:
+        return known
+    check = check_convention(backbone, splits.train, seed=plan.seed, batch_size=batch_size, ranks=ranks)
+    return check, False
 
 
 @together("run")

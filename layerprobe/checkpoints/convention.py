@@ -26,6 +26,7 @@ from layerprobe.backbones import Backbone, checked, in_batches, with_heads
 from layerprobe.capture import evaluating
 from layerprobe.data import Batch, Samples
 from layerprobe.noise import DDPM_BETAS, Prediction, RandomStream, convert_prediction, schedule_from_name
+from layerprobe.ranks import ALONE, Ranks
 
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
 # Predictions that are commonly trained with each schedule, by the schedule's name on the command line.
@@ -58,7 +59,8 @@ COLOR_RANGES = (
     (-2.1179, 2.2489, -2.0357, 2.4286, -1.8044, 2.64),
 )
 PIXELS = ("image", "video")  # modalities whose networks are trained on other value ranges
-FIRST = 8  # samples that choose among the value ranges and among the numbers of heads
+FIRST = 8  # samples on which everything is tried
+SHARED = 16  # samples in a forward pass at the most, so that several processes have a part each
 # A fit is judged by the mean over levels of log(error / error of the linear denoiser).
 PLAUSIBLE = 0.0  # above this the network is no better than a linear denoiser
 CLEAR_LABELS = 0.1  # nats between true and wrong labels, from which on the null label can be judged
@@ -67,6 +69,8 @@ NULL_SHARE = 0.25  # of these nats, which a null label gains on wrong labels at 
 RANGES_MARGIN = 0.2
 HEADS_MARGIN = 0.01  # nats between two numbers of heads, whose outputs differ less than those of two conventions
 MARGIN = 0.03  # nats; one convention is better than another by more than this and by more than four standard errors
+# What rules a convention out on the first samples alone.
+EARLY_MARGIN, EARLY_ERRORS = 0.2, 6.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,8 @@ class Fit:
         num_heads: Number of attention heads; None if the network does not tell.
         value_range: What the values -1 and 1 of the data are to the network.
         ratios: Squared error over that of the linear denoiser at each of `LOG_SNRS`; below 1 is better than linear.
-        scores: Mean over levels of the log ratio of each sample, shape (n,).
+        scores: Mean over levels of the log ratio of each sample, shape (n,); n is `FIRST` for a convention that these
+            samples rule out.
     """
 
     schedule: str
@@ -175,6 +180,7 @@ class ConventionCheck:
                     "num_heads": fit.num_heads,
                     "value_range": list(fit.value_range),
                     "declared": fit is self.declared,
+                    "samples": len(fit.scores),
                     "score": fit.score,
                     "error_over_linear": list(fit.ratios),
                 }
@@ -192,7 +198,7 @@ class ConventionCheck:
                 fit.get("num_heads"),
                 tuple(fit.get("value_range", (-1.0, 1.0))),
                 tuple(fit["error_over_linear"]),
-                torch.tensor([fit["score"]], dtype=torch.float64),
+                torch.full((fit.get("samples", 1),), fit["score"], dtype=torch.float64),
             )
             for fit in record["fits"]
         )
@@ -201,47 +207,57 @@ class ConventionCheck:
 
 
 def check_convention(
-    backbone: Backbone, samples: Samples, *, num_samples: int = 64, seed: int = 0, batch_size: int = 16
+    backbone: Backbone,
+    samples: Samples,
+    *,
+    num_samples: int = 64,
+    seed: int = 0,
+    batch_size: int = 16,
+    ranks: Ranks = ALONE,
 ) -> ConventionCheck:
     """Compares the declared schedule and prediction with all other known ones, under the null condition.
 
-    The check needs five forward passes for each of about seven schedules. The best of them, or the declared one if none
-    is clearly better, is also tried with other value ranges of the data, and then with the other numbers of heads that
-    the weights allow; of these, only the best is tried on more than `FIRST` samples.
+    Every convention is tried on the first `FIRST` samples, at five noise levels. Those that these samples do not rule
+    out are tried on all. The best, or the declared one if none is clearly better, is also tried with other value
+    ranges of the data, and then with the other numbers of heads that the weights allow.
 
     Args:
         backbone: Model with its weights.
         samples: Real data of the model's shape; the first `num_samples` are used.
         num_samples: Number of samples, at least 8, so that differences have a standard error.
         seed: Seed of the noise.
-        batch_size: Number of samples in a forward pass.
+        batch_size: Number of samples in a forward pass, at most; more than `SHARED` are not needed.
+        ranks: Processes that share the forward passes; all of them must call this function.
 
     Raises:
         ValueError: If the data has fewer than 8 samples, or the network can be called under no convention.
     """
     n = min(num_samples, len(samples))
-    if n < 8:
-        raise ValueError(f"the convention check needs 8 samples or more, got {n}; pass more data")
+    if n < FIRST:
+        raise ValueError(f"the convention check needs {FIRST} samples or more, got {n}; pass more data")
     batch = samples.batch(range(n))
     eps = RandomStream(seed).normal(batch.ids, backbone.shape)
     forward = in_batches(checked(backbone.forward, backbone.schedule), batch_size)
-    backbone = replace(backbone.masked(batch.mask), forward=forward)
+    backbone = replace(backbone, forward=forward)
+    passes = _Passes(batch, eps, _power(batch.x), batch_size, ranks)
     with torch.inference_mode(), evaluating(backbone.module):
-        tried = _conventions(backbone, KNOWN, batch.x, eps)
+        tried = _conventions(backbone, KNOWN, passes)
         declared = tried[0][1]
-        if declared.score > PLAUSIBLE or declared.schedule in CURVED:
-            tried += _conventions(backbone, CURVED, batch.x, eps)[1:]
+        if declared.schedule in CURVED or not _is_better(declared.scores, _linear(declared)):
+            tried += _conventions(backbone, CURVED, passes)[1:]
+        tried = _on_all(tried, passes)
+        declared = tried[0][1]
         if all(fit.score == math.inf for _, fit in tried):
-            _fit_like(declared, backbone, batch.x, eps)  # It raises what the check passed over.
+            passes.fits([_Reading(backbone, declared.schedule, (declared.prediction,))], FIRST)  # It raises.
         leading = _leading(tried)
         for others, margin in ((_other_ranges, RANGES_MARGIN), (_other_heads, HEADS_MARGIN)):
             if others is _other_ranges and samples.modality not in PIXELS:
                 continue  # Audio and motion have statistics of their own.
-            found = _best_of(leading, others(leading[0]), batch.x, eps)
+            found = _best_of(leading, others(leading[0]), passes)
             tried += found
-            leading = next((each for each in found if _replaces(each, leading, batch.x, eps, margin)), leading)
-        condition = _by_condition(backbone, batch, eps) if declared.score < math.inf else {}
-    fits = sorted((fit for _, fit in tried), key=lambda fit: fit.score)
+            leading = next((each for each in found if _replaces(each, leading, passes, margin)), leading)
+        condition = _by_condition(backbone, declared, passes) if declared.score < math.inf else {}
+    fits = sorted((fit for _, fit in tried), key=_order)
     if fits[0].score > PLAUSIBLE:
         verdict = "unclear"
     else:
@@ -254,19 +270,156 @@ def check_convention(
 _Tried = tuple[Backbone, Fit]  # a network under one convention, and its fit
 
 
-def _is_better(fit: Fit, other: Fit, margin: float = MARGIN) -> bool:
-    """Whether a fit is better than another one by more than chance."""
-    if other.score == math.inf:
-        return fit.score < math.inf
-    advantage = other.scores - fit.scores
-    standard_error = float(advantage.std()) / math.sqrt(len(advantage))
-    return float(advantage.mean()) > max(margin, 4 * standard_error)
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A network under a schedule, whose output is read as one or several predictions.
+
+    The offset is added to the log signal-to-noise ratios. Labels are None for the null condition.
+    """
+
+    backbone: Backbone
+    schedule: str
+    predictions: tuple[Prediction, ...]
+    offset: float = 0.0
+    labels: Tensor | None = None
+
+    @classmethod
+    def like(cls, fit: Fit, backbone: Backbone, offset: float = 0.0) -> _Reading:
+        """Reads a network under the convention of a fit."""
+        return cls(backbone, fit.schedule, (fit.prediction,), offset)
+
+
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """The samples of a check with their noise, and the forward passes on them, which the processes share."""
+
+    batch: Batch
+    eps: Tensor
+    power: Tensor
+    batch_size: int
+    ranks: Ranks
+
+    def fits(self, readings: Sequence[_Reading], n: int) -> list[Fit]:
+        """Returns the fits of all predictions of all readings on the first n samples, in order.
+
+        Raises:
+            ValueError: If a network cannot be called.
+        """
+        return [fit for found in self.attempts(readings, n) for fit in _raised(found)]
+
+    def attempts(self, readings: Sequence[_Reading], n: int) -> list[list[Fit] | ValueError]:
+        """Returns the fits of each reading on the first n samples, or the error of a network that cannot be called."""
+        return [
+            errors
+            if isinstance(errors, ValueError)
+            else [
+                Fit(
+                    reading.schedule,
+                    prediction,
+                    reading.backbone.num_heads,
+                    reading.backbone.value_range,
+                    tuple(error.mean(1).tolist()),
+                    error.log().mean(0),
+                )
+                for prediction, error in zip(reading.predictions, errors, strict=True)
+            ]
+            for reading, errors in zip(readings, self._errors(readings, n), strict=True)
+        ]
+
+    def _errors(self, readings: Sequence[_Reading], n: int) -> list[Tensor | ValueError]:
+        """Returns errors of the clean sample over the linear denoiser's for each reading: (predictions, levels, n)."""
+        size = min(self.batch_size, SHARED)
+        starts = range(0, n, size)
+        parts = [
+            (reading, level, range(start, min(start + size, n)))
+            for reading in readings
+            for level in range(len(LOG_SNRS))
+            for start in starts
+        ]
+        done = iter(self.ranks.whole([self._attempt(*part) for part in self.ranks.mine(parts)]))
+        found: list[Tensor | ValueError] = []
+        for _ in readings:
+            by_level = [[next(done) for _ in starts] for _ in LOG_SNRS]
+            failed = [part for level in by_level for part in level if isinstance(part, ValueError)]
+            found.append(failed[0] if failed else torch.stack([torch.cat(level, 1) for level in by_level], 1))  # type: ignore[arg-type]
+        return found
+
+    def _attempt(self, reading: _Reading, level: int, rows: range) -> Tensor | ValueError:
+        try:
+            return self._errors_of_batch(reading, level, rows)
+        except ValueError as error:
+            # For example, a network with a table of 1000 times fails at time 0.5: that is not its convention.
+            return error
+
+    def _errors_of_batch(self, reading: _Reading, level: int, rows: range) -> Tensor:
+        """Returns the errors at one of `LOG_SNRS`, shape (predictions, rows)."""
+        part = slice(rows.start, rows.stop)
+        x, eps, mask, labels = (
+            None if each is None else each[part] for each in (self.batch.x, self.eps, self.batch.mask, reading.labels)
+        )
+        assert x is not None and eps is not None
+        backbone = reading.backbone.masked(mask)
+        schedule, device = backbone.schedule, backbone.device
+        log_snrs = torch.tensor(LOG_SNRS, dtype=torch.float64) + reading.offset
+        levels = schedule.level_of_log_snr(log_snrs)[level].clamp(*schedule.level_range).expand(len(x))
+        x_t = schedule.corrupt(x, eps, levels)
+        condition = None if labels is None else labels.to(device)
+        own = replace(backbone, schedule=schedule.own, prediction="eps")  # The network's output as it is.
+        own_x_t = schedule.network_input(x_t, levels)
+        output = own.predict(own_x_t.to(device), levels.to(device, torch.float32), condition).cpu()
+        linear = _wiener_error(self.power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
+        errors = []
+        for prediction in reading.predictions:
+            # The same output, read as another prediction; `predict` handles the sign of a velocity.
+            reread = replace(backbone, prediction=prediction, forward=lambda *_: output)
+            estimate = convert_prediction(
+                reread.predict(x_t, levels.float()).double(),
+                x_t.double(),
+                levels,
+                schedule,
+                source=prediction,
+                to="x0",
+            )
+            residual = estimate - x
+            if mask is not None:
+                residual = residual.masked_fill(~mask.unsqueeze(1), 0.0)
+            error = residual.square().flatten(1).mean(1) / linear
+            errors.append(error.nan_to_num(nan=1e9, posinf=1e9).clamp(1e-9, 1e9))
+        return torch.stack(errors)
+
+
+def _raised(found: list[Fit] | ValueError) -> list[Fit]:
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _is_better(scores: Tensor, others: Tensor, margin: float = MARGIN, errors: float = 4) -> bool:
+    """Whether scores are better than others by more than chance, on the samples of both.
+
+    Args:
+        scores: Scores of the first samples, shape (n,).
+        others: Scores of the first samples, shape (m,).
+        margin: Least difference in nats.
+        errors: Least difference in standard errors.
+    """
+    if math.isinf(others[0]):
+        return math.isfinite(scores[0])
+    n = min(len(scores), len(others))
+    advantage = others[:n] - scores[:n]
+    standard_error = float(advantage.std()) / math.sqrt(n)
+    return float(advantage.mean()) > max(margin, errors * standard_error)
 
 
 def _leading(tried: Sequence[_Tried]) -> _Tried:
     """Returns the best of what was tried, if it is plausible and clearly better than the first; else the first."""
-    first, best = tried[0], min(tried, key=lambda each: each[1].score)
-    return best if best[1].score <= PLAUSIBLE and _is_better(best[1], first[1]) else first
+    first, best = tried[0], min(tried, key=lambda each: _order(each[1]))
+    return best if best[1].score <= PLAUSIBLE and _is_better(best[1].scores, first[1].scores) else first
+
+
+def _order(fit: Fit) -> tuple[int, float]:
+    """Orders fits by their scores, those that the first samples rule out last."""
+    return -len(fit.scores), fit.score
 
 
 def _other_ranges(backbone: Backbone) -> list[Backbone]:
@@ -279,126 +432,96 @@ def _other_heads(backbone: Backbone) -> list[Backbone]:
     return [with_heads(backbone, heads) for heads in backbone.possible_heads if heads != backbone.num_heads]
 
 
-def _best_of(leading: _Tried, others: Sequence[Backbone], x: Tensor, eps: Tensor) -> list[_Tried]:
+def _best_of(leading: _Tried, others: Sequence[Backbone], passes: _Passes) -> list[_Tried]:
     """Returns the one of the other networks that is most ahead on the first samples, with its fit on all; or none."""
-    if leading[1].score == math.inf:
+    fit = leading[1]
+    if fit.score == math.inf:
         return []
-    few_x, few_eps = x[:FIRST], eps[:FIRST]
-    advantages = {}
-    for index, other in enumerate(others):
-        fit = _fit_like(leading[1], other, few_x, few_eps)
-        if fit.score <= PLAUSIBLE:
-            advantages[index] = _on_noise_of(other, leading, few_x, few_eps).score - fit.score
-    if not advantages:
+    found = passes.fits([_Reading.like(fit, other) for other in others], FIRST)
+    plausible = [each for each in zip(others, found, strict=True) if each[1].score <= PLAUSIBLE]
+    if not plausible:
         return []
-    best = others[max(advantages, key=advantages.__getitem__)]
-    return [(best, _fit_like(leading[1], best, x, eps))]
+    rivals = _on_noise_of([other for other, _ in plausible], leading, passes, FIRST)
+    ahead = [float((rival - own.scores).mean()) for rival, (_, own) in zip(rivals, plausible, strict=True)]
+    best = plausible[ahead.index(max(ahead))][0]
+    return [(best, passes.fits([_Reading.like(fit, best)], len(fit.scores))[0])]
 
 
-def _replaces(other: _Tried, leading: _Tried, x: Tensor, eps: Tensor, margin: float) -> bool:
-    plausible = other[1].score <= PLAUSIBLE
-    return plausible and _is_better(other[1], _on_noise_of(other[0], leading, x, eps), margin)
+def _replaces(other: _Tried, leading: _Tried, passes: _Passes, margin: float) -> bool:
+    backbone, fit = other
+    return fit.score <= PLAUSIBLE and _is_better(
+        fit.scores, _on_noise_of([backbone], leading, passes, len(fit.scores))[0], margin
+    )
 
 
-def _on_noise_of(other: Backbone, leading: _Tried, x: Tensor, eps: Tensor) -> Fit:
-    """Returns the fit of the leading network on the noisy samples of another one.
+def _on_noise_of(others: Sequence[Backbone], leading: _Tried, passes: _Passes, n: int) -> list[Tensor]:
+    """Returns the scores of the leading network on the first n noisy samples of each of the other ones.
 
     Sigma is smaller in the units of the data if the network's value range is wider.
     """
     backbone, fit = leading
-    if other.schedule.scale == backbone.schedule.scale and len(x) == len(fit.scores):
-        return fit
-    return _fit_like(fit, backbone, x, eps, offset=2 * math.log(backbone.schedule.scale / other.schedule.scale))
-
-
-def _fit_like(fit: Fit, backbone: Backbone, x: Tensor, eps: Tensor, *, offset: float = 0.0) -> Fit:
-    return _schedule_fits(backbone, fit.schedule, [fit.prediction], x, eps, offset)[0]
+    offsets = [2 * math.log(backbone.schedule.scale / other.schedule.scale) for other in others]
+    wanted = [offset for offset in dict.fromkeys(offsets) if offset]
+    found = passes.fits([_Reading.like(fit, backbone, offset) for offset in wanted], n)
+    scores = {0.0: fit.scores[:n]} | {offset: each.scores for offset, each in zip(wanted, found, strict=True)}
+    return [scores[offset] for offset in offsets]
 
 
 def _conventions(
-    backbone: Backbone, predictions_by_schedule: Mapping[str, tuple[Prediction, ...]], x: Tensor, eps: Tensor
+    backbone: Backbone, predictions_by_schedule: Mapping[str, tuple[Prediction, ...]], passes: _Passes
 ) -> list[_Tried]:
-    """Tries each convention under which the network can be called, the declared one first."""
+    """Tries each convention under which the network can be called on the first samples, the declared one first."""
     others = {name: (schedule_from_name(name), predictions) for name, predictions in predictions_by_schedule.items()}
     own = backbone.schedule.own
     declared = next((name for name, (schedule, _) in others.items() if schedule.to_config() == own.to_config()), None)
     predictions = (backbone.prediction, *(others.pop(declared)[1] if declared is not None else ()))
     first = (declared or own.name, own, tuple(dict.fromkeys(predictions)))
+    readings = [
+        _Reading(backbone.with_schedule(schedule), name, predictions)
+        for name, schedule, predictions in (first, *((name, *rest) for name, rest in others.items()))
+    ]
     tried: list[_Tried] = []
-    for name, schedule, predictions in (first, *((name, *rest) for name, rest in others.items())):
-        under = backbone.with_schedule(schedule)
-        try:
-            fits = _schedule_fits(under, name, predictions, x, eps)
-        except ValueError:
-            # For example, a network with a table of 1000 times fails at time 0.5: that is not its convention.
+    for reading, fits in zip(readings, passes.attempts(readings, FIRST), strict=True):
+        if isinstance(fits, ValueError):
             if tried:
                 continue
-            infinite = torch.full((len(x),), math.inf)
+            infinite = torch.full((FIRST,), math.inf)
             ratios = (math.inf,) * len(LOG_SNRS)
-            fits = [Fit(name, backbone.prediction, backbone.num_heads, backbone.value_range, ratios, infinite)]
-        tried += [(replace(under, prediction=fit.prediction), fit) for fit in fits]
+            form = (reading.schedule, backbone.prediction, backbone.num_heads, backbone.value_range)
+            fits = [Fit(*form, ratios, infinite)]
+        tried += [(replace(reading.backbone, prediction=fit.prediction), fit) for fit in fits]
     return tried
 
 
-def _schedule_fits(
-    backbone: Backbone, name: str, predictions: Sequence[Prediction], x: Tensor, eps: Tensor, offset: float = 0.0
-) -> list[Fit]:
-    errors = _errors(backbone, predictions, x, eps, None, offset)
-    return [
-        Fit(
-            name,
-            prediction,
-            backbone.num_heads,
-            backbone.value_range,
-            tuple(error.mean(1).tolist()),
-            error.log().mean(0),
-        )
-        for prediction, error in errors.items()
-    ]
+def _on_all(tried: Sequence[_Tried], passes: _Passes) -> list[_Tried]:
+    """Returns what was tried, with the fits on all samples of those that the first samples do not rule out."""
+    best = min((fit for _, fit in tried), key=lambda fit: fit.score)
+    left = [each for each in tried if not _is_ruled_out(each[1], best)]
+    again = passes.fits([_Reading.like(fit, backbone) for backbone, fit in left], len(passes.batch.x))
+    fits = {id(each): fit for each, fit in zip(left, again, strict=True)}
+    return [(each[0], fits.get(id(each), each[1])) for each in tried]
 
 
-def _errors(
-    backbone: Backbone,
-    predictions: Sequence[Prediction],
-    x: Tensor,
-    eps: Tensor,
-    labels: Tensor | None,
-    offset: float = 0.0,
-) -> dict[Prediction, Tensor]:
-    """Returns the error of the clean sample over the linear denoiser's, shape (levels, n), for each prediction.
+def _is_ruled_out(fit: Fit, best: Fit) -> bool:
+    """Whether the first samples tell that a convention is not the best, or that it is worse than a linear denoiser."""
+    return any(_is_better(other, fit.scores, EARLY_MARGIN, EARLY_ERRORS) for other in (best.scores, _linear(fit)))
 
-    The offset is added to the log signal-to-noise ratios.
-    """
-    if backbone.mask is not None:
-        backbone = backbone.masked(backbone.mask[: len(x)])  # Some conventions are tried on the first samples only.
-    schedule, device = backbone.schedule, backbone.device
-    errors: dict[Prediction, list[Tensor]] = {prediction: [] for prediction in predictions}
-    power = _power(x)
-    for level in schedule.level_of_log_snr(torch.tensor(LOG_SNRS, dtype=torch.float64) + offset):
-        levels = level.clamp(*schedule.level_range).expand(len(x))
-        x_t = schedule.corrupt(x, eps, levels)
-        condition = None if labels is None else labels.to(device)
-        own = replace(backbone, schedule=schedule.own, prediction="eps")  # The network's output as it is.
-        own_x_t = schedule.network_input(x_t, levels)
-        output = own.predict(own_x_t.to(device), levels.to(device, torch.float32), condition).cpu()
-        linear = _wiener_error(power, schedule.sigma(levels[0]) / schedule.alpha(levels[0]))
-        for prediction in predictions:
-            # The same output, read as another prediction; `predict` handles the sign of a velocity.
-            reread = replace(backbone, prediction=prediction, forward=lambda *_, output=output: output)
-            estimate = convert_prediction(
-                reread.predict(x_t, levels.float()).double(),
-                x_t.double(),
-                levels,
-                schedule,
-                source=prediction,
-                to="x0",
-            )
-            residual = estimate - x
-            if backbone.mask is not None:
-                residual = residual.masked_fill(~backbone.mask.unsqueeze(1), 0.0)
-            error = residual.square().flatten(1).mean(1) / linear
-            errors[prediction].append(error.nan_to_num(nan=1e9, posinf=1e9).clamp(1e-9, 1e9))
-    return {prediction: torch.stack(rows) for prediction, rows in errors.items()}
+
+def _linear(fit: Fit) -> Tensor:
+    """Scores of the linear denoiser on the samples of a fit."""
+    return torch.full_like(fit.scores, PLAUSIBLE)
+
+
+def _by_condition(backbone: Backbone, declared: Fit, passes: _Passes) -> dict[str, float]:
+    """Returns the scores of the declared convention by condition, on the samples of its fit."""
+    condition = {"null": declared.score}
+    labels = passes.batch.labels
+    if labels is not None and backbone.num_classes and 1 < int(labels.max()) + 1 <= backbone.num_classes:
+        given = {"true labels": labels, "wrong labels": (labels + 1) % (int(labels.max()) + 1)}
+        readings = [replace(_Reading.like(declared, backbone), labels=each) for each in given.values()]
+        fits = passes.fits(readings, len(declared.scores))
+        condition |= {name: fit.score for name, fit in zip(given, fits, strict=True)}
+    return condition
 
 
 def _power(x: Tensor) -> Tensor:
@@ -413,14 +536,3 @@ def _wiener_error(power: Tensor, noise_to_signal: Tensor) -> Tensor:
     """Mean squared error per value of the best shift-invariant linear estimate of x from x + s eps."""
     s2 = noise_to_signal.double() ** 2
     return (power * s2 / (power + s2)).mean()
-
-
-def _by_condition(backbone: Backbone, batch: Batch, eps: Tensor) -> dict[str, float]:
-    conditions: dict[str, Tensor | None] = {"null": None}
-    labels = batch.labels
-    if labels is not None and backbone.num_classes and 1 < int(labels.max()) + 1 <= backbone.num_classes:
-        conditions |= {"true labels": labels, "wrong labels": (labels + 1) % (int(labels.max()) + 1)}
-    return {
-        name: float(_errors(backbone, [backbone.prediction], batch.x, eps, labels)[backbone.prediction].log().mean())
-        for name, labels in conditions.items()
-    }

@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
-from layerprobe.checkpoints.convention import LOG_SNRS, ConventionCheck, _power, _wiener_error, check_convention
+from layerprobe.checkpoints.convention import (
+    FIRST,
+    LOG_SNRS,
+    ConventionCheck,
+    Fit,
+    _is_ruled_out,
+    _power,
+    _wiener_error,
+    check_convention,
+)
 from layerprobe.checkpoints.convention_text import convention_cautions, convention_lines, convention_message
 from layerprobe.checkpoints.opening import embedded_checkpoint, open_checkpoint
 from layerprobe.data.embedded_digits import digits
@@ -347,6 +356,34 @@ def test_a_network_that_nothing_can_call_is_refused_with_its_error() -> None:
     backbone = replace(open_checkpoint("digits", device="cpu"), forward=forward)
     with pytest.raises(ValueError, match=r"raised KeyError: 'text' .*; correct the function that was passed"):
         check_convention(backbone, data(), num_samples=8)
+
+
+@pytest.mark.parametrize(("declared", "rows"), [("sit", 1720), ("flow", 1280)])
+def test_conventions_that_a_few_samples_rule_out_are_tried_on_no_more(declared: str, rows: int) -> None:
+    """A network of billions of parameters takes seconds for each sample."""
+    passed = []
+    backbone = open_checkpoint("digits", device="cpu")
+
+    def forward(module: nn.Module, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        passed.append(len(x))
+        return backbone.forward(module, x, time, label)
+
+    found = check_convention(replace(backbone, forward=forward, schedule=schedule_from_name(declared)), data())
+    on_all = [(fit.schedule, fit.prediction) for fit in found.fits if len(fit.scores) == 64]
+    assert on_all == [("sit", "velocity")]
+    assert sum(passed) == rows
+
+
+@pytest.mark.parametrize(
+    ("behind", "spread", "out"), [(0.3, 0.1, True), (0.1, 0.0, False), (0.3, 0.5, False), (math.inf, 0.0, True)]
+)
+def test_only_what_is_clearly_behind_is_ruled_out(behind: float, spread: float, out: bool) -> None:
+    best = Fit("sit", "velocity", None, (-1, 1), (0.5,) * 5, torch.full((FIRST,), -1.0))
+    scores = -1 + behind + spread * torch.tensor([-1.0, 1.0]).repeat(FIRST // 2)
+    assert _is_ruled_out(replace(best, scores=scores), best) is out
+    assert not _is_ruled_out(best, best)
+    untrained = replace(best, scores=scores + 1)
+    assert _is_ruled_out(untrained, untrained) is out  # the best of all, and behind the linear denoiser
 
 
 def test_a_pass_has_no_more_samples_than_the_batch_size() -> None:
