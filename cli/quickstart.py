@@ -55,7 +55,7 @@ def quickstart(
         layerprobe quickstart --confirm --steps 300 --out runs/trial
     """
     from layerprobe.analyses.runs import quickstart_run, quickstart_trial
-    from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
+    from layerprobe.analyses.wording import beside_recorded_sentence, recorded_paragraph, verdict_paragraph
 
     steps = training["steps"]
     if dry_run:
@@ -75,7 +75,7 @@ def quickstart(
     after = [f"recorded {recorded.verdict.answer}", f"         {told}"]
     record = {"recorded": {"answer": recorded.verdict.answer, "paragraph": told}, "answer": None, "paragraph": None}
     if verdict is not None:
-        paragraph = verdict_paragraph(verdict)
+        paragraph = f"{verdict_paragraph(verdict)} {beside_recorded_sentence(verdict, recorded)}"
         after += [f"trial    {verdict.answer}", f"         {paragraph}"]
         record |= {"answer": verdict.answer, "paragraph": paragraph}
     show_run(

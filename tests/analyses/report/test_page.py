@@ -249,7 +249,7 @@ def test_page_opens_with_the_run_the_verdict_and_four_tiles(full_page: Page) -> 
     told = tiles(full_page)
     assert told["Pick: student ← teacher"] == "blocks.0 ← blocks.1 blocks.0:blocks.1Copy weight 0.3"
     assert told["Richest layer"] == "blocks.4 at noise level 0.1: probe accuracy 0.970 [0.950, 0.990]"
-    assert told["Training adds, at most"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
+    assert told["Largest gain by training"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
     assert told["Difference on trial"].startswith(
         "−0.30 [−0.40, −0.20] Frechet distance from the baseline’s 1.5; 3 seeds"
     )
@@ -296,6 +296,9 @@ def test_a_recorded_trial_stands_beside_a_run_without_a_trial_and_is_called_reco
     shown = page.text[page.text.index("This trial was recorded") :]
     assert verdict_paragraph(verdict()) in shown
     assert "layerprobe confirm <run>" in shown
+    confirm_run(run)
+    own = page_of(run).text
+    assert "This trial has weight 0.3" in own[own.index("Trial of this run") :]
 
 
 def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, plain_figures: None) -> None:
@@ -485,7 +488,7 @@ def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run", quality, layers, num_ranked=0))
     assert "The data has no labels" in page.text
     assert "No pick" in opening(page)
-    assert "needs labels" in tiles(page)["Training adds, at most"]
+    assert "needs labels" in tiles(page)["Largest gain by training"]
     assert "No pair is admissible." in tiles(page)["Pick: student ← teacher"]
 
 
