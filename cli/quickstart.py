@@ -18,7 +18,7 @@ _YOUR_OWN = (
     ("what layerprobe reads of your own checkpoint", "layerprobe inspect model.safetensors"),
     ("the same for it, with your data", "layerprobe probe model.safetensors --data images/ --out runs/mine"),
 )
-TRIAL_STEPS = 600
+TRIAL_STEPS = 200
 
 
 @from_dataclasses()
