@@ -51,6 +51,7 @@ from layerprobe.analyses.wording import (
     rounded,
     samples_sentence,
     selection_reason,
+    short_answer,
     verdict_cautions,
     verdict_details,
     verdict_paragraph,
@@ -169,9 +170,9 @@ def _chip(selection: Selection | None, verdict: Verdict | None, recorded: Record
         text = "Not tried yet" if recorded is None else f"Recorded trial: {recorded.verdict.answer}"
         return {"kind": "open", "text": text, "sentence": sentence}
     if other := other_pair_sentence(verdict, selection):
-        return {"kind": "open", "text": f"Verdict on another pair: {verdict.answer}", "sentence": other}
+        return {"kind": "open", "text": f"Verdict on another pair: {short_answer(verdict)}", "sentence": other}
     kind = verdict.answer if verdict.answer in ("helps", "hurts") else "open"
-    return {"kind": kind, "text": capital(verdict.answer), "sentence": verdict_sentence(verdict)}
+    return {"kind": kind, "text": capital(short_answer(verdict)), "sentence": verdict_sentence(verdict)}
 
 
 def _cautions(selection: Selection | None, verdict: Verdict | None) -> list[tuple[str, str]]:

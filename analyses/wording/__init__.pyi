@@ -40,6 +40,7 @@ from .selection import selection_reason as selection_reason
 from .selection import weight_text as weight_text
 from .verdict import answer_title as answer_title
 from .verdict import other_pair_sentence as other_pair_sentence
+from .verdict import short_answer as short_answer
 from .verdict import verdict_cautions as verdict_cautions
 from .verdict import verdict_details as verdict_details
 from .verdict import verdict_paragraph as verdict_paragraph

@@ -26,7 +26,9 @@ from tiny import tiny_sit
 from undrawn import undrawn
 
 from layerprobe import memory
+from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.generation import classifier_extractor
+from layerprobe.analyses.wording import short_answer
 from layerprobe.checkpoints import check_convention, save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
@@ -226,7 +228,8 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     assert (trained / "run" / "figures" / "confirmation.png").is_file()
     pick = json.loads((trained / "run" / "selection.json").read_text())["pick"]
     page = html.unescape((trained / "run" / "report.html").read_text())
-    assert f'<span class="chip">{told["answer"].capitalize() if pick else "No pick"}</span>' in page
+    answer = short_answer(Verdict.from_dict(verdict)).capitalize()
+    assert f'<span class="chip">{answer if pick else "No pick"}</span>' in page
     assert ("the present selection has no pick" in page) == (pick is None)
 
 
