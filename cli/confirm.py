@@ -92,6 +92,7 @@ def confirm(
         missing_arm_sentences,
         published_gain_sentences,
         resolution_sentences,
+        short_answer,
         spread_source,
         start_sentences,
         verdict_paragraph,
@@ -150,6 +151,6 @@ def confirm(
     paragraph = verdict_paragraph(verdict)
     emit(
         {"run": str(run), "answer": verdict.answer, "paragraph": paragraph},
-        [f"verdict  {verdict.answer}", paragraph, f"report   {run / 'report.html'}"],
+        [f"verdict  {short_answer(verdict)}", paragraph, f"report   {run / 'report.html'}"],
         as_json=as_json,
     )

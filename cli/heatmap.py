@@ -37,6 +37,7 @@ def heatmap(grid: LevelGrid, width: int) -> Text:
     kept_rows = _kept(len(layers), _MOST_ROWS, _positions(layers, marks, 0))
     known = [value for _, values in (*grid.rows, *grid.controls) for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
+    decimals = 3 if high < 10 else max(0, 3 - len(str(int(high))))  # five characters at most
     text = Text()
     text.append("noise level".ljust(name_width), "bold")
     text.append("".join(f"{grid.levels[v]:>5g}".ljust(_CELL) for v in kept_levels).rstrip(), "bold")
@@ -44,7 +45,9 @@ def heatmap(grid: LevelGrid, width: int) -> Text:
     for name, values in chain(rows, grid.controls):
         text.append(f"\n{_short(name).ljust(name_width)}", style="italic" if (name, values) in grid.controls else "")
         for v in kept_levels:
-            text.append(_cell(values[v], high, marks.get((name, grid.levels[v]), "")), cell_style(values[v], low, high))
+            text.append(
+                _cell(values[v], decimals, marks.get((name, grid.levels[v]), "")), cell_style(values[v], low, high)
+            )
     left_out = [
         f"{len(kept)} of {total} {what}"
         for kept, total, what in ((kept_rows, len(layers), "layers"), (kept_levels, len(grid.levels), "noise levels"))
@@ -55,8 +58,8 @@ def heatmap(grid: LevelGrid, width: int) -> Text:
     return text
 
 
-def _cell(value: float | None, largest: float, mark: str) -> str:
-    digits = "-" if value is None else f"{value:.3f}" if largest < 10 else f"{value:.3g}"
+def _cell(value: float | None, decimals: int, mark: str) -> str:
+    digits = "-" if value is None else f"{value:.{decimals}f}"
     return f"{digits:>5}{mark:<2}"
 
 

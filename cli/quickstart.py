@@ -18,7 +18,7 @@ _YOUR_OWN = (
     ("what layerprobe reads of your own checkpoint", "layerprobe inspect model.safetensors"),
     ("the same for it, with your data", "layerprobe probe model.safetensors --data images/ --out runs/mine"),
 )
-TRIAL_STEPS = 600
+TRIAL_STEPS = 200
 
 
 @from_dataclasses()
@@ -52,10 +52,15 @@ def quickstart(
         # Everything at once; then open runs/quickstart/report.html.
         layerprobe quickstart
         # Also train with and without the pick, from scratch.
-        layerprobe quickstart --confirm --steps 300 --out runs/trial
+        layerprobe quickstart --confirm --out runs/trial
     """
     from layerprobe.analyses.runs import quickstart_run, quickstart_trial
-    from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
+    from layerprobe.analyses.wording import (
+        beside_recorded_sentence,
+        recorded_paragraph,
+        short_answer,
+        verdict_paragraph,
+    )
 
     steps = training["steps"]
     if dry_run:
@@ -75,8 +80,8 @@ def quickstart(
     after = [f"recorded {recorded.verdict.answer}", f"         {told}"]
     record = {"recorded": {"answer": recorded.verdict.answer, "paragraph": told}, "answer": None, "paragraph": None}
     if verdict is not None:
-        paragraph = verdict_paragraph(verdict)
-        after += [f"trial    {verdict.answer}", f"         {paragraph}"]
+        paragraph = f"{verdict_paragraph(verdict)} {beside_recorded_sentence(verdict, recorded)}"
+        after += [f"trial    {short_answer(verdict)}", f"         {paragraph}"]
         record |= {"answer": verdict.answer, "paragraph": paragraph}
     show_run(
         out,

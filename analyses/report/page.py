@@ -37,6 +37,7 @@ from layerprobe.analyses.tables import PROBE, probed_column
 from layerprobe.analyses.wording import (
     MISSING,
     answer_lines,
+    beside_recorded_sentence,
     copy_sentences,
     doubt_texts,
     finding_text,
@@ -50,10 +51,12 @@ from layerprobe.analyses.wording import (
     rounded,
     samples_sentence,
     selection_reason,
+    short_answer,
     verdict_cautions,
     verdict_details,
     verdict_paragraph,
     verdict_sentence,
+    weight_text,
 )
 from layerprobe.files import write_text
 
@@ -139,7 +142,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "num_pair_samples": (run.records["Features of pairs"] or {}).get("num_samples"),
         "confirmation_started": run.confirmation is not None,
         "confirmation": _confirmation_figures(run),
-        "recorded": run.recorded and _recorded(run.recorded, run.selection),
+        "recorded": run.recorded and _recorded(run.recorded, run.selection, run.verdict),
         "pictures": [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in run.pictures],
         "noise_levels": sorted(run.quality["noise_level"].unique()),
         "quality": _by_noise_level(run.quality),
@@ -167,9 +170,9 @@ def _chip(selection: Selection | None, verdict: Verdict | None, recorded: Record
         text = "Not tried yet" if recorded is None else f"Recorded trial: {recorded.verdict.answer}"
         return {"kind": "open", "text": text, "sentence": sentence}
     if other := other_pair_sentence(verdict, selection):
-        return {"kind": "open", "text": f"Verdict on another pair: {verdict.answer}", "sentence": other}
+        return {"kind": "open", "text": f"Verdict on another pair: {short_answer(verdict)}", "sentence": other}
     kind = verdict.answer if verdict.answer in ("helps", "hurts") else "open"
-    return {"kind": kind, "text": capital(verdict.answer), "sentence": verdict_sentence(verdict)}
+    return {"kind": kind, "text": capital(short_answer(verdict)), "sentence": verdict_sentence(verdict)}
 
 
 def _cautions(selection: Selection | None, verdict: Verdict | None) -> list[tuple[str, str]]:
@@ -236,7 +239,7 @@ def _selection(selection: Selection) -> dict[str, Any]:
     ]
     return {
         "pick": selection.pick,
-        "weight": f"{selection.weight:g}",
+        "weight": weight_text(selection),
         "reason": " ".join(pair_reasons(selection.ranked[0], selection)) if selection.ranked else "",
         "basis": selection.basis,
         "notes": note_texts(selection),
@@ -270,10 +273,11 @@ def _confirmation_figures(run: RunFiles) -> list[tuple[str, Figure]]:
     return [(metric, confirmation_curves(table, run.verdict, metric=metric)) for metric in metrics]
 
 
-def _recorded(trial: RecordedTrial, selection: Selection | None) -> dict[str, Any]:
+def _recorded(trial: RecordedTrial, selection: Selection | None, verdict: Verdict | None) -> dict[str, Any]:
     metric = trial.verdict.metric
     return {
         "paragraph": recorded_paragraph(trial, selection),
+        "beside": "" if verdict is None else beside_recorded_sentence(verdict, trial),
         "figures": [(f"Recorded {metric}", confirmation_curves(trial.curves, trial.verdict, metric=metric))],
     }
 

@@ -22,6 +22,7 @@ from .pair_checks import published_text as published_text
 from .pair_checks import read_pair_text as read_pair_text
 from .pair_checks import trainer_notes as trainer_notes
 from .precision import precision_sentence as precision_sentence
+from .recorded import beside_recorded_sentence as beside_recorded_sentence
 from .recorded import recorded_paragraph as recorded_paragraph
 from .samples import copy_sentences as copy_sentences
 from .samples import samples_sentence as samples_sentence
@@ -36,8 +37,10 @@ from .selection import score_sentence as score_sentence
 from .selection import selection_brief as selection_brief
 from .selection import selection_headline as selection_headline
 from .selection import selection_reason as selection_reason
+from .selection import weight_text as weight_text
 from .verdict import answer_title as answer_title
 from .verdict import other_pair_sentence as other_pair_sentence
+from .verdict import short_answer as short_answer
 from .verdict import verdict_cautions as verdict_cautions
 from .verdict import verdict_details as verdict_details
 from .verdict import verdict_paragraph as verdict_paragraph

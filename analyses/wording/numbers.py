@@ -10,6 +10,8 @@ MISSING = "–"
 def rounded(value: float | None, low: float | None, high: float | None, *, signed: bool = False) -> str:
     """Returns a number with its 95 % interval, with two significant digits of half the width: "0.935 [0.909, 0.957]".
 
+    An interval that leaves out zero has more digits where its nearer end would read as zero.
+
     Args:
         value: The number; "–" stands for a missing one.
         low: Lower end of the interval. Without an interval the number has three significant digits.
@@ -21,6 +23,9 @@ def rounded(value: float | None, low: float | None, high: float | None, *, signe
     ends = [end for end in (low, high) if end is not None and math.isfinite(end)]
     half = (ends[1] - ends[0]) / 2 if len(ends) == 2 else 0.0
     decimals = _decimals(half, 2) if half > 0 else _decimals(value, 3)
+    nearer = min(map(abs, ends), default=0.0)
+    if half > 0 and ends[0] * ends[1] > 0 and not round(nearer, decimals):
+        decimals = _decimals(nearer, 1)
     text, *interval = (_signed(number, decimals, signed) for number in (value, *ends))
     return f"{text} [{interval[0]}, {interval[1]}]" if half > 0 else text
 

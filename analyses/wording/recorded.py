@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerprobe.analyses.experiments import RecordedTrial
+from layerprobe.analyses.experiments import RecordedTrial, Verdict
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.wording.verdict import other_pair_sentence, verdict_paragraph
 
@@ -23,3 +23,22 @@ def recorded_paragraph(trial: RecordedTrial, selection: Selection | None) -> str
         f"It is trained again by {commands}.",
     ]
     return " ".join(filter(None, sentences))
+
+
+def beside_recorded_sentence(verdict: Verdict, recorded: RecordedTrial) -> str:
+    """Returns how a trial of the run differs from the recorded one, and what that one says about the start of a trial.
+
+    Args:
+        verdict: Verdict of the run's own trial.
+        recorded: The recorded trial.
+    """
+    live, long = verdict.arm(verdict.judged), recorded.verdict.arm(recorded.verdict.judged)
+    table = recorded.curves[recorded.curves["metric"] == recorded.verdict.metric]
+    means = table.groupby(["step", "arm"])["value"].mean().unstack()
+    base, aligned = means[recorded.verdict.arms[0].name], means[long.name]
+    first, last = means.index[means.index > 0][0], means.index[-1]
+    return (
+        f"This trial has weight {live.weight:g} and {verdict.steps} steps, the recorded one weight {long.weight:g} and "
+        f"{last} steps. That one stood at {aligned[first]:.3g} against {base[first]:.3g} at step {first} and ended at "
+        f"{aligned[last]:.3g} against {base[last]:.3g}, so the start of a trial does not tell its end."
+    )

@@ -36,6 +36,17 @@ _NOTES: tuple[CautionCode, ...] = (
 )
 
 
+# For tokens 32 to 64 wide: with it trials were behind at first and caught up (docs/atlas/where-it-pays.md).
+_NARROW_WEIGHT = 0.03
+
+
+def weight_text(selection: Selection) -> str:
+    """Returns the weight to begin with: that of the selection, or a smaller one where the tokens are narrow."""
+    if any(caution.code == "narrower than published" for caution in selection.cautions):
+        return f"{_NARROW_WEIGHT:g} to begin with, since its tokens are narrow"
+    return f"{selection.weight:g}"
+
+
 def selection_headline(selection: Selection) -> str:
     """Returns the pick with the cautions that are reasons to doubt it, or "none" with the reason."""
     if selection.pick is None:
@@ -245,7 +256,8 @@ def _caution(caution: Caution, selection: Selection) -> str:
         case "narrower than published":
             return (
                 f"Its tokens are {value:.0f} wide, and the published comparisons are of {limit:.0f} and more; begin "
-                f"with a weight of 0.03, since {selection.weight:g} harmed trials with tokens 32 to 64 wide."
+                f"with a weight of {_NARROW_WEIGHT:g}, since {selection.weight:g} harmed trials with tokens 32 to 64 "
+                "wide."
             )
         case "convention trusted":
             return (

@@ -52,10 +52,16 @@ def verdict_details(verdict: Verdict) -> list[str]:
     return sentences
 
 
+def short_answer(verdict: Verdict) -> str:
+    """Returns the answer of a verdict in a few words: its code, or that the pair costs so far."""
+    return "costs so far" if _costs_so_far(verdict) else verdict.answer
+
+
 def verdict_sentence(verdict: Verdict) -> str:
-    """Returns the answer of a verdict in one sentence; where it is too early to tell, why."""
-    reasons = verdict_cautions(verdict) if verdict.answer == "too early to tell" else []
-    return reasons[0] if reasons else _ANSWERS[verdict.answer]
+    """Returns the answer of a verdict in one sentence; where it is too early to tell and nothing is seen yet, why."""
+    is_open = verdict.answer == "too early to tell" and not _costs_so_far(verdict)
+    reasons = verdict_cautions(verdict) if is_open else []
+    return reasons[0] if reasons else _answer(verdict)
 
 
 def other_pair_sentence(verdict: Verdict, selection: Selection | None) -> str:
@@ -76,7 +82,8 @@ def answer_title(arm: str, verdict: Verdict | None) -> str:
     """Returns the answer about an arm as the head of a title, the name of the arm where there is no answer yet."""
     if verdict is None:
         return arm
-    return f"{arm} {verdict.answer}" if verdict.answer in ("helps", "hurts") else verdict.answer
+    answer = short_answer(verdict)
+    return f"{arm} {answer}" if answer in ("helps", "hurts", "costs so far") else answer
 
 
 def _difference(verdict: Verdict) -> str:
@@ -88,9 +95,13 @@ def _difference(verdict: Verdict) -> str:
     )
 
 
-def _answer(verdict: Verdict) -> str:
+def _costs_so_far(verdict: Verdict) -> bool:
     low = verdict.arm(verdict.judged).low
-    if verdict.answer == "too early to tell" and low is not None and low > 0:
+    return verdict.answer == "too early to tell" and low is not None and low > 0
+
+
+def _answer(verdict: Verdict) -> str:
+    if _costs_so_far(verdict):
         return "So far the pair costs: the whole interval lies above zero. It is too early to tell how it ends."
     return _ANSWERS[verdict.answer]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,15 +138,11 @@ def test_features_of_a_wrapped_module(tmp_path: Path) -> None:
     assert store["b_mid", 0.8].shape == (9, 4 * 40)
 
 
-def test_inspect_from_the_shell(shared_checkpoints: Path) -> None:
-    options = ["--model", NETWORK, "--layers", "b*", "--schedule", "ddpm-linear", "--prediction", "eps"]
-    command = [sys.executable, "-c", "from layerprobe.cli.main import main; main()", "inspect"]
-    arguments = [*command, str(shared_checkpoints / "ddpm_mnist.pt"), *options, "--json"]
-    done = subprocess.run([*arguments, "--shape", "1,28,28"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["parameters"] == 606_852
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "layerprobe: DDPMUNet is not a known family; pass --shape\n"
+def test_inspect_takes_the_code_of_a_network(shared_checkpoints: Path, cli: Any) -> None:
+    options = ["--model", NETWORK, "--layers", "b*", "--schedule", "ddpm-linear", "--prediction", "eps", "--json"]
+    arguments = ["inspect", shared_checkpoints / "ddpm_mnist.pt", *options]
+    assert json.loads(cli(*arguments, "--shape", "1,28,28")[1])["parameters"] == 606_852
+    assert cli(*arguments) == (2, "", "layerprobe: DDPMUNet is not a known family; pass --shape\n")
 
 
 def test_only_layers_of_one_shape_are_put_on_trial() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from undrawn import undrawn
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_features_become_a_run_that_other_commands_read(features: Path, tmp_path: Path, cli, monkeypatch) -> None:
     run = tmp_path / "run"
-    code, out, err = cli("analyze", run, "--features", features)
+    with undrawn():
+        code, out, err = cli("analyze", run, "--features", features)
     assert (code, [line for line in err.splitlines() if "warning" in line]) == (0, [])
     assert "The features came without the network, so there are no controls" in out
     assert "blocks.3" in out

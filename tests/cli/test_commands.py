@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import io
 import json
 import os
 import re
@@ -13,17 +14,22 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from started import Started
 from tiny import tiny_sit
 from undrawn import undrawn
 
 from layerprobe import memory
-from layerprobe.checkpoints import save_checkpoint
+from layerprobe.analyses.experiments import Verdict
+from layerprobe.analyses.generation import classifier_extractor
+from layerprobe.analyses.wording import short_answer
+from layerprobe.checkpoints import check_convention, save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.options import option_fields
@@ -47,6 +53,14 @@ def refused(cli):
         return lines[0]
 
     return call
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_extractor() -> Iterator[None]:
+    """The classifier behind the distances of a confirmation, hardly trained: nothing here looks at their values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(classifier_extractor.__kwdefaults__, "steps", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +148,11 @@ def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
     assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
 
 
-def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path, tmp_path: Path, cli, refused) -> None:
+def test_a_wrong_convention_is_refused_before_anything_is_written(
+    trained: Path, tmp_path: Path, cli, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The embedded weights as an official file, which cannot say what its time means."""
+    monkeypatch.setitem(check_convention.__kwdefaults__, "num_samples", 16)
     official = tmp_path / "official.safetensors"
     save_file(load_file(embedded_checkpoint()), official)
     wrong = ["probe", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--out", tmp_path / "run"]
@@ -151,7 +168,7 @@ def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path,
     assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
 
     with undrawn():
-        code, out, err = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
+        code, out, err = cli(*wrong, *COUNTS[:-1], "0.2", "--trust-convention", "--layers", "blocks.2")
     assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
     record = json.loads((tmp_path / "run" / "convention.json").read_text())
     assert record["verdict"] == "misfit"
@@ -172,10 +189,11 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
     assert ("trust    A pick is a hypothesis" in out) == ("pick     none" not in out)
     code, out, _ = cli("select", trained / "run", "--max-cka", "-1")
     assert (code, "pick     none. No pair is admissible" in out) == (0, True)
-    for command in ("plot", "report"):
-        code, out, _ = cli(command, trained / "run")
-        assert code == 0
-        assert all(Path(line).is_file() for line in out.splitlines())
+    code, out, _ = cli("plot", trained / "run")
+    with undrawn():
+        code_of_report, page, _ = cli("report", trained / "run")
+    assert (code, code_of_report) == (0, 0)
+    assert all(Path(line).is_file() for line in (out + page).splitlines())
     code, out, _ = cli("plot", trained / "run", "--only", "cka", "--format", "pdf", "--no-title", "--tables")
     first, *tables = [Path(line).name for line in out.splitlines()]
     assert (code, first, {"probe-accuracy.csv", "probe-accuracy.tex"} <= set(tables)) == (0, "cka.pdf", True)
@@ -210,7 +228,8 @@ def test_confirm_writes_verdict_and_report(trained: Path, cli) -> None:
     assert (trained / "run" / "figures" / "confirmation.png").is_file()
     pick = json.loads((trained / "run" / "selection.json").read_text())["pick"]
     page = html.unescape((trained / "run" / "report.html").read_text())
-    assert f'<span class="chip">{told["answer"].capitalize() if pick else "No pick"}</span>' in page
+    answer = short_answer(Verdict.from_dict(verdict)).capitalize()
+    assert f'<span class="chip">{answer if pick else "No pick"}</span>' in page
     assert ("the present selection has no pick" in page) == (pick is None)
 
 
@@ -518,15 +537,20 @@ def test_a_tracker_that_is_not_installed_is_exit_code_3(tmp_path: Path, refused,
     assert "the tracker trackio needs a missing package" in line
 
 
+def printed(*arguments: str) -> tuple[int, str]:
+    """Runs a command in this process of several; gives its exit code and standard output."""
+    sys.argv, sys.stdout = ["layerprobe", *arguments], io.StringIO()
+    return run(), sys.stdout.getvalue()
+
+
 def test_of_two_processes_one_prints(tmp_path: Path) -> None:
     train = [*TRAIN, "--steps", "2", "--log-every", "1", "--pair", "1:3", "--out", str(tmp_path / "t"), "--json"]
-    code = "from layerprobe.cli.main import main; main()"
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run([*two, sys.executable, "-c", code, *train], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+    started = Started(tmp_path / "two", printed, *train)
+    (code, out), other = started.results()
+    assert (code, other) == (0, (0, ""))
+    record = json.loads(out)
     assert (record["processes"], record["checkpoint"]) == (2, str(tmp_path / "t" / "model.safetensors"))
-    assert done.stderr.count("training: 2 of 2") == 1
+    assert "".join(path.read_text() for path in started.stderr_files).count("training: 2 of 2") == 1
     assert (tmp_path / "t" / "curves.png").is_file()
 
 

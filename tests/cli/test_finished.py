@@ -15,7 +15,7 @@ from planted_evidence import of_pairs, planted_evidence, quantity
 
 from layerprobe import __version__
 from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.runs.summary import level_grid
+from layerprobe.analyses.runs.summary import LevelGrid, level_grid
 from layerprobe.analyses.selection import Answers
 from layerprobe.analyses.selection.ranking import rank_pairs
 from layerprobe.analyses.tables.csv_files import write_table
@@ -148,6 +148,12 @@ def test_a_narrow_terminal_keeps_the_marked_cells_and_counts_what_it_leaves_out(
     assert max(len(line) for line in text.splitlines()[:-1]) <= 30
     assert "0.488*+" in text
     assert text.endswith("2 of 3 noise levels are shown; all are in quality.csv")
+
+
+def test_all_cells_have_the_decimals_of_the_largest() -> None:
+    for values, texts in (((40.0, 7.25, 40.4), ["40.0", "7.2", "40.4"]), ((0.5, 1234.5, 12.0), ["0", "1234", "12"])):
+        grid = LevelGrid("effective rank", "", (0.1, 0.5, 0.9), (("a", values),), (), ("a", 0.1), None)
+        assert heatmap(grid, 80).plain.splitlines()[1].replace("*", "").split() == ["a", *texts]
 
 
 def test_text_is_legible_on_every_colour() -> None:

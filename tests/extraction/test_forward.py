@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import SHAPE, kill_after, tiny_samples, tiny_sit, tiny_splits
+from started import kill_after
+from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
 from torch import Tensor, nn
 
 from layerprobe.backbones.base import Backbone, wrap
@@ -502,23 +503,19 @@ def test_a_plan_without_layers_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-CHILD = """
-import sys
-from tiny import tiny_sit, tiny_splits
-from layerprobe.extraction import ExtractionPlan, extract
-plan = ExtractionPlan(("blocks.0", "blocks.1", "blocks.2"), (0.2, 0.7), draws=2, seed=5, shard_size=2)
-tell = lambda done, total: print(done, flush=True)
-extract(tiny_sit(), tiny_splits(400), plan, sys.argv[1], batch_size=16, progress=tell)
-"""
+SMALL_SHARDS = replace(PLAN, shard_size=2)
+
+
+def extracted(tell: Any, folder: Path) -> None:
+    extract(tiny_sit(), tiny_splits(400), SMALL_SHARDS, folder, batch_size=16, progress=tell)
 
 
 def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    kill_after(random.randint(1, 60), CHILD, tmp_path / "again")
+    kill_after(random.randint(1, 60), extracted, tmp_path / "again")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").glob("shard-*.safetensors")}
     assert 1 <= len(done) < 200
-    backbone, splits, plan = tiny_sit(), tiny_splits(400), replace(PLAN, shard_size=2)
     for name in ("whole", "again"):
-        extract(backbone, splits, plan, tmp_path / name, batch_size=16)
+        extracted(None, tmp_path / name)
     whole, again = shards(tmp_path / "whole"), shards(tmp_path / "again")
     # A write that the signal cut short may leave its temporary file; it is not read.
     assert {name: content for name, content in again.items() if not name.endswith(".partial")} == whole

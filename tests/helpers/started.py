@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ PROCESSES.set_forkserver_preload(
         "layerprobe.analyses.runs.probe",
         "layerprobe.training.loop",
         "pytest",
+        "torch._dynamo",  # which the first optimizer of a process imports, in several seconds
         "torch.distributed.fsdp",
     ]
 )
@@ -69,6 +71,31 @@ class Started:
             process.join(30)
             assert process.exitcode is not None, "the process hangs"
         return [process.exitcode for process in self.processes]
+
+
+def kill_after(steps: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs function(tell, *arguments) in a process of its own, and kills it (SIGKILL) at this call of tell.
+
+    The process goes on until the signal arrives, so it is killed anywhere, in the middle of a write too.
+    """
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_tell, args=(function, arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    for step in range(steps):
+        assert receiver.poll(90), "the process hangs"
+        try:
+            receiver.recv_bytes()
+        except EOFError:
+            raise AssertionError(f"it ended by itself after {step} steps") from None
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _tell(function: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection) -> None:
+    torch.set_num_threads(1)
+    function(lambda *_: sender.send_bytes(b"."), *arguments)
 
 
 def _begin(

@@ -1,13 +1,8 @@
-"""The smallest model and data that the engine's tests run on, in this process and in others."""
+"""The smallest model and data that the engine's tests run on."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import torch
-from places import HELPERS
 
 from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.sit import SiTConfig, new_sit
@@ -57,20 +52,3 @@ def tiny_splits(n: int = 20, **options: object) -> Splits:
     return Splits(
         *(Subset(samples, rows, name=name) for name, rows in zip(("train", "validation", "test"), parts, strict=True))
     )
-
-
-def kill_after(lines: int, code: str, *arguments: object) -> str:
-    """Runs code in a process of its own and kills it (SIGKILL) when it has printed this many lines; gives its output.
-
-    The process goes on until the signal arrives, so it is killed anywhere, in the middle of a write too.
-    """
-    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
-        assert process.stdout is not None
-        printed = [line for line, _ in zip(process.stdout, range(lines), strict=False)]
-        process.kill()
-        process.communicate()
-    assert len(printed) == lines, f"it ended by itself after {len(printed)} lines"
-    assert process.returncode == -9
-    return "".join(printed)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
+import random
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import HELPERS
 from safetensors.torch import load_file
+from started import kill_after
 from tiny import SHAPE, tiny_samples, tiny_sit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -484,39 +482,19 @@ def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) ->
     assert not (tmp_path / "state.pt").exists()
 
 
-CHILD = """
-import os, random, signal, sys
-from tiny import tiny_samples, tiny_sit
-from layerprobe.layersync.pair import LayerPair
-from layerprobe.training import TrainingPlan, train
-plan = TrainingPlan(
-    steps=120, batch_size=5, learning_rate=1e-2, ema_decay=0.8, seed=3, checkpoint_every=3, log_every=5,
-    pairs=(LayerPair("blocks.0", "blocks.2"),), keep_last=2,
-)
-def run(folder, pipe=None):
-    train(tiny_sit(), tiny_samples(12), plan, folder, progress=pipe and (lambda *_: os.write(pipe, b".")))
-for _ in range(5):
-    reader, writer = os.pipe()
-    child = os.fork()  # faster than a new process, which must import torch
-    if child == 0:
-        run(sys.argv[1], writer)
-        os._exit(0)
-    os.close(writer)
-    for _ in range(random.randint(1, 20)):
-        assert os.read(reader, 1), "it ended by itself"
-    os.kill(child, signal.SIGKILL)  # it runs until the signal arrives, possibly in the middle of a write
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    os.close(reader)
-run(sys.argv[1])
-run(sys.argv[2])
-"""
+LONG = replace(PLAN, steps=120, pairs=(PAIR,), checkpoint_every=3, log_every=5, keep_last=2)
+
+
+def long_runs(tell: Any, *folders: Path) -> None:
+    for folder in folders:
+        train(tiny_sit(), tiny_samples(12), LONG, folder, progress=tell)
 
 
 def test_a_run_killed_five_times_at_random_steps_ends_bit_equal(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     folders = tmp_path / "killed", tmp_path / "whole"
-    subprocess.run([sys.executable, "-c", CHILD, *map(str, folders)], env=environment, check=True)
+    for _ in range(5):
+        kill_after(random.randint(1, 20), long_runs, folders[0])
+    long_runs(None, *folders)
     assert model(folders[0]) == model(folders[1])
     assert log(folders[0]) == log(folders[1])
     assert [path.name for path in sorted((folders[0] / "checkpoints").glob("*.pt"))] == [

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from layerprobe.analyses.experiments.verdict import ArmResult, Trend, Verdict
 from layerprobe.analyses.figures import image_grid, style
-from layerprobe.analyses.report.inline_svg import inline_svg
+from layerprobe.analyses.report.inline_svg import Drawing, inline_svg
 from layerprobe.analyses.report.page import write_report
 from layerprobe.analyses.selection.records import (
     Caution,
@@ -199,8 +199,12 @@ def probed(num_layers: int = 8) -> pd.DataFrame:
 
 @pytest.fixture
 def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures without content, for tests of the rest of the page."""
-    monkeypatch.setattr("layerprobe.analyses.report.inline_svg.to_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+    """Figures that are built but not drawn, for tests of the rest of the page."""
+
+    def undrawn(figure: Figure, prefix: str) -> Drawing:
+        return Drawing('<svg viewBox="0 0 1 1"></svg>', " ".join(figure.get_suptitle().split()))
+
+    monkeypatch.setattr("layerprobe.analyses.report.page.inline_svg", undrawn)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +253,7 @@ def test_page_opens_with_the_run_the_verdict_and_four_tiles(full_page: Page) -> 
     told = tiles(full_page)
     assert told["Pick: student ← teacher"] == "blocks.0 ← blocks.1 blocks.0:blocks.1Copy weight 0.3"
     assert told["Richest layer"] == "blocks.4 at noise level 0.1: probe accuracy 0.970 [0.950, 0.990]"
-    assert told["Training adds, at most"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
+    assert told["Largest gain by training"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
     assert told["Difference on trial"].startswith(
         "−0.30 [−0.40, −0.20] Frechet distance from the baseline’s 1.5; 3 seeds"
     )
@@ -296,6 +300,9 @@ def test_a_recorded_trial_stands_beside_a_run_without_a_trial_and_is_called_reco
     shown = page.text[page.text.index("This trial was recorded") :]
     assert verdict_paragraph(verdict()) in shown
     assert "layerprobe confirm <run>" in shown
+    confirm_run(run)
+    own = page_of(run).text
+    assert "This trial has weight 0.3" in own[own.index("Trial of this run") :]
 
 
 def test_a_verdict_on_another_pair_than_the_pick_says_so(tmp_path: Path, plain_figures: None) -> None:
@@ -467,7 +474,7 @@ def test_quality_alone_makes_a_page_that_says_what_is_missing(tmp_path: Path) ->
     assert "<code>layerprobe probe</code> measures it where shapes allow" in html
 
 
-def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
+def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path, plain_figures: None) -> None:
     folder = make_run(tmp_path / "run", probed(6), BLOCKS[:6])
     table = confirmation_table(arms=ARMS)
     write_table(table[table["metric"] == "held-out loss"], folder / "confirmation.csv")
@@ -479,13 +486,13 @@ def test_unfinished_confirmation_is_shown_as_such(tmp_path: Path) -> None:
     assert "a hypothesis from measurements, until a training tries it" in page.text
 
 
-def test_page_without_labels_or_admissible_pair(tmp_path: Path) -> None:
+def test_page_without_labels_or_admissible_pair(tmp_path: Path, plain_figures: None) -> None:
     layers = BLOCKS[:2]
     quality = quality_table(layers, LEVELS, metrics=["effective rank"])
     page = page_of(make_run(tmp_path / "run", quality, layers, num_ranked=0))
     assert "The data has no labels" in page.text
     assert "No pick" in opening(page)
-    assert "needs labels" in tiles(page)["Training adds, at most"]
+    assert "needs labels" in tiles(page)["Largest gain by training"]
     assert "No pair is admissible." in tiles(page)["Pick: student ← teacher"]
 
 
@@ -511,7 +518,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
     assert page.text.count(EVIL) > 40  # it is shown, as text
 
 
-def test_text_of_a_file_is_not_read_as_a_template(tmp_path: Path) -> None:
+def test_text_of_a_file_is_not_read_as_a_template(tmp_path: Path, plain_figures: None) -> None:
     quality = probed(3)
     quality["note"] = "{{ 7 * 7 }} {% include 'script.js' %}"
     write_table(quality, tmp_path / "quality.csv")

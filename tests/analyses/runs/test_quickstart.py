@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from layerprobe.analyses.experiments import (
     judge,
 )
 from layerprobe.analyses.runs.quickstart import RECORDED
-from layerprobe.analyses.wording import recorded_paragraph, verdict_paragraph
+from layerprobe.analyses.wording import beside_recorded_sentence, recorded_paragraph, verdict_paragraph
 from layerprobe.layersync import LayerPair
 from layerprobe.training import TrainingPlan
 
@@ -59,6 +60,16 @@ def test_a_recorded_trial_is_called_recorded_and_names_what_remakes_it() -> None
     said = {name: float(options[options.index(f"--{name}") + 1]) for name in ("steps", "num-seeds", "weight")}
     verdict = trial.verdict
     assert said == {"steps": verdict.steps, "num-seeds": verdict.num_seeds, "weight": verdict.arms[1].weight}
+
+
+def test_a_trial_beside_the_recorded_one_tells_how_they_differ_and_how_that_one_began() -> None:
+    recorded = RecordedTrial.read(RECORDED)
+    strong = replace(recorded.verdict.arms[1], weight=0.3)
+    short = replace(recorded.verdict, steps=200, arms=[recorded.verdict.arms[0], strong])
+    assert beside_recorded_sentence(short, recorded) == (
+        "This trial has weight 0.3 and 200 steps, the recorded one weight 0.03 and 4000 steps. That one stood at 2.7 "
+        "against 2.44 at step 1000 and ended at 0.162 against 0.165, so the start of a trial does not tell its end."
+    )
 
 
 @pytest.mark.parametrize("missing", ["confirmation.csv", "verdict.json", "recorded.json"])

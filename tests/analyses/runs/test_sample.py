@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bodies import walk
-from places import HELPERS
+from started import Started
 from tiny import SHAPE, tiny_sit
 
 from layerprobe.analyses.runs import sample as sample_runs
@@ -152,37 +149,20 @@ def test_latents_are_decoded_by_their_autoencoder(tmp_path: Path) -> None:
     assert np.load(tmp_path / "grid" / "samples.npy").shape == (5, 3, 8, 8)
 
 
-TOGETHER = """
-import sys
-from tiny import tiny_sit
-import layerprobe.analyses.runs.sample as sample_runs
-from layerprobe.sampling import SamplingPlan
-sample_runs.PART = 4
-plan = SamplingPlan("euler-maruyama", 3, seed=1)
-sample_runs.draw_archive(tiny_sit(), sys.argv[1], num=10, plan=plan, progress=lambda *seen: print(seen))
-"""
+RANDOM = SamplingPlan("euler-maruyama", 3, seed=1)
+
+
+def archive(folder: Path) -> list[tuple[Any, ...]]:
+    """Draws an archive and gives its progress."""
+    sample_runs.PART, seen = 4, []
+    draw_archive(tiny_sit(), folder, num=10, plan=RANDOM, progress=lambda *state: seen.append(state))
+    return seen
 
 
 def test_two_processes_draw_the_same_archive(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, str(tmp_path / "two")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert printed == [["('samples', 1, 2)", "('samples', 2, 2)"], ["('samples', 1, 1)"]]  # parts 0 and 2, part 1
-    plan = SamplingPlan("euler-maruyama", 3, seed=1)
-    one = np.load(draw_archive(tiny_sit(), tmp_path / "one", num=10, plan=plan))
+    told = Started(tmp_path, archive, tmp_path / "two").results()
+    assert told == [[("samples", 1, 2), ("samples", 2, 2)], [("samples", 1, 1)]]  # parts 0 and 2, part 1
+    one = np.load(draw_archive(tiny_sit(), tmp_path / "one", num=10, plan=RANDOM))
     two = np.load(tmp_path / "two" / "samples.npz")
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1  # a pixel that rounding turns over
     assert (one["arr_1"] == two["arr_1"]).all()

@@ -26,6 +26,7 @@ from layerprobe.analyses.wording.selection import (
     score_sentence,
     selection_headline,
     selection_reason,
+    weight_text,
 )
 
 BASIS = SelectionBasis("probe accuracy", "validation", (0.1,), ("a", "b", "c"), ("c",), ("a",), (), 2, 0.9, 0.05, ())
@@ -152,6 +153,13 @@ CAUTIONS = {
 def test_a_caution_in_words(caution: Caution, text: str) -> None:
     (found,) = caution_texts(selection(PAIR, cautions=(caution,)))
     assert found.startswith(text)
+
+
+def test_the_weight_to_begin_with_is_smaller_where_tokens_are_narrow() -> None:
+    assert weight_text(selection(PAIR)) == f"{selection(PAIR).weight:g}"
+    narrow = Caution("narrower than published", value=48, limit=384)
+    assert weight_text(selection(PAIR, cautions=(narrow,))) == "0.03 to begin with, since its tokens are narrow"
+    assert "begin with a weight of 0.03" in caution_texts(selection(PAIR, cautions=(narrow,)))[0]
 
 
 def test_every_code_is_tried_above() -> None:

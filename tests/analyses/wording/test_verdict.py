@@ -13,6 +13,7 @@ from layerprobe.analyses.experiments.power import Spread, resolution
 from layerprobe.analyses.experiments.verdict import Answer, ArmResult, Comparison, Trend, Verdict, VerdictCaution
 from layerprobe.analyses.wording import (
     answer_title,
+    short_answer,
     verdict_cautions,
     verdict_details,
     verdict_paragraph,
@@ -131,6 +132,10 @@ def test_a_difference_that_is_clear_too_early_is_told_as_a_cost_so_far() -> None
     worse = replace(VERDICT.arms[1], low=0.1, high=0.3)
     text = paragraph(**early, arms=(VERDICT.arms[0], worse))
     assert "So far the pair costs: the whole interval lies above zero. It is too early to tell how it ends." in text
+    verdict = replace(VERDICT, **early, arms=(VERDICT.arms[0], worse))
+    assert (short_answer(verdict), answer_title("pick", verdict)) == ("costs so far", "pick costs so far")
+    assert verdict_sentence(verdict).startswith("So far the pair costs")
+    assert short_answer(replace(VERDICT, **early)) == "too early to tell"
 
 
 def test_another_arm_than_the_pick_is_named() -> None:
