@@ -22,12 +22,12 @@ from layerprobe import __version__
 from layerprobe.cli.fields import shares_work
 from layerprobe.cli.help import HelpfulCommand, HelpfulGroup
 from layerprobe.cli.output import tell, warn
-from layerprobe.files import MissingWeights, is_disk_full, one_line, os_error_line
-from layerprobe.memory import is_device_failure, is_out_of_memory
+from layerprobe.files import MissingWeights, is_disk_full, os_error_line
+from layerprobe.memory import failure_in, failure_line, is_out_of_memory, is_refusal
 from layerprobe.messages import MAX_MESSAGE, safe
-from layerprobe.precision import is_refusal
 from layerprobe.ranks import alone, ranks_of
 
+_MAX_REASON = 160  # characters of what a device says of itself
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
@@ -139,21 +139,28 @@ def run() -> int:
         return _fail(str(error), 3)
     except (ModuleNotFoundError, ImportError) as error:
         return _fail(f"{error}; install the missing package", 3)
-    except OSError as error:
-        lasting = not is_disk_full(error) and not isinstance(error, ConnectionError)
-        return _fail(os_error_line(error), 2 if lasting else 1)
-    except ValueError as error:
-        return _fail(str(error), 2)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            advice = "pass a smaller --batch-size (train: a larger --accumulate) or --device cpu, or free some"
-            return _fail(f"out of memory ({one_line(error)}); {advice}", 1)
-        if is_refusal(error):
-            return _fail(f"{one_line(error)}; leave out --deterministic, or compute on a CPU with --device cpu", 1)
-        if is_device_failure(error):
-            return _fail(f"the device failed ({one_line(error)}); repeat the command, or pass --device cpu", 1)
+    except ConnectionError as error:  # It tells in its own words which failure it was made of.
+        return _fail(os_error_line(error), 1)
+    except Exception as error:
+        failure = failure_in(error)
+        if failure is not None:
+            return _fail(_failure_line(failure), 1)
+        if isinstance(error, OSError):
+            return _fail(os_error_line(error), 1 if is_disk_full(error) else 2)
+        if isinstance(error, ValueError):
+            return _fail(str(error), 2)
         raise
     return 0
+
+
+def _failure_line(failure: BaseException) -> str:
+    line = safe(failure_line(failure))[:_MAX_REASON]
+    if is_out_of_memory(failure):
+        advice = "pass a smaller --batch-size (train: a larger --accumulate) or --device cpu, or free some"
+        return f"out of memory ({line}); {advice}"
+    if is_refusal(failure):
+        return f"{line}; leave out --deterministic, or compute on a CPU with --device cpu"
+    return f"the device failed ({line}); repeat the command, or pass --device cpu"
 
 
 @contextmanager

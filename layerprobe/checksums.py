@@ -127,7 +127,7 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / CHECKSUMS
     try:
         stamp = _stamp(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     if _parsed.get(path, (None,))[0] != stamp:
         _parsed[path] = stamp, _parse(path)

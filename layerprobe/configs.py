@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         # An editor may have put a mark of UTF-8 at the beginning.
         content = parse_config(path.read_bytes().decode("utf-8-sig"), kind)
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid {kind} ({one_line(error)}); repair or remove it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not keys and values; repair it or copy it again")

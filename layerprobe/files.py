@@ -22,6 +22,7 @@ from textwrap import shorten
 from typing import Any, ParamSpec, TextIO, TypeVar
 from uuid import uuid4
 
+from layerprobe.memory import pass_on
 from layerprobe.messages import closest, safe
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             _sync(path.parent)
     except Exception as error:
+        pass_on(error)
         if is_disk_full(error) or shutil.disk_usage(path.parent).free < 64 * 1024:
             written = partial.stat().st_size if partial.is_file() else 0
             partial.unlink(missing_ok=True)

@@ -1,60 +1,129 @@
-"""What a device says when it fails, and batches that become smaller when its memory runs out.
+"""What memory, devices and connections say when they fail, and batches that become smaller when memory runs out.
 
 Running out of memory says nothing about a network or its data. So it never becomes a result: the batch is repeated in
-halves, and where a single row does not fit, the error goes on to the user. Other failures of a device go on as well.
+halves, and where a single row does not fit, the error goes on to the user. So do other failures of the machine.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
-_DEVICE_ERRORS = (
-    "cuda error",
-    "hip error",
-    "cublas_status",
-    "cudnn_status",
-    "cudnn error",
-    "cusolver error",
-    "nccl error",
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can.?t allocate memory|cannot allocate memory|status_alloc_failed|out_of_(device|host)_memory",
+    re.IGNORECASE,
+)
+_REFUSAL = "does not have a deterministic implementation"
+_LOST_CONNECTION = re.compile(r"gloo|connection (closed|reset)", re.IGNORECASE)
+_DEVICE = re.compile(
+    r"(cuda|cuda driver|hip|xpu|nccl|cublas|cudnn|cusolver|cufft|cusparse|curand|miopen|rocblas|triton) error\b"
+    r"|\b(cu|hip|roc|mi)[a-z]+_status_|ur_result_error|device-side assert",
+    re.IGNORECASE,
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine ran out of memory, which says nothing about what was computed.
+    """Whether a device or the machine ran out of memory, or an error was made of one that says so.
 
     Most backends of torch raise a plain `RuntimeError` then, so that the text decides.
     """
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or _is_kind(error, "OutOfMemoryError")
-        or (isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY))
+    return any(map(_says_out_of_memory, _and_its_causes(error)))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether torch refused an operation because it has no deterministic implementation."""
+    return isinstance(error, RuntimeError) and _REFUSAL in str(error)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a process lost another one, which was killed or cannot be reached."""
+    return _is_kind(error, "DistError") or (
+        isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None
     )
 
 
-def is_device_failure(error: BaseException) -> bool:
-    """Whether a device failed for a reason of its own, or ran out of memory.
+def failure_in(error: BaseException) -> BaseException | None:
+    """Returns the failure that says nothing about what was computed, if an error is one or was made of one.
 
-    After some of these errors a process cannot use the device any more, so that all later results would be wrong.
+    Such are memory that ran out, a failure of a device, an operation refused by `--deterministic`, and a lost
+    connection between processes. After some of them a process cannot use its device any more, so that all later
+    results would be wrong.
     """
-    text = str(error).lower()
+    return next(filter(_is_failure, _and_its_causes(error)), None)
+
+
+def pass_on(error: BaseException) -> None:
+    """Raises the failure that says nothing about what was computed, if an error is one or was made of one.
+
+    It is the first statement of every `except` that catches more than wrong input, so that no such failure becomes a
+    result or a message about a file or a network.
+    """
+    failure = failure_in(error)
+    if failure is not None:
+        raise failure
+
+
+def failure_line(error: BaseException) -> str:
+    """Returns the line of a failure's message that says what failed; some backends put it below their own places."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    signs = (_OUT_OF_MEMORY, _DEVICE, _LOST_CONNECTION)
+    return next((line for line in lines if any(sign.search(line) for sign in signs)), lines[0]).strip()
+
+
+def _is_failure(error: BaseException) -> bool:
     return (
-        is_out_of_memory(error)
+        _says_out_of_memory(error)
+        or is_refusal(error)
+        or is_lost_connection(error)
         or _is_kind(error, "AcceleratorError")
-        or (isinstance(error, RuntimeError) and any(sign in text for sign in _DEVICE_ERRORS))
+        or (isinstance(error, RuntimeError) and _DEVICE.search(str(error)) is not None)
+    )
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or _is_kind(error, "OutOfMemoryError")
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None)
     )
 
 
 def _is_kind(error: BaseException, name: str) -> bool:
     """Whether an error is of a type of torch, which this module does not import."""
     return any(kind.__name__ == name for kind in type(error).__mro__)
+
+
+def _and_its_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error and those that it was made of: its causes, or what its own calls were handling.
+
+    What was being handled before these calls, such as the attempt of a caller with a larger batch, is no part of them.
+    """
+    seen: list[BaseException] = []
+    reached: BaseException | None = error
+    while reached is not None and not any(reached is each for each in seen):
+        yield reached
+        seen.append(reached)
+        context = reached.__context__
+        handled = context is not None and _first_frame(context) in _frames(reached)
+        reached = reached.__cause__ or (context if handled else None)
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _first_frame(error: BaseException) -> FrameType | None:
+    return None if error.__traceback__ is None else error.__traceback__.tb_frame
 
 
 class BatchSize:
@@ -94,6 +163,7 @@ class BatchSize:
                 result = compute(batch)
             except Exception as error:
                 if not is_out_of_memory(error) or len(batch) == 1:
+                    pass_on(error)
                     raise
             else:
                 yield batch, result

@@ -35,7 +35,6 @@ FEATURE_TOLERANCE = 0.01
 _TF32_CAPABILITY = (8, 0)
 # cuBLAS chooses among its kernels by the space it has; this much and no more makes the choice the same every time.
 _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-_REFUSAL = "does not have a deterministic implementation"
 
 
 def check_precision(name: str) -> None:
@@ -141,7 +140,7 @@ def _restore(backend: Any, allowed: bool, parts: list[tuple[Any, str]]) -> None:
 def compute_deterministically() -> None:
     """Makes torch use deterministic kernels in this process, before the first use of a GPU.
 
-    Operations without one raise a `RuntimeError` from then on; see `is_refusal`. A workspace of cuBLAS that the
+    Operations without one raise a `RuntimeError` from then on; see `memory.is_refusal`. A workspace of cuBLAS that the
     environment names already is kept.
     """
     os.environ.setdefault(*_WORKSPACE)
@@ -149,8 +148,3 @@ def compute_deterministically() -> None:
 
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether torch refused an operation because it has no deterministic implementation."""
-    return isinstance(error, RuntimeError) and _REFUSAL in str(error)

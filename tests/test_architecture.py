@@ -29,7 +29,7 @@ _ENGINE = (*_MODELS, "checkpoints", "extraction", "layersync", "sampling", "trai
 _NUMBERS = ("analyses.measures", "analyses.tables")
 ARROWS: Mapping[str, tuple[str, ...]] = {
     "configs": ("files",),
-    "files": ("messages",),
+    "files": ("memory", "messages"),
     "messages": (),
     "__main__": ("cli",),
     "memory": (),

@@ -19,11 +19,11 @@ from layerprobe.backbones import wrap
 from layerprobe.checkpoints import check_convention
 from layerprobe.cli.main import COMMANDS
 from layerprobe.extraction import ExtractionPlan, ablate_layers, extract, random_weights, raw_input, rounding_error
+from layerprobe.memory import is_refusal
 from layerprobe.precision import (
     compute_deterministically,
     computing,
     has_tf32,
-    is_refusal,
     precision_on,
     products_of,
     rounded_by,

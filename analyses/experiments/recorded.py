@@ -9,6 +9,7 @@ import pandas as pd
 
 from layerprobe.analyses.experiments.confirmation import read_curves
 from layerprobe.analyses.experiments.verdict import Verdict
+from layerprobe.memory import pass_on
 from layerprobe.records import read_record, typed
 
 _REMEDY = "delete the folder and repeat `layerprobe quickstart`"
@@ -40,5 +41,6 @@ class RecordedTrial:
             verdict = read_record(folder / "verdict.json", Verdict.from_dict, remedy=_REMEDY)
             commands = read_record(folder / "recorded.json", typed(dict[str, list[str]]), remedy=_REMEDY)["commands"]
         except (OSError, KeyError) as error:
+            pass_on(error)
             raise ValueError(f"{folder} holds no whole recorded trial ({error}); {_REMEDY}") from error
         return cls(curves, verdict, tuple(commands))

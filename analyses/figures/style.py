@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from layerprobe.analyses.measures import Floats
 from layerprobe.files import atomic_write, one_line, similar_path
+from layerprobe.memory import pass_on
 from layerprobe.messages import did_you_mean, unknown
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _read_sheet(path: Path) -> dict[str, Any]:
         sheet: Any = mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
         return dict(sheet)
     except Exception as error:  # each setting has its own check
+        pass_on(error)
         raise ValueError(f"{path} is not a style sheet ({one_line(error)}); correct that line") from error
 
 

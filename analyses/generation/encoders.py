@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from layerprobe.analyses.generation.extractors import Extractor
 from layerprobe.checkpoints import import_object
 from layerprobe.files import MissingWeights, one_line
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import pass_on
 from layerprobe.precision import precision_on
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -125,6 +125,7 @@ def _load(folder: Path, option: str) -> Any:
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # A damaged file can fail in any way.
+        pass_on(error)
         raise ValueError(
             f"transformers cannot open the model in {folder} ({one_line(error)}); check the folder"
         ) from error
@@ -139,14 +140,14 @@ def _script(path: Path, device: torch.device | str) -> Callable[[Tensor], Tensor
         try:
             module = torch.jit.load(program, map_location=device).eval()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
+            pass_on(error)
             raise ValueError(f"{path} cannot be opened as TorchScript ({one_line(error)}); save it again") from error
 
     def features(x: Tensor) -> Tensor:
         try:
             result: Tensor = module(x)
         except RuntimeError as error:
-            if is_device_failure(error):
-                raise
+            pass_on(error)
             last = str(error).strip().splitlines()[-1][:160]
             raise ValueError(f"{path} does not accept samples of shape {tuple(x.shape)} ({last})") from error
         return result
@@ -164,6 +165,7 @@ def _checked_script(path: Path) -> io.BytesIO:
         with zipfile.ZipFile(path) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
     except Exception as error:  # A damaged file can fail in any way.
+        pass_on(error)
         raise ValueError(
             f"{path} is not a TorchScript file ({one_line(error)}); pass one saved by torch.jit.save"
         ) from error

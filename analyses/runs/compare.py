@@ -30,6 +30,7 @@ from layerprobe.analyses.tables import (
 from layerprobe.analyses.wording import block_map_sentences, difference_sentences
 from layerprobe.checkpoints import training_record
 from layerprobe.files import holding
+from layerprobe.memory import pass_on
 
 _SHOWN = 8  # lines in a text
 # Trainers write 0400000.pt or checkpoint-500/; model-ema-0.999.pt, SiT-XL-2-256.pt and a folder 2025/ are no steps.
@@ -153,7 +154,8 @@ def _recorded_step(checkpoint: str) -> tuple[int, str] | None:
     """The step of a checkpoint of layerprobe, and what else its record says of the training."""
     try:
         record = dict(training_record(checkpoint))
-    except (OSError, ValueError):  # a checkpoint that has moved, or was passed as an object, says no step
+    except (OSError, ValueError) as error:  # a checkpoint that has moved, or was passed as an object, says no step
+        pass_on(error)
         return None
     steps = record.pop("steps", None)
     return None if steps is None else (steps, json.dumps(record, sort_keys=True))

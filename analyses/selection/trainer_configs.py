@@ -14,6 +14,7 @@ from typing import Any
 
 from layerprobe.analyses.selection.pair_checks import PairFacts
 from layerprobe.analyses.selection.trainers import TRAINERS, Trainer
+from layerprobe.memory import pass_on
 
 _TYPO = 0.9  # similarity of two names from which on one is taken for a slip of the other
 
@@ -55,6 +56,7 @@ def read_settings(text: str, suffix: str = "") -> dict[str, Any]:
         else:
             return dict(_words(text))
     except Exception as error:  # each parser has errors of its own
+        pass_on(error)
         raise ValueError(f"this cannot be read as {suffix.lstrip('.') or 'options'} ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"this has no names and values, but is a {type(content).__name__}; pass a file with options")

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.files import error_place
-from layerprobe.memory import BatchSize, is_device_failure
+from layerprobe.memory import BatchSize, pass_on
 from layerprobe.noise import NoiseSchedule
-from layerprobe.precision import is_refusal
 
 Forward = Callable[..., Tensor]
 OTHER_CALL = "let the factory return wrap(..., forward=...)"
@@ -74,7 +73,8 @@ def checked(forward: Forward, schedule: NoiseSchedule) -> Forward:
             try:
                 output: Any = forward(module, x_t, native_time, condition, *mask)
             except (Exception, SystemExit) as error:
-                if is_device_failure(error) or is_refusal(error) or (isinstance(error, ValueError) and _is_ours(error)):
+                pass_on(error)
+                if isinstance(error, ValueError) and _is_ours(error):
                     raise
                 failed = _Failed(forward, module, schedule, x_t, native_time, condition, tuple(found.values()))
                 raise ValueError(f"{failed.call} raised {_raised(error)}; {_advice(error, failed)}") from error

@@ -17,6 +17,7 @@ from layerprobe.checkpoints.formats import METADATA_KEY
 from layerprobe.checkpoints.unpickling import printable
 from layerprobe.checkpoints.weight_sets import read_weights
 from layerprobe.files import atomic_write
+from layerprobe.memory import pass_on
 
 
 def convert_checkpoint(
@@ -72,6 +73,7 @@ def convert_checkpoint(
         except OSError:  # The disk is full, or the folder cannot be written to.
             raise
         except Exception as error:
+            pass_on(error)
             reason = printable(" ".join(str(error).split()))
             raise ValueError(
                 f"{source} cannot be written as safetensors ({reason}); convert its types first"
@@ -105,7 +107,8 @@ def _hash(files: tuple[Path, ...]) -> str:
 def _describes(description: Path, record: Mapping[str, Any]) -> bool:
     try:
         return bool(json.loads(description.read_text(encoding="utf-8")) == json.loads(json.dumps(record)))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        pass_on(error)
         return False
 
 

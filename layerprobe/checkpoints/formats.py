@@ -20,6 +20,7 @@ from layerprobe.checkpoints.unpickling import Refused, mapping, printable
 from layerprobe.checksums import is_damaged
 from layerprobe.configs import parse_config, read_config
 from layerprobe.files import PASS_CHECKPOINT, MissingWeights, one_line, similar_path
+from layerprobe.memory import pass_on
 
 METADATA_KEY = "layerprobe"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -71,8 +72,10 @@ def one_line_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise type(error)(str(error)) from error
     except OSError as error:
+        pass_on(error)
         raise ValueError(f"{path} cannot be read ({printable(str(error))}); check its disk and permissions") from error
     except Exception as error:
+        pass_on(error)
         kind = "safetensors file" if ".safetensors" in path.name else "PyTorch checkpoint"
         raise ValueError(
             f"{path} is not a valid {kind} ({printable(one_line(error))}); copy or download it again"

@@ -39,7 +39,7 @@ from layerprobe.checkpoints.saving import weights_hash
 from layerprobe.checkpoints.user_models import refuse_other_options, user_backbone, with_layers
 from layerprobe.checkpoints.weight_sets import Weights, read_weights, stripped
 from layerprobe.files import EMBEDDED, one_line, refuse_memory
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import is_out_of_memory, pass_on
 from layerprobe.messages import unknown
 from layerprobe.noise import NoiseSchedule, Prediction, schedule_from_config
 from layerprobe.parts import nameable
@@ -161,12 +161,13 @@ def resolve_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):  # It is there, and full.
+            raise
         raise ValueError(f"--device {device} is not available ({one_line(error)}); pass cpu or auto") from error
     try:
         torch.empty(0, device=device, dtype=torch.float64)
     except (TypeError, RuntimeError) as error:
-        if is_device_failure(error):
-            raise
+        pass_on(error)
         raise ValueError(
             f"--device {device} does not compute in float64, as noise levels and measures do; pass cpu"
         ) from error
@@ -290,6 +291,7 @@ def _own_backbone(path: Path, record: dict[str, Any]) -> Backbone:
         schedule = schedule_from_config(record["schedule"])
         backbone = sit_backbone(module, schedule=schedule, prediction=record["prediction"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        pass_on(error)
         raise ValueError(f"{path} has a damaged record ({one_line(error)}); copy or download it again") from error
     notes: tuple[str, ...] = ()
     if module.config.num_classes and _training(path, record).get("label_drop") == 0:

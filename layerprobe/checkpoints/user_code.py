@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from layerprobe.files import error_place, one_line
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import pass_on
 
 T = TypeVar("T")
 _HOW = "pass file.py:name or package.module:name"
@@ -82,8 +82,7 @@ def run_user_code(code: Callable[[], T], spec: str, failure: str, advice: str) -
             'runs as a script under if __name__ == "__main__":'
         ) from error
     except Exception as error:
-        if is_device_failure(error):
-            raise
+        pass_on(error)
         kind = "" if isinstance(error, (ImportError, SyntaxError, OSError)) else f"{type(error).__name__}: "
         text = re.sub(r" \([^()]*, line \d+\)$", "", one_line(error))
         raise ValueError(f"{failure} ({kind}{text}{_at(error)}); {_advice(error) or advice}") from error

@@ -26,6 +26,7 @@ from layerprobe.data.contents import check_npy, load_npy_file
 from layerprobe.data.names import Modality
 from layerprobe.data.samples import Batch, Samples, pixels_to_float
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 
 _ARRAY = "arr_0"
 _MODALITIES = {1: "audio", 2: "image", 3: "video"}
@@ -98,6 +99,7 @@ def load_array(path: str | Path) -> ArraySamples:
     except KeyError:
         raise ValueError(f"{path} has no array {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        pass_on(error)
         raise ValueError(
             f"{path} is not a complete {path.suffix} of numbers ({one_line(error)}); write it again"
         ) from error
@@ -124,7 +126,8 @@ def array_modality(path: Path, folders: Sequence[Path]) -> Modality:
     """
     try:
         array = load_npy_file(path, folders, mmap=True)
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        pass_on(error)
         return "motion"  # whose loader names what is wrong
     shape = array.shape[1:] if array.ndim == 4 and len(array) == 1 else array.shape
     if array.dtype == np.uint8 and len(shape) in (2, 3):

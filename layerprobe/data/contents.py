@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from layerprobe.memory import pass_on
+
 MAX_ITEM_BYTES = 2 * 2**30  # of one encoded or decoded item
 MAX_TEXT_BYTES = 2**30  # of one table in text
 _MAX_HEADER = 10_000  # of a .npy file, as for numpy
@@ -125,6 +127,7 @@ def check_npy(stream: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, 
         stream.seek(start)
         shape, fortran, dtype = readers[version](stream)
     except Exception as error:  # the header is parsed as Python's, which can fail in any way
+        pass_on(error)
         raise ValueError("it is not a .npy file with a valid header") from error
     if dtype.hasobject:
         raise ValueError("it contains Python objects, which are not read")
@@ -182,6 +185,7 @@ def _only_member(content: bytes) -> bytes:
                 raise ValueError(f"it would unpack to {members[0].file_size / 2**30:.3g} GiB; remove it")
             return archive.read(members[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        pass_on(error)
         raise ValueError("it is not a complete .npz file") from error
 
 

@@ -39,6 +39,7 @@ from layerprobe.data.samples import (
     pixels_to_float,
 )
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 from layerprobe.threads import each
 
 if TYPE_CHECKING:
@@ -330,9 +331,8 @@ class EncodedImages:
         # Decoders raise almost any exception on damaged data: OSError, SyntaxError, struct.error, IndexError, ...
         try:
             yield
-        except MemoryError:
-            raise
         except Exception as error:
+            pass_on(error)
             problem = f"{self.name(row)} cannot be read: {one_line(error)}"
             raise ValueError(f"{problem}; repair or remove it, or pass --skip-bad 1 or more") from error
 

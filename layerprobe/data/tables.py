@@ -21,6 +21,7 @@ from layerprobe.data.contents import MAX_ITEM_BYTES, check_whole_arrow
 from layerprobe.data.listing import PART_OF, TABLES, Listing
 from layerprobe.data.metadata import read_metadata
 from layerprobe.files import hub_error_line, one_line
+from layerprobe.memory import pass_on
 from layerprobe.messages import did_you_mean
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def read(listing: Listing, *, split: str | None = None) -> dict[str, Dataset]:
         try:
             content = {name: _rows(shards) for name, shards in files.items()} or _prepared_rows(listing)
         except Exception as error:  # of pyarrow, fsspec, the Hub, ...
+            pass_on(error)
             if listing.form == "hub":
                 line = hub_error_line(listing.source, error)
                 raise ValueError(f"{listing.source} is not a path here, so it was sought on the Hub: {line}") from error
@@ -139,6 +141,7 @@ def _check_whole(file: Path) -> None:
             end = archive.offset
             compressed = not isinstance(archive.fileobj, io.BufferedReader)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, OverflowError) as error:
+        pass_on(error)
         raise ValueError(
             f"{file} ends before the end of its archive, or is damaged ({one_line(error)}); copy or download it again"
         ) from error
@@ -185,7 +188,8 @@ def _class_names(file: Path) -> dict[str, list[str]]:
         else:
             with pa.memory_map(str(file)) as stream:
                 schema = pa.ipc.open_stream(stream).schema
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowInvalid, OSError) as error:
+        pass_on(error)
         return {}
     features = Features.from_arrow_schema(schema)
     return {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}

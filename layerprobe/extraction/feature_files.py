@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from layerprobe.data import check_npy
 from layerprobe.files import import_optional, one_line
+from layerprobe.memory import pass_on
 
 # What the readers raise about a file that is cut, encrypted or of another kind.
 _DAMAGE = (
@@ -160,4 +161,5 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
+        pass_on(error)
         raise ValueError(f"{path} cannot be read as {path.suffix} ({one_line(error)}); write it again") from error

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from layerprobe.checksums import check, is_damaged, recorded_write, told_again
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 from layerprobe.records import claim, damaged, parse, read_record
 
 SPLITS = ("train", "validation", "test")
@@ -299,8 +300,8 @@ def is_whole(path: Path) -> bool:
         try:
             with safe_open(path, framework="np"):
                 return True
-        except (SafetensorError, OSError):
-            pass
+        except (SafetensorError, OSError) as error:
+            pass_on(error)
     told_again(path)
     return False
 

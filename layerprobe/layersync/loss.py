@@ -127,7 +127,7 @@ class LayerSync:
         weight: Factor of the alignment, at least 0; values of about 0.1 to 0.7 are published as working.
         options: Differences from the paper.
         stop_cosine: Cosine, in (0, 1], at which the alignment of a pair ends for good, by the running mean over about a
-            hundred losses (over all processes); None to go on.
+            hundred losses (over all processes); None to go on. With it, each loss waits for the device once.
         tokens: Function from a layer's output and name to its tokens (B, T, D), as in `Backbone`, applied as soon as
             the layer has run.
         say: Function called with a line for each pair about what is aligned, at the first loss, and about the end of

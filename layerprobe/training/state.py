@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerprobe.checksums import check, recorded_write, write_recorded_text
 from layerprobe.files import one_line, write_text
 from layerprobe.layersync import LayerPair, LayerSync
-from layerprobe.memory import is_out_of_memory
+from layerprobe.memory import pass_on
 from layerprobe.ranks import Ranks
 from layerprobe.records import damaged
 from layerprobe.training.distributed import gathered, local, placed
@@ -124,8 +124,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        pass_on(error)
         raise damaged(path, one_line(error), remedy) from error
     lacking = [name for name in ("step", "module", "optimizer", "log") if name not in content]
     if lacking:

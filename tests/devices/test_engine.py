@@ -299,6 +299,21 @@ def test_layersync_runs_in_a_loop_of_ones_own(device: str) -> None:
         assert all(isinstance(value, float) for value in sync.statistics().values())
 
 
+@pytest.mark.parametrize(("stop", "waits_per_loss"), [(None, 0), (0.99, 1)])
+def test_a_loss_waits_for_the_device_only_to_end_by_its_cosine(
+    device: str, stop: float | None, waits_per_loss: int
+) -> None:
+    module = on(device, tiny_sit()).module
+    with LayerSync(module, [("blocks.0", "blocks.2")], weight=0.3, stop_cosine=stop) as sync:
+        waits = []
+        for _ in range(4):
+            module(torch.randn(4, *SHAPE, device=device), torch.rand(4, device=device), torch.arange(4).to(device) % 3)
+            with watched() as ledger:
+                sync.loss().backward()
+            waits.append(sum(ledger.waits.values()))
+    assert waits[1:] == [waits_per_loss] * 3  # The first loss checks values.
+
+
 # Other networks
 
 

@@ -14,10 +14,11 @@ import torch
 from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
 
 from layerprobe.analyses.measures import cka_matrix, neighbor_graph
-from layerprobe.checkpoints import check_convention
-from layerprobe.data import TensorSamples
+from layerprobe.checkpoints import check_convention, weights_hash
+from layerprobe.data import Splits, Subset, TensorSamples
 from layerprobe.extraction import ExtractionPlan, ablate_layers, extract
 from layerprobe.layersync import LayerPair, LayerSync, SyncOptions
+from layerprobe.noise import schedule_from_name
 from layerprobe.sampling import SamplingPlan, sample
 from layerprobe.training import TrainingPlan, train
 
@@ -39,8 +40,19 @@ def null_label(device: str, folder: Path) -> None:
     extract(backbone, tiny_splits(), ExtractionPlan(backbone.layers, (0.5,)), folder)
 
 
+def padded_tokens(device: str, folder: Path) -> None:
+    backbone, samples = tiny_sit(shape=(2, 12)), motions()
+    backbone.module.to(device)
+    splits = Splits(*(Subset(samples, rows, name=str(rows)) for rows in (range(2), range(2, 4), range(4, 6))))
+    extract(backbone, splits, ExtractionPlan(backbone.layers, (0.5,), token_samples=2, tokens_per_sample=3), folder)
+
+
+def checksum(device: str, folder: Path) -> None:
+    weights_hash(tiny_sit().module.to(device))
+
+
 def ablation(device: str, folder: Path) -> None:
-    backbone = tiny_sit()
+    backbone = tiny_sit(schedule=schedule_from_name("ddpm-linear"), prediction="eps")
     backbone.module.to(device)
     ablate_layers(backbone, tiny_samples(), (0.5,), split="test")
 
@@ -93,6 +105,10 @@ MUTANTS: tuple[tuple[str, str, str, str, Job], ...] = (
     ("layerprobe.extraction.forward", "_on_device", "column.to(device)", "column", extraction),
     ("layerprobe.extraction.forward", "_on_device", "eps.to(device)", "eps", extraction),
     ("layerprobe.extraction.forward", "_kept_tokens", "kept.float().cpu().numpy()", "kept.float().numpy()", extraction),
+    ("layerprobe.extraction.forward", "_copied", "values.cpu()", "values", extraction),
+    ("layerprobe.extraction.forward", "_select_tokens", "True))].to(tokens.device)", "True))]", padded_tokens),
+    ("layerprobe.checkpoints.saving", "weights_hash", ".cpu()", "", checksum),
+    ("layerprobe.noise.schedules", "DDPM.native_time", ".to(level.device)", "", ablation),
     ("layerprobe.backbones.base", "Backbone.null_condition", ", device=device", "", null_label),
     ("layerprobe.backbones.sit", "TimestepEmbedder.forward", ", device=t.device", "", extraction),
     ("layerprobe.extraction.ablation", "_skip_each", "level=level).to(device)", "level=level)", ablation),
@@ -109,7 +125,20 @@ MUTANTS: tuple[tuple[str, str, str, str, Job], ...] = (
 
 
 @pytest.mark.parametrize(
-    "job", [extraction, null_label, ablation, padded, convention, sampling, training, own_loop, measures]
+    "job",
+    [
+        extraction,
+        null_label,
+        padded_tokens,
+        checksum,
+        ablation,
+        padded,
+        convention,
+        sampling,
+        training,
+        own_loop,
+        measures,
+    ],
 )
 def test_each_job_runs_without_a_mistake(device: str, tmp_path: Path, job: Job) -> None:
     job(device, tmp_path)

@@ -19,6 +19,7 @@ from layerprobe.files import (
     one_line,
     similar_path,
 )
+from layerprobe.memory import pass_on
 
 MAX_STEPS = 100_000  # a larger number means a damaged configuration, or one that would exhaust the memory
 WEIGHTS = "diffusion_pytorch_model"
@@ -163,6 +164,7 @@ def _snapshot(name: str, subfolder: str | None) -> Path:
         )
         return Path(folder)
     except Exception as error:  # The Hub's client raises many kinds of errors.
+        pass_on(error)
         missing = f"{name} is not a folder and not in the Hub's cache; pass {REMOTE}{name} to download it"
         raise FileNotFoundError(hub_error_line(name, error) if remote else missing) from error
 
@@ -185,6 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = read_config(path)
     except OSError as error:
+        pass_on(error)
         raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
     check_numbers(content, path)
     return content

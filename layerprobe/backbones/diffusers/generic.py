@@ -14,7 +14,7 @@ from layerprobe.backbones.diffusers.diffusers_class import Config, DiffusersClas
 from layerprobe.backbones.diffusers.forward import DiffusersForward
 from layerprobe.capture import as_tokens
 from layerprobe.files import one_line
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import pass_on
 from layerprobe.noise import NoiseSchedule
 
 # Names of the width of the text in configurations.
@@ -97,8 +97,7 @@ def measure_layers(
             try:
                 call(module, torch.zeros(1, *shape), time, None)
             except Exception as error:  # A class without an entry may fail for any reason.
-                if is_device_failure(error):
-                    raise
+                pass_on(error)
                 raise ValueError(
                     f"{name} does not run as guessed ({one_line(error)}); wrap the module yourself"
                 ) from error

@@ -6,7 +6,6 @@ alpha / sqrt(rank); DoRA, Liu et al. 2024 (arXiv:2402.09353), which also sets th
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from layerprobe.backbones.diffusers.lora_names import Names, adapter_kind, conve
 from layerprobe.backbones.diffusers.lora_scale import AdapterRefused, Alpha, read_alpha
 from layerprobe.backbones.diffusers.weights import quiet_libraries
 from layerprobe.files import one_line
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import pass_on
 
 # Some converters of names in diffusers multiply alpha / rank into the matrices.
 _FOLDED = "in the matrices since their names were converted"
@@ -61,8 +60,7 @@ def merge_lora(module: nn.Module, path: Path, *, component: str, alpha: float | 
     except AdapterRefused as error:
         raise ValueError(f"{file} {error}") from error
     except Exception as error:  # A damaged file can fail in any way.
-        if is_device_failure(error):
-            raise
+        pass_on(error)
         raise ValueError(f"{file} cannot be applied to {type(module).__name__} ({one_line(error)})") from error
 
 
@@ -115,9 +113,12 @@ def _names(tensors: Mapping[str, Tensor], module: nn.Module, component: str) -> 
     """Reads the names as those of diffusers, else as those of the original code."""
     names = read_names(tensors, module, component)
     if names.unknown:
-        with contextlib.suppress(Exception):  # The converters of diffusers fail in any way on names of other models.
+        try:
             converted = converted_names(tensors, module)
             other = read_names(converted, module, component) if converted else names
+        except Exception as error:  # The converters of diffusers fail in any way on names of other models.
+            pass_on(error)
+        else:
             if not other.unknown:
                 names = replace(other, text_encoders=names.text_encoders, converted=True)
     title = type(module).__name__

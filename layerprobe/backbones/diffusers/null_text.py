@@ -13,7 +13,7 @@ from layerprobe.backbones.diffusers.diffusers_class import DiffusersClass, Text
 from layerprobe.backbones.diffusers.folders import ENCODERS, MAX_STEPS, ModelFolder, exported_class, read_json
 from layerprobe.backbones.diffusers.weights import missing_weights, quiet_libraries
 from layerprobe.files import one_line
-from layerprobe.memory import is_device_failure
+from layerprobe.memory import pass_on
 
 
 def read_null_text(folder: ModelFolder, family: DiffusersClass, module: nn.Module) -> tuple[Text, str]:
@@ -28,8 +28,7 @@ def read_null_text(folder: ModelFolder, family: DiffusersClass, module: nn.Modul
     try:
         return _encode_empty(folder, module, text), ", empty prompt as text"
     except Exception as error:  # An encoder may fail for any reason; the model itself can still be read.
-        if is_device_failure(error):
-            raise
+        pass_on(error)
         return text, f", zeros as text ({one_line(error)})"
 
 

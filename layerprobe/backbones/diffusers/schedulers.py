@@ -15,6 +15,7 @@ from layerprobe.backbones.diffusers.diffusers_class import DiffusersClass
 from layerprobe.backbones.diffusers.folders import MAX_STEPS, ModelFolder, exported_class, read_json
 from layerprobe.backbones.diffusers.weights import quiet_libraries
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 from layerprobe.noise import DDPM, EDM, LinearPath, NoiseSchedule, Prediction, schedule_from_name
 
 PREDICTION_TYPES: dict[str, Prediction] = {
@@ -151,6 +152,7 @@ def _read_scheduler(path: Path, family: DiffusersClass) -> SchedulerConvention:
         with quiet_libraries():
             scheduler = scheduler_class.from_config(config)
     except Exception as error:  # Wrong values can fail in any way.
+        pass_on(error)
         raise ValueError(
             f"{path} is not a valid configuration of {name} ({one_line(error)}); pass --schedule"
         ) from error

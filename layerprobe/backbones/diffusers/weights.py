@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.diffusers.folders import ModelFolder, exported_class, read_files, weight_files
 from layerprobe.files import import_optional, one_line
+from layerprobe.memory import pass_on
 from layerprobe.precision import WeightType
 
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of the denoiser in single files
@@ -68,8 +69,11 @@ def stored_types(folder: ModelFolder) -> set[str]:
     files, _ = read_files(folder.model)
     types: set[str] = set()
     for file in files if files[0].suffix == ".safetensors" else ():
-        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as weights:
-            types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as below)
+        try:
+            with safe_open(file, framework="pt") as weights:
+                types |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (as below)
+        except (SafetensorError, OSError) as error:  # Loading reports damaged files.
+            pass_on(error)
     return types
 
 
@@ -90,6 +94,7 @@ def load_denoiser(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> nn
                 folder.model, local_files_only=True, output_loading_info=True, torch_dtype=dtype, **options
             )
     except Exception as error:  # A damaged file can fail in any way.
+        pass_on(error)
         raise ValueError(
             f"{folder.model} cannot be opened as {model_class.__name__} ({one_line(error)}); copy or download it again"
         ) from error
@@ -132,6 +137,7 @@ def convert_denoiser(
         try:
             module = model_class.from_config(dict(folder.config)).to(dtype)
         except Exception as error:  # A damaged configuration can fail in any way.
+            pass_on(error)
             raise SingleFileRefused(
                 f"needs a whole configuration, but {folder.model} cannot be built as {title} ({one_line(error)}); "
                 "copy or download that folder again"
@@ -183,6 +189,7 @@ def _converted(folder: ModelFolder, title: str, tensors: Mapping[str, Tensor]) -
         # Some converters take entries out of the dictionary that they are given.
         return dict(convert(checkpoint=dict(tensors), config=dict(folder.config)))
     except Exception as error:  # On another model's names they fail in any way.
+        pass_on(error)
         raise SingleFileRefused(
             f"is not a file of {title} as {folder.model} configures it ({one_line(error)}); "
             "pass --pipeline with the folder of its own model"

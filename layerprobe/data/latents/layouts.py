@@ -42,6 +42,7 @@ from layerprobe.data.listing import count_left, walk
 from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Samples
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 
 _STATS = "latents_stats.pt"
 MAX_LABEL = 10**6  # a table of classes has a row for each
@@ -226,6 +227,7 @@ def _read_stats(path: Path, channels: int, folders: Sequence[Path]) -> tuple[Ten
         content = torch.load(check_file(path, folders), map_location="cpu", weights_only=True)
         mean, deviation = (content[key].float().view(channels, 1, 1) for key in ("mean", "std"))
     except Exception as error:  # a damaged file can raise any exception
+        pass_on(error)
         raise ValueError(f"{path} contains no mean and std of {channels} channels; copy it again") from error
     if not bool(mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
         raise ValueError(f"{path} contains a mean or std that is not finite, or a std of 0; copy it again")

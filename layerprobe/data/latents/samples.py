@@ -19,6 +19,7 @@ from layerprobe.data.contents import load_npy_file
 from layerprobe.data.reading import Reading
 from layerprobe.data.samples import Batch, LabelColumn, Samples, content_hash
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 from layerprobe.noise import RandomStream
 from layerprobe.threads import each
 
@@ -248,6 +249,7 @@ def load_npy(path: Path, folders: Sequence[Path] | None = None, *, mmap: bool = 
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
+        pass_on(error)
         raise ValueError(
             f"{path} is not a complete .npy file of numbers ({one_line(error)}); encode it again"
         ) from error
@@ -269,6 +271,7 @@ def open_shard(path: Path) -> Iterator[Any]:
             if not missing:
                 yield file
     except (SafetensorError, OSError) as error:
+        pass_on(error)
         raise ValueError(f"{path} is not a complete safetensors file; copy it again") from error
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}; pass a folder as LightningDiT writes it")

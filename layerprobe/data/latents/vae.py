@@ -17,7 +17,7 @@ from layerprobe.configs import check_numbers, read_config
 from layerprobe.data.latents.samples import SD_SCALE, ArrayRows, LatentSamples, check_scale, files_hash
 from layerprobe.data.samples import Samples, content_hash
 from layerprobe.files import InUse, MissingWeights, atomic_write, locked, one_line
-from layerprobe.memory import BatchSize
+from layerprobe.memory import BatchSize, pass_on
 from layerprobe.progress import StepProgress
 from layerprobe.records import claim
 
@@ -229,6 +229,7 @@ def _autoencoder(folder: Path, device: str | torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of diffusers, safetensors, torch, ...
+        pass_on(error)
         raise ValueError(f"{folder} is not a complete AutoencoderKL ({one_line(error)}); copy it again") from error
     if info["missing_keys"]:  # diffusers would continue with random weights
         key = info["missing_keys"][0]

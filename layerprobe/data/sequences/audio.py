@@ -30,6 +30,7 @@ from layerprobe.data.samples import Samples
 from layerprobe.data.sequences.items import MAX_VALUES, Decoder, file_bytes, load_media, read_items, undecoded
 from layerprobe.data.sequences.whole import check_end
 from layerprobe.files import import_optional
+from layerprobe.memory import pass_on
 from layerprobe.messages import unknown
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -249,7 +250,8 @@ def _common_rate(parts: dict[str, Any], column: str, folders: Sequence[Path]) ->
                 content = file_bytes(with_content(item, folders))
                 check_end(content.getvalue())
                 rates.setdefault(int(soundfile.info(content).samplerate), f"item {row} of {name}")
-            except Exception:
+            except Exception as error:
+                pass_on(error)
                 continue  # reported when the item is decoded
     if not rates:
         raise ValueError("no item has a readable sampling rate; pass audio files")

@@ -41,6 +41,7 @@ from layerprobe.data.samples import (
     digest_of,
 )
 from layerprobe.files import one_line
+from layerprobe.memory import pass_on
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,9 +204,10 @@ class Items:
         for row, item in read_items(self._rows, column):
             try:
                 value = _checked(decoder(with_content(item, folders)))
-            except (MemoryError, ModuleNotFoundError):  # not caused by the item
+            except ModuleNotFoundError:  # not caused by the item
                 raise
             except Exception as error:  # decoders raise almost any exception on damaged data
+                pass_on(error)
                 self.bad[self.name(row)] = one_line(error)
                 if len(self.bad) > skip_bad:
                     raise ValueError(self._complaint(skip_bad)) from error
