@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Items = TypeVar("Items", bound=Sequence[Any])
 P = ParamSpec("P")
 
@@ -98,6 +99,25 @@ class Ranks:
         nothing = object()
         rounds = zip_longest(*parts, fillvalue=nothing)
         return [item for of_round in rounds for item in of_round if item is not nothing]
+
+    def map(self, compute: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+        """Yields compute(item) for all items in their order, on all processes, each of which computes some of them.
+
+        Every process must call it and take all results. It holds the results of two items for each process, one from
+        the front of these items and one from the back, so that work which becomes less is divided evenly.
+
+        Args:
+            compute: Function of one item with a picklable result, which must not lie on a GPU.
+            items: The same items on every process.
+        """
+        size = self.world_size
+        for start in range(0, len(items), 2 * size):
+            self.check()
+            some = range(start, min(start + 2 * size, len(items)))
+            order = [*some[:size], *some[size:][::-1]]
+            results = self.whole([compute(items[position]) for position in self.mine(order)])
+            by_position = dict(zip(order, results, strict=True))
+            yield from (by_position[position] for position in some)
 
     def once(self, compute: Callable[[], T]) -> T:
         """Lets the first process compute, and returns its picklable result on all processes, which wait for it."""

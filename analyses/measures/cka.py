@@ -26,6 +26,7 @@ from layerprobe.analyses.measures.gram_products import (
     FeatureSet,
     GramSums,
     Progress,
+    Share,
     feature_products,
     gram_products,
     num_multiplications,
@@ -71,6 +72,7 @@ def cka_matrix(
     precision: Precision = "auto",
     tile_bytes: int = TILE_BYTES,
     progress: Progress | None = None,
+    share: Share = map,
 ) -> PairMatrix:
     """Computes CKA of all pairs of representations.
 
@@ -96,6 +98,8 @@ def cka_matrix(
         precision: Precision of the products of linear CKA: "float32", "float64", or "auto" as above.
         tile_bytes: Memory in bytes, as above. The median of the RBF kernel may take another 150 MB.
         progress: Called with (steps done, steps in all).
+        share: Computes the statistics of the representations, and the tiles. Processes that share them all get the
+            result, the same bits as of one.
 
     Returns:
         CKA by pair, symmetric for one set. Debiased values are at most 1 on average, but single ones may exceed 1.
@@ -106,8 +110,8 @@ def cka_matrix(
     """
     _check_options(kernel, estimator, precision, bandwidth)
     n = num_samples(xs, 4 if estimator == "debiased" else 2, f"{estimator} CKA")
-    left = FeatureSet(xs, n)
-    right = left if ys is None else FeatureSet(ys, n, "of the second set ")
+    left = FeatureSet(xs, n, share=share)
+    right = left if ys is None else FeatureSet(ys, n, "of the second set ", share)
     by_gram, by_features = num_multiplications(left, right)
     dtype = torch.float64
     if kernel == "rbf":
@@ -117,7 +121,7 @@ def cka_matrix(
         loses_digits = estimator == "debiased" and not all(side.debiasing_keeps_digits() for side in (left, right))
         dtype = torch.float64 if loses_digits and precision == "auto" else torch.float32
     products = gram_products if kernel == "rbf" or by_gram < by_features else feature_products
-    inner, *squares = products(left, right, dtype, tile_bytes, progress)
+    inner, *squares = products(left, right, dtype, tile_bytes, progress, share)
     hsic = _hsic(inner, left.gram_sums, right.gram_sums, estimator, _outer)
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
     roots = []

@@ -1,14 +1,15 @@
 """Inner products of the Gram matrices of many representations, in tiles and in two precisions.
 
 They are what CKA and the Procrustes distance are made of: either all Gram matrices tile by tile, or the
-cross-covariance of every pair.
+cross-covariance of every pair. Pieces of the work do not depend on who computes them, and are added in their order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from layerprobe.analyses.measures.tensors import FeatureMatrix, as_tensor, feature_statistics, subtract_mean
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 GramSums = tuple[Tensor, Tensor]  # diagonals and row sums of Gram matrices, both of shape (M, n)
 InnerProducts = tuple[Tensor, Tensor, Tensor]  # <K_a, K_b> of all pairs, ||K||^2 of the first set and of the second
@@ -28,6 +31,15 @@ _FLOAT32_TERMS = 8192
 _MEDIAN_SAMPLES = 2048
 
 
+class Share(Protocol):
+    """Applies a function to items and returns the results in their order, as `map` does; processes may share the items.
+
+    The function returns tensors on the CPU.
+    """
+
+    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item], /) -> Iterable[Result]: ...
+
+
 class FeatureSet:
     """One set of representations of n samples: the statistics of each, and access to its centered features.
 
@@ -35,6 +47,7 @@ class FeatureSet:
         representations: M arrays or tensors of shape (n, D_m).
         n: Number of samples.
         description: Description of the set in error messages, with a space at its end, or "".
+        share: Computes the statistics of the representations.
 
     Attributes:
         widths: Widths D_m.
@@ -47,30 +60,17 @@ class FeatureSet:
         ValueError: If a representation does not have n samples.
     """
 
-    def __init__(self, representations: Sequence[FeatureMatrix], n: int, description: str = "") -> None:
+    def __init__(
+        self, representations: Sequence[FeatureMatrix], n: int, description: str = "", share: Share = map
+    ) -> None:
         self.representations = representations
-        self.widths: list[int] = []
-        self.reasons: list[str] = []
         self.exponents: Tensor | None = None
-        self._means: list[Tensor] = []
-        self._scales: list[float] = []
-        diagonals = []
-        for m in range(len(representations)):
-            x = as_tensor(representations[m])
-            if len(x) != n:
-                counts = f"representation {m} {description}has {len(x)} samples, the first has {n}"
-                raise ValueError(f"{counts}; pass the same samples in the same order")
-            statistics = feature_statistics(x)
-            square_norms, reason = statistics.square_norms, statistics.reason
-            mean_square = float(square_norms.mean())
-            if not reason and not 0 < mean_square < math.inf:
-                reason = "the squares of the features leave the range of float64"
-            self.widths.append(x.shape[1])
-            self.reasons.append(reason)
-            self._means.append(statistics.mean)
-            self._scales.append(0.0 if reason else mean_square**-0.5)
-            diagonals.append(torch.zeros_like(square_norms) if reason else square_norms / mean_square)
-        self.diagonals = torch.stack(diagonals)
+        measured = share(partial(_statistics, representations, n, description), range(len(representations)))
+        means, scales, diagonals, reasons = zip(*measured, strict=True)
+        device = as_tensor(representations[0]).device
+        self._means, self._scales = [mean.to(device) for mean in means], scales
+        self.widths, self.reasons = [len(mean) for mean in means], [*reasons]
+        self.diagonals = torch.stack(diagonals).to(device)
         self.row_sums = torch.zeros_like(self.diagonals)
 
     def __len__(self) -> int:
@@ -137,8 +137,28 @@ def num_multiplications(left: FeatureSet, right: FeatureSet) -> tuple[int, int]:
     return by_gram, left.n * sum(left.widths) * sum(right.widths)
 
 
+class _TileSums(NamedTuple):
+    """What one tile adds to the sums over all, on the CPU in float64.
+
+    Attributes:
+        inner: Inner products by stretch of columns, each of shape (M, M').
+        squares: Square norms for each set, shape (M,); none if both sets are the same.
+        row_sums: Additions to the row sums of each set from the tile's first sample on, shape (M, n - start); none if
+            the kernel is linear.
+    """
+
+    inner: list[Tensor]
+    squares: list[Tensor]
+    row_sums: list[Tensor]
+
+
 def gram_products(
-    left: FeatureSet, right: FeatureSet, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
+    left: FeatureSet,
+    right: FeatureSet,
+    dtype: torch.dtype,
+    tile_bytes: int,
+    progress: Progress | None,
+    share: Share = map,
 ) -> InnerProducts:
     """Computes inner products from tiles of all Gram matrices at once; sets the row sums of RBF kernels.
 
@@ -148,57 +168,94 @@ def gram_products(
         dtype: Type of the products, float32 or float64.
         tile_bytes: Memory in bytes.
         progress: Called with (rows done, rows in all).
+        share: Computes the tiles.
     """
     n, sides = left.n, [left] if right is left else [left, right]
     readers = [side.reader(dtype, tile_bytes / 2 / len(sides)) for side in sides]
-    num_representations = sum(len(side) for side in sides)
+    num_representations, device = sum(len(side) for side in sides), left.diagonals.device
     rows = int(np.clip(tile_bytes // 2 // (dtype.itemsize * num_representations * n), 1, n))
-    inner = left.diagonals.new_zeros(len(left), len(right))
-    squares = [left.diagonals.new_zeros(len(side)) for side in sides]
     # One buffer for all tiles: new memory pages for each would cost a fifth of the time.
-    buffers = [torch.empty(len(side) * rows * n, dtype=dtype, device=inner.device) for side in sides]
-    for start in range(0, n, rows):
+    buffers = [torch.empty(len(side) * rows * n, dtype=dtype, device=device) for side in sides]
+
+    def tile_sums(start: int) -> _TileSums:
         block = slice(start, min(start + rows, n))
         tiles = [_gram_tile(*parts, block) for parts in zip(sides, readers, buffers, strict=True)]
+        row_sums = [] if left.exponents is None else [_row_sums(tile) for tile in tiles]
+        for tile in tiles:  # Entries right of the diagonal block also stand for those below it.
+            tile[:, :, tile.shape[1] :] *= math.sqrt(2)
+        inner, squares = [], []
         for column in range(0, n - start, _FLOAT32_TERMS):
             parts = [tile[:, :, column : column + _FLOAT32_TERMS] for tile in tiles]
             # One product for every row of the tile, so that float32 sums stay short.
             by_row = torch.bmm(parts[0].transpose(0, 1), parts[-1].permute(1, 2, 0))
-            inner += by_row.sum(0, dtype=torch.float64)
+            inner.append(by_row.sum(0, dtype=torch.float64).cpu())
         if right is not left:
-            for total, tile in zip(squares, tiles, strict=True):
-                total += torch.linalg.vector_norm(tile, dim=(1, 2), dtype=torch.float64).square()
+            norms = [torch.linalg.vector_norm(tile, dim=(1, 2), dtype=torch.float64) for tile in tiles]
+            squares = [norm.square().cpu() for norm in norms]
+        return _TileSums(inner, squares, row_sums)
+
+    inner = torch.zeros(len(left), len(right), dtype=torch.float64)
+    squares = [torch.zeros(len(side), dtype=torch.float64) for side in sides]
+    starts = range(0, n, rows)
+    for start, tile in zip(starts, share(tile_sums, starts), strict=True):
+        for part in tile.inner:
+            inner += part
+        for total, square in zip(squares, tile.squares, strict=False):
+            total += square
+        for side, row_sums in zip(sides, tile.row_sums, strict=False):
+            side.row_sums[:, start:] += row_sums.to(device)
         if progress:
-            progress(block.stop, n)
+            progress(min(start + rows, n), n)
+    inner = inner.to(device)
     if right is not left:
-        return inner, squares[0], squares[1]
+        return inner, squares[0].to(device), squares[1].to(device)
     return symmetric(inner), inner.diag(), inner.diag()
 
 
 def feature_products(
-    left: FeatureSet, right: FeatureSet, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
+    left: FeatureSet,
+    right: FeatureSet,
+    dtype: torch.dtype,
+    tile_bytes: int,
+    progress: Progress | None,
+    share: Share = map,
 ) -> InnerProducts:
     """Computes inner products of linear Gram matrices as ||X_a^T X_b||^2; arguments as in `gram_products`."""
-    inner = left.diagonals.new_zeros(len(left), len(right))
-    for a, b, product in cross_products(left, right, dtype, tile_bytes, progress):
-        inner[a, b] = _square_norm(product)
+    inner = cross_products(left, right, _square_norm, dtype, tile_bytes, progress, share)
     if right is left:
         return symmetric(inner), inner.diag(), inner.diag()
-    return inner, _self_products(left, dtype), _self_products(right, dtype)
+    return inner, _self_products(left, dtype, share), _self_products(right, dtype, share)
 
 
 def cross_products(
-    left: FeatureSet, right: FeatureSet, dtype: torch.dtype, tile_bytes: int, progress: Progress | None
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (a, b, X_a^T Y_b) for all pairs, only for b >= a if both sets are the same.
+    left: FeatureSet,
+    right: FeatureSet,
+    measure: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    tile_bytes: int,
+    progress: Progress | None,
+    share: Share = map,
+) -> Tensor:
+    """Computes a number of X_a^T Y_b for all pairs, only for b >= a if both sets are the same.
 
-    Panels of several Y side by side make the products large. Arguments are as in `gram_products`; progress counts
-    products.
+    Panels of several Y side by side make the products large.
+
+    Args:
+        left: First set.
+        right: Second set, or `left` itself.
+        measure: Function of X_a^T Y_b, shape (D_a, D_b), that returns a number.
+        dtype: Type of the products, float32 or float64.
+        tile_bytes: Memory in bytes.
+        progress: Called with (products done, products in all).
+        share: Computes the products of an X with a panel.
+
+    Returns:
+        The numbers, shape (M, M'), float64; 0 for the pairs that are left out.
     """
     ends = np.cumsum(right.widths).tolist()
     read_left, read_right = left.reader(dtype, 0), right.reader(dtype, 0)
     panels = _panels(right.widths, tile_bytes // (dtype.itemsize * (left.n + max(left.widths))))
-    is_same = right is left
+    is_same, values = right is left, left.diagonals.new_zeros(len(left), len(right))
     num_done, num_steps = 0, sum(stop if is_same else len(left) for _, stop in panels)
     for start, stop in panels:
         offset = ends[start] - right.widths[start]
@@ -206,16 +263,14 @@ def cross_products(
         panel = torch.empty(left.n, columns[-1].stop, dtype=dtype, device=left.diagonals.device)
         for b in range(start, stop):
             panel[:, columns[b - start]] = read_right(b)
-        for a in range(stop if is_same else len(left)):
-            in_panel = is_same and a >= start
-            needed = columns[a - start :] if in_panel else columns
-            x = panel[:, needed[0]] if in_panel else read_left(a)
-            product = _transposed_product(x, panel[:, needed[0].start :])
-            for b, column in enumerate(needed, stop - len(needed)):
-                yield a, b, product[:, column.start - needed[0].start : column.stop - needed[0].start]
+        row = partial(_panel_row, read_left, panel, columns, measure, start if is_same else len(left))
+        rows = range(stop if is_same else len(left))
+        for a, of_row in zip(rows, share(row, rows), strict=True):
+            values[a, stop - len(of_row) : stop] = of_row
             num_done += 1
             if progress:
                 progress(num_done, num_steps)
+    return values
 
 
 def symmetric(upper: Tensor) -> Tensor:
@@ -223,29 +278,65 @@ def symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).T
 
 
-def _gram_tile(side: FeatureSet, read: Callable[[int], Tensor], buffer: Tensor, block: slice) -> Tensor:
-    """Rows of all Gram matrices from the diagonal on, shape (M, rows, n - start).
+def _statistics(
+    representations: Sequence[FeatureMatrix], n: int, description: str, m: int
+) -> tuple[Tensor, float, Tensor, str]:
+    """Mean of a representation, factor to a mean square norm of 1, square norms after it, and why it is unusable."""
+    x = as_tensor(representations[m])
+    if len(x) != n:
+        counts = f"representation {m} {description}has {len(x)} samples, the first has {n}"
+        raise ValueError(f"{counts}; pass the same samples in the same order")
+    statistics = feature_statistics(x)
+    square_norms, reason = statistics.square_norms, statistics.reason
+    mean_square = float(square_norms.mean())
+    if not reason and not 0 < mean_square < math.inf:
+        reason = "the squares of the features leave the range of float64"
+    diagonal = torch.zeros_like(square_norms) if reason else square_norms / mean_square
+    return statistics.mean.cpu(), 0.0 if reason else mean_square**-0.5, diagonal.cpu(), reason
 
-    Entries right of the diagonal block also stand for those below it, hence their factor sqrt(2).
-    """
-    shape = num, rows, columns = len(side), block.stop - block.start, side.n - block.start
-    tile = buffer[: num * rows * columns].view(shape)
+
+def _gram_tile(side: FeatureSet, read: Callable[[int], Tensor], buffer: Tensor, block: slice) -> Tensor:
+    """Rows of all Gram matrices from the diagonal on, shape (M, rows, n - start)."""
+    num, rows, columns = len(side), block.stop - block.start, side.n - block.start
+    tile = buffer[: num * rows * columns].view(num, rows, columns)
     for m, gram in enumerate(tile):
         x = read(m)
         torch.mm(x[block], x[block.start :].T, out=gram)
     if side.exponents is not None:
         d = side.diagonals
         tile.mul_(-2).add_(d[:, block, None]).add_(d[:, None, block.start :]).mul_(side.exponents).exp_()
-        side.row_sums[:, block] += tile.sum(2)
-        side.row_sums[:, block.stop :] += tile[:, :, rows:].sum(1)
-    tile[:, :, rows:] *= math.sqrt(2)
     return tile
 
 
-def _self_products(side: FeatureSet, dtype: torch.dtype) -> Tensor:
+def _row_sums(tile: Tensor) -> Tensor:
+    """What a tile adds to the row sums from its first sample on, shape (M, n - start), on the CPU."""
+    return torch.cat([tile.sum(2), tile[:, :, tile.shape[1] :].sum(1)], 1).cpu()
+
+
+def _panel_row(
+    read: Callable[[int], Tensor],
+    panel: Tensor,
+    columns: Sequence[slice],
+    measure: Callable[[Tensor], Tensor],
+    start: int,
+    a: int,
+) -> Tensor:
+    """The measure of X_a with every Y of a panel; from X_a on if it is in the panel, whose first is number `start`."""
+    needed = columns[max(a - start, 0) :]
+    offset = needed[0].start
+    x = panel[:, needed[0]] if a >= start else read(a)
+    product = _transposed_product(x, panel[:, offset:])
+    return torch.stack([measure(product[:, column.start - offset : column.stop - offset]) for column in needed]).cpu()
+
+
+def _self_products(side: FeatureSet, dtype: torch.dtype, share: Share) -> Tensor:
     read = side.reader(dtype, 0)
-    grams = (x.T @ x if x.shape[1] < x.shape[0] else x @ x.T for x in map(read, range(len(side))))
-    return torch.stack([_square_norm(gram) for gram in grams])
+
+    def square(m: int) -> Tensor:
+        x = read(m)
+        return _square_norm(x.T @ x if x.shape[1] < x.shape[0] else x @ x.T).cpu()
+
+    return torch.stack([*share(square, range(len(side)))]).to(side.diagonals.device)
 
 
 def _square_norm(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from layerprobe.analyses.measures.gram_products import TILE_BYTES, FeatureSet, Progress, cross_products, symmetric
 from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, num_samples
@@ -44,12 +45,15 @@ def procrustes_matrix(
     n = num_samples(xs, 2, "the Procrustes distance")
     left = FeatureSet(xs, n)
     right = left if ys is None else FeatureSet(ys, n, "of the second set ")
-    overlap = torch.zeros(len(left), len(right), dtype=torch.float64)
-    for a, b, product in cross_products(left, right, torch.float64, tile_bytes, progress):
-        overlap[a, b] = torch.linalg.svdvals(product).sum() / n
+    overlap = cross_products(left, right, _nuclear_norm, torch.float64, tile_bytes, progress).cpu() / n
     if right is left:
         overlap = symmetric(overlap)
     for side, values in ((left, overlap), (right, overlap.T)):
         for m in np.flatnonzero(side.reasons):
             values[m] = torch.nan
     return PairMatrix((2 - 2 * overlap).clamp_(min=0).numpy(), tuple(left.reasons), tuple(right.reasons))
+
+
+def _nuclear_norm(product: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.svdvals(product).sum()
+    return norm

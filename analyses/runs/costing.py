@@ -94,11 +94,11 @@ def forecast_cost(
         CONTROLS: read_s + raw_read_s + shuffle_s,
         EVIDENCE: few_s + skipped_s,
         PROBES: probes_s,
+        SIMILARITY: similarity_s,
         PAIRS: pairs_s,
     }
     seconds = {stage: value / processes for stage, value in shared.items()}
-    seconds[CONVENTION] = counts.checked_rows * row_s
-    seconds |= {SIMILARITY: similarity_s, FIGURES: _figure_seconds(counts.cells)}
+    seconds |= {CONVENTION: counts.checked_rows * row_s, FIGURES: _figure_seconds(counts.cells)}
     return Cost(
         {stage: seconds[stage] for stage in STAGES},
         peak_memory() + counts.held_bytes(batch_size, on_host=backbone.device.type == "cpu"),

@@ -59,8 +59,7 @@ def similarities(
         store: Features of the model.
         step: Called after every noise draw.
         device: Device of the comparisons; neighbors are compared on the CPU.
-        ranks: Processes that share the neighbors and the pairs that are compared by them. CKA, whose products are
-            those of all pairs at once, is left to the first one.
+        ranks: Processes that share the work and all call this function.
 
     Returns:
         A matrix for each measure, and the reasons for missing values by layer and noise level.
@@ -74,7 +73,7 @@ def similarities(
         find = partial(neighbor_graph, k=k)
         my_features = (features[m] for m in ranks.mine(range(len(keys))))
         graphs = ranks.whole(in_parallel(find, my_features, workers=num_workers(device)))
-        result = ranks.once(partial(cka_matrix, features))
+        result = cka_matrix(features, share=ranks.map)
         my_graphs = ranks.mine(graphs)
         matrices = {"cka": result.values} | {
             name: np.array(ranks.whole([*measure(my_graphs, graphs).values] if my_graphs else []))

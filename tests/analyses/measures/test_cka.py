@@ -371,8 +371,27 @@ def test_takes_any_sequence_and_reports_progress() -> None:
     values = cka_matrix(FromDisk(representations), tile_bytes=tile_bytes, progress=lambda *at: steps.append(at)).values
     np.testing.assert_allclose(values, cka_matrix(representations).values, atol=1e-13)
     assert steps == [(10, 40), (20, 40), (30, 40), (40, 40)]
-    # One for n, once to know it, once per tile.
-    assert FromDisk.num_reads == 1 + 5 + 4 * 5
+    # One for n and one for its device, once to know it, once per tile.
+    assert FromDisk.num_reads == 2 + 5 + 4 * 5
+
+
+@pytest.mark.parametrize("way", ["by Gram matrices", "by features", "rbf"])
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_pieces_may_be_computed_elsewhere_and_in_any_order(
+    way: str, num_sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cka, "num_multiplications", lambda *sides: (1, 0) if way == "by features" else (0, 1))
+    sets = [related(seed) for seed in range(num_sets)]
+    options: dict[str, Any] = {"kernel": "rbf" if way == "rbf" else "linear", "tile_bytes": 30000}
+    nums = []
+
+    def backwards(function: Any, items: Any) -> list[Any]:
+        nums.append(len(items))
+        return [function(item) for item in reversed(items)][::-1]
+
+    found = cka_matrix(*sets, **options, share=backwards)
+    assert max(nums[num_sets:]) > 1  # after those of the statistics
+    assert np.array_equal(found.values, cka_matrix(*sets, **options).values)
 
 
 def test_refuses_bad_input() -> None:

@@ -42,9 +42,15 @@ def test_both_ways_equal_the_full_matrices(products, tile_bytes: int, same: bool
 
 
 def test_cross_products_of_one_set_come_once_per_pair() -> None:
-    features = FeatureSet(example(), 30)
-    pairs = [(a, b) for a, b, _ in cross_products(features, features, torch.float64, 1, None)]
-    assert sorted(pairs) == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+    features, shapes = FeatureSet(example(), 30), []
+
+    def area(product: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(product.shape))
+        return torch.tensor(float(product.numel()))
+
+    areas = cross_products(features, features, area, torch.float64, 1, None)
+    assert areas.tolist() == [[4, 14, 80], [0, 49, 280], [0, 0, 1600]]
+    assert sorted(shapes) == [(2, 2), (2, 7), (2, 40), (7, 7), (7, 40), (40, 40)]
 
 
 def test_the_cheaper_way_depends_on_the_widths() -> None:

@@ -20,6 +20,7 @@ from layerprobe.analyses.experiments.arms import ConfirmationPlan, arms_for
 from layerprobe.analyses.experiments.confirmation import confirm_pair
 from layerprobe.analyses.experiments.pair_sweep import PairSweepPlan, all_pairs, sweep_pairs
 from layerprobe.analyses.generation.extractors import Extractor, all_features
+from layerprobe.analyses.measures import cka_matrix
 from layerprobe.analyses.runs.folder import RunPlan
 from layerprobe.analyses.runs.probe import measure_run
 from layerprobe.analyses.selection import Selection
@@ -159,8 +160,8 @@ def test_arms_that_start_from_different_weights_are_refused(tmp_path: Path) -> N
     assert told.startswith("ValueError: the processes start from different weights, so their arms cannot be compared")
 
 
-def encoded(folder: Path) -> tuple[torch.Tensor, int, np.ndarray]:
-    """Latents of images, how many of them this process has encoded, and features that all processes share."""
+def encoded(folder: Path) -> tuple[torch.Tensor, int, list[np.ndarray]]:
+    """Latents of images, how many of them this process has encoded, and the features and CKA that processes share."""
 
     class Autoencoder:
         count = 0
@@ -177,22 +178,48 @@ def encoded(folder: Path) -> tuple[torch.Tensor, int, np.ndarray]:
     with processes() as ranks:
         latents = vae.encode(images, folder, folder / "cache", batch_size=2).batch(range(43)).x
         features = all_features(PIXELS, tiny_samples(11), batch_size=2, ranks=ranks)
-    return latents, autoencoder.count, features
+        wide = torch.randn(4, 40, 60, generator=torch.Generator().manual_seed(0))
+        by_gram = cka_matrix(wide, share=ranks.map, tile_bytes=30000)  # several tiles
+        by_features = cka_matrix(wide[:, :, :3], share=ranks.map)
+    return latents, autoencoder.count, [features, by_gram.values, by_features.values]
 
 
-def test_images_to_encode_and_samples_to_score_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_to_encode_samples_to_score_and_cka_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "_autoencoder", None)  # set in this process too
     monkeypatch.setattr(vae, "PART", None)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 3}')
         (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    latents, count, features = encoded(tmp_path / "one")
+    latents, count, arrays = encoded(tmp_path / "one")
     assert count == 43
     results = Started(tmp_path, encoded, tmp_path / "two").results()
     assert sum(count for _, count, _ in results) == 43
     assert all(count for _, count, _ in results)
     for shared in results:
         assert torch.equal(shared[0], latents)
-        assert np.array_equal(shared[2], features)
+        assert all(map(np.array_equal, shared[2], arrays))
     assert [path.name for path in (tmp_path / "two" / "cache").glob("*/*.npy")] == ["moments.npy"]
+
+
+def squares(numbers: range) -> tuple[list[int], list[int]]:
+    """The squares of some numbers, and the numbers of this process."""
+    mine = []
+
+    def square(number: int) -> int:
+        mine.append(number)
+        return number**2
+
+    with processes() as ranks:
+        return [*ranks.map(square, numbers)], mine
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_work_that_becomes_less_is_divided_evenly(num: int, tmp_path: Path) -> None:
+    numbers = range(23, 0, -1)
+    results = Started(tmp_path, squares, numbers, num=num).results()
+    assert all(found == [number**2 for number in numbers] for found, _ in results)
+    parts = [mine for _, mine in results]
+    assert sorted(number for part in parts for number in part) == sorted(numbers)
+    sums = [sum(part) for part in parts]
+    assert max(sums) - min(sums) <= 3
