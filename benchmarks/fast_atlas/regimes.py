@@ -82,6 +82,7 @@ REGIMES = (
         batch=32,
         warmup=100,
         clip=1.0,
+        seeds=(0, 1, 2),
         steps=(1000, 2000, 4000),
     ),
     Regime(
@@ -93,6 +94,7 @@ REGIMES = (
         learning_rate=5e-4,
         warmup=100,
         clip=1.0,
+        seeds=(0, 1, 2),
         steps=(1000, 2000, 4000),
     ),
 )
@@ -134,9 +136,8 @@ def side_by_side(name: str, samples: Samples) -> Samples:
     other = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     batch = samples.batch(range(len(samples)))
     assert batch.labels is not None
-    return TensorSamples(
-        torch.cat([batch.x, batch.x[other]], dim=3), 10 * batch.labels + batch.labels[other], modality=samples.modality
-    )
+    x, labels = torch.cat([batch.x, batch.x[other]], dim=3), 10 * batch.labels + batch.labels[other]
+    return TensorSamples(x, labels, ids=samples.ids, modality=samples.modality)
 
 
 def trained(
