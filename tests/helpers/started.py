@@ -23,6 +23,8 @@ PROCESSES.set_forkserver_preload(
         "hypothesis",
         "layerprobe.analyses.experiments.pair_sweep",
         "layerprobe.analyses.runs.probe",
+        "layerprobe.analyses.runs.sample",
+        "matplotlib.backends.backend_svg",
         "layerprobe.training.loop",
         "pytest",
         "torch.distributed.fsdp",
