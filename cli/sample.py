@@ -63,7 +63,7 @@ def sample(
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Draw samples, one class after another if the model has classes; several processes share an npz.
+    """Draw samples, one class after another if the model has classes; several processes share them.
 
     --data is the data that the model was trained on, if the checkpoint does not say what samples represent.
 
@@ -95,8 +95,6 @@ def sample(
                     backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae, progress=progress
                 )
             record, line = {"samples": str(path)}, str(path)
-        elif ranks.world_size > 1:
-            raise ValueError("several processes can only draw --format npz; start one process")
         else:
             meaning = find_meaning(checkpoint.path, backbone, data)
             path = draw_samples(backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames)

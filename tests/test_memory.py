@@ -400,7 +400,7 @@ def test_an_autoencoder_on_a_small_card(tmp_path: Path, monkeypatch: pytest.Monk
             encoded = autoencoders.encode(images, tmp_path, tmp_path / str(most), batch_size=8)
             latents.append(encoded.batch(range(5)).x)
         with warned(most < 5):
-            decoded.append(autoencoders.decode(latents[-1], tmp_path))
+            decoded.append(autoencoders.decoder(tmp_path)(latents[-1]))
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(decoded[0], decoded[1])
 

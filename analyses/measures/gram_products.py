@@ -177,27 +177,11 @@ def gram_products(
     # One buffer for all tiles: new memory pages for each would cost a fifth of the time.
     buffers = [torch.empty(len(side) * rows * n, dtype=dtype, device=device) for side in sides]
 
-    def tile_sums(start: int) -> _TileSums:
-        block = slice(start, min(start + rows, n))
-        tiles = [_gram_tile(*parts, block) for parts in zip(sides, readers, buffers, strict=True)]
-        row_sums = [] if left.exponents is None else [_row_sums(tile) for tile in tiles]
-        for tile in tiles:  # Entries right of the diagonal block also stand for those below it.
-            tile[:, :, tile.shape[1] :] *= math.sqrt(2)
-        inner, squares = [], []
-        for column in range(0, n - start, _FLOAT32_TERMS):
-            parts = [tile[:, :, column : column + _FLOAT32_TERMS] for tile in tiles]
-            # One product for every row of the tile, so that float32 sums stay short.
-            by_row = torch.bmm(parts[0].transpose(0, 1), parts[-1].permute(1, 2, 0))
-            inner.append(by_row.sum(0, dtype=torch.float64).cpu())
-        if right is not left:
-            norms = [torch.linalg.vector_norm(tile, dim=(1, 2), dtype=torch.float64) for tile in tiles]
-            squares = [norm.square().cpu() for norm in norms]
-        return _TileSums(inner, squares, row_sums)
-
     inner = torch.zeros(len(left), len(right), dtype=torch.float64)
     squares = [torch.zeros(len(side), dtype=torch.float64) for side in sides]
     starts = range(0, n, rows)
-    for start, tile in zip(starts, share(tile_sums, starts), strict=True):
+    tile_sums = share(partial(_tile_sums, sides, readers, buffers, rows), starts)
+    for start, tile in zip(starts, tile_sums, strict=True):
         for part in tile.inner:
             inner += part
         for total, square in zip(squares, tile.squares, strict=False):
@@ -293,6 +277,31 @@ def _statistics(
         reason = "the squares of the features leave the range of float64"
     diagonal = torch.zeros_like(square_norms) if reason else square_norms / mean_square
     return statistics.mean.cpu(), 0.0 if reason else mean_square**-0.5, diagonal.cpu(), reason
+
+
+def _tile_sums(
+    sides: Sequence[FeatureSet],
+    readers: Sequence[Callable[[int], Tensor]],
+    buffers: Sequence[Tensor],
+    rows: int,
+    start: int,
+) -> _TileSums:
+    block = slice(start, min(start + rows, sides[0].n))
+    tiles = [_gram_tile(*parts, block) for parts in zip(sides, readers, buffers, strict=True)]
+    row_sums = [] if sides[0].exponents is None else [_row_sums(tile) for tile in tiles]
+    for tile in tiles:  # Entries right of the diagonal block also stand for those below it.
+        tile[:, :, tile.shape[1] :] *= math.sqrt(2)
+    inner = []
+    for column in range(0, tiles[0].shape[2], _FLOAT32_TERMS):
+        parts = [tile[:, :, column : column + _FLOAT32_TERMS] for tile in tiles]
+        # One product for every row of the tile, so that float32 sums stay short.
+        by_row = torch.bmm(parts[0].transpose(0, 1), parts[-1].permute(1, 2, 0))
+        inner.append(by_row.sum(0, dtype=torch.float64).cpu())
+    squares = []
+    if len(tiles) > 1:
+        norms = (torch.linalg.vector_norm(tile, dim=(1, 2), dtype=torch.float64) for tile in tiles)
+        squares = [norm.square().cpu() for norm in norms]
+    return _TileSums(inner, squares, row_sums)
 
 
 def _gram_tile(side: FeatureSet, read: Callable[[int], Tensor], buffer: Tensor, block: slice) -> Tensor:

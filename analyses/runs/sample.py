@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.checksums import recorded_write
-from layerprobe.data import DataSource, Rendering, content_hash, decode, rendering_of, write_wav
-from layerprobe.files import atomic_write, holding, locked
+from layerprobe.data import DataSource, Rendering, content_hash, decoder, rendering_of, write_wav
+from layerprobe.files import atomic_write
 from layerprobe.precision import rounded_by
-from layerprobe.progress import TaskProgress
-from layerprobe.ranks import processes
+from layerprobe.progress import StepProgress, TaskProgress, named_progress
+from layerprobe.ranks import current, together
 from layerprobe.records import check_same, claim, write_record
 from layerprobe.sampling import SamplingPlan, sample
 
-PART = 256  # samples in a partial file; independent of the batch size and the number of processes
+# Samples in a partial file, of an archive and of what is shown; independent of batch size and number of processes.
+PART, FEW = 256, 16
 SHOWN = 20  # samples in a figure or film, if they are not images
 
 
@@ -72,7 +72,7 @@ def sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int, batch_siz
     return num / batch_size * passes_of_a_sample(plan) * forward_s
 
 
-@holding("folder")
+@together("folder")
 def draw_samples(
     backbone: Backbone,
     folder: str | Path,
@@ -89,9 +89,12 @@ def draw_samples(
     Images are shown in a grid. Of other samples the figure shows the first `SHOWN`, as spectrograms or film strips;
     motion and video are also saved as `samples.gif`, and each recording as a file in `wav/`.
 
+    The processes of torchrun or srun share the samples in parts of `FEW`; the files are equal for any number of them.
+    After an interruption, finished parts are kept.
+
     Args:
         backbone: Model to sample from.
-        folder: Folder of the files.
+        folder: Folder of the files, and of finished parts during the run.
         num: Number of samples.
         plan: Sampling plan: solver, steps, guidance and seed.
         keep: Whether to save the samples themselves too, shape (num, C, *grid), as `samples.npy` with zeros as padding,
@@ -108,7 +111,7 @@ def draw_samples(
             samples.
     """
     meaning, plan = meaning or Meaning(), plan or SamplingPlan()
-    rendering = meaning.rendering
+    rendering, place = meaning.rendering, Path(folder) / "samples.png"
     made_of, record_path = _made_of(backbone, num, plan, vae) | {"length": length}, Path(folder) / "samples.json"
     if keep:
         check_same(record_path, made_of, what="samples")
@@ -119,16 +122,25 @@ def draw_samples(
         )
     labels = _labels(backbone, range(num))
     mask = sample_mask(backbone, rendering, num, labels=labels, seed=plan.seed, length=length)
-    x = sample(backbone, range(num), labels=labels, plan=plan, mask=mask)
-    if not bool(x.isfinite().all()):
-        raise ValueError("the samples are not all finite; try more steps or less guidance")
-    shown = x if vae is None else decode(x, vae, device=backbone.device)
-    place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
+    # Finished parts are found again by what they are drawn from, since samples.json comes last.
+    parts_folder = Path(folder) / f"parts-{content_hash(sorted(made_of.items()), mask)[:16]}"
+    decode = _decoder(backbone, vae)
+
+    def drawn(indices: range) -> NDArray[Any]:
+        return _drawn(backbone, indices, plan, decode, mask=mask).numpy()
+
+    parts = _draw_parts(parts_folder, num, FEW, drawn)
+    current().barrier()
+    if not current().is_first:
+        return place
+    x = torch.from_numpy(np.concatenate([np.load(part) for part in parts]))
+    _draw(x, place.parent, meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
         write_record(record_path, made_of)
-        _save_array(place.with_suffix(".npy"), shown.numpy())
+        _save_array(place.with_suffix(".npy"), x.numpy())
         if rendering is not None and mask is not None:
             _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
+    shutil.rmtree(parts_folder)
     return place
 
 
@@ -201,6 +213,7 @@ def _record_wavs(x: Tensor, rendering: Rendering, folder: Path, titles: Sequence
         )
 
 
+@together("folder")
 def draw_archive(
     backbone: Backbone,
     folder: str | Path,
@@ -242,28 +255,22 @@ def draw_archive(
             f"{backbone.name} makes samples of shape {backbone.shape}, which are not images; pass --vae with the "
             "autoencoder that decodes them"
         )
-    archive, parts = folder / "samples.npz", range(-(-num // PART))
-    with processes() as ranks, locked(folder) if ranks.is_first else nullcontext():
+    archive, parts_folder, ranks = folder / "samples.npz", folder / "parts", current()
+    if ranks.is_first:
+        claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
+    ranks.barrier()
+    if not ranks.once(archive.is_file):
+        decode = _decoder(backbone, vae)
+
+        def drawn(indices: range) -> NDArray[Any]:
+            return pixels(_drawn(backbone, indices, plan, decode, batch_size=batch_size))
+
+        parts = _draw_parts(parts_folder, num, PART, drawn, named_progress(progress, "samples"))
+        ranks.barrier()
         if ranks.is_first:
-            claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
-            (folder / "parts").mkdir(exist_ok=True)
-        ranks.barrier()
-        finished = ranks.broadcast(archive.is_file())
-        my_parts = () if finished else ranks.mine(parts)
-        for done, part in enumerate(my_parts, 1):
-            path = _part(folder, part)
-            if not path.is_file():
-                indices = range(part * PART, min((part + 1) * PART, num))
-                images = _images(backbone, indices, plan, batch_size, vae)
-                _save_array(path, images)
-            if progress:
-                progress("samples", done, len(my_parts))
-        ranks.barrier()
-        if ranks.is_first and not finished:
-            _join([_part(folder, part) for part in parts], archive, labels=_labels(backbone, range(num)))
-        if ranks.is_first:
-            shutil.rmtree(folder / "parts", ignore_errors=True)
-        ranks.barrier()
+            _join(parts, archive, labels=_labels(backbone, range(num)))
+    if ranks.is_first:
+        shutil.rmtree(parts_folder, ignore_errors=True)
     return archive
 
 
@@ -278,13 +285,45 @@ def _labels(backbone: Backbone, indices: range) -> Tensor | None:
     return torch.tensor(indices) % backbone.num_classes if backbone.num_classes else None
 
 
-def _images(
-    backbone: Backbone, indices: range, plan: SamplingPlan, batch_size: int, vae: str | Path | None
-) -> NDArray[np.uint8]:
-    x = sample(backbone, indices, labels=_labels(backbone, indices), plan=plan, batch_size=batch_size)
+def _decoder(backbone: Backbone, vae: str | Path | None) -> Callable[[Tensor], Tensor]:
+    return decoder(vae, device=backbone.device) if vae else lambda x: x
+
+
+def _drawn(
+    backbone: Backbone,
+    indices: range,
+    plan: SamplingPlan,
+    decode: Callable[[Tensor], Tensor],
+    *,
+    mask: Tensor | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Samples after the decoder; `mask` is that of all samples."""
+    own_mask = None if mask is None else mask[indices.start : indices.stop]
+    labels = _labels(backbone, indices)
+    x = sample(backbone, indices, labels=labels, plan=plan, mask=own_mask, batch_size=batch_size)
     if not bool(x.isfinite().all()):
         raise ValueError(f"samples {indices[0]} to {indices[-1]} are not all finite; try more steps or less guidance")
-    return pixels(x if vae is None else decode(x, vae, device=backbone.device))
+    return decode(x)
+
+
+def _draw_parts(
+    folder: Path, num: int, size: int, draw: Callable[[range], NDArray[Any]], progress: StepProgress | None = None
+) -> list[Path]:
+    """Writes this process' share of the parts that are not there yet, and returns the files of all parts in order."""
+    parts = {
+        folder / f"{part:06d}.npy": range(start, min(start + size, num))
+        for part, start in enumerate(range(0, num, size))
+    }
+    mine = current().mine([*parts])
+    for done, path in enumerate(mine, 1):
+        if not path.is_file():
+            part = draw(parts[path])
+            folder.mkdir(parents=True, exist_ok=True)
+            _save_array(path, part)
+        if progress:
+            progress(done, len(mine))
+    return [*parts]
 
 
 def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
@@ -303,10 +342,6 @@ def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path |
 def _save_array(path: Path, array: NDArray[Any]) -> None:
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-
-
-def _part(folder: Path, part: int) -> Path:
-    return folder / "parts" / f"{part:06d}.npy"
 
 
 def _join(parts: Sequence[Path], archive: Path, *, labels: Tensor | None) -> None:

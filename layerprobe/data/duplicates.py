@@ -13,9 +13,20 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from layerprobe.data.samples import MEMORY_BUDGET_BYTES, MISSING, Copies, Samples, Splits, Subset, row_digests
+from layerprobe.data.samples import (
+    MEMORY_BUDGET_BYTES,
+    MISSING,
+    Copies,
+    Samples,
+    Splits,
+    Subset,
+    pixels_to_float,
+    row_digests,
+)
 
 _CHUNK_BYTES = 64 * 2**20  # samples that are in memory at a time
 
@@ -32,12 +43,13 @@ def without_copies(splits: Splits) -> Splits:
         The splits; one that has nothing but copies is empty.
     """
     first: dict[bytes, tuple[str, int]] = {}
+    types = {samples.content([0]).dtype for _, samples in splits.items() if len(samples)}
     copies: list[Copies] = []
 
     def different(name: str, samples: Samples) -> Samples:
         rows, numbers, contradictions = [], Counter[str](), Counter[str]()
         labels = [MISSING] * len(samples) if samples.labels is None else samples.labels.tolist()
-        for row, (digest, label) in enumerate(zip(digests(samples), labels, strict=True)):
+        for row, (digest, label) in enumerate(zip(digests(samples, as_floats=len(types) > 1), labels, strict=True)):
             if digest in first:
                 of, first_label = first[digest]
                 numbers[of] += 1
@@ -54,11 +66,21 @@ def without_copies(splits: Splits) -> Splits:
     return replace(splits.mapped(different), copies=tuple(copies))
 
 
-def digests(samples: Samples) -> list[bytes]:
-    """Returns a hash of the content of every sample, of which some are read at a time; equal for equal samples."""
+def digests(samples: Samples, *, as_floats: bool = False) -> list[bytes]:
+    """Returns a hash of the content of every sample, of which some are read at a time; equal for equal samples.
+
+    Args:
+        samples: The samples.
+        as_floats: Whether to convert 8-bit pixels first, so that they can be compared with samples of other data.
+    """
+
+    def read(rows: range) -> Tensor:
+        x = samples.content(rows)
+        return pixels_to_float(x) if as_floats and x.dtype == torch.uint8 else x
+
     rows = max(1, _CHUNK_BYTES // _num_bytes(samples.shape))
     chunks = (range(start, min(start + rows, len(samples))) for start in range(0, len(samples), rows))
-    return [digest for chunk in chunks for digest in row_digests(samples.content(chunk))]
+    return [digest for chunk in chunks for digest in row_digests(read(chunk))]
 
 
 def groups(samples: Samples) -> NDArray[np.int64]:

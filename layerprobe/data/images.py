@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,6 +55,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
 _ROWS_AT_ONCE, _ROWS_PER_THREAD = 256, 16
+_SKETCHED_BYTES = 64
 MAX_PIXELS = 2**26  # a small file may claim more than memory holds
 
 
@@ -124,7 +126,7 @@ def load_images(
             class_names=labels.class_names,
             first_id=tables.first_id(name),
             content=headers[name].content,
-            digests=headers[name].digests,
+            sketches=headers[name].sketches,
             keep=num_bytes <= memory_budget_bytes,
             columns=tuple(column.at(images[name].row_numbers) for column in columns[name]),
             reading=reading,
@@ -143,7 +145,7 @@ class ImageSamples(Samples):
         class_names: Class names, one per class.
         first_id: Id of row 0.
         content: Hash of the encoded images.
-        digests: Hash of each encoded image.
+        sketches: Bytes of each encoded image that equal images have equal.
         keep: Whether to keep decoded images in memory, as uint8.
         columns: Extra label columns.
         reading: What was read of the data set.
@@ -158,7 +160,7 @@ class ImageSamples(Samples):
         class_names: tuple[str, ...],
         first_id: int,
         content: str,
-        digests: list[bytes],
+        sketches: Sequence[bytes],
         keep: bool,
         columns: tuple[LabelColumn, ...] = (),
         reading: Reading | None = None,
@@ -167,9 +169,8 @@ class ImageSamples(Samples):
         self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
         self.ids = first_id + images.row_numbers
         self.fingerprint = content_hash("images, version 1", content, shape, labels, class_names, first_id)
-        self.images = images
+        self.images, self._sketches = images, sketches
         # Memory that was never written costs nothing: the system allocates pages as images are decoded.
-        self._digests = digests
         self._pixels = torch.empty((len(images), *shape), dtype=torch.uint8) if keep else None
         self._decoded = torch.zeros(len(images), dtype=torch.bool)
 
@@ -177,12 +178,18 @@ class ImageSamples(Samples):
         return len(self.ids)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        index = torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
+        index = self._positions(indices)
         labels = None if self.labels is None else self.labels[index]
         return Batch(pixels_to_float(self._read(index)), labels, self.ids[index])
 
+    def content(self, indices: Sequence[int]) -> Tensor:
+        return self._read(self._positions(indices))
+
     def stored_digests(self) -> list[bytes]:
-        return self._digests
+        return self.images.digests(self._sketches)
+
+    def _positions(self, indices: Sequence[int]) -> Tensor:
+        return torch.arange(len(self))[torch.as_tensor(indices, dtype=torch.long)]
 
     def _read(self, index: Tensor) -> Tensor:
         if self._pixels is None:
@@ -196,18 +203,18 @@ class ImageSamples(Samples):
 
 @dataclass(frozen=True)
 class _Headers:
-    """Channels, height and width of the images as displayed, shape (n, 3), and hashes.
+    """What is read of all images before they are decoded.
 
     Attributes:
-        shapes: The shapes.
+        shapes: Channels, height and width of the images as displayed, shape (n, 3).
         content: Hash of the bytes of all images.
-        digests: Hash of those of each.
+        sketches: Length of each and a few of its bytes; images of different sketches are different.
         num_animated: Number of images of several frames.
     """
 
     shapes: NDArray[Any]
     content: str
-    digests: list[bytes]
+    sketches: list[bytes]
     num_animated: int
 
 
@@ -247,21 +254,29 @@ class EncodedImages:
         """
         if skip_bad:
             self._leave_out_bad(skip_bad)
-        shapes, digest, digests, num_animated = np.empty((len(self), 3), np.int64), hashlib.sha256(), [], 0
+        shapes, digest, sketches, num_animated = np.empty((len(self), 3), np.int64), hashlib.sha256(), [], 0
 
-        def header(row: int, item: Any) -> tuple[bytes, bytes, tuple[int, int, int], bool]:
+        def header(row: int, item: Any) -> tuple[bytes, tuple[int, int, int], bool]:
             encoded = self._content(row, item)
             with self._errors(row):
                 image = _open(encoded)
-                return encoded, digest_of(encoded), _shape(image), getattr(image, "is_animated", False)
+                return encoded, _shape(image), getattr(image, "is_animated", False)
 
-        for row, (encoded, own_digest, shape, is_animated) in enumerate(self._mapped(range(len(self)), header)):
-            digest.update(len(encoded).to_bytes(8, "little"))
+        for row, (encoded, shape, is_animated) in enumerate(self._mapped(range(len(self)), header)):
+            length = len(encoded).to_bytes(8, "little")
+            digest.update(length)
             digest.update(encoded)
-            digests.append(own_digest)
+            sketches.append(length + encoded[:: len(encoded) // _SKETCHED_BYTES + 1])
             shapes[row] = shape
             num_animated += is_animated
-        return _Headers(shapes, digest.hexdigest(), digests, num_animated)
+        return _Headers(shapes, digest.hexdigest(), sketches, num_animated)
+
+    def digests(self, sketches: Sequence[bytes]) -> list[bytes]:
+        """Returns bytes for every image that are equal for equal images only: the hash of those of equal sketches."""
+        counts = Counter(sketches)
+        alike = [row for row, sketch in enumerate(sketches) if counts[sketch] > 1]
+        hashes = self._mapped(alike, lambda row, item: digest_of(self._content(row, item)))
+        return [*(dict(enumerate(sketches)) | dict(zip(alike, hashes, strict=True))).values()]
 
     def _leave_out_bad(self, skip_bad: int) -> None:
         kept = []

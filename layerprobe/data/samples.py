@@ -135,14 +135,15 @@ class Samples(ABC):
     def content(self, indices: Sequence[int]) -> Tensor:
         """Returns what tells the samples at these positions from others, shape (B, ...): equal samples have it equal.
 
-        It is the samples themselves, unless they are drawn at random from what is stored.
+        It is the samples themselves, unless they are drawn at random from what is stored, or the 8-bit pixels that they
+        are made of.
         """
         return self.batch(indices).x
 
     def stored_digests(self) -> list[bytes] | None:
-        """Returns a hash of what is stored of every sample, equal only for equal samples; None if they are not kept.
+        """Returns bytes for every sample that are equal only for equal samples of this data set; None if unknown.
 
-        They are kept where everything is read at the beginning anyway, so they may miss samples that are stored in two
+        They are known where everything is read at the beginning anyway, so they may miss samples that are stored in two
         ways and read as the same.
         """
         return None

@@ -10,8 +10,9 @@ import pytest
 import torch
 from pictures import encode, labeled, noise, write_parquet
 
-from layerprobe.data import duplicates
+from layerprobe.data import duplicates, images
 from layerprobe.data.duplicates import digests, groups, without_copies
+from layerprobe.data.images import load_images
 from layerprobe.data.latents.layouts import load_latents
 from layerprobe.data.loading import load
 from layerprobe.data.samples import Copies, Samples, Splits, Subset, TensorSamples
@@ -162,6 +163,25 @@ def test_files_of_equal_bytes_stay_together_and_equal_pixels_are_left_out(tmp_pa
     assert any(copies.split == "test" and copies.of == "train" for copies in splits.copies)
     x = [samples.batch(range(len(samples))).x for _, samples in splits.items()]
     assert not any(torch.equal(one, other) for one in torch.cat(x[1:]) for other in x[0])
+    # Pixels of files and samples that are numbers.
+    numbers = TensorSamples(x[0][:5], torch.arange(5) % 2, ids=torch.arange(5) + 10**9)
+    mixed = without_copies(Splits(splits.train, Subset(splits.train, [], name="none"), numbers))
+    assert [(copies.of, copies.num) for copies in mixed.copies if copies.split == "test"] == [("train", 5)]
+
+
+def test_files_are_hashed_once_and_again_only_where_they_look_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, digest_of = [], images.digest_of
+    monkeypatch.setattr(images, "digest_of", lambda content: hashed.append(content) or digest_of(content))
+    files = [encode(image, "BMP") for image in noise(12)]
+    middle = len(files[3]) // 2
+    files[4] = files[3][:middle] + bytes([files[3][middle] ^ 1]) + files[3][middle + 1 :]  # seen in no few bytes
+    files[9] = files[3]
+    (data,) = load_images(write_parquet(tmp_path / "data.parquet", files)).values()
+    assert hashed == []
+    assert groups(data).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 10, 11]
+    assert hashed == [files[3], files[4], files[3]]
 
 
 def test_clips_of_equal_content_stay_together(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerprobe.data.latents import samples as module
 from layerprobe.data.latents import vae as vae_module
 from layerprobe.data.latents.layouts import latent_format, load_latents
-from layerprobe.data.latents.vae import decode, encode, latent_shape
+from layerprobe.data.latents.vae import decoder, encode, latent_shape
 from layerprobe.data.loading import encode_splits, load
 from layerprobe.data.samples import Batch, Samples, TensorSamples
 from layerprobe.data.splits import split
@@ -498,13 +498,13 @@ def test_decoding_takes_the_factors_off_again(vae_folders: dict[str, Path], kind
     from diffusers import AutoencoderKL
 
     z, (shift, scale) = numbers(3, 4, 4, 2), FACTORS[kind]
-    decoded = decode((z - shift) * scale, vae_folders[kind], batch_size=2)
+    decoded = decoder(vae_folders[kind], batch_size=2)((z - shift) * scale)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(vae_folders[kind]).eval().decode(z).sample.clamp(-1, 1)
     assert decoded.shape == (3, 3, 8, 4)
     assert torch.allclose(decoded, expected, atol=1e-4)
     if kind == "plain":
-        assert torch.equal(*(decode(z * scale, vae_folders[kind], scale=scale) for scale in (2, 0.5)))
+        assert torch.equal(*(decoder(vae_folders[kind], scale=scale)(z * scale) for scale in (2, 0.5)))
 
 
 def test_a_given_scale_stands_for_the_configured_one(tmp_path: Path, vae_folders: dict[str, Path]) -> None:
@@ -581,7 +581,7 @@ def test_without_diffusers_it_is_asked_for(
     with pytest.raises(ModuleNotFoundError, match=r"needs diffusers: pip install 'layerprobe\[diffusers\]'"):
         encode(images(), vae_folders["plain"], tmp_path)
     with pytest.raises(ModuleNotFoundError, match="needs diffusers"):
-        decode(torch.zeros(1, 4, 2, 2), vae_folders["plain"])
+        decoder(vae_folders["plain"])(torch.zeros(1, 4, 2, 2))
 
 
 def test_images_that_do_not_fit_the_autoencoder(tmp_path: Path, vae_folders: dict[str, Path]) -> None:
@@ -592,7 +592,7 @@ def test_images_that_do_not_fit_the_autoencoder(tmp_path: Path, vae_folders: dic
     with pytest.raises(
         ValueError, match=r"latents have shape \(1, 3, 2, 2\) but the autoencoder decodes \(B, 4, h, w\)"
     ):
-        decode(torch.zeros(1, 3, 2, 2), vae_folders["plain"])
+        decoder(vae_folders["plain"])(torch.zeros(1, 3, 2, 2))
     assert not list(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ from layerprobe.backbones.sit import SiTConfig
 from layerprobe.checkpoints.convention import check_convention
 from layerprobe.checkpoints.opening import open_checkpoint, resolve_device
 from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
-from layerprobe.data.latents.vae import decode, encode
+from layerprobe.data.latents.vae import decoder, encode
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.extraction import forward
 from layerprobe.extraction.ablation import ablate_layers
@@ -393,7 +393,7 @@ def test_an_autoencoder_encodes_and_decodes(device: str, tmp_path: Path) -> None
     )
     torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
-        decode(x, tmp_path / "vae", device=device), decode(y, tmp_path / "vae"), rtol=1e-3, atol=1e-3
+        decoder(tmp_path / "vae", device=device)(x), decoder(tmp_path / "vae")(y), rtol=1e-3, atol=1e-3
     )
 
 

@@ -24,6 +24,8 @@ PROCESSES.set_forkserver_preload(
         "hypothesis",
         "layerprobe.analyses.experiments.pair_sweep",
         "layerprobe.analyses.runs.probe",
+        "layerprobe.analyses.runs.sample",
+        "matplotlib.backends.backend_svg",
         "layerprobe.training.loop",
         "pytest",
         "torch._dynamo",  # which the first optimizer of a process imports, in several seconds

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,48 +109,46 @@ def latent_shape(shape: tuple[int, ...], vae_folder: str | Path) -> tuple[int, i
     return config["latent_channels"], shape[1] // stride, shape[2] // stride
 
 
-@torch.inference_mode()
-def decode(
-    latents: Tensor,
-    vae_folder: str | Path,
-    *,
-    scale: float | None = None,
-    batch_size: int = 16,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """Decodes latents into images.
+def decoder(
+    vae_folder: str | Path, *, scale: float | None = None, batch_size: int = 16, device: str | torch.device = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """Returns a function that decodes latents into images; the weights are loaded when it is first called.
+
+    It takes latents as a diffusion model sees them, shape (B, C, h, w), and returns images, shape (B, 3, H, W) in
+    [-1, 1], on the CPU. It raises a ValueError if the latents do not fit the autoencoder.
 
     Args:
-        latents: Latents as a diffusion model sees them, shape (B, C, h, w).
         vae_folder: Folder of the autoencoder, as in `encode`.
         scale: Scale of the latents; None for the `scaling_factor` of the autoencoder's configuration.
         batch_size: Number of latents per batch.
         device: Device that the autoencoder runs on.
 
-    Returns:
-        Images, shape (B, 3, H, W) in [-1, 1], on the CPU.
-
     Raises:
-        ValueError: If the folder contains no `AutoencoderKL`, or the latents do not fit it.
-        ModuleNotFoundError: If diffusers is not installed.
+        ValueError: If the folder contains no `AutoencoderKL`.
+        ModuleNotFoundError: If diffusers is not installed; raised by the function.
     """
     folder = _vae_folder(vae_folder)
     config = _vae_config(folder)
     shift, factor = _factors(config, scale)
-    channels = config["latent_channels"]
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)} but the autoencoder decodes (B, {channels}, h, w); "
-            "pass its own latents"
-        )
-    vae = _autoencoder(folder, device)
-    z = latents.cpu().float() / factor + shift
+    channels, size = config["latent_channels"], BatchSize(batch_size)
+    opened = cache(partial(_autoencoder, folder, device))
 
-    def images(rows: range) -> Tensor:
-        decoded: Tensor = vae.decode(z[rows.start : rows.stop].to(device)).sample
-        return decoded.clamp(-1, 1).cpu()
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> Tensor:
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)} but the autoencoder decodes (B, {channels}, h, w); "
+                "pass its own latents"
+            )
+        vae, z = opened(), latents.cpu().float() / factor + shift
 
-    return torch.cat([x for _, x in BatchSize(batch_size).batches(len(z), images)])
+        def images(rows: range) -> Tensor:
+            decoded: Tensor = vae.decode(z[rows.start : rows.stop].to(device)).sample
+            return decoded.clamp(-1, 1).cpu()
+
+        return torch.cat([x for _, x in size.batches(len(z), images)])
+
+    return decode
 
 
 def _vae_folder(source: str | Path) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def test_nothing_is_stored_of_samples_that_are_not_finite(tmp_path: Path) -> Non
     broken.module.final_layer.linear.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"^samples 0 to 3 are not all finite; try more steps or less guidance$"):
         draw_archive(broken, tmp_path, num=8, plan=PLAN)
-    assert list((tmp_path / "parts").iterdir()) == []
+    assert not (tmp_path / "parts").exists()
     with pytest.raises(ValueError, match=r"^cannot draw 0 samples in batches of 256; both count from 1$"):
         draw_archive(tiny_sit(), tmp_path, num=0)
 
@@ -149,23 +151,49 @@ def test_latents_are_decoded_by_their_autoencoder(tmp_path: Path) -> None:
     assert np.load(tmp_path / "grid" / "samples.npy").shape == (5, 3, 8, 8)
 
 
-RANDOM = SamplingPlan("euler-maruyama", 3, seed=1)
+def drawn_together(folder: Path) -> list[tuple[int, int]]:
+    """An archive and pictures in parts of four, and what one process tells of its parts of the archive."""
+    sample_runs.PART = sample_runs.FEW = 4
+    plan, told = SamplingPlan("euler-maruyama", 3, seed=1), []
+    draw_archive(tiny_sit(), folder / "npz", num=10, plan=plan, progress=lambda _, *seen: told.append(seen))
+    draw_samples(tiny_sit(), folder / "png", num=10, plan=plan, keep=True)
+    return told
 
 
-def archive(folder: Path) -> list[tuple[Any, ...]]:
-    """Draws an archive and gives its progress."""
-    sample_runs.PART, seen = 4, []
-    draw_archive(tiny_sit(), folder, num=10, plan=RANDOM, progress=lambda *state: seen.append(state))
-    return seen
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_processes_draw_the_same_archive(tmp_path: Path) -> None:
-    told = Started(tmp_path, archive, tmp_path / "two").results()
-    assert told == [[("samples", 1, 2), ("samples", 2, 2)], [("samples", 1, 1)]]  # parts 0 and 2, part 1
-    one = np.load(draw_archive(tiny_sit(), tmp_path / "one", num=10, plan=RANDOM))
-    two = np.load(tmp_path / "two" / "samples.npz")
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1  # a pixel that rounding turns over
-    assert (one["arr_1"] == two["arr_1"]).all()
+def test_several_processes_draw_the_same_files(tmp_path: Path) -> None:
+    files, told = {}, {}
+    for num in (1, 2, 3):
+        told[num] = Started(tmp_path, drawn_together, tmp_path / str(num), num=num).results()
+        files[num] = files_of(tmp_path / str(num))
+    assert told == {1: [[(1, 3), (2, 3), (3, 3)]], 2: [[(1, 2), (2, 2)], [(1, 1)]], 3: [[(1, 1)]] * 3}
+    assert {"npz/samples.npz", "png/samples.png", "png/samples.svg", "png/samples.npy"} < files[1].keys()
+    assert files[1] == files[2] == files[3]
+
+
+def test_interrupted_pictures_go_on(tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, spy = partial(draw_samples, tiny_sit(), num=10, plan=PLAN, keep=True), sample_runs.sample
+
+    def stops(backbone: Any, chosen: range, **options: Any) -> torch.Tensor:
+        if 8 in chosen:
+            raise KeyboardInterrupt
+        return spy(backbone, chosen, **options)
+
+    monkeypatch.setattr(sample_runs, "FEW", 4)
+    draw(tmp_path / "whole")
+    monkeypatch.setattr(sample_runs, "sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "out")
+    monkeypatch.setattr(sample_runs, "sample", spy)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    for name, seed, rest in (("other", 2, [*range(10)]), ("out", PLAN.seed, [8, 9])):
+        drawn.clear()
+        draw(tmp_path / name, plan=replace(PLAN, seed=seed))
+        assert drawn == rest  # Parts of other samples are not taken.
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_the_command_draws_an_archive(
