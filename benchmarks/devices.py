@@ -122,7 +122,7 @@ def bare_seconds(
 def probes(options: argparse.Namespace) -> None:
     """Seconds of the measures of one representation with many classes, ten training samples of each."""
     rng = np.random.default_rng(0)
-    width = SiTConfig.preset(options.preset, shape=(4, options.size, options.size), num_classes=1000).width
+    width = SiTConfig.preset(options.preset, shape=(4, options.size, options.size), num_classes=1000).hidden_size
     labels = np.tile(np.arange(options.classes), 12)
     splits = np.repeat([0, 1, 2], [10 * options.classes, options.classes, options.classes])
     centers = rng.normal(size=(options.classes, width))

@@ -24,7 +24,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     if real := os.environ.get("LAYERPROBE_TEST_DEVICE"):
         import torch
 
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # The CPU has none.
+        # Its numbers are compared with those of the CPU, which has no tf32.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr("layerprobe.precision.has_tf32", lambda _: False)
         return real
     return _pretended()
 
