@@ -98,7 +98,7 @@ def make_step(kind: str, options: argparse.Namespace) -> Step:
 def our_step(backbone: Backbone, batch: TrainingBatch, sync: LayerSync | None, precision: str) -> Step:
     parameters = [p for p in backbone.module.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+    optimizer = torch.optim.AdamW(parameters, fused=backbone.device.type in ("cpu", "cuda"))
 
     def step() -> None:
         with torch.autocast(backbone.device.type, torch.bfloat16, enabled=precision == "bfloat16"):

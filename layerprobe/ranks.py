@@ -11,6 +11,7 @@ This module imports torch only when processes are joined, so that the command li
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import sys
@@ -22,10 +23,14 @@ from functools import wraps
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
+from socket import create_connection
+from threading import Timer
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from layerprobe.files import locked, one_line
-from layerprobe.memory import is_out_of_memory
+from layerprobe.memory import failure_in, is_lost_connection, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +43,9 @@ P = ParamSpec("P")
 # How long processes wait for the others to start, and for each other while one of them measures or draws.
 MEETING = timedelta(minutes=10)
 PATIENCE = timedelta(days=1)
+_QUIET_S = 20.0  # of waiting, before it is told
 _FAILURES = "layerprobe/failures"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def processes() -> Iterator[Ranks]:
             yield ranks
             ranks.barrier()
         except (Exception, KeyboardInterrupt) as error:
-            _fail(error, store)
+            _fail(error, ranks, store)
 
 
 @contextmanager
@@ -269,19 +276,74 @@ def _join() -> tuple[Ranks, Any]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    place = _place(url, os.environ)
     try:
-        store, _, _ = next(rendezvous(url, ranks.rank, ranks.world_size, timeout=MEETING))
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
-    except dist.DistError as error:
-        raise ConnectionError(
-            f"the {ranks.world_size} processes have not met ({one_line(error)}); see that all of them run and reach "
-            "the first one's machine, and repeat the command"
-        ) from error
+        with _telling_of_the_wait(ranks, place):
+            if not ranks.is_first:
+                _reach(place)
+            store, _, _ = next(rendezvous(url, ranks.rank, ranks.world_size, timeout=MEETING))
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+            patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (OSError, RuntimeError) as error:
+        if not (isinstance(error, OSError) or is_lost_connection(error)):
+            raise
+        raise ConnectionError(_not_met(error, ranks, place)) from error
     atexit.register(dist.destroy_process_group)
-    ranks = replace(ranks, _patient=dist.new_group(backend="gloo", timeout=PATIENCE), _store=store)
+    ranks = replace(ranks, _patient=patient, _store=store)
     _joined = ranks, store
     return ranks, store
+
+
+def _place(url: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    """The address and port where the processes meet."""
+    parts = urlsplit(url)
+    return parts.hostname or environment["MASTER_ADDR"], parts.port or int(environment["MASTER_PORT"])
+
+
+def _reach(place: tuple[str, int]) -> None:
+    """Waits until the first process accepts connections; torch's own wait would end in a stack of C++ frames."""
+    until = monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            create_connection(place, timeout=5).close()
+        except OSError:
+            if monotonic() > until:
+                raise
+            sleep(0.5)
+        else:
+            return
+
+
+@contextmanager
+def _telling_of_the_wait(ranks: Ranks, place: tuple[str, int]) -> Iterator[None]:
+    """Says what one process of each machine is waiting for, if it takes long."""
+    minutes = MEETING.total_seconds() / 60
+    text = f"process {ranks.rank} waits at {_shown(place)} for all {ranks.world_size}, at most {minutes:g} minutes"
+    timer = Timer(_QUIET_S, logger.warning, [text])
+    timer.daemon = True
+    if ranks.local_rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _not_met(error: Exception, ranks: Ranks, place: tuple[str, int]) -> str:
+    if "EADDRINUSE" in str(error):
+        return (
+            f"the processes cannot meet at {_shown(place)}: the port is in use; set MASTER_PORT to a free one, or "
+            "start them with torchrun --standalone"
+        )
+    return (
+        f"the {ranks.world_size} processes have not met at {_shown(place)} ({one_line(error)}); see that all of them "
+        "run and reach this address, and repeat the command"
+    )
+
+
+def _shown(place: tuple[str, int]) -> str:
+    return f"{place[0]}:{place[1]}"
 
 
 def ranks_of(environment: Mapping[str, str]) -> tuple[Ranks, str]:
@@ -317,25 +379,31 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first.group())
 
 
-def _fail(error: BaseException, store: Any) -> None:
+def _fail(error: BaseException, ranks: Ranks, store: Any) -> None:
     """Raises the error of the first process that failed; the others exit silently."""
     import torch.distributed as dist
 
     atexit.unregister(dist.destroy_process_group)  # It would wait for the other processes.
+    failure = failure_in(error) or error
     try:
         first = store.add(_FAILURES, 1) == 1
-    except RuntimeError:  # The process that holds the store has ended.
+    except RuntimeError:  # The process that holds the store, which is the first one without torchrun, has ended.
+        if is_lost_connection(failure) and (ranks.rank == 1 or ranks.local_rank == 0):
+            raise ConnectionError(
+                "the first process has ended, and was killed if it says nothing; repeat the command to continue from "
+                "what is finished"
+            ) from error
         first = False
     if not first:
         raise SystemExit(1) from error
-    if is_out_of_memory(error):
-        raise error
-    if "NCCL" in str(error) and isinstance(error, RuntimeError):
+    if is_out_of_memory(failure):
+        raise failure
+    if "NCCL" in str(failure) and isinstance(failure, RuntimeError):
         raise ConnectionError(
-            f"the GPUs of the processes cannot communicate ({nccl_line(str(error))}); if it says too little, repeat "
+            f"the GPUs of the processes cannot communicate ({nccl_line(str(failure))}); if it says too little, repeat "
             "the command with NCCL_DEBUG=WARN"
         ) from error
-    if _is_lost_connection(error):
+    if is_lost_connection(failure):
         raise ConnectionError(
             "another process was killed, or its machine is unreachable; repeat the command to continue from what is "
             "finished"
@@ -353,11 +421,3 @@ def nccl_line(text: str) -> str:
     reason = re.sub(r"^.*?NCCL error in: \S+:\d+, ", "", first)
     last = re.search(r"Last error:\s*(\S.*)", text)
     return f"{reason}: {last[1].strip()}" if last else reason
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
-    )

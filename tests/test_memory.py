@@ -20,19 +20,20 @@ import torch.distributed as dist
 from pictures import encode, write_parquet
 from PIL import Image
 from places import REPOSITORY
-from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
+from tiny import tiny_samples, tiny_sit, tiny_splits
 from torch import Tensor, nn
 
 from layerprobe.analyses.figures.style import changed_style
 from layerprobe.analyses.generation.encoders import open_encoder
 from layerprobe.analyses.generation.extractors import Extractor, all_features
 from layerprobe.analyses.selection.trainer_configs import read_settings
-from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones.base import Backbone
 from layerprobe.backbones.diffusers.lora import merge_lora
 from layerprobe.backbones.diffusers.null_text import read_null_text
 from layerprobe.backbones.trial import tried
 from layerprobe.checkpoints.convention import check_convention
 from layerprobe.checkpoints.conversion import convert_checkpoint
+from layerprobe.checkpoints.opening import resolve_device
 from layerprobe.checkpoints.user_code import run_user_code
 from layerprobe.checkpoints.weight_sets import read_weights
 from layerprobe.data.arrays import load_array
@@ -159,11 +160,6 @@ def written(folder: Path) -> None:
         shutil.copyfileobj(None, None)  # type: ignore[arg-type]
 
 
-def network_in_a_trial(folder: Path) -> object:
-    module = nn.Sequential(nn.Conv2d(1, 1, 1))
-    return tried(wrap(module, layers=["0"], schedule="sit", prediction="velocity", shape=SHAPE))
-
-
 def style_sheet(folder: Path) -> None:
     (folder / "a.mplstyle").write_text("font.size: 8")
     with changed_style(sheet=folder / "a.mplstyle"):
@@ -175,20 +171,12 @@ def shard_of_latents(folder: Path) -> None:
         pass
 
 
-def autoencoder(folder: Path) -> object:
-    pytest.importorskip("diffusers")
-    (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 3}')
-    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    return autoencoders.encode(TensorSamples(torch.rand(2, 3, 4, 4)), folder, folder / "out")
-
-
 def adapter(folder: Path) -> object:
     (folder / "a.safetensors").write_bytes(b"")
     return merge_lora(nn.Linear(1, 1), folder / "a.safetensors", component="unet")
 
 
 def empty_prompt(folder: Path) -> object:
-    pytest.importorskip("diffusers")
     pipeline: Any = SimpleNamespace(pipeline=folder, index={})
     family: Any = SimpleNamespace(text=lambda _: (1, 1, 0), zeros_as_text=False)
     module: Any = SimpleNamespace(config={})
@@ -196,7 +184,7 @@ def empty_prompt(folder: Path) -> object:
 
 
 def conversion(folder: Path) -> object:
-    torch.save({"a.weight": torch.zeros(1, 1), "a.bias": torch.zeros(1)}, folder / "a.pt")
+    torch.save(tiny_sit().module.state_dict(), folder / "a.pt")
     return convert_checkpoint(folder / "a.pt", folder / "b.safetensors")
 
 
@@ -218,10 +206,9 @@ PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "the checkpoint of a training": ("torch.load", lambda folder: read_checkpoint(folder / "a.pt")),
     "a conversion": ("layerprobe.checkpoints.conversion.save_file", conversion),
     "code of the user": ("copy.copy", lambda _: run_user_code(lambda: copy.copy(1), "a.py:f", "it fails", "mend it")),
-    "a network in its trial": ("torch.nn.Conv2d.forward", network_in_a_trial),
+    "a network in its trial": ("layerprobe.backbones.sit.SiT.forward", lambda _: tried(tiny_sit())),
     "the empty prompt": ("layerprobe.backbones.diffusers.null_text._encode_empty", empty_prompt),
     "an adapter": ("layerprobe.backbones.diffusers.lora._merged", adapter),
-    "an autoencoder": ("diffusers.AutoencoderKL.from_pretrained", autoencoder),
     "an encoder in TorchScript": ("zipfile.ZipFile", torchscript),
     "an image": ("layerprobe.data.images.decode_image", pictures),
     "a table": ("layerprobe.data.tables._rows", pictures),
@@ -254,9 +241,6 @@ PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
 def test_no_failure_is_taken_for_wrong_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, job: Callable[[Path], object], error: Exception
 ) -> None:
-    if broken.startswith("diffusers"):
-        pytest.importorskip("diffusers")
-
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -300,6 +284,20 @@ def test_what_a_caller_was_handling_is_no_part_of_a_later_error() -> None:
         later = again()
     assert isinstance(later.__context__, torch.OutOfMemoryError)
     assert failure_in(later) is None
+
+
+def test_a_device_that_is_not_there_is_wrong_input_and_a_full_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch, "empty", fail)
+    text = "CUDA error: invalid device ordinal"
+    with pytest.raises(ValueError, match=rf"^--device cuda:7 is not available \({text}\); pass cpu") as raised:
+        resolve_device("cuda:7")
+    assert failure_in(raised.value) is None
+    text = FULL
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
+        resolve_device("cuda:0")
 
 
 def test_a_failure_is_told_by_the_line_that_says_it() -> None:

@@ -107,17 +107,39 @@ def test_alone_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current() == Ranks(1, 4)
 
 
-def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def meet(monkeypatch: pytest.MonkeyPatch, rank: int, port: int) -> None:
+    """Waits a second for another process."""
+    address = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1))
-    told = pytest.raises(ConnectionError, match=r"^the 2 processes have not met \(.+\); see that all of them run")
-    with told, processes():
+    monkeypatch.setattr(ranks, "_QUIET_S", 0.1)
+    with processes():
         pass
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(0, ".+"), (1, ".*refused")])
+def test_processes_that_do_not_come_are_not_waited_for_forever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int, reason: str
+) -> None:
+    port = free_port()
+    with pytest.raises(ConnectionError, match=rf"^the 2 processes have not met at 127.0.0.1:{port} \({reason}\); see"):
+        meet(monkeypatch, rank, port)
+    assert caplog.messages == [f"process {rank} waits at 127.0.0.1:{port} for all 2, at most 0.0166667 minutes"]
+
+
+def test_a_port_that_is_in_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        with pytest.raises(
+            ConnectionError, match=rf"^the processes cannot meet at 127.0.0.1:{port}: the port is in use"
+        ):
+            meet(monkeypatch, 0, port)
 
 
 class Store:
@@ -137,8 +159,18 @@ Last error:
 Cuda failure 999 'unknown error'"""
 
 
-def failing_with(error: Exception, monkeypatch: pytest.MonkeyPatch, *, earlier: int = 0) -> None:
-    monkeypatch.setattr(ranks, "_join", lambda: (Ranks(), Store(earlier)))
+class Gone(Store):
+    """The store of a process that has ended."""
+
+    def add(self, _: str, number: int) -> int:
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def failing_with(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, *, store: Store | None = None, rank: int = 0
+) -> None:
+    monkeypatch.setattr(ranks, "_join", lambda: (Ranks(rank, rank + 1, rank), store or Store()))
+    monkeypatch.setattr(Ranks, "barrier", lambda _: None)
     with processes():
         raise error
 
@@ -156,5 +188,23 @@ def test_memory_that_runs_out_in_nccl_is_no_lost_connection(monkeypatch: pytest.
 
 def test_only_the_first_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
-        failing_with(ValueError("the cause"), monkeypatch, earlier=1)
+        failing_with(ValueError("the cause"), monkeypatch, store=Store(earlier=1))
     assert ended.value.code == 1
+
+
+LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+
+
+def test_a_first_process_that_was_killed_with_its_store_is_told_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match=r"^the first process has ended, and was killed if it says nothing; rep"):
+        failing_with(LOST, monkeypatch, store=Gone(), rank=1)
+    for rank, error in ((2, LOST), (1, ValueError("of its own, which the first one had too"))):
+        with pytest.raises(SystemExit):
+            failing_with(error, monkeypatch, store=Gone(), rank=rank)
+
+
+def test_a_lost_connection_that_others_made_a_fault_of_the_network_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = ValueError("the network raised RuntimeError")
+    wrapped.__cause__ = LOST
+    with pytest.raises(ConnectionError, match=r"^another process was killed, or its machine is unreachable; repeat"):
+        failing_with(wrapped, monkeypatch)

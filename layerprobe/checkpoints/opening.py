@@ -158,12 +158,15 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = ""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         if is_out_of_memory(error):  # It is there, and full.
             raise
-        raise ValueError(f"--device {device} is not available ({one_line(error)}); pass cpu or auto") from error
+        problem = one_line(error)
+    if problem:  # Not in the handler: "CUDA error: invalid device ordinal" is no failure here.
+        raise ValueError(f"--device {device} is not available ({problem}); pass cpu or auto")
     try:
         torch.empty(0, device=device, dtype=torch.float64)
     except (TypeError, RuntimeError) as error:

@@ -354,7 +354,7 @@ def test_memory_that_runs_out_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    monkeypatch.setattr("layerprobe.checkpoints.source.CheckpointSource.describe", full)
+    monkeypatch.setattr("layerprobe.checkpoints.weight_sets.file_content", full)
     told = "layerprobe: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); pass a smaller --batch-size"
     code, out, error = cli("inspect", "digits")
     assert (code, out, len(error.splitlines())) == (1, "", 1)

@@ -1,10 +1,12 @@
-"""The second device, on machines without one.
+"""The second device: a pretended one, or the real one that LAYERPROBE_TEST_DEVICE names, such as cuda.
 
-It changes what torch does in a whole process, so these tests are collected only where they are asked for: `-m devices`.
+The pretended one changes what torch does in a whole process, so these tests are collected only where they are asked
+for: `-m devices`.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,36 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture
-def device() -> str:
-    """The name of the pretend device."""
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the device."""
+    if real := os.environ.get("LAYERPROBE_TEST_DEVICE"):
+        import torch
+
+        # Its numbers are compared with those of the CPU, which has no tf32.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr("layerprobe.precision.has_tf32", lambda _: False)
+        return real
+    return _pretended()
+
+
+@pytest.fixture
+def counted() -> str:
+    """The name of the pretend device, which counts what costs time."""
+    if "LAYERPROBE_TEST_DEVICE" in os.environ:
+        pytest.skip("a real device does not count")
+    return _pretended()
+
+
+@pytest.fixture
+def card() -> str:
+    """The name of a real device of CUDA."""
+    real = os.environ.get("LAYERPROBE_TEST_DEVICE", "")
+    if not real.startswith("cuda"):
+        pytest.skip("the memory of a real device of CUDA is limited; set LAYERPROBE_TEST_DEVICE=cuda")
+    return real
+
+
+def _pretended() -> str:
     import pretend_device
 
     if not pretend_device.AVAILABLE:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pretend_device import watched
+from pretend_device import NAME, watched
 
 from layerprobe.analyses.measures import spectrum
 from layerprobe.analyses.measures.logistic import search
@@ -70,7 +70,7 @@ def test_the_tables_are_those_of_the_cpu(device: str, tmp_path: Path, monkeypatc
     for got, wanted in zip(tables, measure({"model": store}), strict=True):
         same(got, wanted)
     # Fits, neighbors, spectra and CKA have run there.
-    assert {"mm", "topk", "linalg_qr", "linalg_vector_norm"} <= set(ledger.kernels)
+    assert device != NAME or {"mm", "topk", "linalg_qr", "linalg_vector_norm"} <= set(ledger.kernels)
     probes = tables[0][tables[0]["metric"] == "probe accuracy"]
     assert not probes["note"].str.contains("did not converge").any()
     same(recoverability_table(store, device=there), recoverability_table(store))

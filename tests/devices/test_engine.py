@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pretend_device import watched, without_float64
+from pretend_device import NAME, watched, without_float64
 from tiny import SHAPE, tiny_samples, tiny_sit, tiny_splits
 from tiny_mdm import opened as tiny_mdm
 from tiny_mdm import state_dict as mdm_tensors
@@ -28,16 +28,19 @@ from layerprobe.checkpoints.convention import check_convention
 from layerprobe.checkpoints.opening import open_checkpoint, resolve_device
 from layerprobe.checkpoints.saving import save_checkpoint, weights_hash
 from layerprobe.data.latents.vae import decoder, encode
+from layerprobe.data.loading import load
 from layerprobe.data.samples import Splits, Subset, TensorSamples
 from layerprobe.extraction import forward
 from layerprobe.extraction.ablation import ablate_layers
 from layerprobe.extraction.controls import random_weights, raw_input
 from layerprobe.extraction.forward import extract
 from layerprobe.extraction.plan import ExtractionPlan
+from layerprobe.extraction.rounding import rounding_error
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.schedules import schedule_from_name
+from layerprobe.precision import FEATURE_TOLERANCE, has_tf32
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.sampling.solvers import sample
 from layerprobe.training.distributed import host_copy
@@ -130,9 +133,9 @@ def test_features_of_padded_samples_are_those_of_the_cpu(device: str, tmp_path: 
 
 @pytest.mark.parametrize("condition", ["null", "label"])
 def test_a_batch_of_extraction_waits_once_for_the_device_and_gets_nothing_from_the_host(
-    device: str, tmp_path: Path, condition: Any
+    counted: str, tmp_path: Path, condition: Any
 ) -> None:
-    backbone, splits = on(device, tiny_sit()), tiny_splits(16)
+    backbone, splits = on(counted, tiny_sit()), tiny_splits(16)
     waits, uploads = [], []
     for batch_size in (32, 4):
         plan = ExtractionPlan(backbone.layers, LEVELS, condition=condition)
@@ -162,6 +165,43 @@ def test_a_shard_without_room_on_the_device_is_corrupted_on_the_host(
     for here in stores:
         for level in LEVELS:
             np.testing.assert_array_equal(here["blocks.1", level], there["blocks.1", level])
+
+
+def test_memory_that_runs_out_on_a_card_gives_smaller_batches_and_the_same_features(card: str, tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        """16 MiB for each row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.layer(x) + x.new_zeros(len(x), 2**22).sum(1)[:, None, None, None]
+
+    torch.manual_seed(0)
+    backbone = wrap(Wide().to(card), layers=["layer"], schedule="sit", prediction="velocity", shape=SHAPE)
+    plan = ExtractionPlan(backbone.layers, LEVELS)
+    wanted = extract(backbone, tiny_splits(), plan, tmp_path / "large", batch_size=32)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 200 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        with pytest.warns(UserWarning, match="rows at a time do not fit into memory"):
+            got = extract(backbone, tiny_splits(), plan, tmp_path / "small", batch_size=32)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for level in LEVELS:
+        np.testing.assert_allclose(got["layer", level], wanted["layer", level], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_a_card_keeps_the_features_within_its_precision(card: str, precision: str) -> None:
+    if precision == "tf32" and not has_tf32(torch.device(card)):
+        pytest.skip(f"{card} has no tf32")
+    backbone = open_checkpoint("digits", device=card)
+    plan = ExtractionPlan(backbone.layers, LEVELS, precision=precision)
+    error = rounding_error(backbone, load("digits").test, plan).error
+    assert error < (FEATURE_TOLERANCE if precision == "tf32" else 0.05)
 
 
 def test_controls_and_bfloat16_run(device: str, tmp_path: Path) -> None:
@@ -250,7 +290,8 @@ def test_a_training_ends_where_that_of_the_cpu_ends(device: str, tmp_path: Path,
     runs = ((on(device, network), "device"), (network, "cpu"))
     got, wanted = (weights_after(b, tiny_samples(), tmp_path / name, **plan) for b, name in runs)
     for name, tensor in wanted.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-5)
+        # Where a gradient is next to nothing, its rounding decides the sign of Adam's step, of at most 1e-4.
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-5 if device == NAME else 5e-4)
 
 
 def test_padded_bfloat16_and_resumed_trainings_run(device: str, tmp_path: Path) -> None:
@@ -260,7 +301,9 @@ def test_padded_bfloat16_and_resumed_trainings_run(device: str, tmp_path: Path) 
     weights_after(on(device, tiny_sit()), tiny_samples(), tmp_path / "resumed", steps=1, **options)
     resumed = weights_after(on(device, tiny_sit()), tiny_samples(), tmp_path / "resumed", **options)
     at_once = weights_after(on(device, tiny_sit()), tiny_samples(), tmp_path / "at once", **options)
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in at_once.items())
+    for name, tensor in at_once.items():  # A real device adds up in an order that is left to chance.
+        rounding = 0.0 if device == NAME else 5e-4
+        torch.testing.assert_close(resumed[name], tensor, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), CONVENTIONS[:-1])
@@ -269,24 +312,24 @@ def test_every_convention_trains(device: str, tmp_path: Path, schedule: str, pre
 
 
 @pytest.mark.parametrize("pairs", [(), PAIR], ids=("plain", "aligned"))
-def test_a_training_step_waits_once_for_the_device(device: str, tmp_path: Path, pairs: Any) -> None:
+def test_a_training_step_waits_once_for_the_device(counted: str, tmp_path: Path, pairs: Any) -> None:
     waits = []
     for steps in (1, 4):
         plan = TrainingPlan(steps=steps, batch_size=4, log_every=99, pairs=pairs)
         with watched() as ledger:
-            train(on(device, tiny_sit()), tiny_samples(), plan, tmp_path / str(steps))
+            train(on(counted, tiny_sit()), tiny_samples(), plan, tmp_path / str(steps))
         waits.append(sum(ledger.waits.values()))
     assert waits[1] - waits[0] == 3, ledger.waits
 
 
-def test_a_copy_on_the_host_takes_no_room_on_the_device(device: str) -> None:
-    module = on(device, tiny_sit()).module
+def test_a_copy_on_the_host_takes_no_room_on_the_device(counted: str) -> None:
+    module = on(counted, tiny_sit()).module
     with watched() as ledger:
         copied = host_copy(module)
     assert not sum(ledger.kernels.values())
     assert not sum(ledger.uploads.values())
     assert {tensor.device.type for tensor in copied.state_dict().values()} == {"cpu"}
-    assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {counted}
 
 
 def test_layersync_runs_in_a_loop_of_ones_own(device: str) -> None:
@@ -301,13 +344,15 @@ def test_layersync_runs_in_a_loop_of_ones_own(device: str) -> None:
 
 @pytest.mark.parametrize(("stop", "waits_per_loss"), [(None, 0), (0.99, 1)])
 def test_a_loss_waits_for_the_device_only_to_end_by_its_cosine(
-    device: str, stop: float | None, waits_per_loss: int
+    counted: str, stop: float | None, waits_per_loss: int
 ) -> None:
-    module = on(device, tiny_sit()).module
+    module = on(counted, tiny_sit()).module
     with LayerSync(module, [("blocks.0", "blocks.2")], weight=0.3, stop_cosine=stop) as sync:
         waits = []
         for _ in range(4):
-            module(torch.randn(4, *SHAPE, device=device), torch.rand(4, device=device), torch.arange(4).to(device) % 3)
+            module(
+                torch.randn(4, *SHAPE, device=counted), torch.rand(4, device=counted), torch.arange(4).to(counted) % 3
+            )
             with watched() as ledger:
                 sync.loss().backward()
             waits.append(sum(ledger.waits.values()))
@@ -397,16 +442,16 @@ def test_an_autoencoder_encodes_and_decodes(device: str, tmp_path: Path) -> None
     )
 
 
-def test_a_device_without_float64_is_refused(device: str) -> None:
-    assert resolve_device(device).type == device
+def test_a_device_without_float64_is_refused(counted: str) -> None:
+    assert resolve_device(counted).type == counted
     with (
         without_float64(),
-        pytest.raises(ValueError, match=rf"^--device {device} does not compute in float64, .*pass cpu$"),
+        pytest.raises(ValueError, match=rf"^--device {counted} does not compute in float64, .*pass cpu$"),
     ):
-        resolve_device(device)
+        resolve_device(counted)
 
 
-def test_a_small_table_of_times_is_not_asked_on_a_device_for_rows_that_it_lacks(device: str) -> None:
+def test_a_small_table_of_times_is_not_asked_on_a_device_for_rows_that_it_lacks(counted: str) -> None:
     class Tabled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -415,7 +460,7 @@ def test_a_small_table_of_times_is_not_asked_on_a_device_for_rows_that_it_lacks(
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.layer(x) + self.times(t.long())[:, :, None, None]
 
-    module = Tabled().to(device)
+    module = Tabled().to(counted)
     backbone = wrap(module, layers=["layer"], schedule="ddpm-linear", prediction="eps", shape=SHAPE)
     with watched() as ledger, pytest.raises(ValueError, match=r"times has 10 rows and none for .*--schedule"):
         layer_shapes(backbone)

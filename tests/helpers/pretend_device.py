@@ -5,10 +5,12 @@ operations between devices, `.numpy()`, and inside `without_float64` also float6
 what costs time on a GPU: kernels, copies between the devices, and each place where the host waits for the device.
 
 Torch's hook for backends written in Python is private and exists since torch 2.9; `AVAILABLE` says whether it is there.
+With LAYERPROBE_TEST_DEVICE, which names a real device for these tests, there is no pretended one.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -295,4 +297,5 @@ def _installed() -> tuple[Any, ...]:
     return library, autocast
 
 
-_LIBRARIES = _installed() if AVAILABLE else ()
+# Beside a real device torch would take this one for the accelerator, and look for pinned memory here.
+_LIBRARIES = _installed() if AVAILABLE and "LAYERPROBE_TEST_DEVICE" not in os.environ else ()
