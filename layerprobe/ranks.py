@@ -215,7 +215,7 @@ def processes() -> Iterator[Ranks]:
             yield ranks
             ranks.barrier()
         except (Exception, KeyboardInterrupt) as error:
-            _fail(error, ranks, store)
+            _fail(error, store)
 
 
 @contextmanager
@@ -379,7 +379,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first.group())
 
 
-def _fail(error: BaseException, ranks: Ranks, store: Any) -> None:
+def _fail(error: BaseException, store: Any) -> None:
     """Raises the error of the first process that failed; the others exit silently."""
     import torch.distributed as dist
 
@@ -387,12 +387,7 @@ def _fail(error: BaseException, ranks: Ranks, store: Any) -> None:
     failure = failure_in(error) or error
     try:
         first = store.add(_FAILURES, 1) == 1
-    except RuntimeError:  # The process that holds the store, which is the first one without torchrun, has ended.
-        if is_lost_connection(failure) and (ranks.rank == 1 or ranks.local_rank == 0):
-            raise ConnectionError(
-                "the first process has ended, and was killed if it says nothing; repeat the command to continue from "
-                "what is finished"
-            ) from error
+    except RuntimeError:  # The process that holds the store has ended.
         first = False
     if not first:
         raise SystemExit(1) from error

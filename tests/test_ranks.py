@@ -159,18 +159,8 @@ Last error:
 Cuda failure 999 'unknown error'"""
 
 
-class Gone(Store):
-    """The store of a process that has ended."""
-
-    def add(self, _: str, number: int) -> int:
-        raise dist.DistNetworkError("Broken pipe")
-
-
-def failing_with(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, *, store: Store | None = None, rank: int = 0
-) -> None:
-    monkeypatch.setattr(ranks, "_join", lambda: (Ranks(rank, rank + 1, rank), store or Store()))
-    monkeypatch.setattr(Ranks, "barrier", lambda _: None)
+def failing_with(error: Exception, monkeypatch: pytest.MonkeyPatch, *, earlier: int = 0) -> None:
+    monkeypatch.setattr(ranks, "_join", lambda: (Ranks(), Store(earlier)))
     with processes():
         raise error
 
@@ -188,19 +178,11 @@ def test_memory_that_runs_out_in_nccl_is_no_lost_connection(monkeypatch: pytest.
 
 def test_only_the_first_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
-        failing_with(ValueError("the cause"), monkeypatch, store=Store(earlier=1))
+        failing_with(ValueError("the cause"), monkeypatch, earlier=1)
     assert ended.value.code == 1
 
 
 LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
-
-
-def test_a_first_process_that_was_killed_with_its_store_is_told_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConnectionError, match=r"^the first process has ended, and was killed if it says nothing; rep"):
-        failing_with(LOST, monkeypatch, store=Gone(), rank=1)
-    for rank, error in ((2, LOST), (1, ValueError("of its own, which the first one had too"))):
-        with pytest.raises(SystemExit):
-            failing_with(error, monkeypatch, store=Gone(), rank=rank)
 
 
 def test_a_lost_connection_that_others_made_a_fault_of_the_network_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
