@@ -55,7 +55,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
 _ROWS_AT_ONCE, _ROWS_PER_THREAD = 256, 16
-_SKETCHED_BYTES = 64
+_SKETCHED_BYTES = 24
 MAX_PIXELS = 2**26  # a small file may claim more than memory holds
 
 
@@ -145,7 +145,7 @@ class ImageSamples(Samples):
         class_names: Class names, one per class.
         first_id: Id of row 0.
         content: Hash of the encoded images.
-        sketches: Bytes of each encoded image that equal images have equal.
+        sketches: Length of each encoded image and a few of its bytes.
         keep: Whether to keep decoded images in memory, as uint8.
         columns: Extra label columns.
         reading: What was read of the data set.
