@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from residual_network import WEIGHT, Network, cosines_of, residuals, task
-from started import Started
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerprobe.layersync.loss import LayerSync
 from layerprobe.layersync.options import SyncOptions
-from layerprobe.ranks import processes
+
+pytestmark = pytest.mark.slow  # two processes that import torch
 
 PAIRS = [("blocks.0", "blocks.2"), ("blocks.1", "blocks.3")]
 X = torch.randn(8, 7, 16, generator=torch.Generator().manual_seed(1))
@@ -134,20 +138,27 @@ CASES: dict[str, Callable[[int], Gradients]] = {
 }
 
 
-def worker() -> dict[str, Any]:
+def worker(rank: int, folder: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     results: dict[str, Any] = {}
-    with processes() as ranks:
-        for name, case in (CASES | {"followed": followed}).items():
-            try:
-                results[name] = case(ranks.rank)
-            except Exception as error:  # the other process would wait forever; the test reports the error
-                results[name] = f"{type(error).__name__}: {error}"
-    return results
+    for name, case in (CASES | {"followed": followed}).items():
+        try:
+            results[name] = case(rank)
+        except Exception as error:  # the other process would wait forever; the test reports the error
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return Started(tmp_path_factory.mktemp("ranks"), worker).results()
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
 # --- one process with the whole batch, by the formula
