@@ -470,6 +470,7 @@ def _curves_title(quality: pd.DataFrame, curves: QualityCurves) -> str:
     (level, layer), _ = places(quality, curves)
     peak = float(values[level, layer])
     title = f"{metric} peaks at {curves.layers[layer]} ({curves.text(peak)}) at noise level {curves.levels[level]:g}"
+    title += ", chosen on the validation split" if peak < np.nanmax(values) else ""
     controls = {
         name: float(np.nanmax(block))
         for name, block in ((RANDOM_WEIGHTS, curves.random[level, :, 0]), (RAW_INPUT, curves.raw[level, :, 0]))

@@ -257,6 +257,7 @@ def _trial(verdict: Verdict, selection: Selection | None) -> dict[str, Any]:
         "options": {arm.name: ", ".join(option_texts(arm.options)) for arm in verdict.arms},
         "is_of_pick": not other,
         "value": rounded(judged.difference, judged.low, judged.high, signed=True),
+        "weight": _number(judged.weight),
         "baseline": _number(fmean(verdict.arms[0].final), 3),
         # The head of the page tells the answer and the cautions of a verdict on the pick.
         "sentences": [other, verdict_paragraph(verdict)] if other else verdict_details(verdict),

@@ -34,11 +34,18 @@ def beside_recorded_sentence(verdict: Verdict, recorded: RecordedTrial) -> str:
     """
     live, long = verdict.arm(verdict.judged), recorded.verdict.arm(recorded.verdict.judged)
     table = recorded.curves[recorded.curves["metric"] == recorded.verdict.metric]
-    means = table.groupby(["step", "arm"])["value"].mean().unstack()
-    base, aligned = means[recorded.verdict.arms[0].name], means[long.name]
-    first, last = means.index[means.index > 0][0], means.index[-1]
+    steps = sorted(int(step) for step in table["step"].unique() if step > 0)
+    first, last = steps[0], steps[-1]
+
+    def stood(step: int) -> str:
+        at_step = table[table["step"] == step]
+        aligned, base = (
+            float(at_step[at_step["arm"] == arm]["value"].mean()) for arm in (long.name, recorded.verdict.arms[0].name)
+        )
+        return f"{aligned:.3g} against {base:.3g}"
+
     return (
         f"This trial has weight {live.weight:g} and {verdict.steps} steps, the recorded one weight {long.weight:g} and "
-        f"{last} steps. That one stood at {aligned[first]:.3g} against {base[first]:.3g} at step {first} and ended at "
-        f"{aligned[last]:.3g} against {base[last]:.3g}, so the start of a trial does not tell its end."
+        f"{last} steps. That one stood at {stood(first)} at step {first} and ended at {stood(last)}, so the start of a "
+        "trial does not tell its end."
     )

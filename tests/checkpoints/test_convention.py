@@ -113,7 +113,7 @@ def test_the_convention_of_training_is_found_and_every_other_refused(schedule: s
     for wrong, wrong_prediction in CONVENTIONS:
         if (wrong, wrong_prediction) != (schedule, prediction):
             declared = replace(backbone, schedule=schedule_from_name(wrong), prediction=wrong_prediction)
-            refused = check_convention(declared, data(), num_samples=32)
+            refused = check_convention(declared, data())
             assert refused.verdict == "misfit", (wrong, wrong_prediction)
             assert re.search(
                 rf"but 0\.\d+ times under --schedule {schedule} --prediction {prediction};", convention_message(refused)
@@ -144,7 +144,7 @@ def test_checkpoints_that_nobody_here_trained(name: str, shared_data: Path, shar
     for schedule, prediction in conventions:
         # Set afterwards: opened under a schedule of float times, its table of times fails the trial call.
         backbone = replace(opened, schedule=schedule_from_name(schedule), prediction=prediction)
-        found = check_convention(backbone, samples, num_samples=16)
+        found = check_convention(backbone, samples, num_samples=32)
         right = (schedule, prediction) == ("ddpm-linear", "eps")
         assert found.verdict == ("fits" if right else "misfit"), (schedule, prediction)
         assert (found.fits[0].schedule, found.fits[0].prediction) == ("ddpm-linear", "eps")

@@ -29,7 +29,7 @@ from layerprobe import memory
 from layerprobe.analyses.experiments import Verdict
 from layerprobe.analyses.generation import classifier_extractor
 from layerprobe.analyses.wording import short_answer
-from layerprobe.checkpoints import check_convention, save_checkpoint
+from layerprobe.checkpoints import save_checkpoint
 from layerprobe.checkpoints.opening import embedded_checkpoint
 from layerprobe.cli.main import run
 from layerprobe.options import option_fields
@@ -148,11 +148,8 @@ def test_a_finished_run_is_not_measured_again(trained: Path, cli) -> None:
     assert before == (table.stat().st_mtime_ns, shard.stat().st_mtime_ns)
 
 
-def test_a_wrong_convention_is_refused_before_anything_is_written(
-    trained: Path, tmp_path: Path, cli, refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_convention_is_refused_before_anything_is_written(trained: Path, tmp_path: Path, cli, refused) -> None:
     """The embedded weights as an official file, which cannot say what its time means."""
-    monkeypatch.setitem(check_convention.__kwdefaults__, "num_samples", 16)
     official = tmp_path / "official.safetensors"
     save_file(load_file(embedded_checkpoint()), official)
     wrong = ["probe", official, "--family", "dit", "--num-heads", 4, "--data", "digits", "--out", tmp_path / "run"]
@@ -168,7 +165,7 @@ def test_a_wrong_convention_is_refused_before_anything_is_written(
     assert (code, "--schedule sit --prediction velocity (declared)" in out) == (0, True)
 
     with undrawn():
-        code, out, err = cli(*wrong, *COUNTS[:-1], "0.2", "--trust-convention", "--layers", "blocks.2")
+        code, out, err = cli(*wrong, *COUNTS, "--trust-convention", "--layers", "blocks.2,blocks.5")
     assert (code, out.startswith("weights  the weights do not fit")) == (0, True)
     record = json.loads((tmp_path / "run" / "convention.json").read_text())
     assert record["verdict"] == "misfit"

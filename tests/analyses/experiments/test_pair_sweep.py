@@ -30,7 +30,6 @@ from layerprobe.analyses.generation.distances import frechet_distance, gaussian
 from layerprobe.analyses.generation.extractors import Extractor, sample_features
 from layerprobe.analyses.runs import pair_sweep as sweep_runs
 from layerprobe.backbones.sit import new_sit
-from layerprobe.checkpoints import save_checkpoint
 from layerprobe.cli.main import run as command_line
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.sampling import SamplingPlan, sample
@@ -407,9 +406,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
         return pair_sweep_heatmap(*given, metrics=metrics)
 
     monkeypatch.setattr(sweep_runs, "pair_sweep_heatmap", heatmap)
-    network, checkpoint = tiny_sit(depth=4, shape=(1, 8, 8), num_classes=10), tmp_path / "tiny.safetensors"
-    save_checkpoint(checkpoint, network, network.module.state_dict(), training={})
-    options = (checkpoint, "--data", "digits", "--out", tmp_path / "a", "--steps", 2, "--num-samples", 20)
+    options = ("digits", "--data", "digits", "--out", tmp_path / "a", "--steps", 2, "--num-samples", 20)
     options += ("--batch-size", 4, "--pair", "0:2", "--pair", "1:3", "--sync-stop-step", 1)
     assert shell(monkeypatch, *options, "--dry-run") == 0
     assert "branches: 3" in capsys.readouterr().out

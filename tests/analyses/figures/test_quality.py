@@ -145,6 +145,8 @@ def test_places_are_chosen_on_the_validation_split() -> None:
         quality.quality_heatmap(table, "probe accuracy"),
     ):
         assert "blocks.4 " in title_of(figure) and "blocks.0" not in title_of(figure)
+    curves_title = title_of(quality.layer_quality_curves(table, "probe accuracy"))
+    assert "at noise level 0.1, chosen on the validation split; the highest control" in curves_title
     # A control that is the better one on the test split alone is not the one to compare with.
     weak = (table["source"] == "random weights") & (table["split"] == "test") & (table["layer"] == "blocks.7")
     table.loc[weak, "value"] = 0.99

@@ -255,7 +255,7 @@ def test_page_opens_with_the_run_the_verdict_and_four_tiles(full_page: Page) -> 
     assert told["Richest layer"] == "blocks.4 at noise level 0.1: probe accuracy 0.970 [0.950, 0.990]"
     assert told["Largest gain by training"] == "+0.190 [+0.162, +0.218] probe accuracy over the better control"
     assert told["Difference on trial"].startswith(
-        "−0.30 [−0.40, −0.20] Frechet distance from the baseline’s 1.5; 3 seeds"
+        "−0.30 [−0.40, −0.20] Frechet distance from the baseline’s 1.5; weight 0.3, 3 seeds"
     )
     assert (
         "blocks.4 at noise level 0.3: probe accuracy 0.870 [0.850, 0.890]; the better control there, raw input" in head

@@ -43,7 +43,6 @@ def test_the_test_split_takes_no_part_in_the_pick(cli: Cli, tmp_path: Path) -> N
         data = digit_folders(tmp_path / f"{name}-data", corrupted=name == "corrupted")
         counts = ("--num-train", 230, "--num-validation", 66)
         read = ("--data", data, "--channels", 1, "--noise-levels", "0.3", "--batch-size", 512)
-        read += ("--layers", "blocks.1,blocks.3,blocks.5")
         with undrawn():
             code, _, error = cli("probe", "digits", *read, *counts, "--out", tmp_path / name)
         assert code == 0, error
@@ -59,7 +58,6 @@ def test_the_test_split_takes_no_part_in_the_pick(cli: Cli, tmp_path: Path) -> N
     whole, corrupted = runs["whole"], runs["corrupted"]
     assert whole.pop("reported") > corrupted.pop("reported") + 0.3
     assert whole == corrupted
-    assert json.loads(whole["selection"])["pick"] == {"student": "blocks.1", "teacher": "blocks.5"}
 
 
 def test_a_run_tells_what_is_read_before_the_model_runs_and_keeps_it(cli: Cli, tmp_path: Path) -> None:
