@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.experiments import passes_of_a_sample, step_seconds
 from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
+from layerprobe.analyses.runs.stages import DECODING, FIGURES, SAMPLING, StageClock
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.checksums import recorded_write
@@ -65,13 +65,6 @@ def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = 
     return Meaning(rendering, tuple(record.get("class_names", ())))
 
 
-def sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int, batch_size: int) -> float:
-    """Returns about how many seconds it takes to draw so many samples; a batch is timed on the backbone's device."""
-    batch_size = min(batch_size, num)
-    _, forward_s = step_seconds(backbone, batch_size)
-    return num / batch_size * passes_of_a_sample(plan) * forward_s
-
-
 @holding("folder")
 def draw_samples(
     backbone: Backbone,
@@ -83,6 +76,7 @@ def draw_samples(
     vae: str | Path | None = None,
     meaning: Meaning | None = None,
     length: int | None = None,
+    clock: StageClock | None = None,
 ) -> Path:
     """Draws samples, one class after another if the model has classes, and saves them as `samples.png` and `.svg`.
 
@@ -99,6 +93,7 @@ def draw_samples(
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         meaning: What the samples represent; images if None.
         length: Length of every sample along its time axis; as in the training data if None.
+        clock: Clock of the stages, whose times are kept in the folder; none are kept if None.
 
     Returns:
         The path of `samples.png`.
@@ -107,7 +102,7 @@ def draw_samples(
         ValueError: If it is unknown what the samples represent, they cannot have that length, or the folder keeps other
             samples.
     """
-    meaning, plan = meaning or Meaning(), plan or SamplingPlan()
+    meaning, plan, clock = meaning or Meaning(), plan or SamplingPlan(), clock or StageClock(folder)
     rendering = meaning.rendering
     made_of, record_path = _made_of(backbone, num, plan, vae) | {"length": length}, Path(folder) / "samples.json"
     if keep:
@@ -119,16 +114,21 @@ def draw_samples(
         )
     labels = _labels(backbone, range(num))
     mask = sample_mask(backbone, rendering, num, labels=labels, seed=plan.seed, length=length)
+    clock.begin(SAMPLING)
     x = sample(backbone, range(num), labels=labels, plan=plan, mask=mask)
     if not bool(x.isfinite().all()):
         raise ValueError("the samples are not all finite; try more steps or less guidance")
+    if vae is not None:
+        clock.begin(DECODING)
     shown = x if vae is None else decode(x, vae, device=backbone.device)
+    clock.begin(FIGURES)
     place = _draw(shown, Path(folder), meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
         write_record(record_path, made_of)
         _save_array(place.with_suffix(".npy"), shown.numpy())
         if rendering is not None and mask is not None:
             _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
+    clock.end()
     return place
 
 
@@ -209,6 +209,7 @@ def draw_archive(
     plan: SamplingPlan | None = None,
     batch_size: int = 256,
     vae: str | Path | None = None,
+    clock: StageClock | None = None,
     progress: TaskProgress | None = None,
 ) -> Path:
     """Draws samples into `samples.npz`, in the format of ADM's evaluation and similar tools.
@@ -225,6 +226,7 @@ def draw_archive(
         plan: Sampling plan: solver, steps, guidance and seed.
         batch_size: Samples per batch.
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
+        clock: Clock of the stages, whose times are kept in the folder.
         progress: Called with (task name, parts of this process done, parts of this process).
 
     Returns:
@@ -234,7 +236,7 @@ def draw_archive(
         ValueError: If the model makes no images and no autoencoder is given, if `num` or `batch_size` is below 1, or if
             the folder contains other files.
     """
-    folder, plan = Path(folder), plan or SamplingPlan()
+    folder, plan, clock = Path(folder), plan or SamplingPlan(), clock or StageClock(folder)
     if num < 1 or batch_size < 1:
         raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
     if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
@@ -247,6 +249,7 @@ def draw_archive(
         if ranks.is_first:
             claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
             (folder / "parts").mkdir(exist_ok=True)
+            clock.writes = True  # The folder is the job's own only now.
         ranks.barrier()
         finished = ranks.broadcast(archive.is_file())
         my_parts = () if finished else ranks.mine(parts)
@@ -254,7 +257,7 @@ def draw_archive(
             path = _part(folder, part)
             if not path.is_file():
                 indices = range(part * PART, min((part + 1) * PART, num))
-                images = _images(backbone, indices, plan, batch_size, vae)
+                images = _images(backbone, indices, plan, batch_size, vae, clock)
                 _save_array(path, images)
             if progress:
                 progress("samples", done, len(my_parts))
@@ -262,6 +265,7 @@ def draw_archive(
         if ranks.is_first and not finished:
             _join([_part(folder, part) for part in parts], archive, labels=_labels(backbone, range(num)))
         if ranks.is_first:
+            clock.end()
             shutil.rmtree(folder / "parts", ignore_errors=True)
         ranks.barrier()
     return archive
@@ -279,12 +283,16 @@ def _labels(backbone: Backbone, indices: range) -> Tensor | None:
 
 
 def _images(
-    backbone: Backbone, indices: range, plan: SamplingPlan, batch_size: int, vae: str | Path | None
+    backbone: Backbone, indices: range, plan: SamplingPlan, batch_size: int, vae: str | Path | None, clock: StageClock
 ) -> NDArray[np.uint8]:
+    clock.begin(SAMPLING)
     x = sample(backbone, indices, labels=_labels(backbone, indices), plan=plan, batch_size=batch_size)
     if not bool(x.isfinite().all()):
         raise ValueError(f"samples {indices[0]} to {indices[-1]} are not all finite; try more steps or less guidance")
-    return pixels(x if vae is None else decode(x, vae, device=backbone.device))
+    if vae is None:
+        return pixels(x)
+    clock.begin(DECODING)
+    return pixels(decode(x, vae, device=backbone.device))
 
 
 def _made_of(backbone: Backbone, num: int, plan: SamplingPlan, vae: str | Path | None) -> dict[str, Any]:
