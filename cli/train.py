@@ -182,7 +182,7 @@ def train(
             emit_forecast(record, cost(), as_json=as_json)
         else:
             clock = StageClock(out)
-            if ranks.is_first:
+            if ranks.is_first and not fsdp:  # The timed steps would have the whole model on one device.
                 clock.foretell(TRAINING, lambda: rough_seconds(backbone, splits, plan, data.vae), cost, tell_forecast)
             bars: AbstractContextManager[TaskProgress | None] = nullcontext()
             if ranks.is_first:

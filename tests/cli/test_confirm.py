@@ -12,7 +12,6 @@ from layerprobe.analyses.experiments.arms import ConfirmationPlan
 from layerprobe.analyses.experiments.power import detectable, look_levels
 from layerprobe.analyses.runs import confirm
 from layerprobe.analyses.runs.confirm import confirmation_training
-from layerprobe.analyses.runs.stages import Cost
 from layerprobe.analyses.selection.records import RankedPair, Selection, SelectionBasis
 from layerprobe.checkpoints.opening import training_record
 from layerprobe.data import DataSource
@@ -43,8 +42,6 @@ def ranked(student: int, teacher: int) -> RankedPair:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the embedded model as far as `confirm` reads it before it trains."""
-    cost = Cost({"training": 280.0, "scoring": 20.0}, 2**30, None, 2**20)
-    monkeypatch.setattr(confirm, "confirmation_cost", lambda *_, **__: cost)
     run = tmp_path / "run"
     run.mkdir()
     plan = {"checkpoint": {"path": "digits"}, "data": {"source": "digits"}, "extraction": {"noise_levels": [0.3]}}

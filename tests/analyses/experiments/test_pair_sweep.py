@@ -395,6 +395,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return command_line()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,18 @@ ARMS = (Arm(BASELINE, None), Arm(PICK, PAIR))
 SPLITS = tiny_splits(60)
 
 
-@pytest.fixture(autouse=True)
+def test_every_piece_is_timed() -> None:
+    """Nothing is replaced here."""
+    plan = PairSweepPlan(TrainingPlan(steps=20, batch_size=4), num_samples=4, sampling=SamplingPlan("heun", 2))
+    branches = costing.sweep_cost(tiny_sit(), SPLITS, (PAIR,), plan, branches=2)
+    auto = AutoPick(SPLITS.train, ".", warmup_steps=4, every=0)
+    one = costing.training_cost(tiny_sit(), SPLITS, plan.training, auto=auto, curves=CurvePlan(every=10))
+    assert [*branches.seconds] == [EXTRACTOR, TRAINING, SCORING, FIGURES]
+    assert [*one.seconds] == [TRAINING, HELD_OUT, CURVES, CHOICES, FIGURES]
+    assert all(0 < seconds < 60 for seconds in (*branches.seconds.values(), *one.seconds.values()))
+
+
+@pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[TrainingPlan]:
     """A plain step of 1 s, an aligned one of 3 s, one with a gap of 4 s; an evaluation of 7 s, an extractor of 20 s."""
     plans: list[TrainingPlan] = []
@@ -67,6 +78,7 @@ def test_arms_and_evaluations_are_counted(timed: list[TrainingPlan]) -> None:
     assert matched[TRAINING] == 2 * 100 * (1 + 3 + 1) + 50 * (1 + 3)
 
 
+@pytest.mark.usefixtures("timed")
 def test_whole_arms_go_to_one_process_each() -> None:
     """Two processes train two arms of two seeds in half the time; of three, one trains two."""
     training = [seconds(processes=num)[TRAINING] for num in (1, 2, 3, 4)]
@@ -76,6 +88,7 @@ def test_whole_arms_go_to_one_process_each() -> None:
     assert seconds(vae="vae", processes=2)[ENCODING] == 30
 
 
+@pytest.mark.usefixtures("timed")
 def test_files_of_a_training_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "byte_seconds", lambda: 1.0)
     backbone = tiny_sit()
@@ -96,6 +109,7 @@ def test_a_training_is_that_of_a_processs_share_of_the_batch(timed: list[Trainin
     assert costing.rough_seconds(tiny_sit(), SPLITS, plan, "vae") == 60 + 300
 
 
+@pytest.mark.usefixtures("timed")
 def test_choices_and_measured_layers_are_counted(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "seconds_of", lambda call: 10.0)
     auto = AutoPick(SPLITS.train, str(tmp_path), warmup_steps=40, every=20)
@@ -111,6 +125,7 @@ def test_choices_and_measured_layers_are_counted(tmp_path: object, monkeypatch: 
         assert cost.seconds[CURVES] == pytest.approx(10 * measured)
 
 
+@pytest.mark.usefixtures("timed")
 def test_branches_go_to_one_process_each() -> None:
     pairs = (PAIR, LayerPair("blocks.1", "blocks.2"))
     plan = PairSweepPlan(TrainingPlan(steps=110, batch_size=5), first_step=10, num_evaluations=2)

@@ -189,6 +189,7 @@ def test_two_processes_draw_the_same_archive(tmp_path: Path) -> None:
     assert (one["arr_1"] == two["arr_1"]).all()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_command_draws_an_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
