@@ -53,7 +53,6 @@ from .score import rough_score_seconds as rough_score_seconds
 from .score import score_cost as score_cost
 from .score import score_run as score_run
 from .score import write_scores as write_scores
-from .stages import CONVENTION as CONVENTION
 from .stages import ENCODING as ENCODING
 from .stages import EXTRACTION as EXTRACTION
 from .stages import FIGURES as FIGURES

@@ -21,6 +21,7 @@ from layerprobe.analyses.generation import (
     sample_features,
     score_features,
 )
+from layerprobe.analyses.runs.sample import PART
 from layerprobe.analyses.runs.stages import (
     DECODING,
     ENCODING,
@@ -29,6 +30,7 @@ from layerprobe.analyses.runs.stages import (
     SAMPLING,
     SCORES,
     Cost,
+    largest_share,
     peak_device_memory,
     peak_memory,
     shared_out,
@@ -51,6 +53,7 @@ from layerprobe.data import Samples, Splits, decode
 from layerprobe.sampling import SamplingPlan, sample
 
 _TIMED_STEPS = 10  # of the training of an extractor
+_BATCH = 512  # samples of a batch of features
 
 
 def sampling_cost(
@@ -74,17 +77,18 @@ def sampling_cost(
         vae: Folder of the autoencoder that decodes them.
         processes: Number of processes that share an archive, each with a device of its own.
     """
-    seconds, shape = {SAMPLING: sample_seconds(backbone, plan, num, batch_size)}, backbone.shape
+    share, shape = largest_share(math.ceil(num / PART), processes), backbone.shape
+    seconds = {SAMPLING: share * sample_seconds(backbone, plan, num, batch_size)}
     if vae is not None:
         latents = torch.zeros(16, *backbone.shape)
         shape = tuple(decode(latents[:1], vae, device=backbone.device).shape[1:])
         rate = rate_of(lambda rows: decode(latents[:rows], vae, device=backbone.device), min(num, len(latents)))
-        seconds[DECODING] = rate.of(num)
+        seconds[DECODING] = share * rate.of(num)
     if pictures:
         seconds[FIGURES] = picture_seconds() * max(1, num / 64)
     # An archive lies there twice while its parts are joined. Its images have three channels of a byte.
     disk_bytes = num * (4 * math.prod(shape) if pictures else 2 * 3 * math.prod(shape[1:]))
-    return Cost(shared_out(seconds, processes), peak_memory(), peak_device_memory(), disk_bytes)
+    return Cost(seconds, peak_memory(), peak_device_memory(), disk_bytes)
 
 
 def rough_sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int) -> float:
@@ -125,7 +129,9 @@ def scoring_cost(
         seconds[EXTRACTOR] = 0.0 if cached else extractor_s
     rate = features_rate(extractor, generated.shape)
     seconds[FEATURES] = sum(
-        rate.of(len(samples)) + len(samples) * load_seconds(samples) for samples in (generated, splits.test)
+        (rate.of(len(samples)) + len(samples) * load_seconds(samples))
+        * largest_share(math.ceil(len(samples) / _BATCH), processes)
+        for samples in (generated, splits.test)
     )
     width = sample_features(extractor, first(generated, 2).batch(range(2)).x).shape[1]
     seconds[SCORES] = _comparing_seconds(len(generated), len(splits.test), width, metrics, k)
@@ -139,7 +145,7 @@ def extractor_seconds(splits: Splits) -> tuple[Extractor, float]:
     timed_s = min(
         seconds_of(lambda: made.append(classifier_extractor(splits.train, steps=_TIMED_STEPS))) for _ in range(2)
     )
-    few = first(splits.test, 512)
+    few = first(splits.test, _BATCH)
     features_s = seconds_of(lambda: all_features(made[0], few)) * len(splits.test) / len(few)
     steps = CLASSIFIER_STEPS if splits.train.num_classes else _TIMED_STEPS
     return made[0], timed_s * steps / _TIMED_STEPS + features_s
@@ -147,7 +153,7 @@ def extractor_seconds(splits: Splits) -> tuple[Extractor, float]:
 
 def features_rate(extractor: Extractor, shape: tuple[int, ...]) -> Rate:
     """Returns the seconds of the features of samples of a shape (C, *grid)."""
-    x = torch.zeros(1, *shape).expand(512, *shape)
+    x = torch.zeros(1, *shape).expand(_BATCH, *shape)
     return rate_of(lambda rows: sample_features(extractor, x[:rows]), len(x))
 
 

@@ -39,6 +39,7 @@ from layerprobe.analyses.runs.stages import (
     FIGURES,
     HELD_OUT,
     Cost,
+    largest_share,
     peak_device_memory,
     peak_memory,
     shared_out,
@@ -147,7 +148,7 @@ def confirmation_cost(
     steps, files = _Steps(backbone, splits.train, training), _Files(backbone, training)
     # The process with the most arms takes the longest. A plan that stops early divides the arms of one seed at a time.
     groups, size = (len(plan.seeds), len(arms)) if plan.stop_early else (1, len(plan.seeds) * len(arms))
-    seeds = groups * math.ceil(size / processes) / len(arms)
+    seeds = groups * size * largest_share(size, processes) / len(arms)
     plans = [arm.training(training) for arm in arms]
     training_s = seeds * sum(steps.seconds_of(each.pairs, each.sync) + files.seconds for each in plans)
     matched = [arm.matched for arm in arms if arm.matched]
@@ -194,7 +195,7 @@ def sweep_cost(
     steps, files = _Steps(backbone, splits.train, training), _Files(backbone, training)
     plain_s, aligned_s = (steps.seconds_of(each, training.sync) for each in ((), tuple(pairs[:1])))
     branch_s = (plain_s + len(pairs) * aligned_s) / (len(pairs) + 1) + files.seconds
-    mine = math.ceil(branches / processes)
+    mine = branches * largest_share(branches, processes)
     seconds = {ENCODING: encoding_s} if encoding_s else {}
     seconds |= {
         EXTRACTOR: extractor_s,

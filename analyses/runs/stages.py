@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -23,9 +24,9 @@ SAMPLING, DECODING, FEATURES, SCORES = "sampling", "decoding", "features", "scor
 
 EXTRACTION = (ENCODING, CONVENTION, MODEL_FEATURES, CONTROLS, EVIDENCE)
 STAGES = (*EXTRACTION, PROBES, SIMILARITY, PAIRS, FIGURES)  # of a probing run
-# The stages that several processes divide evenly; the first process does the others while the rest wait. Whole arms and
-# branches go to one process each, and so do their training and scoring.
-SHARED = frozenset((ENCODING, MODEL_FEATURES, CONTROLS, EVIDENCE, PROBES, PAIRS, SAMPLING, DECODING, FEATURES))
+# The stages that several processes divide evenly; the first process does the others while the rest wait. Whole arms,
+# branches, parts of samples and batches of features go to one process each, see `largest_share`.
+SHARED = frozenset((ENCODING, MODEL_FEATURES, CONTROLS, EVIDENCE, PROBES, PAIRS))
 
 LONG_S = 60.0  # seconds from which on a job tells before it begins what it will cost
 TIMES, FORECAST = "times.json", "forecast.json"
@@ -62,6 +63,11 @@ class Cost:
 def shared_out(seconds: Mapping[str, float], processes: int) -> dict[str, float]:
     """Returns the seconds of each stage when so many processes share those that can be shared, a device each."""
     return {stage: value / (processes if stage in SHARED else 1) for stage, value in seconds.items()}
+
+
+def largest_share(items: int, processes: int) -> float:
+    """Returns the share of equal items that the process with the most of them has."""
+    return math.ceil(items / processes) / items
 
 
 class _Times(TypedDict):

@@ -29,9 +29,10 @@ def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_are_drawn_decoded_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "decode", lambda x, vae, device: torch.zeros(len(x), 3, 8, 8))
     plan = SamplingPlan(steps=2)
-    archive = costing.sampling_cost(tiny_sit(), plan, 128, pictures=False, vae="vae", processes=2)
-    assert archive.seconds == {SAMPLING: 64, DECODING: 64}
-    assert archive.disk_bytes == 2 * 128 * 3 * 64
+    archive = costing.sampling_cost(tiny_sit(), plan, 768, pictures=False, vae="vae", processes=2)
+    # Of three parts of 256 samples, one process draws two.
+    assert archive.seconds == pytest.approx({SAMPLING: 512, DECODING: 512})
+    assert archive.disk_bytes == 2 * 768 * 3 * 64
     pictures = costing.sampling_cost(tiny_sit(), plan, 128, pictures=True)
     assert pictures.seconds == {SAMPLING: 128, FIGURES: 2}
     assert pictures.disk_bytes == 4 * 128 * 16
@@ -49,7 +50,7 @@ def test_scores_are_those_of_both_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "extractor_seconds", lambda splits: (PIXELS, 20.0))
     options = {"metrics": METRICS, "k": 3}
     cost = costing.scoring_cost(generated, splits, processes=2, **options)
-    assert cost.seconds == {EXTRACTOR: 20, FEATURES: (30 + 25) / 2, SCORES: 0}
+    assert cost.seconds == {EXTRACTOR: 20, FEATURES: 30 + 25, SCORES: 0}  # of a batch each
     assert costing.scoring_cost(generated, splits, cached=True, **options).seconds[EXTRACTOR] == 0
     given = costing.scoring_cost(generated, tiny_splits(100, shape=(3, 8, 8)), extractor=PIXELS, vae="vae", **options)
     assert given.seconds == {ENCODING: 60, FEATURES: 30 + 25, SCORES: 0}

@@ -27,11 +27,8 @@ def test_every_piece_is_timed() -> None:
     """Nothing is replaced here."""
     plan = PairSweepPlan(TrainingPlan(steps=20, batch_size=4), num_samples=4, sampling=SamplingPlan("heun", 2))
     branches = costing.sweep_cost(tiny_sit(), SPLITS, (PAIR,), plan, branches=2)
-    auto = AutoPick(SPLITS.train, ".", warmup_steps=4, every=0)
-    one = costing.training_cost(tiny_sit(), SPLITS, plan.training, auto=auto, curves=CurvePlan(every=10))
     assert [*branches.seconds] == [EXTRACTOR, TRAINING, SCORING, FIGURES]
-    assert [*one.seconds] == [TRAINING, HELD_OUT, CURVES, CHOICES, FIGURES]
-    assert all(0 < seconds < 60 for seconds in (*branches.seconds.values(), *one.seconds.values()))
+    assert all(0 < seconds < 60 for seconds in branches.seconds.values())
 
 
 @pytest.fixture
