@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import Given, changed, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar, tell_reading
 from layerprobe.cli.parsing import layer_pairs
@@ -15,6 +17,7 @@ from layerprobe.data import DataSource
 from layerprobe.layersync import SyncOptions
 from layerprobe.options import LAYERSYNC_PANEL, OUTPUT_PANEL, TRIAL_PANEL
 from layerprobe.progress import named_progress
+from layerprobe.ranks import current
 from layerprobe.training import TrainingPlan
 
 
@@ -77,10 +80,16 @@ def atlas(
         # Two pairs, the first half of the branches; another machine trains 2/2.
         layerprobe atlas digits --data digits --steps 200 --pair 1:3 --pair 2:4 --shard 1/2 --out runs/sweep
     """
+    from layerprobe.analyses.experiments import TRAINING
     from layerprobe.analyses.runs import (
+        ENCODING,
+        Cost,
+        StageClock,
         describe_pair_sweep,
         pair_sweep_run,
         pair_sweep_start,
+        rough_seconds,
+        sweep_cost,
         wanted_pairs,
     )
     from layerprobe.analyses.wording import length_cautions
@@ -99,28 +108,43 @@ def atlas(
     cautions = length_cautions(steps, trained_steps=begin.trained_steps)
     pairs = wanted_pairs(begin.backbone, layer_pairs(pair or []))
     branches, part = (len(pairs) + 1) * num_seeds, _part(shard)
-    record = {
+    own_branches = len(range(part[0] - 1, branches, part[1]))
+    record: dict[str, Any] = {
         "model": begin.backbone.name,
         "pairs": len(pairs),
         "branches": branches,
-        "branches_of_this_shard": len(range(part[0] - 1, branches, part[1])),
+        "branches_of_this_shard": own_branches,
         "first_step": begin.plan.first_step,
         "steps": steps,
         "learning_rate": begin.plan.training.learning_rate,
         **changed(sync_options),
         "out": str(out),
     }
+    splits = data.load()
+    num_processes = current().world_size
+
+    def cost() -> Cost:
+        plan = begin.plan
+        return sweep_cost(
+            begin.backbone, splits, pairs, plan, branches=own_branches, vae=data.vae, processes=num_processes
+        )
+
     if dry_run:
-        lines = [f"{key}: {value}" for key, value in record.items()] + cautions
-        emit(record | {"cautions": cautions}, lines, as_json=as_json)
+        record |= {"processes": num_processes}
+        emit_forecast(record, cost(), as_json=as_json, lines=cautions, further={"cautions": cautions})
         return
     for line in cautions:
         typer.echo(line, err=True)
+    tell_reading(splits.train.reading)
+    clock = StageClock(out)
+    training = replace(begin.plan.training, steps=own_branches * begin.plan.branch_steps)
+    clock.foretell(TRAINING, lambda: rough_seconds(begin.backbone, splits, training, data.vae), cost, tell_forecast)
     with progress_bar() as progress:
-        splits = data.load()
-        tell_reading(splits.train.reading)
+        if data.vae is not None:
+            clock.begin(ENCODING)
         splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
-        table = pair_sweep_run(begin, splits, pairs, out, shard=part, progress=progress)
+        table = pair_sweep_run(begin, splits, pairs, out, shard=part, clock=clock, progress=progress)
+    tell_took(out)
     lines = [*describe_pair_sweep(table, branches), str(out / "atlas.csv")]
     emit(record | {"table": str(out / "atlas.csv")}, lines, as_json=as_json)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import Given, changed, from_dataclasses, only
 from layerprobe.cli.output import emit, progress_bar, span, tell_reading, warn
 from layerprobe.cli.parsing import names
@@ -111,7 +112,8 @@ def confirm(
         num_samples=num_samples,
         device=device,
     )
-    seconds = job.seconds()
+    if not dry_run:
+        job.check_begun()
     start = start_sentences(job.start_cautions, trained_steps=job.trained_steps, fall=job.fall)
     cautions = length_cautions(training.steps, trained_steps=job.trained_steps if from_scratch else None)
     beforehand = [
@@ -122,7 +124,7 @@ def confirm(
             steps=training.steps,
             num_evaluations=num_evaluations,
             num_samples=num_samples,
-            duration=span(seconds),
+            duration=span(job.cost.total_s),
         ),
         *start,
         *resolution_sentences(resolution),
@@ -138,16 +140,17 @@ def confirm(
             "learning_rate": training.learning_rate,
             **changed(sync_options),
         }
-        lines = [f"{key}: {value}" for key, value in record.items()] + beforehand
         source = resolution.spread and spread_source(resolution.spread)
         numbers = resolution.to_dict() | {"spread_from": source}
-        record |= {"seconds": round(seconds, 1), "start": list(job.start_cautions), "resolution": numbers}
-        emit(record | {"cautions": [*start, *cautions], "beforehand": beforehand}, lines, as_json=as_json)
+        further = {"start": list(job.start_cautions), "resolution": numbers}
+        further |= {"cautions": [*start, *cautions], "beforehand": beforehand}
+        emit_forecast(record, job.cost, as_json=as_json, lines=beforehand, further=further)
         return
     for line in [*map(str, job.arms), *beforehand]:
         typer.echo(line, err=True)
     with progress_bar() as progress:
-        verdict = confirm_run(job, on_reading=tell_reading, warn=warn, progress=progress)
+        verdict = confirm_run(job, on_reading=tell_reading, on_forecast=tell_forecast, warn=warn, progress=progress)
+    tell_took(run / "confirmation")
     paragraph = verdict_paragraph(verdict)
     emit(
         {"run": str(run), "answer": verdict.answer, "paragraph": paragraph},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
-from layerprobe.cli.costs import cost_lines
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import Given, from_dataclasses, only
 from layerprobe.cli.finished import show_run
 from layerprobe.cli.output import emit, progress_bar, tell, tell_reading
@@ -22,7 +22,7 @@ from layerprobe.options import DATA_PANEL, OUTPUT_PANEL, PROBING_PANEL
 from layerprobe.ranks import current
 
 if TYPE_CHECKING:
-    from layerprobe.analyses.runs import Cost, RunPlan
+    from layerprobe.analyses.runs import RunPlan
 
 Out = Annotated[
     Path,
@@ -65,11 +65,11 @@ def probe(
         # Some layers of a diffusers model on latents; only tell what would be done.
         layerprobe probe ./sana --data latents/ --layers 'transformer_blocks.*' --out runs/sana --dry-run
     """
-    from layerprobe.analyses.runs import describe_convention, probe_run
+    from layerprobe.analyses.runs import STAGES, describe_convention, probe_run
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, device, batch_size, as_json)
+        _forecast(plan, STAGES, device, batch_size, as_json)
         return
     with progress_bar(quiet=quiet) as progress:
         selection = probe_run(
@@ -80,11 +80,11 @@ def probe(
             trust_convention=trust_convention,
             on_assumption=_tell_assumption,
             on_reading=None if quiet else tell_reading,
-            on_forecast=None if quiet else _tell_cost,
+            on_forecast=None if quiet else tell_forecast,
             progress=progress,
         )
     if not quiet:
-        _tell_costs(out)
+        tell_took(out)
     show_run(out, selection, before=describe_convention(out), quiet=quiet, verbose=verbose, as_json=as_json)
 
 
@@ -112,11 +112,11 @@ def extract(
         # How large would the features be, and how long would it take?
         layerprobe extract digits --data digits --draws 2 --out runs/digits --dry-run
     """
-    from layerprobe.analyses.runs import describe_convention, describe_copies, extract_run
+    from layerprobe.analyses.runs import EXTRACTION, describe_convention, describe_copies, extract_run
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, device, batch_size, as_json)
+        _forecast(plan, EXTRACTION, device, batch_size, as_json)
         return
     with progress_bar() as progress:
         extract_run(
@@ -127,8 +127,10 @@ def extract(
             trust_convention=trust_convention,
             on_assumption=_tell_assumption,
             on_reading=tell_reading,
+            on_forecast=tell_forecast,
             progress=progress,
         )
+    tell_took(out)
     lines = [*describe_convention(out), *describe_copies(out), f"features {out / 'features'}"]
     emit({"run": str(out)}, lines, as_json=as_json)
 
@@ -170,6 +172,7 @@ def analyze(
     verbose: options.Verbose = False,
     device: options.MeasuringDevice = "auto",
     deterministic: options.Deterministic = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
     config: options.Config = None,
 ) -> None:
@@ -178,19 +181,30 @@ def analyze(
     Examples:
         # The features of a run, after an update of layerprobe or after `extract`.
         layerprobe analyze runs/mine
+        # How long would it take?
+        layerprobe analyze runs/mine --dry-run
         # Beside them, how alike each layer is to the features of an encoder.
         layerprobe analyze runs/mine --encoder ./dinov2-base
         # Features that another program computed.
         layerprobe analyze runs/own --features features.npz
     """
     if features is not None:
+        if dry_run:
+            raise ValueError("--dry-run tells the cost of a run, and --features makes one; leave out one of them")
         _analyze_own(run, features, names(layers) if layers else [], analysis, encoder, device, quiet, verbose, as_json)
         return
     if layers:
         raise ValueError("--layers names layers of --features; pass it too, or leave out --layers")
     options.existing_run(run)
     from layerprobe.analyses.report import write_report
-    from layerprobe.analyses.runs import analyze_run, describe_ownership, draw_figures
+    from layerprobe.analyses.runs import (
+        FIGURES,
+        StageClock,
+        analysis_forecast,
+        analyze_run,
+        describe_ownership,
+        draw_figures,
+    )
     from layerprobe.analyses.tables import ANALYSES
     from layerprobe.checkpoints import import_object, resolve_device
 
@@ -205,13 +219,27 @@ def analyze(
         from layerprobe.analyses.generation import open_encoder
 
         outside = open_encoder(encoder, device=resolve_device(device), **extraction_options)
+    if dry_run:
+        cost = analysis_forecast(run, device=device, num_processes=current().world_size)
+        emit_forecast({"run": str(run)}, cost, as_json=as_json)
+        return
     with progress_bar(quiet=quiet) as progress:
         selection = analyze_run(
-            run, analyses=(*ANALYSES, *own_analyses), encoder=outside, device=device, progress=progress
+            run,
+            analyses=(*ANALYSES, *own_analyses),
+            encoder=outside,
+            device=device,
+            on_forecast=None if quiet else tell_forecast,
+            progress=progress,
         )
     if current().is_first:
+        clock = StageClock(run, writes=True)
+        clock.begin(FIGURES)
         draw_figures(run)
         write_report(run)
+        clock.end()
+    if not quiet:
+        tell_took(run)
     before = describe_ownership(run, selection)
     show_run(run, selection, before=before, quiet=quiet, verbose=verbose, as_json=as_json)
 
@@ -248,25 +276,9 @@ def _tell_assumption(assumption: str) -> None:
     tell(f"assumed: {assumption}")
 
 
-def _tell_cost(cost: Cost) -> None:
-    for line in cost_lines(cost.to_dict()):
-        tell(f"forecast: {line}")
-
-
-def _tell_costs(run: Path) -> None:
-    """Tells what a run of which a forecast was made has taken."""
-    from layerprobe.analyses.runs import cost_record
-
-    expected, took = cost_record(run)
-    for line in cost_lines(expected, took) if expected and took else ():
-        tell(f"took: {line}")
-
-
-def _forecast(plan: RunPlan, device: str, batch_size: int, as_json: bool) -> None:
+def _forecast(plan: RunPlan, stages: Sequence[str], device: str, batch_size: int, as_json: bool) -> None:
     from layerprobe.analyses.runs import forecast
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    record = forecast(plan, device=device, batch_size=batch_size, num_processes=num_processes)
-    costs = ("seconds", "memory_bytes", "device_bytes", "disk_bytes", "total_s")
-    lines = [f"{key}: {value}" for key, value in record.items() if key not in costs]
-    emit(record, [*lines, *cost_lines(record)], as_json=as_json)
+    num_processes = current().world_size
+    record, cost = forecast(plan, device=device, batch_size=batch_size, stages=stages, num_processes=num_processes)
+    emit_forecast(record, cost, as_json=as_json)

@@ -10,8 +10,9 @@ import typer
 
 from layerprobe.checkpoints import CheckpointSource
 from layerprobe.cli import options
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import Given, from_dataclasses, only, without
-from layerprobe.cli.output import emit, progress_bar, span
+from layerprobe.cli.output import emit, progress_bar
 from layerprobe.data import DataSource
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.messages import unknown
@@ -73,7 +74,16 @@ def sample(
         # An archive for an evaluation, with guidance, on a GPU.
         layerprobe sample model.safetensors --format npz --num 50000 --guidance 1.5 --device cuda --out archive/
     """
-    from layerprobe.analyses.runs import draw_archive, draw_samples, find_meaning, sampling_seconds
+    from layerprobe.analyses.runs import (
+        SAMPLING,
+        Cost,
+        StageClock,
+        draw_archive,
+        draw_samples,
+        find_meaning,
+        rough_sampling_seconds,
+        sampling_cost,
+    )
     from layerprobe.ranks import processes
 
     if file_format not in ("png", "npz"):
@@ -83,21 +93,30 @@ def sample(
     plan = replace(plan, seed=seed)
     with processes() as ranks:
         backbone = checkpoint.open(device=device).in_precision(extraction_options.get("precision", "auto"))
+
+        def cost() -> Cost:
+            pictures, several = file_format == "png", ranks.world_size
+            return sampling_cost(
+                backbone, plan, num, pictures=pictures, batch_size=batch_size, vae=vae, processes=several
+            )
+
         if dry_run:
-            seconds = sampling_seconds(backbone, plan, num, batch_size) / ranks.world_size
-            takes = f"about {span(seconds)} on {backbone.device}"
-            line = f"would draw {num} samples of {backbone.name} into {out}, in {takes}"
-            record = {"model": backbone.name, "num": num, "precision": backbone.precision, "seconds": round(seconds, 1)}
-        elif file_format == "npz":
+            record = {"model": backbone.name, "num": num, "out": str(out), "device": str(backbone.device)}
+            emit_forecast(record | {"precision": backbone.precision}, cost(), as_json=as_json)
+            return
+        clock = StageClock(out)
+        clock.foretell(SAMPLING, lambda: rough_sampling_seconds(backbone, plan, num), cost, tell_forecast)
+        if file_format == "npz":
             with progress_bar() as bar:
                 progress = bar if ranks.is_first else None
                 path = draw_archive(
-                    backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae, progress=progress
+                    backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae, clock=clock, progress=progress
                 )
-            record, line = {"samples": str(path)}, str(path)
         else:
             meaning = find_meaning(checkpoint.path, backbone, data)
-            path = draw_samples(backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames)
-            record, line = {"samples": str(path)}, str(path)
-        if ranks.is_first:
-            emit(record, [line], as_json=as_json)
+            clock.writes = ranks.is_first
+            path = draw_samples(
+                backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames, clock=clock
+            )
+        tell_took(out)
+        emit({"samples": str(path)}, [str(path)], as_json=as_json)

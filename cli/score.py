@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import Given, from_dataclasses, only, without
 from layerprobe.cli.output import emit, progress_bar
 from layerprobe.cli.parsing import existing, names
@@ -77,7 +78,18 @@ def score(
     from dataclasses import asdict
 
     from layerprobe.analyses.generation import check_metrics, open_encoder
-    from layerprobe.analyses.runs import check_scores, describe_scores, open_comparison, score_run, write_scores
+    from layerprobe.analyses.runs import (
+        SCORES,
+        Cost,
+        StageClock,
+        check_scores,
+        describe_scores,
+        open_comparison,
+        rough_score_seconds,
+        score_cost,
+        score_run,
+        write_scores,
+    )
     from layerprobe.checkpoints import resolve_device
     from layerprobe.precision import rounded_by
 
@@ -99,18 +111,45 @@ def score(
         "seed": seed,
         **(rounded_by(encoder.precision) if encoder else {}),
     }
+
+    def cost() -> Cost:
+        return score_cost(
+            generated,
+            splits,
+            data,
+            extractor=encoder,
+            seed=seed,
+            metrics=metric_names,
+            k=neighbors,
+            processes=current().world_size,
+        )
+
     if dry_run:
         record |= {"num_samples": len(generated), "num_reference": len(splits.test)}
         record |= {"extractor": encoder.name if encoder else "trained on the data"}
-        emit(record, [f"{key}: {value}" for key, value in record.items()], as_json=as_json)
+        emit_forecast(record, cost(), as_json=as_json)
         return
+    clock = None
     if out is not None:
         check_scores(out, record)
+        clock = StageClock(out)
+        clock.foretell(
+            SCORES, lambda: rough_score_seconds(generated, splits, data, extractor=encoder), cost, tell_forecast
+        )
     with progress_bar() as progress:
         scores, warnings = score_run(
-            generated, splits, data, extractor=encoder, metrics=metric_names, k=neighbors, seed=seed, progress=progress
+            generated,
+            splits,
+            data,
+            extractor=encoder,
+            metrics=metric_names,
+            k=neighbors,
+            seed=seed,
+            clock=clock,
+            progress=progress,
         )
     record |= {"extractor": scores[0].extractor, "scores": [asdict(s) for s in scores], "warnings": list(warnings)}
     if out is not None and current().is_first:
-        write_scores(out, scores, record)
+        write_scores(out, scores, record, clock=clock)
+        tell_took(out)
     emit(record, describe_scores(scores, warnings), as_json=as_json)

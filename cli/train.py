@@ -12,8 +12,9 @@ import typer
 
 from layerprobe.analyses.runs import NewNetwork
 from layerprobe.cli import options
+from layerprobe.cli.costs import emit_forecast, tell_forecast, tell_took
 from layerprobe.cli.fields import from_dataclasses, without
-from layerprobe.cli.output import emit, progress_bar, span, tell, tell_reading, warn
+from layerprobe.cli.output import emit, progress_bar, tell, tell_reading, warn
 from layerprobe.cli.parsing import layer_pairs
 from layerprobe.data import DataSource
 from layerprobe.layersync import LayerPair, SyncOptions
@@ -115,8 +116,12 @@ def train(
         layerprobe train --data images/ --preset small --steps 20000 --selection runs/mine --out runs/sync
         layerprobe train --data digits --steps 500 --pair 2:5 --out runs/digits-sync
     """
+    from layerprobe.analyses.experiments import TRAINING
     from layerprobe.analyses.runs import (
+        ENCODING,
+        Cost,
         CurvePlan,
+        StageClock,
         auto_pick,
         auto_stop,
         describe_decisions,
@@ -124,9 +129,10 @@ def train(
         other_depth,
         pair_warnings,
         picked_pairs,
+        rough_seconds,
         train_run,
-        training_forecast,
-        training_seconds,
+        training_cost,
+        training_size,
         training_start,
     )
     from layerprobe.checkpoints import open_checkpoint
@@ -155,7 +161,7 @@ def train(
         if probe_every:
             share = CurvePlan.max_share if probe_share is None else probe_share
             curves = CurvePlan(every=probe_every, max_share=share, seed=seed)
-        record = training_forecast(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
+        record = training_size(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
         if ranks.is_first:
             tell_reading(splits.train.reading)
@@ -165,16 +171,25 @@ def train(
         for aligned, weight in zip(plan.pairs if ranks.is_first else (), record["weights"], strict=False):
             for line in pair_warnings(aligned, backbone.layers, weight=weight):
                 warn(line)
+
+        def cost() -> Cost:
+            return training_cost(
+                backbone, splits, plan, vae=data.vae, auto=auto, curves=curves, processes=ranks.world_size
+            )
+
         if dry_run:
-            seconds = training_seconds(backbone, plan, num_processes=ranks.world_size)
-            record |= {"precision": backbone.precision, "seconds": round(seconds, 1)}
-            record["takes"] = f"about {span(seconds)} on {backbone.device}"
-        lines = [f"{key}: {value}" for key, value in record.items()]
-        if not dry_run:
+            record |= {"device": str(backbone.device), "precision": backbone.precision}
+            emit_forecast(record, cost(), as_json=as_json)
+        else:
+            clock = StageClock(out)
+            if ranks.is_first and not fsdp:  # The timed steps would have the whole model on one device.
+                clock.foretell(TRAINING, lambda: rough_seconds(backbone, splits, plan, data.vae), cost, tell_forecast)
             bars: AbstractContextManager[TaskProgress | None] = nullcontext()
             if ranks.is_first:
                 bars = progress_bar({"training": plan.batch_size})
             with bars as progress:
+                if data.vae is not None:
+                    clock.begin(ENCODING)
                 splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
                 train_run(
                     backbone,
@@ -186,14 +201,15 @@ def train(
                     drift_from=open_checkpoint(drift_from, device=device) if drift_from and ranks.is_first else None,
                     trackers=tracker or [],
                     fsdp=fsdp,
+                    clock=clock,
                     warn=warn,
                     say=tell,
                     progress=progress,
                 )
             record["checkpoint"] = str(out / "model.safetensors")
-            lines = [*describe_decisions(out), record["checkpoint"]]
-        if ranks.is_first:
-            emit(record, lines, as_json=as_json)
+            if ranks.is_first:
+                tell_took(out)
+                emit(record, [*describe_decisions(out), record["checkpoint"]], as_json=as_json)
 
 
 def _one_choice(*, pair: object, selection: object, sync: str | None, **details: object) -> None:

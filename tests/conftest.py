@@ -44,7 +44,21 @@ def shared_checkpoints() -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run no piece of themselves for a forecast: that takes longer than what tests of commands run."""
+    from layerprobe.analyses import runs
+    from layerprobe.analyses.runs import confirm
+
+    cost = runs.Cost({"training": 280.0, "scoring": 20.0}, 2**30, None, 2**20)
+    for name in ("training_cost", "sweep_cost", "sampling_cost", "score_cost", "analysis_forecast"):
+        monkeypatch.setattr(runs, name, lambda *_, **__: cost)
+    for name in ("rough_seconds", "rough_sampling_seconds", "rough_score_seconds"):
+        monkeypatch.setattr(runs, name, lambda *_, **__: 0.0)
+    monkeypatch.setattr(confirm, "confirmation_cost", lambda *_, **__: cost)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], untimed: None):
     """Runs a command; gives exit code, standard output and standard error."""
     from layerprobe.cli.main import run
 

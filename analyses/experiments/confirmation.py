@@ -38,6 +38,8 @@ from layerprobe.training import TrainingPlan, train
 # of successive steps agree.
 MEASURED_STEPS = 50
 CONFIRMATION_COLUMNS = ("arm", "seed", "step", "metric", "value")
+# The stages of a confirmation and of a pair sweep.
+EXTRACTOR, TRAINING, SCORING = "extractor", "training", "scoring"
 
 
 class _LearningRate(TypedDict):
@@ -60,6 +62,7 @@ def confirm_pair(
     trained_steps: int | None = None,
     extractor: Extractor | None = None,
     on_converged: Callable[[BranchCourse], None] | None = None,
+    begin: Callable[[str], None] = lambda stage: None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
     """Trains every arm with every seed and compares them; interrupted work continues when the call is repeated.
@@ -82,6 +85,7 @@ def confirm_pair(
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
         on_converged: Called if the first baseline that branches from a checkpoint no longer improves, before this
             process trains an aligned arm.
+        begin: Called with the name of each stage that begins, once the folder belongs to this confirmation.
         progress: Callback with (name of the running arm, steps done, total steps), over all arms of this process.
 
     Raises:
@@ -99,10 +103,12 @@ def confirm_pair(
     if ranks.is_first:
         claim(folder, "confirmation.json", record, what="a confirmation")
     ranks.barrier()
+    begin(EXTRACTOR)
     extractor = extractor or ranks.first_alone(
         lambda: classifier_extractor(splits.train, folder / "extractor.safetensors")
     )
     scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    score = staged(scorer.means, begin)
     starts = _Starts(start)
     _check_equal(starts(plan.seeds[0]), ranks)
     with alone():
@@ -111,7 +117,7 @@ def confirm_pair(
             lambda: [_matched(arm, starts(plan.seeds[0]), splits.train, plan.training, folder) for arm in arms]
         )
     on_converged = on_converged if start_name == BRANCHED else None
-    curves = _train_arms(starts, splits.train, arms, plan, folder, scorer, ranks, on_converged, progress)
+    curves = _train_arms(starts, splits.train, arms, plan, folder, score, ranks, on_converged, progress)
 
     def conclude() -> Verdict:
         verdict = judge(
@@ -128,6 +134,26 @@ def confirm_pair(
         return verdict
 
     return ranks.once(conclude)
+
+
+def staged(
+    score: Callable[[Backbone], dict[str, float]], begin: Callable[[str], None]
+) -> Callable[[Backbone], dict[str, float]]:
+    """Begins the stage of training, and returns a function that scores in a stage of its own within it.
+
+    Args:
+        score: Function from a model to its metrics.
+        begin: Called with the name of each stage that begins.
+    """
+
+    def scored(model: Backbone) -> dict[str, float]:
+        begin(SCORING)
+        scores = score(model)
+        begin(TRAINING)
+        return scores
+
+    begin(TRAINING)
+    return scored
 
 
 class _Starts:
@@ -158,13 +184,13 @@ def _train_arms(
     arms: Sequence[Arm],
     plan: ConfirmationPlan,
     folder: Path,
-    scorer: Scorer,
+    score: Callable[[Backbone], dict[str, float]],
     ranks: Ranks,
     on_converged: Callable[[BranchCourse], None] | None,
     progress: TaskProgress | None,
 ) -> pd.DataFrame:
     """Trains the arms seed by seed, up to an early stop; returns a table of scores with `CONFIRMATION_COLUMNS`."""
-    training = replace(plan.training, checkpoint_every=_checkpoint_every(plan))
+    training = replace(plan.training, checkpoint_every=checkpoint_every(plan))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
     # A plan that stops early looks at the curves after every seed.
     size = len(arms) if plan.stop_early else len(runs)
@@ -186,7 +212,7 @@ def _train_arms(
             arm,
             replace(training, seed=seed),
             run_folder(folder, arm, seed),
-            score=scorer.means,
+            score=score,
             score_at=plan.evaluation_steps,
             # The arms of a seed start from the same weights, so the scores at step 0 are computed once.
             known=initial_scores.get(seed, {}),
@@ -396,8 +422,8 @@ def train_arm(
     return evaluations.scores
 
 
-def _checkpoint_every(plan: ConfirmationPlan) -> int:
-    """At least as often as evaluations, so that a short arm has checkpoints too."""
+def checkpoint_every(plan: ConfirmationPlan) -> int:
+    """Returns the steps between checkpoints: at least as often as evaluations, so that a short arm has some too."""
     return min(plan.training.checkpoint_every, max(1, plan.training.steps // plan.num_evaluations))
 
 

@@ -14,7 +14,7 @@ noise; several seeds do.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -26,9 +26,9 @@ import pandas as pd
 import torch
 
 from layerprobe.analyses.experiments.arms import BASELINE, FRECHET, HELD_OUT, Arm
-from layerprobe.analyses.experiments.confirmation import read_scores, run_folder, train_arm
+from layerprobe.analyses.experiments.confirmation import EXTRACTOR, TRAINING, read_scores, run_folder, staged, train_arm
 from layerprobe.analyses.experiments.evaluation import Scorer, ScoresByStep
-from layerprobe.analyses.experiments.probe_errors import probe_errors
+from layerprobe.analyses.experiments.probe_errors import probing_errors
 from layerprobe.analyses.generation import Extractor, classifier_extractor
 from layerprobe.analyses.tables import read_table, write_table
 from layerprobe.backbones import Backbone, fresh_sit, network_record
@@ -107,6 +107,7 @@ def sweep_pairs(
     state: Path | None = None,
     shard: tuple[int, int] = (1, 1),
     extractor: Extractor | None = None,
+    begin: Callable[[str], None] = lambda stage: None,
     progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
     """Trains a branch for every pair, and the baseline, and measures the benefit of each pair.
@@ -127,6 +128,7 @@ def sweep_pairs(
             `plan.first_step`. None for branches that begin with an empty optimizer.
         shard: Part of the branches that this call trains: (i, N) is every N-th from the i-th on.
         extractor: Extractor of the Fréchet distance; by default a small classifier trained on the training split.
+        begin: Called with the name of each stage that begins, once the folder belongs to this sweep.
         progress: Callback with (name of the running branch, steps done, total steps), counted over this process.
 
     Returns:
@@ -148,6 +150,7 @@ def sweep_pairs(
     def begun() -> Extractor:
         with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
             claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
+            begin(EXTRACTOR)
             return extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
 
     def unfinished() -> list[tuple[int, Arm]]:
@@ -163,7 +166,7 @@ def sweep_pairs(
     with processes() as ranks:
         extractor = ranks.first_alone(begun)
         todo = ranks.mine(ranks.once(unfinished))
-        _train_branches(todo, backbone, splits, plan, folder, state, extractor, ranks, progress)
+        _train_branches(todo, backbone, splits, plan, folder, state, extractor, ranks, begin, progress)
         ranks.barrier()
         return ranks.once(table)
 
@@ -177,12 +180,14 @@ def _train_branches(
     state: Path | None,
     extractor: Extractor,
     ranks: Ranks,
+    begin: Callable[[str], None],
     progress: TaskProgress | None,
 ) -> None:
     """Trains the branches of this process, given as seed and arm."""
     if not todo:
         return
     scorer = Scorer(splits.test, extractor, num_samples=plan.num_samples, sampling=plan.sampling)
+    score = staged(partial(branch_scores, scorer=scorer, splits=splits), begin)
     for index, (seed, arm) in enumerate(todo):
         ranks.check()
 
@@ -192,7 +197,10 @@ def _train_branches(
 
         start = fresh_sit(backbone, seed) if plan.from_scratch else backbone
         with locked(run_folder(folder, arm, seed)), alone():
-            _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, scorer, report)
+            _train_branch(start, splits, arm, replace(plan, seeds=(seed,)), folder, state, score, report)
+            begin(TRAINING)  # The folder is largest now.
+            # The checkpoints of dozens of branches fill a disk, and nothing continues a branch.
+            shutil.rmtree(run_folder(folder, arm, seed))
 
 
 def _with_earlier(sweep: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -213,7 +221,7 @@ def branch_scores(model: Backbone, scorer: Scorer, splits: Splits) -> dict[str, 
     losses = scorer.losses(model)
     by_level = {f"{HELD_OUT} at noise level {level:g}": loss for level, loss in losses.items()}
     scores = {FRECHET: scorer.distance(model), HELD_OUT: float(np.mean(list(losses.values())))}
-    return scores | by_level | probe_errors(model, splits)
+    return scores | by_level | probing_errors(model, splits)
 
 
 def pair_sweep_table(scores: dict[tuple[int, LayerPair | None], ScoresByStep]) -> pd.DataFrame:
@@ -274,17 +282,15 @@ def _train_branch(
     plan: PairSweepPlan,
     folder: Path,
     state: Path | None,
-    scorer: Scorer,
+    score: Callable[[Backbone], dict[str, float]],
     report: TrainingProgress,
 ) -> None:
     training, branch = replace(plan.training, seed=plan.seeds[0]), run_folder(folder, arm, plan.seeds[0])
-    score = partial(branch_scores, scorer=scorer, splits=splits)
     if state is not None:
         _take_over(state, backbone, splits, replace(training, pairs=(arm.pair,) if arm.pair else ()), branch)
     train_arm(
         backbone, splits.train, arm, training, branch, score=score, score_at=plan.evaluation_steps, progress=report
     )
-    shutil.rmtree(branch)  # The checkpoints of dozens of branches fill a disk, and nothing continues a branch.
 
 
 def _take_over(state: Path, backbone: Backbone, splits: Splits, training: TrainingPlan, branch: Path) -> None:

@@ -18,7 +18,7 @@ NOISE_LEVELS = (0.1, 0.3, 0.5)
 NUM_SAMPLES = (2000, 1000, 2000)  # at most, of the training, validation and test split
 
 
-def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
+def probing_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
     """Computes the share of test samples that linear probes of single layers misclassify, with the null label.
 
     `PROBE_ERROR` is the mean over the layers and the noise levels 0.1, 0.3 and 0.5. `BEST_PROBE_ERROR` is the error of
@@ -33,12 +33,8 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
         Errors by metric; empty if the data has no labels, its training split has a single class, or another split has
         nothing but copies.
     """
-    parts = zip(splits.items(), NUM_SAMPLES, strict=True)
-    first = (Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts)
-    subset = without_copies(Splits(*first))
-    if subset.train.labels is None or len(set(subset.train.labels.tolist())) < 2:
-        return {}
-    if not all(len(samples) for _, samples in subset.items()):
+    subset = probed_splits(splits)
+    if subset is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan = ExtractionPlan(layers=backbone.layers, noise_levels=NOISE_LEVELS)
@@ -49,6 +45,16 @@ def probe_errors(backbone: Backbone, splits: Splits) -> dict[str, float]:
         PROBE_ERROR: 1 - float(np.mean([probe.test_accuracy for probe in probes])),
         BEST_PROBE_ERROR: 1 - best.test_accuracy,
     }
+
+
+def probed_splits(splits: Splits) -> Splits | None:
+    """Returns the samples that `probing_errors` probes; None if they allow no probe."""
+    parts = zip(splits.items(), NUM_SAMPLES, strict=True)
+    first = (Subset(samples, range(min(n, len(samples))), name=name) for (name, samples), n in parts)
+    subset = without_copies(Splits(*first))
+    if subset.train.labels is None or len(set(subset.train.labels.tolist())) < 2:
+        return None
+    return subset if all(len(samples) for _, samples in subset.items()) else None
 
 
 def _probe(store: FeatureStore, layer: str, level: float) -> ProbeResult:

@@ -1,8 +1,10 @@
 from .distances import frechet_distance as frechet_distance
 from .distances import gaussian as gaussian
 from .encoders import open_encoder as open_encoder
+from .extractors import CLASSIFIER_STEPS as CLASSIFIER_STEPS
 from .extractors import Extractor as Extractor
 from .extractors import all_features as all_features
+from .extractors import cached_extractor as cached_extractor
 from .extractors import classifier_extractor as classifier_extractor
 from .extractors import embedded_extractor as embedded_extractor
 from .extractors import sample_features as sample_features

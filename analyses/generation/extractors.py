@@ -25,6 +25,7 @@ from layerprobe.progress import StepProgress
 from layerprobe.ranks import ALONE, Ranks
 
 FEATURE_WIDTH = 64
+CLASSIFIER_STEPS = 300  # of the training of an extractor
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,20 @@ def embedded_extractor(
         seed: Seed of initial weights and data order.
         progress: Callback with (steps done, total steps) while it is trained.
     """
-    name = f"classifier-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
-    return classifier_extractor(samples, None if folder is None else Path(folder) / name, seed=seed, progress=progress)
+    cache = None if folder is None else cached_extractor(samples, folder, seed=seed)
+    return classifier_extractor(samples, cache, seed=seed, progress=progress)
+
+
+def cached_extractor(samples: Samples, folder: str | Path, *, seed: int = 0) -> Path:
+    """Returns the path of the weights of `embedded_extractor` in the folder of its cache, whether they exist or not."""
+    return Path(folder) / f"classifier-{content_hash(samples.fingerprint, seed)[:16]}.safetensors"
 
 
 def classifier_extractor(
     samples: Samples,
     cache: str | Path | None = None,
     *,
-    steps: int = 300,
+    steps: int = CLASSIFIER_STEPS,
     batch_size: int = 128,
     seed: int = 0,
     progress: StepProgress | None = None,

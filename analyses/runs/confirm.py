@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 from layerprobe.analyses.experiments import (
     BRANCHED,
     FROM_SCRATCH,
+    TRAINING,
     Arm,
     ConfirmationPlan,
     Resolution,
@@ -22,7 +24,6 @@ from layerprobe.analyses.experiments import (
     Verdict,
     arms_for,
     confirm_pair,
-    confirmation_seconds,
     kept_spread,
     recorded_fall,
     resolution,
@@ -30,8 +31,10 @@ from layerprobe.analyses.experiments import (
     start_cautions,
 )
 from layerprobe.analyses.report import write_report
+from layerprobe.analyses.runs.costing_trainings import confirmation_cost
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder
+from layerprobe.analyses.runs.stages import ENCODING, FIGURES, Cost, StageClock
 from layerprobe.analyses.tables import MODEL
 from layerprobe.analyses.wording import converged_sentence
 from layerprobe.backbones import Backbone, alignable_layers, fresh_sit, layer_shapes
@@ -89,9 +92,39 @@ class ConfirmationJob:
         """What is to be said about the start of the arms."""
         return start_cautions(from_scratch=self.from_scratch, fall=self.fall)
 
-    def seconds(self) -> float:
-        """Returns about how long the arms take on this device; a few steps are timed."""
-        return confirmation_seconds(self.backbone, self.arms, self.plan, num_processes=current().world_size)
+    @cached_property
+    def splits(self) -> Splits:
+        """The data, whose images are not encoded yet; read when it is first asked for."""
+        return self.folder.plan().data.training_splits(self.backbone.shape)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the arms cost on this device; a few steps of them are timed."""
+        plan = self.folder.plan()
+        return confirmation_cost(
+            self.backbone,
+            self.splits,
+            self.arms,
+            self.plan,
+            vae=plan.data.vae,
+            cells=len(self.backbone.layers) * len(plan.extraction.noise_levels),
+            processes=current().world_size,
+        )
+
+    def check_begun(self) -> None:
+        """Refuses options other than those that the confirmation was begun with, without reading the data.
+
+        Raises:
+            ValueError: If it was begun with others.
+        """
+        path = self.folder.confirmation / "confirmation.json"
+        if not path.is_file():
+            return
+        before = read_record(path, typed(dict), remedy=_A_COPY)
+        now = json.loads(json.dumps({"plan": self.plan.identity(), "start": self.start_name}))
+        if changed := differences({name: before.get(name) for name in now}, now):
+            seen = f"{path.parent} holds a confirmation of other options (different: {', '.join(changed[:4])})"
+            raise ValueError(f"{seen}; {_AS_BEGUN}")
 
 
 @together("run")
@@ -161,6 +194,7 @@ def confirm_run(
     job: ConfirmationJob,
     *,
     on_reading: Callable[[Reading | None], None] | None = None,
+    on_forecast: Callable[[Cost], None] | None = None,
     warn: Callable[[str], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Verdict:
@@ -169,6 +203,7 @@ def confirm_run(
     Args:
         job: The confirmation.
         on_reading: Called with what was read of the data, before a model is trained.
+        on_forecast: Called with what the arms cost, if none has begun and they take longer than a minute.
         warn: Called with one line about what weakens the confirmation: data that cannot be compared with those of the
             run, and a checkpoint that looks converged.
         progress: Called with (name of the running arm, steps done, steps in total).
@@ -177,12 +212,18 @@ def confirm_run(
         ValueError: If the data are not those that the run measured, or as `confirm_pair`.
     """
     folder, backbone = job.folder, job.backbone
-    _check_options(job)
+    job.check_begun()
+    clock = StageClock(folder.confirmation)
     with processes() as ranks, locked(folder.path) if ranks.is_first else nullcontext():
-        encoding = named_progress(progress, "encoding images")
-        splits = folder.plan().data.training_splits(backbone.shape, progress=encoding)
+        data = folder.plan().data
         if on_reading:
-            on_reading(splits.train.reading)
+            on_reading(job.splits.train.reading)
+        if on_forecast and ranks.is_first:
+            clock.foretell(TRAINING, lambda: job.cost.total_s, lambda: job.cost, on_forecast)
+        if data.vae is not None:
+            clock.begin(ENCODING)
+        encoding = named_progress(progress, "encoding images")
+        splits = data.encode(job.splits, expect_shape=backbone.shape, progress=encoding)
         tell = warn or (lambda line: None)
         _check_data(folder, backbone, splits, tell)
         try:
@@ -195,32 +236,23 @@ def confirm_run(
                 start_name=job.start_name,
                 trained_steps=job.start_step,
                 on_converged=lambda course: tell(converged_sentence(course)),
+                begin=clock.begin_own if ranks.is_first else clock.begin,
                 progress=progress,
             )
         except OtherRun as other:
             raise ValueError(f"{other.seen}; {_AS_BEGUN}") from other
         if ranks.is_first:
+            clock.begin(FIGURES)
             folder.write_verdict()
             draw_figures(folder.path)
             write_report(folder.path)
+            clock.end()
         ranks.barrier()
         return verdict
 
 
 _A_COPY = "use a copy of the run without confirmation/, confirmation.csv and verdict.json"
 _AS_BEGUN = f"pass the options it was begun with, or {_A_COPY}"
-
-
-def _check_options(job: ConfirmationJob) -> None:
-    """Refuses options other than those that the confirmation was begun with, before the data are read."""
-    path = job.folder.confirmation / "confirmation.json"
-    if not path.is_file():
-        return
-    before = read_record(path, typed(dict), remedy=_A_COPY)
-    now = json.loads(json.dumps({"plan": job.plan.identity(), "start": job.start_name}))
-    if changed := differences({name: before.get(name) for name in now}, now):
-        seen = f"{path.parent} holds a confirmation of other options (different: {', '.join(changed[:4])})"
-        raise ValueError(f"{seen}; {_AS_BEGUN}")
 
 
 def _check_data(folder: RunFolder, backbone: Backbone, splits: Splits, tell: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ def examine_convention(
         device: Device of the model.
         on_reading: Called with what was read of the data, before the model runs.
     """
-    backbone, splits = plan.open(device=device, encode=False)
+    backbone, splits = plan.open(device=device)
     if on_reading:
         on_reading(splits.train.reading)
     few: Samples = Subset(splits.train, range(min(num_samples, len(splits.train))), name="convention")

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from layerprobe.analyses.experiments import Verdict, read_curves
 from layerprobe.analyses.runs.machine import describe_machine
-from layerprobe.analyses.runs.stages import FORECAST, TIMES
 from layerprobe.analyses.selection import Selection
 from layerprobe.analyses.tables import PairEvidence, read_quality, read_similarity, write_table
 from layerprobe.backbones import Backbone
@@ -27,7 +26,6 @@ from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
 from layerprobe.files import locked, one_line, similar_path
 from layerprobe.options import to_record
-from layerprobe.progress import TaskProgress, named_progress
 from layerprobe.records import claim, damaged, parse, read_record, typed, write_record
 
 EXTRACT = "repeat the `layerprobe probe` or `extract` that made the run, which makes it again"
@@ -53,22 +51,14 @@ class RunPlan:
         """Seed of every random number of the run."""
         return self.extraction.seed
 
-    def open(
-        self, *, device: str = "auto", encode: bool = True, progress: TaskProgress | None = None
-    ) -> tuple[Backbone, Splits]:
-        """Opens the checkpoint and the data.
+    def open(self, *, device: str = "auto") -> tuple[Backbone, Splits]:
+        """Opens the checkpoint and the data, whose images are not encoded yet.
 
         Args:
             device: Device of the model.
-            encode: Whether to encode images, if the data has an autoencoder.
-            progress: Called with (task name, steps done, steps in total).
         """
         backbone = self.checkpoint.open(device=device).in_precision(self.extraction.precision)
-        splits = self.data.probing_splits(expect_shape=backbone.shape)
-        if encode:
-            encoding = named_progress(progress, "encoding images")
-            splits = self.data.encode(splits, expect_shape=backbone.shape, progress=encoding)
-        return backbone, splits
+        return backbone, self.data.probing_splits(expect_shape=backbone.shape)
 
     def extraction_from(self, backbone: Backbone) -> ExtractionPlan:
         """Returns the extraction plan with the layers of a backbone."""
@@ -98,8 +88,6 @@ class RunFolder:
         ablation: Path of the table of layer ablation.
         convention: Path of the record of the convention check.
         data: Path of the record of what was read of the data, and of copies among the samples.
-        times: Path of the record of the seconds of each stage, see `StageClock`.
-        forecast: Path of the record of what the run was expected to cost; absent for short runs.
         rounding: Path of the record of what the precision changes, see `RoundingError`; absent in float32.
         confirmation: Folder of the confirmation runs.
         figures: Folder of the figures.
@@ -113,7 +101,6 @@ class RunFolder:
         self.recorded = self.path / "recorded"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
         self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
-        self.times, self.forecast = self.path / TIMES, self.path / FORECAST
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.

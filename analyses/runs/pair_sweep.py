@@ -19,6 +19,7 @@ from layerprobe.analyses.experiments import (
     sweep_pairs,
 )
 from layerprobe.analyses.figures import pair_sweep_heatmap, save_figure
+from layerprobe.analyses.runs.stages import FIGURES, StageClock
 from layerprobe.backbones import Backbone, alignable_layers, fresh_sit
 from layerprobe.checkpoints import open_checkpoint, training_record
 from layerprobe.data import Splits
@@ -124,6 +125,7 @@ def pair_sweep_run(
     folder: str | Path,
     *,
     shard: tuple[int, int] = (1, 1),
+    clock: StageClock | None = None,
     progress: TaskProgress | None = None,
 ) -> pd.DataFrame:
     """Trains the branches and draws the benefits of the finished ones into `figures/`.
@@ -134,6 +136,7 @@ def pair_sweep_run(
         pairs: Pairs to train.
         folder: Folder of the pair sweep.
         shard: Part of the branches to train: (i, N) is every N-th from the i-th on.
+        clock: Clock of the stages, whose times are kept in the folder unless shards share it.
         progress: Called with (name of the running branch, steps done, steps in total).
 
     Returns:
@@ -144,14 +147,26 @@ def pair_sweep_run(
     """
     if start.state is not None and start.data != splits.train.fingerprint:
         raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
+    clock = clock or StageClock(folder)
     with processes() as ranks:
+        keeps = ranks.is_first and shard == (1, 1)
         sweep = sweep_pairs(
-            start.backbone, splits, pairs, start.plan, folder, state=start.state, shard=shard, progress=progress
+            start.backbone,
+            splits,
+            pairs,
+            start.plan,
+            folder,
+            state=start.state,
+            shard=shard,
+            begin=clock.begin_own if keeps else clock.begin,
+            progress=progress,
         )
+        clock.begin(FIGURES)
         if ranks.is_first and sweep["benefit"].notna().any() and (sweep["student"] != "").any():
             metrics = (FRECHET, HELD_OUT, PROBE_ERROR) if _is_probed(sweep) else (FRECHET, HELD_OUT)
             figure = pair_sweep_heatmap(sweep, alignable_layers(start.backbone), metrics=metrics)
             save_figure(figure, Path(folder) / "figures", "atlas")
+        clock.end()
     return sweep
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -18,21 +17,25 @@ from numpy.typing import NDArray
 from layerprobe.analyses.generation import Extractor, all_features
 from layerprobe.analyses.measures import FEW_SAMPLES
 from layerprobe.analyses.report import write_report
-from layerprobe.analyses.runs.costing import forecast_cost, row_seconds
+from layerprobe.analyses.runs.costing import analysis_cost, forecast_cost, rough_probe_seconds
 from layerprobe.analyses.runs.figures import draw_figures
 from layerprobe.analyses.runs.folder import RunFolder, RunPlan
 from layerprobe.analyses.runs.stages import (
     CONTROLS,
     CONVENTION,
+    ENCODING,
     EVIDENCE,
+    EXTRACTION,
     FIGURES,
     MODEL_FEATURES,
     PAIRS,
     PROBES,
     SIMILARITY,
+    STAGES,
     Cost,
     StageClock,
 )
+from layerprobe.analyses.runs.timing import encoding_seconds, row_seconds
 from layerprobe.analyses.selection import (
     Answers,
     Caution,
@@ -73,7 +76,6 @@ from layerprobe.checkpoints import (
 from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
-    ExtractionPlan,
     FeatureStore,
     ablate_layers,
     evidence_of,
@@ -89,7 +91,6 @@ from layerprobe.ranks import ALONE, Ranks, current, together
 from layerprobe.records import write_record
 
 LEAST_COMPARED = 4  # samples that debiased CKA needs
-LONG_S = 60.0  # seconds of an extraction, from which on a run is forecast before it begins
 _EVIDENCE = "evidence"  # the small extraction beside the model and its controls
 
 
@@ -111,7 +112,7 @@ def probe_run(plan: RunPlan, run: str | Path, *, progress: TaskProgress | None =
     """
     selection = measure_run(plan, run, progress=progress, **options)
     if current().is_first:
-        clock = StageClock(RunFolder(run).times)
+        clock = StageClock(run, writes=True)
         clock.begin(FIGURES)
         draw_figures(run)
         write_report(run)
@@ -124,7 +125,7 @@ def measure_run(
     plan: RunPlan, run: str | Path, *, device: str = "auto", progress: TaskProgress | None = None, **options: Any
 ) -> Selection:
     """Runs the part of `probe_run` before the figures: convention check, features, tables and selection."""
-    extract_run(plan, run, device=device, progress=progress, **options)
+    extract_run(plan, run, device=device, stages=STAGES, progress=progress, **options)
     folder, ranks = RunFolder(run), current()
     if not ranks.once(lambda: folder.is_measured):
         return analyze_run(run, device=device, progress=progress)
@@ -154,6 +155,7 @@ def extract_run(
     on_assumption: Callable[[str], None] | None = None,
     on_reading: Callable[[Reading | None], None] | None = None,
     on_forecast: Callable[[Cost], None] | None = None,
+    stages: Sequence[str] = EXTRACTION,
     progress: TaskProgress | None = None,
 ) -> None:
     """Runs the part that needs the model: convention check, features of the model and its controls, layer ablation.
@@ -169,20 +171,33 @@ def extract_run(
         on_assumption: Called with each assumption about the network, as in `Backbone`, before the extraction.
         on_reading: Called with what was read of the data, before the model runs.
         on_forecast: Called with what the run will cost, if it begins and the extraction takes longer than a minute.
+        stages: Stages to forecast.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
         ValueError: As `probe_run` does.
     """
     folder, ranks = RunFolder(run), current()
-    backbone, splits = opened or plan.open(device=device, progress=progress)
+    backbone, splits = opened or plan.open(device=device)
     backbone = backbone.in_precision(plan.extraction.precision)
     plan = replace(plan, extraction=replace(plan.extraction, precision=backbone.precision or plan.extraction.precision))
     _check_frames(plan, splits)
     check_samples(splits)
     if on_reading:
         on_reading(splits.train.reading)
-    clock, began = StageClock(folder.times, writes=ranks.is_first), time.perf_counter()
+    clock = StageClock(folder.path)
+    if on_forecast and ranks.is_first:
+        clock.foretell(
+            CONVENTION,
+            lambda: encoding_seconds(splits, plan.data.vae) + _passes_s(backbone, splits, plan, batch_size),
+            lambda: _cost(backbone, splits, plan, batch_size, stages, ranks.world_size),
+            on_forecast,
+        )
+    if plan.data.vae is not None and opened is None:
+        clock.begin(ENCODING)
+        encoding = named_progress(progress, "encoding images")
+        splits = plan.data.encode(splits, expect_shape=backbone.shape, progress=encoding)
+    clock.begin(CONVENTION)
     convention, trusted = _convention(folder, backbone, splits, plan, batch_size)
     trusted = trusted or trust_convention
     if convention.verdict == "misfit" and not trusted:
@@ -192,13 +207,11 @@ def extract_run(
             on_assumption(assumption)
     if ranks.is_first:
         folder.claim(plan)
-        clock.begin(CONVENTION, since=began)  # The folder is the run's own only now.
+        clock.writes = True  # The folder is the run's own only now.
         folder.write_convention(convention, trusted=trusted, assumptions=backbone.assumptions)
         if backbone.precision != "float32" and not backbone.is_narrow and not folder.is_intact(folder.rounding):
             error = rounding_error(backbone, splits.validation, plan.extraction_from(backbone), batch_size=batch_size)
             write_record(folder.rounding, error.to_dict())
-        if on_forecast and not folder.store_folder(MODEL).is_dir():
-            _tell_forecast(backbone, splits, plan, folder, batch_size, on_forecast)
     extract_all(backbone, splits, plan, folder, batch_size=batch_size, ranks=ranks, clock=clock, progress=progress)
     if ranks.is_first:
         folder.write_data(splits)  # Only now is it sure that the features are of this data.
@@ -237,6 +250,7 @@ def analyze_run(
     analyses: Sequence[Analysis] = ANALYSES,
     encoder: Extractor | None = None,
     device: str = "auto",
+    on_forecast: Callable[[Cost], None] | None = None,
     progress: TaskProgress | None = None,
 ) -> Selection:
     """Measures the features of a run: writes its tables, and its selection if it has none yet.
@@ -249,6 +263,7 @@ def analyze_run(
         analyses: Analyses to run on every layer and noise level.
         encoder: External encoder to compare all layers with; it sees the clean samples of the validation split.
         device: Device of the measures. Few samples are measured on the CPU, which takes less time for them.
+        on_forecast: Called with what the measures will cost, if they are the run's first and take longer than a minute.
         progress: Called with (task name, steps done, steps in total).
 
     Raises:
@@ -260,7 +275,14 @@ def analyze_run(
     model = folder.store(MODEL)
     stores = {MODEL: model} | {source: folder.store(source) for source in _controls(model)}
     on = _measuring_device(device, stores[MODEL])
-    keeper, clock = ScoreKeeper(stores[MODEL]), StageClock(folder.times, writes=ranks.is_first)
+    keeper, clock = ScoreKeeper(stores[MODEL]), StageClock(folder.path, writes=ranks.is_first)
+    if on_forecast and ranks.is_first:
+        clock.foretell(
+            PROBES,
+            lambda: rough_probe_seconds(stores.values()),
+            lambda: analysis_forecast(run, device=device, num_processes=ranks.world_size),
+            on_forecast,
+        )
     report = named_progress(progress, "measuring layers")
 
     def measured(done: int, total: int) -> None:
@@ -309,6 +331,22 @@ def analyze_run(
     return selection
 
 
+def analysis_forecast(run: str | Path, *, device: str = "auto", num_processes: int = 1) -> Cost:
+    """Returns what `analyze_run` will cost, by its own analyses and without an encoder.
+
+    Args:
+        run: Run folder with features.
+        device: Device of the measures.
+        num_processes: Number of processes that will share the work.
+
+    Raises:
+        FileNotFoundError: If there are no features.
+    """
+    store = RunFolder(run).store(MODEL)
+    raw = store if _is_given(store) else RunFolder(run).store(RAW_INPUT)
+    return analysis_cost(store, raw, _measuring_device(device, store), processes=num_processes)
+
+
 def _is_given(store: FeatureStore) -> bool:
     """Whether another program computed the features, so that there is nothing but them."""
     return "given" in store.manifest
@@ -344,7 +382,7 @@ def extract_all(
     progress: TaskProgress | None = None,
 ) -> dict[str, FeatureStore]:
     """Extracts the features of the model and of its two controls, and the few that the evidence is measured on."""
-    turn, clock = 0, clock or StageClock(folder.times, writes=ranks.is_first)
+    turn, clock = 0, clock or StageClock(folder.path, writes=ranks.is_first)
     frames = bool(_frame_columns(splits))
     readers: Mapping[str, AbstractContextManager[Backbone]] = {
         MODEL: nullcontext(backbone),
@@ -488,43 +526,49 @@ def answer_run(run: str | Path, selection: Selection) -> Answers:
     return single_answers(folder.quality(), folder.evidence(), selection)
 
 
-def _tell_forecast(
-    backbone: Backbone,
-    splits: Splits,
-    plan: RunPlan,
-    folder: RunFolder,
-    batch_size: int,
-    on_forecast: Callable[[Cost], None],
-) -> None:
-    """Forecasts a run that is long enough for it, and keeps the forecast beside what the run will take."""
+def _passes_s(backbone: Backbone, splits: Splits, plan: RunPlan, batch_size: int) -> float:
+    """Seconds of reading the model."""
     extraction = plan.extraction_from(backbone)
     rows = sum(len(samples) for _, samples in splits.items()) * len(extraction.noise_levels) * extraction.draws
-    if rows * row_seconds(backbone, extraction, min(batch_size, rows)) < LONG_S:
-        return
-    cost = _cost(backbone, splits, extraction, batch_size)
-    write_record(folder.forecast, cost.to_dict())
-    on_forecast(cost)
+    return rows * row_seconds(backbone, extraction, min(batch_size, rows))
 
 
 def _cost(
-    backbone: Backbone, splits: Splits, extraction: ExtractionPlan, batch_size: int, num_processes: int = 1
+    backbone: Backbone, splits: Splits, plan: RunPlan, batch_size: int, stages: Sequence[str], processes: int
 ) -> Cost:
-    measuring = torch.device("cpu") if len(splits.train) <= FEW_SAMPLES else backbone.device
     return forecast_cost(
-        backbone, splits, extraction, batch_size=batch_size, measuring=measuring, processes=num_processes
+        backbone,
+        splits,
+        plan.extraction_from(backbone),
+        vae=plan.data.vae,
+        batch_size=batch_size,
+        measuring=torch.device("cpu") if len(splits.train) <= FEW_SAMPLES else backbone.device,
+        processes=processes,
+        stages=stages,
     )
 
 
-def forecast(plan: RunPlan, *, device: str = "auto", batch_size: int = 128, num_processes: int = 1) -> dict[str, Any]:
+def forecast(
+    plan: RunPlan,
+    *,
+    device: str = "auto",
+    batch_size: int = 128,
+    stages: Sequence[str] = STAGES,
+    num_processes: int = 1,
+) -> tuple[dict[str, Any], Cost]:
     """Returns the size of the work of `probe_run`, after checking checkpoint and data and timing a batch of it.
 
     Args:
         plan: Checkpoint, data and extraction of the run.
         device: Device of the model and of the measures.
         batch_size: Rows per forward pass.
+        stages: Stages of the run, see `forecast_cost`.
         num_processes: Number of processes that will share the work.
+
+    Returns:
+        The size as JSON values, and the cost.
     """
-    backbone, splits = plan.open(device=device, encode=False)
+    backbone, splits = plan.open(device=device)
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
     check_samples(splits)
@@ -532,8 +576,7 @@ def forecast(plan: RunPlan, *, device: str = "auto", batch_size: int = 128, num_
     reading = splits.train.reading
     num = sum(len(samples) for _, samples in splits.items())
     rows = num * len(extraction.noise_levels) * extraction.draws
-    cost = _cost(backbone, splits, extraction, batch_size, num_processes)
-    return {
+    record = {
         "model": backbone.name,
         "layers": len(shapes),
         "assumed": list(backbone.assumptions),
@@ -548,6 +591,5 @@ def forecast(plan: RunPlan, *, device: str = "auto", batch_size: int = 128, num_
         "device": str(backbone.device),
         "precision": backbone.precision,
         "processes": num_processes,
-        **cost.to_dict(),
-        "total_s": round(cost.total_s, 1),
     }
+    return record, _cost(backbone, splits, plan, batch_size, stages, num_processes)

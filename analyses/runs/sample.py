@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerprobe.analyses.experiments import passes_of_a_sample, step_seconds
 from layerprobe.analyses.figures import film, sample_grid, save_figure, strip
+from layerprobe.analyses.runs.stages import DECODING, FIGURES, SAMPLING, StageClock
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.checksums import recorded_write
@@ -65,13 +65,6 @@ def find_meaning(checkpoint: str, backbone: Backbone, data: DataSource | None = 
     return Meaning(rendering, tuple(record.get("class_names", ())))
 
 
-def sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int, batch_size: int) -> float:
-    """Returns about how many seconds it takes to draw so many samples; a batch is timed on the backbone's device."""
-    batch_size = min(batch_size, num)
-    _, forward_s = step_seconds(backbone, batch_size)
-    return num / batch_size * passes_of_a_sample(plan) * forward_s
-
-
 @together("folder")
 def draw_samples(
     backbone: Backbone,
@@ -83,6 +76,7 @@ def draw_samples(
     vae: str | Path | None = None,
     meaning: Meaning | None = None,
     length: int | None = None,
+    clock: StageClock | None = None,
 ) -> Path:
     """Draws samples, one class after another if the model has classes, and saves them as `samples.png` and `.svg`.
 
@@ -102,6 +96,7 @@ def draw_samples(
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         meaning: What the samples represent; images if None.
         length: Length of every sample along its time axis; as in the training data if None.
+        clock: Clock of the stages, whose times are kept in the folder; none are kept if None.
 
     Returns:
         The path of `samples.png`.
@@ -110,7 +105,7 @@ def draw_samples(
         ValueError: If it is unknown what the samples represent, they cannot have that length, or the folder keeps other
             samples.
     """
-    meaning, plan = meaning or Meaning(), plan or SamplingPlan()
+    meaning, plan, clock = meaning or Meaning(), plan or SamplingPlan(), clock or StageClock(folder)
     rendering, place = meaning.rendering, Path(folder) / "samples.png"
     made_of, record_path = _made_of(backbone, num, plan, vae) | {"length": length}, Path(folder) / "samples.json"
     if keep:
@@ -127,12 +122,14 @@ def draw_samples(
     decode = _decoder(backbone, vae)
 
     def drawn(indices: range) -> NDArray[Any]:
-        return _drawn(backbone, indices, plan, decode, mask=mask).numpy()
+        return _drawn(backbone, indices, plan, decode, clock, mask=mask).numpy()
 
     parts = _draw_parts(parts_folder, num, FEW, drawn)
+    clock.end()
     current().barrier()
     if not current().is_first:
         return place
+    clock.begin(FIGURES)
     x = torch.from_numpy(np.concatenate([np.load(part) for part in parts]))
     _draw(x, place.parent, meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
@@ -141,6 +138,7 @@ def draw_samples(
         if rendering is not None and mask is not None:
             _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
     shutil.rmtree(parts_folder)
+    clock.end()
     return place
 
 
@@ -222,6 +220,7 @@ def draw_archive(
     plan: SamplingPlan | None = None,
     batch_size: int = 256,
     vae: str | Path | None = None,
+    clock: StageClock | None = None,
     progress: TaskProgress | None = None,
 ) -> Path:
     """Draws samples into `samples.npz`, in the format of ADM's evaluation and similar tools.
@@ -238,6 +237,7 @@ def draw_archive(
         plan: Sampling plan: solver, steps, guidance and seed.
         batch_size: Samples per batch.
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
+        clock: Clock of the stages, whose times are kept in the folder.
         progress: Called with (task name, parts of this process done, parts of this process).
 
     Returns:
@@ -247,7 +247,7 @@ def draw_archive(
         ValueError: If the model makes no images and no autoencoder is given, if `num` or `batch_size` is below 1, or if
             the folder contains other files.
     """
-    folder, plan = Path(folder), plan or SamplingPlan()
+    folder, plan, clock = Path(folder), plan or SamplingPlan(), clock or StageClock(folder)
     if num < 1 or batch_size < 1:
         raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
     if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
@@ -258,18 +258,20 @@ def draw_archive(
     archive, parts_folder, ranks = folder / "samples.npz", folder / "parts", current()
     if ranks.is_first:
         claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
+        clock.writes = True  # The folder is the job's own only now.
     ranks.barrier()
     if not ranks.once(archive.is_file):
         decode = _decoder(backbone, vae)
 
         def drawn(indices: range) -> NDArray[Any]:
-            return pixels(_drawn(backbone, indices, plan, decode, batch_size=batch_size))
+            return pixels(_drawn(backbone, indices, plan, decode, clock, batch_size=batch_size))
 
         parts = _draw_parts(parts_folder, num, PART, drawn, named_progress(progress, "samples"))
         ranks.barrier()
         if ranks.is_first:
             _join(parts, archive, labels=_labels(backbone, range(num)))
     if ranks.is_first:
+        clock.end()
         shutil.rmtree(parts_folder, ignore_errors=True)
     return archive
 
@@ -285,15 +287,16 @@ def _labels(backbone: Backbone, indices: range) -> Tensor | None:
     return torch.tensor(indices) % backbone.num_classes if backbone.num_classes else None
 
 
-def _decoder(backbone: Backbone, vae: str | Path | None) -> Callable[[Tensor], Tensor]:
-    return decoder(vae, device=backbone.device) if vae else lambda x: x
+def _decoder(backbone: Backbone, vae: str | Path | None) -> Callable[[Tensor], Tensor] | None:
+    return decoder(vae, device=backbone.device) if vae else None
 
 
 def _drawn(
     backbone: Backbone,
     indices: range,
     plan: SamplingPlan,
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor] | None,
+    clock: StageClock,
     *,
     mask: Tensor | None = None,
     batch_size: int = 256,
@@ -301,9 +304,13 @@ def _drawn(
     """Samples after the decoder; `mask` is that of all samples."""
     own_mask = None if mask is None else mask[indices.start : indices.stop]
     labels = _labels(backbone, indices)
+    clock.begin(SAMPLING)
     x = sample(backbone, indices, labels=labels, plan=plan, mask=own_mask, batch_size=batch_size)
     if not bool(x.isfinite().all()):
         raise ValueError(f"samples {indices[0]} to {indices[-1]} are not all finite; try more steps or less guidance")
+    if decode is None:
+        return x
+    clock.begin(DECODING)
     return decode(x)
 
 

@@ -10,15 +10,20 @@ from typing import Any
 
 import pandas as pd
 
+from layerprobe.analyses.experiments import EXTRACTOR
 from layerprobe.analyses.generation import (
     FEWEST_SAMPLES,
     METRICS,
     Extractor,
     Score,
     all_features,
+    cached_extractor,
     embedded_extractor,
     score_features,
 )
+from layerprobe.analyses.runs.costing_samples import extractor_seconds, features_rate, scoring_cost
+from layerprobe.analyses.runs.stages import ENCODING, FEATURES, SCORES, Cost, StageClock
+from layerprobe.analyses.runs.timing import as_encoded, encoding_seconds
 from layerprobe.analyses.tables import write_table
 from layerprobe.data import ArraySamples, DataSource, Samples, Splits, load_array, take
 from layerprobe.files import holding
@@ -96,6 +101,7 @@ def score_run(
     metrics: Sequence[str] = METRICS,
     k: int = 5,
     seed: int = 0,
+    clock: StageClock | None = None,
     progress: TaskProgress | None = None,
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
     """Computes scores and warnings, see `score_features`. The processes of torchrun or srun share the features.
@@ -109,15 +115,21 @@ def score_run(
         metrics: Names of the scores, some of `METRICS`.
         k: Neighbor that the balls of the neighborhoods reach to.
         seed: Seed of the embedded extractor and of the intervals.
+        clock: Clock of the stages.
         progress: Called with (task name, steps done, steps in total).
     """
+    begin = clock.begin if clock else lambda stage: None
+    if data.vae is not None:
+        begin(ENCODING)
     splits = data.encode(splits, progress=named_progress(progress, "encoding images"))
     with processes() as ranks:
         used = extractor
         if used is None:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
+            begin(EXTRACTOR)
+            cache = _extractors()
             training = named_progress(progress, "training the extractor")
             used = ranks.first_alone(lambda: embedded_extractor(splits.train, cache, seed=seed, progress=training))
+        begin(FEATURES)
         features, reference = (
             all_features(used, samples, ranks=ranks, progress=named_progress(progress, f"features of {what}"))
             for samples, what in ((generated, "samples"), (splits.test, "data"))
@@ -134,8 +146,41 @@ def score_run(
                 progress=named_progress(progress, "scores"),
             )
 
+        begin(SCORES)
         scores, warnings = ranks.once(scored)
     return scores, (*range_warnings(generated, splits.test), *warnings)
+
+
+def score_cost(
+    generated: ArraySamples,
+    splits: Splits,
+    data: DataSource,
+    *,
+    extractor: Extractor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Cost:
+    """Returns what `score_run` will cost with the same arguments, and options of `scoring_cost`."""
+    # Of images that are not encoded yet, the name in the cache is not known.
+    named = extractor is None and data.vae is None
+    cached = named and cached_extractor(splits.train, _extractors(), seed=seed).is_file()
+    return scoring_cost(generated, splits, extractor=extractor, cached=cached, vae=data.vae, **options)
+
+
+def rough_score_seconds(
+    generated: ArraySamples, splits: Splits, data: DataSource, *, extractor: Extractor | None = None
+) -> float:
+    """Returns about the seconds of reading and encoding the data, and of training the extractor if there is none."""
+    encoding_s = encoding_seconds(splits, data.vae)
+    encoded = as_encoded(splits, generated.shape)
+    if extractor is None:
+        return encoding_s + extractor_seconds(encoded)[1]
+    rate = features_rate(extractor, generated.shape)
+    return encoding_s + rate.of(len(generated) + len(encoded.test))
+
+
+def _extractors() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerprobe" / "extractors"
 
 
 def range_warnings(generated: ArraySamples, reference: Samples) -> list[str]:
@@ -166,11 +211,16 @@ def check_scores(folder: str | Path, record: Mapping[str, Any]) -> None:
 
 
 @holding("folder")
-def write_scores(folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any]) -> None:
-    """Writes `scores.csv`, with a row for each score, and the record as `scores.json`."""
+def write_scores(
+    folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any], *, clock: StageClock | None = None
+) -> None:
+    """Writes `scores.csv`, with a row for each score, the record as `scores.json`, and the times of the clock."""
     folder = Path(folder)
     write_table(pd.DataFrame([asdict(score) for score in scores]), folder / "scores.csv")
     write_record(folder / "scores.json", record)
+    if clock:
+        clock.writes = True
+        clock.end()
 
 
 def describe_scores(scores: Sequence[Score], warnings: Sequence[str]) -> list[str]:

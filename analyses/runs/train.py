@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from layerprobe.analyses.experiments import step_seconds
+from layerprobe.analyses.experiments import TRAINING
 from layerprobe.analyses.runs.folder import RunFolder
 from layerprobe.analyses.runs.layer_curves import CurvePlan, LayerCurves
 from layerprobe.analyses.runs.network import NewNetwork
+from layerprobe.analyses.runs.stages import CHOICES, CURVES, FIGURES, HELD_OUT, StageClock
 from layerprobe.analyses.tables import read_table
 from layerprobe.analyses.wording import selection_reason
 from layerprobe.backbones import Backbone, SiT, layer_shapes
@@ -27,7 +28,7 @@ from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress
 from layerprobe.ranks import processes
 from layerprobe.records import read_bounded
-from layerprobe.training import Trackers, TrainingPlan, held_out_loss, open_trackers, train
+from layerprobe.training import Decision, Trackers, TrainingPlan, held_out_loss, open_trackers, train
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoPick, AutoStop
@@ -145,7 +146,7 @@ def auto_stop(splits: Splits, plan: TrainingPlan, folder: str | Path, *, every: 
     return AutoStop(plan.pairs, splits.train, folder, every=every, begin=plan.sync.warmup_steps, seed=plan.seed)
 
 
-def training_forecast(
+def training_size(
     backbone: Backbone,
     splits: Splits,
     plan: TrainingPlan,
@@ -179,18 +180,6 @@ def training_forecast(
     }
 
 
-def training_seconds(backbone: Backbone, plan: TrainingPlan, *, num_processes: int = 1) -> float:
-    """Returns about how many seconds the steps of a training take; a few of them are timed on the backbone's device.
-
-    Args:
-        backbone: Initial model.
-        plan: Training plan.
-        num_processes: Number of processes, each with a device of its own, that share a batch.
-    """
-    step_s, forward_s = step_seconds(backbone, max(1, plan.batch_size // (plan.accumulate * num_processes)))
-    return plan.steps * plan.accumulate * (step_s + forward_s * plan.sync.second_pass * bool(plan.pairs))
-
-
 def train_run(
     backbone: Backbone,
     splits: Splits,
@@ -202,6 +191,7 @@ def train_run(
     drift_from: Backbone | None = None,
     trackers: Sequence[str] = (),
     fsdp: bool = False,
+    clock: StageClock | None = None,
     warn: Callable[[str], None],
     say: Callable[[str], None] | None = None,
     progress: TaskProgress | None = None,
@@ -222,6 +212,7 @@ def train_run(
         drift_from: Model whose layers the measured ones are compared with; the start of the training if None.
         trackers: Services that also get every row of the log and the held-out losses, see `open_trackers`.
         fsdp: Whether to shard the model over the processes.
+        clock: Clock of the stages, whose times are kept in the folder.
         warn: Called with one line if a tracker fails.
         say: Called with one line for what the measurements of the layers show; `warn` if None.
         progress: Called with ("training", steps done, steps in total).
@@ -229,7 +220,7 @@ def train_run(
     Returns:
         The model with averaged weights.
     """
-    folder = Path(folder)
+    folder, clock = Path(folder), clock or StageClock(folder)
     held_out = take(splits, num_validation=min(len(splits.validation), 1000)).validation
     config = {"model": backbone.name, "data": splits.train.fingerprint, "plan": json.loads(json.dumps(asdict(plan)))}
     name = folder.resolve().name
@@ -250,9 +241,21 @@ def train_run(
 
         def observe(step: int, model: Backbone) -> None:
             if step in examined_at:
+                clock.begin_own(HELD_OUT)
                 _examine(step, model, held_out, folder, tracked)
             if layers and step in measured_at and layers.is_due(step, last=step == plan.steps):
+                clock.begin_own(CURVES)
                 layers.measure(step, model)
+            clock.begin_own(TRAINING)
+
+        def direct(step: int, model: Backbone) -> Decision | None:
+            assert auto is not None
+            clock.begin_own(CHOICES)
+            decision = auto.direct(step, model)
+            clock.begin_own(TRAINING)
+            return decision
+
+        clock.begin(TRAINING)
 
         model = train(
             backbone,
@@ -263,14 +266,16 @@ def train_run(
             observe_at={*examined_at, *measured_at},
             progress=report,
             log=tracked,
-            direct=auto.direct if auto else None,
+            direct=direct if auto else None,
             direct_at=auto.direct_at(plan.steps) if auto else (),
             fsdp=fsdp,
         )
         if ranks.is_first:
+            clock.begin_own(FIGURES)
             _draw(folder)
             if layers:
                 layers.close()
+            clock.end()
     return model
 
 

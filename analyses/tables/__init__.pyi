@@ -59,6 +59,7 @@ from .measurements import Representation as Representation
 from .measurements import frame_probes as frame_probes
 from .measurements import headlines as headlines
 from .measurements import probed_column as probed_column
+from .measurements import spatial as spatial
 from .quality import ANALYSES as ANALYSES
 from .quality import MODEL as MODEL
 from .quality import QUALITY_COLUMNS as QUALITY_COLUMNS

@@ -45,7 +45,8 @@ def main() -> None:
         SamplingPlan(solver="heun", steps=options.solver_steps),
     )
     backbone = run.plan().checkpoint.open(device="cpu")
-    splits = run.plan().data.training_splits(backbone.shape)
+    data = run.plan().data
+    splits = data.encode(data.training_splits(backbone.shape), expect_shape=backbone.shape)
     arms = arms_for(
         [ranked.pair for ranked in run.selection().ranked], alignable_layers(backbone), names=options.arms.split(",")
     )

@@ -13,6 +13,7 @@ from .latents.vae import latent_shape as latent_shape
 from .loading import encode_splits as encode_splits
 from .loading import guess_modality as guess_modality
 from .loading import load as load
+from .loading import num_to_encode as num_to_encode
 from .loading import read_table as read_table
 from .reading import Reading as Reading
 from .reading import reading_lines as reading_lines
@@ -21,6 +22,7 @@ from .rendering import rendering_of as rendering_of
 from .samples import MISSING as MISSING
 from .samples import Batch as Batch
 from .samples import Copies as Copies
+from .samples import LabelColumn as LabelColumn
 from .samples import Samples as Samples
 from .samples import Splits as Splits
 from .samples import Subset as Subset

@@ -18,7 +18,7 @@ from layerprobe.data.embedded_digits import digits
 from layerprobe.data.kind import DataKind
 from layerprobe.data.latents.layouts import latent_format, load_latents
 from layerprobe.data.latents.samples import LatentSamples
-from layerprobe.data.latents.vae import encode, latent_shape
+from layerprobe.data.latents.vae import encode, is_encoded, latent_shape
 from layerprobe.data.listing import TABLES, list_files, walk
 from layerprobe.data.names import Modality
 from layerprobe.data.parts import prepare_parts
@@ -180,6 +180,7 @@ def encode_splits(
     *,
     latent_scale: float | None = None,
     expect_shape: tuple[int, ...] | None = None,
+    cache: str | Path | None = None,
     progress: StepProgress | None = None,
 ) -> Splits:
     """Encodes images as latents, on a GPU if there is one, and keeps the latents in the user's cache.
@@ -189,6 +190,7 @@ def encode_splits(
         vae: Folder of the autoencoder, see `encode`.
         latent_scale: Factor of the latents in place of the autoencoder's own.
         expect_shape: Shape (C, h, w) that the model takes.
+        cache: Folder to keep them in; the user's cache if None.
         progress: Called with (images done, images in total), for one split after another.
 
     Raises:
@@ -200,11 +202,20 @@ def encode_splits(
         raise ValueError(
             f"{vae} makes latents of {latents} but the model takes {expected}; pass --size, or another --vae"
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
+    folder = _latents_cache() if cache is None else cache
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return splits.mapped(
-        lambda _, samples: encode(samples, vae, cache, scale=latent_scale, device=device, progress=progress)
+        lambda _, samples: encode(samples, vae, folder, scale=latent_scale, device=device, progress=progress)
     )
+
+
+def num_to_encode(splits: Splits, vae: str | Path) -> int:
+    """Returns how many images of the splits `encode_splits` would encode; those in the user's cache are finished."""
+    return sum(len(samples) for _, samples in splits.items() if not is_encoded(samples, vae, _latents_cache()))
+
+
+def _latents_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerprobe" / "latents"
 
 
 def _check_shape(samples: Samples, expected: tuple[int, ...] | None, source: str | Path) -> None:

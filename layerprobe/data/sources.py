@@ -146,16 +146,15 @@ class DataSource:
 
         return for_probing(self.load(expect_shape=expect_shape), given=self.options())
 
-    def training_splits(self, shape: tuple[int, ...], *, progress: StepProgress | None = None) -> Splits:
-        """Returns the data for a training: the whole training split, and the other splits of the probing run.
+    def training_splits(self, shape: tuple[int, ...]) -> Splits:
+        """Returns the data for a training, not encoded: the whole training split, and the run's other splits.
 
         Args:
             shape: Shape (C, *grid) that the model takes.
-            progress: See `encode`.
         """
         from layerprobe.data.splits import for_probing, take
 
         whole = replace(self, num_train=None, num_validation=None, num_test=None).load(expect_shape=shape)
         counted = take(whole, num_validation=self.num_validation, num_test=self.num_test)
         probed = for_probing(counted, given=self.options())
-        return self.encode(replace(probed, train=whole.train), expect_shape=shape, progress=progress)
+        return replace(probed, train=whole.train)

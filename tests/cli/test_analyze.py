@@ -42,6 +42,8 @@ def test_features_become_a_run_that_other_commands_read(features: Path, tmp_path
     for again in (("analyze", run, "--features", features), ("analyze", run), ("select", run)):
         assert cli(*again)[0] == 0
     assert (run / "quality.csv").read_bytes() == before
+    code, out, _ = cli("analyze", run, "--dry-run", "--json")
+    assert (code, json.loads(out)["total_s"]) == (0, 300)
     code, _, err = cli("confirm", run, "--from-scratch", "--dry-run")
     assert code == 2
     assert "made from features alone (own.npz, " in err and "so it has no network; probe a checkpoint for this" in err
@@ -54,6 +56,7 @@ def test_what_does_not_go_together_is_one_line(features: Path, tmp_path: Path, c
         (("--layers", "blocks.1"), "--layers names layers of --features; pass it too, or leave out --layers"),
         (("--features", features, "--encoder", "x"), "--encoder needs the samples, which --features does not have"),
         (("--features", features, "--analysis", "x.py:f"), "--analysis runs on a finished run, which --features"),
+        (("--features", features, "--dry-run"), "--dry-run tells the cost of a run, and --features makes one"),
         (("--features", tmp_path / "no.npz"), "there is no file"),
     ):
         code, _, err = cli("analyze", tmp_path / "run", *arguments)

@@ -205,6 +205,7 @@ def test_select_plot_report_sample(trained: Path, tmp_path: Path, cli) -> None:
         "samples.npy",
         "samples.png",
         "samples.svg",
+        "times.json",
     ]
 
 
@@ -391,8 +392,8 @@ def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
     assert record["samples"] == {"train": 100, "validation": 40, "test": 30}
     assert (record["device"], record["precision"], record["processes"]) == ("cpu", "float32", 1)
     assert record["total_s"] == pytest.approx(sum(record["seconds"].values()), abs=0.2)
-    assert json.loads(cli(*TRAIN, "--out", tmp_path / "t", "--dry-run", "--json")[1])["seconds"] > 0
-    assert "in about" in cli("sample", "digits", "--num", 2, "--steps", 1, "--out", tmp_path / "s", "--dry-run")[1]
+    assert json.loads(cli(*TRAIN, "--out", tmp_path / "t", "--dry-run", "--json")[1])["total_s"] == 300
+    assert "in all             5 min" in cli("sample", "digits", "--num", 2, "--out", tmp_path / "s", "--dry-run")[1]
     assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
     assert "2 arms x 3 seeds" in cli("quickstart", "--confirm", "--out", tmp_path / "q", "--dry-run")[1]
     assert list(tmp_path.iterdir()) == []

@@ -42,7 +42,6 @@ def ranked(student: int, teacher: int) -> RankedPair:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the embedded model as far as `confirm` reads it before it trains."""
-    monkeypatch.setattr(confirm, "confirmation_seconds", lambda *_, **__: 300.0)
     run = tmp_path / "run"
     run.mkdir()
     plan = {"checkpoint": {"path": "digits"}, "data": {"source": "digits"}, "extraction": {"noise_levels": [0.3]}}
@@ -85,7 +84,7 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
         "same distance (blocks.3 <- blocks.7)",
         "negative control (blocks.6 <- blocks.7)",
     ]
-    assert record["seconds"] == 300
+    assert (record["seconds"], record["total_s"]) == ({"training": 280, "scoring": 20}, 300)
     assert record["resolution"]["difference_in_spreads"] == pytest.approx(detectable(3))
     assert record["resolution"]["difference"] is None
     assert (record["start"], len(record["cautions"])) == (["branch", "convergence not known"], 3)
@@ -102,6 +101,7 @@ def test_a_dry_run_tells_arms_and_resolution(folder: Path, cli) -> None:
     assert "With a spread of 5.0% of the distance (as stated), that is 16.3% of the distance." in out
     assert "These arms end at step 7000, long before the first of them, where nothing is published." in out
     assert "A third of 40% is 13% of the distance: with this spread" in out
+    assert "training           5 min" in out
     assert not (folder / "confirmation").exists()
 
 

@@ -61,14 +61,10 @@ def encode(
     """
     folder = _vae_folder(vae_folder)
     shift, factor = _factors(_vae_config(folder), scale)
-    channels, *grid = latent_shape(samples.shape, folder)
-    shape = (2 * channels, *grid)
-    record = {"latents": 1, "vae": files_hash([folder / "config.json", *_vae_weights(folder)])}
-    record |= {"data": samples.fingerprint, "shape": [len(samples), *shape]}
-    encoding_dir = Path(cache_folder).expanduser() / content_hash(sorted(record.items()))[:16]
-    claim(encoding_dir, "latents.json", record, what="latents")
-    path = encoding_dir / "moments.npy"
+    record, path = _encoding(samples, folder, cache_folder)
+    claim(path.parent, "latents.json", record, what="latents")
     if not path.is_file():
+        shape = tuple(record["shape"][1:])
         _encode(samples, folder, path, shape, batch_size=batch_size, device=device, progress=progress)
     return LatentSamples(
         ArrayRows(path),
@@ -82,6 +78,20 @@ def encode(
         posterior_seed=seed,
         reading=samples.reading,
     )
+
+
+def is_encoded(samples: Samples, vae_folder: str | Path, cache_folder: str | Path) -> bool:
+    """Whether `encode` with these arguments finds the finished latents in its cache."""
+    return _encoding(samples, _vae_folder(vae_folder), cache_folder)[1].is_file()
+
+
+def _encoding(samples: Samples, folder: Path, cache_folder: str | Path) -> tuple[dict[str, Any], Path]:
+    """What determines the latents of these images, and the path of their file."""
+    channels, *grid = latent_shape(samples.shape, folder)
+    record = {"latents": 1, "vae": files_hash([folder / "config.json", *_vae_weights(folder)])}
+    record |= {"data": samples.fingerprint, "shape": [len(samples), 2 * channels, *grid]}
+    key = content_hash(sorted(record.items()))[:16]
+    return record, Path(cache_folder).expanduser() / key / "moments.npy"
 
 
 def latent_shape(shape: tuple[int, ...], vae_folder: str | Path) -> tuple[int, int, int]:

@@ -92,7 +92,7 @@ def test_a_branch_scores_what_a_training_of_its_own_scores(whole: Path, tmp_path
     losses = held_out_loss(model, splits.test)
     assert found[f"{HELD_OUT} at noise level 0.7"] == pytest.approx(losses[0.7], rel=1e-12)
     assert found[HELD_OUT] == pytest.approx(np.mean(list(losses.values())), rel=1e-12)
-    errors = probe_scores.probe_errors(model, splits)
+    errors = probe_scores.probing_errors(model, splits)
     assert set(errors) == {probe_scores.PROBE_ERROR, probe_scores.BEST_PROBE_ERROR}
     assert {name: found[name] for name in errors} == pytest.approx(errors, rel=1e-12)
     x = sample(model, range(9), labels=torch.tensor([0] * 3 + [1] * 3 + [2] * 3), plan=PLAN.sampling)
@@ -395,6 +395,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return command_line()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def by_scikit_learn(splits: Splits, folder: Path) -> dict[str, float]:
 
 def test_they_are_those_of_scikit_learn(tmp_path: Path) -> None:
     splits = tiny_splits(240)
-    found, expected = probe_scores.probe_errors(tiny_sit(), splits), by_scikit_learn(splits, tmp_path / "features")
+    found, expected = probe_scores.probing_errors(tiny_sit(), splits), by_scikit_learn(splits, tmp_path / "features")
     assert found == pytest.approx(expected, abs=1e-12)
     assert 0 < found[probe_scores.PROBE_ERROR] < 2 / 3
 
@@ -47,17 +47,17 @@ def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(probe_scores, "NUM_SAMPLES", (60, 30, 40))
     counts = {"train": 60, "validation": 30, "test": 40}
     few = Splits(*(Subset(samples, range(counts[name]), name=name) for name, samples in splits.items()))
-    assert probe_scores.probe_errors(tiny_sit(), splits) == pytest.approx(
+    assert probe_scores.probing_errors(tiny_sit(), splits) == pytest.approx(
         by_scikit_learn(few, tmp_path / "features"), abs=1e-12
     )
 
 
 def test_no_labels_no_errors() -> None:
-    assert probe_scores.probe_errors(tiny_sit(num_classes=0), tiny_splits(24, labeled=False)) == {}
+    assert probe_scores.probing_errors(tiny_sit(num_classes=0), tiny_splits(24, labeled=False)) == {}
 
 
 def test_one_class_has_nothing_to_tell() -> None:
     splits = tiny_splits(24)
     assert splits.train.labels is not None
     splits.train.labels.zero_()
-    assert probe_scores.probe_errors(tiny_sit(), splits) == {}
+    assert probe_scores.probing_errors(tiny_sit(), splits) == {}

@@ -52,7 +52,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_an_archive_is_in_the_format_of_adms_evaluation(tmp_path: Path) -> None:
     place = draw_archive(tiny_sit(), tmp_path / "out", num=10, plan=PLAN)
-    assert sorted(path.name for path in place.parent.iterdir()) == ["checksums.json", "samples.npz", "sampling.json"]
+    files = ["checksums.json", "samples.npz", "sampling.json", "times.json"]
+    assert sorted(path.name for path in place.parent.iterdir()) == files
     with np.load(place) as archive:
         assert archive.files == ["arr_0", "arr_1"]
         images, labels = archive["arr_0"], archive["arr_1"]
@@ -196,6 +197,7 @@ def test_interrupted_pictures_go_on(tmp_path: Path, drawn: list[int], monkeypatc
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_command_draws_an_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +268,7 @@ def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: A
         "samples.npy",
         "samples.png",
         "samples.svg",
+        "times.json",
     ]
     code, out, err = cli("sample", model, "--out", tmp_path / "s", "--num", 2, "--steps", 2, "--seed", 1)
     assert (code, out) == (2, "")

@@ -1,4 +1,4 @@
-"""What a run costs: the clock of its stages, and the forecast of them."""
+"""What a job costs: the clock of its stages, and what was forecast of them."""
 
 from __future__ import annotations
 
@@ -7,82 +7,132 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_samples, tiny_sit
 
-from layerprobe.analyses.runs import RunPlan, probe
-from layerprobe.analyses.runs.costing import forecast_cost, row_seconds
-from layerprobe.analyses.runs.folder import RunFolder
-from layerprobe.analyses.runs.stages import FIGURES, PROBES, STAGES, Cost, StageClock, cost_record
-from layerprobe.checkpoints import CheckpointSource
-from layerprobe.cli.costs import cost_lines
-from layerprobe.data import DataSource, Splits, Subset
-from layerprobe.extraction import ExtractionPlan
+from layerprobe.analyses.runs import stages
+from layerprobe.analyses.runs.stages import (
+    CONVENTION,
+    FIGURES,
+    MODEL_FEATURES,
+    PROBES,
+    Cost,
+    StageClock,
+    cost_record,
+    shared_out,
+)
+from layerprobe.cli.costs import cost_lines, emit_forecast, tell_took
+
+COST = Cost({PROBES: 240.0, FIGURES: 1.0}, 2**30, None, 2**21)
 
 
-def test_the_clock_adds_up_what_several_calls_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def long() -> float:
+    return 3600.0
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_clock_adds_up_what_several_calls_took(tmp_path: Path, now: list[float]) -> None:
     assert cost_record(tmp_path) == (None, None)
     for seconds in (2.0, 3.0):
-        clock = StageClock(tmp_path / "times.json")
+        clock = StageClock(tmp_path, writes=True)
         clock.begin(PROBES)
         now[0] += seconds
-        clock.begin(FIGURES, since=now[0] - 1)
+        clock.begin(FIGURES)
+        now[0] += 1
         clock.end()
         clock.end()
-    StageClock(tmp_path / "times.json", writes=False).begin(PROBES)
-    (tmp_path / "more").write_bytes(bytes(1000))
+    (tmp_path / "more").write_bytes(bytes(5000))
+    clock.begin(FIGURES)
+    clock.end()
+    (tmp_path / "more").unlink()
     expected, took = cost_record(tmp_path)
     assert expected is None
     assert took is not None
     assert took["seconds"] == {PROBES: 5.0, FIGURES: 2.0}
-    assert took["disk_bytes"] >= 1000
+    assert took["disk_bytes"] >= 5000  # when it was largest
     assert took["memory_bytes"] > 2**20
-    lines = cost_lines(Cost({PROBES: 240.0, FIGURES: 1.0}, 2**30, None, 2**21).to_dict(), took)
+    lines = cost_lines(COST.to_dict(), took)
     assert lines[0] == "probes             5 s (forecast 4 min)"
     assert lines[2] == "in all             7 s (forecast 4 min)"
     assert lines[-1].startswith("disk ")
     assert lines[-1].endswith("(forecast 2 MiB)")
 
 
-def patterned() -> tuple[RunPlan, Splits]:
-    samples = tiny_samples(96)
-    parts = zip(("train", "validation", "test"), (range(64), range(64, 80), range(80, 96)), strict=True)
-    splits = Splits(*(Subset(samples, rows, name=name) for name, rows in parts))
-    plan = ExtractionPlan(noise_levels=(0.2, 0.5))
-    return RunPlan(CheckpointSource("memory"), DataSource("memory"), plan), splits
-
-
-def test_a_forecast_has_every_stage_and_the_disk_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a run of which it was asked records both; its figures are left out here."""
-    backbone, (plan, splits) = tiny_sit().in_precision("auto"), patterned()
-    told: list[Cost] = []
-    monkeypatch.setattr(probe, "LONG_S", 0.0)
-    probe.extract_run(plan, tmp_path / "run", opened=(backbone, splits), trust_convention=True, on_forecast=told.append)
-    folder = RunFolder(tmp_path / "run")
-    (cost,) = told
-    assert tuple(cost.seconds) == STAGES
-    assert all(seconds > 0 for stage, seconds in cost.seconds.items() if stage not in ("CKA", "pairs"))
-    assert json.loads(folder.forecast.read_text()) == cost.to_dict()
-    stores = sum(file.stat().st_size for file in folder.features.rglob("*.safetensors"))
-    assert cost.disk_bytes == pytest.approx(stores, rel=0.3)
-    _, took = cost_record(folder.path)
+def test_nothing_is_written_before_the_folder_is_the_jobs_own(tmp_path: Path, now: list[float]) -> None:
+    clock, told = StageClock(tmp_path), list[Cost]()
+    clock.foretell(CONVENTION, long, lambda: COST, told.append)
+    clock.begin(CONVENTION)
+    now[0] += 1
+    clock.begin(PROBES)
+    assert (told, [*tmp_path.iterdir()]) == ([COST], [])
+    now[0] += 2
+    clock.begin_own(FIGURES)
+    expected, took = cost_record(tmp_path)
+    assert expected == COST.to_dict()
     assert took is not None
-    assert set(took["seconds"]) == set(STAGES[:4])
-    assert cost.memory_bytes >= took["memory_bytes"] / 1.5
-    shared = forecast_cost(backbone, splits, plan.extraction_from(backbone), processes=4)
-    assert shared.seconds[PROBES] < cost.seconds[PROBES]
+    assert took["seconds"] == {CONVENTION: 1.0, PROBES: 2.0}
 
 
-def test_a_short_run_is_not_forecast(tmp_path: Path) -> None:
-    plan, splits = patterned()
-    opened, told = (tiny_sit(), splits), list[Cost]()
-    probe.extract_run(plan, tmp_path, opened=opened, trust_convention=True, on_forecast=told.append)
+def test_only_a_long_job_that_has_not_begun_is_forecast(tmp_path: Path) -> None:
+    told: list[Cost] = []
+    shorter = Cost({PROBES: stages.LONG_S - 1}, 0, None, 0)
+    StageClock(tmp_path).foretell(PROBES, long, lambda: shorter, told.append)
+    StageClock(tmp_path).foretell(PROBES, lambda: 1.0, lambda: pytest.fail("it was forecast"), told.append)
+    clock = StageClock(tmp_path, writes=True)
+    clock.begin(PROBES)
+    clock.end()
+    StageClock(tmp_path).foretell(PROBES, long, lambda: pytest.fail("it was forecast"), told.append)
     assert told == []
     assert cost_record(tmp_path)[0] is None
 
 
-def test_a_row_takes_what_rows_take() -> None:
-    backbone, began = tiny_sit(depth=8).in_precision("float32"), time.perf_counter()
-    row_s = row_seconds(backbone, ExtractionPlan(backbone.layers), 128)
-    assert 0 < row_s < time.perf_counter() - began
+def test_what_an_earlier_job_in_the_folder_took_counts_as_expected(tmp_path: Path, now: list[float]) -> None:
+    """`analyze` after an `extract` that was too short to be forecast."""
+    clock = StageClock(tmp_path, writes=True)
+    clock.begin(MODEL_FEATURES)
+    now[0] += 5
+    clock.end()
+    clock.foretell(PROBES, long, lambda: COST, lambda cost: None)
+    clock.begin(PROBES)
+    clock.end()
+    expected = cost_record(tmp_path)[0]
+    assert expected is not None
+    assert expected["seconds"] == {MODEL_FEATURES: 5.0} | COST.seconds
+
+
+def test_times_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    record = {"seconds": {PROBES: 1.0}, "memory_bytes": 1, "device_bytes": None}
+    (tmp_path / "times.json").write_text(json.dumps(record))
+    took = cost_record(tmp_path)[1]
+    assert took == Cost({PROBES: 1.0}, 1, None, 0).to_dict()
+
+
+def test_processes_share_what_can_be_shared() -> None:
+    assert shared_out({CONVENTION: 6.0, MODEL_FEATURES: 6.0}, 3) == {CONVENTION: 6.0, MODEL_FEATURES: 2.0}
+
+
+def test_every_command_prints_the_same_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emit_forecast({"model": "m"}, COST, as_json=False, lines=["a caution"], further={"cautions": ["a caution"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "model: m",
+        "a caution",
+        "probes             4 min",
+        "figures and report 1 s",
+        "in all             4 min",
+        "memory             1.0 GiB",
+        "disk               2 MiB",
+    ]
+    emit_forecast({"model": "m"}, COST, as_json=True, further={"cautions": []})
+    assert json.loads(capsys.readouterr().out) == {"model": "m", "cautions": []} | COST.to_dict()
+    clock = StageClock(tmp_path, writes=True)
+    clock.foretell(PROBES, long, lambda: COST, lambda cost: None)
+    tell_took(tmp_path)
+    assert capsys.readouterr().err == ""
+    clock.begin(PROBES)
+    clock.end()
+    tell_took(tmp_path)
+    assert capsys.readouterr().err.startswith("layerprobe: took: probes             0 s (forecast 4 min)")

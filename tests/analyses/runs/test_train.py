@@ -142,10 +142,10 @@ def test_tokens_narrower_than_their_patches_are_warned_of(cli, tmp_path) -> None
     assert cli("train", "--data", "digits", "--patch-size", 2, *network)[2] == ""
 
 
-def test_the_forecast_counts_what_is_trained(digits) -> None:
+def test_the_size_counts_what_is_trained(digits) -> None:
     plan = replace(PLAN, pairs=(*PAIR, LayerPair("blocks.2", "blocks.5")), sync=SyncOptions(pair_weights=(1.0, 0.5)))
     backbone = _start()
-    forecast = training_runs.training_forecast(backbone, digits, plan, num_processes=2)
+    forecast = training_runs.training_size(backbone, digits, plan, num_processes=2)
     # The positions are fixed and not learned.
     sizes = {name: tensor.numel() for name, tensor in backbone.module.named_parameters() if tensor.requires_grad}
     assert forecast["parameters"] == sum(sizes.values())
@@ -221,7 +221,7 @@ def test_a_tracker_that_is_down_ends_no_training(digits, tmp_path, monkeypatch) 
 def test_auto_decides_on_the_way(digits, tmp_path) -> None:
     plan = replace(PLAN, steps=7, log_every=50)
     auto = training_runs.auto_pick(digits, plan, tmp_path / "t", begin=4, every=2)
-    assert training_runs.training_forecast(_start(), digits, plan, auto=auto)["decisions_at"] == [4, 6]
+    assert training_runs.training_size(_start(), digits, plan, auto=auto)["decisions_at"] == [4, 6]
     training_runs.train_run(_start(), digits, plan, tmp_path / "t", auto=auto, warn=pytest.fail)
     decisions = [json.loads(line) for line in (tmp_path / "t" / "decisions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in decisions] == [4, 6]
