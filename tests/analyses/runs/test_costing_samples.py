@@ -27,12 +27,14 @@ def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_samples_are_drawn_decoded_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costing, "decode", lambda x, vae, device: torch.zeros(len(x), 3, 8, 8))
+    monkeypatch.setattr(costing, "decoder", lambda vae, device: lambda x: torch.zeros(len(x), 3, 8, 8))
     plan = SamplingPlan(steps=2)
     archive = costing.sampling_cost(tiny_sit(), plan, 768, pictures=False, vae="vae", processes=2)
     # Of three parts of 256 samples, one process draws two.
     assert archive.seconds == pytest.approx({SAMPLING: 512, DECODING: 512})
     assert archive.disk_bytes == 2 * 768 * 3 * 64
+    pictures = costing.sampling_cost(tiny_sit(), plan, 80, pictures=True, processes=2)
+    assert pictures.seconds == {SAMPLING: 48, FIGURES: 1.25}  # three of five parts of 16
     pictures = costing.sampling_cost(tiny_sit(), plan, 128, pictures=True)
     assert pictures.seconds == {SAMPLING: 128, FIGURES: 2}
     assert pictures.disk_bytes == 4 * 128 * 16

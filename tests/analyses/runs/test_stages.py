@@ -112,7 +112,7 @@ def test_times_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 
 def test_processes_share_what_can_be_shared() -> None:
-    assert shared_out({CONVENTION: 6.0, MODEL_FEATURES: 6.0}, 3) == {CONVENTION: 6.0, MODEL_FEATURES: 2.0}
+    assert shared_out({CONVENTION: 6.0, FIGURES: 6.0}, 3) == {CONVENTION: 2.0, FIGURES: 6.0}
 
 
 def test_every_command_prints_the_same_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
