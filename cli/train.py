@@ -107,7 +107,7 @@ def train(
 ) -> None:
     """Train a SiT on the training split of a data set, with LayerSync if a pair is given, in one or several processes.
 
-    Several processes are started by `torchrun --no-python --nproc-per-node 2 layerprobe train ...`, or by srun.
+    Several processes are started by `torchrun --no-python --nproc-per-node 2 -- layerprobe train ...`, or by srun.
 
     Examples:
         # A small model of your images, without LayerSync.

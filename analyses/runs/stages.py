@@ -66,8 +66,8 @@ def shared_out(seconds: Mapping[str, float], processes: int) -> dict[str, float]
 
 
 def largest_share(items: int, processes: int) -> float:
-    """Returns the share of equal items that the process with the most of them has."""
-    return math.ceil(items / processes) / items
+    """Returns the share of equal items that the process with the most of them has; 0 of none."""
+    return math.ceil(items / processes) / items if items else 0.0
 
 
 class _Times(TypedDict):

@@ -217,9 +217,9 @@ def check_convention(
 ) -> ConventionCheck:
     """Compares the declared schedule and prediction with all other known ones, under the null condition.
 
-    Every convention is tried on the first `FIRST` samples, at five noise levels. Those that these samples do not rule
-    out are tried on all. The best, or the declared one if none is clearly better, is also tried with other value
-    ranges of the data, and then with the other numbers of heads that the weights allow.
+    Every convention is tried on the first `FIRST` samples, at five noise levels. The declared one, and those that these
+    samples do not rule out, are tried on all. The best, or the declared one if none is clearly better, is also tried
+    with other value ranges of the data, and then with the other numbers of heads that the weights allow.
 
     Args:
         backbone: Model with its weights.
@@ -494,16 +494,16 @@ def _conventions(
 
 
 def _on_all(tried: Sequence[_Tried], passes: _Passes) -> list[_Tried]:
-    """Returns what was tried, with the fits on all samples of those that the first samples do not rule out."""
+    """Returns what was tried, with the fits on all samples of the first, and of those that few do not rule out."""
     best = min((fit for _, fit in tried), key=lambda fit: fit.score)
-    left = [each for each in tried if not _is_ruled_out(each[1], best)]
-    again = passes.fits([_Reading.like(fit, backbone) for backbone, fit in left], len(passes.batch.x))
-    fits = {id(each): fit for each, fit in zip(left, again, strict=True)}
-    return [(each[0], fits.get(id(each), each[1])) for each in tried]
+    left = [i for i, (_, fit) in enumerate(tried) if fit.score < math.inf and (i == 0 or not _is_ruled_out(fit, best))]
+    again = passes.attempts([_Reading.like(tried[i][1], tried[i][0]) for i in left], len(passes.batch.x))
+    fits = {i: _raised(found)[0] for i, found in zip(left, again, strict=True) if i == 0 or isinstance(found, list)}
+    return [(backbone, fits.get(i, fit)) for i, (backbone, fit) in enumerate(tried)]
 
 
 def _is_ruled_out(fit: Fit, best: Fit) -> bool:
-    """Whether the first samples tell that a convention is not the best, or that it is worse than a linear denoiser."""
+    """Whether few samples tell that a convention is not the best, or that it is worse than a linear denoiser."""
     return any(_is_better(other, fit.scores, EARLY_MARGIN, EARLY_ERRORS) for other in (best.scores, _linear(fit)))
 
 

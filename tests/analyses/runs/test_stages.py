@@ -17,6 +17,7 @@ from layerprobe.analyses.runs.stages import (
     Cost,
     StageClock,
     cost_record,
+    largest_share,
     shared_out,
 )
 from layerprobe.cli.costs import cost_lines, emit_forecast, tell_took
@@ -113,6 +114,7 @@ def test_times_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 def test_processes_share_what_can_be_shared() -> None:
     assert shared_out({CONVENTION: 6.0, FIGURES: 6.0}, 3) == {CONVENTION: 2.0, FIGURES: 6.0}
+    assert [largest_share(items, 2) for items in (0, 1, 3, 4)] == [0, 1, 2 / 3, 1 / 2]
 
 
 def test_every_command_prints_the_same_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
