@@ -358,7 +358,7 @@ def test_a_convention_that_fails_on_later_samples_keeps_its_first_fit_and_the_de
     tried = [(open_checkpoint("digits", device="cpu"), few)] * 2
     assert [len(fit.scores) for _, fit in _on_all(tried, passes)] == [64, FIRST]
     found.reverse()
-    with pytest.raises(ValueError, match="^later$"):
+    with pytest.raises(ValueError, match=r"^later$"):
         _on_all(tried, passes)
 
 
