@@ -64,7 +64,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylabel("change by alignment (%)")
     of_distance = changes(rows, "frechet").groupby(["depth", "step"])["change"].mean().unstack()
     found = ", ".join(
-        f"{round(row.dropna().iloc[0]):+d} to {round(row.dropna().iloc[-1]):+d} % ({depth})"
+        f"{round(row.dropna().iloc[0]):+d} to {round(row.dropna().iloc[-1]):+d} % ({depth})".replace("+0", "0")
         for depth, row in of_distance.iterrows()
     )
     title = f"Change of the Fréchet distance, first to last step: {found} blocks"
