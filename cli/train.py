@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,6 +130,7 @@ def train(
         other_depth,
         pair_warnings,
         picked_pairs,
+        plan_left,
         rough_seconds,
         train_run,
         training_cost,
@@ -172,18 +174,20 @@ def train(
             for line in pair_warnings(aligned, backbone.layers, weight=weight):
                 warn(line)
 
-        def cost() -> Cost:
+        def cost(plan: TrainingPlan) -> Cost:
             return training_cost(
                 backbone, splits, plan, vae=data.vae, auto=auto, curves=curves, processes=ranks.world_size
             )
 
         if dry_run:
             record |= {"device": str(backbone.device), "precision": backbone.precision}
-            emit_forecast(record, cost(), as_json=as_json)
+            emit_forecast(record, cost(plan), as_json=as_json)
         else:
             clock = StageClock(out)
             if ranks.is_first and not fsdp:  # The timed steps would have the whole model on one device.
-                clock.foretell(TRAINING, lambda: rough_seconds(backbone, splits, plan, data.vae), cost, tell_forecast)
+                left = plan_left(plan, out)
+                rough_s = partial(rough_seconds, backbone, splits, left, data.vae)
+                clock.foretell(TRAINING, rough_s, partial(cost, left), tell_forecast)
             bars: AbstractContextManager[TaskProgress | None] = nullcontext()
             if ranks.is_first:
                 bars = progress_bar({"training": plan.batch_size})

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -280,7 +280,7 @@ class OtherRun(ValueError):
         self.seen = seen
 
 
-def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
+def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, added: Collection[str] = ()) -> None:
     """Reserves a folder for the run that `record` describes, or checks that it already belongs to this run.
 
     A damaged file with the record is written again, if its checksum says that it held this record.
@@ -290,6 +290,7 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
         name: Name of the file in the folder that stores the record.
         record: Description of the run, JSON-compatible.
         what: Content of the folder, such as "features", for the error message.
+        added: Keys that records of earlier versions lack; what such a record does not tell does not differ.
 
     Raises:
         OtherRun: If the folder belongs to another run; nothing is written then.
@@ -309,7 +310,9 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> N
             write_record(record_path, record, durable=True)
         return
     if record_path.is_file():
-        different_keys = differences(read_record(record_path, typed(dict), remedy="choose another --out"), record)
+        before = read_record(record_path, typed(dict), remedy="choose another --out")
+        known = {key: value for key, value in record.items() if key in before or key not in added}
+        different_keys = differences(before, known)
         if different_keys:
             seen = f"{folder} holds {what} of another run (different: {', '.join(different_keys[:4])})"
             raise OtherRun(seen, "choose another --out")

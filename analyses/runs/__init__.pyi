@@ -13,6 +13,7 @@ from .confirm import confirmation_training as confirmation_training
 from .convention import examine_convention as examine_convention
 from .costing_samples import rough_sampling_seconds as rough_sampling_seconds
 from .costing_samples import sampling_cost as sampling_cost
+from .costing_trainings import plan_left as plan_left
 from .costing_trainings import rough_seconds as rough_seconds
 from .costing_trainings import sweep_cost as sweep_cost
 from .costing_trainings import training_cost as training_cost

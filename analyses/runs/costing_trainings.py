@@ -63,7 +63,7 @@ from layerprobe.data import Samples, Splits
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.layersync import LayerPair, SyncOptions
 from layerprobe.sampling import SamplingPlan
-from layerprobe.training import TrainingPlan
+from layerprobe.training import TrainingPlan, steps_done
 
 if TYPE_CHECKING:
     from layerprobe.analyses.selection import AutoStop
@@ -100,9 +100,9 @@ def training_cost(
     steps = _Steps(backbone, splits.train, replace(plan, batch_size=own))
     training_s = steps.seconds_of(plan.pairs, plan.sync)
     if isinstance(auto, AutoPick):
-        pair, before = (prior_pair(alignable_layers(backbone)),), min(auto.warmup_steps, plan.steps)
+        pair, before = (prior_pair(alignable_layers(backbone)),), min(auto.warmup_steps / max(plan.steps, 1), 1)
         plain_s, aligned_s = (steps.seconds_of(pairs, plan.sync) for pairs in ((), pair))
-        training_s = (before * plain_s + (plan.steps - before) * aligned_s) / plan.steps
+        training_s = before * plain_s + (1 - before) * aligned_s
     files = _Files(backbone, plan)
     seconds = {ENCODING: encoding_s} if encoding_s else {}
     seconds |= {
@@ -204,6 +204,22 @@ def sweep_cost(
         FIGURES: picture_seconds(),
     }
     return _cost(seconds, backbone, min(processes, branches) * files.kept_bytes, processes)
+
+
+def plan_left(plan: TrainingPlan, folder: Path) -> TrainingPlan:
+    """Returns a plan of as many steps as a training lacks after its newest checkpoint, to forecast them.
+
+    Args:
+        plan: Plan of the whole training.
+        folder: Its folder, which need not exist.
+    """
+    done, stop = steps_done(folder), plan.sync.stop_step
+    left = replace(plan, steps=max(plan.steps - done, 0))
+    if stop is None:
+        return left
+    if stop <= done:
+        return replace(left, pairs=())
+    return replace(left, sync=replace(plan.sync, warmup_steps=0, stop_step=stop - done))
 
 
 def rough_seconds(backbone: Backbone, splits: Splits, plan: TrainingPlan, vae: str | Path | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,16 +37,18 @@ class Rate(NamedTuple):
     """Seconds of a piece that takes rows in batches.
 
     Attributes:
-        once_s: Seconds that it takes whatever the number of rows.
+        once_s: Seconds of each batch, whatever the number of its rows.
         each_s: Seconds of each row.
+        batch_size: Number of rows in a batch.
     """
 
     once_s: float
     each_s: float
+    batch_size: int
 
     def of(self, rows: int) -> float:
         """Returns the seconds of so many rows; 0 for none."""
-        return self.once_s + rows * self.each_s if rows else 0.0
+        return math.ceil(rows / self.batch_size) * self.once_s + rows * self.each_s
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -56,21 +59,24 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def rate_of(call: Callable[[int], object], batch_size: int) -> Rate:
-    """Times a call for one row and for a batch, or as many rows of it as take a bearable time.
+    """Times a call for one row and for a batch, or for as many rows of it as take a bearable time.
 
     Args:
         call: Function of a number of rows.
-        batch_size: Number of rows in a batch.
+        batch_size: Number of rows in a batch of the job.
     """
     call(1)
     one_s = min(seconds_of(partial(call, 1)) for _ in range(_REPEATED))
-    rows = min(batch_size, 2 + round(_TIMED_S / max(one_s, 1e-9)))
-    if rows == 1:
-        return Rate(0.0, one_s)
-    all_s = min(seconds_of(partial(call, rows)) for _ in range(_REPEATED if one_s < _TIMED_S else 1))
-    # Where the clock is not fine enough for the difference, all of it counts.
-    each_s = (all_s - one_s) / (rows - 1) if all_s > 1.25 * one_s else all_s / rows
-    return Rate(max(one_s - each_s, 0.0), each_s)
+    rows, all_s = 1, one_s
+    # A call that is slow for one row may be hardly slower for many: what they took tells how many more to time.
+    while rows < batch_size and (rows == 1 or all_s < _TIMED_S / 2):
+        rows = min(batch_size, 2 + round(rows * _TIMED_S / max(all_s, 1e-9)))
+        all_s = min(seconds_of(partial(call, rows)) for _ in range(_REPEATED if one_s < _TIMED_S else 1))
+    each_s = all_s / rows
+    # A part of a batch stands for the whole: a difference that the clock can hardly tell must not be multiplied.
+    if rows > 1 and (rows == batch_size or all_s > 1.25 * one_s):
+        each_s = min(each_s, max(all_s - one_s, 0.0) / (rows - 1))
+    return Rate(all_s - rows * each_s, each_s, batch_size)
 
 
 def row_seconds(backbone: Backbone, plan: ExtractionPlan, batch_size: int) -> float:
@@ -80,10 +86,17 @@ def row_seconds(backbone: Backbone, plan: ExtractionPlan, batch_size: int) -> fl
     """
     plan = ExtractionPlan(backbone.layers, (LEVEL,), pool_cells=plan.pool_cells, precision=plan.precision)
     generator = torch.Generator().manual_seed(0)
-    samples = TensorSamples(torch.randn(batch_size, *backbone.shape, generator=generator))
-    return rate_of(
-        lambda rows: read_features(backbone, first(samples, rows), plan, batch_size=batch_size), batch_size
-    ).each_s
+    samples = TensorSamples(torch.randn(2 * batch_size, *backbone.shape, generator=generator))
+
+    def read(rows: int) -> None:
+        read_features(backbone, first(samples, rows), plan, batch_size=batch_size)
+
+    batch_s = rate_of(read, batch_size).of(batch_size)
+    if batch_s < _TIMED_S / 4:
+        # A call also looks at the layers, once for all its batches, by a pass of one row: at most a third of two.
+        batches = rate_of(lambda num: read(num * batch_size), 2)
+        batch_s = max(batches.each_s, batches.of(2) / 3)
+    return batch_s / batch_size
 
 
 def sample_seconds(backbone: Backbone, plan: SamplingPlan, num: int, batch_size: int = 256) -> float:
@@ -146,7 +159,8 @@ def encoding_seconds(splits: Splits, vae: str | Path | None) -> float:
 
     # A call encodes as many rows of each of the three splits.
     rate = rate_of(encode, min(few, 16))
-    return rate.once_s + num / 3 * rate.each_s
+    # It opens the autoencoder once, from whose seconds the clock cannot tell less than a fifth.
+    return rate.once_s + num / 3 * max(rate.each_s, 0.2 * rate.of(rate.batch_size) / rate.batch_size)
 
 
 def load_seconds(samples: Samples) -> float:

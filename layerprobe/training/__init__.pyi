@@ -8,6 +8,7 @@ from .losses import prediction_loss as prediction_loss
 from .plan import TrainingPlan as TrainingPlan
 from .state import checkpoints as checkpoints
 from .state import read_checkpoint as read_checkpoint
+from .state import steps_done as steps_done
 from .trackers import Trackers as Trackers
 from .trackers import open_trackers as open_trackers
 from .trackers import require as require

@@ -130,7 +130,7 @@ def train(
         _check_ranks(plan, ranks, fsdp=fsdp)
         if ranks.is_first:
             stack.enter_context(locked(folder))
-            claim(folder, "training.json", _record(backbone, samples, plan), what="a training")
+            claim(folder, "training.json", _record(backbone, samples, plan), what="a training", added=("num_heads",))
         # Random numbers of the network itself, such as dropout, must not change the caller's generators.
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         aligned = stack.enter_context(ExitStack())
@@ -358,6 +358,7 @@ def _record(backbone: Backbone, samples: Samples, plan: TrainingPlan) -> dict[st
         "plan": plan.identity(),
         "data": samples.fingerprint,
         "start": weights_hash(backbone.module),
+        "num_heads": backbone.num_heads,  # which the weights do not tell
         "schedule": backbone.schedule.name,
         "schedule_hash": content_hash(backbone.schedule.to_config())[:16],
         "prediction": backbone.prediction,

@@ -139,6 +139,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return [*(path for path in [folder / "state.pt"] if path.is_file()), *paths]
 
 
+def steps_done(folder: Path) -> int:
+    """Returns the step of the newest checkpoint in a run folder; 0 without one."""
+    paths = checkpoints(folder)
+    if not paths:
+        return 0
+    number = paths[-1].stem.removeprefix("step-")
+    return int(number if number.isdigit() else read_checkpoint(paths[-1])["step"])
+
+
 def restore(state: TrainingState, content: dict[str, Any], ranks: Ranks) -> None:
     """Restores a state with the same network and pairs from the content of a checkpoint.
 

@@ -270,6 +270,19 @@ def test_confirm_refuses_other_data_and_other_options(trained: Path, tmp_path: P
     assert not (copy / "confirmation").exists()
 
 
+def test_a_continued_training_is_forecast_from_its_newest_checkpoint_on(
+    tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without times.json, which tells that it was begun."""
+    timed: list[int] = []
+    monkeypatch.setattr("layerprobe.analyses.runs.train_run", lambda *_, **__: None)
+    monkeypatch.setattr("layerprobe.analyses.runs.rough_seconds", lambda *args: timed.append(args[2].steps) or 0.0)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-0000005.pt").touch()
+    assert cli(*TRAIN, "--out", tmp_path)[0] == 0
+    assert timed == [7]
+
+
 def test_training_with_the_pick_of_a_run(trained: Path, tmp_path: Path, cli) -> None:
     code, out, _ = cli(*TRAIN, "--out", tmp_path / "t", "--pair", "1:3", "--json")
     assert code == 0

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprobe.backbones.base import Backbone, wrap
+from layerprobe.backbones.heads import with_heads
 from layerprobe.checkpoints.opening import open_checkpoint, training_record
 from layerprobe.data.samples import TensorSamples
 from layerprobe.layersync.options import SyncOptions
 from layerprobe.layersync.pair import LayerPair
 from layerprobe.noise.schedules import LinearPath
+from layerprobe.records import write_record
 from layerprobe.training import loop
 from layerprobe.training.batches import TrainingBatch, batches
 from layerprobe.training.loop import Decision, train
@@ -463,7 +465,7 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Pa
 
 
 def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) -> None:
-    """It kept one checkpoint, `state.pt`, with one average; its plan has none of the later fields."""
+    """It kept one checkpoint, `state.pt`, with one average, and told neither the later fields nor the heads."""
     plan = replace(PLAN, pairs=(PAIR,))
     with pytest.raises(Interruption):
         train(tiny_sit(), tiny_samples(NUM), plan, tmp_path, progress=interrupt_at(9))
@@ -476,6 +478,9 @@ def test_a_run_of_the_first_version_is_continued(tmp_path: Path, whole: Path) ->
         *("batch_size", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "ema_decay", "label_drop"),
         *("pairs", "weight", "precision", "compile", "seed"),
     }
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record.pop("num_heads") == 2
+    write_record(tmp_path / "training.json", record)
     train(tiny_sit(), tiny_samples(NUM), plan, tmp_path)
     assert model(tmp_path) == model(whole)
     assert log(tmp_path) == log(whole)
@@ -601,6 +606,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
             replace(PLAN, time_sampling="logit-normal", time_mean=0.5),
         ),
         "data": (tiny_sit(), tiny_samples(NUM, seed=1), PLAN),
+        "num_heads": (with_heads(tiny_sit(), 4), tiny_samples(NUM), PLAN),
         "start": (tiny_sit(seed=1), tiny_samples(NUM), PLAN),
         "schedule_hash": (tiny_sit(schedule=LinearPath(0, 1)), tiny_samples(NUM), PLAN),
         "prediction": (tiny_sit(prediction="x0"), tiny_samples(NUM), PLAN),

@@ -20,7 +20,7 @@ PIXELS = Extractor("pixels", lambda x: x.flatten(1))
 def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second for each sample, for each row of any other piece, and for each comparison of all with all."""
     monkeypatch.setattr(costing, "sample_seconds", lambda backbone, plan, num, batch_size: float(num))
-    monkeypatch.setattr(costing, "rate_of", lambda call, size: Rate(0.0, 1.0))
+    monkeypatch.setattr(costing, "rate_of", lambda call, size: Rate(0.0, 1.0, size))
     monkeypatch.setattr(costing, "picture_seconds", lambda: 1.0)
     monkeypatch.setattr(costing, "load_seconds", lambda samples: 0.0)
     monkeypatch.setattr(costing, "encoding_seconds", lambda splits, vae: 60.0 if vae else 0.0)

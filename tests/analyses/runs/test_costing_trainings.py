@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny import tiny_sit, tiny_splits
@@ -104,6 +105,21 @@ def test_a_training_is_that_of_a_processs_share_of_the_batch(timed: list[Trainin
     assert (timed[0].batch_size, timed[0].accumulate) == (8, 2)
     # What decides quickly whether a forecast is worth its time.
     assert costing.rough_seconds(tiny_sit(), SPLITS, plan, "vae") == 60 + 300
+
+
+def test_of_a_training_that_was_begun_the_steps_that_are_left_count(tmp_path: Path, timed: list[TrainingPlan]) -> None:
+    """From its newest checkpoint on; of 100 steps, the first 70 are aligned."""
+    plan = TrainingPlan(100, batch_size=4, pairs=(PAIR,), sync=SyncOptions(warmup_steps=65, stop_step=70))
+    (tmp_path / "checkpoints").mkdir()
+    for step, seconds in ((None, 70 * 3 + 30), (60, 10 * 3 + 30), (80, 20), (100, 0), (120, 0)):
+        if step is not None:
+            (tmp_path / "checkpoints" / f"step-{step:07d}.pt").touch()
+        left = costing.plan_left(plan, tmp_path)
+        assert costing.training_cost(tiny_sit(), SPLITS, left).seconds[TRAINING] == seconds
+    auto = AutoPick(SPLITS.train, str(tmp_path), warmup_steps=40)
+    done = costing.training_cost(tiny_sit(), SPLITS, costing.plan_left(replace(plan, pairs=()), tmp_path), auto=auto)
+    assert done.seconds[TRAINING] == 0
+    assert costing.plan_left(replace(plan, sync=SyncOptions()), tmp_path / "new").steps == 100
 
 
 @pytest.mark.usefixtures("timed")

@@ -11,6 +11,7 @@ from tiny import tiny_samples, tiny_sit, tiny_splits
 
 from layerprobe.analyses.runs import timing
 from layerprobe.analyses.runs.timing import Rate, as_encoded, rate_of, squared, step_seconds
+from layerprobe.data import Samples
 from layerprobe.extraction import ExtractionPlan
 from layerprobe.layersync import LayerPair, SyncOptions
 from layerprobe.sampling import SamplingPlan
@@ -29,13 +30,38 @@ def test_a_rate_tells_what_each_row_takes_from_what_a_call_takes(now: list[float
         now[0] += 0.3 + 0.1 * rows
 
     rate = rate_of(call, 32)
-    assert rate == (pytest.approx(0.3), pytest.approx(0.1))
+    assert rate == (pytest.approx(0.3), pytest.approx(0.1), 32)
     assert rate.of(10) == pytest.approx(1.3)
     assert rate.of(0) == 0
     now[0], slow = 0.0, []
     assert rate_of(lambda rows: (slow.append(rows), call(60 * rows)), 32).each_s == pytest.approx(6, rel=0.1)
     assert max(slow) == 2  # A call of six seconds is not repeated for a whole batch.
-    assert rate_of(lambda rows: None, 32) == Rate(0.0, 0.0)
+    assert rate_of(lambda rows: None, 32) == Rate(0.0, 0.0, 32)
+
+
+@pytest.mark.parametrize("each_s", [20e-6, 5e-6, 0.0])
+@pytest.mark.parametrize("once_s", [5e-3, 0.5])
+def test_every_batch_takes_what_a_call_takes(now: list[float], once_s: float, each_s: float) -> None:
+    def call(rows: int) -> None:
+        now[0] += once_s + rows * each_s
+
+    assert rate_of(call, 256).of(50_000) == pytest.approx(196 * once_s + 50_000 * each_s)
+    assert rate_of(call, 256).of(10) == pytest.approx(once_s + 10 * each_s)
+
+
+@pytest.mark.parametrize("rows_s", [20e-6, 5e-3])
+def test_a_row_of_the_extraction_takes_its_share_of_a_batch(
+    now: list[float], monkeypatch: pytest.MonkeyPatch, rows_s: float
+) -> None:
+    """Not of what a call takes beside its batches."""
+
+    def read(backbone: object, samples: Samples, *_: object, batch_size: int) -> None:
+        now[0] += 4e-3 + -(-len(samples) // batch_size) * 5e-3 + len(samples) * rows_s
+
+    monkeypatch.setattr(timing, "read_features", read)
+    backbone = tiny_sit()
+    row_s = timing.row_seconds(backbone, ExtractionPlan(backbone.layers), 256)
+    assert row_s == pytest.approx(5e-3 / 256 + rows_s, rel=0.01)
 
 
 def test_a_step_is_the_trainers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +88,7 @@ def test_a_sample_takes_the_passes_of_its_solver(monkeypatch: pytest.MonkeyPatch
     assert [timing.passes_of_a_sample(plan) for plan in plans] == [5, 9, 30]
     drawn: list[SamplingPlan] = []
     monkeypatch.setattr(timing, "sample", lambda *_, plan, **__: drawn.append(plan))
-    monkeypatch.setattr(timing, "rate_of", lambda call, size: (call(size), Rate(0.0, 4.0))[1])
+    monkeypatch.setattr(timing, "rate_of", lambda call, size: (call(size), Rate(0.0, 4.0, size))[1])
     assert timing.sample_seconds(tiny_sit(), plans[1], 10) == pytest.approx(10 * 9)
     assert drawn == [SamplingPlan("euler", 4, guidance=2.0)]
 
