@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_the_clock_adds_up_what_several_calls_took(tmp_path: Path, now: list[flo
     assert lines[2] == "in all             7 s (forecast 4 min)"
     assert lines[-1].startswith("disk ")
     assert lines[-1].endswith("(forecast 2 MiB)")
+    # Of an extraction alone: what came after it in the same folder was not forecast.
+    extraction = replace(COST, seconds={CONVENTION: 1.0, PROBES: 240.0}).to_dict()
+    assert cost_lines(extraction, took)[:4] == [
+        "convention check   0 s (forecast 1 s)",
+        "probes             5 s (forecast 4 min)",
+        "figures and report 2 s",
+        "in all             7 s",
+    ]
 
 
 def test_nothing_is_written_before_the_folder_is_the_jobs_own(tmp_path: Path, now: list[float]) -> None:
