@@ -99,6 +99,28 @@ def test_only_a_long_job_that_has_not_begun_is_forecast(tmp_path: Path) -> None:
     assert cost_record(tmp_path)[0] is None
 
 
+def test_work_of_its_own_in_the_folder_of_other_work_begins_anew(tmp_path: Path, now: list[float]) -> None:
+    for seconds in (5.0, 2.0):
+        clock, told = StageClock(tmp_path, writes=True), list[Cost]()
+        clock.begin_anew([PROBES, FIGURES])
+        clock.foretell(PROBES, long, lambda: COST, told.append)
+        assert told == [COST]
+        for _ in range(2):
+            clock.begin(PROBES)
+            now[0] += seconds
+        clock.end()
+    expected, took = cost_record(tmp_path)
+    assert took is not None
+    assert (expected, took["seconds"]) == (COST.to_dict(), {PROBES: 4.0})
+    # Times of the training or the run that lies there stay.
+    for own, kept in (([FIGURES], COST.to_dict()), ([PROBES], None)):
+        clock = StageClock(tmp_path, writes=True)
+        clock.begin_anew(own)
+        clock.begin(PROBES)
+        clock.end()
+        assert cost_record(tmp_path)[0] == kept
+
+
 def test_what_an_earlier_job_in_the_folder_took_counts_as_expected(tmp_path: Path, now: list[float]) -> None:
     """`analyze` after an `extract` that was too short to be forecast."""
     clock = StageClock(tmp_path, writes=True)
