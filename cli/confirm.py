@@ -112,8 +112,7 @@ def confirm(
         num_samples=num_samples,
         device=device,
     )
-    if not dry_run:
-        job.check_begun()
+    job.check_begun()
     start = start_sentences(job.start_cautions, trained_steps=job.trained_steps, fall=job.fall)
     cautions = length_cautions(training.steps, trained_steps=job.trained_steps if from_scratch else None)
     beforehand = [

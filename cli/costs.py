@@ -52,6 +52,8 @@ def tell_took(folder: Path) -> None:
 def cost_lines(forecast: Mapping[str, Any] | None, took: Mapping[str, Any] | None = None) -> list[str]:
     """Returns a line for each stage, and for memory and disk; those of one record, or both beside each other.
 
+    A stage that was not forecast has no forecast beside it, nor then the time in all.
+
     Args:
         forecast: Record of `Cost`, before the run; None if there is none.
         took: Record of `Cost`, after the run; None before it.
@@ -64,8 +66,13 @@ def cost_lines(forecast: Mapping[str, Any] | None, took: Mapping[str, Any] | Non
         return f"{name:<18} {f'{texts[0]} (forecast {texts[1]})' if len(texts) > 1 else texts[0]}"
 
     names = dict.fromkeys(stage for record in reversed(records) for stage in record["seconds"])
-    stages = [line(stage, [span(record["seconds"].get(stage, 0.0)) for record in records]) for stage in names]
-    rows = [*stages, line("in all", [span(sum(record["seconds"].values())) for record in records])]
+    first, *others = [record["seconds"] for record in records]
+    rows = []
+    for stage in names:
+        expected = [seconds[stage] for seconds in others if stage in seconds]
+        rows.append(line(stage, [span(seconds) for seconds in (first.get(stage, 0.0), *expected)]))
+    compared = [seconds for seconds in others if seconds.keys() >= first.keys()]
+    rows.append(line("in all", [span(sum(seconds.values())) for seconds in (first, *compared)]))
     for key, name in (("memory_bytes", "memory"), ("device_bytes", "GPU memory"), ("disk_bytes", "disk")):
         if all(record[key] for record in records):
             rows.append(line(name, [gigabytes(record[key]) for record in records]))

@@ -78,6 +78,8 @@ def sample(
         SAMPLING,
         Cost,
         StageClock,
+        check_archive,
+        check_pictures,
         draw_archive,
         draw_samples,
         find_meaning,
@@ -94,8 +96,15 @@ def sample(
     with processes() as ranks:
         backbone = checkpoint.open(device=device).in_precision(extraction_options.get("precision", "auto"))
 
+        pictures, meaning, clock = file_format == "png", None, StageClock(out)
+        if pictures:
+            meaning = find_meaning(checkpoint.path, backbone, data)
+            check_pictures(backbone, out, num=num, plan=plan, vae=vae, meaning=meaning, length=frames, clock=clock)
+        else:
+            check_archive(backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae)
+
         def cost() -> Cost:
-            pictures, several = file_format == "png", ranks.world_size
+            several = ranks.world_size
             return sampling_cost(
                 backbone, plan, num, pictures=pictures, batch_size=batch_size, vae=vae, processes=several
             )
@@ -104,19 +113,17 @@ def sample(
             record = {"model": backbone.name, "num": num, "out": str(out), "device": str(backbone.device)}
             emit_forecast(record | {"precision": backbone.precision}, cost(), as_json=as_json)
             return
-        clock = StageClock(out)
         clock.foretell(SAMPLING, lambda: rough_sampling_seconds(backbone, plan, num), cost, tell_forecast)
-        if file_format == "npz":
+        if pictures:
+            clock.writes = ranks.is_first
+            path = draw_samples(
+                backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames, clock=clock
+            )
+        else:
             with progress_bar() as bar:
                 progress = bar if ranks.is_first else None
                 path = draw_archive(
                     backbone, out, num=num, plan=plan, batch_size=batch_size, vae=vae, clock=clock, progress=progress
                 )
-        else:
-            meaning = find_meaning(checkpoint.path, backbone, data)
-            clock.writes = ranks.is_first
-            path = draw_samples(
-                backbone, out, num=num, plan=plan, keep=True, vae=vae, meaning=meaning, length=frames, clock=clock
-            )
         tell_took(out)
         emit({"samples": str(path)}, [str(path)], as_json=as_json)

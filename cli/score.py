@@ -111,6 +111,8 @@ def score(
         "seed": seed,
         **(rounded_by(encoder.precision) if encoder else {}),
     }
+    if out is not None:
+        check_scores(out, record)
 
     def cost() -> Cost:
         return score_cost(
@@ -131,7 +133,6 @@ def score(
         return
     clock = None
     if out is not None:
-        check_scores(out, record)
         clock = StageClock(out)
         clock.foretell(
             SCORES, lambda: rough_score_seconds(generated, splits, data, extractor=encoder), cost, tell_forecast

@@ -154,7 +154,7 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if is_disk_full(error) or shutil.disk_usage(path.parent).free < 64 * 1024:
             written = partial.stat().st_size if partial.is_file() else 0
             partial.unlink(missing_ok=True)
-            raise _disk_full(path, written and f"more than {_megabytes(written)}") from error
+            raise _disk_full(path, written) from error
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -192,8 +192,10 @@ def is_disk_full(error: BaseException) -> bool:
     return full or "No space left" in str(error)  # torch and safetensors raise errors of their own, without the number
 
 
-def _disk_full(path: Path, needed: str | int = 0) -> DiskFull:
-    sizes = f"{_megabytes(shutil.disk_usage(path.parent).free)} free" + (f", {needed} needed" if needed else "")
+def _disk_full(path: Path, written: int = 0) -> DiskFull:
+    sizes = f"{_megabytes(shutil.disk_usage(path.parent).free)} free"
+    if written:  # It was removed again, so that more than its size may be free.
+        sizes += f"; this file of more than {_megabytes(written)} did not fit"
     return DiskFull(f"{path} could not be written: the disk is full ({sizes}); free some space and repeat the command")
 
 

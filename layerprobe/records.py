@@ -296,6 +296,23 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, adde
         OtherRun: If the folder belongs to another run; nothing is written then.
         ValueError: If it is a file or contains other files.
     """
+    check_claim(folder, name, record, what=what)
+    record_path = folder / name
+    damaged = was_recorded(record_path, json.dumps(record, indent=1)) and is_damaged(record_path)
+    if damaged:
+        told_again(record_path)
+    if damaged or not record_path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(record_path, record, durable=True)
+
+
+def check_claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
+    """Checks that `claim` with the same arguments would find the folder free or its own; nothing is written.
+
+    Raises:
+        OtherRun: If the folder belongs to another run.
+        ValueError: If it is a file or contains other files.
+    """
     record_path, record = folder / name, json.loads(json.dumps(record))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder; choose another --out")
@@ -305,9 +322,6 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, adde
         file.name for file in files if file.name not in (LOCK, CHECKSUMS) and file.suffix != ".partial"
     )
     if was_recorded(record_path, json.dumps(record, indent=1)):
-        if is_damaged(record_path) or not record_path.is_file():
-            told_again(record_path)
-            write_record(record_path, record, durable=True)
         return
     if record_path.is_file():
         before = read_record(record_path, typed(dict), remedy="choose another --out")
@@ -316,11 +330,8 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, adde
         if different_keys:
             seen = f"{folder} holds {what} of another run (different: {', '.join(different_keys[:4])})"
             raise OtherRun(seen, "choose another --out")
-        return
-    if other_files:
+    elif other_files:
         raise ValueError(f"{folder} is not empty and contains other files ({other_files[0]}); choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(record_path, record, durable=True)
 
 
 def check_same(path: Path, record: Mapping[str, Any], *, what: str) -> None:
@@ -332,8 +343,10 @@ def check_same(path: Path, record: Mapping[str, Any], *, what: str) -> None:
         what: Name of the result, such as "samples", for the error message.
 
     Raises:
-        ValueError: If the file describes another result.
+        ValueError: If the file describes another result, or its folder is a file.
     """
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file, not a folder; choose another --out")
     if path.is_file():
         before = read_record(path, typed(dict), remedy="choose another --out")
         changed = differences({key: before.get(key) for key in record}, json.loads(json.dumps(record)))

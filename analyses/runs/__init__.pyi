@@ -44,6 +44,8 @@ from .probe import forecast as forecast
 from .probe import probe_run as probe_run
 from .quickstart import quickstart_run as quickstart_run
 from .quickstart import quickstart_trial as quickstart_trial
+from .sample import check_archive as check_archive
+from .sample import check_pictures as check_pictures
 from .sample import draw_archive as draw_archive
 from .sample import draw_samples as draw_samples
 from .sample import find_meaning as find_meaning

@@ -88,9 +88,10 @@ def sampling_cost(
         seconds[DECODING] = share * rate.of(num)
     if pictures:
         seconds[FIGURES] = picture_seconds() * max(1, num / 64)
-    # An archive lies there twice while its parts are joined. Its images have three channels of a byte.
-    disk_bytes = num * (4 * math.prod(shape) if pictures else 2 * 3 * math.prod(shape[1:]))
-    return Cost(seconds, peak_memory(), peak_device_memory(), disk_bytes)
+    # Samples lie there twice while their parts are joined. The images of an archive have three channels of a byte.
+    twice = 2 * num * (4 * math.prod(shape) if pictures else 3 * math.prod(shape[1:]))
+    # Pictures are joined in memory, where they then are twice too; an archive is joined part by part.
+    return Cost(seconds, peak_memory() + (twice if pictures else 0), peak_device_memory(), twice)
 
 
 def rough_sampling_seconds(backbone: Backbone, plan: SamplingPlan, num: int) -> float:

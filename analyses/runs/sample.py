@@ -20,17 +20,27 @@ from layerprobe.analyses.runs.stages import DECODING, FIGURES, SAMPLING, StageCl
 from layerprobe.backbones import Backbone
 from layerprobe.checkpoints import training_record, weights_hash
 from layerprobe.checksums import recorded_write
-from layerprobe.data import DataSource, Rendering, content_hash, decoder, rendering_of, write_wav
+from layerprobe.data import (
+    DataSource,
+    Rendering,
+    autoencoder_hash,
+    content_hash,
+    decoder,
+    rendering_of,
+    write_wav,
+)
 from layerprobe.files import atomic_write
 from layerprobe.precision import rounded_by
 from layerprobe.progress import StepProgress, TaskProgress, named_progress
 from layerprobe.ranks import current, together
-from layerprobe.records import check_same, claim, write_record
+from layerprobe.records import check_claim, check_same, claim, write_record
 from layerprobe.sampling import SamplingPlan, sample
 
 # Samples in a partial file, of an archive and of what is shown; independent of batch size and number of processes.
 PART, FEW = 256, 16
 SHOWN = 20  # samples in a figure or film, if they are not images
+RECORD, ARCHIVE_RECORD = "samples.json", "sampling.json"  # what the samples of pictures and of an archive are made of
+_PARTS = "parts-" + 16 * "[0-9a-f]"
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,8 @@ def draw_samples(
         vae: Folder of the autoencoder that decodes the samples of a model of latents.
         meaning: What the samples represent; images if None.
         length: Length of every sample along its time axis; as in the training data if None.
-        clock: Clock of the stages, whose times are kept in the folder; none are kept if None.
+        clock: Clock of the stages, whose times are kept in the folder in place of those of other samples; none are kept
+            if None.
 
     Returns:
         The path of `samples.png`.
@@ -106,25 +117,17 @@ def draw_samples(
             samples.
     """
     meaning, plan, clock = meaning or Meaning(), plan or SamplingPlan(), clock or StageClock(folder)
-    rendering, place = meaning.rendering, Path(folder) / "samples.png"
-    made_of, record_path = _made_of(backbone, num, plan, vae) | {"length": length}, Path(folder) / "samples.json"
-    if keep:
-        check_same(record_path, made_of, what="samples")
-    if rendering is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
-        raise ValueError(
-            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they represent; "
-            "pass --data with what it was trained on, or --vae for latents"
-        )
-    labels = _labels(backbone, range(num))
-    mask = sample_mask(backbone, rendering, num, labels=labels, seed=plan.seed, length=length)
-    # Finished parts are found again by what they are drawn from, since samples.json comes last.
-    parts_folder = Path(folder) / f"parts-{content_hash(sorted(made_of.items()), mask)[:16]}"
+    place, record_path = Path(folder) / "samples.png", Path(folder) / RECORD
+    pictures = _pictures(backbone, Path(folder), num, plan, vae, meaning, length, keep=keep)
+    labels, mask = pictures.labels, pictures.mask
+    pictures.tell_begun(clock)
+    current().barrier()  # No process draws before all have looked.
     decode = _decoder(backbone, vae)
 
     def drawn(indices: range) -> NDArray[Any]:
         return _drawn(backbone, indices, plan, decode, clock, mask=mask).numpy()
 
-    parts = _draw_parts(parts_folder, num, FEW, drawn)
+    parts = _draw_parts(pictures.parts_folder, num, FEW, drawn)
     clock.end()
     current().barrier()
     if not current().is_first:
@@ -133,13 +136,79 @@ def draw_samples(
     x = torch.from_numpy(np.concatenate([np.load(part) for part in parts]))
     _draw(x, place.parent, meaning, labels, mask, columns=_columns(backbone, num))
     if keep:
-        write_record(record_path, made_of)
+        write_record(record_path, pictures.made_of)
         _save_array(place.with_suffix(".npy"), x.numpy())
-        if rendering is not None and mask is not None:
-            _save_array(place.with_name("lengths.npy"), rendering.lengths_of(mask).numpy())
-    shutil.rmtree(parts_folder)
+        if meaning.rendering is not None and mask is not None:
+            _save_array(place.with_name("lengths.npy"), meaning.rendering.lengths_of(mask).numpy())
+    for parts_folder in place.parent.glob(_PARTS):
+        shutil.rmtree(parts_folder)
     clock.end()
     return place
+
+
+def check_pictures(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    num: int,
+    plan: SamplingPlan,
+    vae: str | Path | None = None,
+    meaning: Meaning | None = None,
+    length: int | None = None,
+    clock: StageClock,
+) -> None:
+    """Checks what `draw_samples` is asked for, if it keeps the samples; nothing is written.
+
+    The clock begins anew if no part is finished yet.
+
+    Raises:
+        ValueError: As `draw_samples` before it draws.
+    """
+    _pictures(backbone, Path(folder), num, plan, vae, meaning or Meaning(), length, keep=True).tell_begun(clock)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What is known of pictures before they are drawn: what determines them, and where their parts lie."""
+
+    made_of: dict[str, Any]
+    labels: Tensor | None
+    mask: Tensor | None
+    parts_folder: Path
+
+    def tell_begun(self, clock: StageClock) -> None:
+        """Lets the clock begin anew if no part is finished, since earlier times are then of other drawings."""
+        if not any(self.parts_folder.glob("*.npy")):
+            clock.begin_anew((SAMPLING, DECODING, FIGURES))
+
+
+def _pictures(
+    backbone: Backbone,
+    folder: Path,
+    num: int,
+    plan: SamplingPlan,
+    vae: str | Path | None,
+    meaning: Meaning,
+    length: int | None,
+    *,
+    keep: bool,
+) -> _Pictures:
+    """Checks what `draw_samples` is asked for."""
+    made_of = _made_of(backbone, num, plan, vae) | {"length": length}
+    if keep:
+        check_same(folder / RECORD, made_of, what="samples")
+    if meaning.rendering is None and vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
+        raise ValueError(
+            f"{backbone.name} makes samples of shape {backbone.shape}, and the file does not say what they represent; "
+            "pass --data with what it was trained on, or --vae for latents"
+        )
+    labels = _labels(backbone, range(num))
+    mask = sample_mask(backbone, meaning.rendering, num, labels=labels, seed=plan.seed, length=length)
+    # Finished parts are found again by what they are drawn from, since samples.json comes last. It has the path of the
+    # autoencoder only, at which another one may lie by now.
+    decoded_by = () if vae is None else (autoencoder_hash(vae),)
+    key = content_hash(sorted(made_of.items()), mask, *decoded_by)[:16]
+    return _Pictures(made_of, labels, mask, folder / f"parts-{key}")
 
 
 def sample_mask(
@@ -232,7 +301,7 @@ def draw_archive(
 
     Args:
         backbone: Model to sample from, of images in [-1, 1] or of latents.
-        folder: Folder of `sampling.json`, `samples.npz`, and `parts/` during the run.
+        folder: Folder of `sampling.json`, `samples.npz`, and `parts/` or `parts-.../` during the run.
         num: Number of samples; 50 000 is usual.
         plan: Sampling plan: solver, steps, guidance and seed.
         batch_size: Samples per batch.
@@ -248,16 +317,11 @@ def draw_archive(
             the folder contains other files.
     """
     folder, plan, clock = Path(folder), plan or SamplingPlan(), clock or StageClock(folder)
-    if num < 1 or batch_size < 1:
-        raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
-    if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
-        raise ValueError(
-            f"{backbone.name} makes samples of shape {backbone.shape}, which are not images; pass --vae with the "
-            "autoencoder that decodes them"
-        )
-    archive, parts_folder, ranks = folder / "samples.npz", folder / "parts", current()
+    _check_images(backbone, num, batch_size, vae)
+    archive, ranks = folder / "samples.npz", current()
+    parts_folder = folder / ("parts" if vae is None else f"parts-{autoencoder_hash(vae)[:16]}")
     if ranks.is_first:
-        claim(folder, "sampling.json", _made_of(backbone, num, plan, vae), what="samples")
+        claim(folder, ARCHIVE_RECORD, _made_of(backbone, num, plan, vae), what="samples")
         clock.writes = True  # The folder is the job's own only now.
     ranks.barrier()
     if not ranks.once(archive.is_file):
@@ -272,8 +336,37 @@ def draw_archive(
             _join(parts, archive, labels=_labels(backbone, range(num)))
     if ranks.is_first:
         clock.end()
-        shutil.rmtree(parts_folder, ignore_errors=True)
+        for earlier in (folder / "parts", *folder.glob(_PARTS)):
+            shutil.rmtree(earlier, ignore_errors=True)
     return archive
+
+
+def check_archive(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    num: int,
+    plan: SamplingPlan,
+    batch_size: int = 256,
+    vae: str | Path | None = None,
+) -> None:
+    """Checks what `draw_archive` is asked for; nothing is written.
+
+    Raises:
+        ValueError: As `draw_archive` before it draws.
+    """
+    _check_images(backbone, num, batch_size, vae)
+    check_claim(Path(folder), ARCHIVE_RECORD, _made_of(backbone, num, plan, vae), what="samples")
+
+
+def _check_images(backbone: Backbone, num: int, batch_size: int, vae: str | Path | None) -> None:
+    if num < 1 or batch_size < 1:
+        raise ValueError(f"cannot draw {num} samples in batches of {batch_size}; both count from 1")
+    if vae is None and (len(backbone.shape) != 3 or backbone.shape[0] not in (1, 3)):
+        raise ValueError(
+            f"{backbone.name} makes samples of shape {backbone.shape}, which are not images; pass --vae with the "
+            "autoencoder that decodes them"
+        )
 
 
 def pixels(x: Tensor) -> NDArray[np.uint8]:

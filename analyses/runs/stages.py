@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -88,11 +88,15 @@ class StageClock:
     """
 
     def __init__(self, folder: str | Path, *, writes: bool = False) -> None:
-        self.writes = writes
+        self.writes, self._anew = writes, False
         self._folder = Path(folder)
         self._stage, self._began = "", 0.0
         self._seconds: dict[str, float] = {}
         self._forecast: Cost | None = None
+
+    def begin_anew(self, stages: Collection[str]) -> None:
+        """Replaces what lies in the folder, of an earlier job of these stages; if it has others too, it is kept."""
+        self._anew = set(_read(self._folder / TIMES)["seconds"]) <= set(stages)
 
     def foretell(
         self, stage: str, rough_s: Callable[[], float], forecast: Callable[[], Cost], tell: Callable[[Cost], None]
@@ -106,7 +110,8 @@ class StageClock:
             forecast: Function that returns the cost.
             tell: Called with the cost.
         """
-        if stage in _read(self._folder / TIMES)["seconds"] or rough_s() < LONG_S / 3:
+        begun = not self._anew and stage in _read(self._folder / TIMES)["seconds"]
+        if begun or rough_s() < LONG_S / 3:
             return
         cost = forecast()
         if cost.total_s >= LONG_S:
@@ -133,6 +138,10 @@ class StageClock:
             self._write()
 
     def _write(self) -> None:
+        if self._anew:
+            for name in (TIMES, FORECAST):
+                (self._folder / name).unlink(missing_ok=True)
+            self._anew = False
         if self._forecast is not None:
             write_record(self._folder / FORECAST, _joined(self._folder, self._forecast).to_dict())
             self._forecast = None

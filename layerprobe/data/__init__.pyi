@@ -8,6 +8,7 @@ from .images import load_images as load_images
 from .labels import label_column as label_column
 from .labels import read_columns as read_columns
 from .latents.layouts import latent_format as latent_format
+from .latents.vae import autoencoder_hash as autoencoder_hash
 from .latents.vae import decoder as decoder
 from .latents.vae import latent_shape as latent_shape
 from .loading import encode_splits as encode_splits

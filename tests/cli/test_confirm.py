@@ -136,10 +136,11 @@ def test_other_options_than_begun_with_are_refused_before_the_data_are_read(
     (folder / "confirmation").mkdir()
     record = {"plan": plan, "start": "from the checkpoint", "data": "x", "extractor": None}
     (folder / "confirmation" / "confirmation.json").write_text(json.dumps(record))
-    code, _, err = cli("confirm", folder, "--weight", "0.5", "--from-scratch")
-    assert code == 2
-    assert "holds a confirmation of other options (different: plan." in err
-    assert "plan.training.weight" in err
+    for dry in ([], ["--dry-run"]):
+        code, _, err = cli("confirm", folder, "--weight", "0.5", "--from-scratch", *dry)
+        assert code == 2
+        assert "holds a confirmation of other options (different: plan." in err
+        assert "plan.training.weight" in err
 
 
 def test_arms_may_be_aligned_for_a_part_of_the_steps(folder: Path, cli) -> None:

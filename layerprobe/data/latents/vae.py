@@ -88,10 +88,23 @@ def is_encoded(samples: Samples, vae_folder: str | Path, cache_folder: str | Pat
 def _encoding(samples: Samples, folder: Path, cache_folder: str | Path) -> tuple[dict[str, Any], Path]:
     """What determines the latents of these images, and the path of their file."""
     channels, *grid = latent_shape(samples.shape, folder)
-    record = {"latents": 1, "vae": files_hash([folder / "config.json", *_vae_weights(folder)])}
+    record = {"latents": 1, "vae": autoencoder_hash(folder)}
     record |= {"data": samples.fingerprint, "shape": [len(samples), 2 * channels, *grid]}
     key = content_hash(sorted(record.items()))[:16]
     return record, Path(cache_folder).expanduser() / key / "moments.npy"
+
+
+def autoencoder_hash(vae_folder: str | Path) -> str:
+    """Returns a hash of the files of an autoencoder, see `files_hash`.
+
+    Args:
+        vae_folder: Folder of the autoencoder, as in `encode`.
+
+    Raises:
+        FileNotFoundError: If the folder contains no autoencoder, or not its weights.
+    """
+    folder = _vae_folder(vae_folder)
+    return files_hash([folder / "config.json", *_vae_weights(folder)])
 
 
 def latent_shape(shape: tuple[int, ...], vae_folder: str | Path) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,11 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, cli, refused) -> No
     assert (json.loads(out)["metrics"], json.loads(out)["num_reference"]) == (["kernel"], 50)
     (tmp_path / "score.toml").unlink()
     assert "k is" not in refused("score", "none.npz", "--data", "digits", "--dry-run")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "scores.json").write_text('{"samples": "y.npz"}')
+    arguments = ("score", "x.npz", "--data", "digits", "--out", "scores", "--dry-run")
+    assert "scores holds scores of another command (different: data, metrics" in refused(*arguments)
+    shutil.rmtree(tmp_path / "scores")
     assert sorted(tmp_path.iterdir()) == before
 
 

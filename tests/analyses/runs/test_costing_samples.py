@@ -28,16 +28,18 @@ def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_drawn_decoded_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "decoder", lambda vae, device: lambda x: torch.zeros(len(x), 3, 8, 8))
+    monkeypatch.setattr(costing, "peak_memory", lambda: 1000)
     plan = SamplingPlan(steps=2)
     archive = costing.sampling_cost(tiny_sit(), plan, 768, pictures=False, vae="vae", processes=2)
     # Of three parts of 256 samples, one process draws two.
     assert archive.seconds == pytest.approx({SAMPLING: 512, DECODING: 512})
-    assert archive.disk_bytes == 2 * 768 * 3 * 64
+    assert (archive.disk_bytes, archive.memory_bytes) == (2 * 768 * 3 * 64, 1000)
     pictures = costing.sampling_cost(tiny_sit(), plan, 80, pictures=True, processes=2)
     assert pictures.seconds == {SAMPLING: 48, FIGURES: 1.25}  # three of five parts of 16
     pictures = costing.sampling_cost(tiny_sit(), plan, 128, pictures=True)
     assert pictures.seconds == {SAMPLING: 128, FIGURES: 2}
-    assert pictures.disk_bytes == 4 * 128 * 16
+    both = 2 * 4 * 128 * 16  # the parts and what they are joined to, on disk and in memory
+    assert (pictures.disk_bytes, pictures.memory_bytes) == (both, 1000 + both)
 
 
 def test_few_samples_are_known_to_be_quick(monkeypatch: pytest.MonkeyPatch) -> None:

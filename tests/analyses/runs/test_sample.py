@@ -19,14 +19,18 @@ from bodies import walk
 from started import Started
 from tiny import SHAPE, tiny_sit
 
+from layerprobe.analyses import runs
 from layerprobe.analyses.runs import sample as sample_runs
 from layerprobe.analyses.runs.sample import Meaning, draw_archive, draw_samples, find_meaning, pixels, sample_mask
+from layerprobe.analyses.runs.stages import SAMPLING, Cost, StageClock, cost_record
 from layerprobe.checkpoints.opening import open_checkpoint
+from layerprobe.cli import sample as sample_cli
 from layerprobe.cli.main import run
 from layerprobe.data.rendering import Rendering
 from layerprobe.data.sequences.audio import AudioDecoder
 from layerprobe.data.sequences.items import Normalization
 from layerprobe.data.sources import DataSource
+from layerprobe.records import write_record
 from layerprobe.sampling import SamplingPlan, sample
 
 PLAN = SamplingPlan(steps=2, seed=1)
@@ -192,12 +196,48 @@ def test_interrupted_pictures_go_on(tmp_path: Path, drawn: list[int], monkeypatc
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / "out")
     monkeypatch.setattr(sample_runs, "sample", spy)
+    (tmp_path / "out" / "parts-of-a-user").mkdir()
+    write_record(tmp_path / "out" / "times.json", {"seconds": {SAMPLING: 500}, "memory_bytes": 1, "device_bytes": None})
     shutil.copytree(tmp_path / "out", tmp_path / "other")
-    for name, seed, rest in (("other", 2, [*range(10)]), ("out", PLAN.seed, [8, 9])):
+    for name, seed, rest in (("other", 2, [*range(10)]), ("out", PLAN.seed, [8, 9]), ("out", PLAN.seed, [*range(10)])):
         drawn.clear()
-        draw(tmp_path / name, plan=replace(PLAN, seed=seed))
+        clock = StageClock(tmp_path / name, writes=True)
+        draw(tmp_path / name, plan=replace(PLAN, seed=seed), clock=clock)
         assert drawn == rest  # Parts of other samples are not taken.
+        assert [path.name for path in (tmp_path / name).glob("parts*")] == ["parts-of-a-user"]
+        took = cost_record(tmp_path / name)[1]
+        assert took is not None
+        assert (took["seconds"][SAMPLING] >= 500) == (len(rest) < 10)  # Nor are their times.
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("draw", [draw_samples, draw_archive])
+def test_parts_of_another_autoencoder_are_not_taken(
+    tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch, draw: Any
+) -> None:
+    """It lies where the other one lay."""
+
+    def stops(x: torch.Tensor) -> torch.Tensor:
+        if 8 in drawn:
+            raise KeyboardInterrupt
+        return x[:, :3]
+
+    monkeypatch.setattr(sample_runs, "FEW", 4)
+    monkeypatch.setattr(sample_runs, "decoder", lambda vae, device: stops)
+    vae, backbone = tmp_path / "vae", tiny_sit(shape=(4, 4, 4))
+    vae.mkdir()
+    (vae / "config.json").write_text("{}")
+    for weights in (b"a", b"b"):
+        (vae / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+        drawn.clear()
+        with pytest.raises(KeyboardInterrupt):
+            draw(backbone, tmp_path / "out", num=10, plan=PLAN, vae=vae)
+        assert drawn == [*range(10)]
+    monkeypatch.setattr(sample_runs, "decoder", lambda vae, device: lambda x: x[:, :3])
+    drawn.clear()
+    draw(backbone, tmp_path / "out", num=10, plan=PLAN, vae=vae)
+    assert drawn == [8, 9]
+    assert not [*(tmp_path / "out").glob("parts*")]
 
 
 @pytest.mark.usefixtures("untimed")
@@ -215,6 +255,9 @@ def test_the_command_draws_an_archive(
     assert (code, json.loads(out)) == (0, {"samples": str(tmp_path / "samples.npz")})
     assert "samples: 2 of 2" in err
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (5, 8, 8, 3)
+    code, out, err = call(tmp_path, *options, "--dry-run")
+    assert (code, out) == (2, "")
+    assert "holds samples of another run (different: plan.solver); choose another --out" in err
     record = json.loads((tmp_path / "sampling.json").read_text())["plan"]
     assert (record["solver"], record["guidance_interval"]) == ("euler-maruyama", [0.2, 0.7])
     for wrong, seen in (
@@ -253,7 +296,9 @@ def test_samples_of_something_unknown_are_not_drawn(tmp_path: Path) -> None:
         draw_samples(tiny_sit(shape=(6, 12)), tmp_path, num=2)
 
 
-def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: Any) -> None:
+def test_a_trained_model_says_itself_what_its_samples_are(
+    tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(20):
         place = tmp_path / "walks" / ("slow", "fast")[i % 2] / f"{i}.npy"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +318,19 @@ def test_a_trained_model_says_itself_what_its_samples_are(tmp_path: Path, cli: A
         "samples.svg",
         "times.json",
     ]
-    code, out, err = cli("sample", model, "--out", tmp_path / "s", "--num", 2, "--steps", 2, "--seed", 1)
-    assert (code, out) == (2, "")
-    assert "holds samples of another command (different: plan.seed); choose another --out" in err
+    again = ("sample", model, "--out", tmp_path / "s", "--num", 2, "--steps", 2)
+    for dry in ([], ["--dry-run"]):
+        code, out, err = cli(*again, "--seed", 1, *dry)
+        assert (code, out) == (2, "")
+        assert "holds samples of another command (different: plan.seed); choose another --out" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_cli, "tell_forecast", lambda cost: told.append(cost))
+        patch.setattr(runs, "rough_sampling_seconds", lambda *_: 100.0)
+        patch.setattr(runs, "sampling_cost", lambda *_, **__: Cost({SAMPLING: 100.0}, 0, None, 0))
+        patch.setattr(runs, "draw_samples", lambda *_, **__: tmp_path)
+        told: list[Cost] = []
+        assert cli(*again)[0] == 0
+    assert len(told) == 1  # The times that lie there are of samples that were drawn before.
     x, lengths = np.load(tmp_path / "s" / "samples.npy"), np.load(tmp_path / "s" / "lengths.npy")
     assert x.shape == (2, 48, 16)
     assert [int((sample != 0).any(0).sum()) for sample in x] == lengths.tolist()

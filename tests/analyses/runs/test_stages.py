@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_the_clock_adds_up_what_several_calls_took(tmp_path: Path, now: list[flo
     assert lines[2] == "in all             7 s (forecast 4 min)"
     assert lines[-1].startswith("disk ")
     assert lines[-1].endswith("(forecast 2 MiB)")
+    # Of an extraction alone: what came after it in the same folder was not forecast.
+    extraction = replace(COST, seconds={CONVENTION: 1.0, PROBES: 240.0}).to_dict()
+    assert cost_lines(extraction, took)[:4] == [
+        "convention check   0 s (forecast 1 s)",
+        "probes             5 s (forecast 4 min)",
+        "figures and report 2 s",
+        "in all             7 s",
+    ]
 
 
 def test_nothing_is_written_before_the_folder_is_the_jobs_own(tmp_path: Path, now: list[float]) -> None:
@@ -89,6 +98,28 @@ def test_only_a_long_job_that_has_not_begun_is_forecast(tmp_path: Path) -> None:
     StageClock(tmp_path).foretell(PROBES, long, lambda: pytest.fail("it was forecast"), told.append)
     assert told == []
     assert cost_record(tmp_path)[0] is None
+
+
+def test_work_of_its_own_in_the_folder_of_other_work_begins_anew(tmp_path: Path, now: list[float]) -> None:
+    for seconds in (5.0, 2.0):
+        clock, told = StageClock(tmp_path, writes=True), list[Cost]()
+        clock.begin_anew([PROBES, FIGURES])
+        clock.foretell(PROBES, long, lambda: COST, told.append)
+        assert told == [COST]
+        for _ in range(2):
+            clock.begin(PROBES)
+            now[0] += seconds
+        clock.end()
+    expected, took = cost_record(tmp_path)
+    assert took is not None
+    assert (expected, took["seconds"]) == (COST.to_dict(), {PROBES: 4.0})
+    # Times of the training or the run that lies there stay.
+    for own, kept in (([FIGURES], COST.to_dict()), ([PROBES], None)):
+        clock = StageClock(tmp_path, writes=True)
+        clock.begin_anew(own)
+        clock.begin(PROBES)
+        clock.end()
+        assert cost_record(tmp_path)[0] == kept
 
 
 def test_what_an_earlier_job_in_the_folder_took_counts_as_expected(tmp_path: Path, now: list[float]) -> None:
