@@ -296,7 +296,7 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, adde
         OtherRun: If the folder belongs to another run; nothing is written then.
         ValueError: If it is a file or contains other files.
     """
-    check_claim(folder, name, record, what=what)
+    check_claim(folder, name, record, what=what, added=added)
     record_path = folder / name
     damaged = was_recorded(record_path, json.dumps(record, indent=1)) and is_damaged(record_path)
     if damaged:
@@ -306,7 +306,7 @@ def claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, adde
         write_record(record_path, record, durable=True)
 
 
-def check_claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str) -> None:
+def check_claim(folder: Path, name: str, record: Mapping[str, Any], *, what: str, added: Collection[str] = ()) -> None:
     """Checks that `claim` with the same arguments would find the folder free or its own; nothing is written.
 
     Raises:

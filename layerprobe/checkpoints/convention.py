@@ -86,7 +86,8 @@ class Fit:
         value_range: What the values -1 and 1 of the data are to the network.
         ratios: Squared error over that of the linear denoiser at each of `LOG_SNRS`; below 1 is better than linear.
         scores: Mean over levels of the log ratio of each sample, shape (n,); n is `FIRST` for a convention that these
-            samples rule out.
+            samples rule out, and 1 for the mean from a record.
+        recorded_samples: Number of samples behind a mean from a record.
     """
 
     schedule: str
@@ -95,6 +96,7 @@ class Fit:
     value_range: tuple[float, ...]
     ratios: tuple[float, ...]
     scores: Tensor
+    recorded_samples: int | None = None
 
     @property
     def score(self) -> float:
@@ -180,7 +182,7 @@ class ConventionCheck:
                     "num_heads": fit.num_heads,
                     "value_range": list(fit.value_range),
                     "declared": fit is self.declared,
-                    "samples": len(fit.scores),
+                    "samples": fit.recorded_samples or len(fit.scores),
                     "score": fit.score,
                     "error_over_linear": list(fit.ratios),
                 }
@@ -198,7 +200,8 @@ class ConventionCheck:
                 fit.get("num_heads"),
                 tuple(fit.get("value_range", (-1.0, 1.0))),
                 tuple(fit["error_over_linear"]),
-                torch.full((fit.get("samples", 1),), fit["score"], dtype=torch.float64),
+                torch.tensor([fit["score"]], dtype=torch.float64),
+                fit.get("samples"),
             )
             for fit in record["fits"]
         )

@@ -312,7 +312,9 @@ def test_a_check_survives_its_record_with_its_words() -> None:
     check = check_convention(open_checkpoint("digits", device="cpu"), digits().train)
     record = json.loads(json.dumps(check.to_dict()))
     assert "message" not in record
+    assert {fit["samples"] for fit in record["fits"]} == {FIRST, 64}
     read = ConventionCheck.from_dict(record)
+    assert read.to_dict() == record
     assert convention_lines(read) == convention_lines(check)
     assert (read.verdict, read.cautions) == (check.verdict, check.cautions)
 
