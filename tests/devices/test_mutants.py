@@ -112,7 +112,7 @@ MUTANTS: tuple[tuple[str, str, str, str, Job], ...] = (
     ("layerprobe.backbones.sit", "TimestepEmbedder.forward", ", device=t.device", "", extraction),
     ("layerprobe.extraction.ablation", "_skip_each", "level=level).to(device)", "level=level)", ablation),
     ("layerprobe.extraction.ablation", "_scores", ".cpu().numpy()", ".numpy()", ablation),
-    ("layerprobe.checkpoints.convention", "_errors", "condition).cpu()", "condition)", convention),
+    ("layerprobe.checkpoints.convention", "_Passes._errors_of_batch", "condition).cpu()", "condition)", convention),
     ("layerprobe.sampling.solvers", "_drawn", "mask.to(backbone.device)", "mask", sampling),
     ("layerprobe.sampling.solvers", "_drawn", "labels.to(backbone.device)", "labels", sampling),
     ("layerprobe.backbones.base", "Backbone._real", "self.mask.to(x_t.device)", "self.mask", padded),
