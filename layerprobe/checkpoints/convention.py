@@ -244,12 +244,10 @@ def check_convention(
     backbone = replace(backbone, forward=forward)
     passes = _Passes(batch, eps, _power(batch.x), batch_size, ranks)
     with torch.inference_mode(), evaluating(backbone.module):
-        tried = _conventions(backbone, KNOWN, passes)
+        tried = _on_all(_conventions(backbone, KNOWN, passes), passes)
         declared = tried[0][1]
-        if declared.schedule in CURVED or not _is_better(declared.scores, _linear(declared)):
-            tried += _conventions(backbone, CURVED, passes)[1:]
-        tried = _on_all(tried, passes)
-        declared = tried[0][1]
+        if declared.score > PLAUSIBLE or declared.schedule in CURVED:
+            tried = _on_all([*tried, *_conventions(backbone, CURVED, passes)[1:]], passes)
         if all(fit.score == math.inf for _, fit in tried):
             passes.fits([_Reading(backbone, declared.schedule, (declared.prediction,))], FIRST)  # It raises.
         leading = _leading(tried)
@@ -498,9 +496,10 @@ def _conventions(
 
 def _on_all(tried: Sequence[_Tried], passes: _Passes) -> list[_Tried]:
     """Returns what was tried, with the fits on all samples of the first, and of those that few do not rule out."""
-    best = min((fit for _, fit in tried), key=lambda fit: fit.score)
-    left = [i for i, (_, fit) in enumerate(tried) if fit.score < math.inf and (i == 0 or not _is_ruled_out(fit, best))]
-    again = passes.attempts([_Reading.like(tried[i][1], tried[i][0]) for i in left], len(passes.batch.x))
+    n, best = len(passes.batch.x), min((fit for _, fit in tried), key=_order)
+    callable_on_few = [i for i, (_, fit) in enumerate(tried) if len(fit.scores) < n and fit.score < math.inf]
+    left = [i for i in callable_on_few if i == 0 or not _is_ruled_out(tried[i][1], best)]
+    again = passes.attempts([_Reading.like(tried[i][1], tried[i][0]) for i in left], n)
     fits = {i: _raised(found)[0] for i, found in zip(left, again, strict=True) if i == 0 or isinstance(found, list)}
     return [(backbone, fits.get(i, fit)) for i, (backbone, fit) in enumerate(tried)]
 
