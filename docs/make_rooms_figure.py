@@ -20,7 +20,7 @@ TEXTS = {
     "messages": "text that is safe to print",
     "configs": "files of options",
     "files": "files that appear whole",
-    "memory": "batches that fit",
+    "memory": "failures, batches that fit",
     "precision": "of networks, equal bits",
     "checksums": "damage is noticed",
     "records": "the one reader of a run",
@@ -88,7 +88,7 @@ def main() -> None:
     levels = floors(ARROWS)
     levels["analyses.measures"] = levels["analyses.tables"] - 1
     half = 1.7 * max(Counter(levels.values()).values()) + 0.1  # of the width
-    figure, axes = plt.subplots(figsize=(1.663 * half, 9))
+    figure, axes = plt.subplots(figsize=(1.663 * half, 12))
     places = {}
     for level in range(max(levels.values()) + 1):
         rooms = sorted((room for room in ARROWS if levels[room] == level), key=lambda room: room == "analyses.measures")
@@ -105,11 +105,11 @@ def main() -> None:
         axes.add_patch(
             FancyBboxPatch((x - 1.6, y - 0.35), 3.2, 0.7, boxstyle=corners, fc=color, ec="#3a4149", zorder=2)
         )
-        axes.text(x, y + 0.13, name, ha="center", va="center", fontsize=11, weight="bold", zorder=3)
-        axes.text(x, y - 0.16, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
+        axes.text(x, y + 0.14, name, ha="center", va="center", fontsize=11, weight="bold", zorder=3)
+        axes.text(x, y - 0.17, TEXTS[room], ha="center", va="center", fontsize=8.5, zorder=3)
     top = max(levels.values()) * 1.2
     for i, (name, color) in enumerate(COLORS.items()):
-        axes.text(0.3 - half, top - 0.5 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
+        axes.text(0.3 - half, top - 0.7 * i, f" {name}/ ", fontsize=11, bbox={"fc": color, "ec": "#3a4149", "pad": 3})
     axes.set(xlim=(-half, half), ylim=(-0.5, top + 0.5))
     axes.axis("off")
     figure.savefig(DOCS / "figures" / "rooms.svg", bbox_inches="tight", metadata={"Date": None})
