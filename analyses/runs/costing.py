@@ -69,7 +69,8 @@ from layerprobe.extraction import (
 )
 
 MAX_SAMPLES = 4096  # of a split that measures are timed on; more take proportionally longer
-ABLATED, CHECKED, FEW = 256, 64, 384  # samples of the ablation, the convention check and the evidence, at most
+ABLATED, FEW = 256, 384  # samples of the ablation and the evidence, at most
+CHECKED_FIRST, CHECKED = 8, 64  # samples of the convention check: those on which all is tried, and all, at most
 _PROBE_S = 3e-7  # seconds of a sample, channel and class in the probes of few classes
 # What the convention check tries at five noise levels on its first samples: schedules and heads, for pixels also value
 # ranges. And what it usually tries on all its samples: the best convention, another one, and two kinds of labels.
@@ -205,7 +206,7 @@ class _Counts:
         self.few_bytes = 4 * sum((1 + min(TOKENS_PER_SAMPLE, t)) * d for t, d in shapes.values())
         self.ablated_rows = min(ABLATED, len(splits.validation)) * levels
         tried = _TRIED_OF_PIXELS if splits.train.modality in ("image", "video") else _TRIED
-        self.checked_rows = 5 * (8 * tried + _TRIED_ON_ALL * min(CHECKED, len(splits.train)))
+        self.checked_rows = 5 * (CHECKED_FIRST * tried + _TRIED_ON_ALL * min(CHECKED, len(splits.train)))
         kept = sum(min(plan.token_samples, len(samples)) for _, samples in splits.items()) * levels * plan.draws
         per_token = [min(plan.tokens_per_sample or t, t) * d for t, d in shapes.values()]
         self.token_bytes = kept * 4 * sum(per_token)  # of those that are kept beside the pooled features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from layerprobe.analyses.runs.stages import (
     Cost,
     cost_record,
 )
-from layerprobe.checkpoints import CheckpointSource
+from layerprobe.backbones import layer_shapes
+from layerprobe.checkpoints import CheckpointSource, check_convention, open_checkpoint
+from layerprobe.checkpoints.convention import FIRST
 from layerprobe.data import DataSource, Splits, Subset
 from layerprobe.extraction import ExtractionPlan
 
@@ -99,3 +102,17 @@ def test_measures_of_kept_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) ->
 
 
 CPU = torch.device("cpu")
+
+
+def test_the_rows_of_the_convention_check_are_about_those_that_it_asks_for() -> None:
+    backbone, splits = open_checkpoint("digits", device="cpu"), DataSource("digits").load()
+    passed = []
+
+    def forward(module: torch.nn.Module, x: torch.Tensor, *arguments: torch.Tensor | None) -> torch.Tensor:
+        passed.append(len(x))
+        return backbone.forward(module, x, *arguments)
+
+    check_convention(replace(backbone, forward=forward), splits.train)
+    counts = costing._Counts(backbone, splits, ExtractionPlan(), layer_shapes(backbone, backbone.layers))
+    assert 1 < counts.checked_rows / sum(passed) < 1.5
+    assert costing.CHECKED_FIRST == FIRST
