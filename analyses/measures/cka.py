@@ -27,6 +27,7 @@ from layerprobe.analyses.measures.gram_products import (
     GramSums,
     Progress,
     Share,
+    Work,
     feature_products,
     gram_products,
     num_multiplications,
@@ -121,7 +122,7 @@ def cka_matrix(
         loses_digits = estimator == "debiased" and not all(side.debiasing_keeps_digits() for side in (left, right))
         dtype = torch.float64 if loses_digits and precision == "auto" else torch.float32
     products = gram_products if kernel == "rbf" or by_gram < by_features else feature_products
-    inner, *squares = products(left, right, dtype, tile_bytes, progress, share)
+    inner, *squares = products(left, right, Work(dtype, tile_bytes, progress, share))
     hsic = _hsic(inner, left.gram_sums, right.gram_sums, estimator, _outer)
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
     roots = []

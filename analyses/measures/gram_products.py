@@ -152,24 +152,31 @@ class _TileSums(NamedTuple):
     row_sums: list[Tensor]
 
 
-def gram_products(
-    left: FeatureSet,
-    right: FeatureSet,
-    dtype: torch.dtype,
-    tile_bytes: int,
-    progress: Progress | None,
-    share: Share = map,
-) -> InnerProducts:
+class Work(NamedTuple):
+    """How inner products are computed.
+
+    Attributes:
+        dtype: Type of the products, float32 or float64.
+        tile_bytes: Memory in bytes.
+        progress: Called with (pieces done, pieces in all): rows of Gram matrices, or products with panels.
+        share: Computes the pieces.
+    """
+
+    dtype: torch.dtype
+    tile_bytes: int
+    progress: Progress | None = None
+    share: Share = map
+
+
+def gram_products(left: FeatureSet, right: FeatureSet, work: Work) -> InnerProducts:
     """Computes inner products from tiles of all Gram matrices at once; sets the row sums of RBF kernels.
 
     Args:
         left: First set.
         right: Second set, or `left` itself.
-        dtype: Type of the products, float32 or float64.
-        tile_bytes: Memory in bytes.
-        progress: Called with (rows done, rows in all).
-        share: Computes the tiles.
+        work: How they are computed.
     """
+    dtype, tile_bytes, progress, share = work
     n, sides = left.n, [left] if right is left else [left, right]
     readers = [side.reader(dtype, tile_bytes / 2 / len(sides)) for side in sides]
     num_representations, device = sum(len(side) for side in sides), left.diagonals.device
@@ -196,30 +203,15 @@ def gram_products(
     return symmetric(inner), inner.diag(), inner.diag()
 
 
-def feature_products(
-    left: FeatureSet,
-    right: FeatureSet,
-    dtype: torch.dtype,
-    tile_bytes: int,
-    progress: Progress | None,
-    share: Share = map,
-) -> InnerProducts:
+def feature_products(left: FeatureSet, right: FeatureSet, work: Work) -> InnerProducts:
     """Computes inner products of linear Gram matrices as ||X_a^T X_b||^2; arguments as in `gram_products`."""
-    inner = cross_products(left, right, _square_norm, dtype, tile_bytes, progress, share)
+    inner = cross_products(left, right, _square_norm, work)
     if right is left:
         return symmetric(inner), inner.diag(), inner.diag()
-    return inner, _self_products(left, dtype, share), _self_products(right, dtype, share)
+    return inner, _self_products(left, work), _self_products(right, work)
 
 
-def cross_products(
-    left: FeatureSet,
-    right: FeatureSet,
-    measure: Callable[[Tensor], Tensor],
-    dtype: torch.dtype,
-    tile_bytes: int,
-    progress: Progress | None,
-    share: Share = map,
-) -> Tensor:
+def cross_products(left: FeatureSet, right: FeatureSet, measure: Callable[[Tensor], Tensor], work: Work) -> Tensor:
     """Computes a number of X_a^T Y_b for all pairs, only for b >= a if both sets are the same.
 
     Panels of several Y side by side make the products large.
@@ -228,14 +220,12 @@ def cross_products(
         left: First set.
         right: Second set, or `left` itself.
         measure: Function of X_a^T Y_b, shape (D_a, D_b), that returns a number.
-        dtype: Type of the products, float32 or float64.
-        tile_bytes: Memory in bytes.
-        progress: Called with (products done, products in all).
-        share: Computes the products of an X with a panel.
+        work: How they are computed; a piece is the products of an X with a panel.
 
     Returns:
         The numbers, shape (M, M'), float64; 0 for the pairs that are left out.
     """
+    dtype, tile_bytes, progress, share = work
     ends = np.cumsum(right.widths).tolist()
     read_left, read_right = left.reader(dtype, 0), right.reader(dtype, 0)
     panels = _panels(right.widths, tile_bytes // (dtype.itemsize * (left.n + max(left.widths))))
@@ -338,14 +328,14 @@ def _panel_row(
     return torch.stack([measure(product[:, column.start - offset : column.stop - offset]) for column in needed]).cpu()
 
 
-def _self_products(side: FeatureSet, dtype: torch.dtype, share: Share) -> Tensor:
-    read = side.reader(dtype, 0)
+def _self_products(side: FeatureSet, work: Work) -> Tensor:
+    read = side.reader(work.dtype, 0)
 
     def square(m: int) -> Tensor:
         x = read(m)
         return _square_norm(x.T @ x if x.shape[1] < x.shape[0] else x @ x.T).cpu()
 
-    return torch.stack([*share(square, range(len(side)))]).to(side.diagonals.device)
+    return torch.stack([*work.share(square, range(len(side)))]).to(side.diagonals.device)
 
 
 def _square_norm(x: Tensor) -> Tensor:

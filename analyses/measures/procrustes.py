@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analyses.measures.gram_products import TILE_BYTES, FeatureSet, Progress, cross_products, symmetric
+from layerprobe.analyses.measures.gram_products import TILE_BYTES, FeatureSet, Progress, Work, cross_products, symmetric
 from layerprobe.analyses.measures.tensors import FeatureMatrix, PairMatrix, num_samples
 
 
@@ -45,7 +45,7 @@ def procrustes_matrix(
     n = num_samples(xs, 2, "the Procrustes distance")
     left = FeatureSet(xs, n)
     right = left if ys is None else FeatureSet(ys, n, "of the second set ")
-    overlap = cross_products(left, right, _nuclear_norm, torch.float64, tile_bytes, progress).cpu() / n
+    overlap = cross_products(left, right, _nuclear_norm, Work(torch.float64, tile_bytes, progress)).cpu() / n
     if right is left:
         overlap = symmetric(overlap)
     for side, values in ((left, overlap), (right, overlap.T)):

@@ -8,6 +8,7 @@ import torch
 
 from layerprobe.analyses.measures.gram_products import (
     FeatureSet,
+    Work,
     cross_products,
     feature_products,
     gram_products,
@@ -34,7 +35,7 @@ def test_both_ways_equal_the_full_matrices(products, tile_bytes: int, same: bool
     ys = xs if same else example(1)
     left = FeatureSet(xs, 30)
     right = left if same else FeatureSet(ys, 30)
-    inner, left_squares, right_squares = products(left, right, torch.float64, tile_bytes, None)
+    inner, left_squares, right_squares = products(left, right, Work(torch.float64, tile_bytes))
     grams = [[scaled(x) @ scaled(x).T for x in side] for side in (xs, ys)]
     np.testing.assert_allclose(inner, [[(k * m).sum() for m in grams[1]] for k in grams[0]], rtol=1e-10)
     np.testing.assert_allclose(left_squares, [(k * k).sum() for k in grams[0]], rtol=1e-10)
@@ -48,7 +49,7 @@ def test_cross_products_of_one_set_come_once_per_pair() -> None:
         shapes.append(tuple(product.shape))
         return torch.tensor(float(product.numel()))
 
-    areas = cross_products(features, features, area, torch.float64, 1, None)
+    areas = cross_products(features, features, area, Work(torch.float64, 1))
     assert areas.tolist() == [[4, 14, 80], [0, 49, 280], [0, 0, 1600]]
     assert sorted(shapes) == [(2, 2), (2, 7), (2, 40), (7, 7), (7, 40), (40, 40)]
 
