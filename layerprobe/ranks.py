@@ -11,6 +11,7 @@ This module imports torch only when processes are joined, so that the command li
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import re
@@ -289,10 +290,22 @@ def _join() -> tuple[Ranks, Any]:
         if not (isinstance(error, OSError) or is_lost_connection(error)):
             raise
         raise ConnectionError(_not_met(error, ranks, place)) from error
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     ranks = replace(ranks, _patient=patient, _store=store)
     _joined = ranks, store
     return ranks, store
+
+
+def _leave() -> None:
+    """Ends the process group.
+
+    A DDP module that outlives the group deletes it with the interpreter's lock held, and may then wait forever for a
+    thread of gloo that waits for this lock. Such modules stay in cycles of references until they are collected.
+    """
+    import torch.distributed as dist
+
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _place(url: str, environment: Mapping[str, str]) -> tuple[str, int]:
@@ -381,9 +394,7 @@ def first_host(nodes: str) -> str:
 
 def _fail(error: BaseException, store: Any) -> None:
     """Raises the error of the first process that failed; the others exit silently."""
-    import torch.distributed as dist
-
-    atexit.unregister(dist.destroy_process_group)  # It would wait for the other processes.
+    atexit.unregister(_leave)  # It would wait for the other processes.
     failure = failure_in(error) or error
     try:
         first = store.add(_FAILURES, 1) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -190,3 +191,16 @@ def test_a_lost_connection_that_others_made_a_fault_of_the_network_is_one(monkey
     wrapped.__cause__ = LOST
     with pytest.raises(ConnectionError, match=r"^another process was killed, or its machine is unreachable; repeat"):
         failing_with(wrapped, monkeypatch)
+
+
+def test_nothing_that_waits_to_be_collected_outlives_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DDP module would hang then."""
+
+    class Module:
+        def __init__(self) -> None:
+            self.cycle = self
+
+    left, alive = weakref.ref(Module()), []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: alive.append(left() is not None))
+    ranks._leave()
+    assert alive == [False]

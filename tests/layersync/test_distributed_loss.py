@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -151,6 +152,7 @@ def worker(rank: int, folder: str) -> None:
         except Exception as error:  # the other process would wait forever; the test reports the error
             results[name] = f"{type(error).__name__}: {error}"
     torch.save(results, f"{folder}/{rank}.pt")
+    gc.collect()  # A DDP module must not outlive its group, see `layerprobe.ranks._leave`.
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from datetime import timedelta
@@ -127,24 +128,30 @@ def in_ddp(rank: int, folder: str) -> None:
     meet = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=meet)
     x = DATA.train.batch(range(30 * rank, 30 * rank + 30)).x
-    weights: list[Any] = []
-    for out in (None, Path(folder) / "curves"):
-        torch.manual_seed(0)
-        model = DistributedDataParallel(Plain())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        options = {"every": 2, "max_share": 1, "num_samples": 48, "say": lambda _: None, "layers": "blocks.*"}
-        probe: Any = lp.ProbeEvery(model, DATA, out=out, **options, **OPTIONS) if out else lambda step: []
-        with LayerSync(model, 0, 1, say=lambda _: None) as sync:
-            for step in range(5):
-                probe(step)
-                loss = (model(x, torch.full((len(x),), 0.5)) - x).square().mean()
-                (loss + sync.loss()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        weights.append(model.module.state_dict())
-    probe.close()
-    torch.save({"weights": weights, "cost_s": probe.cost_s}, f"{folder}/{rank}.pt")
+    trained = [trained_in_ddp(x, out) for out in (None, Path(folder) / "curves")]
+    torch.save({"weights": [weights for weights, _ in trained], "cost_s": trained[1][1]}, f"{folder}/{rank}.pt")
+    gc.collect()  # A DDP module must not outlive its group, see `layerprobe.ranks._leave`.
     dist.destroy_process_group()
+
+
+def trained_in_ddp(x: Tensor, out: Path | None) -> tuple[dict[str, Tensor], float]:
+    """Weights after five steps, and the seconds that ProbeEvery took."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Plain())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"every": 2, "max_share": 1, "num_samples": 48, "say": lambda _: None, "layers": "blocks.*"}
+    probe: Any = lp.ProbeEvery(model, DATA, out=out, **options, **OPTIONS) if out else None
+    with LayerSync(model, 0, 1, say=lambda _: None) as sync:
+        for step in range(5):
+            if probe:
+                probe(step)
+            loss = (model(x, torch.full((len(x),), 0.5)) - x).square().mean()
+            (loss + sync.loss()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if probe:
+        probe.close()
+    return model.module.state_dict(), probe.cost_s if probe else 0.0
 
 
 @pytest.mark.slow  # two processes that import everything
