@@ -95,6 +95,11 @@ def recorded_version(folder: Path) -> str:
     return str(_read(folder).get("layerprobe", ""))
 
 
+def recorded_digest(folder: Path) -> str:
+    """Returns one checksum of all files that are recorded of a folder; "" if none is."""
+    return str(_read(folder).get("checksum", ""))
+
+
 def told_again(path: Path, how: str = "") -> None:
     """Tells that a damaged file is made again, and how."""
     logger.warning("%s", f"{path} was damaged and is made again {how}".strip())

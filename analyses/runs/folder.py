@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -98,7 +99,7 @@ class RunFolder:
         self.path = Path(path)
         self.features, self.figures = self.path / "features", self.path / "figures"
         self.confirmation = self.path / "confirmation"
-        self.recorded = self.path / "recorded"
+        self.recorded, self.measured = self.path / "recorded", self.path / "measured"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
         self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
 
@@ -163,6 +164,10 @@ class RunFolder:
             write_table(recoverability, self.path / "recoverability.csv")
         evidence.write_csv(self.path / "evidence.csv")
         write_table(quality, self.path / "quality.csv")
+
+    def drop_measured(self) -> None:
+        """Deletes the measurements that were kept for the tables, which are written."""
+        shutil.rmtree(self.measured, ignore_errors=True)
 
     def write_probe_scores(self, scores: Mapping[tuple[str, float], NDArray[np.float64]]) -> None:
         """Writes which samples of the test split the probes classify correctly, by layer and noise level."""

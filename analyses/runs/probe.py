@@ -56,6 +56,7 @@ from layerprobe.analyses.tables import (
     RANDOM_WEIGHTS,
     RAW_INPUT,
     Analysis,
+    KeptMeasurements,
     PairEvidence,
     ScoreKeeper,
     encoder_rows,
@@ -73,6 +74,7 @@ from layerprobe.checkpoints import (
     convention_name,
     resolve_device,
 )
+from layerprobe.checksums import recorded_digest
 from layerprobe.data import Reading, Splits, reading_lines
 from layerprobe.extraction import (
     RAW_INPUT_WIDTH,
@@ -133,6 +135,7 @@ def measure_run(
 
 
 def _kept_selection(folder: RunFolder) -> Selection:
+    folder.drop_measured()  # if the call that wrote the tables was killed right after them
     replaced = folder.has_selection and _is_mistrusted(folder.selection())
     folder.keep_selection(choose_layers(folder.path), replace=replaced)
     return folder.selection()
@@ -272,10 +275,11 @@ def analyze_run(
     """
     folder, ranks = RunFolder(run), current()
     plan = folder.plan()
-    model = folder.store(MODEL)
-    stores = {MODEL: model} | {source: folder.store(source) for source in _controls(model)}
-    on = _measuring_device(device, stores[MODEL])
-    keeper, clock = ScoreKeeper(stores[MODEL]), StageClock(folder.path, writes=ranks.is_first)
+    stores = _measured_stores(folder)
+    model = stores[MODEL]
+    on = _measuring_device(device, model)
+    keeper, clock = ScoreKeeper(), StageClock(folder.path, writes=ranks.is_first)
+    kept = _kept_measurements(folder, stores, analyses, on)
     if on_forecast and ranks.is_first:
         clock.foretell(
             PROBES,
@@ -294,14 +298,15 @@ def analyze_run(
     clock.begin(PROBES)
     quality, similarity = measure(
         stores,
-        analyses=[keeper.recording(analysis) for analysis in analyses],
+        analyses=analyses,
         seed=plan.seed,
         device=on,
         ranks=ranks,
+        kept=kept,
+        listener=keeper.listen,
         progress=measured,
     )
     clock.begin(PAIRS)
-    keeper.complete(ranks)
     if _is_given(model):
         ablation, small = pd.DataFrame(columns=quality.columns), model
     else:
@@ -322,6 +327,7 @@ def analyze_run(
         if keeper.probe_scores:
             folder.write_probe_scores(keeper.probe_scores)
         folder.write_tables(pd.concat(tables, ignore_index=True), similarity, evidence, recoverability)
+        folder.drop_measured()
         selection = choose_layers(run)
         folder.keep_selection(selection)
         return selection
@@ -332,7 +338,7 @@ def analyze_run(
 
 
 def analysis_forecast(run: str | Path, *, device: str = "auto", num_processes: int = 1) -> Cost:
-    """Returns what `analyze_run` will cost, by its own analyses and without an encoder.
+    """Returns what is left of `analyze_run` will cost, by its own analyses and without an encoder.
 
     Args:
         run: Run folder with features.
@@ -342,18 +348,40 @@ def analysis_forecast(run: str | Path, *, device: str = "auto", num_processes: i
     Raises:
         FileNotFoundError: If there are no features.
     """
-    store = RunFolder(run).store(MODEL)
-    raw = store if _is_given(store) else RunFolder(run).store(RAW_INPUT)
-    return analysis_cost(store, raw, _measuring_device(device, store), processes=num_processes)
+    folder = RunFolder(run)
+    stores = _measured_stores(folder)
+    model = stores[MODEL]
+    on = _measuring_device(device, model)
+    cost = analysis_cost(model, stores.get(RAW_INPUT, model), on, processes=num_processes)
+    kept = _kept_measurements(folder, stores, ANALYSES, on)
+    if kept is None:
+        return cost
+    left = 1 - kept.count() / sum(len(store.layers) * len(store.noise_levels) for store in stores.values())
+    return replace(cost, seconds=cost.seconds | {PROBES: left * cost.seconds[PROBES]})
+
+
+def _measured_stores(folder: RunFolder) -> dict[str, FeatureStore]:
+    """The features that are measured: those of the model and, unless it is unknown, of its controls."""
+    model = folder.store(MODEL)
+    controls = () if _is_given(model) else (RANDOM_WEIGHTS, RAW_INPUT)
+    return {MODEL: model} | {source: folder.store(source) for source in controls}
+
+
+def _kept_measurements(
+    folder: RunFolder, stores: Mapping[str, FeatureStore], analyses: Sequence[Analysis], device: torch.device
+) -> KeptMeasurements | None:
+    """Where measurements are kept until the tables are written.
+
+    None for an analysis of the caller's own, whose code may change between two calls, and for features of an earlier
+    version without checksums, which may change too.
+    """
+    is_certain = set(analyses) <= set(ANALYSES) and all(recorded_digest(store.folder) for store in stores.values())
+    return KeptMeasurements(folder.measured, stores, analyses, device) if is_certain else None
 
 
 def _is_given(store: FeatureStore) -> bool:
     """Whether another program computed the features, so that there is nothing but them."""
     return "given" in store.manifest
-
-
-def _controls(store: FeatureStore) -> tuple[str, ...]:
-    return () if _is_given(store) else (RANDOM_WEIGHTS, RAW_INPUT)
 
 
 def _measuring_device(device: str, store: FeatureStore) -> torch.device:

@@ -39,6 +39,7 @@ from .evidence import PairEvidence as PairEvidence
 from .evidence import Quantity as Quantity
 from .evidence_measures import ScoreKeeper as ScoreKeeper
 from .evidence_measures import measure_evidence as measure_evidence
+from .kept import KeptMeasurements as KeptMeasurements
 from .layer_curves import CAUGHT_UP as CAUGHT_UP
 from .layer_curves import COLLAPSED as COLLAPSED
 from .layer_curves import CURVE_COLUMNS as CURVE_COLUMNS

@@ -54,9 +54,7 @@ from layerprobe.analyses.tables.measurements import (
     KNN,
     PROBE,
     RANK,
-    Analysis,
     Measurement,
-    Representation,
     num_neighbors,
 )
 from layerprobe.analyses.tables.quality import MAX_RANK, MODEL
@@ -128,38 +126,21 @@ class ScoreKeeper:
             representation that could not be measured.
         probe_scores: Scores of the probes of the model on the test split by layer and noise level, arrays (n,); runs
             are compared by them.
-
-    Args:
-        store: Features of the model; scores of other stores are not kept.
     """
 
-    def __init__(self, store: FeatureStore) -> None:
+    def __init__(self) -> None:
         self.scores: dict[tuple[str, str, float], Floats | None] = {}
         self.probe_scores: dict[tuple[str, float], Floats] = {}
-        self._folder = store.folder
 
-    def recording(self, analysis: Analysis) -> Analysis:
-        """Wraps an analysis so that its scores are kept."""
-
-        def recorded(representation: Representation) -> Sequence[Measurement]:
-            measurements = analysis(representation)
-            if representation.store.folder == self._folder:
-                self.scores |= {
-                    (m.metric, representation.layer, representation.noise_level): m.scores
-                    for m in measurements
-                    if m.metric in (PROBE, KNN) and m.split == "validation"
-                }
-                for m in measurements:
-                    if m.metric == PROBE and m.split == "test" and m.scores is not None:
-                        self.probe_scores[representation.layer, representation.noise_level] = m.scores
-            return measurements
-
-        return recorded
-
-    def complete(self, ranks: Ranks) -> None:
-        """Adds the scores that the other processes have recorded; all must call it."""
-        for scores, probe_scores in ranks.whole([(self.scores, self.probe_scores)]):
-            self.scores, self.probe_scores = self.scores | scores, self.probe_scores | probe_scores
+    def listen(self, source: str, layer: str, noise_level: float, measurements: Sequence[Measurement]) -> None:
+        """Keeps the scores of a representation; the `listener` of `measure`."""
+        if source != MODEL:
+            return
+        for m in measurements:
+            if m.metric in (PROBE, KNN) and m.split == "validation":
+                self.scores[m.metric, layer, noise_level] = m.scores
+            if m.metric == PROBE and m.split == "test" and m.scores is not None:
+                self.probe_scores[layer, noise_level] = m.scores
 
 
 class _Measuring:

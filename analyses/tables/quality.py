@@ -6,7 +6,7 @@ test split is only scored. Accuracies are fractions in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from layerprobe.analyses.measures import (
     shared_basis,
 )
 from layerprobe.analyses.tables.csv_files import read_table
+from layerprobe.analyses.tables.kept import KeptMeasurements
 from layerprobe.analyses.tables.measurements import (
     CPU,
     RANK,
@@ -80,6 +81,8 @@ def measure(
     seed: int = 0,
     device: torch.device = CPU,
     ranks: Ranks = ALONE,
+    kept: KeptMeasurements | None = None,
+    listener: Callable[[str, str, float, Sequence[Measurement]], None] | None = None,
     progress: StepProgress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs the analyses on every layer and noise level of every store, several at a time.
@@ -95,6 +98,8 @@ def measure(
         device: Device of the measures, with float64; probes with few samples are fitted on the CPU in any case.
         ranks: Processes that share the representations and all call this function; all get both tables, which are the
             same for any number of them.
+        kept: Where finished measurements of these stores by these analyses are kept, and taken from.
+        listener: Called with source, layer, noise level and measurements of every representation, on every process.
         progress: Called with (steps done, steps in total).
 
     Returns:
@@ -115,18 +120,26 @@ def measure(
         for layer in store.layers
         for level in store.noise_levels
     ]
-    mine = ranks.mine(keys)
+    mine = ranks.mine(range(len(keys)))
     total = len(mine) + (stores[MODEL].draws if MODEL in stores else 0)
     step = StepCounter(progress, total)
 
-    def measured(key: tuple[str, str, float]) -> list[Measurement]:
+    def measured(index: int) -> list[Measurement]:
         ranks.check()
-        representation = Representation(stores[key[0]], *key[1:], device=device)
-        measurements = [measurement for analysis in analyses for measurement in analysis(representation)]
+        measurements = None if kept is None else kept.read(index)
+        if measurements is None:
+            source, layer, level = keys[index]
+            representation = Representation(stores[source], layer, level, device=device)
+            measurements = [measurement for analysis in analyses for measurement in analysis(representation)]
+            if kept is not None:
+                kept.write(index, measurements)
         step()
         return measurements
 
     measurements = ranks.whole(in_parallel(measured, mine, workers=num_workers(device)))
+    if listener:
+        for key, of_key in zip(keys, measurements, strict=True):
+            listener(*key, of_key)
     quality = _quality_table(keys, measurements, stores, seed)
     if MODEL not in stores:
         return quality, pd.DataFrame(columns=list(SIMILARITY_COLUMNS))

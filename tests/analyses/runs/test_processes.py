@@ -21,16 +21,21 @@ from layerprobe.analyses.experiments.confirmation import confirm_pair
 from layerprobe.analyses.experiments.pair_sweep import PairSweepPlan, all_pairs, sweep_pairs
 from layerprobe.analyses.generation.extractors import Extractor, all_features
 from layerprobe.analyses.measures import cka_matrix
+from layerprobe.analyses.runs import probe
 from layerprobe.analyses.runs.folder import RunPlan
-from layerprobe.analyses.runs.probe import measure_run
+from layerprobe.analyses.runs.probe import analysis_forecast, measure_run
+from layerprobe.analyses.runs.stages import PROBES, SIMILARITY, Cost
 from layerprobe.analyses.selection import Selection
+from layerprobe.analyses.tables import measurements
 from layerprobe.checkpoints.source import CheckpointSource
 from layerprobe.data.latents import vae
 from layerprobe.data.samples import TensorSamples
 from layerprobe.data.sources import DataSource
+from layerprobe.extraction.features import FeatureStore
 from layerprobe.extraction.plan import ExtractionPlan
 from layerprobe.files import IN_MEMORY
 from layerprobe.layersync.pair import LayerPair
+from layerprobe.progress import TaskProgress
 from layerprobe.ranks import processes
 from layerprobe.sampling.plan import SamplingPlan
 from layerprobe.training.plan import TrainingPlan
@@ -43,10 +48,10 @@ PLAN = RunPlan(
 )
 
 
-def measured(folder: Path, seed: int = 0) -> Selection:
+def measured(folder: Path, seed: int = 0, progress: TaskProgress | None = None) -> Selection:
     """A run of all stages but the figures; a seed for each process, or one for all."""
-    splits = tiny_splits(60, shape=(1, 8, 8), seed=seed)
-    return measure_run(PLAN, folder, opened=(tiny_sit(shape=(1, 8, 8)), splits), trust_convention=True, device="cpu")
+    opened = tiny_sit(shape=(1, 8, 8)), tiny_splits(60, shape=(1, 8, 8), seed=seed)
+    return measure_run(PLAN, folder, opened=opened, trust_convention=True, device="cpu", progress=progress)
 
 
 def measured_with_other_data(folder: Path) -> None:
@@ -110,6 +115,37 @@ def test_three_processes_continue_what_two_began(one: tuple[dict[str, Any], Sele
     assert Started(tmp_path, measured, tmp_path / "run", num=3).results() == [one[1]] * 3
     assert contents(tmp_path / "run") == one[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before  # kept
+
+
+def test_an_interrupted_measurement_is_continued(
+    one: tuple[dict[str, Any], Selection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(task: str, done: int, total: int) -> None:
+        if task == "measuring layers" and done == 5:
+            raise KeyboardInterrupt
+
+    measured_by: list[str] = []
+
+    def counted(x: Any, whole: Any = measurements.spectrum) -> Any:
+        measured_by.append("")
+        return whole(x)
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        measured(folder, progress=interrupt)
+    kept = len([*folder.glob("measured/*/*.safetensors")])
+    num = sum(len(store.layers) * len(store.noise_levels) for store in map(FeatureStore.open, stores(folder)))
+    assert 5 <= kept < num
+    monkeypatch.setattr(probe, "analysis_cost", lambda *_, **__: Cost({PROBES: 1.0, SIMILARITY: 1.0}, 0, None, 0))
+    assert analysis_forecast(folder).seconds == {PROBES: pytest.approx(1 - kept / num), SIMILARITY: 1.0}
+    monkeypatch.setattr(measurements, "spectrum", counted)
+    assert measured(folder) == one[1]
+    assert len(measured_by) == (num - kept) * PLAN.extraction.draws
+    assert contents(folder) == one[0]
+
+
+def stores(run: Path) -> list[Path]:
+    return [run / "features" / name for name in ("model", "random-weights", "raw-input")]
 
 
 def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
