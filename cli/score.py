@@ -77,7 +77,7 @@ def score(
     """
     from dataclasses import asdict
 
-    from layerprobe.analyses.generation import check_metrics, open_encoder
+    from layerprobe.analyses.generation import check_metrics, check_neighbors, open_encoder
     from layerprobe.analyses.runs import (
         SCORES,
         Cost,
@@ -98,6 +98,7 @@ def score(
     if out is not None and out.is_file():
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     generated, splits = open_comparison(samples, data, num_test=num_test)
+    check_neighbors(metric_names, neighbors, len(generated), len(splits.test))
     encoder = None
     if extractor is None and extraction_options["precision"] != "auto":
         raise ValueError("--precision has no effect without --extractor; pass it too, or leave out --precision")

@@ -38,6 +38,7 @@ from layerprobe.data.arrays import load_array
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
 from layerprobe.data.sources import DataSource
+from layerprobe.records import write_record
 
 
 def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighborhoods:
@@ -411,8 +412,10 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, cli, refused) -> No
     assert (json.loads(out)["metrics"], json.loads(out)["num_reference"]) == (["kernel"], 50)
     (tmp_path / "score.toml").unlink()
     assert "k is" not in refused("score", "none.npz", "--data", "digits", "--dry-run")
+    far = ("score", "x.npz", "--data", "digits", "--neighbors", 90, "--dry-run")
+    assert "k is 90 for 90 and 360 samples; pass k between 1 and 89" in refused(*far)
     (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "scores.json").write_text('{"samples": "y.npz"}')
+    write_record(tmp_path / "scores" / "scores.json", {"samples": "y.npz"})
     arguments = ("score", "x.npz", "--data", "digits", "--out", "scores", "--dry-run")
     assert "scores holds scores of another command (different: data, metrics" in refused(*arguments)
     shutil.rmtree(tmp_path / "scores")
