@@ -31,6 +31,7 @@ from .layer_curves import LayerCurves as LayerCurves
 from .network import NewNetwork as NewNetwork
 from .own_features import features_run as features_run
 from .pair_sweep import PairSweepStart as PairSweepStart
+from .pair_sweep import check_pair_sweep as check_pair_sweep
 from .pair_sweep import describe_pair_sweep as describe_pair_sweep
 from .pair_sweep import pair_sweep_run as pair_sweep_run
 from .pair_sweep import pair_sweep_start as pair_sweep_start
