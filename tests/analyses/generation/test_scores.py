@@ -443,6 +443,9 @@ def write_bad(folder: Path) -> None:
     np.savez(folder / "objects.npz", np.array([{}] * 30, object))
     np.savez(folder / "none.npz", pixels(0))
     (folder / "cut.npz").write_bytes((folder / "other.npz").read_bytes()[:-40])
+    stored = bytearray((folder / "no-images.npz").read_bytes())
+    stored[stored.index(b"PK\1\2") + 10] = 99  # the way it is compressed
+    (folder / "method.npz").write_bytes(stored)
     with zipfile.ZipFile(folder / "text.npz", "w") as archive:
         archive.writestr("arr_0.npy", "no array at all")
     (folder / "folder").mkdir()
@@ -460,6 +463,7 @@ BAD = {
     "empty.npy": "empty.npy is empty; write it again",
     "empty.npz": "empty.npz is empty; write it again",
     "cut.npy": r"cut.npy is not a complete .npy of numbers \(.*\); write it again",
+    "method.npz": r"method.npz is not a complete .npz of numbers \(.*\); write it again",
     "other.npz": r"other.npz has no array arr_0; pass images as uint8 \(n, H, W, C\) under that name",
     "float.npz": r"contains float32 of shape \(60, 1, 8, 8\); an .npz must contain images as uint8 \(n, H, W, C\)",
     "no-images.npz": r"contains uint8 of shape \(30, 8, 1\); an .npz must contain images",
