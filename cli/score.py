@@ -81,11 +81,11 @@ def score(
     from layerprobe.analyses.runs import (
         SCORES,
         Cost,
-        StageClock,
         check_scores,
         describe_scores,
         open_comparison,
         rough_score_seconds,
+        score_clock,
         score_cost,
         score_run,
         write_scores,
@@ -134,7 +134,7 @@ def score(
         return
     clock = None
     if out is not None:
-        clock = StageClock(out)
+        clock = score_clock(out)
         clock.foretell(
             SCORES, lambda: rough_score_seconds(generated, splits, data, extractor=encoder), cost, tell_forecast
         )

@@ -54,6 +54,7 @@ from .score import check_scores as check_scores
 from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import rough_score_seconds as rough_score_seconds
+from .score import score_clock as score_clock
 from .score import score_cost as score_cost
 from .score import score_run as score_run
 from .score import write_scores as write_scores

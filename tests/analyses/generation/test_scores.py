@@ -335,8 +335,11 @@ def test_the_command_prints_and_writes_its_table(tmp_path: Path, cli) -> None:
     assert set(table["num_samples"]) == {100}
     assert set(table["num_reference"]) == {400}
     record = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    times = tmp_path / "scores" / "times.json"
+    write_record(times, {"seconds": {"scores": 1000.0}, "memory_bytes": 1, "device_bytes": None})
     code, out, _ = cli(*command, "--json")
     assert json.loads(out) == record
+    assert json.loads(times.read_text())["seconds"]["scores"] < 1000
     expected, _ = score_features(
         load_array(tmp_path / "x.npz").batch(range(100)).x.flatten(1)[:, 20:30].numpy(),
         digits().test.batch(range(400)).x.flatten(1)[:, 20:30].numpy(),
