@@ -85,6 +85,7 @@ def atlas(
         ENCODING,
         Cost,
         StageClock,
+        check_pair_sweep,
         describe_pair_sweep,
         pair_sweep_run,
         pair_sweep_start,
@@ -121,6 +122,8 @@ def atlas(
         "out": str(out),
     }
     splits = data.load()
+    if data.vae is None:  # Latents are known once they are encoded.
+        check_pair_sweep(begin, splits, pairs, out)
     num_processes = current().world_size
 
     def cost() -> Cost:

@@ -69,7 +69,7 @@ def probe(
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, STAGES, device, batch_size, as_json)
+        _forecast(plan, out, STAGES, device, batch_size, as_json)
         return
     with progress_bar(quiet=quiet) as progress:
         selection = probe_run(
@@ -116,7 +116,7 @@ def extract(
 
     plan = _plan(checkpoint, data, extraction, seed)
     if dry_run:
-        _forecast(plan, EXTRACTION, device, batch_size, as_json)
+        _forecast(plan, out, EXTRACTION, device, batch_size, as_json)
         return
     with progress_bar() as progress:
         extract_run(
@@ -276,9 +276,9 @@ def _tell_assumption(assumption: str) -> None:
     tell(f"assumed: {assumption}")
 
 
-def _forecast(plan: RunPlan, stages: Sequence[str], device: str, batch_size: int, as_json: bool) -> None:
+def _forecast(plan: RunPlan, out: Path, stages: Sequence[str], device: str, batch_size: int, as_json: bool) -> None:
     from layerprobe.analyses.runs import forecast
 
     num_processes = current().world_size
-    record, cost = forecast(plan, device=device, batch_size=batch_size, stages=stages, num_processes=num_processes)
+    record, cost = forecast(plan, out, device=device, batch_size=batch_size, stages=stages, num_processes=num_processes)
     emit_forecast(record, cost, as_json=as_json)

@@ -77,15 +77,15 @@ def score(
     """
     from dataclasses import asdict
 
-    from layerprobe.analyses.generation import check_metrics, open_encoder
+    from layerprobe.analyses.generation import check_metrics, check_neighbors, open_encoder
     from layerprobe.analyses.runs import (
         SCORES,
         Cost,
-        StageClock,
         check_scores,
         describe_scores,
         open_comparison,
         rough_score_seconds,
+        score_clock,
         score_cost,
         score_run,
         write_scores,
@@ -98,6 +98,7 @@ def score(
     if out is not None and out.is_file():
         raise ValueError(f"{out} is a file, not a folder; choose another --out")
     generated, splits = open_comparison(samples, data, num_test=num_test)
+    check_neighbors(metric_names, neighbors, len(generated), len(splits.test))
     encoder = None
     if extractor is None and extraction_options["precision"] != "auto":
         raise ValueError("--precision has no effect without --extractor; pass it too, or leave out --precision")
@@ -133,7 +134,7 @@ def score(
         return
     clock = None
     if out is not None:
-        clock = StageClock(out)
+        clock = score_clock(out)
         clock.foretell(
             SCORES, lambda: rough_score_seconds(generated, splits, data, extractor=encoder), cost, tell_forecast
         )

@@ -139,7 +139,7 @@ def train(
     )
     from layerprobe.checkpoints import open_checkpoint
     from layerprobe.ranks import processes
-    from layerprobe.training import require
+    from layerprobe.training import check_training, require
 
     # Everything that may fail is inside, so that only one of several processes reports it.
     with processes() as ranks:
@@ -163,6 +163,8 @@ def train(
         if probe_every:
             share = CurvePlan.max_share if probe_share is None else probe_share
             curves = CurvePlan(every=probe_every, max_share=share, seed=seed)
+        if data.vae is None:  # Latents are known once they are encoded.
+            check_training(backbone, splits.train, plan, out)
         record = training_size(backbone, splits, plan, auto=auto, num_processes=ranks.world_size)
         record["out"] = str(out)
         if ranks.is_first:

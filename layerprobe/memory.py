@@ -26,8 +26,10 @@ _REFUSAL = "does not have a deterministic implementation"
 # Gloo begins with its place in its own code; other libraries' connections and folders of that name are none of ours.
 _LOST_CONNECTION = re.compile(r"\bgloo/\S+\.cc:\d+|\bgloo connectfullmesh failed", re.IGNORECASE)
 _DEVICE = re.compile(
-    r"(cuda|cuda driver|hip|xpu|nccl|cublas|cudnn|cusolver|cufft|cusparse|curand|miopen|rocblas|triton) error\b"
-    r"|\b(cu|hip|roc|mi)[a-z]+_status_|ur_result_error|device-side assert",
+    r"\b(cuda|cuda driver|hip|xpu|nccl|cublas|cudnn|cusolver|cufft|cusparse|curand|miopen|rocblas|triton) error\b"
+    # Names of layers in a message end in words like "current_status_".
+    r"|\b(cu|hip|roc)(blas|dnn|solver|fft|sparse|rand|tensor)[a-z]*_status_|\bmiopenstatus"
+    r"|ur_result_error|device-side assert",
     re.IGNORECASE,
 )
 

@@ -297,7 +297,7 @@ def _join() -> tuple[Ranks, Any]:
 
 
 def _leave() -> None:
-    """Ends the process group.
+    """Ends the process group, if a script has not done so itself.
 
     A DDP module that outlives the group deletes it with the interpreter's lock held, and may then wait forever for a
     thread of gloo that waits for this lock. Such modules stay in cycles of references until they are collected.
@@ -305,7 +305,8 @@ def _leave() -> None:
     import torch.distributed as dist
 
     gc.collect()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _place(url: str, environment: Mapping[str, str]) -> tuple[str, int]:

@@ -41,6 +41,7 @@ from .pair_sweep import PairSweepPlan as PairSweepPlan
 from .pair_sweep import all_pairs as all_pairs
 from .pair_sweep import benefits as benefits
 from .pair_sweep import branch_scores as branch_scores
+from .pair_sweep import check_sweep as check_sweep
 from .pair_sweep import pair_sweep_table as pair_sweep_table
 from .pair_sweep import read_pair_sweep as read_pair_sweep
 from .pair_sweep import sweep_pairs as sweep_pairs

@@ -39,10 +39,11 @@ from layerprobe.files import locked
 from layerprobe.layersync import LayerPair
 from layerprobe.progress import TaskProgress, TrainingProgress
 from layerprobe.ranks import Ranks, alone, processes
-from layerprobe.records import claim
+from layerprobe.records import check_claim, claim
 from layerprobe.sampling import SamplingPlan
 from layerprobe.training import TrainingPlan, checkpoints, read_checkpoint, train
 
+_RECORD, _WHAT = "atlas.json", "a pair sweep"  # of the folder, see `claim`
 PAIR_SWEEP_COLUMNS = ("student", "teacher", "seed", "step", "metric", "value", "benefit")
 
 
@@ -142,14 +143,13 @@ def sweep_pairs(
     number, count = shard
     if not 1 <= number <= count:
         raise ValueError(f"there is no shard {number} of {count}; pass 1/{count} to {count}/{count}")
-    if len(set(pairs)) < len(pairs):
-        raise ValueError("a pair is listed twice; pass each pair once")
+    check_sweep(backbone, splits, pairs, plan, folder, state=state, extractor=extractor)
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
 
     def begun() -> Extractor:
         with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
-            claim(folder, "atlas.json", _record(backbone, splits, plan, state, extractor), what="a pair sweep")
+            claim(folder, _RECORD, _record(backbone, splits, plan, state, extractor), what=_WHAT)
             begin(EXTRACTOR)
             return extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
 
@@ -169,6 +169,27 @@ def sweep_pairs(
         _train_branches(todo, backbone, splits, plan, folder, state, extractor, ranks, begin, progress)
         ranks.barrier()
         return ranks.once(table)
+
+
+def check_sweep(
+    backbone: Backbone,
+    splits: Splits,
+    pairs: Sequence[LayerPair],
+    plan: PairSweepPlan,
+    folder: str | Path,
+    *,
+    state: Path | None = None,
+    extractor: Extractor | None = None,
+) -> None:
+    """Checks that `sweep_pairs` with the same arguments would begin or continue; nothing is written.
+
+    Raises:
+        ValueError: If a pair is listed twice, or the folder belongs to another run.
+    """
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("a pair is listed twice; pass each pair once")
+    record = _record(backbone, splits, plan, state, extractor)
+    check_claim(Path(folder), _RECORD, record, what=_WHAT)
 
 
 def _train_branches(

@@ -12,4 +12,5 @@ from .scores import FEWEST_SAMPLES as FEWEST_SAMPLES
 from .scores import METRICS as METRICS
 from .scores import Score as Score
 from .scores import check_metrics as check_metrics
+from .scores import check_neighbors as check_neighbors
 from .scores import score_features as score_features

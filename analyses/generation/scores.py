@@ -169,6 +169,16 @@ def check_metrics(metrics: Sequence[str]) -> None:
         raise ValueError(unknown("score", strange[0] if strange else "", METRICS))
 
 
+def check_neighbors(metrics: Sequence[str], k: int, num: int, num_reference: int) -> None:
+    """Checks that so many samples have a k-th neighbor, also without those that the intervals leave out at a time.
+
+    Raises:
+        ValueError: If they are too few, and a metric counts neighbors.
+    """
+    if set(metrics) & set(NEIGHBORHOODS):
+        _check_neighbors(k, *(n - -(-n // GROUPS) for n in (num, num_reference)))
+
+
 def neighborhoods(x: Features, reference: Features, *, k: int = 5, tile_bytes: int = TILE_BYTES) -> Neighborhoods:
     """Computes precision, recall, density and coverage; exact, and invariant to rotation, shift and scale.
 
@@ -327,9 +337,7 @@ def _check(features: Features, reference: Features, metrics: Sequence[str], k: i
         raise ValueError(
             f"features of width {features.shape[1]} and {reference.shape[1]} cannot be compared; use one extractor"
         )
-    if set(metrics) & set(NEIGHBORHOODS):
-        smallest = [len(z) - -(-len(z) // GROUPS) for z in (features, reference)]  # without the largest group
-        _check_neighbors(k, *smallest)
+    check_neighbors(metrics, k, len(features), len(reference))
 
 
 def _check_neighbors(k: int, n: int, m: int) -> None:

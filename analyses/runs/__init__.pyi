@@ -31,6 +31,7 @@ from .layer_curves import LayerCurves as LayerCurves
 from .network import NewNetwork as NewNetwork
 from .own_features import features_run as features_run
 from .pair_sweep import PairSweepStart as PairSweepStart
+from .pair_sweep import check_pair_sweep as check_pair_sweep
 from .pair_sweep import describe_pair_sweep as describe_pair_sweep
 from .pair_sweep import pair_sweep_run as pair_sweep_run
 from .pair_sweep import pair_sweep_start as pair_sweep_start
@@ -53,6 +54,7 @@ from .score import check_scores as check_scores
 from .score import describe_scores as describe_scores
 from .score import open_comparison as open_comparison
 from .score import rough_score_seconds as rough_score_seconds
+from .score import score_clock as score_clock
 from .score import score_cost as score_cost
 from .score import score_run as score_run
 from .score import write_scores as write_scores

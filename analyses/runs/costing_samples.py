@@ -163,7 +163,8 @@ def features_rate(extractor: Extractor, shape: tuple[int, ...]) -> Rate:
 def _comparing_seconds(num: int, num_reference: int, width: int, metrics: Sequence[str], k: int) -> float:
     """Seconds of the scores of features, both sets of which are compared with themselves and with each other."""
     equal = round(math.sqrt((num**2 + num * num_reference + num_reference**2) / 3))
-    few = min(1000, max(equal // 3, FEWEST_SAMPLES + k))
+    few = min(1000, max(equal // 3, FEWEST_SAMPLES))
+    k = min(k, few // 2)  # Few samples have no farther neighbors, and farther ones hardly take longer.
     x, y = np.random.default_rng(0).standard_normal((2, 3 * few, width)).astype(np.float32)
     score = partial(score_features, extractor="timed", metrics=metrics, k=k)
     return squared([seconds_of(partial(score, x[:size], y[:size])) for size in (few, 3 * few)], few, equal)

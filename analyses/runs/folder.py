@@ -27,7 +27,7 @@ from layerprobe.data import DataSource, Splits
 from layerprobe.extraction import ExtractionPlan, FeatureStore
 from layerprobe.files import locked, one_line, similar_path
 from layerprobe.options import to_record
-from layerprobe.records import claim, damaged, parse, read_record, typed, write_record
+from layerprobe.records import check_claim, claim, damaged, parse, read_record, typed, write_record
 
 EXTRACT = "repeat the `layerprobe probe` or `extract` that made the run, which makes it again"
 _CONFIRM = "repeat the `layerprobe confirm` that made it, which trains nothing again"
@@ -102,6 +102,14 @@ class RunFolder:
         self.recorded, self.measured = self.path / "recorded", self.path / "measured"
         self.ablation, self.convention = self.path / "ablation.csv", self.path / "convention.json"
         self.data, self.rounding = self.path / "data.json", self.path / "rounding.json"
+
+    def check_claim(self, plan: RunPlan) -> None:
+        """Checks that `claim` would find the folder free or its own; nothing is written.
+
+        Raises:
+            ValueError: As `claim`.
+        """
+        check_claim(self.path, "plan.json", plan.to_dict(), what="the results")
 
     def claim(self, plan: RunPlan) -> None:
         """Claims the folder for this run, and records the software and machine that produce its numbers.

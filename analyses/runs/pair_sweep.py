@@ -16,6 +16,7 @@ from layerprobe.analyses.experiments import (
     PairSweepPlan,
     all_pairs,
     benefits,
+    check_sweep,
     sweep_pairs,
 )
 from layerprobe.analyses.figures import pair_sweep_heatmap, save_figure
@@ -145,8 +146,7 @@ def pair_sweep_run(
     Raises:
         ValueError: If the branches would continue a training on other data than its own, or as `sweep_pairs`.
     """
-    if start.state is not None and start.data != splits.train.fingerprint:
-        raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
+    check_pair_sweep(start, splits, pairs, folder)
     clock = clock or StageClock(folder)
     with processes() as ranks:
         keeps = ranks.is_first and shard == (1, 1)
@@ -168,6 +168,17 @@ def pair_sweep_run(
             save_figure(figure, Path(folder) / "figures", "atlas")
         clock.end()
     return sweep
+
+
+def check_pair_sweep(start: PairSweepStart, splits: Splits, pairs: Sequence[LayerPair], folder: str | Path) -> None:
+    """Checks what `pair_sweep_run` is asked for; nothing is written.
+
+    Raises:
+        ValueError: As `pair_sweep_run` before it trains.
+    """
+    if start.state is not None and start.data != splits.train.fingerprint:
+        raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
+    check_sweep(start.backbone, splits, pairs, start.plan, folder, state=start.state)
 
 
 def describe_pair_sweep(sweep: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:

@@ -183,7 +183,9 @@ def extract_run(
     folder, ranks = RunFolder(run), current()
     backbone, splits = opened or plan.open(device=device)
     backbone = backbone.in_precision(plan.extraction.precision)
-    plan = replace(plan, extraction=replace(plan.extraction, precision=backbone.precision or plan.extraction.precision))
+    plan = _in_precision_of(backbone, plan)
+    if ranks.is_first:
+        folder.check_claim(plan)
     _check_frames(plan, splits)
     check_samples(splits)
     if on_reading:
@@ -576,8 +578,13 @@ def _cost(
     )
 
 
+def _in_precision_of(backbone: Backbone, plan: RunPlan) -> RunPlan:
+    return replace(plan, extraction=replace(plan.extraction, precision=backbone.precision or plan.extraction.precision))
+
+
 def forecast(
     plan: RunPlan,
+    run: str | Path,
     *,
     device: str = "auto",
     batch_size: int = 128,
@@ -588,6 +595,7 @@ def forecast(
 
     Args:
         plan: Checkpoint, data and extraction of the run.
+        run: Run folder, which must be free or the run's own.
         device: Device of the model and of the measures.
         batch_size: Rows per forward pass.
         stages: Stages of the run, see `forecast_cost`.
@@ -595,8 +603,12 @@ def forecast(
 
     Returns:
         The size as JSON values, and the cost.
+
+    Raises:
+        ValueError: As `probe_run` before it computes.
     """
     backbone, splits = plan.open(device=device)
+    RunFolder(run).check_claim(_in_precision_of(backbone, plan))
     extraction = plan.extraction_from(backbone)
     _check_frames(plan, splits)
     check_samples(splits)

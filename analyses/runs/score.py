@@ -210,6 +210,13 @@ def check_scores(folder: str | Path, record: Mapping[str, Any]) -> None:
     check_same(Path(folder) / "scores.json", record, what="scores")
 
 
+def score_clock(folder: str | Path) -> StageClock:
+    """Returns a clock whose times replace those of earlier scores in the folder: nothing of them is kept."""
+    clock = StageClock(folder)
+    clock.begin_anew((ENCODING, EXTRACTOR, FEATURES, SCORES))
+    return clock
+
+
 @holding("folder")
 def write_scores(
     folder: str | Path, scores: Sequence[Score], record: Mapping[str, Any], *, clock: StageClock | None = None

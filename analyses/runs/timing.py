@@ -220,7 +220,7 @@ class Latents(Samples):
     """
 
     def __init__(self, images: Samples, shape: tuple[int, ...]) -> None:
-        self._images, self.shape, self.modality = images, shape, "latent"
+        self._images, self.shape, self.modality = images, shape, images.modality
         self.num_classes, self.class_names = images.num_classes, images.class_names
         self.labels, self.ids, self.columns = images.labels, images.ids, images.columns
         self.reading, self.fingerprint = images.reading, f"{images.fingerprint}/stand-ins"

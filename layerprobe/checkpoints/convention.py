@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layerprobe.backbones import Backbone, checked, in_batches, with_heads
 from layerprobe.capture import evaluating
-from layerprobe.data import Batch, Samples
+from layerprobe.data import Batch, Samples, Subset, keyed_order
 from layerprobe.noise import DDPM_BETAS, Prediction, RandomStream, convert_prediction, schedule_from_name
 from layerprobe.ranks import ALONE, Ranks
 
@@ -220,9 +220,10 @@ def check_convention(
 ) -> ConventionCheck:
     """Compares the declared schedule and prediction with all other known ones, under the null condition.
 
-    Every convention is tried on the first `FIRST` samples, at five noise levels. The declared one, and those that these
-    samples do not rule out, are tried on all. The best, or the declared one if none is clearly better, is also tried
-    with other value ranges of the data, and then with the other numbers of heads that the weights allow.
+    Every convention is tried on `FIRST` samples, drawn from those that are used, at five noise levels. The declared
+    one, and those that these samples do not rule out, are tried on all. The best, or the declared one if none is
+    clearly better, is also tried with other value ranges of the data, and then with the other numbers of heads that the
+    weights allow.
 
     Args:
         backbone: Model with its weights.
@@ -238,7 +239,8 @@ def check_convention(
     n = min(num_samples, len(samples))
     if n < FIRST:
         raise ValueError(f"the convention check needs {FIRST} samples or more, got {n}; pass more data")
-    batch = samples.batch(range(n))
+    used = Subset(samples, range(n), name="convention")
+    batch = used.batch(keyed_order(used, seed=seed).tolist())  # Those on which all is tried stand for all.
     eps = RandomStream(seed).normal(batch.ids, backbone.shape)
     forward = in_batches(checked(backbone.forward, backbone.schedule), batch_size)
     backbone = replace(backbone, forward=forward)
@@ -261,6 +263,7 @@ def check_convention(
     fits = sorted((fit for _, fit in tried), key=_order)
     if fits[0].score > PLAUSIBLE:
         verdict = "unclear"
+        fits.sort(key=lambda fit: fit.score)  # All are ruled out, most of them on few samples.
     else:
         verdict = "fits" if leading[1] is declared else "misfit"
         # Scores of different value ranges are of different noise, so the first is not always the one that fits.

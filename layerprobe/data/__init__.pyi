@@ -39,6 +39,7 @@ from .sequences.skeleton import leftwards as leftwards
 from .sources import DataSource as DataSource
 from .splits import check_probed as check_probed
 from .splits import for_probing as for_probing
+from .splits import keyed_order as keyed_order
 from .splits import known_labels as known_labels
 from .splits import split as split
 from .splits import take as take

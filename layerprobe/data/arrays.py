@@ -98,7 +98,7 @@ def load_array(path: str | Path) -> ArraySamples:
         array = _npz_array(path) if path.suffix == ".npz" else load_npy_file(path, mmap=True)
     except KeyError:
         raise ValueError(f"{path} has no array {_ARRAY}; pass images as uint8 (n, H, W, C) under that name") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         pass_on(error)
         raise ValueError(
             f"{path} is not a complete {path.suffix} of numbers ({one_line(error)}); write it again"

@@ -1,6 +1,7 @@
 from .batches import TrainingBatch as TrainingBatch
 from .batches import noise_levels as noise_levels
 from .loop import Decision as Decision
+from .loop import check_training as check_training
 from .loop import train as train
 from .losses import HELD_OUT_LEVELS as HELD_OUT_LEVELS
 from .losses import held_out_loss as held_out_loss

@@ -31,8 +31,8 @@ from layerprobe.files import locked
 from layerprobe.layersync import LayerPair, LayerSync
 from layerprobe.precision import precision_on, products_of
 from layerprobe.progress import TrainingProgress
-from layerprobe.ranks import Ranks, processes
-from layerprobe.records import claim
+from layerprobe.ranks import Ranks, current, processes
+from layerprobe.records import check_claim, claim
 from layerprobe.threads import prefetched
 from layerprobe.training.batches import TrainingBatch, batches
 from layerprobe.training.distributed import (
@@ -71,6 +71,8 @@ class Decision:
     pairs: tuple[LayerPair, ...]
     record: dict[str, Any]
 
+
+_CLAIM: dict[str, Any] = {"what": "a training", "added": ("num_heads",)}  # of the folder, see `claim`
 
 Observer = Callable[[int, Backbone], None]
 Director = Callable[[int, Backbone], Decision | None]
@@ -130,7 +132,7 @@ def train(
         _check_ranks(plan, ranks, fsdp=fsdp)
         if ranks.is_first:
             stack.enter_context(locked(folder))
-            claim(folder, "training.json", _record(backbone, samples, plan), what="a training", added=("num_heads",))
+            claim(folder, "training.json", _record(backbone, samples, plan), **_CLAIM)
         # Random numbers of the network itself, such as dropout, must not change the caller's generators.
         stack.enter_context(torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []))
         aligned = stack.enter_context(ExitStack())
@@ -185,6 +187,18 @@ def train(
         averaged = _averaged(backbone, state)
         _write_models(averaged, samples, plan, state, folder, ranks)
     return averaged
+
+
+def check_training(backbone: Backbone, samples: Samples, plan: TrainingPlan, folder: str | Path) -> None:
+    """Checks that model, data, batch and folder of `train` with the same arguments fit together; nothing is written.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    plan = replace(plan, precision=precision_on(plan.precision, backbone.device))
+    _check(backbone, samples)
+    _check_ranks(plan, current(), fsdp=False)
+    check_claim(Path(folder), "training.json", _record(backbone, samples, plan), **_CLAIM)
 
 
 def _step(

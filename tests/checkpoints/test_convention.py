@@ -262,6 +262,7 @@ def test_a_network_without_training_is_unclear() -> None:
     assert found.verdict == "unclear"
     assert convention_message(found).startswith("this network does not denoise this data under any known convention")
     assert len(found.fits) >= 20
+    assert found.fits[0].score == min(fit.score for fit in found.fits) < found.declared.score
 
 
 def test_a_network_of_other_data_is_unclear() -> None:
@@ -387,6 +388,15 @@ def test_conventions_that_a_few_samples_rule_out_are_tried_on_no_more(declared: 
     on_all = [(fit.schedule, fit.prediction) for fit in found.fits if len(fit.scores) == 64]
     assert on_all == [("sit", "velocity"), *([(declared, "velocity")] if declared != "sit" else [])]
     assert sum(passed) == rows
+
+
+@pytest.mark.parametrize("alike", [-torch.ones(1, 8, 8), data().batch([3]).x[0]], ids=["blank", "one digit"])
+def test_samples_in_an_order_rule_out_nothing(alike: Tensor) -> None:
+    """The right convention is behind a wrong one, or a linear denoiser, on the samples that come first."""
+    backbone = trained("edm", "x0")
+    ordered = TensorSamples(torch.cat([alike.expand(FIRST, 1, 8, 8), data().batch(range(56)).x]))
+    found = check_convention(replace(backbone, schedule=schedule_from_name("ddpm-cosine")), ordered)
+    assert (found.verdict, found.fits[0].schedule, found.fits[0].prediction) == ("misfit", "edm", "x0")
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,7 @@ def test_a_continued_training_is_forecast_from_its_newest_checkpoint_on(
     timed: list[int] = []
     monkeypatch.setattr("layerprobe.analyses.runs.train_run", lambda *_, **__: None)
     monkeypatch.setattr("layerprobe.analyses.runs.rough_seconds", lambda *args: timed.append(args[2].steps) or 0.0)
+    monkeypatch.setattr("layerprobe.training.check_training", lambda *_: None)  # There is nothing but a checkpoint.
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-0000005.pt").touch()
     assert cli(*TRAIN, "--out", tmp_path)[0] == 0
@@ -410,6 +411,14 @@ def test_dry_run_writes_nothing(tmp_path: Path, cli) -> None:
     assert cli("quickstart", "--out", tmp_path / "q", "--dry-run")[0] == 0
     assert "2 arms x 3 seeds" in cli("quickstart", "--confirm", "--out", tmp_path / "q", "--dry-run")[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_the_folder_that_the_run_refuses(trained: Path, refused) -> None:
+    probe = ("probe", "digits", "--data", "digits", *COUNTS, "--out", trained / "run")
+    train = (*TRAIN, "--learning-rate", 0.5, "--out", trained / "training")
+    for dry in ([], ["--dry-run"]):
+        assert "run holds the results of another run (different: checkpoint" in refused(*probe, *dry)
+        assert "training holds a training of another run (different: plan.learning_rate" in refused(*train, *dry)
 
 
 def test_configuration_precedence(tmp_path: Path, cli, refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,6 +421,8 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
     assert (tmp_path / "a" / "figures" / "atlas.png").is_file()
     assert drawn[-1] == (FRECHET, HELD_OUT, probe_scores.PROBE_ERROR)
     assert json.loads((tmp_path / "a" / "atlas.json").read_text())["training"]["sync"]["stop_step"] == 1
+    assert shell(monkeypatch, *options, "--sync-stop-step", 2, "--dry-run") == 2
+    assert "a pair sweep of another run (different: training.sync.stop_step)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -429,6 +431,7 @@ def test_the_command_trains_a_shard_and_then_the_rest_and_draws(
         (("--pair", "0:9"), "blocks.9 cannot be aligned in"),
         (("--shard", "2"), "--shard 2 is not i/N"),
         (("--shard", "3/2"), "--shard 3/2 is not i/N"),
+        (("--pair", "0:2", "--pair", "0:2", "--dry-run"), "a pair is listed twice; pass each pair once"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -38,6 +38,7 @@ from layerprobe.data.arrays import load_array
 from layerprobe.data.embedded_digits import digits
 from layerprobe.data.loading import load
 from layerprobe.data.sources import DataSource
+from layerprobe.records import write_record
 
 
 def plain(x: NDArray[Any], reference: NDArray[Any], k: int) -> Neighborhoods:
@@ -334,8 +335,11 @@ def test_the_command_prints_and_writes_its_table(tmp_path: Path, cli) -> None:
     assert set(table["num_samples"]) == {100}
     assert set(table["num_reference"]) == {400}
     record = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    times = tmp_path / "scores" / "times.json"
+    write_record(times, {"seconds": {"scores": 1000.0}, "memory_bytes": 1, "device_bytes": None})
     code, out, _ = cli(*command, "--json")
     assert json.loads(out) == record
+    assert json.loads(times.read_text())["seconds"]["scores"] < 1000
     expected, _ = score_features(
         load_array(tmp_path / "x.npz").batch(range(100)).x.flatten(1)[:, 20:30].numpy(),
         digits().test.batch(range(400)).x.flatten(1)[:, 20:30].numpy(),
@@ -411,8 +415,10 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, cli, refused) -> No
     assert (json.loads(out)["metrics"], json.loads(out)["num_reference"]) == (["kernel"], 50)
     (tmp_path / "score.toml").unlink()
     assert "k is" not in refused("score", "none.npz", "--data", "digits", "--dry-run")
+    far = ("score", "x.npz", "--data", "digits", "--neighbors", 90, "--dry-run")
+    assert "k is 90 for 90 and 360 samples; pass k between 1 and 89" in refused(*far)
     (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "scores.json").write_text('{"samples": "y.npz"}')
+    write_record(tmp_path / "scores" / "scores.json", {"samples": "y.npz"})
     arguments = ("score", "x.npz", "--data", "digits", "--out", "scores", "--dry-run")
     assert "scores holds scores of another command (different: data, metrics" in refused(*arguments)
     shutil.rmtree(tmp_path / "scores")
@@ -440,6 +446,9 @@ def write_bad(folder: Path) -> None:
     np.savez(folder / "objects.npz", np.array([{}] * 30, object))
     np.savez(folder / "none.npz", pixels(0))
     (folder / "cut.npz").write_bytes((folder / "other.npz").read_bytes()[:-40])
+    stored = bytearray((folder / "no-images.npz").read_bytes())
+    stored[stored.index(b"PK\1\2") + 10] = 99  # the way it is compressed
+    (folder / "method.npz").write_bytes(stored)
     with zipfile.ZipFile(folder / "text.npz", "w") as archive:
         archive.writestr("arr_0.npy", "no array at all")
     (folder / "folder").mkdir()
@@ -457,6 +466,7 @@ BAD = {
     "empty.npy": "empty.npy is empty; write it again",
     "empty.npz": "empty.npz is empty; write it again",
     "cut.npy": r"cut.npy is not a complete .npy of numbers \(.*\); write it again",
+    "method.npz": r"method.npz is not a complete .npz of numbers \(.*\); write it again",
     "other.npz": r"other.npz has no array arr_0; pass images as uint8 \(n, H, W, C\) under that name",
     "float.npz": r"contains float32 of shape \(60, 1, 8, 8\); an .npz must contain images as uint8 \(n, H, W, C\)",
     "no-images.npz": r"contains uint8 of shape \(30, 8, 1\); an .npz must contain images",

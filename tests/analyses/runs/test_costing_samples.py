@@ -70,6 +70,10 @@ def test_comparing_takes_the_square_of_the_number(monkeypatch: pytest.MonkeyPatc
     assert costing._comparing_seconds(6000, 3000, 4, METRICS, 3) == pytest.approx(expected, rel=1e-3)
 
 
+def test_far_neighbors_are_forecast_although_few_samples_do_not_have_them() -> None:
+    assert costing._comparing_seconds(240, 240, 4, ("precision",), 200) > 0
+
+
 def test_an_extractor_is_timed_by_a_few_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "seconds_of", lambda call: (call(), 1.0)[1])
     extractor, seconds = costing.extractor_seconds(tiny_splits(24))

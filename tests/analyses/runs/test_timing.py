@@ -102,6 +102,7 @@ def test_images_that_are_not_encoded_have_stand_ins() -> None:
     images = tiny_splits(24, shape=(3, 8, 8))
     latents = as_encoded(images, (4, 2, 2))
     assert as_encoded(images, (3, 8, 8)) is images
+    assert latents.train.modality == "image"  # as of latents, so that the convention check tries as much
     batch, again = latents.train.batch([0, 5]), latents.train.batch([5])
     assert batch.x.shape == (2, 4, 2, 2)
     assert torch.equal(batch.x[1:], again.x)
