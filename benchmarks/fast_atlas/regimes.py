@@ -61,6 +61,7 @@ NONE = Arm()
 DEEP = {"batch": 32, "learning_rate": 2e-3, "warmup": 50, "clip": 1.0, "seeds": (0, 1, 2)}
 DEEP |= {"steps": (1000, 2000, 4000, 8000)}
 SLOW = {"data": "mnist", "patch": 4, "warmup": 400, "seeds": (0, 1, 2), "steps": (2000, 4000)}
+CLASSES = {"data": "two digits", "width": 64, "patch": 4, "batch": 32, "warmup": 100, "clip": 1.0}
 REGIMES = (
     Regime("low learning rate", (NONE, Arm(0.03), Arm(0.1)), width=48, learning_rate=1e-4, steps=(1000, 2000)),
     Regime("weights", (NONE, Arm(0.03), Arm(0.1), Arm(0.1, 96), Arm(0.3, 96), Arm(0.3, 0, 500))),
@@ -68,18 +69,9 @@ REGIMES = (
     *(Regime(f"depth {depth}", (NONE, Arm(0.03)), depth=depth, **DEEP) for depth in (6, 12, 24)),
     Regime("slow start", (NONE, Arm(0.3), Arm(0.1), Arm(0.3, 96)), **SLOW),
     Regime("slow start", (NONE, Arm(0.1)), **SLOW | {"seeds": (3, 4, 5)}),  # its best weight again
-    Regime(
-        "100 classes",
-        (NONE, Arm(0.03), Arm(0.1)),
-        data="two digits",
-        width=64,
-        patch=4,
-        batch=32,
-        warmup=100,
-        clip=1.0,
-        seeds=(0, 1, 2),
-        steps=(1000, 2000, 4000),
-    ),
+    Regime("100 classes", (NONE, Arm(0.03)), **CLASSES, seeds=(0, 1), steps=(1000, 2000, 4000, 8000)),
+    Regime("100 classes", (NONE, Arm(0.03)), **CLASSES, seeds=(2, 3), steps=(4000, 8000)),
+    Regime("100 classes", (NONE, Arm(0.03)), **CLASSES, seeds=(0,), steps=(16000,)),
     Regime(
         "CIFAR-10",
         (NONE, Arm(0.03)),
