@@ -93,7 +93,7 @@ def arm_table(table: pd.DataFrame) -> list[str]:
             one["step"],
             f"{last['frechet'].mean():.3f}",
             f"{last['held_out'].mean():.4f}",
-            f"{last['seconds'].mean():.0f}",
+            "" if last["seconds"].isna().all() else f"{last['seconds'].mean():.0f}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
