@@ -45,6 +45,7 @@ from .pair_sweep import check_sweep as check_sweep
 from .pair_sweep import pair_sweep_table as pair_sweep_table
 from .pair_sweep import read_pair_sweep as read_pair_sweep
 from .pair_sweep import sweep_pairs as sweep_pairs
+from .pair_sweep import sweep_record as sweep_record
 from .power import ENOUGH_STEPS as ENOUGH_STEPS
 from .power import LEVEL as LEVEL
 from .power import POWER as POWER

@@ -14,7 +14,7 @@ noise; several seeds do.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -143,13 +143,14 @@ def sweep_pairs(
     number, count = shard
     if not 1 <= number <= count:
         raise ValueError(f"there is no shard {number} of {count}; pass 1/{count} to {count}/{count}")
-    check_sweep(backbone, splits, pairs, plan, folder, state=state, extractor=extractor)
+    record = sweep_record(backbone, splits, plan, state, extractor)
+    check_sweep(pairs, record, folder)
     arms = (Arm(BASELINE, None), *(Arm(f"{pair.student} from {pair.teacher}", pair) for pair in pairs))
     runs = [(seed, arm) for seed in plan.seeds for arm in arms]
 
     def begun() -> Extractor:
         with locked(folder, wait=True):  # Shards share the folder, so each holds it for moments only.
-            claim(folder, _RECORD, _record(backbone, splits, plan, state, extractor), what=_WHAT)
+            claim(folder, _RECORD, record, what=_WHAT)
             begin(EXTRACTOR)
             return extractor or classifier_extractor(splits.train, folder / "extractor.safetensors")
 
@@ -171,24 +172,38 @@ def sweep_pairs(
         return ranks.once(table)
 
 
-def check_sweep(
-    backbone: Backbone,
-    splits: Splits,
-    pairs: Sequence[LayerPair],
-    plan: PairSweepPlan,
-    folder: str | Path,
-    *,
-    state: Path | None = None,
-    extractor: Extractor | None = None,
-) -> None:
-    """Checks that `sweep_pairs` with the same arguments would begin or continue; nothing is written.
+def sweep_record(
+    backbone: Backbone, splits: Splits, plan: PairSweepPlan, state: Path | None, extractor: Extractor | None = None
+) -> dict[str, Any]:
+    """Returns the settings that all branches share, as JSON values; pairs and seeds may be added later."""
+    training = plan.training.identity() | {"steps": plan.training.steps}
+    fresh = {"weights": "fresh for each seed"}
+    return {
+        "training": {key: value for key, value in training.items() if key not in ("pairs", "seed")},
+        "first_step": plan.first_step,
+        "evaluations": plan.num_evaluations,
+        "num_samples": plan.num_samples,
+        "sampling": asdict(plan.sampling),
+        "start": fresh | network_record(backbone) if plan.from_scratch else weights_hash(backbone.module),
+        "optimizer": "empty" if state is None else "of the training",
+        "data": {name: samples.fingerprint for name, samples in splits.items()},
+        "extractor": extractor.name if extractor else None,
+    }
+
+
+def check_sweep(pairs: Sequence[LayerPair], record: Mapping[str, Any], folder: str | Path) -> None:
+    """Checks that `sweep_pairs` would begin or continue in a folder; nothing is written.
+
+    Args:
+        pairs: Pairs to train.
+        record: Settings of the sweep, see `sweep_record`.
+        folder: Folder of the sweep.
 
     Raises:
         ValueError: If a pair is listed twice, or the folder belongs to another run.
     """
     if len(set(pairs)) < len(pairs):
         raise ValueError("a pair is listed twice; pass each pair once")
-    record = _record(backbone, splits, plan, state, extractor)
     check_claim(Path(folder), _RECORD, record, what=_WHAT)
 
 
@@ -339,22 +354,3 @@ def _scores(branch: Path) -> ScoresByStep:
 
 def _finished(branch: Path, plan: PairSweepPlan) -> bool:
     return not branch.is_dir() and set(plan.evaluation_steps) <= _scores(branch).keys()
-
-
-def _record(
-    backbone: Backbone, splits: Splits, plan: PairSweepPlan, state: Path | None, extractor: Extractor | None
-) -> dict[str, Any]:
-    """The settings that all branches share; pairs and seeds may be added later."""
-    training = plan.training.identity() | {"steps": plan.training.steps}
-    fresh = {"weights": "fresh for each seed"}
-    return {
-        "training": {key: value for key, value in training.items() if key not in ("pairs", "seed")},
-        "first_step": plan.first_step,
-        "evaluations": plan.num_evaluations,
-        "num_samples": plan.num_samples,
-        "sampling": asdict(plan.sampling),
-        "start": fresh | network_record(backbone) if plan.from_scratch else weights_hash(backbone.module),
-        "optimizer": "empty" if state is None else "of the training",
-        "data": {name: samples.fingerprint for name, samples in splits.items()},
-        "extractor": extractor.name if extractor else None,
-    }

@@ -18,6 +18,7 @@ from layerprobe.analyses.experiments import (
     benefits,
     check_sweep,
     sweep_pairs,
+    sweep_record,
 )
 from layerprobe.analyses.figures import pair_sweep_heatmap, save_figure
 from layerprobe.analyses.runs.stages import FIGURES, StageClock
@@ -178,7 +179,7 @@ def check_pair_sweep(start: PairSweepStart, splits: Splits, pairs: Sequence[Laye
     """
     if start.state is not None and start.data != splits.train.fingerprint:
         raise ValueError(f"the training of {start.state} had other data; pass its --data and --size")
-    check_sweep(start.backbone, splits, pairs, start.plan, folder, state=start.state)
+    check_sweep(pairs, sweep_record(start.backbone, splits, start.plan, start.state), folder)
 
 
 def describe_pair_sweep(sweep: pd.DataFrame, branches: int, *, num_pairs: int = 5) -> list[str]:

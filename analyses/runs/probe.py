@@ -340,7 +340,7 @@ def analyze_run(
 
 
 def analysis_forecast(run: str | Path, *, device: str = "auto", num_processes: int = 1) -> Cost:
-    """Returns what is left of `analyze_run` will cost, by its own analyses and without an encoder.
+    """Returns what the rest of `analyze_run` will cost, by its own analyses and without an encoder.
 
     Args:
         run: Run folder with features.
